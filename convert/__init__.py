@@ -1,0 +1,1 @@
+"""Repack a checkpoint into the directory format that streams experts from disk."""

@@ -1,0 +1,1 @@
+"""Kernels and their float32 references. Imports only mlx and numpy."""

@@ -1,0 +1,348 @@
+"""Where every expert lies on disk. Standard library only.
+
+Two kinds of directory are understood, and look alike from outside:
+
+* **packed**, written by `flashmoe-convert`: `model_experts/layer_NN.safetensors`, in which the
+  nine tensors of one expert follow one another (a *record*), so one expert is one byte range;
+* **stock**, an unmodified MLX checkpoint: stacked `switch_mlp` tensors `[experts, out, in]`, in
+  which one expert is nine byte ranges.
+
+In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all that
+`LayerLayout` stores. Every header is checked before a byte is trusted.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import FlashMoEError
+from .names import FIELDS, PROJECTIONS, stacked_expert
+
+EXPERT_DIR = "model_experts"
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = "flashmoe-experts"
+MANIFEST_VERSION = 1
+DATA_ALIGNMENT = 16384
+
+MAX_HEADER = 1 << 30
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
+    "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file; `offset` counts from the start of the file, in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """One of an expert's nine tensors: where expert 0's copy starts, and the step to the next."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """A contiguous byte range of one expert, covering `fields[first:last]`."""
+
+    file: Path
+    offset: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """The experts of one layer."""
+
+    layer: int
+    num_experts: int
+    fields: tuple[Field, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one expert."""
+        return sum(field.nbytes for field in self.fields)
+
+    def spans(self, expert: int) -> list[Span]:
+        """Return the byte ranges of one expert: one if packed, nine if stock."""
+        spans: list[Span] = []
+        end = None
+        for index, field in enumerate(self.fields):
+            start = field.offset + expert * field.stride
+            if spans and spans[-1].file == field.file and start == end:
+                spans[-1] = Span(field.file, spans[-1].offset, spans[-1].first, index + 1)
+            else:
+                spans.append(Span(field.file, start, index, index + 1))
+            end = start + field.nbytes
+        return spans
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The experts of a whole model. `kind` is "packed", "linked" or "stock"."""
+
+    kind: str
+    directory: Path
+    layers: tuple[LayerLayout, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the largest layer's expert."""
+        return max(layer.record_bytes for layer in self.layers)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one expert in every layer together."""
+        return sum(layer.record_bytes for layer in self.layers)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all experts of all layers."""
+        return sum(layer.record_bytes * layer.num_experts for layer in self.layers)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        FlashMoEError: the file is missing, cut short, or its header does not describe it.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise FlashMoEError(
+                    f"{path}: not a whole safetensors file ({size} bytes, header of {length}). "
+                    "Download or convert it again."
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor(name, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlashMoEError(
+            f"{path}: damaged safetensors header ({error}). Download or convert it again."
+        ) from error
+    end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
+    if end != size:
+        raise FlashMoEError(
+            f"{path}: truncated or altered: {size} bytes long, but its header describes {end}. "
+            "Download or convert it again."
+        )
+    return tensors
+
+
+def _tensor(name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    nbytes = math.prod(shape) * ITEM_SIZE[entry["dtype"]]
+    if not 0 <= begin <= end or end - begin != nbytes or min(shape, default=0) < 0:
+        raise ValueError(f"tensor {name!r} of {nbytes} bytes has offsets {begin}..{end}")
+    return TensorInfo(entry["dtype"], shape, data_start + begin, nbytes)
+
+
+def open_layout(model_dir: Path | str, num_layers: int, num_experts: int) -> ExpertLayout:
+    """Find the experts of a packed, linked or stock model directory.
+
+    Args:
+        model_dir: the model's directory.
+        num_layers: decoder layers, from the model's config.
+        num_experts: routed experts per layer, from the model's config.
+
+    Raises:
+        FlashMoEError: experts are missing, incomplete, unquantised or damaged.
+    """
+    model_dir = Path(model_dir)
+    experts_dir = model_dir / EXPERT_DIR
+    if not experts_dir.exists():
+        if (model_dir / "flashmoe_model.py").exists():
+            raise FlashMoEError(
+                f"{model_dir}: the folder {EXPERT_DIR}/ is missing, so the conversion is "
+                "unfinished or was copied in part. Run flashmoe-convert again."
+            )
+        return _open_stock("stock", model_dir, num_layers, num_experts)
+    manifest = read_manifest(experts_dir / MANIFEST)
+    if "link" in manifest:
+        source = Path(manifest["link"])
+        if not source.is_dir():
+            raise FlashMoEError(
+                f"{experts_dir / MANIFEST}: links to {source}, which is not a directory. Put the "
+                "checkpoint back there, or convert again with flashmoe-convert --link."
+            )
+        return _open_stock("linked", source, num_layers, num_experts)
+    return _open_packed(model_dir, manifest, num_layers, num_experts)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read `model_experts/manifest.json`.
+
+    Raises:
+        FlashMoEError: it is missing (the conversion did not finish), damaged, or too new.
+    """
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FlashMoEError(
+            f"{path.parent.parent}: unfinished conversion ({path.name} is written last and is "
+            "missing). Run flashmoe-convert again."
+        ) from None
+    except (ValueError, OSError) as error:
+        raise FlashMoEError(f"{path}: damaged ({error}). Run flashmoe-convert again.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise FlashMoEError(f"{path}: not a {MANIFEST_FORMAT} manifest. Convert the model again.")
+    if manifest.get("version") != MANIFEST_VERSION:
+        raise FlashMoEError(
+            f"{path}: format version {manifest.get('version')!r}, but this flashmoe-mlx reads "
+            f"version {MANIFEST_VERSION}. Update flashmoe-mlx, or convert the model again."
+        )
+    return manifest
+
+
+def layer_file(layer: int) -> str:
+    """Return the name of one layer's expert file in a packed directory."""
+    return f"layer_{layer:02d}.safetensors"
+
+
+def _open_packed(
+    model_dir: Path, manifest: dict[str, Any], num_layers: int, num_experts: int
+) -> ExpertLayout:
+    if (listed := len(manifest.get("layers", ()))) != num_layers:
+        raise FlashMoEError(
+            f"{model_dir / EXPERT_DIR / MANIFEST}: lists {listed} layers, but config.json has "
+            f"num_hidden_layers = {num_layers}. Convert the model again."
+        )
+    layers = [_packed_layer(model_dir, layer, num_experts) for layer in range(num_layers)]
+    return ExpertLayout("packed", model_dir, tuple(layers))
+
+
+def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
+    path = model_dir / EXPERT_DIR / layer_file(layer)
+    if not path.exists():
+        raise FlashMoEError(
+            f"{path}: missing, so layer {layer} has no experts. Run flashmoe-convert again."
+        )
+    tensors = read_header(path)
+    first = [tensors.get(f"experts.0.{name}") for name in FIELDS]
+    stride = sum(t.nbytes for t in first if t)
+    for expert in range(num_experts):
+        for name, zero in zip(FIELDS, first, strict=True):
+            tensor = tensors.get(f"experts.{expert}.{name}")
+            if tensor is None or zero is None:
+                raise FlashMoEError(
+                    f"{path}: no tensor experts.{expert}.{name}; config.json asks for "
+                    f"{num_experts} experts. Convert the model again."
+                )
+            expected = (zero.dtype, zero.shape, zero.offset + expert * stride)
+            if (tensor.dtype, tensor.shape, tensor.offset) != expected:
+                raise FlashMoEError(
+                    f"{path}: experts.{expert}.{name} is {tensor.dtype}{list(tensor.shape)} at "
+                    f"byte {tensor.offset}, expected {expected[0]}{list(expected[1])} at "
+                    f"{expected[2]}. Convert the model again."
+                )
+    fields = tuple(
+        Field(name, t.dtype, t.shape, t.nbytes, path, t.offset, stride)
+        for name, t in zip(FIELDS, first, strict=True)
+        if t
+    )
+    return LayerLayout(layer, num_experts, fields)
+
+
+def checkpoint_headers(directory: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """Read the headers of every `model*.safetensors` in a directory, as stock mlx-lm does.
+
+    Raises:
+        FlashMoEError: there is no such file, or one of them is damaged.
+    """
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise FlashMoEError(
+            f"{directory}: no model*.safetensors found. Give the directory of a Qwen3.5 MoE "
+            "checkpoint, or the name of one on the Hugging Face Hub."
+        )
+    return {name: (file, info) for file in files for name, info in read_header(file).items()}
+
+
+def _open_stock(kind: str, directory: Path, num_layers: int, num_experts: int) -> ExpertLayout:
+    found: dict[int, dict[str, tuple[Path, TensorInfo]]] = {}
+    for name, place in checkpoint_headers(directory).items():
+        if key := stacked_expert(name):
+            found.setdefault(key[0], {})[key[1]] = place
+    layers = [
+        _stock_layer(directory, layer, num_experts, found.get(layer, {}))
+        for layer in range(num_layers)
+    ]
+    return ExpertLayout(kind, directory, tuple(layers))
+
+
+def _stock_layer(
+    directory: Path, layer: int, num_experts: int, found: dict[str, tuple[Path, TensorInfo]]
+) -> LayerLayout:
+    fields = []
+    for name in FIELDS:
+        if name not in found:
+            state = "experts are not quantised" if "up_proj.weight" in found else "no experts found"
+            raise FlashMoEError(
+                f"{directory}: layer {layer}: {state} (no switch_mlp.{name}). Repack it first: "
+                f"flashmoe-convert --hf-path {directory} --mlx-path OUT -q"
+            )
+        file, tensor = found[name]
+        if len(tensor.shape) != 3 or tensor.shape[0] != num_experts:
+            raise FlashMoEError(
+                f"{file}: layer {layer} switch_mlp.{name} has shape {list(tensor.shape)}, "
+                f"expected {num_experts} experts x rows x columns. Check num_experts."
+            )
+        step = tensor.nbytes // num_experts
+        fields.append(Field(name, tensor.dtype, tensor.shape[1:], step, file, tensor.offset, step))
+    return LayerLayout(layer, num_experts, tuple(fields))
+
+
+def quantisation(layer: LayerLayout, projection: str, in_features: int) -> tuple[int, int]:
+    """Return (bits, group size) of one projection, derived from its shapes.
+
+    Raises:
+        FlashMoEError: the shapes fit no affine 2/3/4/5/6/8-bit layout for `in_features` columns.
+    """
+    base = PROJECTIONS.index(projection) * 3
+    weight, scales, biases = layer.fields[base : base + 3]
+    rows, packed = weight.shape
+    groups = scales.shape[-1]
+    bits, group_size = 32 * packed // in_features, in_features // max(groups, 1)
+    fits = (
+        bits in (2, 3, 4, 5, 6, 8)
+        and bits * in_features == 32 * packed
+        and group_size in (32, 64, 128)
+        and group_size * groups == in_features
+        and scales.shape == biases.shape == (rows, groups)
+        and weight.dtype == "U32"
+        and scales.dtype == biases.dtype
+        and scales.dtype in ("BF16", "F16", "F32")
+    )
+    if not fits:
+        raise FlashMoEError(
+            f"{weight.file}: layer {layer.layer} {projection}: weight {weight.dtype}"
+            f"{list(weight.shape)} with scales {scales.dtype}{list(scales.shape)} is not affine "
+            f"quantisation of {in_features} columns. Only affine modes can be streamed; convert "
+            "from the original checkpoint with flashmoe-convert -q."
+        )
+    return bits, group_size

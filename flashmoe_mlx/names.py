@@ -1,0 +1,62 @@
+"""Tensor names: every published spelling of a Qwen3.5 MoE checkpoint, mapped to mlx-lm's own.
+
+Checkpoints spell the language model's prefix in three ways (`model.language_model.`,
+`language_model.model.`, or plain `model.`), and carry tensors that text generation does not use
+(vision tower, multi-token-prediction head).
+"""
+
+import re
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PARTS = ("weight", "scales", "biases")
+FIELDS = tuple(f"{projection}.{part}" for projection in PROJECTIONS for part in PARTS)
+
+_STACKED = re.compile(r"\.layers\.(\d+)\.mlp\.switch_mlp\.(\w+)\.(weight|scales|biases)$")
+_FUSED = re.compile(r"\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)$")
+_SINGLE = re.compile(
+    r"\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$"
+)
+
+
+def canonical(name: str) -> str | None:
+    """Return mlx-lm's name for a checkpoint tensor, or None if text generation does not need it."""
+    if name.startswith(("vision_tower.", "visual.", "model.visual.")):
+        return None
+    if "mtp." in name:
+        return None
+    if name.startswith("model.language_model."):
+        return "language_model.model." + name.removeprefix("model.language_model.")
+    if name.startswith("language_model."):
+        return name
+    return "language_model." + name
+
+
+def layer_prefix(layer: int) -> str:
+    """Return the canonical prefix of one decoder layer, without the final dot."""
+    return f"language_model.model.layers.{layer}"
+
+
+def stacked_expert(name: str) -> tuple[int, str] | None:
+    """Match MLX's stacked experts `[experts, out, in]`: (layer, field such as "up_proj.scales")."""
+    if (full := canonical(name)) and (match := _STACKED.search(full)):
+        return int(match[1]), f"{match[2]}.{match[3]}"
+    return None
+
+
+def fused_expert(name: str) -> tuple[int, str] | None:
+    """Match Hugging Face's fused experts: (layer, "gate_up_proj" or "down_proj")."""
+    if (full := canonical(name)) and (match := _FUSED.search(full)):
+        return int(match[1]), match[2]
+    return None
+
+
+def single_expert(name: str) -> tuple[int, int, str] | None:
+    """Match Hugging Face's per-expert keys: (layer, expert, projection)."""
+    if (full := canonical(name)) and (match := _SINGLE.search(full)):
+        return int(match[1]), int(match[2]), match[3]
+    return None
+
+
+def is_expert(name: str) -> bool:
+    """Say whether a tensor belongs to a routed expert, in whichever spelling."""
+    return any(match(name) for match in (stacked_expert, fused_expert, single_expert))
