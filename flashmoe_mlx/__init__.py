@@ -1,1 +1,19 @@
 """Stream Qwen3.5 mixture-of-experts models from disk inside MLX and mlx-lm."""
+
+from mlx_lm import batch_generate, generate, stream_generate
+
+from .config import ModelArgs
+from .errors import FlashMoEError
+from .loader import load
+from .model import Model
+
+__version__ = "0.1.0"
+__all__ = [
+    "FlashMoEError",
+    "Model",
+    "ModelArgs",
+    "batch_generate",
+    "generate",
+    "load",
+    "stream_generate",
+]

@@ -1,0 +1,84 @@
+"""The truth, in float32 and plain mx ops: what every kernel is tested against.
+
+Shapes use B batch, T tokens, H hidden size, I expert intermediate size, S slots, K experts per
+token, Hk/Hv key and value heads, Dk/Dv their sizes.
+"""
+
+import mlx.core as mx
+
+
+def dequantize(codes: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:
+    """Unpack affine codes: w = code * scale + bias.
+
+    Args:
+        codes: `[..., rows, columns * bits / 32]` uint32, lowest bits first. Widths that do not
+            divide 32 (3, 5, 6) run on across word borders.
+        scales: `[..., rows, groups]`.
+        biases: `[..., rows, groups]`.
+        bits: bits per weight.
+
+    Returns:
+        `[..., rows, columns]` float32.
+    """
+    words = codes[..., None] >> mx.arange(32, dtype=mx.uint32)
+    stream = (words & 1).reshape(*codes.shape[:-1], -1, bits)
+    weights = (stream << mx.arange(bits, dtype=mx.uint32)).sum(-1).astype(mx.float32)
+    grouped = weights.reshape(*scales.shape, -1)
+    grouped = grouped * scales.astype(mx.float32)[..., None] + biases.astype(mx.float32)[..., None]
+    return grouped.reshape(weights.shape)
+
+
+def expert_mlp(x: mx.array, gate: mx.array, up: mx.array, down: mx.array) -> mx.array:
+    """Run one SwiGLU expert: down(silu(gate x) * up x).
+
+    Args:
+        x: `[rows, H]`.
+        gate: `[I, H]` weights.
+        up: `[I, H]` weights.
+        down: `[H, I]` weights.
+
+    Returns:
+        `[rows, H]` float32.
+    """
+    x = x.astype(mx.float32)
+    g = x @ gate.astype(mx.float32).T
+    u = x @ up.astype(mx.float32).T
+    return (g * mx.sigmoid(g) * u) @ down.astype(mx.float32).T
+
+
+def gated_delta(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    g: mx.array,
+    beta: mx.array,
+    state: mx.array,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Gated delta rule, token by token.
+
+    Per head: S <- g S; S <- S + beta (v - S k) k^T; y = S q. A masked token leaves S as it was.
+
+    Args:
+        q: `[B, T, Hk, Dk]` normalised queries, scale folded in.
+        k: `[B, T, Hk, Dk]` normalised keys.
+        v: `[B, T, Hv, Dv]` values; Hv is a multiple of Hk.
+        g: `[B, T, Hv]` decay in (0, 1].
+        beta: `[B, T, Hv]` write strength.
+        state: `[B, Hv, Dv, Dk]` float32.
+        mask: `[B, T]` bool, False for padding.
+
+    Returns:
+        y `[B, T, Hv, Dv]` float32 and the final state `[B, Hv, Dv, Dk]` float32.
+    """
+    q, k, v, g, beta = (t.astype(mx.float32) for t in (q, k, v, g, beta))
+    repeat = v.shape[2] // k.shape[2]
+    q, k = (mx.repeat(t, repeat, axis=2) for t in (q, k))
+    outputs = []
+    for t in range(q.shape[1]):
+        new = state * g[:, t, :, None, None]
+        error = v[:, t] - (new * k[:, t, :, None, :]).sum(-1)
+        new = new + (error * beta[:, t, :, None])[..., None] * k[:, t, :, None, :]
+        outputs.append((new * q[:, t, :, None, :]).sum(-1))
+        state = new if mask is None else mx.where(mask[:, t, None, None, None], new, state)
+    return mx.stack(outputs, axis=1), state

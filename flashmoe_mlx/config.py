@@ -1,0 +1,249 @@
+"""What the checkpoint says (`ModelArgs`) and what the user asks for (`StreamConfig`)."""
+
+import inspect
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+from .errors import FlashMoEError
+from .layout import ExpertLayout
+
+MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    UNITS |= {_letter: 1024**_power, f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
+
+
+@dataclass
+class ModelArgs:
+    """The architecture, in the names of the checkpoint's config.json (its text_config)."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    linear_num_value_heads: int
+    linear_num_key_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int = 4
+    full_attention_interval: int = 4
+    head_dim: int = 0
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 262144
+    norm_topk_prob: bool = True
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    rope_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    )
+    layer_types: list[str] | None = None
+    flashmoe: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, params: Mapping[str, Any]) -> Self:
+        """Build from config.json, flat or with the language model under `text_config`.
+
+        Raises:
+            FlashMoEError: another model type, a missing key, or sizes that contradict.
+        """
+        if (model_type := params.get("model_type")) not in MODEL_TYPES:
+            raise FlashMoEError(
+                f"config.json: model_type {model_type!r} cannot be streamed; supported are "
+                f"{', '.join(MODEL_TYPES)} (Qwen3.5 and Qwen3.6 MoE). Use stock mlx-lm for others."
+            )
+        values = {"flashmoe": params.get("flashmoe") or {}, **params.get("text_config", params)}
+        # A vision-language export may state tied embeddings at the top level only.
+        values.setdefault("tie_word_embeddings", params.get("tie_word_embeddings"))
+        values["rope_parameters"] = _rope(values)
+        known = {f.name for f in fields(cls)}
+        try:
+            return cls(**{k: v for k, v in values.items() if k in known and v is not None})
+        except TypeError as error:
+            missing = [
+                name
+                for name, p in inspect.signature(cls).parameters.items()
+                if p.default is p.empty and name not in values
+            ]
+            raise FlashMoEError(
+                f"config.json: no {', '.join(missing)}. Restore the checkpoint's own config.json."
+            ) from error
+
+    def __post_init__(self) -> None:
+        """Fill in derived sizes and refuse contradictions."""
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        check_top_k(self.num_experts_per_tok, self.num_experts, "num_experts_per_tok")
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise FlashMoEError(
+                f"config.json: linear_num_value_heads = {self.linear_num_value_heads} is not a "
+                f"multiple of linear_num_key_heads = {self.linear_num_key_heads}."
+            )
+        for layer, kind in enumerate(self.layer_types or ()):
+            if (kind == "linear_attention") != self.is_linear(layer):
+                raise FlashMoEError(
+                    f"config.json: layer_types[{layer}] = {kind!r} contradicts "
+                    f"full_attention_interval = {self.full_attention_interval}."
+                )
+
+    def is_linear(self, layer: int) -> bool:
+        """Say whether a layer is GatedDeltaNet (else full attention)."""
+        return (layer + 1) % self.full_attention_interval != 0
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Collect RoPE settings from `rope_parameters`, or from the flat keys of older configs."""
+    rope = {
+        "rope_type": "default",
+        "partial_rotary_factor": values.get("partial_rotary_factor", 0.25),
+        "rope_theta": values.get("rope_theta"),
+        **(values.get("rope_parameters") or {}),
+    }
+    if rope["rope_theta"] is None:
+        raise FlashMoEError(
+            "config.json: no rope_theta, in rope_parameters or beside it. "
+            "Restore the checkpoint's own config.json."
+        )
+    return rope
+
+
+def check_top_k(top_k: int, num_experts: int, name: str) -> None:
+    """Refuse a number of experts per token that the model does not have."""
+    if not 1 <= top_k <= num_experts:
+        raise FlashMoEError(
+            f"{name} = {top_k}, but the model has {num_experts} experts per layer. "
+            f"Choose 1 to {num_experts}."
+        )
+
+
+def parse_size(value: int | str, name: str) -> int | str:
+    """Read a number of bytes: 536870912, "512MiB", "4GB", "1.5g", or "auto".
+
+    Raises:
+        FlashMoEError: anything else; `name` says which setting it came from.
+    """
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(value).strip().lower())
+    if isinstance(value, str) and match and match[2] in UNITS and float(match[1]) > 0:
+        return int(float(match[1]) * UNITS[match[2]])
+    raise FlashMoEError(
+        f"{name} = {value!r} is not a size. Write bytes or a unit, such as 512MiB, 4GiB, or auto."
+    )
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How experts are streamed.
+
+    Attributes:
+        expert_cache: bytes for the slot banks of all layers together, or "auto".
+        io_threads: threads that read from disk.
+        experts_per_token: top-k to use instead of the checkpoint's own, or None.
+        stats: print the counters at exit.
+    """
+
+    expert_cache: int | str = "auto"
+    io_threads: int = 8
+    experts_per_token: int | None = None
+    stats: bool = False
+
+    @classmethod
+    def resolve(cls, from_config: Mapping[str, Any], **explicit: Any) -> Self:
+        """Merge settings: explicit arguments, then FLASHMOE_* variables, then config.json.
+
+        Args:
+            from_config: the "flashmoe" entry of config.json.
+            explicit: values that were given by the caller; None means not given.
+
+        Raises:
+            FlashMoEError: a value is out of range; the message names where it came from.
+        """
+        settings: dict[str, Any] = {}
+        for f in fields(cls):
+            variable = f"FLASHMOE_{f.name.upper()}"
+            if explicit.get(f.name) is not None:
+                source, value = f.name, explicit[f.name]
+            elif os.environ.get(variable):
+                source, value = variable, os.environ[variable]
+            elif from_config.get(f.name) is not None:
+                source, value = f'config.json "flashmoe": {f.name}', from_config[f.name]
+            else:
+                continue
+            settings[f.name] = _read_setting(f.name, value, source)
+        return cls(**settings)
+
+
+def _read_setting(setting: str, value: Any, source: str) -> Any:
+    if setting == "expert_cache":
+        return parse_size(value, source)
+    if setting == "stats":
+        if str(value).lower() in ("0", "false", "1", "true"):
+            return str(value).lower() in ("1", "true")
+        raise FlashMoEError(f"{source} = {value!r} is not a switch. Write 1 or 0.")
+    if re.fullmatch(r"[0-9]+", str(value)) and int(value) >= 1:
+        return int(value)
+    raise FlashMoEError(f"{source} = {value!r} is not a whole number of at least 1.")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The chosen size of the slot banks, and why."""
+
+    slots: int
+    nbytes: int
+    reason: str
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"Expert cache: {self.nbytes / 2**20:.0f} MiB, "
+            f"{self.slots} experts per layer ({self.reason})"
+        )
+
+
+def plan_cache(
+    expert_cache: int | str, layout: ExpertLayout, top_k: int, trunk_bytes: int, available: int
+) -> CachePlan:
+    """Choose how many slots each layer's bank gets.
+
+    `auto` keeps every expert resident if experts and trunk fit in 70 % of the available memory.
+    Otherwise the banks take a quarter of what the trunk leaves, because the page cache holds
+    experts as well as the banks do and gives way under pressure.
+
+    Args:
+        expert_cache: bytes for all layers together, or "auto".
+        layout: where the experts lie.
+        top_k: experts per token; a bank is never smaller.
+        trunk_bytes: resident weights.
+        available: bytes that may still be used.
+
+    Raises:
+        FlashMoEError: the size given holds less than one token's working set.
+    """
+    experts = layout.layers[0].num_experts
+    per_slot = layout.token_bytes
+    smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts")
+    whole = CachePlan(experts, experts * per_slot, "all experts fit in memory")
+    if expert_cache != "auto":
+        slots = min(int(expert_cache) // per_slot, experts)
+        if slots < top_k:
+            raise FlashMoEError(
+                f"expert_cache = {expert_cache} bytes holds {slots} experts per layer, but each "
+                f"token uses {top_k}. Give at least {smallest.nbytes} bytes, or auto."
+            )
+        return CachePlan(slots, slots * per_slot, "as asked")
+    if whole.nbytes + trunk_bytes <= 0.7 * available:
+        return whole
+    slots = int((available - trunk_bytes) * 0.25 // per_slot)
+    if slots <= top_k:
+        return replace(smallest, reason="memory is short: " + smallest.reason)
+    slots = min(slots, experts)
+    return CachePlan(slots, slots * per_slot, "a quarter of the memory that the trunk leaves")

@@ -1,0 +1,163 @@
+"""From a directory to a model: `bind` for stock mlx-lm's `model_file`, `load` for Python."""
+
+import atexit
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from huggingface_hub import snapshot_download
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_adapters, load_model, load_tokenizer
+
+from .config import ModelArgs, StreamConfig, check_top_k, plan_cache
+from .errors import FlashMoEError
+from .expert_store import ExpertStore
+from .layout import checkpoint_headers, open_layout
+from .memory import available_bytes
+from .model import Model
+from .names import is_expert
+
+DOWNLOAD_PATTERNS = [
+    "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
+    "*.txt", "*.jsonl", "*.jinja",
+]  # fmt: skip
+
+
+def bind(shim: str) -> tuple[type[Model], type[ModelArgs]]:
+    """Return the classes that stock mlx-lm builds a converted model from.
+
+    A converted directory's `flashmoe_model.py` calls this with its own `__file__`; the
+    directory's experts then stream.
+    """
+    return bound_classes(Path(shim).parent)
+
+
+def bound_classes(directory: Path, **settings: Any) -> tuple[type[Model], type[ModelArgs]]:
+    """Return (model class, arguments class) whose experts stream from `directory`.
+
+    Args:
+        directory: the model's directory.
+        settings: `StreamConfig` fields given by the caller; None means not given.
+    """
+
+    class BoundModel(Model):
+        """A `Model` with an expert store on one directory."""
+
+        def __init__(self, args: ModelArgs) -> None:
+            """Open the store, then make the model around it."""
+            stream = StreamConfig.resolve(args.flashmoe, **settings)
+            if stream.experts_per_token is not None:
+                check_top_k(stream.experts_per_token, args.num_experts, "experts_per_token")
+                args = replace(args, num_experts_per_tok=stream.experts_per_token)
+            super().__init__(args, open_store(directory, args, stream))
+
+    return BoundModel, ModelArgs
+
+
+def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> ExpertStore:
+    """Open a directory's experts with banks of the configured size.
+
+    Raises:
+        FlashMoEError: experts are missing or damaged, or the cache holds less than one token's.
+    """
+    layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
+    plan = plan_cache(
+        stream.expert_cache,
+        layout,
+        args.num_experts_per_tok,
+        trunk_bytes(directory),
+        available_bytes(),
+    )
+    store = ExpertStore(layout, plan, stream.io_threads)
+    if stream.stats:
+        print(f"[flashmoe] {plan}", file=sys.stderr)
+        atexit.register(lambda: print(f"[flashmoe] {store.stats}", file=sys.stderr))
+    return store
+
+
+def trunk_bytes(directory: Path) -> int:
+    """Return the bytes of the tensors that stay resident."""
+    headers = checkpoint_headers(directory)
+    return sum(info.nbytes for name, (_, info) in headers.items() if not is_expert(name))
+
+
+def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """Return a local directory, downloading from the Hugging Face Hub if it is not one.
+
+    Raises:
+        FlashMoEError: the path has no config.json, or the Hub does not have it.
+    """
+    path = Path(path_or_hub_id)
+    if not path.exists():
+        try:
+            path = Path(
+                snapshot_download(
+                    str(path_or_hub_id), revision=revision, allow_patterns=DOWNLOAD_PATTERNS
+                )
+            )
+        except Exception as error:
+            raise FlashMoEError(
+                f"{path_or_hub_id}: not a directory here, and the Hugging Face Hub did not "
+                f"deliver it ({type(error).__name__}: {str(error).splitlines()[0]})."
+            ) from error
+    if not (path / "config.json").is_file():
+        raise FlashMoEError(f"{path}: no config.json. Give the directory of a model.")
+    return path
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    expert_cache: int | str | None = None,
+    io_threads: int | None = None,
+    experts_per_token: int | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a model whose experts stream from disk, and its tokenizer.
+
+    Args:
+        path_or_hub_id: a directory that flashmoe-convert wrote, an unmodified MLX checkpoint of a
+            Qwen3.5 MoE, or the Hub name of either.
+        expert_cache: memory for the experts of all layers together, in bytes or as "512MiB";
+            "auto" (the default) decides by the memory available.
+        io_threads: threads that read from disk (default 8).
+        experts_per_token: top-k to use instead of the checkpoint's own.
+        tokenizer_config: extra arguments for the tokenizer.
+        model_config: entries that replace those of config.json.
+        adapter_path: LoRA adapters to apply.
+        lazy: leave the trunk unread until it is used.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        (model, tokenizer), for mlx_lm's and this package's `generate` functions.
+
+    Raises:
+        FlashMoEError: something is missing, damaged, of another kind or out of range.
+    """
+    path = find_model(path_or_hub_id, revision)
+    classes = bound_classes(
+        path,
+        expert_cache=expert_cache,
+        io_threads=io_threads,
+        experts_per_token=experts_per_token,
+    )
+    model, config = load_model(
+        path,
+        lazy,
+        # Without the shim that stock mlx-lm would follow: these classes carry the settings.
+        model_config={**(model_config or {}), "model_file": None},
+        get_model_classes=lambda config: classes,
+    )
+    if adapter_path is not None:
+        model = load_adapters(model, adapter_path)
+        model.eval()
+    tokenizer = load_tokenizer(
+        path, tokenizer_config, eos_token_ids=config.get("eos_token_id", None)
+    )
+    return model, tokenizer

@@ -1,0 +1,282 @@
+"""Qwen3.5 MoE: gated attention, GatedDeltaNet, and experts that stream. Names as in mlx-lm.
+
+Shapes: B batch, T tokens, H hidden size, V vocabulary; heads as in `custom_kernels.reference`.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import (
+    create_attention_mask,
+    create_ssm_mask,
+    scaled_dot_product_attention,
+)
+from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.rope_utils import initialize_rope
+
+from .config import ModelArgs
+from .custom_kernels.gated_delta import decay, gated_delta
+from .expert_store import ExpertStats, ExpertStore
+from .moe import SparseMoeBlock
+from .sanitize import sanitize
+
+QK_NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Full attention with q/k norm, partial RoPE and a sigmoid output gate."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        """Make the projections; q_proj also yields the gate."""
+        super().__init__()
+        self.heads, self.kv_heads = args.num_attention_heads, args.num_key_value_heads
+        self.head_dim, bias = args.head_dim, args.attention_bias
+        width = self.heads * self.head_dim
+        self.q_proj = nn.Linear(args.hidden_size, 2 * width, bias=bias)
+        self.k_proj = nn.Linear(args.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(args.hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(width, args.hidden_size, bias=bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=args.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=args.rms_norm_eps)
+        rope = args.rope_parameters
+        self.rope = initialize_rope(
+            int(self.head_dim * rope["partial_rotary_factor"]),
+            base=rope["rope_theta"],
+            traditional=False,
+            scaling_config=rope,
+            max_position_embeddings=args.max_position_embeddings,
+        )
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """Map `[B, T, H]` to `[B, T, H]`, adding T keys and values to the cache."""
+        batch, tokens, _ = x.shape
+        queries, gate = mx.split(self.q_proj(x).reshape(batch, tokens, self.heads, -1), 2, axis=-1)
+        keys = self.k_proj(x).reshape(batch, tokens, self.kv_heads, -1)
+        values = self.v_proj(x).reshape(batch, tokens, self.kv_heads, -1)
+        queries = self.q_norm(queries).transpose(0, 2, 1, 3)
+        keys = self.k_norm(keys).transpose(0, 2, 1, 3)
+        values = values.transpose(0, 2, 1, 3)
+        offset = cache.offset if cache is not None else 0
+        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        y = scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=self.head_dim**-0.5, mask=mask
+        )
+        y = y.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+        return self.o_proj(y * mx.sigmoid(gate.reshape(batch, tokens, -1)))
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm whose output is scaled by silu(gate), computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        """Make a norm over the last `width` values."""
+        super().__init__()
+        self.eps = eps
+        self.weight = mx.ones(width)
+
+    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
+        """Map `[..., width]` and a gate of that shape to `[..., width]`."""
+        y = mx.fast.rms_norm(x, self.weight, self.eps).astype(mx.float32)
+        return (nn.silu(gate.astype(mx.float32)) * y).astype(x.dtype)
+
+
+class GatedDeltaNet(nn.Module):
+    """Linear attention: short causal convolution, gated delta rule, gated norm."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        """Make the projections and the depthwise convolution over q, k and v."""
+        super().__init__()
+        self.key_heads, self.value_heads = args.linear_num_key_heads, args.linear_num_value_heads
+        self.key_dim, self.value_dim = args.linear_key_head_dim, args.linear_value_head_dim
+        self.keys, self.values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        self.kernel = args.linear_conv_kernel_dim
+        width = 2 * self.keys + self.values
+        self.conv1d = nn.Conv1d(width, width, self.kernel, groups=width, bias=False)
+        self.in_proj_qkv = nn.Linear(args.hidden_size, width, bias=False)
+        self.in_proj_z = nn.Linear(args.hidden_size, self.values, bias=False)
+        self.in_proj_b = nn.Linear(args.hidden_size, self.value_heads, bias=False)
+        self.in_proj_a = nn.Linear(args.hidden_size, self.value_heads, bias=False)
+        self.dt_bias = mx.ones(self.value_heads)
+        self.A_log = mx.log(mx.random.uniform(low=1, high=16, shape=(self.value_heads,)))
+        self.norm = GatedRMSNorm(self.value_dim, args.rms_norm_eps)
+        self.out_proj = nn.Linear(self.values, args.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        """Map `[B, T, H]` to `[B, T, H]`; cache[0] is the conv state, cache[1] the delta state."""
+        batch, tokens, _ = x.shape
+        qkv = self._convolve(self.in_proj_qkv(x), mask, cache)
+        q, k, v = mx.split(qkv, [self.keys, 2 * self.keys], axis=-1)
+        # rms_norm with eps / Dk is the l2 norm with eps, times sqrt(Dk).
+        scale, eps = self.key_dim**-0.5, QK_NORM_EPS / self.key_dim
+        q = q.reshape(batch, tokens, self.key_heads, self.key_dim)
+        k = k.reshape(batch, tokens, self.key_heads, self.key_dim)
+        y, state = gated_delta(
+            scale**2 * mx.fast.rms_norm(q, None, eps),
+            scale * mx.fast.rms_norm(k, None, eps),
+            v.reshape(batch, tokens, self.value_heads, self.value_dim),
+            decay(self.A_log, self.in_proj_a(x), self.dt_bias),
+            mx.sigmoid(self.in_proj_b(x)),
+            cache[1] if cache is not None else None,
+            mask,
+        )
+        if cache is not None:
+            cache[1] = state
+            cache.advance(tokens)
+        z = self.in_proj_z(x).reshape(batch, tokens, self.value_heads, self.value_dim)
+        return self.out_proj(self.norm(y, z).reshape(batch, tokens, -1))
+
+    def _convolve(self, qkv: mx.array, mask: mx.array | None, cache: Any) -> mx.array:
+        """Run the causal convolution over the last `kernel - 1` inputs and these, and SiLU."""
+        batch, tokens, width = qkv.shape
+        keep = self.kernel - 1
+        past = cache[0] if cache is not None else None
+        if past is None:
+            past = mx.zeros((batch, keep, width), dtype=qkv.dtype)
+        if mask is not None:
+            qkv = mx.where(mask[..., None], qkv, 0)
+        window = mx.concatenate([past, qkv], axis=1)
+        if cache is not None:
+            if cache.lengths is None:
+                cache[0] = mx.contiguous(window[:, -keep:])
+            else:  # right-padded rows end at different places
+                ends = mx.clip(cache.lengths, 0, tokens)
+                places = (ends[:, None] + mx.arange(keep))[..., None]
+                cache[0] = mx.take_along_axis(window, places, axis=1)
+        return nn.silu(self.conv1d(window))
+
+
+class DecoderLayer(nn.Module):
+    """Mixer (linear or full attention), then mixture of experts, each with its residual."""
+
+    def __init__(self, args: ModelArgs, layer: int, store: ExpertStore | None) -> None:
+        """Make layer number `layer`."""
+        super().__init__()
+        self.is_linear = args.is_linear(layer)
+        if self.is_linear:
+            self.linear_attn = GatedDeltaNet(args)
+        else:
+            self.self_attn = Attention(args)
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.mlp = SparseMoeBlock(args, layer, store)
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """Map `[B, T, H]` to `[B, T, H]`."""
+        mixer = self.linear_attn if self.is_linear else self.self_attn
+        h = x + mixer(self.input_layernorm(x), mask, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, args: ModelArgs, store: ExpertStore | None) -> None:
+        """Make all layers."""
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [DecoderLayer(args, i, store) for i in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Map token ids `[B, T]` (or embeddings `[B, T, H]`) to hidden states `[B, T, H]`."""
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        caches: list[Any] = cache if cache is not None else [None] * len(self.layers)
+        masks: dict[bool, Any] = {}
+        for layer, c in zip(self.layers, caches, strict=True):
+            if layer.is_linear not in masks:
+                make_mask = create_ssm_mask if layer.is_linear else create_attention_mask
+                masks[layer.is_linear] = make_mask(h, c)
+            h = layer(h, masks[layer.is_linear], c)
+        return self.norm(h)
+
+
+class LanguageModel(nn.Module):
+    """Decoder and output head."""
+
+    def __init__(self, args: ModelArgs, store: ExpertStore | None) -> None:
+        """Make the decoder; with tied embeddings there is no head of its own."""
+        super().__init__()
+        self.model = Decoder(args, store)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Map token ids `[B, T]` to logits `[B, T, V]`."""
+        h = self.model(inputs, cache, input_embeddings)
+        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+
+
+class Model(nn.Module):
+    """A Qwen3.5 MoE language model.
+
+    With an `ExpertStore` the routed experts stream from disk; without one they are ordinary
+    parameters, as in stock mlx-lm.
+    """
+
+    def __init__(self, args: ModelArgs, store: ExpertStore | None = None) -> None:
+        """Make the model; weights come later, through `sanitize` and `load_weights`."""
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self._store = store
+        self.language_model = LanguageModel(args, store)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
+        """Map token ids `[B, T]` to logits `[B, T, V]`."""
+        return self.language_model(inputs, cache, input_embeddings)
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder, where mlx-lm's tools look for it."""
+        return self.language_model.model
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers."""
+        return self.model.layers
+
+    def make_cache(self) -> list[Any]:
+        """Return an empty prompt cache of mlx-lm's own classes, one entry per layer."""
+        return [ArraysCache(size=2) if layer.is_linear else KVCache() for layer in self.layers]
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Bring a checkpoint's tensors into this model's names and shapes."""
+        return sanitize(weights, self.args, streamed=self._store is not None)
+
+    def expert_stats(self) -> ExpertStats:
+        """Return the live counters of the expert store; all zero if experts are resident."""
+        return self._store.stats if self._store else ExpertStats()
+
+    @property
+    def quant_predicate(self) -> Any:
+        """Which layers mlx_lm quantises at which width: routers and gates at 8 bits."""
+
+        def predicate(path: str, _: nn.Module) -> bool | dict[str, int]:
+            if path.endswith(("mlp.gate", "shared_expert_gate")):
+                return {"group_size": 64, "bits": 8}
+            return True
+
+        return predicate
+
+    @property
+    def cast_predicate(self) -> Any:
+        """Which parameters may be cast: A_log stays float32."""
+        return lambda path: not path.endswith("A_log")

@@ -1,0 +1,138 @@
+"""The mixture-of-experts block: router, shared expert, and the experts that come from disk."""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import SwitchGLU
+
+from .config import ModelArgs
+from .custom_kernels.expert_mlp import Quantisation, expert_mlp
+from .errors import FlashMoEError
+from .expert_store import ExpertStore
+from .layout import quantisation
+from .names import PROJECTIONS
+
+
+@partial(mx.compile, shapeless=True)
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward; the shared expert."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        """Make the three projections of a `hidden`-wide block."""
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map `[..., H]` to `[..., H]`."""
+        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class StreamedExperts(nn.Module):
+    """One layer's routed experts, read from disk when the router picks them. No parameters."""
+
+    def __init__(self, args: ModelArgs, layer: int, store: ExpertStore) -> None:
+        """Bind a layer to the store.
+
+        Raises:
+            FlashMoEError: the experts on disk do not have the sizes that config.json states.
+        """
+        super().__init__()
+        self._store = store
+        self._layer = layer
+        layout = store.layout.layers[layer]
+        hidden, inner = args.hidden_size, args.moe_intermediate_size
+        self._quantisation = []
+        for index, projection in enumerate(PROJECTIONS):
+            rows, columns = (hidden, inner) if projection == "down_proj" else (inner, hidden)
+            if (found := layout.fields[3 * index].shape[0]) != rows:
+                raise FlashMoEError(
+                    f"{layout.fields[3 * index].file}: layer {layer} {projection} has {found} "
+                    f"rows, but config.json says {rows}. Convert the model again."
+                )
+            self._quantisation.append(Quantisation(*quantisation(layout, projection, columns)))
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Run the chosen experts.
+
+        Experts that are resident go first; the others follow in waves that fill the bank, so each
+        is read once however small the bank is. Every row is computed on its own, so the result
+        does not depend on the bank.
+
+        Args:
+            x: `[..., H]` tokens.
+            indices: `[..., K]` expert ids.
+
+        Returns:
+            `[..., K, H]`, one row per token and expert.
+        """
+        ids = np.array(indices).reshape(-1)
+        rows = x.reshape(-1, x.shape[-1])
+        slot_of = np.zeros(self._store.layout.layers[self._layer].num_experts, dtype=np.uint32)
+        outputs, orders = [], []
+        for wave in self._waves(np.unique(ids)):
+            slot_of[wave] = self._store.fetch(self._layer, wave)
+            pairs = np.flatnonzero(np.isin(ids, wave))
+            pairs = pairs[np.argsort(slot_of[ids[pairs]], kind="stable")]
+            y = expert_mlp(
+                rows[mx.array(pairs // indices.shape[-1])],
+                mx.array(slot_of[ids[pairs]]),
+                self._store.banks[self._layer].arrays,
+                self._quantisation,
+            )
+            self._store.hold(y)
+            outputs.append(y)
+            orders.append(pairs)
+        inverse = mx.array(np.argsort(np.concatenate(orders)))
+        return mx.concatenate(outputs)[inverse].reshape(*indices.shape, x.shape[-1])
+
+    def _waves(self, experts: np.ndarray) -> list[list[int]]:
+        """Split the experts into groups that fit the bank: resident ones, then the rest."""
+        bank = self._store.banks[self._layer]
+        needed = [int(e) for e in experts]
+        if len(needed) <= len(bank):
+            return [needed]
+        resident = bank.resident(needed)
+        missing = sorted(set(needed).difference(resident))
+        waves = [resident] if resident else []
+        return waves + [missing[i : i + len(bank)] for i in range(0, len(missing), len(bank))]
+
+
+class SparseMoeBlock(nn.Module):
+    """Router, routed experts and shared expert of one layer."""
+
+    def __init__(self, args: ModelArgs, layer: int, store: ExpertStore | None) -> None:
+        """Make the block; without a store the experts are ordinary parameters."""
+        super().__init__()
+        hidden, inner = args.hidden_size, args.moe_intermediate_size
+        self.top_k = args.num_experts_per_tok
+        self.norm_topk_prob = args.norm_topk_prob
+        self.gate = nn.Linear(hidden, args.num_experts, bias=False)
+        self.shared_expert = MLP(hidden, args.shared_expert_intermediate_size)
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
+        self.switch_mlp = (
+            SwitchGLU(hidden, inner, args.num_experts)
+            if store is None
+            else StreamedExperts(args, layer, store)
+        )
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map `[B, T, H]` to `[B, T, H]`."""
+        probabilities = mx.softmax(self.gate(x), axis=-1, precise=True)
+        indices = mx.argpartition(probabilities, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        scores = mx.take_along_axis(probabilities, indices, axis=-1)
+        if self.norm_topk_prob:
+            scores = scores / scores.sum(axis=-1, keepdims=True)
+        shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        # The device computes the shared expert while the disk delivers the routed ones.
+        mx.async_eval(indices, scores)
+        mx.async_eval(shared)
+        routed = (self.switch_mlp(x, indices) * scores[..., None]).sum(axis=-2)
+        return routed + shared
