@@ -265,6 +265,15 @@ class Model(nn.Module):
         """Return the live counters of the expert store; all zero if experts are resident."""
         return self._store.stats if self._store else ExpertStats()
 
+    def expert_cache(self) -> str:
+        """Say in one line how large the expert cache is, and why."""
+        return str(self._store.plan) if self._store else "Expert cache: all experts are resident"
+
+    def close(self) -> None:
+        """Close the expert files and stop the reader threads."""
+        if self._store:
+            self._store.close()
+
     @property
     def quant_predicate(self) -> Any:
         """Which layers mlx_lm quantises at which width: routers and gates at 8 bits."""

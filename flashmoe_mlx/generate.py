@@ -1,0 +1,178 @@
+"""`flashmoe-generate`: mlx_lm.generate's flags, plus those that control streaming."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import stream_generate
+from mlx_lm.generate import setup_arg_parser
+from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .errors import FlashMoEError
+from .loader import load
+from .memory import peak_bytes
+
+BUNDLED_MODEL = Path(__file__).parent / "bundled"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return mlx_lm.generate's parser with the streaming flags added."""
+    parser = setup_arg_parser()
+    parser.prog = "flashmoe-generate"
+    parser.description = "Generate text with a Qwen3.5 MoE model whose experts stream from disk."
+    group = parser.add_argument_group("streaming")
+    group.add_argument(
+        "--expert-cache",
+        help="Memory for experts, all layers together: 512MiB, 4GiB or auto (default: auto)",
+    )
+    group.add_argument("--io-threads", help="Threads that read from disk (default: 8)")
+    group.add_argument(
+        "--experts-per-token", help="Top-k to use instead of the checkpoint's own (default: its)"
+    )
+    group.add_argument(
+        "--stats", action="store_true", help="Also print the expert counters as one JSON line"
+    )
+    for action in parser._actions:
+        if action.dest == "model":
+            action.help = "A model directory or Hugging Face repo (default: the bundled model)"
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; bad input ends with one line on stderr and exit code 2."""
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+    except FlashMoEError as error:
+        print(f"flashmoe-generate: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model, print the text as it comes, then the figures."""
+    if args.draft_model or args.image:
+        flag = "--draft-model" if args.draft_model else "--image"
+        raise FlashMoEError(f"{flag} is not supported for streamed models; leave it out.")
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    cache, metadata = read_prompt_cache(args)
+    model, tokenizer = load(
+        args.model or metadata.get("model") or BUNDLED_MODEL,
+        expert_cache=args.expert_cache,
+        io_threads=args.io_threads,
+        experts_per_token=args.experts_per_token,
+        tokenizer_config={
+            **json.loads(metadata.get("tokenizer_config", "{}")),
+            "trust_remote_code": args.trust_remote_code,
+        },
+        model_config={"quantize_activations": args.quantize_activations},
+        adapter_path=args.adapter_path,
+    )
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    response = None
+    for response in stream_generate(
+        model,
+        tokenizer,
+        encode_prompt(args, tokenizer, cached=cache is not None),
+        max_tokens=args.max_tokens,
+        sampler=sampler,
+        max_kv_size=args.max_kv_size,
+        prefill_step_size=args.prefill_step_size,
+        prompt_cache=cache,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+    ):
+        print(response.text, end="", flush=True)
+    print()
+    if args.verbose and response is not None:
+        print("=" * 10)
+        report(model, response)
+    if args.stats:
+        print(json.dumps(model.expert_stats().as_dict()))
+
+
+def read_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, str]]:
+    """Load `--prompt-cache-file`, if given, and check that it fits the other flags."""
+    if args.prompt_cache_file is None:
+        return None, {}
+    cache, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    if args.model not in (None, metadata["model"]):
+        raise FlashMoEError(
+            f"--model {args.model}: {args.prompt_cache_file} was made with "
+            f"{metadata['model']}. Give that model, or leave --model out."
+        )
+    for entry in cache:
+        made_with = (entry.bits, entry.group_size) if isinstance(entry, QuantizedKVCache) else None
+        if made_with and made_with != (args.kv_bits or entry.bits, args.kv_group_size):
+            raise FlashMoEError(
+                f"--kv-bits {args.kv_bits} --kv-group-size {args.kv_group_size}: "
+                f"{args.prompt_cache_file} was made with {made_with[0]} and {made_with[1]}."
+            )
+    return cache, metadata
+
+
+def encode_prompt(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper, *, cached: bool
+) -> list[int]:
+    """Apply the chat template as mlx_lm.generate does, and return token ids.
+
+    With a prompt cache, only what follows the cached prefix is encoded.
+    """
+    prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return tokenizer.encode(prompt)
+    options = json.loads(args.chat_template_config) if args.chat_template_config else {}
+    prefill = args.prefill_response
+
+    def render(content: str) -> str:
+        messages = [{"role": "user", "content": content}]
+        if args.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": args.system_prompt})
+        if prefill is not None:
+            messages.append({"role": "assistant", "content": prefill})
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=prefill is not None,
+            add_generation_prompt=prefill is None,
+            **options,
+        )
+
+    text = render(prompt)
+    if cached:
+        text = text[render("<query>").index("<query>") :]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def report(model: Any, response: Any) -> None:
+    """Print speed, experts and memory, as mlx_lm.generate prints its own figures."""
+    print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
+    print(
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec"
+    )
+    print(model.expert_stats())
+    print(model.expert_cache())
+    print(f"Peak memory: {peak_bytes() / 2**20:.0f} MiB resident")
+
+
+if __name__ == "__main__":
+    main()
