@@ -1,0 +1,151 @@
+"""The parts of a conversion's plan: frozen, and derived from headers and config alone."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from flashmoe_mlx.layout import ITEM_SIZE, layer_file
+from flashmoe_mlx.convert.source import Place
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None means "not given"."""
+
+    quantize: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Quant:
+    """Affine quantisation: bits a weight, and weights that share a scale and a bias."""
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Name, safetensors dtype and shape of one tensor to write."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class TrunkTensor:
+    """One tensor of the trunk: `source` becomes `outputs`, one tensor or weight, scales, biases.
+
+    `shift` adds 1 in the source's dtype, before any cast to `dtype`.
+    """
+
+    source: Place
+    dtype: str
+    shift: bool
+    quant: Quant | None
+    outputs: tuple[Spec, ...]
+
+
+@dataclass(frozen=True)
+class TrunkFile:
+    """One safetensors file of the trunk."""
+
+    name: str
+    tensors: tuple[TrunkTensor, ...]
+
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        """Every tensor of the file, in order."""
+        return tuple(spec for tensor in self.tensors for spec in tensor.outputs)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of an expert's three matrices: `before` is None for a float source."""
+
+    name: str
+    rows: int
+    columns: int
+    before: Quant | None
+    after: Quant
+    dtype: str  # of scales and biases
+
+    @property
+    def copied(self) -> bool:
+        """Whether the source's bytes are taken as they are."""
+        return self.before == self.after
+
+    @property
+    def outputs(self) -> tuple[Spec, Spec, Spec]:
+        """Weight, scales and biases of one expert."""
+        return quantised(self.name, self.rows, self.columns, self.after, self.dtype)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The expert file of one layer."""
+
+    layer: int
+    experts: int
+    projections: tuple[Projection, ...]
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return layer_file(self.layer)
+
+    @property
+    def record(self) -> tuple[Spec, ...]:
+        """The nine tensors of one expert, in the order of `names.FIELDS`."""
+        return tuple(spec for projection in self.projections for spec in projection.outputs)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one expert."""
+        return sum(spec.nbytes for spec in self.record)
+
+    def outputs(self) -> Iterator[Spec]:
+        """Yield every tensor of the file, expert after expert."""
+        for expert in range(self.experts):
+            for spec in self.record:
+                yield Spec(f"experts.{expert}.{spec.name}", spec.dtype, spec.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion."""
+
+    layers: tuple[LayerPlan, ...]
+    trunk: tuple[TrunkFile, ...]
+    config: dict[str, Any]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(layer.record_bytes * layer.experts for layer in self.layers)
+
+    @property
+    def trunk_bytes(self) -> int:
+        """Bytes of all trunk tensors."""
+        return sum(spec.nbytes for file in self.trunk for spec in file.outputs)
+
+
+def quantised(
+    path: str, rows: int, columns: int, quant: Quant, dtype: str
+) -> tuple[Spec, Spec, Spec]:
+    """Return weight `[rows, columns * bits / 32]`, scales and biases `[rows, columns / group]`."""
+    groups = (rows, columns // quant.group_size)
+    return (
+        Spec(f"{path}.weight", "U32", (rows, columns * quant.bits // 32)),
+        Spec(f"{path}.scales", dtype, groups),
+        Spec(f"{path}.biases", dtype, groups),
+    )

@@ -1,0 +1,166 @@
+"""Decide everything before anything is written: a pure function of headers, config and options."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import LayerLayout, quantisation
+from flashmoe_mlx.names import PROJECTIONS, layer_prefix
+from flashmoe_mlx.convert.parts import LayerPlan, Options, Plan, Projection, Quant, TrunkTensor
+from flashmoe_mlx.convert.source import Dims, Source
+from flashmoe_mlx.convert.trunk import ROUTERS, plan_trunk, split_files
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+SHARD_BYTES = 5 << 30  # as mlx-lm cuts its files
+
+
+def build_plan(source: Source, options: Options, shard_bytes: int = SHARD_BYTES) -> Plan:
+    """Plan the conversion of a source.
+
+    Raises:
+        FlashMoEError: the options do not fit the source, or one another.
+    """
+    target = _target(source.dims, options)
+    layers: tuple[LayerPlan, ...]
+    if source.layout:
+        layers = tuple(_quantised_layer(source.dims, x, target) for x in source.layout.layers)
+        _check_dtype(options, layers)
+        tensors = plan_trunk(source, None, None)
+        entry = _kept_quantisation(source, layers)
+    else:
+        if target is None:
+            raise FlashMoEError(
+                f"{source.name}: the experts are not quantised, and only quantised ones can be "
+                "streamed. Add -q (and --q-bits 4, or 2)."
+            )
+        dtype = _target_dtype(source, options)
+        layers = tuple(
+            _float_layer(source.dims, n, target, dtype) for n in range(source.dims.layers)
+        )
+        trunk_quant = Quant(max(target.bits, 4), target.group_size)
+        tensors = plan_trunk(source, trunk_quant, dtype)
+        entry = _new_quantisation(trunk_quant, tensors, layers)
+    return Plan(layers, split_files(tensors, shard_bytes), output_config(source.config, entry))
+
+
+def output_config(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the config to write: the source's, its quantisation, and what makes it ours."""
+    extra = {"model_file": "flashmoe_model.py", "flashmoe": {"format_version": 1}}
+    if entry:
+        extra |= {"quantization": entry, "quantization_config": entry}
+    return config | extra
+
+
+def _target(dims: Dims, options: Options) -> Quant | None:
+    if not options.quantize:
+        for flag, value in (("--q-bits", options.bits), ("--q-group-size", options.group_size)):
+            if value is not None:
+                raise FlashMoEError(f"{flag} {value} has no effect without -q. Add -q.")
+        return None
+    quant = Quant(options.bits or 4, options.group_size or 64)
+    if options.bits is not None and options.bits not in BITS:
+        raise FlashMoEError(f"--q-bits {options.bits}: expected one of {_list(BITS)}.")
+    if options.group_size is not None and options.group_size not in GROUP_SIZES:
+        raise FlashMoEError(
+            f"--q-group-size {options.group_size}: expected one of {_list(GROUP_SIZES)}."
+        )
+    for key, width in (
+        ("hidden_size", dims.hidden),
+        ("moe_intermediate_size", dims.intermediate),
+    ):
+        if width % quant.group_size:
+            fits = [s for s in GROUP_SIZES if dims.hidden % s == dims.intermediate % s == 0]
+            raise FlashMoEError(
+                f"--q-group-size {quant.group_size} does not divide {key} = {width}. "
+                f"Sizes that fit this model: {_list(fits)}."
+            )
+    return quant
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+def _target_dtype(source: Source, options: Options) -> str:
+    text = source.config.get("text_config") or {}
+    for entry in (source.config, text):
+        for key in ("torch_dtype", "dtype"):
+            if options.dtype is None and (name := entry.get(key)) in DTYPES:
+                return DTYPES[name]
+    return DTYPES[options.dtype or "bfloat16"]
+
+
+def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
+    for layer in layers:
+        for projection in layer.projections:
+            if options.dtype and DTYPES[options.dtype] != projection.dtype:
+                raise FlashMoEError(
+                    f"--dtype {options.dtype}: the source is quantised already, with scales of "
+                    f"{projection.dtype} (layer {layer.layer} {projection.name}), and keeps them. "
+                    "Leave --dtype out."
+                )
+
+
+def _float_layer(dims: Dims, layer: int, target: Quant, dtype: str) -> LayerPlan:
+    projections = tuple(
+        Projection(name, dims.rows(name), dims.columns(name), None, target, dtype)
+        for name in PROJECTIONS
+    )
+    return LayerPlan(layer, dims.experts, projections)
+
+
+def _quantised_layer(dims: Dims, layout: LayerLayout, target: Quant | None) -> LayerPlan:
+    projections = []
+    for index, name in enumerate(PROJECTIONS):
+        weight, scales = layout.fields[3 * index : 3 * index + 2]
+        before = Quant(*quantisation(layout, name, dims.columns(name)))
+        if weight.shape[0] != dims.rows(name):
+            raise FlashMoEError(
+                f"{weight.file}: layer {layout.layer} {name} has {weight.shape[0]} rows, expected "
+                f"{dims.rows(name)}. Restore the config.json that belongs to this checkpoint."
+            )
+        projections.append(
+            Projection(
+                name, dims.rows(name), dims.columns(name), before, target or before, scales.dtype
+            )
+        )
+    return LayerPlan(layout.layer, layout.num_experts, tuple(projections))
+
+
+def _new_quantisation(
+    default: Quant, tensors: list[TrunkTensor], layers: tuple[LayerPlan, ...]
+) -> dict[str, Any]:
+    """Return config["quantization"] as mlx-lm writes it: a default, and paths that differ."""
+    entry: dict[str, Any] = _entry(default)
+    for tensor in tensors:
+        path = tensor.outputs[0].name.removesuffix(".weight")
+        if tensor.quant and path.endswith(ROUTERS):
+            entry[path] = {"group_size": tensor.quant.group_size, "bits": tensor.quant.bits}
+    return entry | {
+        path: _entry(quant) for path, quant in _expert_paths(layers) if quant != default
+    }
+
+
+def _kept_quantisation(source: Source, layers: tuple[LayerPlan, ...]) -> dict[str, Any]:
+    """Return the source's config["quantization"], with the entries of the experts brought up."""
+    first = layers[0].projections[0]
+    entry = _entry(first.before or first.after) | source.default_quantisation
+    default = Quant(entry["bits"], entry["group_size"])
+    for path, quant in _expert_paths(layers):
+        entry.pop(path, None)
+        if quant != default:
+            entry[path] = _entry(quant)
+    return entry
+
+
+def _entry(quant: Quant) -> dict[str, Any]:
+    return {"group_size": quant.group_size, "bits": quant.bits, "mode": "affine"}
+
+
+def _expert_paths(layers: tuple[LayerPlan, ...]) -> Iterator[tuple[str, Quant]]:
+    for layer in layers:
+        for projection in layer.projections:
+            name = f"{layer_prefix(layer.layer)}.mlp.switch_mlp.{projection.name}"
+            yield name, projection.after

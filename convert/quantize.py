@@ -1,0 +1,79 @@
+"""Turn an expert's source bytes into the nine arrays of its record."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from flashmoe_mlx.convert.parts import LayerPlan, Projection, Quant, Spec
+from flashmoe_mlx.convert.read import FLOATS, Bytes, as_array
+
+Codes = tuple[mx.array, mx.array, mx.array]
+Part = mx.array | Bytes
+
+
+def quantize(weights: mx.array, quant: Quant) -> Codes:
+    """Quantise float `[..., rows, columns]`, as mlx-lm does.
+
+    Returns:
+        Packed codes uint32 `[..., rows, columns * bits / 32]`; scales and biases
+        `[..., rows, columns / group]` in the dtype of the weights.
+    """
+    codes, scales, biases = mx.quantize(weights, quant.group_size, quant.bits)
+    return codes, scales, biases
+
+
+def dequantize(codes: mx.array, scales: mx.array, biases: mx.array, quant: Quant) -> mx.array:
+    """Return float32 `[..., rows, columns]`, not rounded to the dtype of the scales."""
+    return mx.dequantize(
+        codes,
+        scales.astype(mx.float32),
+        biases.astype(mx.float32),
+        quant.group_size,
+        quant.bits,
+    )
+
+
+def encode_floats(matrices: Sequence[tuple[Bytes, str]], plan: LayerPlan) -> list[Part]:
+    """Quantise one expert's float matrices, given as (bytes, dtype) in the plan's order.
+
+    The cast to the target dtype comes first: mlx-lm's order, and it changes the codes.
+    """
+    parts: list[Part] = []
+    for (data, dtype), projection in zip(matrices, plan.projections, strict=True):
+        weights = as_array(data, dtype, (projection.rows, projection.columns))
+        parts += quantize(weights.astype(FLOATS[projection.dtype]), projection.after)
+    return parts
+
+
+def encode_record(record: Bytes, before: Sequence[Spec], plan: LayerPlan) -> list[Part]:
+    """Requantise one expert's record where bits or group size change, and copy it elsewhere.
+
+    Args:
+        record: the nine tensors of the expert as the source has them, end to end.
+        before: their dtypes and shapes.
+        plan: the layer's plan.
+    """
+    pieces: list[Bytes] = []
+    start = 0
+    for spec in before:
+        pieces.append(record[start : start + spec.nbytes])
+        start += spec.nbytes
+    parts: list[Part] = []
+    for index, projection in enumerate(plan.projections):
+        own = slice(3 * index, 3 * index + 3)
+        if projection.copied:
+            parts += pieces[own]
+        else:
+            parts += _requantize(pieces[own], before[own], projection)
+    return parts
+
+
+def _requantize(pieces: list[Bytes], before: Sequence[Spec], projection: Projection) -> Codes:
+    assert projection.before
+    codes, scales, biases = (
+        as_array(data, spec.dtype, spec.shape) for data, spec in zip(pieces, before, strict=True)
+    )
+    weights = dequantize(codes, scales, biases, projection.before)
+    codes, scales, biases = quantize(weights, projection.after)
+    dtype = FLOATS[projection.dtype]
+    return codes, scales.astype(dtype), biases.astype(dtype)

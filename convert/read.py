@@ -1,0 +1,109 @@
+"""Positional reads from checkpoint files, and their bytes as arrays."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe_mlx.errors import FlashMoEError
+
+T = TypeVar("T")
+R = TypeVar("R")
+Bytes = npt.NDArray[np.uint8]
+
+FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+# NumPy has no bfloat16: its bits travel as uint16.
+_NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
+_READ_LIMIT = 1 << 30  # Linux and macOS both stop a single read short of 2 GiB.
+
+
+class Reader:
+    """Keeps the files of a checkpoint open and reads byte ranges of them."""
+
+    def __init__(self) -> None:
+        """Open nothing yet."""
+        self._files: dict[Path, int] = {}
+
+    def __enter__(self) -> Self:
+        """Return the reader."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close every file."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def read(self, file: Path, offset: int, nbytes: int) -> Bytes:
+        """Return `nbytes` bytes from `offset`, as uint8 `[nbytes]`."""
+        buffer = self.buffer(nbytes)
+        self.read_into(file, offset, buffer)
+        return buffer
+
+    @staticmethod
+    def buffer(nbytes: int) -> Bytes:
+        """Return uninitialised memory, uint8 `[nbytes]`."""
+        return np.empty(nbytes, np.uint8)
+
+    def read_into(self, file: Path, offset: int, buffer: Bytes) -> None:
+        """Fill `buffer` (uint8, contiguous) from `offset`.
+
+        Raises:
+            FlashMoEError: the file ends before the buffer is full, or cannot be read.
+        """
+        done = 0
+        while done < buffer.size:
+            piece = buffer.data[done : done + _READ_LIMIT]
+            try:
+                count = os.preadv(self._open(file), [piece], offset + done)
+            except OSError as error:
+                raise FlashMoEError(f"{file}: cannot be read ({error.strerror}).") from error
+            if count == 0:
+                raise FlashMoEError(
+                    f"{file}: ends at byte {offset + done}, but its header promises "
+                    f"{buffer.size - done} more. Download it again."
+                )
+            done += count
+
+    def _open(self, file: Path) -> int:
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY)
+        return self._files[file]
+
+
+def as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    """Return raw bytes as an MLX array (a copy) of a safetensors dtype: BF16, F16, F32 or U32."""
+    array = mx.array(data.view(_NUMPY[dtype]).reshape(shape))
+    return array.view(mx.bfloat16) if dtype == "BF16" else array
+
+
+def as_bytes(array: mx.array) -> memoryview:
+    """Return the bytes of an evaluated, row-contiguous array, without a copy."""
+    return memoryview(array).cast("B")
+
+
+def read_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield `function(item)` in order, computing the next one in a thread meanwhile.
+
+    At most three results are alive at once. `function` must not touch MLX: its streams belong to
+    the thread that made them.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for item in items:
+            following = pool.submit(function, item)
+            if pending:
+                yield pending.result()
+            pending = following
+        if pending:
+            yield pending.result()

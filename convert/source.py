@@ -1,0 +1,296 @@
+"""Open the checkpoint to convert: find its files, check them, say where every tensor lies."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import (
+    EXPERT_DIR,
+    ExpertLayout,
+    TensorInfo,
+    checkpoint_headers,
+    open_layout,
+)
+from flashmoe_mlx.names import canonical, fused_expert, is_expert, single_expert, stacked_expert
+
+MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+# What mlx-lm downloads.
+HUB_PATTERNS = (
+    "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
+    "*.txt", "*.jsonl", "*.jinja",
+)  # fmt: skip
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+INDEX = "model.safetensors.index.json"
+
+Place = tuple[Path, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes that a conversion depends on, from the text part of config.json."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    tied: bool
+
+    def columns(self, projection: str) -> int:
+        """Return the input width of one expert projection."""
+        return self.intermediate if projection == "down_proj" else self.hidden
+
+    def rows(self, projection: str) -> int:
+        """Return the output width of one expert projection."""
+        return self.hidden if projection == "down_proj" else self.intermediate
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One expert's float matrix `[rows, columns]`, row-contiguous at `offset` of `file`."""
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked checkpoint directory.
+
+    Attributes:
+        directory: where its files lie.
+        name: what the user called it: a path, or a name on the Hub.
+        revision: the commit on the Hub, if it came from there.
+        config: its config.json, unchanged.
+        dims: sizes from the config.
+        trunk: every tensor of text generation that is no expert's, by canonical name.
+        layout: the quantised experts, or None if the experts are floats.
+        matrices: where float experts lie, by (layer, expert, projection).
+    """
+
+    directory: Path
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+    dims: Dims
+    trunk: dict[str, Place]
+    layout: ExpertLayout | None
+    matrices: dict[tuple[int, int, str], Matrix] = field(repr=False)
+
+    @property
+    def default_quantisation(self) -> dict[str, Any]:
+        """The config's "quantization" entry, under either of its names; empty if it has none."""
+        return self.config.get("quantization") or self.config.get("quantization_config") or {}
+
+
+def open_source(path_or_repo: str, revision: str | None = None) -> Source:
+    """Open a local directory, or download a checkpoint from the Hugging Face Hub.
+
+    Raises:
+        FlashMoEError: it is not a whole Qwen3.5 MoE checkpoint that can be converted.
+    """
+    directory, commit = _find(path_or_repo, revision)
+    config = read_config(directory)
+    dims = _dims(directory / "config.json", config)
+    _check_quantisation(directory / "config.json", config)
+    headers = checkpoint_headers(directory)
+    _check_index(directory, headers)
+    layout, matrices = None, {}
+    if _has_quantised_experts(directory, headers):
+        layout = open_layout(directory, dims.layers, dims.experts)
+    else:
+        matrices = _find_matrices(directory, dims, headers)
+    trunk = _trunk(directory, dims, headers)
+    return Source(directory, path_or_repo, commit, config, dims, trunk, layout, matrices)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json and check that its model can be converted."""
+    path = directory / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        types = [part.get("model_type") for part in (config, config.get("text_config") or config)]
+    except FileNotFoundError:
+        raise FlashMoEError(
+            f"{path}: missing. Give the directory of a whole Qwen3.5 MoE checkpoint."
+        ) from None
+    except (ValueError, OSError, AttributeError) as error:
+        raise FlashMoEError(f"{path}: cannot be read ({error}). Download it again.") from error
+    for model_type in types:
+        if model_type not in MODEL_TYPES:
+            raise FlashMoEError(
+                f"{path}: model_type {model_type!r} is not supported; only "
+                f"{' and '.join(MODEL_TYPES)} are. Convert other models with mlx_lm.convert."
+            )
+    return config
+
+
+def _find(path_or_repo: str, revision: str | None) -> tuple[Path, str | None]:
+    """Return the local directory and, for a download, its commit."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path, None
+    if path.exists() or path_or_repo.startswith(("/", ".", "~")) or path_or_repo.count("/") != 1:
+        raise FlashMoEError(
+            f"{path_or_repo}: not a directory. Give a checkpoint's directory, or its name on the "
+            "Hugging Face Hub such as Qwen/Qwen3.5-35B-A3B."
+        )
+    from huggingface_hub import snapshot_download  # slow to import, seldom needed
+
+    try:
+        snapshot = snapshot_download(
+            path_or_repo, revision=revision, allow_patterns=list(HUB_PATTERNS)
+        )
+    except Exception as error:  # a dozen kinds: network, names, permissions, disk
+        raise FlashMoEError(
+            f"{path_or_repo}: not a local directory, and the Hugging Face Hub did not deliver it "
+            f"({str(error).splitlines()[0]}). Check the name, --revision and the network."
+        ) from error
+    return Path(snapshot), Path(snapshot).name
+
+
+def _dims(path: Path, config: dict[str, Any]) -> Dims:
+    text = config.get("text_config") or config
+    keys = (
+        "num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size",
+        "moe_intermediate_size",
+    )  # fmt: skip
+    for key in keys:
+        if not isinstance(text.get(key), int) or text[key] < 1:
+            raise FlashMoEError(
+                f"{path}: {key} is {text.get(key)!r}, expected a positive integer. "
+                "Restore the config.json that belongs to this checkpoint."
+            )
+    dims = Dims(*(text[key] for key in keys), bool(text.get("tie_word_embeddings", False)))
+    if dims.top_k > dims.experts:
+        raise FlashMoEError(
+            f"{path}: num_experts_per_tok = {dims.top_k} is more than num_experts = "
+            f"{dims.experts}. Restore the config.json that belongs to this checkpoint."
+        )
+    return dims
+
+
+def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
+    """Refuse quantisation schemes that are not MLX's affine one."""
+    text = config.get("text_config") or config
+    for entry in (config, text):
+        method = (entry.get("quantization_config") or {}).get("quant_method")
+        if method and "quantization" not in config:
+            raise FlashMoEError(
+                f"{path}: the checkpoint is quantised with {method!r}, which cannot be converted. "
+                "Start from the bfloat16 checkpoint, or from an MLX one."
+            )
+    mode = (config.get("quantization") or {}).get("mode", "affine")
+    if mode != "affine":
+        raise FlashMoEError(
+            f"{path}: quantisation mode {mode!r} cannot be converted; only 'affine' can. "
+            "Start from the bfloat16 checkpoint, or from an affine MLX one."
+        )
+
+
+def _check_index(directory: Path, headers: dict[str, Place]) -> None:
+    """Check that every needed tensor of the index is there: a download may lack a shard."""
+    try:
+        index = json.loads((directory / INDEX).read_text())["weight_map"]
+        wanted = {name: str(file) for name, file in index.items() if canonical(name)}
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlashMoEError(
+            f"{directory / INDEX}: damaged ({error}). Download it again."
+        ) from error
+    for name, file in wanted.items():
+        if name not in headers:
+            raise FlashMoEError(
+                f"{directory}: {INDEX} promises {name} in {file}, which is not there. "
+                f"Download {file} again."
+            )
+
+
+def _has_quantised_experts(directory: Path, headers: dict[str, Place]) -> bool:
+    if (directory / EXPERT_DIR).exists():
+        return True
+    stacked = (stacked_expert(name) for name in headers)
+    return any(match and match[1].endswith(".scales") for match in stacked)
+
+
+def _trunk(directory: Path, dims: Dims, headers: dict[str, Place]) -> dict[str, Place]:
+    trunk: dict[str, Place] = {}
+    for name, place in headers.items():
+        full = canonical(name)
+        if full is None or is_expert(name):
+            continue
+        if dims.tied and full.startswith("language_model.lm_head."):
+            continue
+        if full in trunk:
+            raise FlashMoEError(
+                f"{place[0]}: {name} is a second tensor for {full}. Remove the files that do not "
+                "belong to the checkpoint."
+            )
+        trunk[full] = place
+    names = [f"language_model.model.layers.{n}.mlp.gate.weight" for n in range(dims.layers)]
+    for name in ("language_model.model.embed_tokens.weight", *names):
+        if name not in trunk:
+            raise FlashMoEError(f"{directory}: no tensor {name}. Download the checkpoint again.")
+    return trunk
+
+
+def _find_matrices(
+    directory: Path, dims: Dims, headers: dict[str, Place]
+) -> dict[tuple[int, int, str], Matrix]:
+    matrices: dict[tuple[int, int, str], Matrix] = {}
+    for name, (file, info) in headers.items():
+        for key, matrix in _matrices_of(name, file, info, dims).items():
+            if key in matrices or key[0] >= dims.layers or key[1] >= dims.experts:
+                raise FlashMoEError(
+                    f"{file}: {name} holds expert {key[1]} of layer {key[0]}, which config.json "
+                    f"({dims.layers} layers, {dims.experts} experts) or another tensor leaves no "
+                    "room for. Restore the config.json that belongs to this checkpoint."
+                )
+            matrices[key] = matrix
+    for layer in range(dims.layers):
+        for expert in range(dims.experts):
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                if (layer, expert, projection) not in matrices:
+                    raise FlashMoEError(
+                        f"{directory}: layer {layer} expert {expert} {projection}: no tensor. "
+                        "Download the checkpoint's missing files."
+                    )
+    return matrices
+
+
+def _matrices_of(
+    name: str, file: Path, info: TensorInfo, dims: Dims
+) -> dict[tuple[int, int, str], Matrix]:
+    """Return the expert matrices that one tensor holds (none if it is no expert's)."""
+    projections: tuple[str, ...]
+    if single := single_expert(name):
+        layer, first, projections = single[0], single[1], (single[2],)
+    elif fused := fused_expert(name):
+        layer, first = fused[0], 0
+        projections = ("gate_proj", "up_proj") if fused[1] == "gate_up_proj" else (fused[1],)
+    elif stacked := stacked_expert(name):
+        layer, first, projections = stacked[0], 0, (stacked[1].removesuffix(".weight"),)
+    else:
+        return {}
+    rows, columns = dims.rows(projections[0]), dims.columns(projections[0])
+    shape = (len(projections) * rows, columns)
+    count = 1 if single else dims.experts
+    expected = shape if single else (count, *shape)
+    if info.shape != expected or info.dtype not in FLOAT_DTYPES:
+        raise FlashMoEError(
+            f"{file}: {name} is {info.dtype}{list(info.shape)}, expected {list(expected)} of "
+            f"{', '.join(FLOAT_DTYPES)} by config.json. Start from the bfloat16 checkpoint, with "
+            "the config.json that belongs to it."
+        )
+    step = info.nbytes // (count * len(projections))
+    return {
+        (layer, first + index // len(projections), projections[index % len(projections)]): Matrix(
+            file, info.offset + index * step, info.dtype, (rows, columns)
+        )
+        for index in range(count * len(projections))
+    }
