@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.convert.plan import DTYPES
 from flashmoe_mlx.convert.run import convert
+
+from flashmoe_mlx.errors import FlashMoEError
 
 EXIT_ERROR = 2
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flashmoe_mlx.layout import ITEM_SIZE, layer_file
 from flashmoe_mlx.convert.source import Place
+
+from flashmoe_mlx.layout import ITEM_SIZE, layer_file
 
 
 @dataclass(frozen=True)

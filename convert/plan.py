@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import LayerLayout, quantisation
-from flashmoe_mlx.names import PROJECTIONS, layer_prefix
 from flashmoe_mlx.convert.parts import LayerPlan, Options, Plan, Projection, Quant, TrunkTensor
 from flashmoe_mlx.convert.source import Dims, Source
 from flashmoe_mlx.convert.trunk import ROUTERS, plan_trunk, split_files
+
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import LayerLayout, quantisation
+from flashmoe_mlx.names import PROJECTIONS, layer_prefix
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)

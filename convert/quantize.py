@@ -1,14 +1,14 @@
 """Turn an expert's source bytes into the nine arrays of its record."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import mlx.core as mx
-
 from flashmoe_mlx.convert.parts import LayerPlan, Projection, Quant, Spec
 from flashmoe_mlx.convert.read import FLOATS, Bytes, as_array
 
 Codes = tuple[mx.array, mx.array, mx.array]
-Part = mx.array | Bytes
+Part: TypeAlias = mx.array | Bytes
 
 
 def quantize(weights: mx.array, quant: Quant) -> Codes:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -89,7 +89,8 @@ def as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
 
 def as_bytes(array: mx.array) -> memoryview:
     """Return the bytes of an evaluated, row-contiguous array, without a copy."""
-    return memoryview(array).cast("B")
+    exporter: Any = array  # whose buffer protocol its type stubs do not mention
+    return memoryview(exporter).cast("B")
 
 
 def read_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -8,16 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 from flashmoe_mlx.convert.act import CHECKSUM, write_layer, write_trunk
 from flashmoe_mlx.convert.parts import Options, Plan, Quant
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.source import INDEX, Source, open_source
 from flashmoe_mlx.convert.write import copy_file, sync_directory, write_file, write_json
+from tqdm import tqdm
+
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 
 MODEL_FILE = "flashmoe_model.py"
 SHIM = "from flashmoe_mlx.loader import bind\nModel, ModelArgs = bind(__file__)\n"

@@ -165,7 +165,9 @@ def _dims(path: Path, config: dict[str, Any]) -> Dims:
                 f"{path}: {key} is {text.get(key)!r}, expected a positive integer. "
                 "Restore the config.json that belongs to this checkpoint."
             )
-    dims = Dims(*(text[key] for key in keys), bool(text.get("tie_word_embeddings", False)))
+    layers, experts, top_k, hidden, intermediate = (int(text[key]) for key in keys)
+    tied = bool(text.get("tie_word_embeddings", False))
+    dims = Dims(layers, experts, top_k, hidden, intermediate, tied)
     if dims.top_k > dims.experts:
         raise FlashMoEError(
             f"{path}: num_experts_per_tok = {dims.top_k} is more than num_experts = "
