@@ -1,0 +1,133 @@
+"""Tiny random Qwen3.5 MoE checkpoints, in every spelling that is published."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3_5_moe
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, VOCABULARY = 128, 64, 8, 4, 96
+
+TEXT_CONFIG = {
+    "model_type": "qwen3_5_moe_text", "hidden_size": HIDDEN, "intermediate_size": 64,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 32, "vocab_size": VOCABULARY, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 48,
+    "linear_conv_kernel_dim": 4, "full_attention_interval": 4, "num_experts": EXPERTS,
+    "num_experts_per_tok": 2, "moe_intermediate_size": INTERMEDIATE,
+    "shared_expert_intermediate_size": 64, "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6, "max_position_embeddings": 512, "dtype": "bfloat16",
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+    },
+}  # fmt: skip
+
+Weights = dict[str, mx.array]
+
+
+def make_config(**text: Any) -> dict[str, Any]:
+    return {"model_type": "qwen3_5_moe", "text_config": copy.deepcopy(TEXT_CONFIG) | text}
+
+
+def make_weights(config: dict[str, Any], dtype: mx.Dtype = mx.bfloat16, seed: int = 7) -> Weights:
+    """Random weights with mlx-lm's names, and the norms and convolutions of Hugging Face."""
+    mx.random.seed(seed)
+    args = qwen3_5_moe.ModelArgs.from_dict(copy.deepcopy(config))
+    shapes = {k: v.shape for k, v in tree_flatten(qwen3_5_moe.Model(args).parameters())}
+    weights = {k: (mx.random.normal(s) * 0.1).astype(dtype) for k, s in sorted(shapes.items())}
+    for name, value in weights.items():
+        if name.endswith("A_log"):
+            weights[name] = value.astype(mx.float32)
+        if "conv1d" in name:
+            weights[name] = value.moveaxis(1, 2)
+    return weights
+
+
+def fused(weights: Weights) -> Weights:
+    """The Hub's names for experts: gate_up_proj `[E, 2I, H]` and down_proj `[E, H, I]`."""
+    result = {k: v for k, v in weights.items() if "switch_mlp" not in k}
+    for name in weights:
+        if name.endswith("switch_mlp.up_proj.weight"):
+            stem = name.removesuffix("switch_mlp.up_proj.weight")
+            halves = [weights[f"{stem}switch_mlp.{p}_proj.weight"] for p in ("gate", "up")]
+            result[f"{stem}experts.gate_up_proj"] = mx.concatenate(halves, axis=1)
+            result[f"{stem}experts.down_proj"] = weights[f"{stem}switch_mlp.down_proj.weight"]
+    return result
+
+
+def separate(weights: Weights) -> Weights:
+    """One tensor for each projection of each expert."""
+    result = {}
+    for name, value in weights.items():
+        stem, middle, rest = name.partition("switch_mlp.")
+        if middle:
+            result |= {f"{stem}experts.{e}.{rest}": value[e] for e in range(value.shape[0])}
+        else:
+            result[name] = value
+    return result
+
+
+def spell(weights: Weights, prefix: str) -> Weights:
+    """Replace the prefix `language_model.model.` by another published one."""
+    def rename(name: str) -> str:
+        name = name.replace("language_model.lm_head", "lm_head")
+        return name.replace("language_model.model.", prefix)
+
+    return {rename(name): value for name, value in weights.items()}
+
+
+def extras() -> Weights:
+    """Tensors that text generation does not use, with names that could be taken for ours."""
+    return {
+        "model.visual.blocks.0.norm1.weight": mx.ones((16,), mx.bfloat16),
+        "mtp.layers.0.mlp.experts.gate_up_proj": mx.ones((EXPERTS, 2, 2), mx.bfloat16),
+        "mtp.norm.weight": mx.ones((HIDDEN,), mx.bfloat16),
+    }
+
+
+def write_tokenizer(directory: Path) -> None:
+    words = {f"w{n}": n for n in range(VOCABULARY - 1)} | {"<|im_end|>": VOCABULARY - 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="<|im_end|>"
+    )
+    tokenizer.save_pretrained(directory)
+
+
+def save(directory: Path, config: dict[str, Any], weights: Weights, shards: int = 1) -> Path:
+    """Write a checkpoint of one or several files, with an index if several."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    names = sorted(weights)
+    index = {}
+    for number in range(shards):
+        part = {name: weights[name] for name in names[number::shards]}
+        file = "model.safetensors"
+        if shards > 1:
+            file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+            index |= dict.fromkeys(part, file)
+        mx.save_safetensors(str(directory / file), part, metadata={"format": "mlx"})
+    if index:
+        path = directory / "model.safetensors.index.json"
+        path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return directory
+
+
+def load(directory: Path, pattern: str = "model*.safetensors") -> Weights:
+    result: Weights = {}
+    for path in sorted(directory.glob(pattern)):
+        result |= mx.load(str(path))
+    return result
+
+
+def same(left: mx.array, right: mx.array) -> bool:
+    """Equal in dtype, shape and every bit."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    flat = [mx.contiguous(x).reshape(-1).view(mx.uint8) for x in (left, right)]
+    return bool(mx.array_equal(*flat))
