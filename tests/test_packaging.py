@@ -1,0 +1,125 @@
+"""What is shipped: wheel and sdist hold every file of the source tree, and no private ones."""
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "flashmoe_mlx": "flashmoe_mlx",
+    "custom_kernels": "flashmoe_mlx/custom_kernels",
+    "convert": "flashmoe_mlx/convert",
+}
+SHIPPED = (".py", ".metal", ".cuh", "py.typed")
+LITTER = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc")
+
+# Spelled in pieces, so that this file does not find itself.
+FORBIDDEN = re.compile("/wor" r"k/|/roo" r"t/|\b(TO" r"DO|FIX" r"ME|NotImplement" r"edError)\b")
+CHECKED = (".py", ".metal", ".cuh", ".toml", ".md")
+
+
+def source_files() -> dict[str, bytes]:
+    """Map every file that the wheel must hold to its content, under its name in the wheel."""
+    return {
+        f"{target}/{path.relative_to(ROOT / folder).as_posix()}": path.read_bytes()
+        for folder, target in PACKAGES.items()
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+        if path.name.endswith(SHIPPED) or "bundled" in path.parts
+    }
+
+
+def copy_sources(destination: Path) -> Path:
+    """Copy what a build reads, so that no build output lands in the repository."""
+    destination.mkdir()
+    for folder in PACKAGES:
+        shutil.copytree(ROOT / folder, destination / folder, ignore=LITTER)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, destination)
+    return destination
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Build a "wheel" or an "sdist" with the installed setuptools; nothing is downloaded."""
+    code = f"from setuptools.build_meta import build_{kind} as b; import sys; b(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (made,) = out.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return made
+
+
+def contents(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    return copy_sources(tmp_path_factory.mktemp("build") / "source")
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory) -> dict[str, bytes]:
+    return contents(build("wheel", tree, tmp_path_factory.mktemp("wheel")))
+
+
+def test_wheel_holds_every_file(wheel):
+    shipped = {name: data for name, data in wheel.items() if ".dist-info/" not in name}
+    expected = source_files()
+    assert sorted(shipped) == sorted(expected)
+    assert shipped == expected
+
+
+def test_wheel_has_a_licence_and_the_readme(wheel):
+    name = next(name for name in wheel if name.endswith(".dist-info/METADATA"))
+    assert any(name.endswith("/licenses/LICENSE") for name in wheel)
+    assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in wheel[name].decode()
+
+
+def test_sdist_builds_the_same_wheel(wheel, tmp_path):
+    (tmp_path / "sdist").mkdir()
+    # A tree of its own: one that a wheel was built in has a stale list of sources.
+    sdist = build("sdist", copy_sources(tmp_path / "source"), tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    (tmp_path / "wheel").mkdir()
+    assert contents(build("wheel", unpacked, tmp_path / "wheel")) == wheel
+
+
+def test_commands_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for command, target in project["scripts"].items():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), command
+
+
+def tracked_files() -> list[Path]:
+    """List the repository's files: git's, or in an unpacked sdist the folders' we know."""
+    git = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode == 0:
+        return [path for name in git.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+    folders = (*PACKAGES, "tests", "tools", "docs")
+    return [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+
+
+def test_no_private_paths_and_no_unfinished_work():
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in tracked_files()
+        if path.suffix in CHECKED
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if FORBIDDEN.search(line)
+    ]
+    assert not found, "\n".join(found)
