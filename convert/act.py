@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
+
 from flashmoe_mlx.convert.parts import LayerPlan, Spec, TrunkFile, TrunkTensor
 from flashmoe_mlx.convert.quantize import Part, encode_floats, encode_record, quantize
 from flashmoe_mlx.convert.read import FLOATS, Bytes, Reader, as_array, as_bytes, read_ahead
 from flashmoe_mlx.convert.source import Source
 from flashmoe_mlx.convert.write import TensorFile
-
 from flashmoe_mlx.layout import DATA_ALIGNMENT, ITEM_SIZE, LayerLayout
 from flashmoe_mlx.names import FIELDS
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from flashmoe_mlx.convert.plan import DTYPES
 from flashmoe_mlx.convert.run import convert
-
 from flashmoe_mlx.errors import FlashMoEError
 
 EXIT_ERROR = 2

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashmoe_mlx.convert.source import Place
-
 from flashmoe_mlx.layout import ITEM_SIZE, layer_file
 
 

@@ -6,7 +6,6 @@ from typing import Any
 from flashmoe_mlx.convert.parts import LayerPlan, Options, Plan, Projection, Quant, TrunkTensor
 from flashmoe_mlx.convert.source import Dims, Source
 from flashmoe_mlx.convert.trunk import ROUTERS, plan_trunk, split_files
-
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import LayerLayout, quantisation
 from flashmoe_mlx.names import PROJECTIONS, layer_prefix
@@ -17,7 +16,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 SHARD_BYTES = 5 << 30  # as mlx-lm cuts its files
 
 
-def build_plan(source: Source, options: Options, shard_bytes: int = SHARD_BYTES) -> Plan:
+def build_plan(source: Source, options: Options) -> Plan:
     """Plan the conversion of a source.
 
     Raises:
@@ -43,7 +42,7 @@ def build_plan(source: Source, options: Options, shard_bytes: int = SHARD_BYTES)
         trunk_quant = Quant(max(target.bits, 4), target.group_size)
         tensors = plan_trunk(source, trunk_quant, dtype)
         entry = _new_quantisation(trunk_quant, tensors, layers)
-    return Plan(layers, split_files(tensors, shard_bytes), output_config(source.config, entry))
+    return Plan(layers, split_files(tensors, SHARD_BYTES), output_config(source.config, entry))
 
 
 def output_config(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:

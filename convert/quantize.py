@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
+
 from flashmoe_mlx.convert.parts import LayerPlan, Projection, Quant, Spec
 from flashmoe_mlx.convert.read import FLOATS, Bytes, as_array
 

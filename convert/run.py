@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from flashmoe_mlx.convert.act import CHECKSUM, write_layer, write_trunk
 from flashmoe_mlx.convert.parts import Options, Plan, Quant
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.source import INDEX, Source, open_source
 from flashmoe_mlx.convert.write import copy_file, sync_directory, write_file, write_json
-from tqdm import tqdm
-
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 
@@ -28,7 +28,7 @@ _WRITTEN_ANEW = ("config.json", MODEL_FILE)
 
 
 def convert(
-    hf_path: str,
+    hf_path: str | Path,
     mlx_path: str | Path = "mlx_model",
     quantize: bool = False,
     q_group_size: int | None = None,
@@ -60,7 +60,7 @@ def convert(
     options = Options(quantize, q_bits, q_group_size, dtype)
     if link and options != Options():
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
-    source = open_source(hf_path, revision)
+    source = open_source(str(hf_path), revision)
     plan = build_plan(source, options)
     if link:
         _check_linkable(source)

@@ -2,7 +2,6 @@
 
 from flashmoe_mlx.convert.parts import Quant, Spec, TrunkFile, TrunkTensor, quantised
 from flashmoe_mlx.convert.source import FLOAT_DTYPES, Place, Source
-
 from flashmoe_mlx.errors import FlashMoEError
 
 # Hugging Face stores these as w and applies 1 + w; MLX checkpoints hold the sum.

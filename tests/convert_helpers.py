@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.convert import convert as stock_convert
 from mlx_lm.models import qwen3_5_moe
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -75,6 +76,7 @@ def separate(weights: Weights) -> Weights:
 
 def spell(weights: Weights, prefix: str) -> Weights:
     """Replace the prefix `language_model.model.` by another published one."""
+
     def rename(name: str) -> str:
         name = name.replace("language_model.lm_head", "lm_head")
         return name.replace("language_model.model.", prefix)
@@ -131,3 +133,16 @@ def same(left: mx.array, right: mx.array) -> bool:
         return False
     flat = [mx.contiguous(x).reshape(-1).view(mx.uint8) for x in (left, right)]
     return bool(mx.array_equal(*flat))
+
+
+def write_checkpoints(root: Path) -> Path:
+    """A Hub-like bfloat16 checkpoint in `hf`, and stock mlx-lm's 4-bit conversion in `stock`."""
+    config = make_config()
+    weights = spell(fused(make_weights(config)), "model.language_model.") | extras()
+    write_tokenizer(save(root / "hf", config, weights, shards=3))
+    stock_convert(str(root / "hf"), str(root / "stock"), quantize=True)
+    return root
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
