@@ -260,6 +260,11 @@ def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
                     f"byte {tensor.offset}, expected {expected[0]}{list(expected[1])} at "
                     f"{expected[2]}. Convert the model again."
                 )
+    if len(tensors) != num_experts * len(FIELDS):
+        raise FlashMoEError(
+            f"{path}: holds {len(tensors)} tensors, expected {num_experts * len(FIELDS)}, since "
+            f"config.json asks for {num_experts} experts. Restore the config.json that belongs to this model."
+        )
     fields = tuple(
         Field(name, t.dtype, t.shape, t.nbytes, path, t.offset, stride)
         for name, t in zip(FIELDS, first, strict=True)
