@@ -263,7 +263,8 @@ def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
     if len(tensors) != num_experts * len(FIELDS):
         raise FlashMoEError(
             f"{path}: holds {len(tensors)} tensors, expected {num_experts * len(FIELDS)}, since "
-            f"config.json asks for {num_experts} experts. Restore the config.json that belongs to this model."
+            f"config.json asks for {num_experts} experts. Restore the config.json that belongs to "
+            "this model."
         )
     fields = tuple(
         Field(name, t.dtype, t.shape, t.nbytes, path, t.offset, stride)
