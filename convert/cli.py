@@ -3,12 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from flashmoe_mlx.convert.plan import DTYPES
 from flashmoe_mlx.convert.run import convert
 from flashmoe_mlx.errors import FlashMoEError
 
 EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlashMoEError as error:
         print(f"flashmoe-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_ERROR
+    except KeyboardInterrupt:
+        advice = f"; delete {options.mlx_path}" if Path(options.mlx_path).exists() else ""
+        print(f"flashmoe-convert: interrupted{advice}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if not options.dry_run:
         print(f"Done. Try: mlx_lm.generate --model {options.mlx_path} --trust-remote-code -p Hello")
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flashmoe_mlx.convert.act import CHECKSUM, write_layer, write_trunk
+from flashmoe_mlx.convert.hub import located
 from flashmoe_mlx.convert.parts import Options, Plan, Quant
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
@@ -48,7 +49,7 @@ def convert(
         q_bits: bits of an expert's weight; 4 unless given.
         dtype: "bfloat16", "float16" or "float32" for what is not quantised; else the config's.
         revision: branch, tag or commit on the Hub.
-        dry_run: print what would be written, and write nothing.
+        dry_run: print what would be written, and write nothing; from the Hub, headers are enough.
         link: stream from the (quantised MLX) source where it lies instead of copying it.
 
     Raises:
@@ -60,7 +61,12 @@ def convert(
     options = Options(quantize, q_bits, q_group_size, dtype)
     if link and options != Options():
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
-    source = open_source(str(hf_path), revision)
+    with located(str(hf_path), revision, headers_only=dry_run) as (directory, commit):
+        source = open_source(directory, str(hf_path), commit)
+        _convert(source, options, out, dry_run, link)
+
+
+def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: bool) -> None:
     plan = build_plan(source, options)
     if link:
         _check_linkable(source)

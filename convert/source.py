@@ -16,11 +16,6 @@ from flashmoe_mlx.layout import (
 from flashmoe_mlx.names import canonical, fused_expert, is_expert, single_expert, stacked_expert
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
-# What mlx-lm downloads.
-HUB_PATTERNS = (
-    "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
-    "*.txt", "*.jsonl", "*.jinja",
-)  # fmt: skip
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 INDEX = "model.safetensors.index.json"
 
@@ -87,13 +82,12 @@ class Source:
         return self.config.get("quantization") or self.config.get("quantization_config") or {}
 
 
-def open_source(path_or_repo: str, revision: str | None = None) -> Source:
-    """Open a local directory, or download a checkpoint from the Hugging Face Hub.
+def open_source(directory: Path, name: str, revision: str | None = None) -> Source:
+    """Open a checkpoint that the user knows as `name`.
 
     Raises:
         FlashMoEError: it is not a whole Qwen3.5 MoE checkpoint that can be converted.
     """
-    directory, commit = _find(path_or_repo, revision)
     config = read_config(directory)
     dims = _dims(directory / "config.json", config)
     _check_quantisation(directory / "config.json", config)
@@ -105,7 +99,7 @@ def open_source(path_or_repo: str, revision: str | None = None) -> Source:
     else:
         matrices = _find_matrices(directory, dims, headers)
     trunk = _trunk(directory, dims, headers)
-    return Source(directory, path_or_repo, commit, config, dims, trunk, layout, matrices)
+    return Source(directory, name, revision, config, dims, trunk, layout, matrices)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -127,30 +121,6 @@ def read_config(directory: Path) -> dict[str, Any]:
                 f"{' and '.join(MODEL_TYPES)} are. Convert other models with mlx_lm.convert."
             )
     return config
-
-
-def _find(path_or_repo: str, revision: str | None) -> tuple[Path, str | None]:
-    """Return the local directory and, for a download, its commit."""
-    path = Path(path_or_repo).expanduser()
-    if path.is_dir():
-        return path, None
-    if path.exists() or path_or_repo.startswith(("/", ".", "~")) or path_or_repo.count("/") != 1:
-        raise FlashMoEError(
-            f"{path_or_repo}: not a directory. Give a checkpoint's directory, or its name on the "
-            "Hugging Face Hub such as Qwen/Qwen3.5-35B-A3B."
-        )
-    from huggingface_hub import snapshot_download  # slow to import, seldom needed
-
-    try:
-        snapshot = snapshot_download(
-            path_or_repo, revision=revision, allow_patterns=list(HUB_PATTERNS)
-        )
-    except Exception as error:  # a dozen kinds: network, names, permissions, disk
-        raise FlashMoEError(
-            f"{path_or_repo}: not a local directory, and the Hugging Face Hub did not deliver it "
-            f"({str(error).splitlines()[0]}). Check the name, --revision and the network."
-        ) from error
-    return Path(snapshot), Path(snapshot).name
 
 
 def _dims(path: Path, config: dict[str, Any]) -> Dims:

@@ -438,3 +438,34 @@ def test_hub_names_are_downloaded(root, tmp_path, monkeypatch):
     assert manifest["source"] == {"repo": "owner/model", "revision": "0123abc"}
     with pytest.raises(FlashMoEError, match=r"owner/none: .*\(404: no such repository\)"):
         convert("owner/none", tmp_path / "out2", quantize=True)
+
+
+def test_dry_run_from_the_hub_reads_headers_only(root, tmp_path, monkeypatch, capsys):
+    class Info:
+        def __init__(self, dtype: str, shape: list[int], data_offsets: list[int]):
+            self.dtype, self.shape = dtype, shape
+            self.data_offsets = tuple(data_offsets)
+
+    class File:
+        def __init__(self, path: Path):
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header.pop("__metadata__", None)
+            self.tensors = {name: Info(**entry) for name, entry in header.items()}
+
+    class Metadata:
+        def __init__(self, repo: str, revision: str | None):
+            self.files_metadata = {p.name: File(p) for p in (root / repo[6:]).glob("*.safetensors")}
+
+    def download(repo: str, name: str, revision: str | None) -> str:
+        return str(root / repo[6:] / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", Metadata)
+    for name, quantize in (("hf", True), ("stock", False)):
+        convert(root / name, tmp_path / "out", quantize=quantize, dry_run=True)
+        local = capsys.readouterr().out.splitlines()
+        convert(f"owner/{name}", tmp_path / "out", quantize=quantize, dry_run=True)
+        remote = capsys.readouterr().out.splitlines()
+        assert local[1:6] == remote[1:6] and f"owner/{name}" in remote[0]
+    assert not (tmp_path / "out").exists()

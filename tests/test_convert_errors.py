@@ -205,6 +205,17 @@ def test_command(root, tmp_path, capsys):
     assert captured.out == ""
 
 
+def test_interruption(root, tmp_path, capsys, monkeypatch):
+    def write_layer(*rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "write_layer", write_layer)
+    out = tmp_path / "out"
+    assert main(["--model", str(root / "hf"), "--mlx-path", str(out), "-q"]) == 130
+    assert capsys.readouterr().err == f"flashmoe-convert: interrupted; delete {out}\n"
+    assert not (out / "model_experts/manifest.json").exists()
+
+
 def test_help_says_what_two_bits_mean(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
