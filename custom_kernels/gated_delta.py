@@ -61,5 +61,7 @@ def gated_delta(
     for t in range(tokens):
         y, new = _step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state)
         outputs.append(y.astype(q.dtype))
+        # Read each state before the next is made, or all states of a long prompt live at once.
+        new = mx.depends(new, y)
         state = new if mask is None else mx.where(mask[:, t, None, None, None], new, state)
     return mx.stack(outputs, axis=1), state

@@ -1,0 +1,81 @@
+"""Model directories that the tests share: the bundled model and what convert makes of it."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+from flashmoe_mlx.convert import convert
+from flashmoe_mlx.generate import BUNDLED_MODEL
+from flashmoe_mlx.layout import EXPERT_DIR, layer_file
+from flashmoe_mlx.names import FIELDS, layer_prefix
+
+FORMATS = ("packed4", "packed2", "linked", "unmodified")
+
+
+def text_config(model: Path) -> dict:
+    config = json.loads((model / "config.json").read_text())
+    return config.get("text_config", config)
+
+
+def unpack(packed: Path, out: Path) -> Path:
+    """Write a packed directory's weights as the stock checkpoint that holds them all in memory."""
+    out.mkdir()
+    config = json.loads((packed / "config.json").read_text())
+    del config["model_file"]
+    (out / "config.json").write_text(json.dumps(config))
+    for source in packed.iterdir():
+        if source.suffix in (".json", ".jinja") and source.name != "config.json":
+            (out / source.name).write_bytes(source.read_bytes())
+    (out / "model.safetensors.index.json").unlink(missing_ok=True)
+    weights = {}
+    for file in packed.glob("model*.safetensors"):
+        weights.update(mx.load(str(file)))
+    text = text_config(packed)
+    for layer in range(text["num_hidden_layers"]):
+        tensors = mx.load(str(packed / EXPERT_DIR / layer_file(layer)))
+        for field in FIELDS:
+            experts = [tensors[f"experts.{e}.{field}"] for e in range(text["num_experts"])]
+            weights[f"{layer_prefix(layer)}.mlp.switch_mlp.{field}"] = mx.stack(experts)
+    mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return out
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Map each format to a streamable directory made from the bundled model."""
+    base = tmp_path_factory.mktemp("models")
+    convert(BUNDLED_MODEL, base / "packed4", quantize=True, q_bits=4, q_group_size=64)
+    convert(BUNDLED_MODEL, base / "packed2", quantize=True, q_bits=2, q_group_size=64)
+    convert(BUNDLED_MODEL, base / "linked", link=True)
+    return {name: base / name for name in FORMATS[:3]} | {"unmodified": BUNDLED_MODEL}
+
+
+@pytest.fixture(scope="session")
+def stock_models(models, tmp_path_factory) -> dict[str, Path]:
+    """Map each format to the stock checkpoint with the same weights."""
+    base = tmp_path_factory.mktemp("stock")
+    return {
+        "packed4": unpack(models["packed4"], base / "packed4"),
+        "packed2": unpack(models["packed2"], base / "packed2"),
+        "linked": BUNDLED_MODEL,
+        "unmodified": BUNDLED_MODEL,
+    }
+
+
+@pytest.fixture(scope="session")
+def load_stock(stock_models):
+    """Load (once) the stock model of a format in float32, everything resident."""
+    loaded = {}
+
+    def load(name: str):
+        path = stock_models[name]
+        if path not in loaded:
+            model, tokenizer = mlx_lm.load(str(path))
+            model.set_dtype(mx.float32)
+            loaded[path] = model, tokenizer
+        return loaded[path]
+
+    return load

@@ -1,0 +1,132 @@
+"""Streaming changes nothing: tokens and logits equal stock mlx-lm's with everything in memory."""
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from conftest import FORMATS, text_config
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+
+from flashmoe_mlx import batch_generate, load
+from flashmoe_mlx.layout import open_layout
+
+PROMPT_LENGTHS = (1, 17, 300)
+TOLERANCE = 1e-4
+TOKENS = 64
+
+TEXT = (
+    "The package manager keeps a list of every file that it installs, so that a package can be "
+    "removed without leaving anything behind. Before it removes one it asks which other packages "
+    "depend on it, and the answer decides what happens next. "
+)
+
+
+def prompt_of(tokenizer, length: int) -> list[int]:
+    """Return `length` tokens of English text."""
+    tokens = tokenizer.encode(TEXT * 8, add_special_tokens=False)
+    assert len(tokens) >= length
+    return tokens[:length]
+
+
+def bank_sizes(path) -> dict[str, int]:
+    """Return cache sizes in bytes: exactly top-k slots, half of the experts, all of them."""
+    text = text_config(path)
+    experts = text["num_experts"]
+    token = open_layout(path, text["num_hidden_layers"], experts).token_bytes
+    return {
+        "top-k": text["num_experts_per_tok"] * token,
+        "half": experts // 2 * token,
+        "all": experts * token,
+    }
+
+
+def greedy(model, prompt: list[int], cache=None) -> tuple[list[int], mx.array]:
+    """Return 64 greedy tokens, and the logits at every prompt position and every step."""
+    cache = cache or make_prompt_cache(model)
+    logits = model(mx.array([prompt]), cache=cache)
+    rows, tokens = [logits[0]], []
+    for _ in range(TOKENS):
+        tokens.append(mx.argmax(rows[-1][-1]).item())
+        rows.append(model(mx.array([tokens[-1:]]), cache=cache)[0])
+    return tokens, mx.concatenate(rows)
+
+
+@pytest.fixture(scope="module")
+def expected(load_stock):
+    """Stock's greedy continuation of each (format, prompt length), computed once."""
+    known = {}
+
+    def compute(name: str, length: int):
+        if (name, length) not in known:
+            model, tokenizer = load_stock(name)
+            known[name, length] = greedy(model, prompt_of(tokenizer, length))
+        return known[name, length]
+
+    return compute
+
+
+@pytest.mark.parametrize("bank", ["top-k", "half", "all"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_tokens_and_logits_equal_stock(name, bank, models, expected):
+    size = bank_sizes(models[name])[bank]
+    model, tokenizer = load(models[name], expert_cache=size)
+    for length in PROMPT_LENGTHS:
+        tokens, logits = greedy(model, prompt_of(tokenizer, length))
+        stock_tokens, stock_logits = expected(name, length)
+        assert logits.dtype == mx.float32
+        assert tokens == stock_tokens
+        assert mx.abs(logits - stock_logits).max().item() <= TOLERANCE
+    stats = model.expert_stats()
+    assert stats.bytes_read > 0
+    if bank == "top-k":
+        assert stats.hits < 0.5 * stats.asked
+    model.close()
+
+
+def test_result_does_not_depend_on_the_bank(models):
+    """Waves, hits and misses must not show in a single bit."""
+    results = []
+    for size in bank_sizes(models["packed4"]).values():
+        model, tokenizer = load(models["packed4"], expert_cache=size)
+        results.append(greedy(model, prompt_of(tokenizer, 300))[1])
+    assert mx.array_equal(results[0], results[1])
+    assert mx.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_batch_of_different_lengths(name, models, load_stock):
+    model, tokenizer = load(models[name], expert_cache=bank_sizes(models[name])["top-k"])
+    stock, _ = load_stock(name)
+    prompts = [prompt_of(tokenizer, n) for n in (5, 41, 18)]
+    ours = batch_generate(model, tokenizer, prompts, max_tokens=24)
+    theirs = mlx_lm.batch_generate(stock, tokenizer, prompts, max_tokens=24)
+    assert ours.texts == theirs.texts
+    for prompt, text in zip(prompts, ours.texts, strict=True):
+        assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=24) == text
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_prompt_cache_survives_a_file(name, models, expected, tmp_path):
+    model, tokenizer = load(models[name], expert_cache=bank_sizes(models[name])["half"])
+    prompt = prompt_of(tokenizer, 300)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([prompt[:200]]), cache=cache))
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    loaded = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert [type(c) for c in loaded] == [type(c) for c in cache]
+    tokens, logits = greedy(model, prompt[200:], loaded)
+    stock_tokens, stock_logits = expected(name, 300)
+    assert tokens == stock_tokens
+    assert mx.abs(logits - stock_logits[200:]).max().item() <= TOLERANCE
+
+
+def test_fewer_experts_per_token_equal_stock_with_that_top_k(models, stock_models):
+    stock, tokenizer = mlx_lm.load(str(stock_models["packed4"]))
+    stock.set_dtype(mx.float32)
+    for layer in stock.layers:
+        layer.mlp.top_k = 2
+    model, _ = load(models["packed4"], experts_per_token=2)
+    prompt = prompt_of(tokenizer, 17)
+    tokens, logits = greedy(model, prompt)
+    stock_tokens, stock_logits = greedy(stock, prompt)
+    assert tokens == stock_tokens
+    assert mx.abs(logits - stock_logits).max().item() <= TOLERANCE

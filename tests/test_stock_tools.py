@@ -1,0 +1,172 @@
+"""Stock mlx-lm's own commands run a converted directory, and give stock's own results."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.perplexity import eval_ppl
+
+QUESTION = "What is a package?"
+
+
+def tool(name: str, *args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
+    """Run `mlx_lm.<name>` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_lm", name, *args],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
+    )
+
+
+@pytest.fixture(scope="module")
+def packed(models) -> str:
+    return str(models["packed4"])
+
+
+@pytest.fixture(scope="module")
+def expected(load_stock) -> str:
+    """What stock answers with everything in memory, in float32."""
+    model, tokenizer = load_stock("packed4")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True
+    )
+    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
+
+
+def between_rules(output: str) -> str:
+    """Return the text that mlx_lm.generate prints between its two lines of `=`."""
+    return output.split("==========\n")[1].removesuffix("\n")
+
+
+@pytest.mark.parametrize("name", ["packed4", "linked"])
+def test_generate(name, models, load_stock):
+    args = ["--model", str(models[name]), "--trust-remote-code", "-p", QUESTION, "-m", "24"]
+    result = tool("generate", *args, FLASHMOE_STATS="1", FLASHMOE_IO_THREADS="2")
+    assert result.returncode == 0, result.stderr
+    model, tokenizer = load_stock(name)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True
+    )
+    expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
+    assert between_rules(result.stdout) == expected
+    assert re.search(r"\[flashmoe\] Experts: \d+ asked, .* MB in \d+ reads", result.stderr)
+    assert "[flashmoe] Expert cache: " in result.stderr
+
+
+def test_settings_in_config_json_count(models, tmp_path):
+    """A copy of the directory (symlinks) whose config.json asks for the smallest cache."""
+    for entry in models["packed4"].iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    config["flashmoe"]["expert_cache"] = 1000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = tool("generate", "--model", str(tmp_path), "--trust-remote-code", "-m", "2")
+    assert result.returncode != 0
+    assert "expert_cache = 1000 bytes holds 0 experts per layer" in result.stderr
+
+
+def test_cache_prompt(packed, tmp_path):
+    cache = str(tmp_path / "prompt.safetensors")
+    common = ["--model", packed, "--trust-remote-code"]
+    made = tool("cache_prompt", *common, "--prompt", QUESTION, "--prompt-cache-file", cache)
+    assert made.returncode == 0, made.stderr
+    result = tool("generate", *common, "--prompt-cache-file", cache, "-p", " Say more.", "-m", "8")
+    assert result.returncode == 0, result.stderr
+    assert between_rules(result.stdout).strip()
+
+
+def test_chat(packed):
+    result = tool(
+        "chat", "--model", packed, "--trust-remote-code", "--max-tokens", "12",
+        stdin=f"{QUESTION}\nWhy?\nq\n",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(">> ") == 3
+
+
+def test_benchmark(packed):
+    result = tool(
+        "benchmark", "--model", packed, "--trust-remote-code", "-p", "40", "-g", "8", "-n", "1"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "generation_tps" in result.stdout
+
+
+def test_perplexity(packed, load_stock):
+    stock, _ = load_stock("packed4")
+    model, tokenizer = mlx_lm.load(packed, trust_remote_code=True)
+    text = "A package is a file that holds a program and what is needed to install it. " * 12
+    data = mx.array(tokenizer.encode(text)[:192]).reshape(3, 64)
+    ours, theirs = eval_ppl(model, data, batch_size=2), eval_ppl(stock, data, batch_size=2)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def server(packed):
+    """A running mlx_lm.server; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_lm", "server", "--model", packed, "--trust-remote-code",
+         "--port", str(port)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert process.poll() is None, process.stdout.read()
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).read()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def ask(address: str, question: str, tokens: int = 24) -> str:
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": tokens,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        return json.load(reply)["choices"][0]["message"]["content"]
+
+
+def test_server_answers(server, expected):
+    assert ask(server, QUESTION) == expected.strip()
+
+
+def test_server_answers_several_at_once_as_it_answers_one(server):
+    questions = [f"What does the word {w} mean?" for w in ("disk", "expert", "library", "token")]
+    alone = [ask(server, q) for q in questions]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda q: ask(server, q), questions)) == alone
+
+
+def test_server_lists_the_model(server, packed):
+    with urllib.request.urlopen(f"{server}/v1/models", timeout=30) as reply:
+        assert packed in [m["id"] for m in json.load(reply)["data"]]
