@@ -80,7 +80,7 @@ class ModelArgs:
     def __post_init__(self) -> None:
         """Fill in derived sizes and refuse contradictions."""
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        check_top_k(self.num_experts_per_tok, self.num_experts, "num_experts_per_tok")
+        check_top_k(self.num_experts_per_tok, self.num_experts, "config.json: num_experts_per_tok")
         if self.linear_num_value_heads % self.linear_num_key_heads:
             raise FlashMoEError(
                 f"config.json: linear_num_value_heads = {self.linear_num_value_heads} is not a "

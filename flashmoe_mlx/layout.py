@@ -274,11 +274,11 @@ def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
     return LayerLayout(layer, num_experts, fields)
 
 
-def checkpoint_headers(directory: Path) -> dict[str, tuple[Path, TensorInfo]]:
-    """Read the headers of every `model*.safetensors` in a directory, as stock mlx-lm does.
+def weight_files(directory: Path) -> list[Path]:
+    """Return every `model*.safetensors` in a directory, the files that stock mlx-lm loads.
 
     Raises:
-        FlashMoEError: there is no such file, or one of them is damaged.
+        FlashMoEError: there is none.
     """
     files = sorted(directory.glob("model*.safetensors"))
     if not files:
@@ -286,7 +286,20 @@ def checkpoint_headers(directory: Path) -> dict[str, tuple[Path, TensorInfo]]:
             f"{directory}: no model*.safetensors found. Give the directory of a Qwen3.5 MoE "
             "checkpoint, or the name of one on the Hugging Face Hub."
         )
-    return {name: (file, info) for file in files for name, info in read_header(file).items()}
+    return files
+
+
+def checkpoint_headers(directory: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """Read the headers of a directory's weight files: tensor name to (file, place).
+
+    Raises:
+        FlashMoEError: there is no such file, or one of them is damaged.
+    """
+    return {
+        name: (file, info)
+        for file in weight_files(directory)
+        for name, info in read_header(file).items()
+    }
 
 
 def _open_stock(kind: str, directory: Path, num_layers: int, num_experts: int) -> ExpertLayout:

@@ -1,6 +1,7 @@
 """From a directory to a model: `bind` for stock mlx-lm's `model_file`, `load` for Python."""
 
 import atexit
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 from .config import ModelArgs, StreamConfig, check_top_k, plan_cache
 from .errors import FlashMoEError
 from .expert_store import ExpertStore
-from .layout import checkpoint_headers, open_layout
+from .layout import checkpoint_headers, open_layout, weight_files
 from .memory import available_bytes
 from .model import Model
 from .names import is_expert
@@ -87,7 +88,7 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     """Return a local directory, downloading from the Hugging Face Hub if it is not one.
 
     Raises:
-        FlashMoEError: the path has no config.json, or the Hub does not have it.
+        FlashMoEError: it has no config.json or no weights, or the Hub does not have it.
     """
     path = Path(path_or_hub_id)
     if not path.exists():
@@ -102,8 +103,15 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
                 f"{path_or_hub_id}: not a directory here, and the Hugging Face Hub did not "
                 f"deliver it ({type(error).__name__}: {str(error).splitlines()[0]})."
             ) from error
-    if not (path / "config.json").is_file():
-        raise FlashMoEError(f"{path}: no config.json. Give the directory of a model.")
+    try:
+        json.loads((path / "config.json").read_text())
+    except OSError:
+        raise FlashMoEError(f"{path}: no config.json. Give the directory of a model.") from None
+    except ValueError as error:
+        raise FlashMoEError(
+            f"{path / 'config.json'}: not JSON ({error}). Restore the checkpoint's own."
+        ) from error
+    weight_files(path)
     return path
 
 
