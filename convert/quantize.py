@@ -1,6 +1,6 @@
 """Turn an expert's source bytes into the nine arrays of its record."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
@@ -34,25 +34,31 @@ def dequantize(codes: mx.array, scales: mx.array, biases: mx.array, quant: Quant
     )
 
 
-def encode_floats(matrices: Sequence[tuple[Bytes, str]], plan: LayerPlan) -> list[Part]:
+def encode_floats(
+    matrices: Sequence[tuple[Bytes, str]], plan: LayerPlan, streams: Iterator[mx.Stream]
+) -> list[Part]:
     """Quantise one expert's float matrices, given as (bytes, dtype) in the plan's order.
 
     The cast to the target dtype comes first: mlx-lm's order, and it changes the codes.
     """
     parts: list[Part] = []
     for (data, dtype), projection in zip(matrices, plan.projections, strict=True):
-        weights = as_array(data, dtype, (projection.rows, projection.columns))
-        parts += quantize(weights.astype(FLOATS[projection.dtype]), projection.after)
+        with mx.stream(next(streams)):
+            weights = as_array(data, dtype, (projection.rows, projection.columns))
+            parts += quantize(weights.astype(FLOATS[projection.dtype]), projection.after)
     return parts
 
 
-def encode_record(record: Bytes, before: Sequence[Spec], plan: LayerPlan) -> list[Part]:
+def encode_record(
+    record: Bytes, before: Sequence[Spec], plan: LayerPlan, streams: Iterator[mx.Stream]
+) -> list[Part]:
     """Requantise one expert's record where bits or group size change, and copy it elsewhere.
 
     Args:
         record: the nine tensors of the expert as the source has them, end to end.
         before: their dtypes and shapes.
         plan: the layer's plan.
+        streams: each projection is computed on the next one.
     """
     pieces: list[Bytes] = []
     start = 0
@@ -65,7 +71,8 @@ def encode_record(record: Bytes, before: Sequence[Spec], plan: LayerPlan) -> lis
         if projection.copied:
             parts += pieces[own]
         else:
-            parts += _requantize(pieces[own], before[own], projection)
+            with mx.stream(next(streams)):
+                parts += _requantize(pieces[own], before[own], projection)
     return parts
 
 

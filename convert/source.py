@@ -8,6 +8,7 @@ from typing import Any
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import (
     EXPERT_DIR,
+    ITEM_SIZE,
     ExpertLayout,
     TensorInfo,
     checkpoint_headers,
@@ -50,6 +51,11 @@ class Matrix:
     offset: int
     dtype: str
     shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.shape[0] * self.shape[1] * ITEM_SIZE[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from mlx_lm.convert import convert as stock_convert
 from mlx_lm.utils import load_model
 from safetensors import safe_open
 
-from flashmoe_mlx.convert import act, convert, plan
+from flashmoe_mlx.convert import act, convert, experts, plan
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import open_layout
 from flashmoe_mlx.names import FIELDS, PROJECTIONS
@@ -185,7 +185,7 @@ def test_a_log_keeps_its_precision(root, tmp_path):
 
 def test_small_blocks_and_files_change_nothing(root, tmp_path, monkeypatch):
     monkeypatch.setattr(act, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(act, "BATCH_BYTES", 1)
+    monkeypatch.setattr(experts, "BATCH_BYTES", 1)
     monkeypatch.setattr(plan, "SHARD_BYTES", 100_000)
     convert(str(root / "hf"), tmp_path / "out", quantize=True)
     assert_trunk_equal(tmp_path / "out", root / "stock")

@@ -22,7 +22,7 @@ from convert_helpers import (
     write_checkpoints,
 )  # fmt: skip
 
-from flashmoe_mlx.convert import act, convert, run
+from flashmoe_mlx.convert import act, convert, experts, run
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import open_layout
@@ -173,14 +173,14 @@ def test_failure_inside_a_file_leaves_no_file(root, tmp_path, monkeypatch):
     """A source that shrinks while it is read: the file in progress vanishes, .tmp included."""
     source = tmp_path / "mlx"
     shutil.copytree(root / "stock", source)
-    real = act.read_record
+    real = experts.read_record
 
     def read_record(reader, layout, expert):
         if (layout.layer, expert) == (1, 5):
             os.truncate(source / "model.safetensors", 8)
         return real(reader, layout, expert)
 
-    monkeypatch.setattr(act, "read_record", read_record)
+    monkeypatch.setattr(experts, "read_record", read_record)
     with pytest.raises(FlashMoEError, match=r"model.safetensors: ends at byte .* it again"):
         convert(str(source), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/model_experts").iterdir()}
