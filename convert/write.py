@@ -5,12 +5,14 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
 from flashmoe_mlx.layout import ITEM_SIZE
 
+SYNC_BYTES = 32 << 20  # sent to the disk while the next ones are made
 Buffer = bytes | memoryview
 
 
@@ -44,11 +46,13 @@ class TensorFile:
         text += b" " * (-(8 + len(text)) % alignment)
         self._header = len(text).to_bytes(8, "little") + text
         self._missing = end
+        self._unsynced = 0
+        self._syncs: list[Future[None]] = []
+        self._syncer = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
         """Create the temporary file."""
         self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        _write(self._file, self._header, 0)
         return self
 
     def write(self, name: str, data: Buffer, start: int = 0) -> None:
@@ -56,6 +60,10 @@ class TensorFile:
         view = memoryview(data).cast("B")
         _write(self._file, view, len(self._header) + self._offsets[name] + start)
         self._missing -= view.nbytes
+        self._unsynced += view.nbytes
+        if self._unsynced >= SYNC_BYTES and all(sync.done() for sync in self._syncs):
+            self._syncs.append(self._syncer.submit(os.fsync, self._file))
+            self._unsynced = 0
 
     def __exit__(
         self,
@@ -64,9 +72,13 @@ class TensorFile:
         trace: TracebackType | None,
     ) -> None:
         """Make the file durable and give it its name, or remove it after an error."""
+        self._syncer.shutdown()
         try:
             if error is None:
+                for sync in self._syncs:
+                    sync.result()  # the system reports a failed write only once
                 assert self._missing == 0, f"{self.path}: {self._missing} bytes were not written"
+                _write(self._file, self._header, 0)
                 os.fsync(self._file)
                 os.replace(self._temporary, self.path)
         finally:

@@ -33,7 +33,7 @@ from mlx_lm.convert import convert as stock_convert
 from mlx_lm.utils import load_model
 from safetensors import safe_open
 
-from flashmoe_mlx.convert import act, convert, experts, plan
+from flashmoe_mlx.convert import act, convert, experts, plan, write
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import open_layout
 from flashmoe_mlx.names import FIELDS, PROJECTIONS
@@ -187,6 +187,7 @@ def test_small_blocks_and_files_change_nothing(root, tmp_path, monkeypatch):
     monkeypatch.setattr(act, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(experts, "BATCH_BYTES", 1)
     monkeypatch.setattr(plan, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(write, "SYNC_BYTES", 5000)
     convert(str(root / "hf"), tmp_path / "out", quantize=True)
     assert_trunk_equal(tmp_path / "out", root / "stock")
     assert_experts_equal(tmp_path / "out", root / "stock")

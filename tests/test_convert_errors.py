@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from convert_helpers import (
     write_checkpoints,
 )  # fmt: skip
 
-from flashmoe_mlx.convert import act, convert, experts, run
+from flashmoe_mlx.convert import act, convert, experts, run, write
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import open_layout
@@ -167,6 +168,23 @@ def test_failure_leaves_no_manifest(root, tmp_path, monkeypatch):
         open_layout(tmp_path / "out", LAYERS, EXPERTS)
     with pytest.raises(FlashMoEError, match=r"is an unfinished conversion. Delete it"):
         convert(str(root / "hf"), tmp_path / "out", quantize=True)
+
+
+def test_failed_write_back_is_not_forgotten(root, tmp_path, monkeypatch):
+    """The system reports a lost write once, maybe to a flush in the background."""
+    real, calls = os.fsync, []
+
+    def fsync(file):
+        calls.append(file)
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.EIO, "Input/output error")
+        real(file)
+
+    monkeypatch.setattr(write, "SYNC_BYTES", 5000)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(FlashMoEError, match=r"cannot be written \(Input/output error\)"):
+        convert(str(root / "hf"), tmp_path / "out", quantize=True)
+    assert calls and not list((tmp_path / "out").glob("*.safetensors*"))
 
 
 def test_failure_inside_a_file_leaves_no_file(root, tmp_path, monkeypatch):
