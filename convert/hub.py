@@ -29,6 +29,10 @@ def located(
     """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise FlashMoEError(
+                f"--revision {revision} has no effect on the local directory {path}. Drop it."
+            )
         yield path, None
         return
     if path.exists() or path_or_repo.startswith(("/", ".", "~")) or path_or_repo.count("/") != 1:

@@ -77,7 +77,7 @@ def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: b
         return
     if needed > free:
         raise FlashMoEError(
-            f"{out}: the conversion needs {_gb(needed)}, but only {_gb(free)} are free there. "
+            f"{out}: the conversion needs {_human(needed)}, but only {_human(free)} are free there. "
             "Free some space, choose another --mlx-path, or fewer --q-bits."
         )
     with _unfinished(out):
@@ -102,10 +102,13 @@ def describe(source: Source, plan: Plan, out: Path, needed: int, free: int) -> s
         ("target", f"{out} (experts: {', '.join(after)})"),
         ("layers", f"{len(plan.layers)}, of {source.dims.experts} experts each"),
         ("one expert", f"{' or '.join(f'{size:,}' for size in records)} bytes"),
-        ("trunk", f"{plan.trunk_bytes:,} bytes ({_gb(plan.trunk_bytes)})"),
-        ("experts", f"{plan.expert_bytes:,} bytes ({_gb(plan.expert_bytes)})"),
-        ("to write", f"{needed:,} bytes ({_gb(needed)})"),
-        ("free disk", f"{free:,} bytes ({_gb(free)})" + (", too little" if needed > free else "")),
+        ("trunk", f"{plan.trunk_bytes:,} bytes ({_human(plan.trunk_bytes)})"),
+        ("experts", f"{plan.expert_bytes:,} bytes ({_human(plan.expert_bytes)})"),
+        ("to write", f"{needed:,} bytes ({_human(needed)})"),
+        (
+            "free disk",
+            f"{free:,} bytes ({_human(free)})" + (", too little" if needed > free else ""),
+        ),
     )
     return "\n".join(f"{name:<12}{value}" for name, value in rows)
 
@@ -114,8 +117,8 @@ def _kind(quant: Quant | None) -> str:
     return f"{quant.bits} bits, groups of {quant.group_size}" if quant else "floats"
 
 
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB"
+def _human(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
 def _check_absent(out: Path) -> None:

@@ -48,6 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"quantize": True, "q_group_size": 128},
             ["moe_intermediate_size = 64", "Sizes that fit this model: 32, 64."],
         ),
+        ({"quantize": True, "revision": "main"}, ["--revision main has no effect on the local"]),
         ({"link": True}, ["the experts are not quantised"]),
         ({"link": True, "quantize": True}, ["--link copies nothing"]),
     ],
@@ -145,7 +146,7 @@ def test_existing_output_is_untouched(root, tmp_path):
 
 def test_full_disk_is_seen_early(root, tmp_path, monkeypatch):
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 10))
-    with pytest.raises(FlashMoEError, match=r"needs 0.00 GB, but only 0.00 GB are free there"):
+    with pytest.raises(FlashMoEError, match=r"needs 0.7\d MB, but only 0.00 MB are free there"):
         convert(str(root / "hf"), tmp_path / "deep" / "out", quantize=True)
     assert not (tmp_path / "deep").exists()
 
