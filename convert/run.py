@@ -77,7 +77,7 @@ def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: b
         return
     if needed > free:
         raise FlashMoEError(
-            f"{out}: the conversion needs {_human(needed)}, but only {_human(free)} are free there. "
+            f"{out}: the conversion needs {_human(needed)}, but only {_human(free)} are free. "
             "Free some space, choose another --mlx-path, or fewer --q-bits."
         )
     with _unfinished(out):

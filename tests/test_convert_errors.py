@@ -146,7 +146,7 @@ def test_existing_output_is_untouched(root, tmp_path):
 
 def test_full_disk_is_seen_early(root, tmp_path, monkeypatch):
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 10))
-    with pytest.raises(FlashMoEError, match=r"needs 0.7\d MB, but only 0.00 MB are free there"):
+    with pytest.raises(FlashMoEError, match=r"needs 0.7\d MB, but only 0.00 MB are free"):
         convert(str(root / "hf"), tmp_path / "deep" / "out", quantize=True)
     assert not (tmp_path / "deep").exists()
 
