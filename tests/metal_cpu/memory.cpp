@@ -85,7 +85,8 @@ void* bench_threadgroup(const char* name, unsigned place, unsigned long size) {
     total += regions[i].size;
   }
   if (total > GROUP_MEMORY_LIMIT)
-    fail("limits", 0, 0, "%lu bytes of threadgroup memory; Metal has %d", total, GROUP_MEMORY_LIMIT);
+    fail("limits", 0, 0, "%lu bytes of threadgroup memory; there are %d", total,
+         GROUP_MEMORY_LIMIT);
   Buffer buffer = {(unsigned char*)bench_map(size, launch->at_end), size, name, 1, 0};
   if (!buffer.address) fail("bench", 0, 0, "no memory for %s", name);
   memset(buffer.address, int(launch->fill), size);

@@ -24,6 +24,7 @@ class Session:
 
 
 _active: list[Session] = []
+_active_make: list[Callable[..., Any]] = []
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class BenchKernel:
     ) -> list[mx.array]:
         """Record this one launch, run it in the session's mode, return MLX arrays."""
         if not _active:
-            raise BenchError("bench", f"{self.name} was made by the bench and outlived its block")
+            raise BenchError(
+                "bench", f"{self.name} was made in a metal_on_cpu block: call it in one"
+            )
         for ignored in ("stream", "verbose"):
             geometry.pop(ignored, None)
         arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
@@ -57,8 +60,9 @@ class BenchKernel:
 def metal_on_cpu(mode: str = "fast", strict: bool = True) -> Iterator[Session]:
     """Run the Metal kernels made and called in this block on the CPU, in one of MODES.
 
-    Kernels must be made inside the block: clear the caches of code that keeps them.
-    `strict=False` allows what Metal allows and our rules do not (implicit narrowing).
+    Kernels must be made inside such a block (this one or an earlier one): clear the caches of code
+    that keeps them. mx.compile is off inside. `strict=False` allows what Metal allows and our
+    rules do not (implicit narrowing).
     """
     if mode not in MODES:
         raise BenchError("bench", f"no mode {mode!r}; there are {', '.join(MODES)}")
@@ -70,6 +74,7 @@ def metal_on_cpu(mode: str = "fast", strict: bool = True) -> Iterator[Session]:
     session = Session(mode, strict)
     _active.append(session)
     _active_make.append(make)
+    mx.disable_compile()
     try:
         with (
             patch.object(mx.fast, "metal_kernel", metal_kernel),
@@ -79,9 +84,8 @@ def metal_on_cpu(mode: str = "fast", strict: bool = True) -> Iterator[Session]:
     finally:
         _active.pop()
         _active_make.pop()
-
-
-_active_make: list[Callable[..., Any]] = []
+        if not _active:
+            mx.enable_compile()
 
 
 def _as_list(value: Any) -> list[np.ndarray]:

@@ -133,7 +133,8 @@ static bool same_place(const Lane& a, const Lane& b) {
     u32 end = i + 1;
     const Lane& lane = shared.lanes[i];
     while (end < last && same_place(lane, shared.lanes[end])) end++;
-    used += snprintf(text + used, sizeof text - used, "%slanes %u-%u ", used ? ", " : "", i, end - 1);
+    const char* comma = used ? ", " : "";
+    used += snprintf(text + used, sizeof text - used, "%slanes %u-%u ", comma, i, end - 1);
     if (lane.state == DONE) {
       used += snprintf(text + used, sizeof text - used, "finished");
     } else {
@@ -199,7 +200,7 @@ static void run_group() {
 
 // ---- threadgroups ------------------------------------------------------------------------------
 
-static u32 random_state;
+static u32 random_state, *group_order, group_count;
 
 static void permute(u32* order, u32 count) {
   for (u32 i = 0; i < count; i++) order[i] = launch->order == 1 ? count - 1 - i : i;
@@ -241,17 +242,20 @@ static void place_lanes(const u32 position[3], const u32 groups[3]) {
 }
 
 static void run_grid() {
-  u32 groups[3], total = 1;
+  u32 groups[3];
+  group_count = 1;
   for (int d = 0; d < 3; d++) {
     groups[d] = (launch->grid[d] + launch->group[d] - 1) / launch->group[d];
-    total *= groups[d];
+    group_count *= groups[d];
   }
-  u32* order = (u32*)bench_map(u64(total) * sizeof(u32), 0);
+  group_order = (u32*)bench_map(u64(group_count) * sizeof(u32), 0);
+  if (!group_order) fail("bench", 0, 0, "no memory for the order of %u threadgroups", group_count);
   random_state = launch->seed;
-  permute(order, total);
-  for (u32 i = 0; i < total; i++) {
-    const u32 position[3] = {order[i] % groups[0], order[i] / groups[0] % groups[1],
-                             order[i] / groups[0] / groups[1]};
+  permute(group_order, group_count);
+  for (u32 i = 0; i < group_count; i++) {
+    const u32 index = group_order[i];
+    const u32 position[3] = {index % groups[0], index / groups[0] % groups[1],
+                             index / groups[0] / groups[1]};
     permute(lane_order, BENCH_SIMD);
     permute(simd_order, MAX_LANES / BENCH_SIMD);
     place_lanes(position, groups);
@@ -260,7 +264,6 @@ static void run_grid() {
       if (regions[r].group_memory) memset(regions[r].address, int(launch->fill), regions[r].size);
     run_group();
   }
-  bench_unmap(order, u64(total) * sizeof(u32));
   if (launch->checked) check_all_written();
 }
 
@@ -291,6 +294,7 @@ static void on_signal(int number, siginfo_t* info, void* context) {
 static void watch(bool on) {
   static unsigned char signal_stack[64 * 1024];
   static stack_t stack_before;
+  static struct itimerval timer_before;
   struct itimerval timer = {};
   if (on) {
     stack_t stack = {.ss_sp = signal_stack, .ss_flags = 0, .ss_size = sizeof signal_stack};
@@ -300,10 +304,10 @@ static void watch(bool on) {
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
     for (int i = 0; i < SIGNAL_COUNT; i++) sigaction(SIGNALS[i], &action, &before[i]);
     timer.it_value.tv_sec = launch->timeout;
-    setitimer(ITIMER_REAL, &timer, nullptr);
+    setitimer(ITIMER_REAL, &timer, &timer_before);
     return;
   }
-  setitimer(ITIMER_REAL, &timer, nullptr);
+  setitimer(ITIMER_REAL, &timer_before, nullptr);
   for (int i = 0; i < SIGNAL_COUNT; i++) sigaction(SIGNALS[i], &before[i], nullptr);
   sigaltstack(&stack_before, nullptr);
 }
@@ -328,5 +332,7 @@ int bench_run(const Launch* wanted, Report* result) {
   watch(false);
   current = nullptr;
   drop_regions();
+  if (group_order) bench_unmap(group_order, u64(group_count) * sizeof(u32));
+  group_order = nullptr;
   return int(result->failed);
 }

@@ -238,13 +238,23 @@ def test_the_patch_ends_with_its_block():
         assert mx.metal.is_available()
         kernel = build("o[0] = 1.0f;", [])
     assert before == (mx.fast.metal_kernel, mx.metal.is_available)
-    with pytest.raises(BenchError, match="outlived its block"):
+    with pytest.raises(BenchError, match="was made in a metal_on_cpu block"):
         kernel(inputs=[], grid=(1, 1, 1), threadgroup=(1, 1, 1))
     with (
         pytest.raises(BenchError, match="no mode 'slow'; there are rules, types, fast"),
         metal_on_cpu("slow"),
     ):
         pass
+
+
+def test_compiled_functions_run_uncompiled():
+    @mx.compile
+    def f(x):
+        return launch(each("a[i] + 1.0f"), x * 2) * 3
+
+    with metal_on_cpu():
+        out = f(mx.ones(64))
+    assert mx.array_equal(out, mx.full(64, 9.0))
 
 
 # ---- errors --------------------------------------------------------------------------------------
