@@ -104,6 +104,41 @@ def test_simd_sum_adds_half_in_half_and_bfloat_through_mlx():
         np.testing.assert_allclose(rows(out), exact, atol=0.1)
 
 
+SHARING = {
+    "threadgroup memory, threadgroup barrier": (
+        "threadgroup float t[64]; t[n] = a[i]; threadgroup_barrier(mem_flags::mem_threadgroup);"
+        "o[i] = t[n ^ 33];",
+        lambda n: n ^ 33,
+    ),
+    "threadgroup memory, simdgroup barrier": (
+        "threadgroup float t[64]; t[n] = a[i]; simdgroup_barrier(mem_flags::mem_threadgroup);"
+        "o[i] = t[n ^ 1];",
+        lambda n: n ^ 1,
+    ),
+    "reused threadgroup memory": (
+        "threadgroup float t[64]; t[n] = a[i]; threadgroup_barrier(mem_flags::mem_threadgroup);"
+        "float v = t[63 - n]; threadgroup_barrier(mem_flags::mem_threadgroup);"
+        "t[n] = v; simdgroup_barrier(mem_flags::mem_threadgroup); o[i] = t[n ^ 2];",
+        lambda n: 63 - (n ^ 2),
+    ),
+    "device memory, threadgroup barrier": (
+        "o[i] = a[i]; threadgroup_barrier(mem_flags::mem_device); float v = o[i ^ 40];"
+        "threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup); o[i] = v;",
+        lambda n: n ^ 40,
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["checked", "order"])
+@pytest.mark.parametrize("name", SHARING)
+def test_memory_shared_behind_the_right_barrier_is_no_race(name, mode):
+    source, index = SHARING[name]
+    start = "uint i = thread_position_in_grid.x; uint n = thread_position_in_threadgroup.x;"
+    x = np.arange(192, dtype=np.float32)
+    out = run(start + source, mx.array(x), mode=mode, shape=(192,), group=64)
+    np.testing.assert_array_equal(out, x.reshape(3, 64)[:, index(LANES)].ravel())
+
+
 # ---- geometry ------------------------------------------------------------------------------------
 
 

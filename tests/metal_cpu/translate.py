@@ -48,7 +48,7 @@ PARAMETER = re.compile(
 def _threadgroup_variables(match: re.Match[str]) -> str:
     """`threadgroup T x[N];` becomes a reference into memory that the threadgroup's lanes share."""
     kind, declarators = match.groups()
-    lines = []
+    lines: list[str] = []
     for declarator in declarators.split(","):
         name, dimensions = re.fullmatch(r"\s*(\w+)\s*(.*?)\s*", declarator, re.S).groups()  # type: ignore[union-attr]
         array = f"{kind} {dimensions}"
