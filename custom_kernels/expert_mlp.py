@@ -1,19 +1,40 @@
 """Routed experts: SwiGLU over experts that sit in slots of quantised weight banks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+
+from flashmoe_mlx.custom_kernels.executor import cpu_kernels
 
 
 @dataclass(frozen=True)
-class Quantisation:
-    """Affine quantisation of one projection: bits per weight, columns per scale and bias."""
+class Bank:
+    """One projection of the experts of a layer, affine-quantised.
 
+    Attributes:
+        codes: `[S, out, in * bits / 32]` uint32.
+        scales: `[S, out, groups]`.
+        biases: `[S, out, groups]`.
+        bits: bits per weight.
+        group_size: columns per scale and bias.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
     bits: int
     group_size: int
+
+    @cached_property
+    def packed(self) -> Any:
+        """The same memory as the CPU kernels see it."""
+        from flashmoe_mlx.custom_kernels import cpu
+
+        return cpu.packed(self.codes, self.scales, self.biases, self.bits, self.group_size)
 
 
 @partial(mx.compile, shapeless=True)
@@ -21,38 +42,39 @@ def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
 
 
-def expert_mlp(
-    x: mx.array,
-    slots: mx.array,
-    banks: Sequence[mx.array],
-    quantisation: Sequence[Quantisation],
-) -> mx.array:
-    """Run one expert per row.
+def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank) -> mx.array:
+    """Run one expert per row: down(silu(gate x) * up x).
 
     Args:
         x: `[rows, H]`.
         slots: `[rows]` uint32, the slot of each row's expert, ascending.
-        banks: nine arrays `[S, out, packed]` (codes) or `[S, out, groups]` (scales, biases):
-            gate, up, down, each codes, scales, biases.
-        quantisation: of gate, up and down.
+        gate: the gate projections.
+        up: the up projections.
+        down: the down projections.
 
     Returns:
         `[rows, H]` in x's dtype.
     """
+    banks = gate, up, down
+    kernels = cpu_kernels(x)
+    if kernels and all(kernels.supports(b.bits, b.group_size, b.scales) for b in banks):
+        y = kernels.expert_mlp(kernels.rows(x), slots, *(b.packed for b in banks))
+        return mx.array(y)
 
-    def project(x: mx.array, index: int) -> mx.array:
-        codes, scales, biases = banks[3 * index : 3 * index + 3]
+    indices = mx.array(slots)
+
+    def project(x: mx.array, bank: Bank) -> mx.array:
         return mx.gather_qmm(
             x,
-            codes,
-            scales,
-            biases,
-            rhs_indices=slots,
+            bank.codes,
+            bank.scales,
+            bank.biases,
+            rhs_indices=indices,
             transpose=True,
-            group_size=quantisation[index].group_size,
-            bits=quantisation[index].bits,
+            group_size=bank.group_size,
+            bits=bank.bits,
             sorted_indices=True,
         )
 
     x = x[:, None, :]
-    return project(_swiglu(project(x, 0), project(x, 1)), 2).squeeze(1)
+    return project(_swiglu(project(x, gate), project(x, up)), down).squeeze(1)

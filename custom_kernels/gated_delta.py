@@ -5,6 +5,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from flashmoe_mlx.custom_kernels.executor import cpu_kernels
+
 
 @partial(mx.compile, shapeless=True)
 def decay(a_log: mx.array, a: mx.array, dt_bias: mx.array) -> mx.array:
@@ -55,6 +57,8 @@ def gated_delta(
     value_heads, value_dim = v.shape[2:]
     if state is None:
         state = mx.zeros((batch, value_heads, value_dim, key_dim), dtype=mx.float32)
+    if kernels := cpu_kernels(q):
+        return kernels.gated_delta(q, k, v, g, beta, state, mask)
     if (repeat := value_heads // key_heads) > 1:
         q, k = mx.repeat(q, repeat, axis=2), mx.repeat(k, repeat, axis=2)
     outputs = []

@@ -17,6 +17,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
 from .custom_kernels.gated_delta import decay, gated_delta
+from .custom_kernels.linear import linear
 from .expert_store import ExpertStats, ExpertStore
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
@@ -51,9 +52,11 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """Map `[B, T, H]` to `[B, T, H]`, adding T keys and values to the cache."""
         batch, tokens, _ = x.shape
-        queries, gate = mx.split(self.q_proj(x).reshape(batch, tokens, self.heads, -1), 2, axis=-1)
-        keys = self.k_proj(x).reshape(batch, tokens, self.kv_heads, -1)
-        values = self.v_proj(x).reshape(batch, tokens, self.kv_heads, -1)
+        queries, gate = mx.split(
+            linear(self.q_proj, x).reshape(batch, tokens, self.heads, -1), 2, axis=-1
+        )
+        keys = linear(self.k_proj, x).reshape(batch, tokens, self.kv_heads, -1)
+        values = linear(self.v_proj, x).reshape(batch, tokens, self.kv_heads, -1)
         queries = self.q_norm(queries).transpose(0, 2, 1, 3)
         keys = self.k_norm(keys).transpose(0, 2, 1, 3)
         values = values.transpose(0, 2, 1, 3)
@@ -65,7 +68,7 @@ class Attention(nn.Module):
             queries, keys, values, cache=cache, scale=self.head_dim**-0.5, mask=mask
         )
         y = y.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
-        return self.o_proj(y * mx.sigmoid(gate.reshape(batch, tokens, -1)))
+        return linear(self.o_proj, y * mx.sigmoid(gate.reshape(batch, tokens, -1)))
 
 
 class GatedRMSNorm(nn.Module):
@@ -107,7 +110,7 @@ class GatedDeltaNet(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
         """Map `[B, T, H]` to `[B, T, H]`; cache[0] is the conv state, cache[1] the delta state."""
         batch, tokens, _ = x.shape
-        qkv = self._convolve(self.in_proj_qkv(x), mask, cache)
+        qkv = self._convolve(linear(self.in_proj_qkv, x), mask, cache)
         q, k, v = mx.split(qkv, [self.keys, 2 * self.keys], axis=-1)
         # rms_norm with eps / Dk is the l2 norm with eps, times sqrt(Dk).
         scale, eps = self.key_dim**-0.5, QK_NORM_EPS / self.key_dim
@@ -117,16 +120,16 @@ class GatedDeltaNet(nn.Module):
             scale**2 * mx.fast.rms_norm(q, None, eps),
             scale * mx.fast.rms_norm(k, None, eps),
             v.reshape(batch, tokens, self.value_heads, self.value_dim),
-            decay(self.A_log, self.in_proj_a(x), self.dt_bias),
-            mx.sigmoid(self.in_proj_b(x)),
+            decay(self.A_log, linear(self.in_proj_a, x), self.dt_bias),
+            mx.sigmoid(linear(self.in_proj_b, x)),
             cache[1] if cache is not None else None,
             mask,
         )
         if cache is not None:
             cache[1] = state
             cache.advance(tokens)
-        z = self.in_proj_z(x).reshape(batch, tokens, self.value_heads, self.value_dim)
-        return self.out_proj(self.norm(y, z).reshape(batch, tokens, -1))
+        z = linear(self.in_proj_z, x).reshape(batch, tokens, self.value_heads, self.value_dim)
+        return linear(self.out_proj, self.norm(y, z).reshape(batch, tokens, -1))
 
     def _convolve(self, qkv: mx.array, mask: mx.array | None, cache: Any) -> mx.array:
         """Run the causal convolution over the last `kernel - 1` inputs and these, and SiLU."""
@@ -216,7 +219,10 @@ class LanguageModel(nn.Module):
     ) -> mx.array:
         """Map token ids `[B, T]` to logits `[B, T, V]`."""
         h = self.model(inputs, cache, input_embeddings)
-        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+        if "lm_head" not in self:
+            return self.model.embed_tokens.as_linear(h)
+        # Callers often drop a prompt's logits, so only a step's are worth computing at once.
+        return linear(self.lm_head, h) if h.shape[1] == 1 else self.lm_head(h)
 
 
 class Model(nn.Module):

@@ -8,7 +8,8 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from .config import ModelArgs
-from .custom_kernels.expert_mlp import Quantisation, expert_mlp
+from .custom_kernels.expert_mlp import Bank, expert_mlp
+from .custom_kernels.linear import linear
 from .errors import FlashMoEError
 from .expert_store import ExpertStore
 from .layout import quantisation
@@ -32,7 +33,8 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map `[..., H]` to `[..., H]`."""
-        return self.down_proj(_swiglu(self.gate_proj(x), self.up_proj(x)))
+        hidden = _swiglu(linear(self.gate_proj, x), linear(self.up_proj, x))
+        return linear(self.down_proj, hidden)
 
 
 class StreamedExperts(nn.Module):
@@ -47,9 +49,9 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self._store = store
         self._layer = layer
-        layout = store.layout.layers[layer]
+        layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
         hidden, inner = args.hidden_size, args.moe_intermediate_size
-        self._quantisation = []
+        self._banks = []
         for index, projection in enumerate(PROJECTIONS):
             rows, columns = (hidden, inner) if projection == "down_proj" else (inner, hidden)
             if (found := layout.fields[3 * index].shape[0]) != rows:
@@ -57,7 +59,8 @@ class StreamedExperts(nn.Module):
                     f"{layout.fields[3 * index].file}: layer {layer} {projection} has {found} "
                     f"rows, but config.json says {rows}. Convert the model again."
                 )
-            self._quantisation.append(Quantisation(*quantisation(layout, projection, columns)))
+            bits, group_size = quantisation(layout, projection, columns)
+            self._banks.append(Bank(*arrays[3 * index : 3 * index + 3], bits, group_size))
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Run the chosen experts.
@@ -75,18 +78,14 @@ class StreamedExperts(nn.Module):
         """
         ids = np.array(indices).reshape(-1)
         rows = x.reshape(-1, x.shape[-1])
-        slot_of = np.zeros(self._store.layout.layers[self._layer].num_experts, dtype=np.uint32)
+        slot_of = np.zeros(self._store.layout.layers[self._layer].num_experts, dtype=np.int64)
         outputs, orders = [], []
         for wave in self._waves(np.unique(ids)):
             slot_of[wave] = self._store.fetch(self._layer, wave)
             pairs = np.flatnonzero(np.isin(ids, wave))
             pairs = pairs[np.argsort(slot_of[ids[pairs]], kind="stable")]
-            y = expert_mlp(
-                rows[mx.array(pairs // indices.shape[-1])],
-                mx.array(slot_of[ids[pairs]]),
-                self._store.banks[self._layer].arrays,
-                self._quantisation,
-            )
+            tokens = mx.array(pairs // indices.shape[-1])
+            y = expert_mlp(rows[tokens], slot_of[ids[pairs]], *self._banks)
             self._store.hold(y)
             outputs.append(y)
             orders.append(pairs)
@@ -125,12 +124,12 @@ class SparseMoeBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map `[B, T, H]` to `[B, T, H]`."""
-        probabilities = mx.softmax(self.gate(x), axis=-1, precise=True)
+        probabilities = mx.softmax(linear(self.gate, x), axis=-1, precise=True)
         indices = mx.argpartition(probabilities, kth=-self.top_k, axis=-1)[..., -self.top_k :]
         scores = mx.take_along_axis(probabilities, indices, axis=-1)
         if self.norm_topk_prob:
             scores = scores / scores.sum(axis=-1, keepdims=True)
-        shared = mx.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        shared = mx.sigmoid(linear(self.shared_expert_gate, x)) * self.shared_expert(x)
         # The device computes the shared expert while the disk delivers the routed ones.
         mx.async_eval(indices, scores)
         mx.async_eval(shared)

@@ -1,6 +1,7 @@
 """Model directories that the tests share: the bundled model and what convert makes of it."""
 
 import json
+import os
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,9 @@ from flashmoe_mlx.convert import convert
 from flashmoe_mlx.generate import BUNDLED_MODEL
 from flashmoe_mlx.layout import EXPERT_DIR, layer_file
 from flashmoe_mlx.names import FIELDS, layer_prefix
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; set before numba loads
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 FORMATS = ("packed4", "packed2", "linked", "unmodified")
 
