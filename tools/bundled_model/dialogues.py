@@ -1,0 +1,248 @@
+"""Generate dialogues: tool calls, tool results, JSON answers, short questions.
+
+Every dialogue is {"kind", "messages", "tools"}; the last message is the assistant's. Training and
+held-out dialogues come from different seeds and from disjoint names, words and tool nouns.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from json_tasks import json_task
+from values import CURRENCIES, UNITS, Make, Values
+
+VERBS = ["get", "set", "add", "show", "play", "search", "remove", "create", "update", "delete", "find", "book", "cancel", "send", "order", "list", "schedule", "check", "print", "export", "import", "archive", "rename", "copy", "move", "open", "close", "start", "stop", "share", "translate", "convert", "compare", "count", "calculate", "reserve", "rate", "review", "approve", "track", "register", "lock", "upload", "download"]
+NOUNS = ["invoice", "recipe", "flight", "hotel", "meeting", "ticket", "report", "file", "playlist", "contact", "reminder", "photo", "alarm", "song", "document", "event", "package", "payment", "account", "task", "note", "message", "room", "table", "device", "lamp", "camera", "backup", "printer", "survey", "contract", "customer", "product", "order", "library", "license", "server", "database", "network", "calendar", "budget", "parcel", "taxi", "train", "menu", "article"]
+HELD_OUT_NOUNS = ["shipment", "appointment", "folder", "garden", "bridge", "voucher", "sensor", "lecture"]
+
+Param = tuple[str, dict[str, Any], str, Make]  # name, schema, phrase with {v}, maker
+
+
+def parameters(v: Values) -> list[Param]:
+    """The pool of parameters that a tool may have."""
+    def s(name: str, text: str, phrase: str, make: Make) -> Param:
+        return name, {"type": "string", "description": text}, phrase, make
+
+    def t(name: str, kind: str, text: str, phrase: str, make: Make) -> Param:
+        return name, {"type": kind, "description": text}, phrase, make
+
+    def many(name: str, text: str, phrase: str, make: Make) -> Param:
+        item = {"type": "integer" if make in (v.integer, v.small) else "string"}
+        schema = {"type": "array", "description": text, "items": item}
+        return name, schema, phrase, v.several(make)
+
+    def choice(name: str, text: str, phrase: str, values: list[str]) -> Param:
+        schema = {"type": "string", "description": text, "enum": values}
+        return name, schema, phrase, lambda r: r.choice(values)
+
+    def record(name: str, text: str, phrase: str, fields: dict[str, Make]) -> Param:
+        kinds = {k: {"type": "integer" if m in (v.integer, v.small) else "number"
+                     if m == v.decimal else "boolean" if m == v.boolean else "string"}
+                 for k, m in fields.items()}
+        schema = {"type": "object", "description": text, "properties": kinds}
+        return name, schema, phrase, lambda r: {k: m(r) for k, m in fields.items()}
+
+    return [
+        s("name", "Full name of the person", "for {v}", v.name),
+        s("customer", "Name of the customer", "the customer is {v}", v.name),
+        s("email", "E-mail address", "the e-mail address is {v}", v.email),
+        s("city", "City", "in {v}", v.city),
+        s("destination", "Where to go", "to {v}", v.city),
+        s("path", "Path of the file", "the path is {v}", v.path),
+        s("url", "Web address", "from {v}", v.url),
+        s("id", "Identifier", "with the id {v}", v.ident),
+        s("order_id", "Identifier of the order", "order number {v}", v.ident),
+        s("token", "Access token", "use the token {v}", v.ident),
+        s("title", "Title", "titled '{v}'", v.phrase),
+        s("note", "Free text", "with the note: {v}", v.text),
+        s("message", "Text of the message", "the message reads: {v}", v.text),
+        s("query", "What to look for", "matching '{v}'", v.phrase),
+        s("phone", "Telephone number", "phone {v}", v.phone),
+        s("date", "Date, YYYY-MM-DD", "on {v}", v.date),
+        s("deadline", "Last day, YYYY-MM-DD", "no later than {v}", v.date),
+        s("time", "Time of day, HH:MM", "at {v}", v.time),
+        choice("currency", "Currency code", "in {v}", CURRENCIES),
+        choice("unit", "Unit of measurement", "measured in {v}", UNITS),
+        choice("priority", "How urgent it is", "with {v} priority", ["low", "normal", "high"]),
+        choice("format", "Output format", "as {v}", ["pdf", "csv", "html", "text"]),
+        choice("color", "Color", "in {v}", ["red", "green", "blue", "black", "white"]),
+        t("quantity", "integer", "How many", "{v} of them", v.small),
+        t("limit", "integer", "Greatest number of results", "at most {v} results", v.small),
+        t("page", "integer", "Page number", "page {v}", v.small),
+        t("account", "integer", "Account number", "from account {v}", v.integer),
+        t("size", "integer", "Size in bytes", "{v} bytes long", v.integer),
+        t("price", "number", "Price", "for a price of {v}", v.decimal),
+        t("weight", "number", "Weight", "weighing {v}", v.decimal),
+        t("latitude", "number", "Latitude", "latitude {v}", v.decimal),
+        t("urgent", "boolean", "Whether it is urgent", "urgent: {v}", v.boolean),
+        t("notify", "boolean", "Whether to notify people", "notify everyone: {v}", v.boolean),
+        many("tags", "Tags", "tagged {v}", v.word),
+        many("people", "Names of the people", "together with {v}", v.name),
+        many("recipients", "E-mail addresses", "send it to {v}", v.email),
+        many("files", "Paths of the files", "using the files {v}", v.path),
+        many("ids", "Numbers of the items", "for the items {v}", v.integer),
+        many("lines", "Lines of text", "with these lines: {v}", v.text),
+        record("address", "Postal address", "deliver to {v}",
+               {"street": v.phrase, "city": v.city, "zip": v.integer}),
+        record("range", "Smallest and largest value", "within {v}",
+               {"min": v.small, "max": v.integer}),
+        record("owner", "Who owns it", "owned by {v}", {"name": v.name, "id": v.ident}),
+        record("options", "Further options", "with the options {v}",
+               {"retries": v.small, "verbose": v.boolean, "label": v.phrase}),
+    ]
+
+
+class Generator:
+    """Makes dialogues of all kinds from one seed."""
+
+    def __init__(self, words: list[str], answers: list[tuple[str, str]], seed: int,
+                 held_out: bool) -> None:
+        self.r = random.Random(seed)
+        self.v = Values(words, held_out)
+        self.pool = parameters(self.v)
+        self.nouns = HELD_OUT_NOUNS + NOUNS[:10] if held_out else NOUNS
+        self.answers = answers
+
+    def noun(self) -> str:
+        """What a tool is about: a usual noun, or any word, so that new tools do not surprise."""
+        return self.r.choice(self.nouns) if self.r.random() < 0.7 else self.v.word(self.r)
+
+    def other_param(self) -> Param:
+        """A string, integer or number parameter with a name never seen before."""
+        word = self.v.word(self.r)
+        name = word if self.r.random() < 0.6 else f"{word}_{self.v.word(self.r)}"
+        spoken, v = name.replace("_", " "), self.v
+        kind, make = self.r.choice((
+            ("string", v.name), ("string", v.phrase), ("string", v.ident), ("string", v.city),
+            ("integer", v.small), ("integer", v.integer), ("number", v.decimal)))
+        text = self.r.choice((f"The {spoken}", spoken.capitalize(), f"Which {spoken} to use"))
+        phrase = self.r.choice((f"the {spoken} is {{v}}", f"{spoken} {{v}}", f"{{v}} as {spoken}"))
+        return name, {"type": kind, "description": text}, phrase, make
+
+    def tool(self, noun: str | None = None) -> tuple[dict[str, Any], list[Param]]:
+        """A random tool schema with its parameters."""
+        verb, noun = self.r.choice(VERBS), noun or self.noun()
+        params = self.r.sample(self.pool, self.r.randint(1, 6))
+        params = [self.other_param() if self.r.random() < 0.2 else p for p in params]
+        params = list({p[0]: p for p in params}.values())
+        required = [p[0] for p in params[: self.r.randint(1, len(params))]]
+        join = self.r.choice(("_", "_", "-", "."))
+        name = f"{verb}{noun.capitalize()}" if self.r.random() < 0.2 else f"{verb}{join}{noun}"
+        function = {
+            "name": name, "description": f"{verb.capitalize()} {article(noun)}.",
+            "parameters": {"type": "object", "properties": {p[0]: p[1] for p in params},
+                           "required": required}}
+        return {"type": "function", "function": function}, params
+
+    def tools(self) -> list[tuple[dict[str, Any], list[Param]]]:
+        """One to four tools with different names, often about the same thing."""
+        noun = self.noun() if self.r.random() < 0.4 else None
+        chosen: dict[str, tuple[dict[str, Any], list[Param]]] = {}
+        for _ in range(self.r.randint(1, 4)):
+            schema, params = self.tool(noun)
+            chosen[schema["function"]["name"]] = schema, params
+        return list(chosen.values())
+
+    def spoken(self, value: Any) -> str:
+        """A value as a user would write it."""
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, list):
+            texts = [self.spoken(x) for x in value]
+            if any("," in x or " and " in x for x in texts):
+                return "; ".join(texts)
+            return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
+        if isinstance(value, dict):
+            return ", ".join(f"{k} {self.spoken(x)}" for k, x in value.items())
+        return str(value)
+
+    def request(self, schema: dict[str, Any], params: list[Param]) -> tuple[str, dict[str, Any]]:
+        """A user's wish, and the call that fulfils it."""
+        function = schema["function"]
+        required = function["parameters"]["required"]
+        used = [p for p in params if p[0] in required or self.r.random() < 0.4]
+        arguments = {p[0]: p[3](self.r) for p in used}
+        shown = used if self.r.random() < 0.4 else self.r.sample(used, len(used))
+        wish = function["description"].rstrip(".")
+        style = self.r.random()
+        if style < 0.6:
+            parts = [p[2].format(v=self.spoken(arguments[p[0]])) for p in shown]
+            text = f"{wish} {', '.join(parts)}."
+            opening = self.r.choice(("", "", "Please ", "Could you ", "I want you to "))
+            text = opening + (text[0].lower() + text[1:] if opening else text)
+        elif style < 0.8:
+            lines = [f"{p[0]}: {self.spoken(arguments[p[0]])}" for p in shown]
+            text = f"{wish}.\n" + "\n".join(lines)
+        else:
+            parts = [f"{p[0].replace('_', ' ')} = {self.spoken(arguments[p[0]])}" for p in shown]
+            text = f"{wish} with {'; '.join(parts)}"
+        return text, {"name": function["name"], "arguments": arguments}
+
+    def tool_call(self) -> dict[str, Any]:
+        """One request, answered by one call; now and then two requests and two calls."""
+        tools = self.tools()
+        wanted = self.r.sample(tools, 2 if len(tools) > 1 and self.r.random() < 0.15 else 1)
+        texts, calls = zip(*(self.request(*tool) for tool in wanted), strict=True)
+        messages = [{"role": "user", "content": "\nAlso: ".join(texts)},
+                    {"role": "assistant", "content": "", "tool_calls": as_calls(calls)}]
+        return {"kind": "tool", "messages": messages, "tools": [t[0] for t in tools]}
+
+    def tool_result(self) -> dict[str, Any]:
+        """A call whose result the assistant reports."""
+        dialogue = self.tool_call()
+        call = dialogue["messages"][-1]["tool_calls"][0]
+        dialogue["messages"][-1]["tool_calls"] = [call]
+        dialogue["messages"][0]["content"] = dialogue["messages"][0]["content"].split("\nAlso: ")[0]
+        fields = self.r.sample(self.pool, self.r.randint(1, 4))
+        result = {p[0]: p[3](self.r) for p in fields}
+        parts = [f"the {k.replace('_', ' ')} is {self.spoken(x)}" for k, x in result.items()]
+        listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+        dialogue["messages"] += [
+            {"role": "tool", "content": json.dumps(result, ensure_ascii=False)},
+            {"role": "assistant", "content": f"Done: {listed}."}]
+        return {**dialogue, "kind": "result"}
+
+    def plain(self, with_tools: bool) -> dict[str, Any]:
+        """A question answered in English, although tools may be on offer."""
+        question, answer = self.r.choice(self.answers)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        if self.r.random() < 0.1:
+            system = {"role": "system", "content": "You are a helpful assistant."}
+            messages.insert(0, system)
+        tools = [t[0] for t in self.tools()] if with_tools else None
+        return {"kind": "no_tool" if with_tools else "question", "messages": messages,
+                "tools": tools}
+
+    def json_answer(self) -> dict[str, Any]:
+        """A JSON task."""
+        prompt, answer = json_task(self.r, self.v)
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return {"kind": "json", "messages": messages, "tools": None}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Endless dialogues in the proportions of training."""
+        while True:
+            roll = self.r.random()
+            if roll < 0.36:
+                yield self.tool_call()
+            elif roll < 0.45:
+                yield self.tool_result()
+            elif roll < 0.52:
+                yield self.plain(with_tools=True)
+            elif roll < 0.85:
+                yield self.json_answer()
+            else:
+                yield self.plain(with_tools=False)
+
+
+def article(noun: str) -> str:
+    """'an invoice', 'a recipe'."""
+    return ("an " if noun[0] in "aeio" else "a ") + noun
+
+
+def as_calls(calls: Any) -> list[dict[str, Any]]:
+    """Calls in the form of the chat API."""
+    return [{"type": "function", "function": dict(call)} for call in calls]
