@@ -24,7 +24,24 @@ from pathlib import Path
 from definitions import all_answers, package_descriptions
 
 # The stories of a fantasy game: most of the dialogue and narration that we have.
-CAMPAIGNS = ["did", "dm", "dw", "ei", "httt", "l", "low", "nr", "sof", "sota", "sotbe", "thot", "trow", "tsg", "ttb", "utbs"]
+CAMPAIGNS = [
+    "did",
+    "dm",
+    "dw",
+    "ei",
+    "httt",
+    "l",
+    "low",
+    "nr",
+    "sof",
+    "sota",
+    "sotbe",
+    "thot",
+    "trow",
+    "tsg",
+    "ttb",
+    "utbs",
+]
 
 # Package -> the part of its files that is English prose ("" = all of them).
 PACKAGES: dict[str, str] = {
@@ -108,7 +125,46 @@ PROSE = re.compile(
     r"/man/man\d/|/doc/|/games/fortunes/[^.]*$|/vim\d*/doc/|/bible/"
 )
 STOPWORDS = set(
-    ["the", "a", "an", "of", "to", "and", "in", "is", "that", "for", "it", "as", "with", "be", "on", "are", "this", "by", "you", "or", "not", "his", "he", "was", "which", "from", "at", "can", "will", "have", "has", "if", "they", "i", "but", "your", "all", "when"]
+    [
+        "the",
+        "a",
+        "an",
+        "of",
+        "to",
+        "and",
+        "in",
+        "is",
+        "that",
+        "for",
+        "it",
+        "as",
+        "with",
+        "be",
+        "on",
+        "are",
+        "this",
+        "by",
+        "you",
+        "or",
+        "not",
+        "his",
+        "he",
+        "was",
+        "which",
+        "from",
+        "at",
+        "can",
+        "will",
+        "have",
+        "has",
+        "if",
+        "they",
+        "i",
+        "but",
+        "your",
+        "all",
+        "when",
+    ]
 )
 QUOTES = str.maketrans(
     {

@@ -14,15 +14,117 @@ from typing import Any
 from json_tasks import json_task
 from values import CURRENCIES, UNITS, Make, Values
 
-VERBS = ["get", "set", "add", "show", "play", "search", "remove", "create", "update", "delete", "find", "book", "cancel", "send", "order", "list", "schedule", "check", "print", "export", "import", "archive", "rename", "copy", "move", "open", "close", "start", "stop", "share", "translate", "convert", "compare", "count", "calculate", "reserve", "rate", "review", "approve", "track", "register", "lock", "upload", "download"]
-NOUNS = ["invoice", "recipe", "flight", "hotel", "meeting", "ticket", "report", "file", "playlist", "contact", "reminder", "photo", "alarm", "song", "document", "event", "package", "payment", "account", "task", "note", "message", "room", "table", "device", "lamp", "camera", "backup", "printer", "survey", "contract", "customer", "product", "order", "library", "license", "server", "database", "network", "calendar", "budget", "parcel", "taxi", "train", "menu", "article"]
-HELD_OUT_NOUNS = ["shipment", "appointment", "folder", "garden", "bridge", "voucher", "sensor", "lecture"]
+VERBS = [
+    "get",
+    "set",
+    "add",
+    "show",
+    "play",
+    "search",
+    "remove",
+    "create",
+    "update",
+    "delete",
+    "find",
+    "book",
+    "cancel",
+    "send",
+    "order",
+    "list",
+    "schedule",
+    "check",
+    "print",
+    "export",
+    "import",
+    "archive",
+    "rename",
+    "copy",
+    "move",
+    "open",
+    "close",
+    "start",
+    "stop",
+    "share",
+    "translate",
+    "convert",
+    "compare",
+    "count",
+    "calculate",
+    "reserve",
+    "rate",
+    "review",
+    "approve",
+    "track",
+    "register",
+    "lock",
+    "upload",
+    "download",
+]
+NOUNS = [
+    "invoice",
+    "recipe",
+    "flight",
+    "hotel",
+    "meeting",
+    "ticket",
+    "report",
+    "file",
+    "playlist",
+    "contact",
+    "reminder",
+    "photo",
+    "alarm",
+    "song",
+    "document",
+    "event",
+    "package",
+    "payment",
+    "account",
+    "task",
+    "note",
+    "message",
+    "room",
+    "table",
+    "device",
+    "lamp",
+    "camera",
+    "backup",
+    "printer",
+    "survey",
+    "contract",
+    "customer",
+    "product",
+    "order",
+    "library",
+    "license",
+    "server",
+    "database",
+    "network",
+    "calendar",
+    "budget",
+    "parcel",
+    "taxi",
+    "train",
+    "menu",
+    "article",
+]
+HELD_OUT_NOUNS = [
+    "shipment",
+    "appointment",
+    "folder",
+    "garden",
+    "bridge",
+    "voucher",
+    "sensor",
+    "lecture",
+]
 
 Param = tuple[str, dict[str, Any], str, Make]  # name, schema, phrase with {v}, maker
 
 
 def parameters(v: Values) -> list[Param]:
     """The pool of parameters that a tool may have."""
+
     def s(name: str, text: str, phrase: str, make: Make) -> Param:
         return name, {"type": "string", "description": text}, phrase, make
 
@@ -39,9 +141,18 @@ def parameters(v: Values) -> list[Param]:
         return name, schema, phrase, lambda r: r.choice(values)
 
     def record(name: str, text: str, phrase: str, fields: dict[str, Make]) -> Param:
-        kinds = {k: {"type": "integer" if m in (v.integer, v.small) else "number"
-                     if m == v.decimal else "boolean" if m == v.boolean else "string"}
-                 for k, m in fields.items()}
+        kinds = {
+            k: {
+                "type": "integer"
+                if m in (v.integer, v.small)
+                else "number"
+                if m == v.decimal
+                else "boolean"
+                if m == v.boolean
+                else "string"
+            }
+            for k, m in fields.items()
+        }
         schema = {"type": "object", "description": text, "properties": kinds}
         return name, schema, phrase, lambda r: {k: m(r) for k, m in fields.items()}
 
@@ -85,21 +196,31 @@ def parameters(v: Values) -> list[Param]:
         many("files", "Paths of the files", "using the files {v}", v.path),
         many("ids", "Numbers of the items", "for the items {v}", v.integer),
         many("lines", "Lines of text", "with these lines: {v}", v.text),
-        record("address", "Postal address", "deliver to {v}",
-               {"street": v.phrase, "city": v.city, "zip": v.integer}),
-        record("range", "Smallest and largest value", "within {v}",
-               {"min": v.small, "max": v.integer}),
+        record(
+            "address",
+            "Postal address",
+            "deliver to {v}",
+            {"street": v.phrase, "city": v.city, "zip": v.integer},
+        ),
+        record(
+            "range", "Smallest and largest value", "within {v}", {"min": v.small, "max": v.integer}
+        ),
         record("owner", "Who owns it", "owned by {v}", {"name": v.name, "id": v.ident}),
-        record("options", "Further options", "with the options {v}",
-               {"retries": v.small, "verbose": v.boolean, "label": v.phrase}),
+        record(
+            "options",
+            "Further options",
+            "with the options {v}",
+            {"retries": v.small, "verbose": v.boolean, "label": v.phrase},
+        ),
     ]
 
 
 class Generator:
     """Makes dialogues of all kinds from one seed."""
 
-    def __init__(self, words: list[str], answers: list[tuple[str, str]], seed: int,
-                 held_out: bool) -> None:
+    def __init__(
+        self, words: list[str], answers: list[tuple[str, str]], seed: int, held_out: bool
+    ) -> None:
         self.r = random.Random(seed)
         self.v = Values(words, held_out)
         self.pool = parameters(self.v)
@@ -115,9 +236,17 @@ class Generator:
         word = self.v.word(self.r)
         name = word if self.r.random() < 0.6 else f"{word}_{self.v.word(self.r)}"
         spoken, v = name.replace("_", " "), self.v
-        kind, make = self.r.choice((
-            ("string", v.name), ("string", v.phrase), ("string", v.ident), ("string", v.city),
-            ("integer", v.small), ("integer", v.integer), ("number", v.decimal)))
+        kind, make = self.r.choice(
+            (
+                ("string", v.name),
+                ("string", v.phrase),
+                ("string", v.ident),
+                ("string", v.city),
+                ("integer", v.small),
+                ("integer", v.integer),
+                ("number", v.decimal),
+            )
+        )
         text = self.r.choice((f"The {spoken}", spoken.capitalize(), f"Which {spoken} to use"))
         phrase = self.r.choice((f"the {spoken} is {{v}}", f"{spoken} {{v}}", f"{{v}} as {spoken}"))
         return name, {"type": kind, "description": text}, phrase, make
@@ -132,9 +261,14 @@ class Generator:
         join = self.r.choice(("_", "_", "-", "."))
         name = f"{verb}{noun.capitalize()}" if self.r.random() < 0.2 else f"{verb}{join}{noun}"
         function = {
-            "name": name, "description": f"{verb.capitalize()} {article(noun)}.",
-            "parameters": {"type": "object", "properties": {p[0]: p[1] for p in params},
-                           "required": required}}
+            "name": name,
+            "description": f"{verb.capitalize()} {article(noun)}.",
+            "parameters": {
+                "type": "object",
+                "properties": {p[0]: p[1] for p in params},
+                "required": required,
+            },
+        }
         return {"type": "function", "function": function}, params
 
     def tools(self) -> list[tuple[dict[str, Any], list[Param]]]:
@@ -186,8 +320,10 @@ class Generator:
         tools = self.tools()
         wanted = self.r.sample(tools, 2 if len(tools) > 1 and self.r.random() < 0.15 else 1)
         texts, calls = zip(*(self.request(*tool) for tool in wanted), strict=True)
-        messages = [{"role": "user", "content": "\nAlso: ".join(texts)},
-                    {"role": "assistant", "content": "", "tool_calls": as_calls(calls)}]
+        messages = [
+            {"role": "user", "content": "\nAlso: ".join(texts)},
+            {"role": "assistant", "content": "", "tool_calls": as_calls(calls)},
+        ]
         return {"kind": "tool", "messages": messages, "tools": [t[0] for t in tools]}
 
     def tool_result(self) -> dict[str, Any]:
@@ -202,7 +338,8 @@ class Generator:
         listed = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
         dialogue["messages"] += [
             {"role": "tool", "content": json.dumps(result, ensure_ascii=False)},
-            {"role": "assistant", "content": f"Done: {listed}."}]
+            {"role": "assistant", "content": f"Done: {listed}."},
+        ]
         return {**dialogue, "kind": "result"}
 
     def plain(self, with_tools: bool) -> dict[str, Any]:
@@ -213,8 +350,11 @@ class Generator:
             system = {"role": "system", "content": "You are a helpful assistant."}
             messages.insert(0, system)
         tools = [t[0] for t in self.tools()] if with_tools else None
-        return {"kind": "no_tool" if with_tools else "question", "messages": messages,
-                "tools": tools}
+        return {
+            "kind": "no_tool" if with_tools else "question",
+            "messages": messages,
+            "tools": tools,
+        }
 
     def json_answer(self) -> dict[str, Any]:
         """A JSON task."""

@@ -25,8 +25,13 @@ from mlx_lm import generate, load
 from mlx_lm.convert import convert
 
 HERE = Path(__file__).parent
-PROMPTS = ("The king looked at the old man and said", "A computer is", "In the beginning",
-           "The city was founded", "If you want to install the package,")
+PROMPTS = (
+    "The king looked at the old man and said",
+    "A computer is",
+    "In the beginning",
+    "The city was founded",
+    "If you want to install the package,",
+)
 QUESTIONS = ("What is a dog?", "What does the program gzip do?", "Define courage.", "Who are you?")
 TOKENS = 8192  # of heldout.txt, for the perplexity
 
@@ -44,8 +49,9 @@ def read_cases(path: Path, kinds: list[str] | None, limit: int) -> list[dict[str
 
 def answer(model: nn.Module, tokenizer: Any, case: dict[str, Any]) -> str:
     """The model's answer to one case."""
-    prompt = tokenizer.apply_chat_template(case["messages"], tools=case["tools"],
-                                           add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(
+        case["messages"], tools=case["tools"], add_generation_prompt=True
+    )
     return generate(model, tokenizer, prompt, max_tokens=400)
 
 

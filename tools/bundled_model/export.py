@@ -16,8 +16,12 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.convert import convert
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-             "tokenizer_bundled.py")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "tokenizer_bundled.py",
+)
 LARGEST = 20_500_000  # bytes of the whole folder
 
 
@@ -28,9 +32,15 @@ def text_config(trained: Path, tokenizer: Path) -> dict[str, object]:
     ids = {token["content"]: token["id"] for token in vocabulary}
     end, stop = ids["<|endoftext|>"], ids["<|im_end|>"]
     config.update(model_type="qwen3_5_moe_text", eos_token_id=[stop, end], pad_token_id=end)
-    return {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe",
-            "eos_token_id": [stop, end], "pad_token_id": end, "dtype": "bfloat16",
-            "tie_word_embeddings": True, "text_config": {**config, "dtype": "bfloat16"}}
+    return {
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "model_type": "qwen3_5_moe",
+        "eos_token_id": [stop, end],
+        "pad_token_id": end,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": True,
+        "text_config": {**config, "dtype": "bfloat16"},
+    }
 
 
 def stage(trained: Path, tokenizer: Path, folder: Path) -> None:
@@ -44,8 +54,11 @@ def stage(trained: Path, tokenizer: Path, folder: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), named, metadata={"format": "pt"})
     config = text_config(trained, tokenizer)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    generation = {"do_sample": False, "eos_token_id": config["eos_token_id"],
-                  "pad_token_id": config["pad_token_id"]}
+    generation = {
+        "do_sample": False,
+        "eos_token_id": config["eos_token_id"],
+        "pad_token_id": config["pad_token_id"],
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for name in TOKENIZER:
         shutil.copy(tokenizer / name, folder / name)
@@ -74,8 +87,10 @@ def main() -> None:
         print(f"{size:12,}  {name}")
     print(f"{sum(sizes.values()):12,}  in all")
     if sum(sizes.values()) > LARGEST:
-        raise ValueError(f"{args.out} holds {sum(sizes.values()):,} bytes, more than {LARGEST:,}: "
-                         "train with fewer experts")
+        raise ValueError(
+            f"{args.out} holds {sum(sizes.values()):,} bytes, more than {LARGEST:,}: "
+            "train with fewer experts"
+        )
 
 
 if __name__ == "__main__":

@@ -8,19 +8,45 @@ from typing import Any
 
 from values import Values
 
-ASK = ("Return JSON with these fields:", "Return JSON with exactly this content:",
-       "Return this as JSON:", "Convert to JSON:", "Write the following as a JSON object:")
+ASK = (
+    "Return JSON with these fields:",
+    "Return JSON with exactly this content:",
+    "Return this as JSON:",
+    "Convert to JSON:",
+    "Write the following as a JSON object:",
+)
 
 
 def makers(v: Values) -> dict[str, Any]:
     """Field name -> value maker."""
-    return {"name": v.name, "author": v.name, "email": v.email, "city": v.city, "path": v.path,
-            "url": v.url, "id": v.ident, "code": v.ident, "title": v.phrase, "note": v.awkward,
-            "comment": v.awkward, "text": v.text, "phone": v.phone, "date": v.date,
-            "time": v.time, "count": v.small, "number": v.integer, "total": v.decimal,
-            "active": v.boolean, "tags": v.several(v.word), "codes": v.several(v.ident),
-            "values": v.several(v.integer), "people": v.several(v.name),
-            "quotes": v.several(v.awkward, 1, 3), "price": v.decimal, "serial": v.integer}
+    return {
+        "name": v.name,
+        "author": v.name,
+        "email": v.email,
+        "city": v.city,
+        "path": v.path,
+        "url": v.url,
+        "id": v.ident,
+        "code": v.ident,
+        "title": v.phrase,
+        "note": v.awkward,
+        "comment": v.awkward,
+        "text": v.text,
+        "phone": v.phone,
+        "date": v.date,
+        "time": v.time,
+        "count": v.small,
+        "number": v.integer,
+        "total": v.decimal,
+        "active": v.boolean,
+        "tags": v.several(v.word),
+        "codes": v.several(v.ident),
+        "values": v.several(v.integer),
+        "people": v.several(v.name),
+        "quotes": v.several(v.awkward, 1, 3),
+        "price": v.decimal,
+        "serial": v.integer,
+    }
 
 
 NESTED = ["owner", "address", "details", "settings", "contact", "source", "meta", "parent"]
@@ -62,20 +88,37 @@ def sentence(r: random.Random, v: Values) -> tuple[str, Any]:
     name, city, mail = v.name(r), v.city(r), v.email(r)
     count, item, code, date = v.small(r), v.phrase(r, 1, 2), v.ident(r), v.date(r)
     price, said = v.decimal(r), v.text(r)
-    facts = r.choice((
-        (f"{name} from {city} ({mail}) ordered {count} x {item} on {date}.",
-         {"name": name, "city": city, "email": mail, "quantity": count, "product": item,
-          "date": date}),
-        (f"On {date} {name} paid {price} for {item}, reference {code}.",
-         {"name": name, "amount": price, "item": item, "reference": code, "date": date}),
-        (f"Ticket {code} was opened by {name} on {date}: {said}",
-         {"ticket": code, "author": name, "date": date, "text": said}),
-        (f"{name} lives in {city}, works as {item} and can be reached at {mail}.",
-         {"person": {"name": name, "city": city}, "work": item, "contact": {"email": mail}}),
-    ))
+    facts = r.choice(
+        (
+            (
+                f"{name} from {city} ({mail}) ordered {count} x {item} on {date}.",
+                {
+                    "name": name,
+                    "city": city,
+                    "email": mail,
+                    "quantity": count,
+                    "product": item,
+                    "date": date,
+                },
+            ),
+            (
+                f"On {date} {name} paid {price} for {item}, reference {code}.",
+                {"name": name, "amount": price, "item": item, "reference": code, "date": date},
+            ),
+            (
+                f"Ticket {code} was opened by {name} on {date}: {said}",
+                {"ticket": code, "author": name, "date": date, "text": said},
+            ),
+            (
+                f"{name} lives in {city}, works as {item} and can be reached at {mail}.",
+                {"person": {"name": name, "city": city}, "work": item, "contact": {"email": mail}},
+            ),
+        )
+    )
     text, answer = facts
-    keys = ", ".join(f"{k} ({', '.join(x)})" if isinstance(x, dict) else k
-                     for k, x in answer.items())
+    keys = ", ".join(
+        f"{k} ({', '.join(x)})" if isinstance(x, dict) else k for k, x in answer.items()
+    )
     return f"{text}\nReturn JSON with the fields {keys}.", answer
 
 

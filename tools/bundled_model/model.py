@@ -48,14 +48,25 @@ class Config:
         theta = sizes.pop("rope_theta")
         kinds = ["linear_attention"] * (self.full_attention_interval - 1) + ["full_attention"]
         return {
-            **sizes, "model_type": "qwen3_5_moe_text", "hidden_act": "silu",
-            "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
-            "initializer_range": 0.02, "norm_topk_prob": True, "tie_word_embeddings": True,
-            "max_position_embeddings": 4096, "router_aux_loss_coef": 0.001,
+            **sizes,
+            "model_type": "qwen3_5_moe_text",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "attn_output_gate": True,
+            "initializer_range": 0.02,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 4096,
+            "router_aux_loss_coef": 0.001,
             "layer_types": kinds * (self.num_hidden_layers // self.full_attention_interval),
-            "rope_parameters": {"rope_type": "default", "rope_theta": theta,
-                                "partial_rotary_factor": 0.25, "mrope_interleaved": True,
-                                "mrope_section": [4, 2, 2]},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": theta,
+                "partial_rotary_factor": 0.25,
+                "mrope_interleaved": True,
+                "mrope_section": [4, 2, 2],
+            },
         }
 
 
@@ -167,14 +178,17 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.c = c
-        self.key, self.value = (c.linear_num_key_heads * c.linear_key_head_dim,
-                                c.linear_num_value_heads * c.linear_value_head_dim)
+        self.key, self.value = (
+            c.linear_num_key_heads * c.linear_key_head_dim,
+            c.linear_num_value_heads * c.linear_value_head_dim,
+        )
         channels, heads = 2 * self.key + self.value, c.linear_num_value_heads
         self.in_proj_qkv = Linear(c.hidden_size, channels)
         self.in_proj_z = Linear(c.hidden_size, self.value)
         self.in_proj_b, self.in_proj_a = Linear(c.hidden_size, heads), Linear(c.hidden_size, heads)
-        self.conv1d = nn.Conv1d(channels, channels, c.linear_conv_kernel_dim, groups=channels,
-                                bias=False)
+        self.conv1d = nn.Conv1d(
+            channels, channels, c.linear_conv_kernel_dim, groups=channels, bias=False
+        )
         step = torch.exp(torch.linspace(math.log(1e-3), math.log(1e-1), heads))
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
         self.A_log = nn.Parameter(torch.log(torch.linspace(1, 8, heads)))

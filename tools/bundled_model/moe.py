@@ -81,7 +81,8 @@ class MoE(nn.Module):
         flat = chosen.flatten()
         ranked, order = torch.sort(flat, stable=True)
         inverse = torch.empty_like(order).scatter_(
-            0, order, torch.arange(len(order), device=x.device))
+            0, order, torch.arange(len(order), device=x.device)
+        )
         edges = torch.arange(1, c.num_experts + 1, device=x.device)
         ends = torch.searchsorted(ranked, edges).int()
         self.counts = torch.diff(ends, prepend=ends.new_zeros(1)).float()

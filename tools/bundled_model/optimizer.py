@@ -53,13 +53,16 @@ class Optimizer:
 
     def state(self) -> dict[str, Any]:
         """Everything to resume from."""
-        return {"momentum": self.momentum, "mean": self.mean, "square": self.square,
-                "step": self.step_count}
+        return {
+            "momentum": self.momentum,
+            "mean": self.mean,
+            "square": self.square,
+            "step": self.step_count,
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Copy a saved state in place."""
-        for key, own in (("momentum", self.momentum), ("mean", self.mean),
-                         ("square", self.square)):
+        for key, own in (("momentum", self.momentum), ("mean", self.mean), ("square", self.square)):
             for target, source in zip(own, state[key], strict=True):
                 target.copy_(source)
         self.step_count.copy_(state["step"])

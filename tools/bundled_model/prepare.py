@@ -25,9 +25,30 @@ from transformers import AutoTokenizer
 
 ROW = 1025  # 1024 inputs and their 1024 targets
 ANSWER = 0x8000
-TECHNICAL = ("linux-doc", "python3", "perl-doc", "postgresql", "python-", "cmake", "fp-docs",
-             "manpages", "vim", "git-doc", "lilypond", "grass", "octave", "maxima", "r-doc",
-             "bind9", "autoconf", "apache2", "exim4", "c++", "wireshark", "guile")
+TECHNICAL = (
+    "linux-doc",
+    "python3",
+    "perl-doc",
+    "postgresql",
+    "python-",
+    "cmake",
+    "fp-docs",
+    "manpages",
+    "vim",
+    "git-doc",
+    "lilypond",
+    "grass",
+    "octave",
+    "maxima",
+    "r-doc",
+    "bind9",
+    "autoconf",
+    "apache2",
+    "exim4",
+    "c++",
+    "wireshark",
+    "guile",
+)
 
 
 def encode_dialogue(tokenizer: Any, dialogue: dict[str, Any]) -> list[int]:
@@ -36,8 +57,9 @@ def encode_dialogue(tokenizer: Any, dialogue: dict[str, Any]) -> list[int]:
     done, messages = "", dialogue["messages"]
 
     def render(count: int, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(messages[:count], tools=dialogue["tools"],
-                                             tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(
+            messages[:count], tools=dialogue["tools"], tokenize=False, add_generation_prompt=prompt
+        )
 
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -45,8 +67,8 @@ def encode_dialogue(tokenizer: Any, dialogue: dict[str, Any]) -> list[int]:
         before, after = render(i, True), render(i + 1, False)
         if not (before.startswith(done) and after.startswith(before)):
             raise ValueError(f"chat_template.jinja does not append turns: {before!r} -> {after!r}")
-        ids += tokenizer.encode(before[len(done):], add_special_tokens=False)
-        answer = tokenizer.encode(after[len(before):-1], add_special_tokens=False)
+        ids += tokenizer.encode(before[len(done) :], add_special_tokens=False)
+        answer = tokenizer.encode(after[len(before) : -1], add_special_tokens=False)
         ids += [token | ANSWER for token in answer]
         ids += tokenizer.encode("\n", add_special_tokens=False)
         done = after
@@ -122,8 +144,10 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
-        jobs = [pool.submit(pack, args.work, args.seed + i, args.rows // args.parts, "train")
-                for i in range(args.parts)]
+        jobs = [
+            pool.submit(pack, args.work, args.seed + i, args.rows // args.parts, "train")
+            for i in range(args.parts)
+        ]
         held = pool.submit(pack, args.work, 7, 64, "heldout")
         arrays, sources = text_arrays(args)
         packed = [job.result() for job in jobs]
@@ -131,9 +155,12 @@ def main() -> None:
     (np.savez if args.text else np.savez_compressed)(args.out / "data.npz", **arrays)
     kinds = sum((p[1] for p in packed), Counter())
     answers = float((arrays["rows"] & ANSWER > 0).mean())
-    report = {"shapes": {k: v.shape for k, v in arrays.items()}, "dialogues": kinds,
-              "share of answer tokens": round(answers, 4),
-              "text tokens by source": dict(sources.most_common())}
+    report = {
+        "shapes": {k: v.shape for k, v in arrays.items()},
+        "dialogues": kinds,
+        "share of answer tokens": round(answers, 4),
+        "text tokens by source": dict(sources.most_common()),
+    }
     (args.out / "sources.json").write_text(json.dumps(report, indent=1))
     print(json.dumps(dict(itertools.islice(report.items(), 3)), indent=1))
     print((args.out / "data.npz").stat().st_size / 2**20, "MiB")

@@ -1,6 +1,6 @@
 """Train the byte-level BPE tokenizer and write its Hugging Face files.
 
-    python tokenizer.py --work DIR --out DIR/tokenizer
+python tokenizer.py --work DIR --out DIR/tokenizer
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 VOCABULARY = 4096
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MARKERS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<tool_response>",
-           "</tool_response>"]
+MARKERS = [
+    "<tool_call>",
+    "</tool_call>",
+    "<think>",
+    "</think>",
+    "<tool_response>",
+    "</tool_response>",
+]
 # Words with one leading space, single digits, runs of signs, line breaks, other white space.
 PATTERN = r"'[a-z]{1,2}\b| ?\p{L}+|\d| ?[^\s\p{L}\d]+|\n+| +(?! ?\S)|\s+"
 HERE = Path(__file__).parent
@@ -62,8 +68,10 @@ def sample(work: Path) -> Iterator[str]:
         for message in dialogue["messages"]:
             yield message["content"]
             for call in message.get("tool_calls", []):
-                yield from (f"<parameter={k}>\n{v}\n</parameter>\n</function>\n"
-                            for k, v in call["function"]["arguments"].items())
+                yield from (
+                    f"<parameter={k}>\n{v}\n</parameter>\n</function>\n"
+                    for k, v in call["function"]["arguments"].items()
+                )
         if dialogue["tools"]:
             yield "\n".join(json.dumps(t, ensure_ascii=False) for t in dialogue["tools"])
 
@@ -71,13 +79,18 @@ def sample(work: Path) -> Iterator[str]:
 def train(work: Path) -> Tokenizer:
     """A byte-level BPE without unknown tokens."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL) - len(MARKERS), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=VOCABULARY - len(SPECIAL) - len(MARKERS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(sample(work), trainer)
     return tokenizer
 
@@ -90,10 +103,16 @@ def write(tokenizer: Tokenizer, out: Path) -> None:
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in MARKERS])
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096,
-              "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None,
-              "clean_up_tokenization_spaces": False, "add_prefix_space": False,
-              "auto_map": {"AutoTokenizer": [None, "tokenizer_bundled.BundledTokenizer"]}}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 4096,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+        "auto_map": {"AutoTokenizer": [None, "tokenizer_bundled.BundledTokenizer"]},
+    }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("chat_template.jinja", "tokenizer_bundled.py"):
         shutil.copy(HERE / name, out / name)

@@ -38,10 +38,12 @@ class Data:
         self.length = length
         self.text, self.text_heldout = (
             torch.from_numpy(arrays[k].astype(np.int32)).to(device)
-            for k in ("text", "text_heldout"))
+            for k in ("text", "text_heldout")
+        )
         self.rows, self.rows_heldout = (
             torch.from_numpy(arrays[k].astype(np.int32)).to(device)
-            for k in ("rows", "rows_heldout"))
+            for k in ("rows", "rows_heldout")
+        )
         self.window = torch.arange(length + 1, device=device)
         self.order, self.next = torch.empty(0, dtype=torch.long), 0
 
@@ -65,8 +67,10 @@ def losses(model: LanguageModel, batch: Tensor, dtype: torch.dtype) -> tuple[Ten
     wanted = (targets & ANSWER > 0).float()
     half = len(batch) // 2
     each = each.view_as(wanted) * wanted
-    return (each[:half].sum() / wanted[:half].sum(),
-            each[half:].sum() / wanted[half:].sum().clamp(min=1))
+    return (
+        each[:half].sum() / wanted[:half].sum(),
+        each[half:].sum() / wanted[half:].sum().clamp(min=1),
+    )
 
 
 @torch.no_grad()
@@ -81,13 +85,17 @@ def held_out(model: LanguageModel, data: Data, dtype: torch.dtype) -> str:
     used = [int((layer.mlp.counts > 0).sum()) for layer in model.layers]
     most = [float(layer.mlp.counts.max() / layer.mlp.counts.mean()) for layer in model.layers]
     answer_loss = losses(model, torch.cat([rows, rows]), dtype)[1]
-    return (f"held-out text {text_loss:.4f} answers {answer_loss:.4f} experts used {used} "
-            f"busiest/mean {[round(m, 2) for m in most]}")
+    return (
+        f"held-out text {text_loss:.4f} answers {answer_loss:.4f} experts used {used} "
+        f"busiest/mean {[round(m, 2) for m in most]}"
+    )
 
 
-def stepper(model: LanguageModel, optimizer: Optimizer, static: Tensor, dtype: torch.dtype,
-            graph: bool) -> Callable[[], list[Tensor]]:
+def stepper(
+    model: LanguageModel, optimizer: Optimizer, static: Tensor, dtype: torch.dtype, graph: bool
+) -> Callable[[], list[Tensor]]:
     """One training step on `static`; recorded as a CUDA graph if asked."""
+
     def step() -> list[Tensor]:
         for p in model.parameters():
             p.grad = None
@@ -126,8 +134,10 @@ def rate(progress: float, peak: float) -> float:
 def export(model: LanguageModel, out: Path, shards: int) -> None:
     """bfloat16 shards under Hugging Face names, and config.json."""
     out.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{k}": v.detach().to(torch.bfloat16).cpu().contiguous()
-             for k, v in model.state_dict().items()}
+    state = {
+        f"model.{k}": v.detach().to(torch.bfloat16).cpu().contiguous()
+        for k, v in model.state_dict().items()
+    }
     parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
     for name, value in sorted(state.items(), key=lambda item: -item[1].numel()):
         min(parts, key=lambda part: sum(v.numel() for v in part.values()))[name] = value
@@ -169,10 +179,15 @@ def run(args: argparse.Namespace) -> None:
         optimizer.load(saved["optimizer"])
         step = saved["step"]
     elif args.span[0] > 0:
-        raise FileNotFoundError(f"{args.state}: --span {args.span[0]} resumes, but no state is "
-                                "there; start with --span 0")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{time.monotonic() - begin:.1f} s to start", flush=True)
+        raise FileNotFoundError(
+            f"{args.state}: --span {args.span[0]} resumes, but no state is "
+            "there; start with --span 0"
+        )
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{time.monotonic() - begin:.1f} s to start",
+        flush=True,
+    )
     start, shown, first = time.monotonic(), time.monotonic(), step
     while (elapsed := time.monotonic() - start) < args.seconds:
         part = elapsed / args.seconds
@@ -186,16 +201,24 @@ def run(args: argparse.Namespace) -> None:
         if time.monotonic() - shown > args.report:
             shown = time.monotonic()
             speed = (step - first) * args.rows * args.length / (shown - start)
-            print(f"{progress:6.3f} step {step} text {text:.3f} answers {answers:.4f} balance "
-                  f"{balance:.3f} {speed:,.0f} tokens/s", held_out(model, data, dtype), flush=True)
+            print(
+                f"{progress:6.3f} step {step} text {text:.3f} answers {answers:.4f} balance "
+                f"{balance:.3f} {speed:,.0f} tokens/s",
+                held_out(model, data, dtype),
+                flush=True,
+            )
             if not torch.isfinite(text + answers):
-                raise FloatingPointError(f"loss is {text}, {answers} at step {step}: "
-                                         "lower --peak")
-    torch.save({"model": list(model.parameters()), "optimizer": optimizer.state(), "step": step},
-               args.state)
+                raise FloatingPointError(f"loss is {text}, {answers} at step {step}: lower --peak")
+    torch.save(
+        {"model": list(model.parameters()), "optimizer": optimizer.state(), "step": step},
+        args.state,
+    )
     export(model, args.out, args.shards)
-    print(f"step {step}, {step * args.rows * args.length / 1e6:.0f} M tokens,",
-          held_out(model, data, dtype), flush=True)
+    print(
+        f"step {step}, {step * args.rows * args.length / 1e6:.0f} M tokens,",
+        held_out(model, data, dtype),
+        flush=True,
+    )
 
 
 def main() -> None:

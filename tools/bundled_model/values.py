@@ -7,12 +7,203 @@ import string
 from collections.abc import Callable
 from typing import Any
 
-FIRST = ["Anna", "Björn", "Chloé", "Dmitri", "Elena", "Fatima", "Giulia", "Hiroshi", "Ingrid", "José", "Katarzyna", "Lukas", "Mehmet", "Ngozi", "Olivia", "Pavel", "Quentin", "Rosa", "Søren", "Tomás", "Ursula", "Viktor", "Wei", "Ximena", "Yusuf", "Zoë", "Amélie", "Brian", "Carmen", "David", "Emma", "Frank", "Grace", "Helga", "Ivan", "Julia", "Kofi", "Leila", "Marta", "Noah", "Oskar", "Priya", "Renée", "Sara", "Thabo", "Ulrich", "Vera", "Walter", "Xenia", "Yara", "Zdeněk", "Łucja", "Şebnem", "Åsa", "Мария", "花子", "Beatriz", "Carl", "Dora", "Erik", "Fiona", "Gustav", "Hanna", "Isak", "Jorge", "Kim", "Lena", "Mia", "Nils", "Otto", "Petra"]
-LAST = ["Abe", "Bergström", "Castañeda", "Dvořák", "Eriksen", "Fernández", "García", "Hoffmann", "Ivanov", "Jansen", "Kowalski", "Lindqvist", "Müller", "Nguyễn", "O'Brien", "Petrov", "Quispe", "Rossi", "Schäfer", "Tanaka", "Ueda", "Vasquez", "Weiß", "Xu", "Yılmaz", "Zhang", "Ødegård", "Smith", "Jones", "Brown", "Taylor", "Wilson", "Martin", "Clark", "Lewis", "Walker", "Hall", "Young", "King", "Wright", "Green", "Baker", "Adams", "Nelson", "Carter", "Mitchell", "Ncube", "Okafor", "Patel", "Hansen", "Meyer", "Novak", "Silva", "Costa", "Popescu", "Horvath", "Nagy", "Laine", "Virtanen", "Kaya", "Demir"]
-CITIES = ["Berlin", "Lisbon", "Osaka", "Zürich", "Kraków", "Nairobi", "Toronto", "Santiago", "Hanoi", "Malmö", "Paris", "London", "Madrid", "Vienna", "Dublin", "Oslo", "Prague", "Athens", "Cairo", "Lima", "Quito", "Sydney", "Boston", "Denver", "Austin", "Montréal", "Reykjavík", "Córdoba", "Gdańsk", "İzmir", "Jakarta", "Mumbai", "Seoul", "Tallinn", "Riga", "Vilnius", "Sarajevo", "Sofia", "Tbilisi", "Yerevan", "Accra", "Dakar", "Lagos", "Tunis"]
-DOMAINS = ["example.org", "mail.net", "acme.io", "uni-bonn.de", "posteo.eu", "corp.co.uk", "lab.fi", "shop.jp"]
+FIRST = [
+    "Anna",
+    "Björn",
+    "Chloé",
+    "Dmitri",
+    "Elena",
+    "Fatima",
+    "Giulia",
+    "Hiroshi",
+    "Ingrid",
+    "José",
+    "Katarzyna",
+    "Lukas",
+    "Mehmet",
+    "Ngozi",
+    "Olivia",
+    "Pavel",
+    "Quentin",
+    "Rosa",
+    "Søren",
+    "Tomás",
+    "Ursula",
+    "Viktor",
+    "Wei",
+    "Ximena",
+    "Yusuf",
+    "Zoë",
+    "Amélie",
+    "Brian",
+    "Carmen",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Helga",
+    "Ivan",
+    "Julia",
+    "Kofi",
+    "Leila",
+    "Marta",
+    "Noah",
+    "Oskar",
+    "Priya",
+    "Renée",
+    "Sara",
+    "Thabo",
+    "Ulrich",
+    "Vera",
+    "Walter",
+    "Xenia",
+    "Yara",
+    "Zdeněk",
+    "Łucja",
+    "Şebnem",
+    "Åsa",
+    "Мария",
+    "花子",
+    "Beatriz",
+    "Carl",
+    "Dora",
+    "Erik",
+    "Fiona",
+    "Gustav",
+    "Hanna",
+    "Isak",
+    "Jorge",
+    "Kim",
+    "Lena",
+    "Mia",
+    "Nils",
+    "Otto",
+    "Petra",
+]
+LAST = [
+    "Abe",
+    "Bergström",
+    "Castañeda",
+    "Dvořák",
+    "Eriksen",
+    "Fernández",
+    "García",
+    "Hoffmann",
+    "Ivanov",
+    "Jansen",
+    "Kowalski",
+    "Lindqvist",
+    "Müller",
+    "Nguyễn",
+    "O'Brien",
+    "Petrov",
+    "Quispe",
+    "Rossi",
+    "Schäfer",
+    "Tanaka",
+    "Ueda",
+    "Vasquez",
+    "Weiß",
+    "Xu",
+    "Yılmaz",
+    "Zhang",
+    "Ødegård",
+    "Smith",
+    "Jones",
+    "Brown",
+    "Taylor",
+    "Wilson",
+    "Martin",
+    "Clark",
+    "Lewis",
+    "Walker",
+    "Hall",
+    "Young",
+    "King",
+    "Wright",
+    "Green",
+    "Baker",
+    "Adams",
+    "Nelson",
+    "Carter",
+    "Mitchell",
+    "Ncube",
+    "Okafor",
+    "Patel",
+    "Hansen",
+    "Meyer",
+    "Novak",
+    "Silva",
+    "Costa",
+    "Popescu",
+    "Horvath",
+    "Nagy",
+    "Laine",
+    "Virtanen",
+    "Kaya",
+    "Demir",
+]
+CITIES = [
+    "Berlin",
+    "Lisbon",
+    "Osaka",
+    "Zürich",
+    "Kraków",
+    "Nairobi",
+    "Toronto",
+    "Santiago",
+    "Hanoi",
+    "Malmö",
+    "Paris",
+    "London",
+    "Madrid",
+    "Vienna",
+    "Dublin",
+    "Oslo",
+    "Prague",
+    "Athens",
+    "Cairo",
+    "Lima",
+    "Quito",
+    "Sydney",
+    "Boston",
+    "Denver",
+    "Austin",
+    "Montréal",
+    "Reykjavík",
+    "Córdoba",
+    "Gdańsk",
+    "İzmir",
+    "Jakarta",
+    "Mumbai",
+    "Seoul",
+    "Tallinn",
+    "Riga",
+    "Vilnius",
+    "Sarajevo",
+    "Sofia",
+    "Tbilisi",
+    "Yerevan",
+    "Accra",
+    "Dakar",
+    "Lagos",
+    "Tunis",
+]
+DOMAINS = [
+    "example.org",
+    "mail.net",
+    "acme.io",
+    "uni-bonn.de",
+    "posteo.eu",
+    "corp.co.uk",
+    "lab.fi",
+    "shop.jp",
+]
 EXTENSIONS = ["txt", "csv", "pdf", "json", "md", "png", "tar.gz", "log", "py", "yaml"]
-UNITS, CURRENCIES = ["kg", "g", "lb", "m", "km", "cm", "l", "ml"], ["EUR", "USD", "GBP", "JPY", "CHF", "SEK", "PLN", "INR"]
+UNITS, CURRENCIES = (
+    ["kg", "g", "lb", "m", "km", "cm", "l", "ml"],
+    ["EUR", "USD", "GBP", "JPY", "CHF", "SEK", "PLN", "INR"],
+)
 
 Make = Callable[[random.Random], Any]
 
@@ -46,11 +237,20 @@ class Values:
     def awkward(self, r: random.Random) -> str:
         """A text that needs care: quotes, backslashes, tabs of code, signs."""
         a, b = self.phrase(r, 1, 3), self.phrase(r, 1, 3)
-        return r.choice((
-            f'{a} "{b}"', f'He said "{a}" and "{b}".', f"C:\\{self.word(r)}\\{self.word(r)}",
-            f"{a} & {b} (100%)", f'"{a}" isn\'t \\{self.word(r)}', f"{a} <{b}>",
-            f"{self.word(r)}={r.randint(0, 99)}; {b}", f"\\\\{self.word(r)}\\{self.ident(r)}",
-            f"{a} / {b} #{r.randint(1, 999)}", f'The "{self.word(r)}" of {self.name(r)}'))
+        return r.choice(
+            (
+                f'{a} "{b}"',
+                f'He said "{a}" and "{b}".',
+                f"C:\\{self.word(r)}\\{self.word(r)}",
+                f"{a} & {b} (100%)",
+                f'"{a}" isn\'t \\{self.word(r)}',
+                f"{a} <{b}>",
+                f"{self.word(r)}={r.randint(0, 99)}; {b}",
+                f"\\\\{self.word(r)}\\{self.ident(r)}",
+                f"{a} / {b} #{r.randint(1, 999)}",
+                f'The "{self.word(r)}" of {self.name(r)}',
+            )
+        )
 
     def text(self, r: random.Random) -> str:
         """A phrase, sometimes an awkward one."""
@@ -77,8 +277,10 @@ class Values:
             return "".join(r.choice("0123456789abcdef") for _ in range(r.choice((8, 12))))
         if style == 3:
             return f"{self.word(r)}_{r.choice(letters)}{r.randint(10, 999)}"
-        return "-".join("".join(r.choice(string.ascii_uppercase + digits) for _ in range(4))
-                        for _ in range(r.randint(2, 3)))
+        return "-".join(
+            "".join(r.choice(string.ascii_uppercase + digits) for _ in range(4))
+            for _ in range(r.randint(2, 3))
+        )
 
     def email(self, r: random.Random) -> str:
         """An e-mail address."""
@@ -108,8 +310,9 @@ class Values:
 
     def integer(self, r: random.Random) -> int:
         """A whole number, small or long."""
-        return r.choice((r.randint(1, 12), r.randint(10, 999), r.randint(1000, 10**7),
-                         r.randint(10**9, 10**12)))
+        return r.choice(
+            (r.randint(1, 12), r.randint(10, 999), r.randint(1000, 10**7), r.randint(10**9, 10**12))
+        )
 
     def small(self, r: random.Random) -> int:
         """A small whole number."""
