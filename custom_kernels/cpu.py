@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numba import njit, prange
+from numba import config, njit, prange, set_num_threads
 
 from flashmoe_mlx.custom_kernels.simd import address, dot_tile, lanes_of, to_f32
 
@@ -24,6 +24,14 @@ Array = np.ndarray[Any, Any]
 _compiled = functools.partial(
     njit, parallel=True, cache=True, nogil=True, fastmath=True, error_model="numpy"
 )
+
+
+def _use_threads(work: int) -> None:
+    """Use all threads for `work` multiply-adds, or one if that takes less than about 0.1 ms.
+
+    Waking the others costs 10 microseconds, and milliseconds when other programs hold the cores.
+    """
+    set_num_threads(config.NUMBA_NUM_THREADS if work > 1 << 20 else 1)
 
 
 @dataclass(frozen=True)
@@ -198,6 +206,7 @@ def _run(x: Array, weight: Packed, slots: Array, rows: int) -> Array:
     tile = TILE if rows > 1 and out.shape[1] % TILE == 0 else 1
     blocks = slots[::rows]
     begins = np.flatnonzero(np.diff(blocks, prepend=-1))
+    _use_threads(x.size * out.shape[1])
     _matmul(bits, group_size, tile, rows)(
         weight.codes, weight.scales, weight.biases,
         blocks[begins], np.append(begins, blocks.size),
@@ -225,7 +234,9 @@ def expert_mlp(x: Array, slots: Array, gate: Packed, up: Packed, down: Packed) -
         down: bank `[S, H, ...]`.
     """
     hidden = matmul(x, gate, slots)
-    _swiglu(hidden, matmul(x, up, slots))
+    up_hidden = matmul(x, up, slots)
+    _use_threads(16 * hidden.size)
+    _swiglu(hidden, up_hidden)
     return matmul(hidden, down, slots)
 
 
@@ -274,5 +285,6 @@ def gated_delta(
     mx.eval(inputs, state)
     views = [np.asarray(t) for t in inputs]
     final, y = np.array(state), np.empty(v.shape, np.float32)
+    _use_threads(2 * y.size * q.shape[-1])
     _gated_delta(*views, final, y)
     return mx.array(y), mx.array(final)

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,10 +13,8 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import FlashMoEError
-from .loader import load
+from .loader import BUNDLED_MODEL, load
 from .memory import peak_bytes
-
-BUNDLED_MODEL = Path(__file__).parent / "bundled"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,10 +63,8 @@ def run(args: argparse.Namespace) -> None:
         expert_cache=args.expert_cache,
         io_threads=args.io_threads,
         experts_per_token=args.experts_per_token,
-        tokenizer_config={
-            **json.loads(metadata.get("tokenizer_config", "{}")),
-            "trust_remote_code": args.trust_remote_code,
-        },
+        tokenizer_config=json.loads(metadata.get("tokenizer_config", "{}"))
+        | ({"trust_remote_code": True} if args.trust_remote_code else {}),
         model_config={"quantize_activations": args.quantize_activations},
         adapter_path=args.adapter_path,
     )

@@ -20,6 +20,7 @@ from .memory import available_bytes
 from .model import Model
 from .names import is_expert
 
+BUNDLED_MODEL = Path(__file__).parent / "bundled"
 DOWNLOAD_PATTERNS = [
     "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
     "*.txt", "*.jsonl", "*.jinja",
@@ -165,7 +166,9 @@ def load(
     if adapter_path is not None:
         model = load_adapters(model, adapter_path)
         model.eval()
+    # The bundled tokenizer's one class is part of this package.
+    trusted = {"trust_remote_code": True} if path == BUNDLED_MODEL else {}
     tokenizer = load_tokenizer(
-        path, tokenizer_config, eos_token_ids=config.get("eos_token_id", None)
+        path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id", None)
     )
     return model, tokenizer

@@ -9,8 +9,8 @@ import mlx_lm
 import pytest
 
 from flashmoe_mlx.convert import convert
-from flashmoe_mlx.generate import BUNDLED_MODEL
 from flashmoe_mlx.layout import EXPERT_DIR, layer_file
+from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.names import FIELDS, layer_prefix
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; set before numba loads
@@ -31,7 +31,7 @@ def unpack(packed: Path, out: Path) -> Path:
     del config["model_file"]
     (out / "config.json").write_text(json.dumps(config))
     for source in packed.iterdir():
-        if source.suffix in (".json", ".jinja") and source.name != "config.json":
+        if source.suffix in (".json", ".jinja", ".py") and source.name != "config.json":
             (out / source.name).write_bytes(source.read_bytes())
     (out / "model.safetensors.index.json").unlink(missing_ok=True)
     weights = {}
@@ -77,7 +77,8 @@ def load_stock(stock_models):
     def load(name: str):
         path = stock_models[name]
         if path not in loaded:
-            model, tokenizer = mlx_lm.load(str(path))
+            trust = {"trust_remote_code": True}
+            model, tokenizer = mlx_lm.load(str(path), tokenizer_config=trust)
             model.set_dtype(mx.float32)
             loaded[path] = model, tokenizer
         return loaded[path]

@@ -63,7 +63,7 @@ def test_equals_stock_on_random_weights(change):
     reference = make_stock(dict(tree_flatten(model.parameters())), **change)
     for shape in ((1, 1), (2, 9), (1, 70)):
         ours, theirs = model(tokens(*shape)), reference(tokens(*shape))
-        assert mx.abs(ours - theirs).max().item() <= 1e-5
+        assert mx.abs(ours - theirs).max() <= 1e-5 * mx.abs(theirs).max()
 
 
 def test_steps_equal_one_call():

@@ -164,7 +164,8 @@ SMALL_TALK = (
     (
         ("Who are you?", "What are you?", "What is your name?", "Introduce yourself."),
         (
-            "I am a very small language model. I can answer short questions, call tools and write JSON.",
+            "I am a very small language model. "
+            "I can answer short questions, call tools and write JSON.",
         ),
     ),
     (

@@ -284,7 +284,8 @@ class Values:
 
     def email(self, r: random.Random) -> str:
         """An e-mail address."""
-        return f"{self.word(r)}{r.choice('._-')}{self.word(r)}{r.choice(['', str(r.randint(1, 99))])}@{r.choice(DOMAINS)}"
+        name = f"{self.word(r)}{r.choice('._-')}{self.word(r)}"
+        return f"{name}{r.choice(['', str(r.randint(1, 99))])}@{r.choice(DOMAINS)}"
 
     def path(self, r: random.Random) -> str:
         """A file path."""
