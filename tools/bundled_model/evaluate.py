@@ -1,11 +1,11 @@
-"""Evaluate a model that mlx_lm can load on the held-out cases, greedily.
+"""Evaluate a Qwen3.5 MoE on the held-out cases, greedily, its experts streamed from disk.
 
     python evaluate.py --model ../../flashmoe_mlx/bundled [--requantise 4 2] [--only tool json]
 
 Prints the share of exactly right tool calls (parsed by mlx_lm's own tool parser), of valid and of
 exact JSON, of right refusals to call, of exact reports of a tool's result, the perplexity per
-token, and a few English continuations. --requantise also runs copies at other bits, made from the
-dequantised model by mlx_lm.convert. Activations are float32.
+token, and a few English continuations. --requantise also runs copies whose experts
+flashmoe-convert brought to other bits; the trunk stays as it is.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import generate, load
-from mlx_lm.convert import convert
+
+from flashmoe_mlx import generate, load
+from flashmoe_mlx.convert import convert
 
 HERE = Path(__file__).parent
 PROMPTS = (
@@ -100,8 +101,7 @@ def perplexity(model: nn.Module, tokenizer: Any, text: str, length: int = 512) -
 def evaluate(path: str, kinds: list[str] | None, limit: int, show: int) -> dict[str, float]:
     """All figures of one model."""
     begin = time.monotonic()
-    model, tokenizer = load(path)
-    model.set_dtype(mx.float32)
+    model, tokenizer = load(path, tokenizer_config={"trust_remote_code": True})
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for case in read_cases(HERE / "heldout.jsonl", kinds, limit):
         text = answer(model, tokenizer, case)
@@ -144,13 +144,10 @@ def main() -> None:
     args = parser.parse_args()
     report(args.model, evaluate(args.model, args.only, args.limit, args.show))
     with tempfile.TemporaryDirectory() as scratch:
-        plain = f"{scratch}/plain"
-        if args.requantise:
-            convert(args.model, plain, dequantize=True)
         for bits in args.requantise:
             made = f"{scratch}/{bits}bit"
-            convert(plain, made, quantize=True, q_bits=bits, q_group_size=64)
-            report(f"{bits}-bit copy", evaluate(made, args.only, args.limit, args.show))
+            convert(args.model, made, quantize=True, q_bits=bits, q_group_size=64)
+            report(f"{bits}-bit experts", evaluate(made, args.only, args.limit, args.show))
 
 
 if __name__ == "__main__":
