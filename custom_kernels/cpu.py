@@ -5,7 +5,7 @@ They work on NumPy views of MLX arrays, float32 in and out. Layouts and rules as
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +36,11 @@ def _use_threads(work: int) -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantised matrix, or a bank of them, as NumPy views.
+    """A bank of quantised matrices as NumPy views; a single matrix is a bank of one.
 
     Attributes:
-        codes: `[..., out, in * bits / 8]` uint8.
-        scales: `[..., out, groups]` float32, or uint16 holding bfloat16.
+        codes: `[S, out, in * bits / 8]` uint8.
+        scales: `[S, out, groups]` float32, or uint16 holding bfloat16.
         biases: like `scales`.
         bits: bits per weight.
         group_size: columns per scale and bias.
@@ -67,8 +67,12 @@ def rows(x: mx.array) -> Array:
 
 def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int) -> Packed:
     """View evaluated, row-contiguous MLX arrays; no byte is copied."""
+
+    def bank(array: Array) -> Array:
+        return array.reshape(-1, *array.shape[-2:])
+
     return Packed(
-        view(codes).view(np.uint8), view(scales), view(biases), bits=bits, group_size=group
+        bank(view(codes).view(np.uint8)), bank(view(scales)), bank(view(biases)), bits, group
     )
 
 
@@ -168,51 +172,88 @@ def _matmul(bits: int, group_size: int, tile: int, rows: int) -> Callable[..., N
     return matmul
 
 
-def matmul(x: Array, weight: Packed, slots: Array | None = None) -> Array:
-    """Multiply each activation row by the quantised matrix in its slot of a bank.
+@dataclass(frozen=True)
+class Block:
+    """Activation rows that go through one launch.
 
-    A row's result does not depend on the other rows.
-
-    Args:
-        x: `[rows, in]` float32.
-        weight: one matrix, or with `slots` a bank of them.
-        slots: `[rows]`, ascending.
-
-    Returns:
-        `[rows, out]` float32.
+    Attributes:
+        rows: how many rows are multiplied at once: 1 or ROWS.
+        chosen: which activation rows, a slice or indices; each `rows` of them share a slot.
+        slots: `[runs]`, the slot of each run.
+        starts: `[runs + 1]`, where each run starts, counted in units of `rows`.
     """
-    if slots is None:
-        weight = Packed(
-            weight.codes[None], weight.scales[None], weight.biases[None],
-            weight.bits, weight.group_size,
-        )  # fmt: skip
-        slots = np.zeros(x.shape[0], np.int64)
-    out = np.empty((x.shape[0], weight.codes.shape[1]), np.float32)
+
+    rows: int
+    chosen: slice | Array
+    slots: Array
+    starts: Array
+
+
+@functools.lru_cache(maxsize=64)
+def _one_matrix(count: int) -> tuple[Block, ...]:
+    """Plan `count` rows for a bank of one: fours, then what is left over."""
+    fours = count // ROWS
+    slot, rest = np.zeros(1, np.int64), slice(fours * ROWS, count)
+    blocks = (
+        Block(ROWS, slice(0, fours * ROWS), slot, np.array([0, fours])),
+        Block(1, rest, slot, np.array([0, rest.stop - rest.start])),
+    )
+    return tuple(block for block in blocks if block.starts[1])
+
+
+def _many_matrices(slots: Array) -> tuple[Block, ...]:
+    """Plan rows of which number n uses matrix `slots[n]` (ascending)."""
     begins = np.flatnonzero(np.diff(slots, prepend=-1))
     lengths = np.diff(begins, append=slots.size)
-    # Rows that share a slot are taken four at a time, what is left over one by one.
     place = np.arange(slots.size) - np.repeat(begins, lengths)
     fours = place < np.repeat(lengths - lengths % ROWS, lengths)
+    blocks = []
     for chosen, rows in ((np.flatnonzero(fours), ROWS), (np.flatnonzero(~fours), 1)):
         if chosen.size:
-            out[chosen] = _run(x[chosen], weight, slots[chosen], rows)
-    return out
+            units = slots[chosen[::rows]]
+            starts = np.flatnonzero(np.diff(units, prepend=-1))
+            runs = units[starts], np.append(starts, units.size)
+            whole = chosen.size == slots.size
+            blocks.append(Block(rows, slice(None) if whole else chosen, *runs))
+    return tuple(blocks)
 
 
-def _run(x: Array, weight: Packed, slots: Array, rows: int) -> Array:
-    """Multiply rows of which each block of `rows` shares a slot."""
-    bits, group_size = weight.bits, weight.group_size
-    out = np.empty((x.shape[0], weight.codes.shape[1]), np.float32)
-    tile = TILE if rows > 1 and out.shape[1] % TILE == 0 else 1
-    blocks = slots[::rows]
-    begins = np.flatnonzero(np.diff(blocks, prepend=-1))
-    _use_threads(x.size * out.shape[1])
-    _matmul(bits, group_size, tile, rows)(
-        weight.codes, weight.scales, weight.biases,
-        blocks[begins], np.append(begins, blocks.size),
-        *split(x, bits, group_size, rows), out,
-    )  # fmt: skip
-    return out
+def plan(count: int, slots: Array | None = None) -> Sequence[Block]:
+    """Plan launches for `count` rows, with ascending `slots` `[count]` in a bank of many."""
+    return _one_matrix(count) if slots is None else _many_matrices(slots)
+
+
+class Activations:
+    """Activation rows, ready to be multiplied by several matrices.
+
+    A row's results do not depend on the other rows.
+    """
+
+    def __init__(self, x: Array, blocks: Sequence[Block]) -> None:
+        """Take rows `[rows, in]` float32 and what `plan` made for them."""
+        self._x, self._blocks = x, blocks
+        self._splits: dict[tuple[int, int], list[tuple[Array, Array]]] = {}
+
+    def times(self, weight: Packed) -> Array:
+        """Multiply each row by its matrix: `[rows, out]` float32."""
+        bits, group_size = weight.bits, weight.group_size
+        if (bits, group_size) not in self._splits:
+            self._splits[bits, group_size] = [
+                split(self._x[b.chosen], bits, group_size, b.rows) for b in self._blocks
+            ]
+        height = weight.codes.shape[1]
+        out = np.empty((self._x.shape[0], height), np.float32)
+        for block, (x, sums) in zip(self._blocks, self._splits[bits, group_size], strict=True):
+            scattered = not isinstance(block.chosen, slice)
+            y = np.empty((sums.shape[0], height), np.float32) if scattered else out[block.chosen]
+            tile = TILE if block.rows > 1 and height % TILE == 0 else 1
+            _use_threads(x.size * height)
+            _matmul(bits, group_size, tile, block.rows)(
+                weight.codes, weight.scales, weight.biases, block.slots, block.starts, x, sums, y
+            )
+            if scattered:
+                out[block.chosen] = y
+        return out
 
 
 @_compiled()
@@ -223,21 +264,22 @@ def _swiglu(gate: Array, up: Array) -> None:
             gate[row, column] = g / (np.float32(1) + np.exp(-g)) * up[row, column]
 
 
-def expert_mlp(x: Array, slots: Array, gate: Packed, up: Packed, down: Packed) -> Array:
-    """Run one SwiGLU expert per row: `[rows, H]` float32 to `[rows, H]` float32.
+def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = None) -> Array:
+    """Run a SwiGLU expert on each row: `[rows, H]` float32 to `[rows, H]` float32.
 
     Args:
         x: `[rows, H]`.
-        slots: `[rows]`, ascending.
         gate: bank `[S, I, ...]`.
         up: bank `[S, I, ...]`.
         down: bank `[S, H, ...]`.
+        slots: `[rows]`, ascending; None for banks of one.
     """
-    hidden = matmul(x, gate, slots)
-    up_hidden = matmul(x, up, slots)
+    blocks = plan(x.shape[0], slots)
+    activations = Activations(x, blocks)
+    hidden, up_hidden = activations.times(gate), activations.times(up)
     _use_threads(16 * hidden.size)
     _swiglu(hidden, up_hidden)
-    return matmul(hidden, down, slots)
+    return Activations(hidden, blocks).times(down)
 
 
 @_compiled()

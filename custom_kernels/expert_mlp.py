@@ -1,14 +1,14 @@
 """Routed experts: SwiGLU over experts that sit in slots of quantised weight banks."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels
+from flashmoe_mlx.custom_kernels.linear import swiglu
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,6 @@ class Bank:
         return cpu.packed(self.codes, self.scales, self.biases, self.bits, self.group_size)
 
 
-@partial(mx.compile, shapeless=True)
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
-
-
 def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank) -> mx.array:
     """Run one expert per row: down(silu(gate x) * up x).
 
@@ -58,8 +53,7 @@ def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank)
     banks = gate, up, down
     kernels = cpu_kernels(x)
     if kernels and all(kernels.supports(b.bits, b.group_size, b.scales) for b in banks):
-        y = kernels.expert_mlp(kernels.rows(x), slots, *(b.packed for b in banks))
-        return mx.array(y)
+        return mx.array(kernels.mlp(kernels.rows(x), *(b.packed for b in banks), slots))
 
     indices = mx.array(slots)
 
@@ -77,4 +71,4 @@ def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank)
         )
 
     x = x[:, None, :]
-    return project(_swiglu(project(x, gate), project(x, up)), down).squeeze(1)
+    return project(swiglu(project(x, gate), project(x, up)), down).squeeze(1)

@@ -191,27 +191,30 @@ class ExpertStore:
 
     def _read(self, bank: Bank, missing: Sequence[int], slots: Sequence[int]) -> None:
         jobs = [
-            [
-                self._pool.submit(_read_span, self._files[span.file], span, bank.rows(slot, span))
-                for span in bank.layout.spans(expert)
-            ]
+            self._pool.submit(self._read_expert, bank, expert, slot)
             for expert, slot in zip(missing, slots, strict=True)
         ]
-        everything = [part for parts in jobs for part in parts]
         try:
-            wait(everything)
+            wait(jobs)
         finally:
             # Also after Ctrl-C: a late write must never land in a slot that was given away.
-            wait(everything)
-            for expert, slot, parts in zip(missing, slots, jobs, strict=True):
-                if any(part.exception() for part in parts):
+            wait(jobs)
+            for expert, slot, job in zip(missing, slots, jobs, strict=True):
+                if job.exception():
                     bank.release(slot)
                     continue
                 bank.settle(expert, slot)
-                self.stats.reads += len(parts)
+                self.stats.reads += job.result()
                 self.stats.bytes_read += bank.layout.record_bytes
-        for part in everything:
-            part.result()
+        for job in jobs:
+            job.result()
+
+    def _read_expert(self, bank: Bank, expert: int, slot: int) -> int:
+        """Read one expert into a slot and return the number of byte ranges; in a reader thread."""
+        spans = bank.layout.spans(expert)
+        for span in spans:
+            _read_span(self._files[span.file], span, bank.rows(slot, span))
+        return len(spans)
 
 
 def _open_files(paths: set[Path]) -> dict[Path, int]:

@@ -52,11 +52,10 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         """Map `[B, T, H]` to `[B, T, H]`, adding T keys and values to the cache."""
         batch, tokens, _ = x.shape
-        queries, gate = mx.split(
-            linear(self.q_proj, x).reshape(batch, tokens, self.heads, -1), 2, axis=-1
-        )
-        keys = linear(self.k_proj, x).reshape(batch, tokens, self.kv_heads, -1)
-        values = linear(self.v_proj, x).reshape(batch, tokens, self.kv_heads, -1)
+        queries, keys, values = linear(x, self.q_proj, self.k_proj, self.v_proj)
+        queries, gate = mx.split(queries.reshape(batch, tokens, self.heads, -1), 2, axis=-1)
+        keys = keys.reshape(batch, tokens, self.kv_heads, -1)
+        values = values.reshape(batch, tokens, self.kv_heads, -1)
         queries = self.q_norm(queries).transpose(0, 2, 1, 3)
         keys = self.k_norm(keys).transpose(0, 2, 1, 3)
         values = values.transpose(0, 2, 1, 3)
@@ -68,7 +67,7 @@ class Attention(nn.Module):
             queries, keys, values, cache=cache, scale=self.head_dim**-0.5, mask=mask
         )
         y = y.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
-        return linear(self.o_proj, y * mx.sigmoid(gate.reshape(batch, tokens, -1)))
+        return linear(y * mx.sigmoid(gate.reshape(batch, tokens, -1)), self.o_proj)[0]
 
 
 class GatedRMSNorm(nn.Module):
@@ -110,7 +109,8 @@ class GatedDeltaNet(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
         """Map `[B, T, H]` to `[B, T, H]`; cache[0] is the conv state, cache[1] the delta state."""
         batch, tokens, _ = x.shape
-        qkv = self._convolve(linear(self.in_proj_qkv, x), mask, cache)
+        qkv, z, b, a = linear(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        qkv = self._convolve(qkv, mask, cache)
         q, k, v = mx.split(qkv, [self.keys, 2 * self.keys], axis=-1)
         # rms_norm with eps / Dk is the l2 norm with eps, times sqrt(Dk).
         scale, eps = self.key_dim**-0.5, QK_NORM_EPS / self.key_dim
@@ -120,16 +120,16 @@ class GatedDeltaNet(nn.Module):
             scale**2 * mx.fast.rms_norm(q, None, eps),
             scale * mx.fast.rms_norm(k, None, eps),
             v.reshape(batch, tokens, self.value_heads, self.value_dim),
-            decay(self.A_log, linear(self.in_proj_a, x), self.dt_bias),
-            mx.sigmoid(linear(self.in_proj_b, x)),
+            decay(self.A_log, a, self.dt_bias),
+            mx.sigmoid(b),
             cache[1] if cache is not None else None,
             mask,
         )
         if cache is not None:
             cache[1] = state
             cache.advance(tokens)
-        z = linear(self.in_proj_z, x).reshape(batch, tokens, self.value_heads, self.value_dim)
-        return linear(self.out_proj, self.norm(y, z).reshape(batch, tokens, -1))
+        y = self.norm(y, z.reshape(y.shape)).reshape(batch, tokens, -1)
+        return linear(y, self.out_proj)[0]
 
     def _convolve(self, qkv: mx.array, mask: mx.array | None, cache: Any) -> mx.array:
         """Run the causal convolution over the last `kernel - 1` inputs and these, and SiLU."""
@@ -222,7 +222,7 @@ class LanguageModel(nn.Module):
         if "lm_head" not in self:
             return self.model.embed_tokens.as_linear(h)
         # Callers often drop a prompt's logits, so only a step's are worth computing at once.
-        return linear(self.lm_head, h) if h.shape[1] == 1 else self.lm_head(h)
+        return linear(h, self.lm_head)[0] if h.shape[1] == 1 else self.lm_head(h)
 
 
 class Model(nn.Module):

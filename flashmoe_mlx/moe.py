@@ -1,7 +1,5 @@
 """The mixture-of-experts block: router, shared expert, and the experts that come from disk."""
 
-from functools import partial
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,16 +7,11 @@ from mlx_lm.models.switch_layers import SwitchGLU
 
 from .config import ModelArgs
 from .custom_kernels.expert_mlp import Bank, expert_mlp
-from .custom_kernels.linear import linear
+from .custom_kernels.linear import linear, mlp
 from .errors import FlashMoEError
 from .expert_store import ExpertStore
 from .layout import quantisation
 from .names import PROJECTIONS
-
-
-@partial(mx.compile, shapeless=True)
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -33,8 +26,7 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map `[..., H]` to `[..., H]`."""
-        hidden = _swiglu(linear(self.gate_proj, x), linear(self.up_proj, x))
-        return linear(self.down_proj, hidden)
+        return mlp(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class StreamedExperts(nn.Module):
@@ -124,12 +116,13 @@ class SparseMoeBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map `[B, T, H]` to `[B, T, H]`."""
-        probabilities = mx.softmax(linear(self.gate, x), axis=-1, precise=True)
+        logits, shared_gate = linear(x, self.gate, self.shared_expert_gate)
+        probabilities = mx.softmax(logits, axis=-1, precise=True)
         indices = mx.argpartition(probabilities, kth=-self.top_k, axis=-1)[..., -self.top_k :]
         scores = mx.take_along_axis(probabilities, indices, axis=-1)
         if self.norm_topk_prob:
             scores = scores / scores.sum(axis=-1, keepdims=True)
-        shared = mx.sigmoid(linear(self.shared_expert_gate, x)) * self.shared_expert(x)
+        shared = mx.sigmoid(shared_gate) * self.shared_expert(x)
         # The device computes the shared expert while the disk delivers the routed ones.
         mx.async_eval(indices, scores)
         mx.async_eval(shared)
