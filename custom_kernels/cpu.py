@@ -1,4 +1,4 @@
-"""CPU kernels by numba: quantised matmul, expert MLP, gated delta.
+"""CPU kernels by numba: quantised matmul and expert MLP.
 
 MLX's own CPU quantised matmul reaches 1 GB/s in float32; these stay near the memory's bandwidth.
 They work on NumPy views of MLX arrays, float32 in and out. Layouts and rules as in `reference.py`.
@@ -21,12 +21,12 @@ ROWS, TILE = 4, 4  # activation rows and weight rows that are multiplied at once
 UNIT = 32  # weight rows per unit of parallel work
 
 Array = np.ndarray[Any, Any]
-_compiled = functools.partial(
+compiled = functools.partial(
     njit, parallel=True, cache=True, nogil=True, fastmath=True, error_model="numpy"
 )
 
 
-def _use_threads(work: int) -> None:
+def use_threads(work: int) -> None:
     """Use all threads for `work` multiply-adds, or one if that takes less than about 0.1 ms.
 
     Waking the others costs 10 microseconds, and milliseconds when other programs hold the cores.
@@ -139,7 +139,7 @@ def split(x: Array, bits: int, group_size: int, rows: int) -> tuple[Array, Array
 
 @functools.cache
 def _matmul(bits: int, group_size: int, tile: int, rows: int) -> Callable[..., None]:
-    @_compiled()
+    @compiled()
     def matmul(
         codes: Array, scales: Array, biases: Array, slots: Array, starts: Array,
         x: Array, sums: Array, out: Array,
@@ -247,7 +247,7 @@ class Activations:
             scattered = not isinstance(block.chosen, slice)
             y = np.empty((sums.shape[0], height), np.float32) if scattered else out[block.chosen]
             tile = TILE if block.rows > 1 and height % TILE == 0 else 1
-            _use_threads(x.size * height)
+            use_threads(x.size * height)
             _matmul(bits, group_size, tile, block.rows)(
                 weight.codes, weight.scales, weight.biases, block.slots, block.starts, x, sums, y
             )
@@ -256,7 +256,7 @@ class Activations:
         return out
 
 
-@_compiled()
+@compiled()
 def _swiglu(gate: Array, up: Array) -> None:
     for row in prange(gate.shape[0]):
         for column in range(gate.shape[1]):
@@ -277,56 +277,6 @@ def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = 
     blocks = plan(x.shape[0], slots)
     activations = Activations(x, blocks)
     hidden, up_hidden = activations.times(gate), activations.times(up)
-    _use_threads(16 * hidden.size)
+    use_threads(16 * hidden.size)
     _swiglu(hidden, up_hidden)
     return Activations(hidden, blocks).times(down)
-
-
-@_compiled()
-def _gated_delta(
-    q: Array, k: Array, v: Array, g: Array, beta: Array, mask: Array, state: Array, y: Array
-) -> None:
-    batch, tokens, value_heads, value_dim = v.shape
-    key_heads, key_dim = k.shape[2:]
-    blocks = (value_dim + UNIT - 1) // UNIT
-    for unit in prange(batch * value_heads * blocks):
-        b, h = unit // blocks // value_heads, unit // blocks % value_heads
-        first = unit % blocks * UNIT
-        key_head = h // (value_heads // key_heads)
-        for t in range(tokens):
-            decay, strength = g[b, t, h], beta[b, t, h]
-            key, query = k[b, t, key_head], q[b, t, key_head]
-            for d in range(first, min(first + UNIT, value_dim)):
-                row = state[b, h, d]
-                known = np.float32(0)
-                for i in range(key_dim):
-                    known += row[i] * key[i]
-                change = (v[b, t, h, d] - decay * known) * strength
-                out = np.float32(0)
-                for i in range(key_dim):
-                    new = decay * row[i] + change * key[i]
-                    out += new * query[i]
-                    if mask[b, t]:
-                        row[i] = new
-                y[b, t, h, d] = out
-
-
-def gated_delta(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    g: mx.array,
-    beta: mx.array,
-    state: mx.array,
-    mask: mx.array | None,
-) -> tuple[mx.array, mx.array]:
-    """Scan the gated delta rule; shapes as in `reference.gated_delta`, all float32."""
-    if mask is None:
-        mask = mx.ones(q.shape[:2], dtype=mx.bool_)
-    inputs = [mx.contiguous(t) for t in (q, k, v, g, beta, mask)]
-    mx.eval(inputs, state)
-    views = [np.asarray(t) for t in inputs]
-    final, y = np.array(state), np.empty(v.shape, np.float32)
-    _use_threads(2 * y.size * q.shape[-1])
-    _gated_delta(*views, final, y)
-    return mx.array(y), mx.array(final)

@@ -1,5 +1,6 @@
-"""Gated delta rule, the recurrent core of Qwen3.5's linear attention."""
+"""GatedDeltaNet between its projections: convolution, gated delta rule, gated norm."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -8,16 +9,47 @@ import mlx.nn as nn
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels
 
 
-@partial(mx.compile, shapeless=True)
-def decay(a_log: mx.array, a: mx.array, dt_bias: mx.array) -> mx.array:
-    """Return the per-head decay g = exp(-exp(A_log) softplus(a + dt_bias)), float32.
+@dataclass(frozen=True)
+class Heads:
+    """Head counts and sizes: `keys` heads of `key_dim`, `values` heads of `value_dim`."""
 
-    Args:
+    keys: int
+    values: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class MixerWeights:
+    """What a GatedDeltaNet layer holds besides its projections.
+
+    Attributes:
+        heads: Hk, Hv, Dk, Dv.
+        conv: `[2 Hk Dk + Hv Dv, taps, 1]` depthwise kernel over q, k and v.
         a_log: `[Hv]`.
-        a: `[B, T, Hv]`.
         dt_bias: `[Hv]`.
+        norm: `[Dv]`.
+        norm_eps: of the output norm.
+        qk_eps: of the q and k norm, added to the sum of squares.
     """
+
+    heads: Heads
+    conv: mx.array
+    a_log: mx.array
+    dt_bias: mx.array
+    norm: mx.array
+    norm_eps: float
+    qk_eps: float = 1e-6
+
+
+@partial(mx.compile, shapeless=True)
+def _decay(a_log: mx.array, a: mx.array, dt_bias: mx.array) -> mx.array:
     return mx.exp(-mx.exp(a_log.astype(mx.float32)) * nn.softplus(a + dt_bias))
+
+
+@partial(mx.compile, shapeless=True)
+def _gate(y: mx.array, z: mx.array) -> mx.array:
+    return (nn.silu(z.astype(mx.float32)) * y.astype(mx.float32)).astype(z.dtype)
 
 
 @mx.compile
@@ -36,10 +68,10 @@ def gated_delta(
     v: mx.array,
     g: mx.array,
     beta: mx.array,
-    state: mx.array | None = None,
+    state: mx.array,
     mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Scan the gated delta rule over T tokens; shapes and rule as in `reference.gated_delta`.
+    """Scan the gated delta rule over T tokens; rule as in `reference.gated_delta`.
 
     Args:
         q: `[B, T, Hk, Dk]`.
@@ -47,25 +79,86 @@ def gated_delta(
         v: `[B, T, Hv, Dv]`.
         g: `[B, T, Hv]` float32.
         beta: `[B, T, Hv]`.
-        state: `[B, Hv, Dv, Dk]` float32, or None for zeros.
+        state: `[B, Hv, Dv, Dk]` float32.
         mask: `[B, T]` bool, False for padding.
 
     Returns:
         y `[B, T, Hv, Dv]` in q's dtype and the final state `[B, Hv, Dv, Dk]` float32.
     """
-    batch, tokens, key_heads, key_dim = k.shape
-    value_heads, value_dim = v.shape[2:]
-    if state is None:
-        state = mx.zeros((batch, value_heads, value_dim, key_dim), dtype=mx.float32)
-    if kernels := cpu_kernels(q):
-        return kernels.gated_delta(q, k, v, g, beta, state, mask)
-    if (repeat := value_heads // key_heads) > 1:
+    if (repeat := v.shape[2] // k.shape[2]) > 1:
         q, k = mx.repeat(q, repeat, axis=2), mx.repeat(k, repeat, axis=2)
     outputs = []
-    for t in range(tokens):
+    for t in range(q.shape[1]):
         y, new = _step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state)
         outputs.append(y.astype(q.dtype))
         # Read each state before the next is made, or all states of a long prompt live at once.
         new = mx.depends(new, y)
         state = new if mask is None else mx.where(mask[:, t, None, None, None], new, state)
     return mx.stack(outputs, axis=1), state
+
+
+def mix(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    weights: MixerWeights,
+    past: mx.array | None,
+    state: mx.array | None,
+    mask: mx.array | None = None,
+    ends: mx.array | None = None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Run a GatedDeltaNet layer between its input and output projections.
+
+    Args:
+        qkv: `[B, T, 2 Hk Dk + Hv Dv]` before the convolution.
+        z: `[B, T, Hv Dv]` output gate.
+        b: `[B, T, Hv]` write strength before its sigmoid.
+        a: `[B, T, Hv]` decay input.
+        weights: the layer's.
+        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` the convolution's last inputs, None for zeros.
+        state: `[B, Hv, Dv, Dk]` float32, None for zeros.
+        mask: `[B, T]` bool, False for padding.
+        ends: `[B]` where each row's tokens end, None if all end at T.
+
+    Returns:
+        y `[B, T, Hv Dv]`, the new `past` and the new `state`.
+    """
+    heads, (batch, tokens, width) = weights.heads, qkv.shape
+    keep = weights.conv.shape[1] - 1
+    if past is None:
+        past = mx.zeros((batch, keep, width), dtype=qkv.dtype)
+    if state is None:
+        shape = batch, heads.values, heads.value_dim, heads.key_dim
+        state = mx.zeros(shape, dtype=mx.float32)
+    if mask is not None:
+        qkv = mx.where(mask[..., None], qkv, 0)
+    window = mx.concatenate([past, qkv], axis=1)
+    if ends is None:
+        past = mx.contiguous(window[:, -keep:])
+    else:
+        places = (ends[:, None] + mx.arange(keep))[..., None]
+        past = mx.take_along_axis(window, places, axis=1)
+    if cpu_kernels(qkv):
+        from flashmoe_mlx.custom_kernels import cpu_delta
+
+        y, state = cpu_delta.mix(z, b, a, weights, window, state, mask)
+        return y, past, state
+
+    qkv = nn.silu(mx.conv1d(window, weights.conv, groups=width))
+    q, k, v = mx.split(qkv, [heads.keys * heads.key_dim, 2 * heads.keys * heads.key_dim], axis=-1)
+    q = q.reshape(batch, tokens, heads.keys, heads.key_dim)
+    k = k.reshape(batch, tokens, heads.keys, heads.key_dim)
+    # rms_norm with eps / Dk is the l2 norm with eps, times sqrt(Dk).
+    scale, eps = heads.key_dim**-0.5, weights.qk_eps / heads.key_dim
+    y, state = gated_delta(
+        scale**2 * mx.fast.rms_norm(q, None, eps),
+        scale * mx.fast.rms_norm(k, None, eps),
+        v.reshape(batch, tokens, heads.values, heads.value_dim),
+        _decay(weights.a_log, a, weights.dt_bias),
+        mx.sigmoid(b),
+        state,
+        mask,
+    )
+    y = _gate(mx.fast.rms_norm(y, weights.norm, weights.norm_eps), z.reshape(y.shape))
+    return y.reshape(batch, tokens, -1), past, state

@@ -16,13 +16,11 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
-from .custom_kernels.gated_delta import decay, gated_delta
+from .custom_kernels.gated_delta import Heads, MixerWeights, mix
 from .custom_kernels.linear import linear
 from .expert_store import ExpertStats, ExpertStore
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
-
-QK_NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
@@ -70,85 +68,50 @@ class Attention(nn.Module):
         return linear(y * mx.sigmoid(gate.reshape(batch, tokens, -1)), self.o_proj)[0]
 
 
-class GatedRMSNorm(nn.Module):
-    """RMSNorm whose output is scaled by silu(gate), computed in float32."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        """Make a norm over the last `width` values."""
-        super().__init__()
-        self.eps = eps
-        self.weight = mx.ones(width)
-
-    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        """Map `[..., width]` and a gate of that shape to `[..., width]`."""
-        y = mx.fast.rms_norm(x, self.weight, self.eps).astype(mx.float32)
-        return (nn.silu(gate.astype(mx.float32)) * y).astype(x.dtype)
-
-
 class GatedDeltaNet(nn.Module):
     """Linear attention: short causal convolution, gated delta rule, gated norm."""
 
     def __init__(self, args: ModelArgs) -> None:
         """Make the projections and the depthwise convolution over q, k and v."""
         super().__init__()
-        self.key_heads, self.value_heads = args.linear_num_key_heads, args.linear_num_value_heads
-        self.key_dim, self.value_dim = args.linear_key_head_dim, args.linear_value_head_dim
-        self.keys, self.values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
-        self.kernel = args.linear_conv_kernel_dim
-        width = 2 * self.keys + self.values
-        self.conv1d = nn.Conv1d(width, width, self.kernel, groups=width, bias=False)
+        heads = self._heads = Heads(
+            args.linear_num_key_heads,
+            args.linear_num_value_heads,
+            args.linear_key_head_dim,
+            args.linear_value_head_dim,
+        )
+        values = heads.values * heads.value_dim
+        width = 2 * heads.keys * heads.key_dim + values
+        taps = args.linear_conv_kernel_dim
+        self.conv1d = nn.Conv1d(width, width, taps, groups=width, bias=False)
         self.in_proj_qkv = nn.Linear(args.hidden_size, width, bias=False)
-        self.in_proj_z = nn.Linear(args.hidden_size, self.values, bias=False)
-        self.in_proj_b = nn.Linear(args.hidden_size, self.value_heads, bias=False)
-        self.in_proj_a = nn.Linear(args.hidden_size, self.value_heads, bias=False)
-        self.dt_bias = mx.ones(self.value_heads)
-        self.A_log = mx.log(mx.random.uniform(low=1, high=16, shape=(self.value_heads,)))
-        self.norm = GatedRMSNorm(self.value_dim, args.rms_norm_eps)
-        self.out_proj = nn.Linear(self.values, args.hidden_size, bias=False)
+        self.in_proj_z = nn.Linear(args.hidden_size, values, bias=False)
+        self.in_proj_b = nn.Linear(args.hidden_size, heads.values, bias=False)
+        self.in_proj_a = nn.Linear(args.hidden_size, heads.values, bias=False)
+        self.dt_bias = mx.ones(heads.values)
+        self.A_log = mx.log(mx.random.uniform(low=1, high=16, shape=(heads.values,)))
+        self.norm = nn.RMSNorm(heads.value_dim, eps=args.rms_norm_eps)
+        self.out_proj = nn.Linear(values, args.hidden_size, bias=False)
 
     def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
         """Map `[B, T, H]` to `[B, T, H]`; cache[0] is the conv state, cache[1] the delta state."""
-        batch, tokens, _ = x.shape
-        qkv, z, b, a = linear(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
-        qkv = self._convolve(qkv, mask, cache)
-        q, k, v = mx.split(qkv, [self.keys, 2 * self.keys], axis=-1)
-        # rms_norm with eps / Dk is the l2 norm with eps, times sqrt(Dk).
-        scale, eps = self.key_dim**-0.5, QK_NORM_EPS / self.key_dim
-        q = q.reshape(batch, tokens, self.key_heads, self.key_dim)
-        k = k.reshape(batch, tokens, self.key_heads, self.key_dim)
-        y, state = gated_delta(
-            scale**2 * mx.fast.rms_norm(q, None, eps),
-            scale * mx.fast.rms_norm(k, None, eps),
-            v.reshape(batch, tokens, self.value_heads, self.value_dim),
-            decay(self.A_log, a, self.dt_bias),
-            mx.sigmoid(b),
-            cache[1] if cache is not None else None,
-            mask,
+        tokens = x.shape[1]
+        projected = linear(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+        weights = MixerWeights(
+            self._heads,
+            self.conv1d.weight,
+            self.A_log,
+            self.dt_bias,
+            self.norm.weight,
+            self.norm.eps,
         )
-        if cache is not None:
-            cache[1] = state
-            cache.advance(tokens)
-        y = self.norm(y, z.reshape(y.shape)).reshape(batch, tokens, -1)
+        if cache is None:
+            return linear(mix(*projected, weights, None, None, mask)[0], self.out_proj)[0]
+        # Rows of a right-padded batch end at different places.
+        ends = None if cache.lengths is None else mx.clip(cache.lengths, 0, tokens)
+        y, cache[0], cache[1] = mix(*projected, weights, cache[0], cache[1], mask, ends)
+        cache.advance(tokens)
         return linear(y, self.out_proj)[0]
-
-    def _convolve(self, qkv: mx.array, mask: mx.array | None, cache: Any) -> mx.array:
-        """Run the causal convolution over the last `kernel - 1` inputs and these, and SiLU."""
-        batch, tokens, width = qkv.shape
-        keep = self.kernel - 1
-        past = cache[0] if cache is not None else None
-        if past is None:
-            past = mx.zeros((batch, keep, width), dtype=qkv.dtype)
-        if mask is not None:
-            qkv = mx.where(mask[..., None], qkv, 0)
-        window = mx.concatenate([past, qkv], axis=1)
-        if cache is not None:
-            if cache.lengths is None:
-                cache[0] = mx.contiguous(window[:, -keep:])
-            else:  # right-padded rows end at different places
-                ends = mx.clip(cache.lengths, 0, tokens)
-                places = (ends[:, None] + mx.arange(keep))[..., None]
-                cache[0] = mx.take_along_axis(window, places, axis=1)
-        return nn.silu(self.conv1d(window))
 
 
 class DecoderLayer(nn.Module):

@@ -8,9 +8,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from flashmoe_mlx.custom_kernels import cpu, reference
+from flashmoe_mlx.custom_kernels import cpu, cpu_delta, gated_delta, reference
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels
 from flashmoe_mlx.custom_kernels.expert_mlp import Bank, expert_mlp
+from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, mix
 from flashmoe_mlx.custom_kernels.linear import linear
 
 QUANTISATIONS = [(b, g) for b in cpu.BITS for g in cpu.GROUP_SIZES]
@@ -102,11 +103,39 @@ def test_gated_delta(tokens, masked):
     state = random(batch, value_heads, value_dim, key_dim)
     mask = mx.arange(tokens) < mx.array([[tokens - 1], [tokens // 2]]) if masked else None
     before = np.array(state)
-    y, final = cpu.gated_delta(q, k, v, g, beta, state, mask)
+    arrays = [np.array(t) for t in (q, k, v, g, beta)]
+    y, final = cpu_delta.gated_delta(*arrays, before, None if mask is None else np.array(mask))
     expected_y, expected_final = reference.gated_delta(q, k, v, g, beta, state, mask)
-    assert mx.abs(y - expected_y).max().item() <= 2e-5
-    assert mx.abs(final - expected_final).max().item() <= 2e-5
-    assert np.array_equal(np.array(state), before)
+    assert np.abs(y - np.array(expected_y)).max() <= 2e-5
+    assert np.abs(final - np.array(expected_final)).max() <= 2e-5
+    assert np.array_equal(before, np.array(state))  # the caller's state is left alone
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33])
+@pytest.mark.parametrize("padded", [False, True])
+def test_mixer_equals_mlx_ops(tokens, padded, monkeypatch):
+    heads, batch = Heads(2, 6, 48, 37), 3
+    width = 2 * 2 * 48 + 6 * 37
+    weights = MixerWeights(
+        heads, random(width, 4, 1), random(6), random(6) - 1, random(37) + 1, 1e-6
+    )
+    inputs = (
+        random(batch, tokens, width),
+        random(batch, tokens, 6 * 37),
+        random(batch, tokens, 6),
+        random(batch, tokens, 6) + 0.5,
+    )
+    past, state = random(batch, 3, width), random(batch, 6, 37, 48)
+    ends = mx.array([tokens, 1, 0]) if padded else None
+    mask = mx.arange(tokens) < ends[:, None] if padded else None
+    ours = mix(*inputs, weights, past, state, mask, ends)
+    monkeypatch.setattr(gated_delta, "cpu_kernels", lambda _: None)
+    theirs = mix(*inputs, weights, past, state, mask, ends)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.shape == other.shape
+        assert mx.abs(mine - other).max() <= 1e-5 * mx.abs(other).max()
+    first = mix(*inputs, weights, None, None, mask, ends)
+    assert all(mx.isfinite(t).all() for t in first)
 
 
 def test_linear_takes_the_kernel_and_follows_new_weights():
