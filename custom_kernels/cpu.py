@@ -280,3 +280,16 @@ def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = 
     use_threads(16 * hidden.size)
     _swiglu(hidden, up_hidden)
     return Activations(hidden, blocks).times(down)
+
+
+def prepare(bits: int, group_size: int, dtype: mx.Dtype) -> None:
+    """Compile everything that an expert of this format takes, by running a small one."""
+    columns = max(group_size, 32)
+    shapes = (TILE, columns * bits // 32), (TILE, columns // group_size)
+    codes, scales = mx.zeros(shapes[0], dtype=mx.uint32), mx.zeros(shapes[1], dtype=dtype)
+    mx.eval(codes, scales)
+    if supports(bits, group_size, scales):
+        weight = packed(codes, scales, scales, bits, group_size)
+        for rows in (1, ROWS):
+            y = Activations(np.zeros((rows, columns), np.float32), plan(rows)).times(weight)
+            _swiglu(y, y)

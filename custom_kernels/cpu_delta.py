@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numba import prange
 
+from flashmoe_mlx.custom_kernels import gated_delta as gated_delta_ops
 from flashmoe_mlx.custom_kernels.cpu import Array, compiled, use_threads
 
 ROWS = 32  # rows of the state per unit of parallel work
@@ -127,3 +128,13 @@ def mix(
     use_threads(16 * y.size)
     _gated_norm(y, gates.reshape(y.shape), norm, weights.norm_eps)
     return mx.array(y.reshape(batch, tokens, -1)), mx.array(final)
+
+
+def prepare() -> None:
+    """Compile the kernels, by running a layer of one head of each kind."""
+    one = gated_delta_ops.Heads(1, 1, 1, 1)
+    weights = gated_delta_ops.MixerWeights(
+        one, mx.zeros((3, 4, 1)), mx.zeros(1), mx.zeros(1), mx.zeros(1), 1e-6
+    )
+    zero = mx.zeros((1, 1, 1))
+    mix(zero, zero, zero, weights, mx.zeros((1, 4, 3)), mx.zeros((1, 1, 1, 1)), None)

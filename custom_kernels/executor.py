@@ -1,8 +1,15 @@
 """Which executor runs an op: MLX's own ops, or on a CPU device the numba kernels."""
 
 import functools
+import hashlib
+import importlib.metadata
+import json
 import os
+import platform
+import subprocess
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 import mlx.core as mx
@@ -38,3 +45,45 @@ def cpu_kernels(x: mx.array) -> ModuleType | None:
     if x.dtype != mx.float32 or mx.default_device() != mx.Device(mx.cpu):
         return None
     return _cpu_module()
+
+
+def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
+    """Compile the CPU kernels that a model needs, before it takes memory; a no-op on a GPU.
+
+    A machine's first use compiles in a process of its own, because the compiler keeps 130 MB;
+    numba then finds the results on disk.
+
+    Args:
+        formats: (bits, group size, "float32" or "bfloat16" scales) of the model's matrices.
+    """
+    if cpu_kernels(mx.zeros(1)) is None:
+        return
+    wanted = json.dumps(sorted(formats))
+    marker = _marker(wanted)
+    if not marker.exists():
+        print("[flashmoe] compiling CPU kernels, once on this machine", file=sys.stderr)
+        code = f"from {__name__} import compile_all; compile_all({wanted!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+        if done.returncode == 0:
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+    compile_all(wanted)
+
+
+def compile_all(formats: str) -> None:
+    """Compile the kernels for a JSON list of formats, or load them from numba's cache."""
+    from flashmoe_mlx.custom_kernels import cpu, cpu_delta
+
+    for bits, group_size, dtype in json.loads(formats):
+        cpu.prepare(bits, group_size, getattr(mx, dtype))
+    cpu_delta.prepare()
+
+
+def _marker(formats: str) -> Path:
+    """Return the file that says that numba's cache holds the kernels for these formats."""
+    here = Path(__file__).parent
+    sources = [(f.name, f.stat().st_mtime_ns) for f in sorted(here.glob("*.py"))]
+    versions = sys.version, importlib.metadata.version("numba"), os.environ.get("NUMBA_CACHE_DIR")
+    key = json.dumps([formats, str(here), sources, versions, platform.node()])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "flashmoe-mlx" / hashlib.sha256(key.encode()).hexdigest()[:24]

@@ -46,6 +46,7 @@ class ModelArgs:
         default_factory=lambda: {"rope_theta": 1e7, "partial_rotary_factor": 0.25}
     )
     layer_types: list[str] | None = None
+    quantization: dict[str, Any] = field(default_factory=dict)
     flashmoe: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -60,7 +61,8 @@ class ModelArgs:
                 f"config.json: model_type {model_type!r} cannot be streamed; supported are "
                 f"{', '.join(MODEL_TYPES)} (Qwen3.5 and Qwen3.6 MoE). Use stock mlx-lm for others."
             )
-        values = {"flashmoe": params.get("flashmoe") or {}, **params.get("text_config", params)}
+        own = {name: params.get(name) or {} for name in ("flashmoe", "quantization")}
+        values = {**params.get("text_config", params), **own}
         # A vision-language export may state tied embeddings at the top level only.
         values.setdefault("tie_word_embeddings", params.get("tie_word_embeddings"))
         values["rope_parameters"] = _rope(values)

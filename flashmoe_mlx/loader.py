@@ -13,13 +13,21 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .config import ModelArgs, StreamConfig, check_top_k, plan_cache
+from .custom_kernels.executor import prepare
 from .errors import FlashMoEError
-from .expert_store import ExpertStore
-from .layout import checkpoint_headers, open_layout, weight_files
+from .expert_store import DTYPES, ExpertStore
+from .layout import (
+    ExpertLayout,
+    checkpoint_headers,
+    open_layout,
+    quantisation,
+    weight_files,
+)
 from .memory import available_bytes
 from .model import Model
-from .names import is_expert
+from .names import PROJECTIONS, is_expert
 
+Format = tuple[int, int, str]
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
 DOWNLOAD_PATTERNS = [
     "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
@@ -72,11 +80,29 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         trunk_bytes(directory),
         available_bytes(),
     )
+    prepare(kernel_formats(directory, args, layout))
     store = ExpertStore(layout, plan, stream.io_threads)
     if stream.stats:
         print(f"[flashmoe] {plan}", file=sys.stderr)
         atexit.register(lambda: print(f"[flashmoe] {store.stats}", file=sys.stderr))
     return store
+
+
+def kernel_formats(directory: Path, args: ModelArgs, layout: ExpertLayout) -> set[Format]:
+    """Return (bits, group size, dtype of the scales) of the matrices in experts and trunk."""
+    formats = set()
+    for layer in layout.layers:
+        for index, projection in enumerate(PROJECTIONS):
+            down = projection == "down_proj"
+            columns = args.moe_intermediate_size if down else args.hidden_size
+            dtype = layer.fields[3 * index + 1].dtype
+            formats.add((*quantisation(layer, projection, columns), dtype))
+    trunk = checkpoint_headers(directory).items()
+    dtypes = {info.dtype for name, (_, info) in trunk if name.endswith(".scales")}
+    for entry in (args.quantization, *args.quantization.values()):
+        if isinstance(entry, dict) and {"bits", "group_size"} <= entry.keys():
+            formats |= {(entry["bits"], entry["group_size"], dtype) for dtype in dtypes}
+    return {(b, g, str(DTYPES[d]).split(".")[-1]) for b, g, d in formats if d in DTYPES}
 
 
 def trunk_bytes(directory: Path) -> int:

@@ -23,8 +23,8 @@ def sanitize(
     Args:
         weights: tensors under the checkpoint's own names, lazily loaded.
         args: the architecture.
-        streamed: drop the routed experts (nothing of them is read), and on a CPU device cast to
-            float32, because MLX's CPU back-end is slow and inexact in bfloat16.
+        streamed: drop the routed experts (nothing of them is read), and on a CPU device make
+            activations float32, because MLX's CPU back-end is slow and inexact in bfloat16.
     """
     names = {key: name for key in weights if (name := canonical(key))}
     if args.tie_word_embeddings:
@@ -35,7 +35,10 @@ def sanitize(
         return trunk | _experts({key: weights[key] for key in names if is_expert(key)}, args)
     if mx.default_device() == mx.cpu:
         for name, tensor in trunk.items():
-            if mx.issubdtype(tensor.dtype, mx.floating):
+            # A linear layer's scales are widened exactly as they are used; an embedding's would
+            # make bfloat16 activations.
+            kept = name.endswith((".scales", ".biases")) and ".embed_tokens." not in name
+            if mx.issubdtype(tensor.dtype, mx.floating) and not kept:
                 trunk[name] = tensor.astype(mx.float32)
     return trunk
 

@@ -193,3 +193,21 @@ def test_without_numba_the_user_is_told_once():
 def test_a_wrong_choice_of_kernels_is_named():
     result = run("cpu_kernels(mx.ones(1))", FLASHMOE_KERNELS="fast")
     assert "FLASHMOE_KERNELS = 'fast' is not a choice of kernels" in result.stderr
+
+
+def test_kernels_are_compiled_once_on_a_machine(tmp_path):
+    code = (
+        "from flashmoe_mlx.custom_kernels.executor import prepare\nprepare([(4, 32, 'bfloat16')])"
+    )
+    first = run(code, XDG_CACHE_HOME=str(tmp_path))
+    assert (first.returncode, first.stderr.count("compiling CPU kernels, once")) == (0, 1)
+    again = run(code, XDG_CACHE_HOME=str(tmp_path))
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_nothing_is_compiled_for_stock_ops(tmp_path):
+    code = (
+        "from flashmoe_mlx.custom_kernels.executor import prepare\nprepare([(4, 32, 'bfloat16')])"
+    )
+    assert run(code, XDG_CACHE_HOME=str(tmp_path), FLASHMOE_KERNELS="stock").stderr == ""
+    assert not list(tmp_path.iterdir())
