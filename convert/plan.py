@@ -114,13 +114,8 @@ def _float_layer(dims: Dims, layer: int, target: Quant, dtype: str) -> LayerPlan
 def _quantised_layer(dims: Dims, layout: LayerLayout, target: Quant | None) -> LayerPlan:
     projections = []
     for index, name in enumerate(PROJECTIONS):
-        weight, scales = layout.fields[3 * index : 3 * index + 2]
-        before = Quant(*quantisation(layout, name, dims.columns(name)))
-        if weight.shape[0] != dims.rows(name):
-            raise FlashMoEError(
-                f"{weight.file}: layer {layout.layer} {name} has {weight.shape[0]} rows, expected "
-                f"{dims.rows(name)}. Restore the config.json that belongs to this checkpoint."
-            )
+        scales = layout.fields[3 * index + 1]
+        before = Quant(*quantisation(layout, name, (dims.rows(name), dims.columns(name))))
         projections.append(
             Projection(
                 name, dims.rows(name), dims.columns(name), before, target or before, scales.dtype

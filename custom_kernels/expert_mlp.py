@@ -29,6 +29,10 @@ class Bank:
     bits: int
     group_size: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Bank":
+        """Share the arrays: a store goes on writing experts into them."""
+        return self
+
     @cached_property
     def packed(self) -> Any:
         """The same memory as the CPU kernels see it."""

@@ -99,6 +99,11 @@ class ModelArgs:
         """Say whether a layer is GatedDeltaNet (else full attention)."""
         return (layer + 1) % self.full_attention_interval != 0
 
+    def expert_shape(self, projection: str) -> tuple[int, int]:
+        """Return (rows, columns) of one of a routed expert's three matrices."""
+        hidden, inner = self.hidden_size, self.moe_intermediate_size
+        return (hidden, inner) if projection == "down_proj" else (inner, hidden)
+
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """Collect RoPE settings from `rope_parameters`, or from the flat keys of older configs."""

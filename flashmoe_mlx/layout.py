@@ -336,15 +336,26 @@ def _stock_layer(
     return LayerLayout(layer, num_experts, tuple(fields))
 
 
-def quantisation(layer: LayerLayout, projection: str, in_features: int) -> tuple[int, int]:
+def quantisation(layer: LayerLayout, projection: str, shape: tuple[int, int]) -> tuple[int, int]:
     """Return (bits, group size) of one projection, derived from its shapes.
 
+    Args:
+        layer: the experts of a layer.
+        projection: one of `names.PROJECTIONS`.
+        shape: rows and columns that the model's config states.
+
     Raises:
-        FlashMoEError: the shapes fit no affine 2/3/4/5/6/8-bit layout for `in_features` columns.
+        FlashMoEError: the shapes fit no affine 2/3/4/5/6/8-bit layout of such a matrix.
     """
+    in_features = shape[1]
     base = PROJECTIONS.index(projection) * 3
     weight, scales, biases = layer.fields[base : base + 3]
     rows, packed = weight.shape
+    if rows != shape[0]:
+        raise FlashMoEError(
+            f"{weight.file}: layer {layer.layer} {projection} has {rows} rows, but config.json "
+            f"says {shape[0]}. Convert the model again."
+        )
     groups = scales.shape[-1]
     bits, group_size = 32 * packed // in_features, in_features // max(groups, 1)
     fits = (

@@ -93,10 +93,9 @@ def kernel_formats(directory: Path, args: ModelArgs, layout: ExpertLayout) -> se
     formats = set()
     for layer in layout.layers:
         for index, projection in enumerate(PROJECTIONS):
-            down = projection == "down_proj"
-            columns = args.moe_intermediate_size if down else args.hidden_size
+            shape = args.expert_shape(projection)
             dtype = layer.fields[3 * index + 1].dtype
-            formats.add((*quantisation(layer, projection, columns), dtype))
+            formats.add((*quantisation(layer, projection, shape), dtype))
     trunk = checkpoint_headers(directory).items()
     dtypes = {info.dtype for name, (_, info) in trunk if name.endswith(".scales")}
     for entry in (args.quantization, *args.quantization.values()):

@@ -8,7 +8,6 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from .config import ModelArgs
 from .custom_kernels.expert_mlp import Bank, expert_mlp
 from .custom_kernels.linear import linear, mlp
-from .errors import FlashMoEError
 from .expert_store import ExpertStore
 from .layout import quantisation
 from .names import PROJECTIONS
@@ -42,16 +41,9 @@ class StreamedExperts(nn.Module):
         self._store = store
         self._layer = layer
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
-        hidden, inner = args.hidden_size, args.moe_intermediate_size
         self._banks = []
         for index, projection in enumerate(PROJECTIONS):
-            rows, columns = (hidden, inner) if projection == "down_proj" else (inner, hidden)
-            if (found := layout.fields[3 * index].shape[0]) != rows:
-                raise FlashMoEError(
-                    f"{layout.fields[3 * index].file}: layer {layer} {projection} has {found} "
-                    f"rows, but config.json says {rows}. Convert the model again."
-                )
-            bits, group_size = quantisation(layout, projection, columns)
+            bits, group_size = quantisation(layout, projection, args.expert_shape(projection))
             self._banks.append(Bank(*arrays[3 * index : 3 * index + 3], bits, group_size))
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:

@@ -1,5 +1,7 @@
 """Streaming changes nothing: tokens and logits equal stock mlx-lm's with everything in memory."""
 
+import copy
+
 import mlx.core as mx
 import mlx_lm
 import pytest
@@ -131,3 +133,14 @@ def test_fewer_experts_per_token_equal_stock_with_that_top_k(models, stock_model
     stock_tokens, stock_logits = greedy(stock, prompt)
     assert tokens == stock_tokens
     assert mx.abs(logits - stock_logits).max().item() <= TOLERANCE
+
+
+def test_a_copy_of_the_model_streams_too(models):
+    """Both share one store; each overwrites what the other had read."""
+    model, tokenizer = load(models["packed4"], expert_cache=bank_sizes(models["packed4"])["top-k"])
+    other = copy.deepcopy(model)
+    prompts = prompt_of(tokenizer, 40)[:20], prompt_of(tokenizer, 40)[20:]
+    alone = [model(mx.array([p])) for p in prompts]
+    together = [model(mx.array([prompts[0]])), other(mx.array([prompts[1]]))]
+    for a, b in zip(alone, together, strict=True):
+        assert mx.array_equal(a, b)

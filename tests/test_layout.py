@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert_helpers import EXPERTS, LAYERS, write_checkpoints
+from convert_helpers import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, write_checkpoints
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.errors import FlashMoEError
@@ -78,7 +78,7 @@ def test_packed_and_stock_give_the_same_bytes(root):
     assert packed.total_bytes == stock.total_bytes == EXPERTS * LAYERS * 13824
     for layer in range(LAYERS):
         assert [f.name for f in packed.layers[layer].fields] == list(FIELDS)
-        assert quantisation(packed.layers[layer], "down_proj", 64) == (4, 64)
+        assert quantisation(packed.layers[layer], "down_proj", (HIDDEN, INTERMEDIATE)) == (4, 64)
         for expert in range(EXPERTS):
             assert len(packed.layers[layer].spans(expert)) == 1
             assert len(stock.layers[layer].spans(expert)) == 9
@@ -239,4 +239,4 @@ def test_float_experts_cannot_be_streamed(root, tmp_path):
 def test_quantisation_that_is_not_affine(root):
     layer = opened(root / "stock").layers[0]
     with pytest.raises(FlashMoEError, match=r"is not affine quantisation of 96 columns"):
-        quantisation(layer, "up_proj", 96)
+        quantisation(layer, "up_proj", (INTERMEDIATE, 96))
