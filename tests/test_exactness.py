@@ -99,11 +99,11 @@ def test_batch_of_different_lengths(name, models, load_stock):
     model, tokenizer = load(models[name], expert_cache=bank_sizes(models[name])["top-k"])
     stock, _ = load_stock(name)
     prompts = [prompt_of(tokenizer, n) for n in (5, 41, 18)]
-    ours = batch_generate(model, tokenizer, prompts, max_tokens=24)
-    theirs = mlx_lm.batch_generate(stock, tokenizer, prompts, max_tokens=24)
+    ours = batch_generate(model, tokenizer, prompts, max_tokens=TOKENS)
+    theirs = mlx_lm.batch_generate(stock, tokenizer, prompts, max_tokens=TOKENS)
     assert ours.texts == theirs.texts
     for prompt, text in zip(prompts, ours.texts, strict=True):
-        alone = mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
+        alone = mlx_lm.generate(model, tokenizer, prompt, max_tokens=TOKENS)
         assert alone.lstrip() == text.lstrip()  # streaming drops the first token's space
 
 
