@@ -1,1 +1,1 @@
-"""Kernels and their float32 references. Imports only mlx and numpy."""
+"""Kernels and their float32 references; they know no model code."""

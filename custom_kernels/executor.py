@@ -1,5 +1,6 @@
 """Which executor runs an op: MLX's own ops, or on a CPU device the numba kernels."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -14,14 +15,15 @@ from types import ModuleType
 
 import mlx.core as mx
 
+from flashmoe_mlx.errors import FlashMoEError
+
 
 @functools.cache
 def _cpu_module() -> ModuleType | None:
     choice = os.environ.get("FLASHMOE_KERNELS", "auto")
-    if choice not in ("auto", "custom", "stock"):
-        raise ValueError(
-            f"FLASHMOE_KERNELS = {choice!r} is not a choice of kernels. "
-            "Write auto, custom or stock."
+    if choice not in ("auto", "stock"):
+        raise FlashMoEError(
+            f"FLASHMOE_KERNELS = {choice!r} is not a choice of kernels. Write auto or stock."
         )
     if choice == "stock":
         return None
@@ -64,9 +66,10 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
         print("[flashmoe] compiling CPU kernels, once on this machine", file=sys.stderr)
         code = f"from {__name__} import compile_all; compile_all({wanted!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-        if done.returncode == 0:
-            marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
+        with contextlib.suppress(OSError):  # a read-only home compiles again next time
+            if done.returncode == 0:
+                marker.parent.mkdir(parents=True, exist_ok=True)
+                marker.touch()
     compile_all(wanted)
 
 

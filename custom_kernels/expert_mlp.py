@@ -46,7 +46,7 @@ def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank)
 
     Args:
         x: `[rows, H]`.
-        slots: `[rows]` uint32, the slot of each row's expert, ascending.
+        slots: `[rows]` integers, the slot of each row's expert, ascending.
         gate: the gate projections.
         up: the up projections.
         down: the down projections.
@@ -59,7 +59,7 @@ def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank)
     if kernels and all(kernels.supports(b.bits, b.group_size, b.scales) for b in banks):
         return mx.array(kernels.mlp(kernels.rows(x), *(b.packed for b in banks), slots))
 
-    indices = mx.array(slots)
+    indices = mx.array(slots.astype(np.uint32))
 
     def project(x: mx.array, bank: Bank) -> mx.array:
         return mx.gather_qmm(

@@ -123,11 +123,20 @@ def test_command_line(args, message, capsys, monkeypatch):
     assert captured.err.count("\n") == 1
 
 
-def test_no_traceback_from_the_command():
+@pytest.mark.parametrize(
+    ("args", "env", "message"),
+    [
+        (["--expert-cache", "1"], {}, "expert_cache = 1 bytes holds 0 experts"),
+        ([], {"FLASHMOE_KERNELS": "fast"}, "FLASHMOE_KERNELS = 'fast' is not a choice"),
+        ([], {"FLASHMOE_IO_THREADS": "x"}, "FLASHMOE_IO_THREADS = 'x' is not a whole number"),
+    ],
+)
+def test_no_traceback_from_the_command(args, env, message):
     result = subprocess.run(
-        [sys.executable, "-m", "flashmoe_mlx.generate", "--expert-cache", "1"],
+        [sys.executable, "-m", "flashmoe_mlx.generate", *args],
         capture_output=True,
         text=True,
+        env=os.environ | env,
     )
     assert result.returncode == 2
-    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith(f"flashmoe-generate: error: {message}")
