@@ -18,6 +18,7 @@ from .errors import FlashMoEError
 from .expert_store import DTYPES, ExpertStore
 from .layout import (
     ExpertLayout,
+    TensorInfo,
     checkpoint_headers,
     open_layout,
     quantisation,
@@ -73,14 +74,12 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         FlashMoEError: experts are missing or damaged, or the cache holds less than one token's.
     """
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
+    trunk = trunk_tensors(directory)
+    trunk_bytes = sum(info.nbytes for info in trunk.values())
     plan = plan_cache(
-        stream.expert_cache,
-        layout,
-        args.num_experts_per_tok,
-        trunk_bytes(directory),
-        available_bytes(),
+        stream.expert_cache, layout, args.num_experts_per_tok, trunk_bytes, available_bytes()
     )
-    prepare(kernel_formats(directory, args, layout))
+    prepare(kernel_formats(trunk, args, layout))
     store = ExpertStore(layout, plan, stream.io_threads)
     if stream.stats:
         print(f"[flashmoe] {plan}", file=sys.stderr)
@@ -88,7 +87,9 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     return store
 
 
-def kernel_formats(directory: Path, args: ModelArgs, layout: ExpertLayout) -> set[Format]:
+def kernel_formats(
+    trunk: dict[str, TensorInfo], args: ModelArgs, layout: ExpertLayout
+) -> set[Format]:
     """Return (bits, group size, dtype of the scales) of the matrices in experts and trunk."""
     formats = set()
     for layer in layout.layers:
@@ -96,18 +97,17 @@ def kernel_formats(directory: Path, args: ModelArgs, layout: ExpertLayout) -> se
             shape = args.expert_shape(projection)
             dtype = layer.fields[3 * index + 1].dtype
             formats.add((*quantisation(layer, projection, shape), dtype))
-    trunk = checkpoint_headers(directory).items()
-    dtypes = {info.dtype for name, (_, info) in trunk if name.endswith(".scales")}
+    dtypes = {info.dtype for name, info in trunk.items() if name.endswith(".scales")}
     for entry in (args.quantization, *args.quantization.values()):
         if isinstance(entry, dict) and {"bits", "group_size"} <= entry.keys():
             formats |= {(entry["bits"], entry["group_size"], dtype) for dtype in dtypes}
     return {(b, g, str(DTYPES[d]).split(".")[-1]) for b, g, d in formats if d in DTYPES}
 
 
-def trunk_bytes(directory: Path) -> int:
-    """Return the bytes of the tensors that stay resident."""
+def trunk_tensors(directory: Path) -> dict[str, TensorInfo]:
+    """Return the tensors that stay resident, from the headers of the weight files."""
     headers = checkpoint_headers(directory)
-    return sum(info.nbytes for name, (_, info) in headers.items() if not is_expert(name))
+    return {name: info for name, (_, info) in headers.items() if not is_expert(name)}
 
 
 def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:

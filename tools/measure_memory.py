@@ -15,7 +15,7 @@ from pathlib import Path
 from make_synthetic import make_synthetic
 
 from flashmoe_mlx.config import parse_size
-from flashmoe_mlx.loader import trunk_bytes
+from flashmoe_mlx.loader import trunk_tensors
 
 ALLOWANCE = 400 * 10**6
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
@@ -58,7 +58,8 @@ def measure(work: Path, geometry: str, layers: int, expert_cache: str) -> dict[s
         "-m", "flashmoe_mlx.generate", "--model", str(packed), "--expert-cache", expert_cache,
         "--prompt", PROMPT, "--max-tokens", "16",
     )  # fmt: skip
-    bank, trunk = int(parse_size(expert_cache, "--expert-cache")), trunk_bytes(packed)
+    bank = int(parse_size(expert_cache, "--expert-cache"))
+    trunk = sum(info.nbytes for info in trunk_tensors(packed).values())
     return {
         "trunk": trunk,
         "bank": bank,
