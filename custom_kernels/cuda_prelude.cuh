@@ -1,0 +1,44 @@
+// The part of Metal's language that our kernels use, in CUDA. MLX compiles with
+// --device-as-default-execution-space, so plain functions run on the device.
+#define device
+#define constant
+#define thread
+#define threadgroup __shared__
+#define thread_position_in_threadgroup threadIdx
+#define thread_index_in_threadgroup threadIdx.x
+#define threadgroup_position_in_grid blockIdx
+#define thread_index_in_simdgroup (threadIdx.x & 31u)
+#define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
+using uint = unsigned int;
+using ushort = unsigned short;
+namespace mem_flags {
+constexpr int mem_none = 0, mem_device = 1, mem_threadgroup = 2;
+}
+inline void threadgroup_barrier(int) { __syncthreads(); }
+inline void simdgroup_barrier(int) { __syncwarp(); }
+// Reductions by xor leave the result in every lane, as on Metal.
+inline float simd_sum(float v) {
+  for (int lane = 16; lane; lane >>= 1) v += __shfl_xor_sync(0xffffffffu, v, lane);
+  return v;
+}
+inline float simd_max(float v) {
+  for (int lane = 16; lane; lane >>= 1) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, lane));
+  return v;
+}
+inline uint simd_min(uint v) {
+  for (int lane = 16; lane; lane >>= 1) v = ::min(v, __shfl_xor_sync(0xffffffffu, v, lane));
+  return v;
+}
+inline float simd_shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+inline float simd_shuffle(float v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+namespace metal {
+inline float fma(float a, float b, float c) { return fmaf(a, b, c); }
+inline float exp(float v) { return expf(v); }
+inline float log(float v) { return logf(v); }
+inline float rsqrt(float v) { return rsqrtf(v); }
+inline float abs(float v) { return fabsf(v); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+inline float min(float a, float b) { return fminf(a, b); }
+inline uint max(uint a, uint b) { return a > b ? a : b; }
+inline uint min(uint a, uint b) { return a < b ? a : b; }
+}

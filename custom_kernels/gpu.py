@@ -1,0 +1,88 @@
+"""Launches `.metal` kernels: on Apple GPUs as they stand, on NVIDIA through `cuda_prelude.cuh`."""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import mlx.core as mx
+
+SIMD = 32  # lanes that step together: a simdgroup on Metal, a warp on CUDA
+Shape = tuple[int, ...]
+Triple = tuple[int, int, int]
+
+
+def available() -> bool:
+    """Say whether this machine has a GPU that these kernels run on."""
+    return mx.metal.is_available() or mx.cuda.is_available()
+
+
+@functools.cache
+def read_text(file: str) -> str:
+    """Return a kernel file without comments and indentation.
+
+    MLX copies and hashes the text at every launch, so each byte of it costs time.
+    """
+    text = resources.files(__package__).joinpath(file).read_text()
+    lines = (re.sub(r"\s*//.*", "", line).strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+@functools.cache
+def _build(make: Callable[..., Any], kernel: "Kernel", prelude: str) -> Callable[..., Any]:
+    return make(
+        name=f"flashmoe_{kernel.name}",
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        source=read_text(f"{kernel.name}.metal"),
+        header="".join(read_text(file) + "\n" for file in (prelude, *kernel.headers) if file),
+    )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel whose body is `<name>.metal`.
+
+    Attributes:
+        name: of the file.
+        inputs: parameter names of the inputs.
+        outputs: parameter names of the outputs.
+        headers: files with functions that the body calls.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    headers: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        inputs: Sequence[mx.array],
+        outputs: Sequence[tuple[Shape, mx.Dtype]],
+        groups: Triple,
+        lanes: int,
+        **constants: int | bool | mx.Dtype,
+    ) -> list[mx.array]:
+        """Launch it.
+
+        Args:
+            inputs: arrays, made row-contiguous if they are not.
+            outputs: (shape, dtype) of each.
+            groups: threadgroups in x, y and z.
+            lanes: lanes of a threadgroup, a multiple of 32.
+            constants: compile-time constants of the text; each combination is compiled once.
+        """
+        cuda = mx.cuda.is_available() and not mx.metal.is_available()
+        make, prelude = (
+            (mx.fast.cuda_kernel, "cuda_prelude.cuh") if cuda else (mx.fast.metal_kernel, "")
+        )
+        return _build(make, self, prelude)(
+            inputs=list(inputs),
+            template=list(constants.items()),
+            grid=(groups[0] * lanes, groups[1], groups[2]),
+            threadgroup=(lanes, 1, 1),
+            output_shapes=[shape for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+        )

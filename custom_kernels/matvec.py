@@ -1,0 +1,120 @@
+"""Quantised matrix times a few vectors, on a GPU."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels import reference
+from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel
+from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
+
+BITS = (2, 4, 8)
+GROUP_SIZES = (32, 64, 128)
+CHUNK = {2: 16, 4: 16, 8: 8}  # columns that a lane takes at a time
+TILE = 4  # rows that a simdgroup makes
+SIMDGROUPS = 4
+
+kernel = Kernel(
+    "dequant_matvec",
+    ("x", "codes", "scales", "biases", "gain", "eps", "residual"),
+    ("y",),
+    ("affine.metal",),
+)
+
+
+def dequant_matvec(
+    x: mx.array,
+    codes: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bits: int,
+    *,
+    norm: tuple[mx.array, mx.array] | None = None,
+    residual: mx.array | None = None,
+    naive: bool = False,
+) -> mx.array:
+    """Multiply: y = W x, or y = residual + W rms_norm(x).
+
+    Args:
+        x: `[..., columns]`.
+        codes: `[rows, columns * bits / 32]` uint32.
+        scales: `[rows, groups]`.
+        biases: `[rows, groups]`.
+        bits: 2, 4 or 8.
+        norm: gain `[columns]` and epsilon `[1]` of an RMS norm to apply to x first.
+        residual: `[..., rows]` to add.
+        naive: dequantise each weight instead of fusing scale and bias; without a norm only.
+
+    Returns:
+        `[..., rows]` in x's dtype.
+    """
+    rows, columns, tokens = scales.shape[0], x.shape[-1], x.size // x.shape[-1]
+    gain, eps = norm or (x, x)
+    (y,) = kernel(
+        [x, codes, scales, biases, gain, eps, x if residual is None else residual],
+        [((*x.shape[:-1], rows), x.dtype)],
+        (-(-rows // (TILE * SIMDGROUPS)), tokens, 1),
+        SIMD * SIMDGROUPS,
+        Y=x.dtype,
+        S=scales.dtype,
+        ROWS=rows,
+        COLUMNS=columns,
+        BITS=bits,
+        GROUP=columns // scales.shape[1],
+        CHUNK=CHUNK[bits],
+        TILE=TILE,
+        SIMDGROUPS=SIMDGROUPS,
+        NORM=norm is not None,
+        RESIDUAL=residual is not None,
+        NAIVE=naive,
+    )
+    return y
+
+
+@dataclass(frozen=True)
+class MatvecTrial:
+    """`dequant_matvec` at one shape; see `trial.Trial`."""
+
+    op: ClassVar[str] = "dequant_matvec"
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+    dtype: str
+    scale_dtype: str
+    tokens: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, scales, biases and activations."""
+        groups = 2 * self.columns // self.group_size * DTYPES[self.scale_dtype].size
+        activations = self.tokens * (self.rows + self.columns) * DTYPES[self.dtype].size
+        return self.rows * (self.columns * self.bits // 8 + groups) + activations
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make x, codes, scales, biases."""
+        keys = mx.random.split(mx.random.key(seed), 2)
+        x = mx.random.normal((self.tokens, self.columns), key=keys[0]).astype(DTYPES[self.dtype])
+        shape = self.rows, self.columns
+        scale_dtype = DTYPES[self.scale_dtype]
+        arrays = [x, *random_quantised(keys[1], shape, self.bits, self.group_size, scale_dtype)]
+        mx.eval(arrays)
+        return arrays
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel."""
+        return [dequant_matvec(*inputs, self.bits)]
+
+    def naive(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel in its naive form."""
+        return [dequant_matvec(*inputs, self.bits, naive=True)]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by mx.quantized_matmul."""
+        return [mx.quantized_matmul(*inputs, group_size=self.group_size, bits=self.bits)]
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        x, *weight = inputs
+        return [x.astype(mx.float32) @ reference.dequantize(*weight, self.bits).T]
