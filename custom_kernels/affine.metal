@@ -61,23 +61,18 @@ inline float dot_codes(const device uint* codes, thread const float* xs) {
   return dot_word<BITS>(words.w, xs + 3 * PER_WORD, dot);
 }
 
-// The plain form, for comparison: each weight is dequantised before it is used.
-template <int N, typename X>
-inline float read_plain(X x, thread float* xs) {
-  for (int i = 0; i < N; i++) {
-    xs[i] = static_cast<float>(x[i]);
+// Add a chunk of columns to the dot products of TILE rows, the last of which are clamped to `rows`.
+// `codes`, `scales` and `biases` point at row 0; one lane's share of a matrix-vector product.
+template <int BITS, int GROUP, int COLUMNS, int CHUNK, int TILE, typename S>
+inline void add_chunk(
+    const device uint* codes, S scales, S biases, uint first, uint rows, uint column,
+    thread const float* xs, float sum, thread float* totals) {
+  for (int r = 0; r < TILE; r++) {
+    size_t row = metal::min(first + r, rows - 1);
+    size_t group = row * (COLUMNS / GROUP) + column / GROUP;
+    float dot = dot_codes<BITS, CHUNK>(
+        codes + row * (COLUMNS * BITS / 32) + column * BITS / 32, xs);
+    totals[r] = metal::fma(static_cast<float>(scales[group]), dot,
+                           metal::fma(static_cast<float>(biases[group]), sum, totals[r]));
   }
-  return 0.0f;
-}
-
-template <int BITS, int N>
-inline float dot_dequantised(
-    const device uint* codes, float scale, float bias, thread const float* xs) {
-  constexpr int PER_WORD = 32 / BITS;
-  float dot = 0.0f;
-  for (int i = 0; i < N; i++) {
-    uint code = codes[i / PER_WORD] >> (BITS * (i % PER_WORD)) & ((1u << BITS) - 1u);
-    dot += (static_cast<float>(code) * scale + bias) * xs[i];
-  }
-  return dot;
 }

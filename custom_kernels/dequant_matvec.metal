@@ -1,6 +1,5 @@
 // y[n, row] = sum over columns of W[row, column] * x[n, column]
-// With NORM, x is RMS-normalised first; with RESIDUAL, residual[n, row] is added. NAIVE dequantises
-// each weight in place of the fused form: a baseline for benchmarks.
+// With NORM, x is RMS-normalised first; with RESIDUAL, residual[n, row] is added.
 // Grid: x = 32 * SIMDGROUPS * ceil(ROWS / (TILE * SIMDGROUPS)), y = n. Threadgroup: 32 * SIMDGROUPS.
 // A simdgroup makes TILE rows: its lanes take CHUNK columns each, all rows reuse the activations.
 uint lane = thread_index_in_simdgroup;
@@ -15,22 +14,10 @@ for (int r = 0; r < TILE; r++) {
 float square = 0.0f;
 for (uint column = lane * CHUNK; column < COLUMNS; column += 32 * CHUNK) {
   float xs[CHUNK];
-  float sum = NAIVE ? read_plain<CHUNK>(here + column, xs)
-              : NORM ? read_normed<BITS, CHUNK>(here + column, gain + column, xs, square)
-                     : read_activations<BITS, CHUNK>(here + column, xs);
-  for (int r = 0; r < TILE; r++) {
-    size_t row = metal::min(first + r, uint(ROWS - 1));
-    size_t group = row * (COLUMNS / GROUP) + column / GROUP;
-    float scale = static_cast<float>(scales[group]);
-    float bias = static_cast<float>(biases[group]);
-    auto words = codes + row * (COLUMNS * BITS / 32) + column * BITS / 32;
-    if (NAIVE) {
-      totals[r] += dot_dequantised<BITS, CHUNK>(words, scale, bias, xs);
-    } else {
-      float dot = dot_codes<BITS, CHUNK>(words, xs);
-      totals[r] = metal::fma(scale, dot, metal::fma(bias, sum, totals[r]));
-    }
-  }
+  float sum = NORM ? read_normed<BITS, CHUNK>(here + column, gain + column, xs, square)
+                   : read_activations<BITS, CHUNK>(here + column, xs);
+  add_chunk<BITS, GROUP, COLUMNS, CHUNK, TILE>(
+      codes, scales, biases, first, ROWS, column, xs, sum, totals);
 }
 float factor = 1.0f;
 if (NORM) {

@@ -15,12 +15,13 @@ CHUNK = {2: 16, 4: 16, 8: 8}  # columns that a lane takes at a time
 TILE = 4  # rows that a simdgroup makes
 SIMDGROUPS = 4
 
-kernel = Kernel(
+_kernel = Kernel(
     "dequant_matvec",
     ("x", "codes", "scales", "biases", "gain", "eps", "residual"),
     ("y",),
     ("affine.metal",),
 )
+_naive_kernel = Kernel("naive_matvec", ("x", "codes", "scales", "biases"), ("y",))
 
 
 def dequant_matvec(
@@ -32,7 +33,7 @@ def dequant_matvec(
     *,
     norm: tuple[mx.array, mx.array] | None = None,
     residual: mx.array | None = None,
-    naive: bool = False,
+    dtype: mx.Dtype | None = None,
 ) -> mx.array:
     """Multiply: y = W x, or y = residual + W rms_norm(x).
 
@@ -44,20 +45,37 @@ def dequant_matvec(
         bits: 2, 4 or 8.
         norm: gain `[columns]` and epsilon `[1]` of an RMS norm to apply to x first.
         residual: `[..., rows]` to add.
-        naive: dequantise each weight instead of fusing scale and bias; without a norm only.
+        dtype: of the result; x's if None.
 
     Returns:
-        `[..., rows]` in x's dtype.
+        `[..., rows]`.
     """
-    rows, columns, tokens = scales.shape[0], x.shape[-1], x.size // x.shape[-1]
     gain, eps = norm or (x, x)
+    arrays = [x, codes, scales, biases, gain, eps, x if residual is None else residual]
+    flags = {"NORM": norm is not None, "RESIDUAL": residual is not None}
+    return _launch(_kernel, arrays, bits, dtype or x.dtype, **flags)
+
+
+def naive_matvec(
+    x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, bits: int
+) -> mx.array:
+    """Multiply as `dequant_matvec` does, but dequantise each weight: a baseline for benchmarks."""
+    return _launch(_naive_kernel, [x, codes, scales, biases], bits, x.dtype)
+
+
+def _launch(
+    kernel: Kernel, arrays: list[mx.array], bits: int, dtype: mx.Dtype, **flags: bool
+) -> mx.array:
+    x, _, scales = arrays[:3]
+    rows, columns = scales.shape[0], x.shape[-1]
     (y,) = kernel(
-        [x, codes, scales, biases, gain, eps, x if residual is None else residual],
-        [((*x.shape[:-1], rows), x.dtype)],
-        (-(-rows // (TILE * SIMDGROUPS)), tokens, 1),
+        arrays,
+        [((*x.shape[:-1], rows), dtype)],
+        (-(-rows // (TILE * SIMDGROUPS)), x.size // columns, 1),
         SIMD * SIMDGROUPS,
-        Y=x.dtype,
+        T=x.dtype,
         S=scales.dtype,
+        Y=dtype,
         ROWS=rows,
         COLUMNS=columns,
         BITS=bits,
@@ -65,9 +83,7 @@ def dequant_matvec(
         CHUNK=CHUNK[bits],
         TILE=TILE,
         SIMDGROUPS=SIMDGROUPS,
-        NORM=norm is not None,
-        RESIDUAL=residual is not None,
-        NAIVE=naive,
+        **flags,
     )
     return y
 
@@ -104,17 +120,21 @@ class MatvecTrial:
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
-        return [dequant_matvec(*inputs, self.bits)]
+        x, codes, scales, biases = inputs
+        return [dequant_matvec(x, codes, scales, biases, self.bits)]
 
     def naive(self, *inputs: mx.array) -> list[mx.array]:
-        """Compute by our kernel in its naive form."""
-        return [dequant_matvec(*inputs, self.bits, naive=True)]
+        """Compute by the naive kernel."""
+        x, codes, scales, biases = inputs
+        return [naive_matvec(x, codes, scales, biases, self.bits)]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by mx.quantized_matmul."""
-        return [mx.quantized_matmul(*inputs, group_size=self.group_size, bits=self.bits)]
+        x, codes, scales, biases = inputs
+        group_size, bits = self.group_size, self.bits
+        return [mx.quantized_matmul(x, codes, scales, biases, group_size=group_size, bits=bits)]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        x, *weight = inputs
-        return [x.astype(mx.float32) @ reference.dequantize(*weight, self.bits).T]
+        x, codes, scales, biases = inputs
+        return [x.astype(mx.float32) @ reference.dequantize(codes, scales, biases, self.bits).T]
