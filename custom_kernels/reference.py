@@ -46,6 +46,21 @@ def expert_mlp(x: mx.array, gate: mx.array, up: mx.array, down: mx.array) -> mx.
     return (g * mx.sigmoid(g) * u) @ down.astype(mx.float32).T
 
 
+def route(logits: mx.array, top_k: int) -> mx.array:
+    """Give the `top_k` largest logits of each token their softmax weights, and the others 0.
+
+    Args:
+        logits: `[tokens, experts]`, all different.
+        top_k: experts per token.
+
+    Returns:
+        `[tokens, experts]` float32; rows add up to 1.
+    """
+    logits = logits.astype(mx.float32)
+    least = mx.sort(logits, axis=-1)[:, -top_k, None]
+    return mx.softmax(mx.where(logits >= least, logits, -mx.inf), axis=-1)
+
+
 def gated_delta(
     q: mx.array,
     k: mx.array,

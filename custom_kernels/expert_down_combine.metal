@@ -1,0 +1,61 @@
+// y[n, row] = sum over k of weights[n, k] * (D hidden[n, k])[row], D being the down projection of
+// the expert in slot slots[n, k]; plus shared_weight[n] times the same for the shared expert; plus
+// residual[n, row].
+// Grid: x = 32 * SIMDGROUPS * ceil(H / TILE), y = n. Threadgroup: 32 * SIMDGROUPS.
+// A threadgroup makes TILE rows; its simdgroups share the experts out and add up at the end.
+constexpr uint TERMS = K + (SHARED > 0 ? 1 : 0);
+threadgroup float parts[SIMDGROUPS * TILE];
+uint lane = thread_index_in_simdgroup;
+uint simdgroup = simdgroup_index_in_threadgroup;
+uint n = threadgroup_position_in_grid.y;
+uint first = threadgroup_position_in_grid.x * TILE;
+float totals[TILE];
+for (int r = 0; r < TILE; r++) {
+  totals[r] = 0.0f;
+}
+for (uint k = simdgroup; k < TERMS; k += SIMDGROUPS) {
+  auto here = hidden + n * (K * I + SHARED) + k * I;
+  float dots[TILE];
+  for (int r = 0; r < TILE; r++) {
+    dots[r] = 0.0f;
+  }
+  float weight = 0.0f;
+  if (SHARED > 0 && k == K) {
+    weight = static_cast<float>(shared_weight[n]);
+    for (uint column = lane * SHARED_CHUNK; column < SHARED; column += 32 * SHARED_CHUNK) {
+      float xs[SHARED_CHUNK];
+      float sum = read_activations<SHARED_BITS, SHARED_CHUNK>(here + column, xs);
+      add_chunk<SHARED_BITS, SHARED_GROUP, SHARED, SHARED_CHUNK, TILE>(
+          shared_codes, shared_scales, shared_biases, first, H, column, xs, sum, dots);
+    }
+  } else {
+    weight = static_cast<float>(weights[n * K + k]);
+    size_t top = static_cast<size_t>(slots[n * K + k]) * H;
+    for (uint column = lane * CHUNK; column < I; column += 32 * CHUNK) {
+      float xs[CHUNK];
+      float sum = read_activations<BITS, CHUNK>(here + column, xs);
+      add_chunk<BITS, GROUP, I, CHUNK, TILE>(
+          codes + top * (I * BITS / 32), scales + top * (I / GROUP), biases + top * (I / GROUP),
+          first, H, column, xs, sum, dots);
+    }
+  }
+  for (int r = 0; r < TILE; r++) {
+    totals[r] = metal::fma(weight, dots[r], totals[r]);
+  }
+}
+for (int r = 0; r < TILE; r++) {
+  float total = simd_sum(totals[r]);
+  if (lane == 0) {
+    parts[simdgroup * TILE + r] = total;
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+uint row = first + lane;
+if (simdgroup == 0 && lane < TILE && row < H) {
+  size_t place = n * H + row;
+  float total = RESIDUAL ? static_cast<float>(residual[place]) : 0.0f;
+  for (uint s = 0; s < SIMDGROUPS; s++) {
+    total += parts[s * TILE + lane];
+  }
+  y[place] = static_cast<Y>(total);
+}

@@ -1,0 +1,57 @@
+// hidden[n, k, i] = silu(G x) * (U x) with gate G and up U of the expert in slot slots[n, k], row i;
+// behind them, at K * I, the same for the shared expert. With NORM, x is RMS-normalised first.
+// Grid: x = 32 * SIMDGROUPS * ceil(units / SIMDGROUPS), y = n. Threadgroup: 32 * SIMDGROUPS.
+// A unit is TILE rows of one expert: ceil(I / TILE) units each, then those of the shared expert.
+constexpr uint PER_EXPERT = (I + TILE - 1) / TILE;
+uint lane = thread_index_in_simdgroup;
+uint n = threadgroup_position_in_grid.y;
+uint unit = threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
+bool is_shared = SHARED > 0 && unit >= K * PER_EXPERT;
+uint k = is_shared ? K : metal::min(unit / PER_EXPERT, uint(K - 1));
+uint first = (unit - k * PER_EXPERT) * TILE;
+uint rows = is_shared ? SHARED : I;
+auto here = x + n * H;
+float gates[TILE];
+float ups[TILE];
+for (int r = 0; r < TILE; r++) {
+  gates[r] = 0.0f;
+  ups[r] = 0.0f;
+}
+float square = 0.0f;
+if (is_shared) {
+  for (uint column = lane * SHARED_CHUNK; column < H; column += 32 * SHARED_CHUNK) {
+    float xs[SHARED_CHUNK];
+    float sum = NORM
+        ? read_normed<SHARED_BITS, SHARED_CHUNK>(here + column, gain + column, xs, square)
+        : read_activations<SHARED_BITS, SHARED_CHUNK>(here + column, xs);
+    add_chunk<SHARED_BITS, SHARED_GROUP, H, SHARED_CHUNK, TILE>(
+        shared_gate_codes, shared_gate_scales, shared_gate_biases, first, rows, column, xs, sum,
+        gates);
+    add_chunk<SHARED_BITS, SHARED_GROUP, H, SHARED_CHUNK, TILE>(
+        shared_up_codes, shared_up_scales, shared_up_biases, first, rows, column, xs, sum, ups);
+  }
+} else {
+  size_t top = static_cast<size_t>(slots[n * K + k]) * I;
+  for (uint column = lane * CHUNK; column < H; column += 32 * CHUNK) {
+    float xs[CHUNK];
+    float sum = NORM ? read_normed<BITS, CHUNK>(here + column, gain + column, xs, square)
+                     : read_activations<BITS, CHUNK>(here + column, xs);
+    add_chunk<BITS, GROUP, H, CHUNK, TILE>(
+        gate_codes + top * (H * BITS / 32), gate_scales + top * (H / GROUP),
+        gate_biases + top * (H / GROUP), first, rows, column, xs, sum, gates);
+    add_chunk<BITS, GROUP, H, CHUNK, TILE>(
+        up_codes + top * (H * BITS / 32), up_scales + top * (H / GROUP),
+        up_biases + top * (H / GROUP), first, rows, column, xs, sum, ups);
+  }
+}
+float factor = 1.0f;
+if (NORM) {
+  factor = metal::rsqrt(simd_sum(square) / float(H) + static_cast<float>(eps[0]));
+}
+for (int r = 0; r < TILE; r++) {
+  float gate = simd_sum(gates[r]) * factor;
+  float up = simd_sum(ups[r]) * factor;
+  if (lane == 0 && first + r < rows) {
+    hidden[n * (K * I + SHARED) + k * I + first + r] = gate / (1.0f + metal::exp(-gate)) * up;
+  }
+}

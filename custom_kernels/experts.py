@@ -1,0 +1,176 @@
+"""The routed experts of a few tokens together with the shared expert, on a GPU, in two launches."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels.expert_mlp import Bank
+from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel
+from flashmoe_mlx.custom_kernels.matvec import BITS, CHUNK, GROUP_SIZES
+
+TILE = 4  # rows that a simdgroup makes
+SIMDGROUPS = 4
+MAX_SIMDGROUPS = 16  # of a threadgroup that adds experts up
+
+_PARTS = ("codes", "scales", "biases")
+_gate_up = Kernel(
+    "expert_gate_up",
+    (
+        "x", "slots", "gain", "eps",
+        *(f"{m}_{p}" for m in ("gate", "up", "shared_gate", "shared_up") for p in _PARTS),
+    ),
+    ("hidden",),
+    ("affine.metal",),
+)  # fmt: skip
+_down_combine = Kernel(
+    "expert_down_combine",
+    (
+        "hidden", "slots", "weights", "shared_weight", "residual",
+        *_PARTS, *(f"shared_{p}" for p in _PARTS),
+    ),
+    ("y",),
+    ("affine.metal",),
+)  # fmt: skip
+
+
+def supports(gate: Bank, up: Bank, down: Bank) -> bool:
+    """Say whether the kernels take such experts: gate and up must be quantised alike."""
+    return (gate.bits, gate.group_size) == (up.bits, up.group_size) and all(
+        bank.bits in BITS and bank.group_size in GROUP_SIZES for bank in (gate, up, down)
+    )
+
+
+def expert_gate_up(
+    x: mx.array,
+    slots: mx.array,
+    gate: Bank,
+    up: Bank,
+    shared: tuple[Bank, Bank] | None = None,
+    norm: tuple[mx.array, mx.array] | None = None,
+) -> mx.array:
+    """Compute silu(gate x) * up x for each token's experts, and for the shared expert.
+
+    Args:
+        x: `[..., H]`.
+        slots: `[..., K]` uint32, where in the banks each expert lies.
+        gate: `[S, I, ...]`.
+        up: `[S, I, ...]`.
+        shared: gate and up of the shared expert, `[Is, ...]` each.
+        norm: gain `[H]` and epsilon `[1]` of an RMS norm to apply to x first.
+
+    Returns:
+        `[..., K * I + Is]` float32.
+    """
+    hidden, inner, top_k = x.shape[-1], gate.scales.shape[1], slots.shape[-1]
+    others = shared or (gate, up)
+    extra = others[0].scales.shape[0] if shared else 0
+    units = top_k * -(-inner // TILE) + -(-extra // TILE)
+    (y,) = _gate_up(
+        [x, slots, *(norm or (x, x)), *_arrays(gate, up, *others)],
+        [((*x.shape[:-1], top_k * inner + extra), mx.float32)],
+        (-(-units // SIMDGROUPS), x.size // hidden, 1),
+        SIMD * SIMDGROUPS,
+        T=x.dtype,
+        S=gate.scales.dtype,
+        H=hidden,
+        I=inner,
+        K=top_k,
+        TILE=TILE,
+        SIMDGROUPS=SIMDGROUPS,
+        NORM=norm is not None,
+        **_formats(gate, others[0], extra),
+    )
+    return y
+
+
+def expert_down_combine(
+    hidden: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Bank,
+    shared: tuple[Bank, mx.array] | None = None,
+    residual: mx.array | None = None,
+    dtype: mx.Dtype = mx.float32,
+) -> mx.array:
+    """Apply each token's down projections and add them up.
+
+    Args:
+        hidden: `[..., K * I + Is]` float32, from `expert_gate_up`.
+        slots: `[..., K]` uint32.
+        weights: `[..., K]`, the router's.
+        down: `[S, H, ...]`.
+        shared: down of the shared expert `[H, ...]`, and its weight `[..., 1]`.
+        residual: `[..., H]` to add.
+        dtype: of the result.
+
+    Returns:
+        `[..., H]`.
+    """
+    height, inner = down.scales.shape[1], down.scales.shape[2] * down.group_size
+    top_k, width = slots.shape[-1], hidden.shape[-1]
+    other, weight = shared or (down, weights)
+    extra = width - top_k * inner
+    simdgroups = min(top_k + (extra > 0), MAX_SIMDGROUPS)
+    (y,) = _down_combine(
+        [hidden, slots, weights, weight, hidden if residual is None else residual]
+        + _arrays(down, other),
+        [((*hidden.shape[:-1], height), dtype)],
+        (-(-height // TILE), hidden.size // width, 1),
+        SIMD * simdgroups,
+        T=hidden.dtype if residual is None else residual.dtype,
+        S=down.scales.dtype,
+        Y=dtype,
+        H=height,
+        I=inner,
+        K=top_k,
+        TILE=TILE,
+        SIMDGROUPS=simdgroups,
+        RESIDUAL=residual is not None,
+        **_formats(down, other, extra),
+    )
+    return y
+
+
+def _arrays(*banks: Bank) -> list[mx.array]:
+    return [array for bank in banks for array in (bank.codes, bank.scales, bank.biases)]
+
+
+def _formats(bank: Bank, shared: Bank, extra: int) -> dict[str, int]:
+    return {
+        "BITS": bank.bits,
+        "GROUP": bank.group_size,
+        "CHUNK": CHUNK[bank.bits],
+        "SHARED": extra,
+        "SHARED_BITS": shared.bits,
+        "SHARED_GROUP": shared.group_size,
+        "SHARED_CHUNK": CHUNK[shared.bits],
+    }
+
+
+def expert_mlp_by_kernels(
+    x: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    banks: Sequence[Bank],
+    shared: Sequence[Bank] | None,
+    shared_weight: mx.array,
+    *,
+    norm: tuple[mx.array, mx.array] | None = None,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """Run a whole mixture for a few tokens: `[..., H]` to `[..., H]` in x's dtype.
+
+    Args:
+        x: `[..., H]`.
+        slots: `[..., K]` uint32.
+        weights: `[..., K]`, the router's.
+        banks: gate, up and down, `[S, out, ...]` each.
+        shared: the same of the shared expert, `[out, ...]` each.
+        shared_weight: `[..., 1]`.
+        norm: gain and epsilon of an RMS norm to apply to x first.
+        residual: `[..., H]` to add.
+    """
+    gate, up, down = banks
+    hidden = expert_gate_up(x, slots, gate, up, (shared[0], shared[1]) if shared else None, norm)
+    other = (shared[2], shared_weight) if shared else None
+    return expert_down_combine(hidden, slots, weights, down, other, residual, x.dtype)
