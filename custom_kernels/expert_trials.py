@@ -53,9 +53,12 @@ class ExpertsTrial:
         """Shape and bits of gate, up, down, and the same of the shared expert."""
         wide, tall = (self.inner, self.hidden), (self.hidden, self.inner)
         down_bits = self.down_bits or self.bits
-        routed = [(wide, self.bits), (wide, self.bits), (tall, down_bits)]
-        shared = [(shape, self.shared_bits) for shape in (wide, wide, tall)]
-        return [((self.slots, *shape), bits) for shape, bits in routed] + shared
+        return [
+            ((self.slots, *wide), self.bits),
+            ((self.slots, *wide), self.bits),
+            ((self.slots, *tall), down_bits),
+            *((shape, self.shared_bits) for shape in (wide, wide, tall)),
+        ]
 
     def _matrix_bytes(self, index: int) -> int:
         shape, bits = self._shapes[index]

@@ -111,9 +111,9 @@ def expert_down_combine(
     other, weight = shared or (down, weights)
     extra = width - top_k * inner
     simdgroups = min(top_k + (extra > 0), MAX_SIMDGROUPS)
+    arrays = [hidden, slots, weights, weight, hidden if residual is None else residual]
     (y,) = _down_combine(
-        [hidden, slots, weights, weight, hidden if residual is None else residual]
-        + _arrays(down, other),
+        [*arrays, *_arrays(down, other)],
         [((*hidden.shape[:-1], height), dtype)],
         (-(-height // TILE), hidden.size // width, 1),
         SIMD * simdgroups,

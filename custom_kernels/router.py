@@ -58,7 +58,7 @@ def route_by_mlx(
 
 @dataclass(frozen=True)
 class RouterTrial:
-    """`route` at one shape; see `trial.Trial`. The outputs are each expert's weight, 0 if not chosen."""
+    """`route` at one shape; see `trial.Trial`. Outputs every expert's weight, 0 if not chosen."""
 
     op: ClassVar[str] = "router"
     experts: int
@@ -84,11 +84,11 @@ class RouterTrial:
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
-        return self._spread(*route(*inputs, self.top_k, renormalise=True, shared=True))
+        return self._spread(*route(inputs[0], self.top_k, renormalise=True, shared=True))
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by MLX's own ops."""
-        return self._spread(*route_by_mlx(*inputs, self.top_k, renormalise=True, shared=True))
+        return self._spread(*route_by_mlx(inputs[0], self.top_k, renormalise=True, shared=True))
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
