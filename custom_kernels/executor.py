@@ -18,14 +18,29 @@ import mlx.core as mx
 from flashmoe_mlx.errors import FlashMoEError
 
 
+def kernel_choice() -> str:
+    """Return FLASHMOE_KERNELS: "auto" (the default), "stock" or "custom".
+
+    Raises:
+        FlashMoEError: it is anything else.
+    """
+    choice = os.environ.get("FLASHMOE_KERNELS", "auto")
+    if choice not in ("auto", "stock", "custom"):
+        raise FlashMoEError(
+            f"FLASHMOE_KERNELS = {choice!r} is not a choice of kernels. "
+            "Write auto, stock or custom."
+        )
+    return choice
+
+
+def cache_dir() -> Path:
+    """Return the directory for what this machine need not find out again; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmoe-mlx"
+
+
 @functools.cache
 def _cpu_module() -> ModuleType | None:
-    choice = os.environ.get("FLASHMOE_KERNELS", "auto")
-    if choice not in ("auto", "stock"):
-        raise FlashMoEError(
-            f"FLASHMOE_KERNELS = {choice!r} is not a choice of kernels. Write auto or stock."
-        )
-    if choice == "stock":
+    if kernel_choice() == "stock":
         return None
     try:
         from flashmoe_mlx.custom_kernels import cpu
@@ -88,5 +103,4 @@ def _marker(formats: str) -> Path:
     sources = [(f.name, f.stat().st_mtime_ns) for f in sorted(here.glob("*.py"))]
     versions = sys.version, importlib.metadata.version("numba"), os.environ.get("NUMBA_CACHE_DIR")
     key = json.dumps([formats, str(here), sources, versions, platform.node()])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "flashmoe-mlx" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    return cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]

@@ -20,9 +20,13 @@ def dequantize(codes: mx.array, scales: mx.array, biases: mx.array, bits: int) -
     Returns:
         `[..., rows, columns]` float32.
     """
-    words = codes[..., None] >> mx.arange(32, dtype=mx.uint32)
-    stream = (words & 1).reshape(*codes.shape[:-1], -1, bits)
-    weights = (stream << mx.arange(bits, dtype=mx.uint32)).sum(-1).astype(mx.float32)
+    if 32 % bits == 0:
+        shifted = codes[..., None] >> mx.arange(0, 32, bits, dtype=mx.uint32)
+        weights = (shifted & ((1 << bits) - 1)).flatten(-2).astype(mx.float32)
+    else:
+        words = codes[..., None] >> mx.arange(32, dtype=mx.uint32)
+        stream = (words & 1).reshape(*codes.shape[:-1], -1, bits)
+        weights = (stream << mx.arange(bits, dtype=mx.uint32)).sum(-1).astype(mx.float32)
     grouped = weights.reshape(*scales.shape, -1)
     grouped = grouped * scales.astype(mx.float32)[..., None] + biases.astype(mx.float32)[..., None]
     return grouped.reshape(weights.shape)

@@ -1,0 +1,68 @@
+"""Time per call of ops, taken side by side in chains: what choices and benchmarks share."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+Op = Callable[..., list[mx.array]]
+Clock = Callable[[], float]
+
+
+@mx.compile
+def _add_nothing(x: mx.array, *scalars: mx.array) -> mx.array:
+    for scalar in scalars:
+        x = x + (0 * scalar).astype(x.dtype)
+    return x
+
+
+def chain(op: Op, sets: Sequence[list[mx.array]], calls: int) -> None:
+    """Run an op `calls` times in one evaluation, each call waiting for the one before.
+
+    Independent calls would overlap on a GPU and hide their latency, which a decoder cannot.
+
+    Args:
+        op: takes a set, returns its outputs.
+        sets: inputs, taken in turn.
+        calls: how many.
+    """
+    outputs: list[mx.array] = []
+    for call in range(calls):
+        first, *rest = sets[call % len(sets)]
+        first = _add_nothing(first, *(y.reshape(-1)[:1] for y in outputs))
+        outputs = op(first, *rest)
+    mx.eval(outputs)
+
+
+def _link(*inputs: mx.array) -> list[mx.array]:
+    return [inputs[0]]
+
+
+def side_by_side(
+    ops: Sequence[Op],
+    sets: Sequence[list[mx.array]],
+    calls: int,
+    runs: int = 5,
+    clock: Clock = time.perf_counter,
+) -> list[float]:
+    """Time ops in interleaved runs, so that a change of the machine's speed meets all of them.
+
+    Args:
+        ops: what to time, in this order in each run.
+        sets: inputs, taken in turn by the calls of a chain.
+        calls: length of a chain.
+        runs: chains of each op, after one to warm up.
+        clock: seconds.
+
+    Returns:
+        Milliseconds per call, the median of the runs, less what linking two calls costs.
+    """
+    taken: list[list[float]] = [[] for _ in range(len(ops) + 1)]
+    for _ in range(runs + 1):
+        for op, times in zip((*ops, _link), taken, strict=True):
+            start = clock()
+            chain(op, sets, calls)
+            times.append((clock() - start) * 1e3 / calls)
+    *medians, link = (statistics.median(times[1:]) for times in taken)
+    return [max(median - link, 0.0) for median in medians]
