@@ -3,33 +3,69 @@
 //     sum w x = scale * sum code x + bias * sum x,
 // so each code costs one fused multiply-add. Codes lie in 32-bit words, lowest bits first.
 
-// Read N activations. Each is divided by the place value of its code in the word, which is exact,
-// so that a masked code needs no shift. Returns their sum.
-template <int BITS, int N, typename X>
-inline float read_activations(X x, thread float* xs) {
+// Eight activations in 16-byte loads.
+inline void read_eight(const device float* x, thread float* out) {
+  auto quads = (const device float4*)x;
+  for (int i = 0; i < 2; i++) {
+    float4 quad = quads[i];
+    out[4 * i] = quad.x;
+    out[4 * i + 1] = quad.y;
+    out[4 * i + 2] = quad.z;
+    out[4 * i + 3] = quad.w;
+  }
+}
+
+template <typename T>
+inline void read_pair(uint word, thread float* out) {
+  out[0] = static_cast<float>(as_type<T>(static_cast<ushort>(word & 0xffffu)));
+  out[1] = static_cast<float>(as_type<T>(static_cast<ushort>(word >> 16)));
+}
+
+template <typename T>
+inline void read_eight(const device T* x, thread float* out) {
+  uint4 words = ((const device uint4*)x)[0];
+  read_pair<T>(words.x, out);
+  read_pair<T>(words.y, out + 2);
+  read_pair<T>(words.z, out + 4);
+  read_pair<T>(words.w, out + 6);
+}
+
+// Divide each activation by the place value of its code in the word, so that a masked code needs
+// no shift; that is exact. Returns the sum of the N activations.
+template <int BITS, int N>
+inline float scale_to_places(thread float* xs) {
   constexpr int PER_WORD = 32 / BITS;
   float sum = 0.0f;
   for (int i = 0; i < N; i++) {
-    float v = static_cast<float>(x[i]);
-    sum += v;
-    xs[i] = v / static_cast<float>(1u << (BITS * (i % PER_WORD)));
+    sum += xs[i];
+    xs[i] /= static_cast<float>(1u << (BITS * (i % PER_WORD)));
   }
   return sum;
 }
 
-// The same for x * gain; adds the sum of squares of x, which an RMS norm takes, to `square`.
-template <int BITS, int N, typename X, typename G>
-inline float read_normed(X x, G gain, thread float* xs, thread float& square) {
-  constexpr int PER_WORD = 32 / BITS;
-  float sum = 0.0f;
-  for (int i = 0; i < N; i++) {
-    float v = static_cast<float>(x[i]);
-    square = metal::fma(v, v, square);
-    v *= static_cast<float>(gain[i]);
-    sum += v;
-    xs[i] = v / static_cast<float>(1u << (BITS * (i % PER_WORD)));
+// Read N activations (a multiple of 8), ready for dot_codes. Returns their sum.
+template <int BITS, int N, typename T>
+inline float read_activations(const device T* x, thread float* xs) {
+  for (int i = 0; i < N; i += 8) {
+    read_eight(x + i, xs + i);
   }
-  return sum;
+  return scale_to_places<BITS, N>(xs);
+}
+
+// The same for x * gain; adds the sum of squares of x, which an RMS norm takes, to `square`.
+template <int BITS, int N, typename T, typename G>
+inline float read_normed(
+    const device T* x, const device G* gain, thread float* xs, thread float& square) {
+  for (int i = 0; i < N; i += 8) {
+    float gains[8];
+    read_eight(x + i, xs + i);
+    read_eight(gain + i, gains);
+    for (int j = 0; j < 8; j++) {
+      square = metal::fma(xs[i + j], xs[i + j], square);
+      xs[i + j] *= gains[j];
+    }
+  }
+  return scale_to_places<BITS, N>(xs);
 }
 
 template <int BITS>

