@@ -17,7 +17,6 @@ import json
 import math
 import time
 import zlib
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,6 +26,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from flashmoe_mlx.geometry import GEOMETRIES
+
 GIB = 1 << 30
 BLOCK = 1 << 20  # elements generated at a time
 FULL_ATTENTION_INTERVAL = 4
@@ -35,21 +36,6 @@ END, IM_END, IM_START = 256, 257, 258  # token ids; the first 256 are the bytes
 ITEM_SIZE = {"U32": 4, "BF16": 2, "F32": 4}
 
 Blocks = Callable[[np.random.Generator, int], np.ndarray]
-
-
-# The sizes that tell one Qwen3.5 MoE model from another, named as in config.json.
-Geometry = namedtuple(
-    "Geometry",
-    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
-    "num_experts num_experts_per_tok moe_intermediate_size",
-)
-GEOMETRIES = {
-    "tiny": Geometry(128, 4, 4, 2, 32, 2, 4, 32, 16, 16, 4, 64),
-    "35b": Geometry(2048, 40, 16, 2, 256, 16, 32, 128, 128, 256, 8, 512),
-    "122b": Geometry(3072, 48, 32, 2, 256, 16, 64, 128, 128, 256, 8, 1024),
-    "397b": Geometry(4096, 60, 32, 2, 256, 16, 64, 128, 128, 512, 10, 1024),
-}
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
