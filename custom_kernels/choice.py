@@ -21,6 +21,7 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx.custom_kernels import gpu
 from flashmoe_mlx.custom_kernels.executor import cache_dir, kernel_choice
 from flashmoe_mlx.custom_kernels.timing import Clock, chain, side_by_side
 from flashmoe_mlx.custom_kernels.trial import Trial
@@ -152,7 +153,7 @@ def measure(trial: Trial, timed: bool = True, clock: Clock = time.perf_counter) 
         custom_ms, stock_ms = _race(trial, clock)
         return Verdict(True, found.error, found.limit, custom_ms, stock_ms)
     except Exception as error:  # whatever a compiler, a driver or a launch may raise
-        if "No Metal back-end" in str(error):
+        if not gpu.available() and "back-end" in str(error):
             return Verdict(False, message=NEEDS_GPU)
         reason = " ".join(str(error).split())[:300]  # compilers say what is wrong in later lines
         return Verdict(False, message=f"does not run ({type(error).__name__}: {reason})")

@@ -29,6 +29,14 @@ def available_bytes() -> int:
     return min(free)
 
 
+def cgroup_limit() -> int | None:
+    """Return the smallest memory limit of the process's cgroups in bytes, None without one."""
+    names = "memory.max", "memory.limit_in_bytes"
+    limits = [_number(base / name) for base in _cgroup_dirs() for name in names]
+    # cgroup v1 writes "no limit" as a huge number.
+    return min((limit for limit in limits if limit is not None and limit < 1 << 60), default=None)
+
+
 def _cgroup_dirs() -> list[Path]:
     """Return the process's memory cgroup and its ancestors, for cgroup v1 and v2."""
     found = []
