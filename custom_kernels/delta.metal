@@ -1,0 +1,85 @@
+// What the GatedDeltaNet kernels share.
+
+// N numbers that one access takes.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T v[N];
+};
+
+// One of LANES lanes reads its share of a row of COLUMNS numbers: every LANES-th pack of VEC.
+template <int COLUMNS, int LANES, int VEC, typename P>
+inline void read_row(P row, uint lane, thread float* out) {
+  constexpr int STEP = LANES * VEC;
+  for (int j = 0; j * STEP < COLUMNS; j++) {
+    uint pack = lane + j * LANES;
+    bool inside = COLUMNS % STEP == 0 || pack * VEC < COLUMNS;
+    for (int i = 0; i < VEC; i++) {
+      out[j * VEC + i] = inside ? row[pack].v[i] : 0.0f;
+    }
+  }
+}
+
+// The same share, written.
+template <int COLUMNS, int LANES, int VEC, typename P>
+inline void write_row(P row, uint lane, thread const float* values) {
+  constexpr int STEP = LANES * VEC;
+  for (int j = 0; j * STEP < COLUMNS; j++) {
+    uint pack = lane + j * LANES;
+    if (COLUMNS % STEP == 0 || pack * VEC < COLUMNS) {
+      for (int i = 0; i < VEC; i++) {
+        row[pack].v[i] = values[j * VEC + i];
+      }
+    }
+  }
+}
+
+// Sum over LANES neighbouring lanes, a power of two; each of them gets it.
+template <int LANES>
+inline float sum_over(float v) {
+  for (int step = LANES / 2; step > 0; step /= 2) {
+    v += simd_shuffle_xor(v, ushort(step));
+  }
+  return v;
+}
+
+template <int N>
+inline float dot(thread const float* a, thread const float* b) {
+  float total = 0.0f;
+  for (int i = 0; i < N; i++) {
+    total = metal::fma(a[i], b[i], total);
+  }
+  return total;
+}
+
+template <int N>
+inline void scale_by(float factor, thread float* values) {
+  for (int i = 0; i < N; i++) {
+    values[i] *= factor;
+  }
+}
+
+inline float sigmoid(float x) {
+  return 1.0f / (1.0f + metal::exp(-x));
+}
+
+// log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|). There is no log1p in Metal, and
+// log(1 + e) loses a small e, that is the decay of a head with a long memory. With
+// s = e / (2 + e), log(1 + e) = 2 (s + s^3 / 3 + s^5 / 5 + ...).
+inline float softplus(float x) {
+  float e = metal::exp(-metal::abs(x));
+  float s = e / (2.0f + e);
+  float z = s * s;
+  float series = 1.0f / 15.0f;
+  series = metal::fma(series, z, 1.0f / 13.0f);
+  series = metal::fma(series, z, 1.0f / 11.0f);
+  series = metal::fma(series, z, 1.0f / 9.0f);
+  series = metal::fma(series, z, 1.0f / 7.0f);
+  series = metal::fma(series, z, 1.0f / 5.0f);
+  series = metal::fma(series, z, 1.0f / 3.0f);
+  series = metal::fma(series, z, 1.0f);
+  return metal::max(x, 0.0f) + 2.0f * s * series;
+}
+
+inline float decay(float a_log, float a, float dt_bias) {
+  return metal::exp(-metal::exp(a_log) * softplus(a + dt_bias));
+}

@@ -1,0 +1,105 @@
+// One token of GatedDeltaNet between its projections: convolution, norms of q and k, gated delta
+// rule, gated norm. `projected` is (qkv | z | b | a); `eps` is that of the output, then of q and k.
+// Grid: x = LANES * HV, y = B. Threadgroup: LANES >= DV, one per value head.
+// ROW_LANES lanes hold a row of the state, ROWS rows each, from the first line to the last.
+constexpr uint CHANNELS = 2 * HK * DK + HV * DV;
+constexpr int ROWS = (DV * ROW_LANES + LANES - 1) / LANES;
+constexpr int COLUMNS = (DK + ROW_LANES * VEC - 1) / (ROW_LANES * VEC) * VEC;
+threadgroup Pack<float, VEC> queries[DK / VEC];
+threadgroup Pack<float, VEC> keys[DK / VEC];
+threadgroup float values[DV];
+threadgroup float outputs[DV];
+uint lane = thread_index_in_threadgroup;
+uint part = lane % ROW_LANES;
+uint first = lane / ROW_LANES;
+uint hv = threadgroup_position_in_grid.x;
+uint hk = hv / (HV / HK);
+size_t b = threadgroup_position_in_grid.y;
+size_t head = b * HV + hv;
+auto here = projected + b * (CHANNELS + HV * DV + 2 * HV);
+auto old = (const device Pack<float, VEC>*)state + head * (DV * DK / VEC);
+auto fresh = (device Pack<float, VEC>*)new_state + head * (DV * DK / VEC);
+
+// All that comes from memory is asked for before anything waits: first the state.
+float s[ROWS][COLUMNS];
+for (int r = 0; r < ROWS; r++) {
+  uint row = metal::min(first + r * (LANES / ROW_LANES), uint(DV - 1));
+  read_row<DK, ROW_LANES, VEC>(old + row * (DK / VEC), part, s[r]);
+}
+float gate = 0.0f;
+float gain = 0.0f;
+if (lane < DV) {
+  gate = static_cast<float>(here[CHANNELS + hv * DV + lane]);
+  gain = static_cast<float>(norm[lane]);
+}
+auto scalars = here + CHANNELS + HV * DV;
+float beta = sigmoid(static_cast<float>(scalars[hv]));
+float g = decay(static_cast<float>(a_log[hv]), static_cast<float>(scalars[HV + hv]),
+                static_cast<float>(dt_bias[hv]));
+
+// The head's q, k and v. Value heads share q and k: the first of them keeps their past.
+bool leads = hv % (HV / HK) == 0;
+for (uint i = lane; i < 2 * DK + DV; i += LANES) {
+  uint channel = i < DK       ? hk * DK + i
+                 : i < 2 * DK ? (HK + hk) * DK + i - DK
+                              : 2 * HK * DK + hv * DV + i - 2 * DK;
+  float window[TAPS];
+  float x = 0.0f;
+  for (int tap = 0; tap < TAPS - 1; tap++) {
+    window[tap] = static_cast<float>(past[(b * (TAPS - 1) + tap) * CHANNELS + channel]);
+  }
+  window[TAPS - 1] = static_cast<float>(here[channel]);
+  for (int tap = 0; tap < TAPS; tap++) {
+    x = metal::fma(window[tap], static_cast<float>(conv[channel * TAPS + tap]), x);
+  }
+  x *= sigmoid(x);
+  if (i < DK) {
+    queries[i / VEC].v[i % VEC] = x;
+  } else if (i < 2 * DK) {
+    keys[(i - DK) / VEC].v[i % VEC] = x;
+  } else {
+    values[i - 2 * DK] = x;
+  }
+  if (leads || i >= 2 * DK) {
+    for (int tap = 0; tap < TAPS - 1; tap++) {
+      new_past[(b * (TAPS - 1) + tap) * CHANNELS + channel] = static_cast<P>(window[tap + 1]);
+    }
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+float q[COLUMNS];
+float k[COLUMNS];
+read_row<DK, ROW_LANES, VEC>(queries, part, q);
+read_row<DK, ROW_LANES, VEC>(keys, part, k);
+float qk_eps = static_cast<float>(eps[1]);
+float q_norm = metal::rsqrt(sum_over<ROW_LANES>(dot<COLUMNS>(q, q)) + qk_eps);
+float k_norm = metal::rsqrt(sum_over<ROW_LANES>(dot<COLUMNS>(k, k)) + qk_eps);
+scale_by<COLUMNS>(q_norm * metal::rsqrt(float(DK)), q);
+scale_by<COLUMNS>(k_norm, k);
+for (int r = 0; r < ROWS; r++) {
+  uint row = first + r * (LANES / ROW_LANES);
+  scale_by<COLUMNS>(g, s[r]);
+  float error = values[metal::min(row, uint(DV - 1))] - sum_over<ROW_LANES>(dot<COLUMNS>(s[r], k));
+  for (int c = 0; c < COLUMNS; c++) {
+    s[r][c] = metal::fma(error * beta, k[c], s[r][c]);
+  }
+  float out = sum_over<ROW_LANES>(dot<COLUMNS>(s[r], q));
+  if (row < DV) {
+    write_row<DK, ROW_LANES, VEC>(fresh + row * (DK / VEC), part, s[r]);
+    if (part == 0) {
+      outputs[row] = out;
+    }
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+
+// Each simdgroup adds up all squares, which is quicker than to share them out.
+float square = 0.0f;
+for (uint i = thread_index_in_simdgroup; i < DV; i += 32) {
+  square = metal::fma(outputs[i], outputs[i], square);
+}
+float factor = metal::rsqrt(simd_sum(square) / float(DV) + static_cast<float>(eps[0]));
+if (lane < DV) {
+  y[head * DV + lane] = static_cast<T>(outputs[lane] * factor * gain * gate * sigmoid(gate));
+}
