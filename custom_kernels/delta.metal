@@ -1,34 +1,60 @@
 // What the GatedDeltaNet kernels share.
 
-// N numbers that one access takes.
-template <typename T, int N>
-struct alignas(N * sizeof(T)) Pack {
-  T v[N];
-};
-
-// One of LANES lanes reads its share of a row of COLUMNS numbers: every LANES-th pack of VEC.
-template <int COLUMNS, int LANES, int VEC, typename P>
-inline void read_row(P row, uint lane, thread float* out) {
+// A row of COLUMNS numbers is shared out among LANES lanes in runs of VEC (4 or 1): each lane has
+// every LANES-th run, so that neighbours read neighbouring memory. Beyond the row there are zeros.
+template <int COLUMNS, int LANES, int VEC>
+inline void read_row(const device float* row, uint lane, thread float* out) {
   constexpr int STEP = LANES * VEC;
   for (int j = 0; j * STEP < COLUMNS; j++) {
-    uint pack = lane + j * LANES;
-    bool inside = COLUMNS % STEP == 0 || pack * VEC < COLUMNS;
+    uint run = lane + j * LANES;
     for (int i = 0; i < VEC; i++) {
-      out[j * VEC + i] = inside ? row[pack].v[i] : 0.0f;
+      out[j * VEC + i] = 0.0f;
+    }
+    if (COLUMNS % STEP == 0 || run * VEC < COLUMNS) {
+      if (VEC == 4) {
+        float4 v = ((const device float4*)row)[run];
+        out[j * VEC] = v.x;
+        out[j * VEC + 1 % VEC] = v.y;
+        out[j * VEC + 2 % VEC] = v.z;
+        out[j * VEC + 3 % VEC] = v.w;
+      } else {
+        out[j * VEC] = row[run];
+      }
     }
   }
 }
 
-// The same share, written.
-template <int COLUMNS, int LANES, int VEC, typename P>
-inline void write_row(P row, uint lane, thread const float* values) {
+template <int COLUMNS, int LANES, int VEC>
+inline void write_row(device float* row, uint lane, thread const float* values) {
   constexpr int STEP = LANES * VEC;
   for (int j = 0; j * STEP < COLUMNS; j++) {
-    uint pack = lane + j * LANES;
-    if (COLUMNS % STEP == 0 || pack * VEC < COLUMNS) {
-      for (int i = 0; i < VEC; i++) {
-        row[pack].v[i] = values[j * VEC + i];
+    uint run = lane + j * LANES;
+    if (COLUMNS % STEP == 0 || run * VEC < COLUMNS) {
+      if (VEC == 4) {
+        float4 v;
+        v.x = values[j * VEC];
+        v.y = values[j * VEC + 1 % VEC];
+        v.z = values[j * VEC + 2 % VEC];
+        v.w = values[j * VEC + 3 % VEC];
+        ((device float4*)row)[run] = v;
+      } else {
+        row[run] = values[j * VEC];
       }
+    }
+  }
+}
+
+// Rows in threadgroup memory are made of runs; they are filled up with zeros to whole steps.
+template <int N>
+struct alignas(N * sizeof(float)) Run {
+  float v[N];
+};
+
+template <int COLUMNS, int LANES, int VEC, typename P>
+inline void read_runs(P runs, uint lane, thread float* out) {
+  for (int j = 0; j * LANES * VEC < COLUMNS; j++) {
+    for (int i = 0; i < VEC; i++) {
+      out[j * VEC + i] = runs[lane + j * LANES].v[i];
     }
   }
 }
@@ -80,6 +106,6 @@ inline float softplus(float x) {
   return metal::max(x, 0.0f) + 2.0f * s * series;
 }
 
-inline float decay(float a_log, float a, float dt_bias) {
-  return metal::exp(-metal::exp(a_log) * softplus(a + dt_bias));
+inline float decay(float a_log, float a) {
+  return metal::exp(-metal::exp(a_log) * softplus(a));
 }

@@ -5,8 +5,9 @@
 constexpr uint CHANNELS = 2 * HK * DK + HV * DV;
 constexpr int ROWS = (DV * ROW_LANES + LANES - 1) / LANES;
 constexpr int COLUMNS = (DK + ROW_LANES * VEC - 1) / (ROW_LANES * VEC) * VEC;
-threadgroup Pack<float, VEC> queries[DK / VEC];
-threadgroup Pack<float, VEC> keys[DK / VEC];
+constexpr uint WIDTH = COLUMNS * ROW_LANES;
+threadgroup Run<VEC> queries[WIDTH / VEC];
+threadgroup Run<VEC> keys[WIDTH / VEC];
 threadgroup float values[DV];
 threadgroup float outputs[DV];
 uint lane = thread_index_in_threadgroup;
@@ -17,14 +18,12 @@ uint hk = hv / (HV / HK);
 size_t b = threadgroup_position_in_grid.y;
 size_t head = b * HV + hv;
 auto here = projected + b * (CHANNELS + HV * DV + 2 * HV);
-auto old = (const device Pack<float, VEC>*)state + head * (DV * DK / VEC);
-auto fresh = (device Pack<float, VEC>*)new_state + head * (DV * DK / VEC);
 
 // All that comes from memory is asked for before anything waits: first the state.
 float s[ROWS][COLUMNS];
 for (int r = 0; r < ROWS; r++) {
   uint row = metal::min(first + r * (LANES / ROW_LANES), uint(DV - 1));
-  read_row<DK, ROW_LANES, VEC>(old + row * (DK / VEC), part, s[r]);
+  read_row<DK, ROW_LANES, VEC>(state + (head * DV + row) * DK, part, s[r]);
 }
 float gate = 0.0f;
 float gain = 0.0f;
@@ -33,9 +32,9 @@ if (lane < DV) {
   gain = static_cast<float>(norm[lane]);
 }
 auto scalars = here + CHANNELS + HV * DV;
-float beta = sigmoid(static_cast<float>(scalars[hv]));
-float g = decay(static_cast<float>(a_log[hv]), static_cast<float>(scalars[HV + hv]),
-                static_cast<float>(dt_bias[hv]));
+float strength = static_cast<float>(scalars[hv]);
+float forget = static_cast<float>(scalars[HV + hv]) + static_cast<float>(dt_bias[hv]);
+float rate = static_cast<float>(a_log[hv]);
 
 // The head's q, k and v. Value heads share q and k: the first of them keeps their past.
 bool leads = hv % (HV / HK) == 0;
@@ -66,12 +65,18 @@ for (uint i = lane; i < 2 * DK + DV; i += LANES) {
     }
   }
 }
+for (uint i = DK + lane; i < WIDTH; i += LANES) {
+  queries[i / VEC].v[i % VEC] = 0.0f;
+  keys[i / VEC].v[i % VEC] = 0.0f;
+}
+float beta = sigmoid(strength);
+float g = decay(rate, forget);
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 float q[COLUMNS];
 float k[COLUMNS];
-read_row<DK, ROW_LANES, VEC>(queries, part, q);
-read_row<DK, ROW_LANES, VEC>(keys, part, k);
+read_runs<DK, ROW_LANES, VEC>(queries, part, q);
+read_runs<DK, ROW_LANES, VEC>(keys, part, k);
 float qk_eps = static_cast<float>(eps[1]);
 float q_norm = metal::rsqrt(sum_over<ROW_LANES>(dot<COLUMNS>(q, q)) + qk_eps);
 float k_norm = metal::rsqrt(sum_over<ROW_LANES>(dot<COLUMNS>(k, k)) + qk_eps);
@@ -86,7 +91,7 @@ for (int r = 0; r < ROWS; r++) {
   }
   float out = sum_over<ROW_LANES>(dot<COLUMNS>(s[r], q));
   if (row < DV) {
-    write_row<DK, ROW_LANES, VEC>(fresh + row * (DK / VEC), part, s[r]);
+    write_row<DK, ROW_LANES, VEC>(new_state + (head * DV + row) * DK, part, s[r]);
     if (part == 0) {
       outputs[row] = out;
     }

@@ -73,7 +73,7 @@ def split(projected: mx.array, heads: Heads) -> list[mx.array]:
     values = heads.values * heads.value_dim
     channels = 2 * heads.keys * heads.key_dim + values
     ends = [channels, channels + values, channels + values + heads.values]
-    return mx.split(projected, ends, axis=-1)
+    return list(mx.split(projected, ends, axis=-1))
 
 
 def _split_heads(qkv: mx.array, heads: Heads) -> tuple[mx.array, mx.array, mx.array]:

@@ -119,7 +119,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
     ("window[tap + 1]", "window[tap]"),
     ("conv[channel * TAPS + tap]", "conv[channel * TAPS + TAPS - 1 - tap]"),
     ("eps[1]", "eps[0] * 1e6f"),
-    ("read_row<DK, ROW_LANES, VEC>(keys, part, k)", "read_row<DK, ROW_LANES, VEC>(keys, 0u, k)"),
+    ("read_runs<DK, ROW_LANES, VEC>(keys, part, k)", "read_runs<DK, ROW_LANES, VEC>(keys, 0u, k)"),
     ("scale_by<COLUMNS>(k_norm, k);", ""),
     ("error * beta, k[c]", "error, k[c]"),
     ("if (row < DV) {", "if (row + 1 < DV) {"),
