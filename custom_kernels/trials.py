@@ -1,5 +1,6 @@
 """The trials of a model: every op of a decoding step that has a kernel, at that model's shapes."""
 
+from dataclasses import fields
 from typing import Any
 
 from flashmoe_mlx.custom_kernels.expert_trials import (
@@ -7,6 +8,7 @@ from flashmoe_mlx.custom_kernels.expert_trials import (
     ExpertGateUpTrial,
     ExpertsTrial,
 )
+from flashmoe_mlx.custom_kernels.gated_delta_trials import GatedDeltaStepTrial
 from flashmoe_mlx.custom_kernels.matvec import MatvecTrial
 from flashmoe_mlx.custom_kernels.router import RouterTrial
 from flashmoe_mlx.custom_kernels.trial import Trial
@@ -39,7 +41,23 @@ def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[
         ExpertGateUpTrial(*experts, dtype, scales),
         ExpertDownTrial(*experts, dtype, scales),
         ExpertsTrial(*experts, dtype, scales),
+        GatedDeltaStepTrial(*_heads(sizes), dtype, scales),
     ]
+
+
+def _heads(sizes: Any) -> tuple[int, int, int, int]:
+    keys, values = sizes.linear_num_key_heads, sizes.linear_num_value_heads
+    return keys, values, sizes.linear_key_head_dim, sizes.linear_value_head_dim
+
+
+def label(trial: Trial) -> str:
+    """Write a trial's shape: its fields but the dtypes, without what is at its default."""
+    shown = [
+        f"{f.name}={getattr(trial, f.name)}"
+        for f in fields(trial)
+        if "dtype" not in f.name and getattr(trial, f.name) != f.default
+    ]
+    return " ".join(shown)
 
 
 def _matrices(sizes: Any, bits: int) -> list[tuple[int, int, int]]:

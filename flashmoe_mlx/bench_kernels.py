@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from .custom_kernels.matvec import BITS
 from .custom_kernels.router import MAX_TOP_K
 from .custom_kernels.timing import side_by_side
 from .custom_kernels.trial import Trial
-from .custom_kernels.trials import trials
+from .custom_kernels.trials import label, trials
 from .errors import FlashMoEError
 from .geometry import GEOMETRIES
 
@@ -134,16 +134,6 @@ def _selected(args: argparse.Namespace, dtype: str) -> Iterable[Trial]:
         if not args.op or trial.op in args.op
     ]
     return dict.fromkeys(found)
-
-
-def label(trial: Trial) -> str:
-    """Write a trial's shape: its fields but the dtypes, without what is at its default."""
-    shown = [
-        f"{f.name}={getattr(trial, f.name)}"
-        for f in fields(trial)
-        if "dtype" not in f.name and getattr(trial, f.name) != f.default
-    ]
-    return " ".join(shown)
 
 
 def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> Row:

@@ -13,7 +13,7 @@ from .custom_kernels.choice import NEEDS_GPU, Verdict, verdict
 from .custom_kernels.executor import cache_dir, kernel_choice
 from .custom_kernels.matvec import BITS
 from .custom_kernels.trial import Trial
-from .custom_kernels.trials import trials
+from .custom_kernels.trials import label, trials
 from .doctor_model import ModelReport, examine
 from .errors import FlashMoEError
 from .geometry import GEOMETRIES
@@ -98,7 +98,7 @@ def _trials(geometry: str | None, model: ModelReport | None, dtype: str) -> list
 
 
 def _kernel(trial: Trial) -> dict[str, Any]:
-    return {"op": trial.op, "trial": str(trial), **verdict(trial, fresh=True).as_dict()}
+    return {"op": trial.op, "trial": label(trial), **verdict(trial, fresh=True).as_dict()}
 
 
 def _read_speed(model: ModelReport | None, sample: int) -> ReadSpeed | str:
@@ -124,7 +124,8 @@ def _problems(found: dict[str, Any]) -> list[str]:
         for kernel in found["kernels"]
         if not kernel["ok"] and kernel["message"] != NEEDS_GPU
     ]
-    return [*kernels, *(found["model"]["problems"] if found["model"] else [])]
+    # One kernel often fails at every shape in the same way.
+    return [*dict.fromkeys(kernels), *(found["model"]["problems"] if found["model"] else [])]
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
@@ -202,12 +203,13 @@ def _kernel_lines(kernels: list[dict[str, Any]]) -> list[str]:
 
 def _kernel_line(kernel: dict[str, Any]) -> str:
     found = Verdict.from_dict({k: v for k, v in kernel.items() if k not in ("op", "trial")})
+    shape = f"{kernel['op']} {kernel['trial']}"
     if not found.ok:
-        return f"FAILS {kernel['trial']}: {found.message}"
+        return f"FAILS: {shape}"
     used = "used" if found.faster else "stock used"
     return (
         f"right, {found.custom_ms:.3f} ms, stock {found.stock_ms:.3f} ms, {used}; "
-        f"error {found.error:.0e} of {found.limit:.0e}; {kernel['trial']}"
+        f"error {found.error:.0e} of {found.limit:.0e}; {shape}"
     )
 
 
