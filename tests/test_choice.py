@@ -14,6 +14,8 @@ from flashmoe_mlx import FlashMoEError
 from flashmoe_mlx.custom_kernels import choice, gpu
 from flashmoe_mlx.custom_kernels.choice import Verdict, prefers_custom, verdict
 from flashmoe_mlx.custom_kernels.matvec import MatvecTrial
+from flashmoe_mlx.custom_kernels.trials import label, trials
+from flashmoe_mlx.geometry import GEOMETRIES
 
 SMALL = MatvecTrial(24, 128, 4, 64, "float32", "bfloat16")
 
@@ -271,6 +273,14 @@ def test_a_fresh_verdict_replaces_the_old_one():
 # ---- the real kernel -----------------------------------------------------------------------------
 
 
+def test_a_model_has_each_trial_once():
+    for geometry in GEOMETRIES.values():
+        found = trials(geometry, 2, "float16", 3)
+        assert len(set(found)) == len(found)
+        assert all(trial.nbytes > 0 and trial.dtype == "float16" for trial in found)
+    assert label(SMALL) == "rows=24 columns=128 bits=4 group_size=64"
+
+
 def test_without_a_gpu_its_kernels_are_not_used_and_nothing_is_reported(capsys):
     if gpu.available():
         pytest.skip("there is a GPU")
@@ -283,6 +293,12 @@ def test_the_real_kernel_passes(bench):
     found = verdict(SMALL, timed=False)
     assert found.ok, found
     assert found.error <= found.limit < 1e-5
+
+
+@pytest.mark.parametrize("trial", trials(GEOMETRIES["tiny"], 4, "float32"), ids=label)
+def test_every_trial_passes(trial, bench):
+    found = choice.check(trial)
+    assert found.ok, found
 
 
 @pytest.mark.parametrize("kind", [SwappedMatvec, ShiftedMatvec])
