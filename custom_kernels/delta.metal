@@ -59,22 +59,23 @@ inline void read_runs(P runs, uint lane, thread float* out) {
   }
 }
 
-// Sum over LANES neighbouring lanes, a power of two; each of them gets it.
-template <int LANES>
-inline float sum_over(float v) {
+// Sum each of N numbers over LANES neighbouring lanes, a power of two; each of them gets the sums.
+template <int N, int LANES>
+inline void sum_over(thread float* sums) {
   for (int step = LANES / 2; step > 0; step /= 2) {
-    v += simd_shuffle_xor(v, ushort(step));
+    for (int i = 0; i < N; i++) {
+      sums[i] += simd_shuffle_xor(sums[i], ushort(step));
+    }
   }
-  return v;
 }
 
 template <int N>
 inline float dot(thread const float* a, thread const float* b) {
-  float total = 0.0f;
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // short chains
   for (int i = 0; i < N; i++) {
-    total = metal::fma(a[i], b[i], total);
+    sums[i % 4] = metal::fma(a[i], b[i], sums[i % 4]);
   }
-  return total;
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 template <int N>
@@ -82,6 +83,11 @@ inline void scale_by(float factor, thread float* values) {
   for (int i = 0; i < N; i++) {
     values[i] *= factor;
   }
+}
+
+// `c ? x[i] : x[j]` would select an address, and so keep x out of registers.
+inline float choose(bool c, float a, float b) {
+  return c ? a : b;
 }
 
 inline float sigmoid(float x) {

@@ -77,23 +77,31 @@ float q[COLUMNS];
 float k[COLUMNS];
 read_runs<DK, ROW_LANES, VEC>(queries, part, q);
 read_runs<DK, ROW_LANES, VEC>(keys, part, k);
+float squares[2] = {dot<COLUMNS>(q, q), dot<COLUMNS>(k, k)};
+sum_over<2, ROW_LANES>(squares);
 float qk_eps = static_cast<float>(eps[1]);
-float q_norm = metal::rsqrt(sum_over<ROW_LANES>(dot<COLUMNS>(q, q)) + qk_eps);
-float k_norm = metal::rsqrt(sum_over<ROW_LANES>(dot<COLUMNS>(k, k)) + qk_eps);
-scale_by<COLUMNS>(q_norm * metal::rsqrt(float(DK)), q);
-scale_by<COLUMNS>(k_norm, k);
+scale_by<COLUMNS>(metal::rsqrt(squares[0] + qk_eps) * metal::rsqrt(float(DK)), q);
+scale_by<COLUMNS>(metal::rsqrt(squares[1] + qk_eps), k);
+float dots[ROWS];
+for (int r = 0; r < ROWS; r++) {
+  dots[r] = dot<COLUMNS>(s[r], k);
+}
+sum_over<ROWS, ROW_LANES>(dots);
+for (int r = 0; r < ROWS; r++) {
+  uint row = metal::min(first + r * (LANES / ROW_LANES), uint(DV - 1));
+  float change = (values[row] - g * dots[r]) * beta;
+  for (int c = 0; c < COLUMNS; c++) {
+    s[r][c] = metal::fma(change, k[c], g * s[r][c]);
+  }
+  dots[r] = dot<COLUMNS>(s[r], q);
+}
+sum_over<ROWS, ROW_LANES>(dots);
 for (int r = 0; r < ROWS; r++) {
   uint row = first + r * (LANES / ROW_LANES);
-  scale_by<COLUMNS>(g, s[r]);
-  float error = values[metal::min(row, uint(DV - 1))] - sum_over<ROW_LANES>(dot<COLUMNS>(s[r], k));
-  for (int c = 0; c < COLUMNS; c++) {
-    s[r][c] = metal::fma(error * beta, k[c], s[r][c]);
-  }
-  float out = sum_over<ROW_LANES>(dot<COLUMNS>(s[r], q));
   if (row < DV) {
     write_row<DK, ROW_LANES, VEC>(new_state + (head * DV + row) * DK, part, s[r]);
     if (part == 0) {
-      outputs[row] = out;
+      outputs[row] = dots[r];
     }
   }
 }

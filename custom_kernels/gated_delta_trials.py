@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, gated_delta
+from flashmoe_mlx.custom_kernels.gated_delta_scan import scan
 from flashmoe_mlx.custom_kernels.gated_delta_step import step
 from flashmoe_mlx.custom_kernels.trial import DTYPES
 
@@ -193,3 +194,49 @@ class GatedDeltaStepTrial(_MixerTrial):
     def _next_past(self, projected: mx.array, past: mx.array) -> mx.array:
         qkv = split(projected, self._heads)[0]
         return mx.contiguous(mx.concatenate([past, qkv], axis=1)[:, 1:])
+
+
+@dataclass(frozen=True)
+class GatedDeltaScanTrial(_MixerTrial):
+    """`scan` at one shape; see `trial.Trial`.
+
+    Attributes:
+        masked: some tokens, at the end of each row but the first, are padding.
+    """
+
+    op: ClassVar[str] = "gated_delta_scan"
+    masked: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of q, k, v, y, g and beta, and of the state, read and written."""
+        state = 2 * 4 * self.value_heads * self.value_dim * self.key_dim
+        size = DTYPES[self.dtype].size
+        token = (self._channels + self._values) * size + self.value_heads * (4 + size)
+        return self.batch * (state + self.tokens * token)
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make q, k, v, g, beta, state, and the mask if any."""
+        projected, past, *weights = self._mixer_inputs(seed)
+        made = prepare_reference(projected, self._weights(tuple(weights)), past)
+        q, k, v, g, beta = made
+        dtype = DTYPES[self.dtype]
+        state = mx.random.normal(self._state_shape, key=mx.random.key(seed + 1))
+        arrays = [*(t.astype(dtype) for t in (q, k, v)), g, beta.astype(dtype), state]
+        if self.masked:
+            ends = self.tokens - 2 * mx.arange(self.batch)[:, None]
+            arrays.append(mx.arange(self.tokens) < ends)
+        mx.eval(arrays)
+        return arrays
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel."""
+        return list(scan(*inputs))
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute token by token by MLX's own ops."""
+        return list(gated_delta(*inputs))
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        return list(reference.gated_delta(*inputs))

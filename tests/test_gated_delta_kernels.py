@@ -9,8 +9,9 @@ from metal_cpu import MODES, BenchError, metal_on_cpu, require_bench
 
 from flashmoe_mlx.custom_kernels import gpu
 from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.gated_delta_scan import ScanShape, scan
 from flashmoe_mlx.custom_kernels.gated_delta_step import step
-from flashmoe_mlx.custom_kernels.gated_delta_trials import GatedDeltaStepTrial
+from flashmoe_mlx.custom_kernels.gated_delta_trials import GatedDeltaScanTrial, GatedDeltaStepTrial
 from flashmoe_mlx.custom_kernels.trial import DTYPES
 
 require_bench()
@@ -18,6 +19,7 @@ require_bench()
 ODD = {"key_heads": 2, "value_heads": 6, "key_dim": 48, "value_dim": 37, "batch": 2}
 ULPS = 16 * 2**-23  # of the largest output: sums of float32 in another order
 STEP = GatedDeltaStepTrial(**ODD, dtype="bfloat16")
+SCAN = GatedDeltaScanTrial(**ODD, dtype="bfloat16", tokens=5)
 dtype_cases = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -111,7 +113,7 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
     (BARRIER + "float square", "float square"),
     ("hk = hv / (HV / HK)", "hk = hv % HK"),
     ("head = b * HV + hv", "head = hv"),
-    ("scale_by<COLUMNS>(g, s[r]);", ""),
+    ("g * s[r][c]", "s[r][c]"),
     ("auto scalars = here + CHANNELS + HV * DV;", "auto scalars = here + CHANNELS;"),
     ("scalars[HV + hv]", "scalars[hv]"),
     ("hv % (HV / HK) == 0", "true"),
@@ -120,8 +122,10 @@ BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
     ("conv[channel * TAPS + tap]", "conv[channel * TAPS + TAPS - 1 - tap]"),
     ("eps[1]", "eps[0] * 1e6f"),
     ("read_runs<DK, ROW_LANES, VEC>(keys, part, k)", "read_runs<DK, ROW_LANES, VEC>(keys, 0u, k)"),
-    ("scale_by<COLUMNS>(k_norm, k);", ""),
-    ("error * beta, k[c]", "error, k[c]"),
+    ("metal::rsqrt(squares[1] + qk_eps)", "1.0f"),
+    ("sum_over<2, ROW_LANES>(squares);", ""),
+    ("- g * dots[r]) * beta", "- dots[r]) * beta"),
+    ("- g * dots[r]) * beta", "- g * dots[r])"),
     ("if (row < DV) {", "if (row + 1 < DV) {"),
     ("if (row < DV) {", "{"),
     ("if (part == 0) {", "{"),
@@ -141,3 +145,69 @@ def test_step_names_what_it_does_not_take(heads, message):
     some = mx.zeros((4, 4, 1))
     with pytest.raises(ValueError, match=message):
         step(some, MixerWeights(heads, some, some, some, some, 1e-6), some, some)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@dtype_cases
+def test_scan(dtype, masked):
+    check(replace(SCAN, dtype=dtype, masked=masked))
+
+
+@pytest.mark.parametrize("changes", [
+    {"tokens": 1},
+    {"tokens": 8},
+    {"tokens": 33, "masked": True},
+    {"key_dim": 128, "value_dim": 70, "key_heads": 1, "value_heads": 2, "tokens": 9},
+    {"key_dim": 9, "value_dim": 5, "key_heads": 3, "value_heads": 3},
+])  # fmt: skip
+def test_scan_at_other_sizes(changes):
+    check(replace(SCAN, **changes), ("checked",))
+
+
+@pytest.mark.parametrize("shape", [
+    ScanShape(4, 1, 2, 3), ScanShape(16, 4, 1, 4), ScanShape(32, 8, 2, 1), ScanShape(1, 1, 1, 8),
+])  # fmt: skip
+def test_scan_in_other_geometries(shape):
+    trial = replace(SCAN, tokens=7, masked=True)
+    inputs = trial.inputs()
+    with metal_on_cpu("checked"):
+        outputs = scan(*inputs, shape=shape)
+    assert max(excesses(outputs, trial.stock(*inputs), trial.reference(*inputs))) <= 1
+
+
+def test_scan_takes_a_dtype_per_input():
+    q, k, v, g, beta, state = SCAN.inputs()
+    inputs = [
+        q.astype(mx.float16), k, v.astype(mx.float32), g.astype(mx.bfloat16), beta, state
+    ]  # fmt: skip
+    with metal_on_cpu("fast"):
+        outputs = scan(*inputs)
+    assert outputs[0].dtype == mx.float16
+    assert max(excesses(outputs, SCAN.stock(*inputs), SCAN.reference(*inputs))) <= 1
+
+
+@pytest.mark.parametrize("old, new", [
+    (BARRIER, ""),
+    ("base = tile % 2 * TILE", "base = 0"),
+    ("hk = hv / (HV / HK)", "hk = hv % HK"),
+    ("uint(tile * TILE + i / WIDTH), last)", "uint(tile * TILE + i / WIDTH), tokens)"),
+    ("lane < TILE && tile * TILE + lane < tokens", "lane < TILE"),
+    ("- factor * sums[r])", "- sums[r])"),
+    ("factor * s[r][c]", "s[r][c]"),
+    (" * strengths[slot]", ""),
+    ("MASK && !mask[place]", "MASK && mask[place]"),
+    ("choose(keep, fresh[r][c], s[r][c])", "fresh[r][c]"),
+    ("writes && t > 0", "writes && keep && t > 0"),
+    ("writes && t > 0", "t > 0"),
+    ("t <= tokens", "t < tokens"),
+    ("part < ROWS &&", "part <= ROWS &&"),
+    ("if (row < DV) {", "{"),
+    ("i + 1 < TILE ? slot + 1 : slot", "slot"),
+    ("for (uint tile = 0; tile <= tiles; tile++) {", "for (uint tile = 0; tile < tiles; tile++) {"),
+    (BARRIER + "}\nsum_over<2 * ROWS, ROW_LANES>(sums);", BARRIER + "}"),
+])  # fmt: skip
+def test_a_mistake_in_scan_is_caught(monkeypatch, old, new):
+    # The last y comes after the loop if the tiles are full, else from inside.
+    tokens = 16 if "}" in new else 11
+    trial = replace(SCAN, tokens=tokens, masked=True, key_dim=12, value_dim=9)
+    assert caught(trial, monkeypatch, "gated_delta_scan.metal", old, new)
