@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, gated_delta
+from flashmoe_mlx.custom_kernels.gated_delta_prepare import gated_norm, prepare
 from flashmoe_mlx.custom_kernels.gated_delta_scan import scan
 from flashmoe_mlx.custom_kernels.gated_delta_step import step
 from flashmoe_mlx.custom_kernels.trial import DTYPES
@@ -98,6 +99,7 @@ class _MixerTrial:
         batch: B.
         tokens: T.
         taps: of the convolution.
+        masked: some tokens, at the start of each row but the first, are padding.
     """
 
     key_heads: int
@@ -109,6 +111,7 @@ class _MixerTrial:
     batch: int = 1
     tokens: int = 1
     taps: int = 4
+    masked: bool = False
 
     @cached_property
     def _heads(self) -> Heads:
@@ -146,6 +149,10 @@ class _MixerTrial:
             dt_bias.astype(weight_dtype),
             norm.astype(weight_dtype),
         ]
+
+    def _masks(self) -> list[mx.array]:
+        starts = 2 * mx.arange(self.batch)[:, None]
+        return [mx.arange(self.tokens) >= starts] if self.masked else []
 
     def _weights(self, arrays: tuple[mx.array, ...]) -> MixerWeights:
         return MixerWeights(self._heads, *arrays, norm_eps=EPS, qk_eps=EPS)
@@ -198,14 +205,9 @@ class GatedDeltaStepTrial(_MixerTrial):
 
 @dataclass(frozen=True)
 class GatedDeltaScanTrial(_MixerTrial):
-    """`scan` at one shape; see `trial.Trial`.
-
-    Attributes:
-        masked: some tokens, at the end of each row but the first, are padding.
-    """
+    """`scan` at one shape; see `trial.Trial`."""
 
     op: ClassVar[str] = "gated_delta_scan"
-    masked: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -223,9 +225,7 @@ class GatedDeltaScanTrial(_MixerTrial):
         dtype = DTYPES[self.dtype]
         state = mx.random.normal(self._state_shape, key=mx.random.key(seed + 1))
         arrays = [*(t.astype(dtype) for t in (q, k, v)), g, beta.astype(dtype), state]
-        if self.masked:
-            ends = self.tokens - 2 * mx.arange(self.batch)[:, None]
-            arrays.append(mx.arange(self.tokens) < ends)
+        arrays += self._masks()
         mx.eval(arrays)
         return arrays
 
@@ -240,3 +240,77 @@ class GatedDeltaScanTrial(_MixerTrial):
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
         return list(reference.gated_delta(*inputs))
+
+
+@dataclass(frozen=True)
+class GatedDeltaPrepareTrial(_MixerTrial):
+    """`prepare` at one shape; see `trial.Trial`."""
+
+    op: ClassVar[str] = "gated_delta_prepare"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of qkv, read and written, of a and b, and of g and beta."""
+        size = DTYPES[self.dtype].size
+        return self.batch * self.tokens * (2 * self._channels + self.value_heads * 4) * size
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make projected, past, conv, a_log, dt_bias, norm, and the mask if any."""
+        arrays = [*self._mixer_inputs(seed), *self._masks()]
+        mx.eval(arrays)
+        return arrays
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel."""
+        return list(prepare(*self._arguments(inputs)))
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by MLX's own ops."""
+        q, k, v, g, beta = prepare_by_ops(*self._arguments(inputs))
+        return [*(t.astype(DTYPES[self.dtype]) for t in (q, k, v)), g, beta]
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        return list(prepare_reference(*self._arguments(inputs)))
+
+    def _arguments(
+        self, inputs: tuple[mx.array, ...]
+    ) -> tuple[mx.array, MixerWeights, mx.array, mx.array | None]:
+        mask = inputs[6] if self.masked else None
+        return inputs[0], self._weights(inputs[2:6]), inputs[1], mask
+
+
+@dataclass(frozen=True)
+class GatedDeltaNormTrial(_MixerTrial):
+    """`gated_norm` at one shape; see `trial.Trial`."""
+
+    op: ClassVar[str] = "gated_delta_norm"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of y, z and the output."""
+        return 3 * self.batch * self.tokens * self._values * DTYPES[self.dtype].size
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make y, projected, conv, a_log, dt_bias, norm."""
+        projected, _, *weights = self._mixer_inputs(seed)
+        shape = self.batch, self.tokens, self.value_heads, self.value_dim
+        y = mx.random.normal(shape, key=mx.random.key(seed + 1)).astype(DTYPES[self.dtype])
+        arrays = [y, projected, *weights]
+        mx.eval(arrays)
+        return arrays
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel."""
+        y, projected, *weights = inputs
+        return [gated_norm(y, projected, self._weights(tuple(weights)))]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by MLX's own ops."""
+        y, projected, *weights = inputs
+        return [norm_by_ops(y, projected, self._weights(tuple(weights)))]
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        y, projected, *weights = inputs
+        return [norm_reference(y, projected, self._weights(tuple(weights)))]

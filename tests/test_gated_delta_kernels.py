@@ -9,9 +9,15 @@ from metal_cpu import MODES, BenchError, metal_on_cpu, require_bench
 
 from flashmoe_mlx.custom_kernels import gpu
 from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.gated_delta_prepare import gated_norm, prepare
 from flashmoe_mlx.custom_kernels.gated_delta_scan import ScanShape, scan
 from flashmoe_mlx.custom_kernels.gated_delta_step import step
-from flashmoe_mlx.custom_kernels.gated_delta_trials import GatedDeltaScanTrial, GatedDeltaStepTrial
+from flashmoe_mlx.custom_kernels.gated_delta_trials import (
+    GatedDeltaNormTrial,
+    GatedDeltaPrepareTrial,
+    GatedDeltaScanTrial,
+    GatedDeltaStepTrial,
+)
 from flashmoe_mlx.custom_kernels.trial import DTYPES
 
 require_bench()
@@ -20,6 +26,8 @@ ODD = {"key_heads": 2, "value_heads": 6, "key_dim": 48, "value_dim": 37, "batch"
 ULPS = 16 * 2**-23  # of the largest output: sums of float32 in another order
 STEP = GatedDeltaStepTrial(**ODD, dtype="bfloat16")
 SCAN = GatedDeltaScanTrial(**ODD, dtype="bfloat16", tokens=5)
+PREPARE = GatedDeltaPrepareTrial(**ODD, dtype="bfloat16", tokens=5)
+NORM = GatedDeltaNormTrial(**ODD, dtype="bfloat16", tokens=5)
 dtype_cases = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -211,3 +219,80 @@ def test_a_mistake_in_scan_is_caught(monkeypatch, old, new):
     tokens = 16 if "}" in new else 11
     trial = replace(SCAN, tokens=tokens, masked=True, key_dim=12, value_dim=9)
     assert caught(trial, monkeypatch, "gated_delta_scan.metal", old, new)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@dtype_cases
+def test_prepare(dtype, masked):
+    check(replace(PREPARE, dtype=dtype, masked=masked))
+
+
+@pytest.mark.parametrize("changes", [
+    {"tokens": 1},
+    {"tokens": 33},
+    {"key_dim": 128, "value_dim": 70, "key_heads": 1, "value_heads": 2, "masked": True},
+    {"key_dim": 9, "value_dim": 40, "taps": 2, "weight_dtype": "float32", "tokens": 34},
+])  # fmt: skip
+def test_prepare_at_other_sizes(changes):
+    check(replace(PREPARE, **changes), ("checked",))
+
+
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_prepare_in_other_geometries(tokens):
+    inputs = replace(PREPARE, tokens=40).inputs()
+    projected, past, *weights = inputs
+    with metal_on_cpu("checked"):
+        mixer = MixerWeights(Heads(2, 6, 48, 37), *weights, norm_eps=1e-6)
+        outputs = prepare(projected, mixer, past, tokens=tokens)
+    assert max(excesses(outputs, PREPARE.stock(*inputs), PREPARE.reference(*inputs))) <= 1
+
+
+@pytest.mark.parametrize("old, new", [
+    ("before = place < TAPS - 1", "before = false"),
+    ("before = place < TAPS - 1", "before = place < TAPS"),
+    (" || mask[b * tokens + t]", " || !mask[b * tokens + t]"),
+    ("(b * (TAPS - 1) + place)", "place"),
+    ("rows[i + tap][j]", "rows[i][j]"),
+    ("square += lane + 32 * j < size ? xs[j] * xs[j] : 0.0f;", "square += xs[j] * xs[j];"),
+    ("simd_sum(square)", "square"),
+    ("head < HK ? metal::rsqrt(float(DK))", "head <= HK ? metal::rsqrt(float(DK))"),
+    ("uint hv = is_value ? head - 2 * HK : 0u;", "uint hv = is_value ? head - HK : 0u;"),
+    ("start + lane < tokens", "true"),
+    ("start + i < tokens && column", "column"),
+    ("column < size) {", "column <= size) {"),
+    ("scalars[HV + hv]", "scalars[hv]"),
+])  # fmt: skip
+def test_a_mistake_in_prepare_is_caught(monkeypatch, old, new):
+    trial = replace(PREPARE, masked=True)
+    assert caught(trial, monkeypatch, "gated_delta_prepare.metal", old, new)
+
+
+@dtype_cases
+def test_gated_norm(dtype):
+    check(replace(NORM, dtype=dtype))
+
+
+@pytest.mark.parametrize("old, new", [
+    ("lane + 32 * j < DV ? ys[j] * ys[j] : 0.0f", "ys[j] * ys[j]"),
+    ("+ CHANNELS + hv * DV;", "+ CHANNELS;"),
+    ("place < tokens &&", ""),
+    ("* sigmoid(zs[j])", ""),
+])  # fmt: skip
+def test_a_mistake_in_gated_norm_is_caught(monkeypatch, old, new):
+    assert caught(NORM, monkeypatch, "gated_delta_norm.metal", old, new)
+
+
+def test_prefill_equals_decoding():
+    """Prepare, scan and norm over T tokens, and T steps, give the same outputs and states."""
+    projected, past, *arrays, state = replace(STEP, dtype="float32", tokens=6).inputs()
+    mixer = MixerWeights(Heads(2, 6, 48, 37), *arrays, norm_eps=1e-6)
+    outputs, last_past, last_state = [], past, state
+    with metal_on_cpu("fast"):
+        made, whole = scan(*prepare(projected, mixer, past), state)
+        made = gated_norm(made, projected, mixer)
+        for t in range(6):
+            y, last_past, last_state = step(projected[:, t : t + 1], mixer, last_past, last_state)
+            outputs.append(y)
+    assert mx.abs(made - mx.concatenate(outputs, axis=1)).max().item() <= 1e-5
+    assert mx.abs(whole - last_state).max().item() <= 1e-5
+    assert mx.array_equal(last_past, projected[:, 3:, : past.shape[-1]])
