@@ -15,6 +15,7 @@ from types import ModuleType
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels import gpu
 from flashmoe_mlx.errors import FlashMoEError
 
 
@@ -52,6 +53,16 @@ def _cpu_module() -> ModuleType | None:
         )
         return None
     return cpu
+
+
+def on_gpu(x: mx.array) -> bool:
+    """Say whether `x` is computed on a GPU that our kernels run on, and they are wanted."""
+    gpu_dtype = x.dtype in (mx.bfloat16, mx.float16, mx.float32)
+    return gpu_dtype and _gpu_is_default() and kernel_choice() != "stock"
+
+
+def _gpu_is_default() -> bool:
+    return mx.default_device() == mx.Device(mx.gpu) and gpu.available()
 
 
 def cpu_kernels(x: mx.array) -> ModuleType | None:

@@ -1,44 +1,11 @@
 """Routed experts: SwiGLU over experts that sit in slots of quantised weight banks."""
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels
 from flashmoe_mlx.custom_kernels.linear import swiglu
-
-
-@dataclass(frozen=True)
-class Bank:
-    """One projection of the experts of a layer, affine-quantised.
-
-    Attributes:
-        codes: `[S, out, in * bits / 32]` uint32.
-        scales: `[S, out, groups]`.
-        biases: `[S, out, groups]`.
-        bits: bits per weight.
-        group_size: columns per scale and bias.
-    """
-
-    codes: mx.array
-    scales: mx.array
-    biases: mx.array
-    bits: int
-    group_size: int
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Bank":
-        """Share the arrays: a store goes on writing experts into them."""
-        return self
-
-    @cached_property
-    def packed(self) -> Any:
-        """The same memory as the CPU kernels see it."""
-        from flashmoe_mlx.custom_kernels import cpu
-
-        return cpu.packed(self.codes, self.scales, self.biases, self.bits, self.group_size)
 
 
 def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank) -> mx.array:

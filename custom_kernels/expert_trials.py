@@ -7,14 +7,44 @@ from typing import ClassVar
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.expert_mlp import Bank
+from flashmoe_mlx.custom_kernels.bank import Bank
+from flashmoe_mlx.custom_kernels.choice import prefers_custom
 from flashmoe_mlx.custom_kernels.experts import (
     expert_down_combine,
     expert_gate_up,
     expert_mlp_by_kernels,
+    supports,
 )
 from flashmoe_mlx.custom_kernels.linear import swiglu
-from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
+from flashmoe_mlx.custom_kernels.router import MAX_TOP_K, RouterTrial
+from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES, random_quantised
+
+MAX_TOKENS = 4  # the kernels read an expert's weights for each token that picks it
+
+
+def wanted(x: mx.array, banks: list[Bank], shared: list[Bank], top_k: int) -> bool:
+    """Say whether to run a mixture on `[..., H]` tokens by router and expert kernels."""
+    tokens = x.size // x.shape[-1]
+    if tokens > MAX_TOKENS or top_k > MAX_TOP_K or not (supports(*banks) and supports(*shared)):
+        return False
+    gate, _, down = banks
+    slots, inner, _ = gate.scales.shape
+    if len({b.group_size for b in (*banks, *shared)}) > 1 or shared[0].scales.shape[0] != inner:
+        return False
+    trial = ExpertsTrial(
+        x.shape[-1],
+        inner,
+        min(slots, top_k + 1),
+        top_k,
+        gate.bits,
+        gate.group_size,
+        NAMES[x.dtype],
+        NAMES[gate.scales.dtype],
+        down.bits,
+        shared[0].bits,
+        tokens,
+    )
+    return prefers_custom(trial) and prefers_custom(RouterTrial(slots, top_k, trial.dtype, tokens))
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.expert_mlp import Bank
-from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel
+from flashmoe_mlx.custom_kernels.bank import Bank
+from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
 from flashmoe_mlx.custom_kernels.matvec import BITS, CHUNK, GROUP_SIZES
 
-TILE = 4  # rows that a simdgroup makes
 SIMDGROUPS = 4
+WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # columns that a lane takes at a time on NVIDIA's GPUs
 MAX_SIMDGROUPS = 16  # of a threadgroup that adds experts up
 
 _PARTS = ("codes", "scales", "biases")
@@ -64,7 +64,9 @@ def expert_gate_up(
     hidden, inner, top_k = x.shape[-1], gate.scales.shape[1], slots.shape[-1]
     others = shared or (gate, up)
     extra = others[0].scales.shape[0] if shared else 0
-    units = top_k * -(-inner // TILE) + -(-extra // TILE)
+    cuda = is_cuda()
+    tile = 1 if cuda else 2  # rows that a simdgroup makes, of gate and of up
+    units = top_k * -(-inner // tile) + -(-extra // tile)
     (y,) = _gate_up(
         [x, slots, *(norm or (x, x)), *_arrays(gate, up, *others)],
         [((*x.shape[:-1], top_k * inner + extra), mx.float32)],
@@ -75,10 +77,10 @@ def expert_gate_up(
         H=hidden,
         I=inner,
         K=top_k,
-        TILE=TILE,
+        TILE=tile,
         SIMDGROUPS=SIMDGROUPS,
         NORM=norm is not None,
-        **_formats(gate, others[0], extra),
+        **_formats(gate, others[0], extra, WIDE_CHUNK if cuda else CHUNK),
     )
     return y
 
@@ -110,12 +112,13 @@ def expert_down_combine(
     top_k, width = slots.shape[-1], hidden.shape[-1]
     other, weight = shared or (down, weights)
     extra = width - top_k * inner
+    tile = 8 if is_cuda() else 4  # rows that a threadgroup makes
     simdgroups = min(top_k + (extra > 0), MAX_SIMDGROUPS)
     arrays = [hidden, slots, weights, weight, hidden if residual is None else residual]
     (y,) = _down_combine(
         [*arrays, *_arrays(down, other)],
         [((*hidden.shape[:-1], height), dtype)],
-        (-(-height // TILE), hidden.size // width, 1),
+        (-(-height // tile), hidden.size // width, 1),
         SIMD * simdgroups,
         T=hidden.dtype if residual is None else residual.dtype,
         S=down.scales.dtype,
@@ -123,10 +126,10 @@ def expert_down_combine(
         H=height,
         I=inner,
         K=top_k,
-        TILE=TILE,
+        TILE=tile,
         SIMDGROUPS=simdgroups,
         RESIDUAL=residual is not None,
-        **_formats(down, other, extra),
+        **_formats(down, other, extra, CHUNK),
     )
     return y
 
@@ -135,15 +138,15 @@ def _arrays(*banks: Bank) -> list[mx.array]:
     return [array for bank in banks for array in (bank.codes, bank.scales, bank.biases)]
 
 
-def _formats(bank: Bank, shared: Bank, extra: int) -> dict[str, int]:
+def _formats(bank: Bank, shared: Bank, extra: int, chunk: dict[int, int]) -> dict[str, int]:
     return {
         "BITS": bank.bits,
         "GROUP": bank.group_size,
-        "CHUNK": CHUNK[bank.bits],
+        "CHUNK": chunk[bank.bits],
         "SHARED": extra,
         "SHARED_BITS": shared.bits,
         "SHARED_GROUP": shared.group_size,
-        "SHARED_CHUNK": CHUNK[shared.bits],
+        "SHARED_CHUNK": chunk[shared.bits],
     }
 
 

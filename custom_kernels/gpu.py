@@ -20,6 +20,17 @@ def available() -> bool:
     return mx.metal.is_available() or mx.cuda.is_available()
 
 
+def is_cuda() -> bool:
+    """Say whether the GPU is NVIDIA's; launch geometries differ."""
+    return mx.cuda.is_available()
+
+
+@functools.cache
+def scalar(value: float) -> mx.array:
+    """Return `[1]` float32, made once per value."""
+    return mx.array([value], dtype=mx.float32)
+
+
 @functools.cache
 def read_text(file: str) -> str:
     """Return a kernel file without comments and indentation.

@@ -1,20 +1,132 @@
 """Linear layers and the SwiGLU block made of them, by the fastest executor for their weights."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from flashmoe_mlx.custom_kernels.executor import cpu_kernels
+from flashmoe_mlx.custom_kernels.bank import Bank
+from flashmoe_mlx.custom_kernels.choice import prefers_custom
+from flashmoe_mlx.custom_kernels.executor import cpu_kernels, on_gpu
+from flashmoe_mlx.custom_kernels.gpu import scalar
+from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, dequant_matvec, supports
+from flashmoe_mlx.custom_kernels.trial import NAMES
+
+MAX_TOKENS = 4  # rows of activations that the GPU kernels take: they read the weights for each
 
 
-def linear(x: mx.array, *layers: nn.Module) -> list[mx.array]:
+def linear(
+    x: mx.array,
+    *layers: nn.Module,
+    norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
+) -> list[mx.array]:
     """Apply each linear layer to the same input: `[..., in]` to one `[..., out]` per layer.
 
-    The CPU kernel takes affine-quantised layers without bias; all else goes to the layer itself.
+    Kernels take affine-quantised layers without bias; all else goes to the layer itself.
+
+    Args:
+        x: `[..., in]`.
+        layers: nn.Linear, nn.QuantizedLinear, or what has taken their place.
+        norm: to apply to x first.
+        residual: `[..., out]` to add, with one layer only.
     """
+    if on_gpu(x) and (weight := join(layers)):
+        y = _by_gpu(x, weight, norm, residual)
+        return list(mx.split(y, weight.ends, axis=-1)) if weight.ends else [y]
+    outputs = _each(x if norm is None else norm(x), layers)
+    return outputs if residual is None else [residual + outputs[0]]
+
+
+def joined(x: mx.array, *layers: nn.Module, norm: nn.RMSNorm | None = None) -> mx.array:
+    """Apply linear layers to the same input: `[..., in]` to `[..., sum of out]`, side by side."""
+    if on_gpu(x) and (weight := join(layers)):
+        return _by_gpu(x, weight, norm, None)
+    return mx.concatenate(linear(x, *layers, norm=norm), axis=-1)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The weights of layers that share their input, one below the other in one matrix.
+
+    Attributes:
+        bank: `[sum of out, ...]`.
+        parts: the layers' own weights, which are views of it.
+        ends: rows at which all layers but the last end.
+    """
+
+    bank: Bank
+    parts: tuple[mx.array, ...]
+    ends: list[int]
+
+
+def join(layers: Sequence[nn.Module]) -> Joined | None:
+    """Join the weights of layers, or return None if they are not quantised alike.
+
+    It takes no memory: each layer's weights become views of the joined ones.
+    """
+    first = layers[0]
+    known = getattr(first, "_joined", None)
+    if known and all(p is layer.weight for p, layer in zip(known.parts, layers, strict=True)):
+        return known
+    if not all(is_affine(layer) for layer in layers):
+        return None
+    formats = {(layer.bits, layer.group_size, layer.scales.dtype) for layer in layers}
+    if len(formats) > 1 or not supports(first.bits, first.group_size, first.scales.shape[-1]):
+        return None
+    ends = [0]
+    for layer in layers:
+        ends.append(ends[-1] + layer.weight.shape[0])
+    arrays = []
+    for name in ("weight", "scales", "biases"):
+        whole = mx.concatenate([layer[name] for layer in layers])
+        views = [whole[a:b] for a, b in pairwise(ends)]
+        mx.eval(whole, views)
+        for layer, view in zip(layers, views, strict=True):
+            layer[name] = view
+        arrays.append(whole)
+    bank = Bank(*arrays, first.bits, first.group_size)
+    first._joined = Joined(bank, tuple(layer.weight for layer in layers), ends[1:-1])
+    return first._joined
+
+
+def is_affine(layer: nn.Module) -> bool:
+    """Say whether a layer is a plain affine-quantised matrix."""
+    plain = type(layer) is nn.QuantizedLinear and layer.mode == "affine" and "bias" not in layer
+    return plain and not layer.training
+
+
+def _by_gpu(
+    x: mx.array, weight: Joined, norm: nn.RMSNorm | None, residual: mx.array | None
+) -> mx.array:
+    bank, tokens = weight.bank, x.size // x.shape[-1]
+    if tokens <= MAX_TOKENS and prefers_custom(_trial(bank, x, tokens)):
+        arrays = bank.codes, bank.scales, bank.biases
+        gain = None if norm is None else (norm.weight, scalar(norm.eps))
+        return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual)
+    y = mx.quantized_matmul(
+        x if norm is None else norm(x),
+        bank.codes,
+        bank.scales,
+        bank.biases,
+        group_size=bank.group_size,
+        bits=bank.bits,
+    )
+    return y if residual is None else residual + y
+
+
+def _trial(bank: Bank, x: mx.array, tokens: int) -> MatvecTrial:
+    rows, columns = bank.scales.shape[0], x.shape[-1]
+    dtypes = NAMES[x.dtype], NAMES[bank.scales.dtype]
+    return MatvecTrial(rows, columns, bank.bits, bank.group_size, *dtypes, tokens)
+
+
+def _each(x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:
     kernels = cpu_kernels(x)
     weights = [_packed(kernels, layer) if kernels else None for layer in layers]
     if kernels is None or not any(weights):
@@ -46,8 +158,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 def _packed(kernels: ModuleType, layer: nn.Module) -> Any:
     """View a layer's weights for the CPU kernels, or return None if they do not take it."""
-    plain = type(layer) is nn.QuantizedLinear and layer.mode == "affine" and "bias" not in layer
-    if not plain or layer.training:
+    if not is_affine(layer):
         return None
     if not kernels.supports(layer.bits, layer.group_size, layer.scales):
         return None

@@ -6,14 +6,15 @@ from typing import ClassVar
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel
+from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
 from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)
-CHUNK = {2: 16, 4: 16, 8: 8}  # columns that a lane takes at a time
-TILE = 4  # rows that a simdgroup makes
-SIMDGROUPS = 4
+# Columns that a lane takes at a time, by bits. Apple's as in MLX's own kernels; NVIDIA's measured.
+CHUNK = {2: 16, 4: 16, 8: 8}
+CUDA_CHUNK = {2: 32, 4: 16, 8: 16}
+TILE = 4  # rows that a unit makes
 
 _kernel = Kernel(
     "dequant_matvec",
@@ -22,6 +23,11 @@ _kernel = Kernel(
     ("affine.metal",),
 )
 _naive_kernel = Kernel("naive_matvec", ("x", "codes", "scales", "biases"), ("y",))
+
+
+def supports(bits: int, group_size: int, groups: int) -> bool:
+    """Say whether the kernel takes matrices with so many groups of columns."""
+    return bits in BITS and group_size in GROUP_SIZES and groups > 0
 
 
 def dequant_matvec(
@@ -56,6 +62,16 @@ def dequant_matvec(
     return _launch(_kernel, arrays, bits, dtype or x.dtype, **flags)
 
 
+def geometry(columns: int, bits: int, *, cuda: bool) -> dict[str, int]:
+    """Return the constants of a launch.
+
+    An NVIDIA GPU has more simdgroups than most matrices have rows, so four share a unit's columns.
+    """
+    chunk = (CUDA_CHUNK if cuda else CHUNK)[bits]
+    split = min(4, max(1, columns // (SIMD * chunk))) if cuda else 1
+    return {"CHUNK": chunk, "TILE": TILE, "SPLIT": split, "UNITS": 1 if cuda else 2}
+
+
 def naive_matvec(
     x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, bits: int
 ) -> mx.array:
@@ -68,11 +84,12 @@ def _launch(
 ) -> mx.array:
     x, _, scales = arrays[:3]
     rows, columns = scales.shape[0], x.shape[-1]
+    shape = geometry(columns, bits, cuda=is_cuda())
     (y,) = kernel(
         arrays,
         [((*x.shape[:-1], rows), dtype)],
-        (-(-rows // (TILE * SIMDGROUPS)), x.size // columns, 1),
-        SIMD * SIMDGROUPS,
+        (-(-rows // (shape["TILE"] * shape["UNITS"])), x.size // columns, 1),
+        SIMD * shape["SPLIT"] * shape["UNITS"],
         T=x.dtype,
         S=scales.dtype,
         Y=dtype,
@@ -80,9 +97,7 @@ def _launch(
         COLUMNS=columns,
         BITS=bits,
         GROUP=columns // scales.shape[1],
-        CHUNK=CHUNK[bits],
-        TILE=TILE,
-        SIMDGROUPS=SIMDGROUPS,
+        **shape,
         **flags,
     )
     return y

@@ -1,13 +1,16 @@
 // The baseline for benchmarks: y[n, row] as in dequant_matvec, each weight dequantised before use.
-// Grid: x = 32 * SIMDGROUPS * ceil(ROWS / (TILE * SIMDGROUPS)), y = n. Threadgroup: 32 * SIMDGROUPS.
+// Grid: x = 32 * SPLIT * UNITS * ceil(ROWS / (TILE * UNITS)), y = n. Threadgroup: 32 * SPLIT * UNITS.
+threadgroup float parts[UNITS * SPLIT * TILE];
 uint n = threadgroup_position_in_grid.y;
-uint unit = threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
+uint simdgroup = simdgroup_index_in_threadgroup;
+uint unit = threadgroup_position_in_grid.x * UNITS + simdgroup / SPLIT;
 uint lane = thread_index_in_simdgroup;
 float totals[TILE];
 for (int r = 0; r < TILE; r++) {
   totals[r] = 0.0f;
 }
-for (uint column = lane * CHUNK; column < COLUMNS; column += 32 * CHUNK) {
+for (uint column = (simdgroup % SPLIT * 32 + lane) * CHUNK; column < COLUMNS;
+     column += 32 * SPLIT * CHUNK) {
   for (int r = 0; r < TILE; r++) {
     size_t row = metal::min(unit * TILE + r, uint(ROWS - 1));
     size_t group = row * (COLUMNS / GROUP) + column / GROUP;
@@ -23,8 +26,16 @@ for (uint column = lane * CHUNK; column < COLUMNS; column += 32 * CHUNK) {
 }
 for (int r = 0; r < TILE; r++) {
   float total = simd_sum(totals[r]);
-  uint row = unit * TILE + r;
-  if (lane == 0 && row < ROWS) {
-    y[n * ROWS + row] = static_cast<Y>(total);
+  if (lane == 0) {
+    parts[simdgroup * TILE + r] = total;
   }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+uint row = unit * TILE + lane;
+if (simdgroup % SPLIT == 0 && lane < TILE && row < ROWS) {
+  float total = 0.0f;
+  for (uint s = simdgroup; s < simdgroup + SPLIT; s++) {
+    total += parts[s * TILE + lane];
+  }
+  y[n * ROWS + row] = static_cast<Y>(total);
 }

@@ -5,6 +5,7 @@ from typing import ClassVar, Protocol
 import mlx.core as mx
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Trial(Protocol):

@@ -87,12 +87,19 @@ class Bank:
         self._slot_of.move_to_end(expert)
         return self._slot_of[expert]
 
-    def claim(self, count: int, keep: set[int]) -> list[int]:
-        """Free `count` slots, dropping the least recently used experts that are not in `keep`."""
+    @property
+    def complete(self) -> bool:
+        """Say whether every expert is resident; then expert e lies in slot e."""
+        return len(self._slot_of) == self.layout.num_experts
+
+    def claim(self, experts: Sequence[int], keep: set[int]) -> list[int]:
+        """Free a slot for each expert, dropping the least recently used that are not in `keep`."""
+        if len(self) == self.layout.num_experts:
+            self._free = [slot for slot in self._free if slot not in experts]
+            return list(experts)
         victims = (e for e in list(self._slot_of) if e not in keep)
         return [
-            self._free.pop() if self._free else self._slot_of.pop(next(victims))
-            for _ in range(count)
+            self._free.pop() if self._free else self._slot_of.pop(next(victims)) for _ in experts
         ]
 
     def settle(self, expert: int, slot: int) -> None:
@@ -185,7 +192,7 @@ class ExpertStore:
             if len(hits) < len(experts):
                 missing = sorted(set(experts).difference(hits))
                 start = time.perf_counter()
-                self._read(bank, missing, bank.claim(len(missing), keep=set(experts)))
+                self._read(bank, missing, bank.claim(missing, keep=set(experts)))
                 self.stats.seconds_waited += time.perf_counter() - start
             return [bank.touch(e) for e in experts]
 

@@ -16,8 +16,10 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
+from .custom_kernels.executor import on_gpu
 from .custom_kernels.gated_delta import Heads, MixerWeights, mix
-from .custom_kernels.linear import linear
+from .custom_kernels.linear import joined, linear
+from .custom_kernels.mixer import mix_joined
 from .expert_store import ExpertStats, ExpertStore
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
@@ -47,10 +49,12 @@ class Attention(nn.Module):
             max_position_embeddings=args.max_position_embeddings,
         )
 
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """Map `[B, T, H]` to `[B, T, H]`, adding T keys and values to the cache."""
-        batch, tokens, _ = x.shape
-        queries, keys, values = linear(x, self.q_proj, self.k_proj, self.v_proj)
+    def __call__(
+        self, h: mx.array, norm: nn.RMSNorm, mask: Any = None, cache: Any = None
+    ) -> mx.array:
+        """Return h + attention(norm(h)), `[B, T, H]`, adding T keys and values to the cache."""
+        batch, tokens, _ = h.shape
+        queries, keys, values = linear(h, self.q_proj, self.k_proj, self.v_proj, norm=norm)
         queries, gate = mx.split(queries.reshape(batch, tokens, self.heads, -1), 2, axis=-1)
         keys = keys.reshape(batch, tokens, self.kv_heads, -1)
         values = values.reshape(batch, tokens, self.kv_heads, -1)
@@ -65,7 +69,8 @@ class Attention(nn.Module):
             queries, keys, values, cache=cache, scale=self.head_dim**-0.5, mask=mask
         )
         y = y.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
-        return linear(y * mx.sigmoid(gate.reshape(batch, tokens, -1)), self.o_proj)[0]
+        y = y * mx.sigmoid(gate.reshape(batch, tokens, -1))
+        return linear(y, self.o_proj, residual=h)[0]
 
 
 class GatedDeltaNet(nn.Module):
@@ -93,10 +98,15 @@ class GatedDeltaNet(nn.Module):
         self.norm = nn.RMSNorm(heads.value_dim, eps=args.rms_norm_eps)
         self.out_proj = nn.Linear(values, args.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
-        """Map `[B, T, H]` to `[B, T, H]`; cache[0] is the conv state, cache[1] the delta state."""
-        tokens = x.shape[1]
-        projected = linear(x, self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
+    def __call__(
+        self, h: mx.array, norm: nn.RMSNorm, mask: mx.array | None = None, cache: Any = None
+    ) -> mx.array:
+        """Return h + mixer(norm(h)), `[B, T, H]`.
+
+        cache[0] is the convolution's past, cache[1] the delta state.
+        """
+        tokens = h.shape[1]
+        layers = self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
         weights = MixerWeights(
             self._heads,
             self.conv1d.weight,
@@ -105,13 +115,20 @@ class GatedDeltaNet(nn.Module):
             self.norm.weight,
             self.norm.eps,
         )
-        if cache is None:
-            return linear(mix(*projected, weights, None, None, mask)[0], self.out_proj)[0]
+        past, state = (None, None) if cache is None else (cache[0], cache[1])
         # Rows of a right-padded batch end at different places.
-        ends = None if cache.lengths is None else mx.clip(cache.lengths, 0, tokens)
-        y, cache[0], cache[1] = mix(*projected, weights, cache[0], cache[1], mask, ends)
-        cache.advance(tokens)
-        return linear(y, self.out_proj)[0]
+        padded = cache is not None and cache.lengths is not None
+        ends = mx.clip(cache.lengths, 0, tokens) if padded else None
+        if on_gpu(h):
+            projected = joined(h, *layers, norm=norm)
+            y, past, state = mix_joined(projected, weights, past, state, mask, ends)
+        else:
+            projections = linear(h, *layers, norm=norm)
+            y, past, state = mix(*projections, weights, past, state, mask, ends)
+        if cache is not None:
+            cache[0], cache[1] = past, state
+            cache.advance(tokens)
+        return linear(y, self.out_proj, residual=h)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -129,11 +146,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.mlp = SparseMoeBlock(args, layer, store)
 
-    def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """Map `[B, T, H]` to `[B, T, H]`."""
+    def __call__(self, h: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        """Map the residual stream `[B, T, H]` to `[B, T, H]`."""
         mixer = self.linear_attn if self.is_linear else self.self_attn
-        h = x + mixer(self.input_layernorm(x), mask, cache)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        h = mixer(h, self.input_layernorm, mask, cache)
+        return self.mlp(h, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):

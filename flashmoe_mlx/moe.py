@@ -3,11 +3,17 @@
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.switch_layers import SwitchGLU
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from .config import ModelArgs
-from .custom_kernels.expert_mlp import Bank, expert_mlp
-from .custom_kernels.linear import linear, mlp
+from .custom_kernels.bank import Bank
+from .custom_kernels.executor import on_gpu
+from .custom_kernels.expert_mlp import expert_mlp
+from .custom_kernels.expert_trials import wanted
+from .custom_kernels.experts import expert_mlp_by_kernels
+from .custom_kernels.gpu import scalar
+from .custom_kernels.linear import join, joined, linear, mlp
+from .custom_kernels.router import route
 from .expert_store import ExpertStore
 from .layout import quantisation
 from .names import PROJECTIONS
@@ -27,6 +33,34 @@ class MLP(nn.Module):
         """Map `[..., H]` to `[..., H]`."""
         return mlp(x, self.gate_proj, self.up_proj, self.down_proj)
 
+    def banks(self) -> list[Bank] | None:
+        """Return the weights of gate, up and down, or None if they are not affine-quantised."""
+        weights = [join([self[name]]) for name in PROJECTIONS]
+        return [w.bank for w in weights if w] if all(weights) else None
+
+
+class ResidentExperts(SwitchGLU):
+    """Experts as ordinary parameters, in mlx-lm's names: expert e lies in slot e."""
+
+    def banks(self) -> list[Bank] | None:
+        """Return gate, up and down, or None if they are not affine-quantised."""
+        layers = [self[name] for name in PROJECTIONS]
+        if not all(type(x) is QuantizedSwitchLinear and x.mode == "affine" for x in layers):
+            return None
+        known = getattr(self, "_known", None)
+        if known is None or known[0].codes is not layers[0].weight:
+            known = self._known = [
+                Bank(x.weight, x.scales, x.biases, x.bits, x.group_size) for x in layers
+            ]
+        return known
+
+    def slots(self, ids: mx.array) -> mx.array:
+        """Return the slots of experts, which are their ids."""
+        return ids
+
+    def hold(self, consumer: mx.array) -> None:
+        """Do nothing: nobody writes into these banks."""
+
 
 class StreamedExperts(nn.Module):
     """One layer's routed experts, read from disk when the router picks them. No parameters."""
@@ -45,6 +79,28 @@ class StreamedExperts(nn.Module):
         for index, projection in enumerate(PROJECTIONS):
             bits, group_size = quantisation(layout, projection, args.expert_shape(projection))
             self._banks.append(Bank(*arrays[3 * index : 3 * index + 3], bits, group_size))
+
+    def banks(self) -> list[Bank]:
+        """Return gate, up and down."""
+        return self._banks
+
+    def slots(self, ids: mx.array) -> mx.array | None:
+        """Make experts resident and return their slots, or None if the bank holds too few.
+
+        Waits for the ids, unless every expert is resident: then expert e lies in slot e.
+        """
+        bank = self._store.banks[self._layer]
+        if bank.complete:
+            return ids
+        chosen, places = np.unique(np.array(ids), return_inverse=True)
+        if len(chosen) > len(bank):
+            return None
+        slots = np.array(self._store.fetch(self._layer, chosen.tolist()), dtype=np.uint32)
+        return mx.array(slots[places].reshape(ids.shape))
+
+    def hold(self, consumer: mx.array) -> None:
+        """Keep the banks as they are until `consumer`, which reads them, is evaluated."""
+        self._store.hold(consumer)
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Run the chosen experts.
@@ -101,13 +157,16 @@ class SparseMoeBlock(nn.Module):
         self.shared_expert = MLP(hidden, args.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
         self.switch_mlp = (
-            SwitchGLU(hidden, inner, args.num_experts)
+            ResidentExperts(hidden, inner, args.num_experts)
             if store is None
             else StreamedExperts(args, layer, store)
         )
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Map `[B, T, H]` to `[B, T, H]`."""
+    def __call__(self, h: mx.array, norm: nn.RMSNorm) -> mx.array:
+        """Map the residual stream `[B, T, H]` to `[B, T, H]`: h + block(norm(h))."""
+        if on_gpu(h) and (y := self._by_kernels(h, norm)) is not None:
+            return y
+        x = norm(h)
         logits, shared_gate = linear(x, self.gate, self.shared_expert_gate)
         probabilities = mx.softmax(logits, axis=-1, precise=True)
         indices = mx.argpartition(probabilities, kth=-self.top_k, axis=-1)[..., -self.top_k :]
@@ -119,4 +178,20 @@ class SparseMoeBlock(nn.Module):
         mx.async_eval(indices, scores)
         mx.async_eval(shared)
         routed = (self.switch_mlp(x, indices) * scores[..., None]).sum(axis=-2)
-        return routed + shared
+        return h + routed + shared
+
+    def _by_kernels(self, h: mx.array, norm: nn.RMSNorm) -> mx.array | None:
+        """Run the block in four launches, or return None if kernels cannot or should not."""
+        shared = self.shared_expert.banks()
+        banks = self.switch_mlp.banks()
+        if not (shared and banks and wanted(h, banks, shared, self.top_k)):
+            return None
+        logits = joined(h, self.gate, self.shared_expert_gate, norm=norm)
+        ids, weights, gate = route(logits, self.top_k, renormalise=self.norm_topk_prob, shared=True)
+        slots = self.switch_mlp.slots(ids)
+        if slots is None:
+            return None
+        gain = norm.weight, scalar(norm.eps)
+        y = expert_mlp_by_kernels(h, slots, weights, banks, shared, gate, norm=gain, residual=h)
+        self.switch_mlp.hold(y)
+        return y
