@@ -23,7 +23,7 @@ import numpy as np
 
 from flashmoe_mlx.custom_kernels import gpu
 from flashmoe_mlx.custom_kernels.executor import cache_dir, kernel_choice
-from flashmoe_mlx.custom_kernels.timing import Clock, chain, side_by_side
+from flashmoe_mlx.custom_kernels.timing import Clock, fitting_calls, side_by_side
 from flashmoe_mlx.custom_kernels.trial import Trial
 
 NEEDS_GPU = "needs a GPU"
@@ -205,13 +205,7 @@ def _race(trial: Trial, clock: Clock) -> list[float]:
     """Return milliseconds per call of custom and stock, in some tens of milliseconds."""
     inputs = [trial.inputs()]
     ops = trial.custom, trial.stock
-    slowest = 0.0
-    for op in ops:
-        chain(op, inputs, 2)
-        start = clock()
-        chain(op, inputs, 2)
-        slowest = max(slowest, (clock() - start) / 2)
-    calls = min(max(int(SECONDS / slowest), 1), MOST_CALLS) if slowest else MOST_CALLS
+    calls = fitting_calls(ops, inputs[0], SECONDS, MOST_CALLS, clock)
     sets = min(calls, 1 + ROTATED // max(trial.nbytes, 1))
     inputs += [trial.inputs(seed) for seed in range(1, sets)]
     return side_by_side(ops, inputs, calls, clock=clock)

@@ -44,6 +44,19 @@ def _link(*inputs: mx.array) -> list[mx.array]:
     return [inputs[0]]
 
 
+def fitting_calls(
+    ops: Sequence[Op], inputs: list[mx.array], seconds: float, most: int, clock: Clock
+) -> int:
+    """Return how many calls of the slowest op fit in a chain of `seconds`, 1 to `most`."""
+    slowest = 0.0
+    for op in ops:
+        chain(op, [inputs], 1)
+        start = clock()
+        chain(op, [inputs], 1)
+        slowest = max(slowest, clock() - start)
+    return min(max(int(seconds / slowest), 1), most) if slowest else most
+
+
 def side_by_side(
     ops: Sequence[Op],
     sets: Sequence[list[mx.array]],

@@ -1,4 +1,4 @@
-"""The trials of a model: every op of a decoding step that has a kernel, at that model's shapes."""
+"""The trials of a model: every op that has a kernel, at that model's shapes."""
 
 from dataclasses import fields
 from typing import Any
@@ -8,13 +8,19 @@ from flashmoe_mlx.custom_kernels.expert_trials import (
     ExpertGateUpTrial,
     ExpertsTrial,
 )
-from flashmoe_mlx.custom_kernels.gated_delta_trials import GatedDeltaStepTrial
+from flashmoe_mlx.custom_kernels.gated_delta_trials import (
+    GatedDeltaNormTrial,
+    GatedDeltaPrepareTrial,
+    GatedDeltaScanTrial,
+    GatedDeltaStepTrial,
+)
 from flashmoe_mlx.custom_kernels.matvec import MatvecTrial
 from flashmoe_mlx.custom_kernels.router import RouterTrial
 from flashmoe_mlx.custom_kernels.trial import Trial
 
 GROUP_SIZE = 64
 ROUTER_BITS = 8
+TOKENS = 64  # of a prompt
 
 
 def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[Trial]:
@@ -42,6 +48,9 @@ def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[
         ExpertDownTrial(*experts, dtype, scales),
         ExpertsTrial(*experts, dtype, scales),
         GatedDeltaStepTrial(*_heads(sizes), dtype, scales),
+        GatedDeltaPrepareTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
+        GatedDeltaScanTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
+        GatedDeltaNormTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
     ]
 
 
