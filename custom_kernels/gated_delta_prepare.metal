@@ -49,6 +49,11 @@ if (is_value && lane < TOKENS && start + lane < tokens) {
 }
 float qk_eps = static_cast<float>(eps[1]);
 float scale = head < HK ? metal::rsqrt(float(DK)) : 1.0f;
+auto out = is_value ? v : head < HK ? q : k;
+uint heads = is_value ? HV : HK;
+uint index = is_value ? hv : head % HK;
+// Unrolled, since `rows` would lie in memory otherwise.
+#pragma unroll
 for (int i = 0; i < TOKENS; i++) {
   float xs[PER_LANE];
   float square = 0.0f;
@@ -64,15 +69,8 @@ for (int i = 0; i < TOKENS; i++) {
   size_t t = b * tokens + start + i;
   for (int j = 0; j < PER_LANE; j++) {
     uint column = lane + 32 * j;
-    T x = static_cast<T>(xs[j] * factor);
     if (start + i < tokens && column < size) {
-      if (is_value) {
-        v[(t * HV + hv) * DV + column] = x;
-      } else if (head < HK) {
-        q[(t * HK + head) * DK + column] = x;
-      } else {
-        k[(t * HK + head - HK) * DK + column] = x;
-      }
+      out[(t * heads + index) * size + column] = static_cast<T>(xs[j] * factor);
     }
   }
 }

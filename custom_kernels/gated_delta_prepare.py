@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from flashmoe_mlx.custom_kernels.gated_delta import MixerWeights
 
 SIMDGROUPS = 4  # of a threadgroup
-TOKENS = 8  # that a simdgroup makes, so that each input is read (taps - 1 + 8) / 8 times
+TOKENS = 4  # that a simdgroup makes: more read less twice, but take more registers
 
 _prepare = Kernel(
     "gated_delta_prepare",

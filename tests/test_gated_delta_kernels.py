@@ -237,7 +237,7 @@ def test_prepare_at_other_sizes(changes):
     check(replace(PREPARE, **changes), ("checked",))
 
 
-@pytest.mark.parametrize("tokens", [1, 32])
+@pytest.mark.parametrize("tokens", [1, 8, 32])
 def test_prepare_in_other_geometries(tokens):
     inputs = replace(PREPARE, tokens=40).inputs()
     projected, past, *weights = inputs
