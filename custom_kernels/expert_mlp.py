@@ -1,11 +1,20 @@
 """Routed experts: SwiGLU over experts that sit in slots of quantised weight banks."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.bank import Bank
-from flashmoe_mlx.custom_kernels.executor import cpu_kernels
+from flashmoe_mlx.custom_kernels.choice import prefers_custom
+from flashmoe_mlx.custom_kernels.executor import cpu_kernels, on_gpu
 from flashmoe_mlx.custom_kernels.linear import swiglu
+from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES, random_quantised
+
+DEQUANTISED_BYTES = 1 << 30  # of one projection's experts at a time
+LEAST_ROWS = 8  # per expert, below which it is quicker to multiply by the codes
 
 
 def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank) -> mx.array:
@@ -26,20 +35,110 @@ def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank)
     if kernels and all(kernels.supports(b.bits, b.group_size, b.scales) for b in banks):
         return mx.array(kernels.mlp(kernels.rows(x), *(b.packed for b in banks), slots))
 
-    indices = mx.array(slots.astype(np.uint32))
+    multiply = _grouped if on_gpu(x) and _wants_grouped(x, slots, gate) else _gathered
+    hidden = swiglu(multiply(x, slots, gate), multiply(x, slots, up))
+    return multiply(hidden, slots, down)
 
-    def project(x: mx.array, bank: Bank) -> mx.array:
-        return mx.gather_qmm(
-            x,
-            bank.codes,
-            bank.scales,
-            bank.biases,
-            rhs_indices=indices,
-            transpose=True,
+
+def _gathered(x: mx.array, slots: np.ndarray, bank: Bank) -> mx.array:
+    return mx.gather_qmm(
+        x[:, None, :],
+        bank.codes,
+        bank.scales,
+        bank.biases,
+        rhs_indices=mx.array(slots.astype(np.uint32)),
+        transpose=True,
+        group_size=bank.group_size,
+        bits=bank.bits,
+        sorted_indices=True,
+    ).squeeze(1)
+
+
+def _grouped(x: mx.array, slots: np.ndarray, bank: Bank) -> mx.array:
+    """Dequantise the experts in use and multiply each by its rows, some experts at a time."""
+    used, places = np.unique(slots, return_inverse=True)
+    per_expert = bank.scales.size // len(bank.scales) * bank.group_size * x.dtype.size
+    step = max(1, DEQUANTISED_BYTES // per_expert)
+    outputs = []
+    for first in range(0, len(used), step):
+        rows = np.flatnonzero((places >= first) & (places < first + step))
+        index = mx.array((places[rows] - first).astype(np.uint32))
+        chosen = mx.array(used[first : first + step].astype(np.uint32))
+        weights = mx.dequantize(
+            bank.codes[chosen],
+            bank.scales[chosen],
+            bank.biases[chosen],
             group_size=bank.group_size,
             bits=bank.bits,
-            sorted_indices=True,
-        )
+        ).astype(x.dtype)
+        part = x[int(rows[0]) : int(rows[-1]) + 1, None, :]
+        y = mx.gather_mm(part, weights.swapaxes(-1, -2), rhs_indices=index, sorted_indices=True)
+        outputs.append(y.squeeze(1))
+    return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
-    x = x[:, None, :]
-    return project(swiglu(project(x, gate), project(x, up)), down).squeeze(1)
+
+def _wants_grouped(x: mx.array, slots: np.ndarray, bank: Bank) -> bool:
+    """Say whether rows enough share an expert, and the way over dequantised weights is faster."""
+    used = len(np.unique(slots))
+    if len(slots) < LEAST_ROWS * used:
+        return False
+    return prefers_custom(
+        GroupedTrial(
+            x.shape[-1],
+            bank.scales.shape[1],
+            bank.bits,
+            bank.group_size,
+            NAMES[x.dtype],
+            NAMES[bank.scales.dtype],
+        )
+    )
+
+
+@dataclass(frozen=True)
+class GroupedTrial:
+    """Many rows through few experts, dequantised or gathered; see `trial.Trial`."""
+
+    op: ClassVar[str] = "grouped_experts"
+    columns: int
+    rows: int
+    bits: int
+    group_size: int
+    dtype: str
+    scale_dtype: str
+    slots: int = 8
+    tokens: int = 256
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, scales and biases, and of the rows before and after."""
+        scales = 16 * DTYPES[self.scale_dtype].size / self.group_size
+        weights = self.slots * self.rows * self.columns * (self.bits + scales) / 8
+        return int(weights) + self.tokens * (self.rows + self.columns) * DTYPES[self.dtype].size
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make rows, ascending slots, codes, scales and biases."""
+        keys = mx.random.split(mx.random.key(seed), 3)
+        x = mx.random.normal((self.tokens, self.columns), key=keys[0]).astype(DTYPES[self.dtype])
+        slots = mx.sort(mx.random.randint(0, self.slots, (self.tokens,), key=keys[1]))
+        shape, scale_dtype = (self.slots, self.rows, self.columns), DTYPES[self.scale_dtype]
+        weights = random_quantised(keys[2], shape, self.bits, self.group_size, scale_dtype)
+        arrays = [x, slots, *weights]
+        mx.eval(arrays)
+        return arrays
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Dequantise, then multiply."""
+        return [_grouped(inputs[0], np.array(inputs[1]), self._bank(inputs))]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Multiply by mx.gather_qmm."""
+        return [_gathered(inputs[0], np.array(inputs[1]), self._bank(inputs))]
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        x, slots, *weight = inputs
+        weights = reference.dequantize(weight[0], weight[1], weight[2], self.bits)
+        return [(weights[slots] @ x.astype(mx.float32)[..., None]).squeeze(-1)]
+
+    def _bank(self, inputs: tuple[mx.array, ...]) -> Bank:
+        return Bank(inputs[2], inputs[3], inputs[4], self.bits, self.group_size)

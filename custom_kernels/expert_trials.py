@@ -28,6 +28,8 @@ def wanted(x: mx.array, banks: list[Bank], shared: list[Bank], top_k: int) -> bo
     if tokens > MAX_TOKENS or top_k > MAX_TOP_K or not (supports(*banks) and supports(*shared)):
         return False
     gate, _, down = banks
+    if x.dtype not in (gate.scales.dtype, mx.float32):
+        return False  # stock widens the result
     slots, inner, _ = gate.scales.shape
     if len({b.group_size for b in (*banks, *shared)}) > 1 or shared[0].scales.shape[0] != inner:
         return False

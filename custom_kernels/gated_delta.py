@@ -97,6 +97,21 @@ def gated_delta(
     return mx.stack(outputs, axis=1), state
 
 
+def last_inputs(past: mx.array, qkv: mx.array, ends: mx.array | None) -> mx.array:
+    """Return the convolution's last inputs after more have come.
+
+    Args:
+        past: `[B, taps - 1, channels]`.
+        qkv: `[B, T, channels]`, what has come.
+        ends: `[B]` where each row ends, None if all end at T.
+    """
+    keep = past.shape[1]
+    if ends is None:
+        return mx.contiguous(mx.concatenate([past, qkv[:, -keep:]], axis=1)[:, -keep:])
+    places = (ends[:, None] + mx.arange(keep))[..., None]
+    return mx.take_along_axis(mx.concatenate([past, qkv], axis=1), places, axis=1)
+
+
 def mix(
     qkv: mx.array,
     z: mx.array,
@@ -134,11 +149,7 @@ def mix(
     if mask is not None:
         qkv = mx.where(mask[..., None], qkv, 0)
     window = mx.concatenate([past, qkv], axis=1)
-    if ends is None:
-        past = mx.contiguous(window[:, -keep:])
-    else:
-        places = (ends[:, None] + mx.arange(keep))[..., None]
-        past = mx.take_along_axis(window, places, axis=1)
+    past = last_inputs(past, qkv, ends)
     if cpu_kernels(qkv):
         from flashmoe_mlx.custom_kernels import cpu_delta
 

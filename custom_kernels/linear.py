@@ -105,7 +105,8 @@ def _by_gpu(
     x: mx.array, weight: Joined, norm: nn.RMSNorm | None, residual: mx.array | None
 ) -> mx.array:
     bank, tokens = weight.bank, x.size // x.shape[-1]
-    if tokens <= MAX_TOKENS and prefers_custom(_trial(bank, x, tokens)):
+    same = x.dtype in (bank.scales.dtype, mx.float32)  # else stock widens the result
+    if same and tokens <= MAX_TOKENS and prefers_custom(_trial(bank, x, tokens)):
         arrays = bank.codes, bank.scales, bank.biases
         gain = None if norm is None else (norm.weight, scalar(norm.eps))
         return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual)

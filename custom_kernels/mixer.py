@@ -1,12 +1,21 @@
-"""GatedDeltaNet between its projections on a GPU: one launch in decoding, a scan in prefill."""
+"""GatedDeltaNet between its projections on a GPU: one launch in decoding, three in prefill."""
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.choice import prefers_custom
-from flashmoe_mlx.custom_kernels.gated_delta import MixerWeights, mix
+from flashmoe_mlx.custom_kernels.gated_delta import MixerWeights, last_inputs, mix
+from flashmoe_mlx.custom_kernels.gated_delta_prepare import gated_norm, prepare
+from flashmoe_mlx.custom_kernels.gated_delta_scan import scan
 from flashmoe_mlx.custom_kernels.gated_delta_step import LEAST_KEY_DIM, step
-from flashmoe_mlx.custom_kernels.gated_delta_trials import GatedDeltaStepTrial
+from flashmoe_mlx.custom_kernels.gated_delta_trials import (
+    GatedDeltaNormTrial,
+    GatedDeltaPrepareTrial,
+    GatedDeltaScanTrial,
+    GatedDeltaStepTrial,
+)
 from flashmoe_mlx.custom_kernels.trial import NAMES
+
+TRIED_TOKENS = 64  # prefill kernels are tried with so many
 
 
 def mix_joined(
@@ -36,23 +45,29 @@ def mix_joined(
         past = mx.zeros((batch, weights.conv.shape[1] - 1, channels), dtype=projected.dtype)
     if state is None:
         state = mx.zeros((batch, heads.values, heads.value_dim, heads.key_dim), dtype=mx.float32)
-    one = tokens == 1 and mask is None and ends is None and heads.key_dim >= LEAST_KEY_DIM
-    if one and prefers_custom(_step_trial(projected, weights)):
-        return step(projected, weights, past, state)
+    if heads.key_dim >= LEAST_KEY_DIM:
+        if tokens == 1 and mask is None and ends is None:
+            if prefers_custom(GatedDeltaStepTrial(*_sizes(projected, weights), batch)):
+                return step(projected, weights, past, state)
+        elif _wants_prefill(projected, weights):
+            q, k, v, g, beta = prepare(projected, weights, past, mask)
+            y, state = scan(q, k, v, g, beta, state, mask)
+            qkv = projected[..., :channels]
+            past = last_inputs(
+                past, qkv if mask is None else mx.where(mask[..., None], qkv, 0), ends
+            )
+            return gated_norm(y, projected, weights), past, state
     parts = mx.split(projected, [channels, channels + values, channels + values + heads.values], -1)
     return mix(*parts, weights, past, state, mask, ends)
 
 
-def _step_trial(projected: mx.array, weights: MixerWeights) -> GatedDeltaStepTrial:
+def _sizes(projected: mx.array, weights: MixerWeights) -> tuple[int, int, int, int, str, str]:
     heads = weights.heads
-    return GatedDeltaStepTrial(
-        heads.keys,
-        heads.values,
-        heads.key_dim,
-        heads.value_dim,
-        NAMES[projected.dtype],
-        NAMES[weights.conv.dtype],
-        projected.shape[0],
-        1,
-        weights.conv.shape[1],
-    )
+    sizes = heads.keys, heads.values, heads.key_dim, heads.value_dim
+    return *sizes, NAMES[projected.dtype], NAMES[weights.conv.dtype]
+
+
+def _wants_prefill(projected: mx.array, weights: MixerWeights) -> bool:
+    sizes = *_sizes(projected, weights), 1, TRIED_TOKENS
+    kinds = GatedDeltaScanTrial, GatedDeltaPrepareTrial, GatedDeltaNormTrial
+    return all(prefers_custom(kind(*sizes)) for kind in kinds)

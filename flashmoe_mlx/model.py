@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, H hidden size, V vocabulary; heads as in `custom_kernels.reference`.
 """
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 from .config import ModelArgs
 from .custom_kernels.executor import on_gpu
 from .custom_kernels.gated_delta import Heads, MixerWeights, mix
-from .custom_kernels.linear import joined, linear
+from .custom_kernels.gpu import Compiled
+from .custom_kernels.linear import join, joined, linear
 from .custom_kernels.mixer import mix_joined
 from .expert_store import ExpertStats, ExpertStore
 from .moe import SparseMoeBlock
@@ -79,6 +81,7 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         """Make the projections and the depthwise convolution over q, k and v."""
         super().__init__()
+        self._compiled = Compiled()
         heads = self._heads = Heads(
             args.linear_num_key_heads,
             args.linear_num_value_heads,
@@ -106,7 +109,37 @@ class GatedDeltaNet(nn.Module):
         cache[0] is the convolution's past, cache[1] the delta state.
         """
         tokens = h.shape[1]
-        layers = self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+        past, state = (None, None) if cache is None else (cache[0], cache[1])
+        # Rows of a right-padded batch end at different places.
+        padded = cache is not None and cache.lengths is not None
+        ends = mx.clip(cache.lengths, 0, tokens) if padded else None
+        if tokens == 1 and mask is None and ends is None and past is not None and self._joins(h):
+            weights = join(self._inputs()), join([self.out_proj]), self.conv1d.weight, norm.weight
+            step = partial(self._run, norm)
+            y, past, state = self._compiled(weights, step, h, past, state)
+        else:
+            y, past, state = self._run(norm, h, past, state, mask, ends)
+        if cache is not None:
+            cache[0], cache[1] = past, state
+            cache.advance(tokens)
+        return y
+
+    def _joins(self, h: mx.array) -> bool:
+        return on_gpu(h) and bool(join(self._inputs()) and join([self.out_proj]))
+
+    def _inputs(self) -> tuple[nn.Module, ...]:
+        return self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+
+    def _run(
+        self,
+        norm: nn.RMSNorm,
+        h: mx.array,
+        past: mx.array | None,
+        state: mx.array | None,
+        mask: mx.array | None = None,
+        ends: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Return h + mixer(norm(h)) and the new past and state."""
         weights = MixerWeights(
             self._heads,
             self.conv1d.weight,
@@ -115,20 +148,13 @@ class GatedDeltaNet(nn.Module):
             self.norm.weight,
             self.norm.eps,
         )
-        past, state = (None, None) if cache is None else (cache[0], cache[1])
-        # Rows of a right-padded batch end at different places.
-        padded = cache is not None and cache.lengths is not None
-        ends = mx.clip(cache.lengths, 0, tokens) if padded else None
         if on_gpu(h):
-            projected = joined(h, *layers, norm=norm)
+            projected = joined(h, *self._inputs(), norm=norm)
             y, past, state = mix_joined(projected, weights, past, state, mask, ends)
         else:
-            projections = linear(h, *layers, norm=norm)
+            projections = linear(h, *self._inputs(), norm=norm)
             y, past, state = mix(*projections, weights, past, state, mask, ends)
-        if cache is not None:
-            cache[0], cache[1] = past, state
-            cache.advance(tokens)
-        return linear(y, self.out_proj, residual=h)[0]
+        return linear(y, self.out_proj, residual=h)[0], past, state
 
 
 class DecoderLayer(nn.Module):

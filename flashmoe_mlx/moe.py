@@ -11,7 +11,7 @@ from .custom_kernels.executor import on_gpu
 from .custom_kernels.expert_mlp import expert_mlp
 from .custom_kernels.expert_trials import wanted
 from .custom_kernels.experts import expert_mlp_by_kernels
-from .custom_kernels.gpu import scalar
+from .custom_kernels.gpu import Compiled, scalar
 from .custom_kernels.linear import join, joined, linear, mlp
 from .custom_kernels.router import route
 from .expert_store import ExpertStore
@@ -60,6 +60,17 @@ class ResidentExperts(SwitchGLU):
 
     def hold(self, consumer: mx.array) -> None:
         """Do nothing: nobody writes into these banks."""
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Run the chosen experts: `[..., H]` and `[..., K]` ids to `[..., K, H]`."""
+        banks = self.banks()
+        if banks is None or not on_gpu(x):
+            return super().__call__(x, indices)
+        ids = np.array(indices).reshape(-1)
+        order = np.argsort(ids, kind="stable")
+        rows = x.reshape(-1, x.shape[-1])[mx.array(order // indices.shape[-1])]
+        y = expert_mlp(rows, ids[order], *banks)
+        return y[mx.array(np.argsort(order))].reshape(*indices.shape, x.shape[-1])
 
 
 class StreamedExperts(nn.Module):
@@ -151,6 +162,7 @@ class SparseMoeBlock(nn.Module):
         """Make the block; without a store the experts are ordinary parameters."""
         super().__init__()
         hidden, inner = args.hidden_size, args.moe_intermediate_size
+        self._choose, self._experts = Compiled(), Compiled()
         self.top_k = args.num_experts_per_tok
         self.norm_topk_prob = args.norm_topk_prob
         self.gate = nn.Linear(hidden, args.num_experts, bias=False)
@@ -186,12 +198,23 @@ class SparseMoeBlock(nn.Module):
         banks = self.switch_mlp.banks()
         if not (shared and banks and wanted(h, banks, shared, self.top_k)):
             return None
-        logits = joined(h, self.gate, self.shared_expert_gate, norm=norm)
-        ids, weights, gate = route(logits, self.top_k, renormalise=self.norm_topk_prob, shared=True)
+        gain = norm.weight, scalar(norm.eps)
+        router = join([self.gate, self.shared_expert_gate])
+        weights = router, *gain, *(bank.codes for bank in (*banks, *shared))
+
+        def choose(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+            logits = joined(h, self.gate, self.shared_expert_gate, norm=norm)
+            return route(logits, self.top_k, renormalise=self.norm_topk_prob, shared=True)
+
+        def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:
+            return expert_mlp_by_kernels(
+                h, slots, scores, banks, shared, gate, norm=gain, residual=h
+            )
+
+        ids, scores, gate = self._choose(weights, choose, h) if router else choose(h)
         slots = self.switch_mlp.slots(ids)
         if slots is None:
             return None
-        gain = norm.weight, scalar(norm.eps)
-        y = expert_mlp_by_kernels(h, slots, weights, banks, shared, gate, norm=gain, residual=h)
+        y: mx.array = self._experts(weights, run, h, slots, scores, gate)
         self.switch_mlp.hold(y)
         return y
