@@ -7,23 +7,45 @@ They work on NumPy views of MLX arrays, float32 in and out. Layouts and rules as
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
-from numba import config, njit, prange, set_num_threads
+from numba import carray, config, njit, prange, set_num_threads
 
-from flashmoe_mlx.custom_kernels.simd import address, dot_tile, lanes_of, to_f32
+from flashmoe_mlx.custom_kernels.simd import (
+    HAS_PERMUTE,
+    address,
+    bfloat_to_f32,
+    dot_tile,
+    floats,
+    half_to_f32,
+    lanes_of,
+    unsigned_shorts,
+)
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)
-ROWS, TILE = 4, 4  # activation rows and weight rows that are multiplied at once
+# Activation rows and weight rows that are multiplied at once: their sums fill the registers.
+ROWS, TILE = 4, 4 if HAS_PERMUTE else 2
 UNIT = 32  # weight rows per unit of parallel work
+ALL = 1 << 30  # multiply-adds that surely deserve all threads
 
 Array = np.ndarray[Any, Any]
-compiled = functools.partial(
-    njit, parallel=True, cache=True, nogil=True, fastmath=True, error_model="numpy"
-)
+Function = TypeVar("Function", bound=Callable[..., Any])
+F32_SCALES, BF16_SCALES, F16_SCALES = range(3)  # what numbers scales and biases are
+SCALE_TYPES = mx.float32, mx.bfloat16, mx.float16
+
+
+def compiled(function: Function) -> Function:
+    """Compile a function whose `prange` loops use all threads."""
+    options = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
+    return njit(parallel=True, **options)(function)
+
+
+def serial(function: Function) -> Function:
+    """Compile a function for use inside the parallel ones."""
+    return njit(cache=True, nogil=True, fastmath=True, error_model="numpy")(function)
 
 
 def use_threads(work: int) -> None:
@@ -40,10 +62,11 @@ class Packed:
 
     Attributes:
         codes: `[S, out, in * bits / 8]` uint8.
-        scales: `[S, out, groups]` float32, or uint16 holding bfloat16.
+        scales: `[S, out, groups]` float32, or uint16 holding bfloat16 or float16.
         biases: like `scales`.
         bits: bits per weight.
         group_size: columns per scale and bias.
+        kind: what numbers the scales and biases are: F32_SCALES, BF16_SCALES or F16_SCALES.
     """
 
     codes: Array
@@ -51,18 +74,25 @@ class Packed:
     biases: Array
     bits: int
     group_size: int
+    kind: int
 
 
 def supports(bits: int, group_size: int, scales: mx.array) -> bool:
     """Say whether these kernels take such a matrix."""
-    return bits in BITS and group_size in GROUP_SIZES and scales.dtype in (mx.float32, mx.bfloat16)
+    return bits in BITS and group_size in GROUP_SIZES and scales.dtype in SCALE_TYPES
+
+
+def scale_kind(scales: mx.array) -> int:
+    """Return the kernels' number for the scales' dtype."""
+    return SCALE_TYPES.index(scales.dtype)
 
 
 def rows(x: mx.array) -> Array:
-    """Evaluate float32 activations `[..., columns]` and view them as `[rows, columns]`."""
-    flat = mx.contiguous(x.reshape(-1, x.shape[-1]))
-    mx.eval(flat)
-    return np.asarray(flat)
+    """Evaluate float32 activations `[..., columns]` and view them as `[rows, columns]`.
+
+    NumPy does the reshaping: through MLX it would be one more evaluation, 50 microseconds.
+    """
+    return np.ascontiguousarray(np.asarray(x)).reshape(-1, x.shape[-1])
 
 
 def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int) -> Packed:
@@ -72,25 +102,43 @@ def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group
         return array.reshape(-1, *array.shape[-2:])
 
     return Packed(
-        bank(view(codes).view(np.uint8)), bank(view(scales)), bank(view(biases)), bits, group
+        bank(view(codes).view(np.uint8)),
+        bank(view(scales)),
+        bank(view(biases)),
+        bits,
+        group,
+        scale_kind(scales),
     )
 
 
 def view(array: mx.array) -> Array:
-    """View an evaluated row-contiguous MLX array; bfloat16 as uint16."""
-    if array.dtype == mx.bfloat16:
+    """View an evaluated row-contiguous MLX array; bfloat16 and float16 as uint16."""
+    if array.dtype in (mx.bfloat16, mx.float16):
         flat = np.frombuffer(memoryview(array).cast("B"), np.uint16)  # type: ignore[arg-type]
         return flat.reshape(array.shape)
     return np.asarray(array)
 
 
-@njit(inline="always", fastmath=True)
-def bias_dot(biases: Array, sums: Array) -> Any:
-    """Sum bias times activation sum over the groups of one weight row."""
-    total = np.float32(0)
-    for group in range(biases.size):
-        total += to_f32(biases[group]) * sums[group]
-    return total
+@serial
+def widen(kind: int, source: int, place: int, out: Array) -> None:
+    """Write scales or biases as float32 to `out`: its size of them, from number `place` on.
+
+    Args:
+        kind: what numbers they are.
+        source: address of the first one.
+        place: how many to skip.
+        out: flat float32.
+    """
+    if kind == F32_SCALES:
+        out[:] = carray(floats(source + 4 * place), out.size)
+        return
+    stored = carray(unsigned_shorts(source + 2 * place), out.size)
+    if kind == BF16_SCALES:
+        for i in range(out.size):
+            out[i] = bfloat_to_f32(stored[i])
+    else:
+        for i in range(out.size):
+            out[i] = half_to_f32(stored[i])
 
 
 @functools.cache
@@ -139,9 +187,9 @@ def split(x: Array, bits: int, group_size: int, rows: int) -> tuple[Array, Array
 
 @functools.cache
 def _matmul(bits: int, group_size: int, tile: int, rows: int) -> Callable[..., None]:
-    @compiled()
+    @compiled
     def matmul(
-        codes: Array, scales: Array, biases: Array, slots: Array, starts: Array,
+        kind: int, codes: Array, scales: Array, biases: Array, slots: Array, starts: Array,
         x: Array, sums: Array, out: Array,
     ) -> None:  # fmt: skip
         _, height, row_bytes = codes.shape
@@ -151,15 +199,19 @@ def _matmul(bits: int, group_size: int, tile: int, rows: int) -> Callable[..., N
             run = unit // units
             slot, top = slots[run], unit % units * UNIT
             dots = np.empty((tile, rows), np.float32)
+            wide = np.empty((2, tile, groups), np.float32)
             for row in range(top, min(height, top + UNIT), tile):
+                first = slot * height + row
+                widen(kind, scales.ctypes.data, first * groups, wide[0].reshape(-1))
+                widen(kind, biases.ctypes.data, first * groups, wide[1].reshape(-1))
                 for block in range(starts[run], starts[run + 1]):
                     dot_tile(
                         bits,
                         group_size,
                         tile,
                         rows,
-                        address(codes, (slot * height + row) * row_bytes),
-                        address(scales, (slot * height + row) * groups),
+                        address(codes, first * row_bytes),
+                        address(wide, 0),
                         address(x, block * block_size),
                         groups,
                         address(dots, 0),
@@ -167,7 +219,10 @@ def _matmul(bits: int, group_size: int, tile: int, rows: int) -> Callable[..., N
                     for w in range(tile):
                         for r in range(rows):
                             n = block * rows + r
-                            out[n, row + w] = dots[w, r] + bias_dot(biases[slot, row + w], sums[n])
+                            bias = np.float32(0)
+                            for g in range(groups):
+                                bias += wide[1, w, g] * sums[n, g]
+                            out[n, row + w] = dots[w, r] + bias
 
     return matmul
 
@@ -249,14 +304,15 @@ class Activations:
             tile = TILE if block.rows > 1 and height % TILE == 0 else 1
             use_threads(x.size * height)
             _matmul(bits, group_size, tile, block.rows)(
-                weight.codes, weight.scales, weight.biases, block.slots, block.starts, x, sums, y
-            )
+                weight.kind, weight.codes, weight.scales, weight.biases,
+                block.slots, block.starts, x, sums, y,
+            )  # fmt: skip
             if scattered:
                 out[block.chosen] = y
         return out
 
 
-@compiled()
+@compiled
 def _swiglu(gate: Array, up: Array) -> None:
     for row in prange(gate.shape[0]):
         for column in range(gate.shape[1]):

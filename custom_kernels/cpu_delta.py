@@ -16,7 +16,7 @@ from flashmoe_mlx.custom_kernels.cpu import Array, compiled, use_threads
 ROWS = 32  # rows of the state per unit of parallel work
 
 
-@compiled()
+@compiled
 def _convolve(
     window: Array, weight: Array, q: Array, k: Array, v: Array, eps: float, scale: float
 ) -> None:
@@ -49,7 +49,7 @@ def _convolve(
                 out[i] *= factor
 
 
-@compiled()
+@compiled
 def _scan(
     q: Array, k: Array, v: Array, g: Array, beta: Array, mask: Array,
     state: Array, final: Array, y: Array,
@@ -81,7 +81,7 @@ def _scan(
                 y[b, t, h, d] = out
 
 
-@compiled()
+@compiled
 def _gated_norm(y: Array, z: Array, weight: Array, eps: float) -> None:
     batch, tokens, heads, width = y.shape
     for unit in prange(batch * tokens * heads):

@@ -14,9 +14,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 F32, I8, I32 = ir.FloatType(), ir.IntType(8), ir.IntType(32)
-MAX_LANES = 16
 PERMUTE = "llvm.x86.avx512.permvar.sf.512"  # picks 16 floats of 16 by the index's low 4 bits
 HAS_PERMUTE = bool(get_host_cpu_features().get("avx512f"))
+MAX_LANES = 16 if HAS_PERMUTE else 8  # of a vector register
 
 
 def lanes_of(bits: int, group_size: int) -> int:
@@ -24,50 +24,105 @@ def lanes_of(bits: int, group_size: int) -> int:
     return min(MAX_LANES, group_size * bits // 8)
 
 
-def _constant(vector: ir.VectorType, value: float) -> ir.Constant:
+def constant(vector: ir.VectorType, value: float) -> ir.Constant:
+    """Return a vector whose lanes all are `value`."""
     return ir.Constant(vector, [value] * vector.count)
 
 
-def _load(builder: Any, pointer: Any, vector: ir.VectorType, align: int) -> Any:
+def load(builder: Any, pointer: Any, vector: ir.VectorType, align: int) -> Any:
+    """Load a vector from a pointer to anything."""
     value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
     value.align = align
     return value
 
 
-def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """Return a * b + c for vectors of float32."""
     kind = ir.FunctionType(a.type, [a.type] * 3)
     name = f"llvm.fmuladd.v{a.type.count}f32"
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
 
 
-def _sum(builder: Any, vector: Any) -> Any:
+def reduce_add(builder: Any, vector: Any) -> Any:
+    """Return the sum of a vector of float32, in any order."""
     kind = ir.FunctionType(F32, [F32, vector.type])
     name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     return builder.call(function, [ir.Constant(F32, 0.0), vector], fastmath=("fast",))
 
 
-def _splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
+def splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
+    """Return a vector whose lanes all are a number known only when the kernel runs."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
     zeros = ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count)
     return builder.shuffle_vector(one, one, zeros)
 
 
-def _widen(builder: Any, value: Any, kind: Any) -> Any:
-    """Turn a float32, or the 16 bits of a bfloat16, into a float32."""
-    if kind != types.uint16:
-        return value
-    return builder.bitcast(builder.shl(builder.zext(value, I32), ir.Constant(I32, 16)), F32)
+@intrinsic
+def bfloat_to_f32(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return a uint16 that holds a bfloat16 as the same value."""
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.zext(args[0], I32), I32(16)), F32)
+
+    return types.float32(value), codegen
 
 
 @intrinsic
-def to_f32(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return a float32 as it is, and a uint16 that holds a bfloat16 as the same value."""
+def half_to_f32(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return a uint16 that holds a float16 as the same value."""
 
-    def codegen(_: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _widen(builder, args[0], signature.args[0])
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), F32)
 
     return types.float32(value), codegen
+
+
+@intrinsic
+def keep_apart(_context: Any) -> tuple[Any, Callable[..., Any]]:
+    """Keep the function that calls this from being copied into its callers, which takes long."""
+
+    def codegen(_: Any, builder: Any, __: Any, ___: Any) -> None:
+        builder.function.attributes.add("noinline")
+
+    return types.void(), codegen
+
+
+@intrinsic
+def magnitude(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return the bits of |value| as int32: they order float32 by size, with NaN the largest."""
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.and_(builder.bitcast(args[0], I32), I32(0x7FFFFFFF))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def leading_power(_context: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return the largest power of two that is not above a float32 whose bits are given."""
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.bitcast(builder.and_(args[0], I32(0x7F800000)), F32)
+
+    return types.float32(types.int32), codegen
+
+
+def _pointer_to(kind: Any) -> Any:
+    """Make a function for numba that turns an address into a pointer."""
+
+    @intrinsic
+    def pointer(_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.intp), codegen
+
+    return pointer
+
+
+floats, shorts = _pointer_to(types.float32), _pointer_to(types.int16)
+unsigned_shorts = _pointer_to(types.uint16)
 
 
 @intrinsic
@@ -86,19 +141,19 @@ def _unpack(builder: Any, packed: Any, bits: int) -> list[Any]:
     words = packed.type
     floats = ir.VectorType(F32, words.count)
     codes: list[Any] = []
-    if HAS_PERMUTE and words.count == MAX_LANES and bits < 8:
+    if HAS_PERMUTE and words.count == 16 and bits < 8:
         # One table look-up by a nibble replaces mask, shift and conversion of each code in it.
         kind = ir.FunctionType(floats, [floats, words])
         permute = cgutils.get_or_insert_function(builder.module, kind, PERMUTE)
         for shift in range(0, 8, 4):
-            nibble = builder.lshr(packed, _constant(words, shift))
+            nibble = builder.lshr(packed, constant(words, shift))
             for inner in range(0, 4, bits):
                 table = [float(n >> inner & (1 << bits) - 1) for n in range(16)]
                 codes.append(builder.call(permute, [ir.Constant(floats, table), nibble]))
         return codes
     for phase in range(8 // bits):
-        code = builder.lshr(packed, _constant(words, phase * bits))
-        code = builder.and_(code, _constant(words, (1 << bits) - 1))
+        code = builder.lshr(packed, constant(words, phase * bits))
+        code = builder.and_(code, constant(words, (1 << bits) - 1))
         codes.append(builder.sitofp(code, floats))
     return codes
 
@@ -123,7 +178,7 @@ def dot_tile(
         tile: weight rows.
         rows: activation rows.
         codes: pointer to `[tile, groups * group * bits / 8]` bytes.
-        scales: pointer to `[tile, groups]` float32, or uint16 holding bfloat16.
+        scales: pointer to `[tile, groups]` float32.
         x: pointer to `[bytes / lanes, 8 / bits, rows, lanes]` float32.
         groups: groups per weight row.
         out: pointer to `[tile, rows]` float32.
@@ -134,9 +189,9 @@ def dot_tile(
     phases, group_bytes, lanes = 8 // width, columns * width // 8, lanes_of(width, columns)
     floats, words = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
     packed_bytes = ir.VectorType(I8, lanes)
-    zero = _constant(floats, 0.0)
+    zero = constant(floats, 0.0)
 
-    def codegen(_: Any, builder: Any, signature: Any, args: Any) -> None:
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
         codes, scales, x, groups, out = args[4:]
 
         def number(value: int) -> ir.Constant:
@@ -159,28 +214,27 @@ def dot_tile(
                 place = builder.add(start, number(first))
                 weights = []
                 for row in code_rows:
-                    packed = _load(builder, at(row, place), packed_bytes, 1)
+                    packed = load(builder, at(row, place), packed_bytes, 1)
                     weights.append(_unpack(builder, builder.zext(packed, words), width))
                 for phase in range(phases):
                     for r in range(count):
                         offset = (first * phases + phase * lanes) * count + r * lanes
-                        value = _load(builder, at(here, number(offset)), floats, 4)
+                        value = load(builder, at(here, number(offset)), floats, 4)
                         for w in range(height):
                             cell = w * count + r
-                            partial[cell] = _multiply_add(
+                            partial[cell] = multiply_add(
                                 builder, weights[w][phase], value, partial[cell]
                             )
             for w, row in enumerate(scale_rows):
-                scale = builder.load(at(row, loop.index))
-                scale = _splat(builder, _widen(builder, scale, signature.args[5].dtype), floats)
+                scale = splat(builder, builder.load(at(row, loop.index)), floats)
                 for total, part in zip(
                     sums[w * count : (w + 1) * count],
                     partial[w * count : (w + 1) * count],
                     strict=True,
                 ):
-                    builder.store(_multiply_add(builder, part, scale, builder.load(total)), total)
+                    builder.store(multiply_add(builder, part, scale, builder.load(total)), total)
         for cell, total in enumerate(sums):
-            builder.store(_sum(builder, builder.load(total)), at(out, number(cell)))
+            builder.store(reduce_add(builder, builder.load(total)), at(out, number(cell)))
 
     arguments = (bits, group, tile, rows, codes, scales, x, types.intp, out)
     return types.void(*arguments), codegen

@@ -1,0 +1,174 @@
+"""The mixture-of-experts block of one token per row, on a CPU, without a round trip through MLX.
+
+It takes three calls into compiled code: from hidden states to expert ids; then, once for each
+wave of experts that the caller brings into memory, the experts; then their weighted sum.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from flashmoe_mlx.custom_kernels.cpu import ALL, Array, compiled, serial, use_threads
+from flashmoe_mlx.custom_kernels.cpu_rows import (
+    HEIGHT,
+    UNITS,
+    Group,
+    Matrix,
+    add_job,
+    cut,
+    cut_rows,
+    record_size,
+    rms_norm,
+    run_unit,
+)
+
+# Places in the groups of matrices.
+ROUTER, SWITCH, SHARED_GATE, SHARED_UP = range(4)
+GATE, UP, DOWN, SHARED_DOWN = range(4)
+
+
+@serial
+def choose(logits: Array, renormalise: bool, ids: Array, scores: Array) -> None:
+    """Write the largest logits' places to `ids`, best first, and their softmax to `scores`."""
+    largest = logits.max()
+    total = np.float32(0)
+    left = np.empty_like(logits)
+    for i in range(logits.size):
+        left[i] = np.exp(logits[i] - largest)
+        total += left[i]
+    chosen = np.float32(0)
+    for k in range(ids.size):
+        best = 0
+        for i in range(logits.size):
+            if left[i] > left[best]:
+                best = i
+        ids[k], scores[k] = best, left[best]
+        chosen += left[best]
+        left[best] = np.float32(-1)
+    scores /= chosen if renormalise else total
+
+
+@compiled
+def _route(
+    h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
+    renormalise: bool, x: Array, hidden: Array, switch: Array, ids: Array, scores: Array,
+) -> None:  # fmt: skip
+    batch = h.shape[0]
+    records = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
+    for row in range(batch):
+        rms_norm(h[row], norm, eps, x[row])
+    cut_rows(x, norm[:0], eps, matrices, forms, records)
+    experts, inner = matrices[ROUTER, HEIGHT], matrices[SHARED_GATE, HEIGHT]
+    switches, hiddens = batch * experts, batch * (experts + 1)  # where in `out`
+    jobs, first = np.zeros((4, UNITS + 1), np.int64), form_of * batch
+    add_job(jobs, 0, matrices, (ROUTER, -1, 0, first[ROUTER], 0, batch, 0))
+    add_job(jobs, 1, matrices, (SWITCH, -1, 0, first[SWITCH], 0, batch, switches))
+    shared = (SHARED_GATE, SHARED_UP, 0, first[SHARED_GATE], first[SHARED_UP], batch, hiddens)
+    units = add_job(jobs, 2, matrices, shared)
+    out = np.empty(hiddens + batch * inner, np.float32)
+    for unit in prange(units):
+        run_unit(unit, jobs, matrices, records, out)
+    for row in range(batch):
+        choose(out[row * experts : (row + 1) * experts], renormalise, ids[row], scores[row])
+        switch[row] = np.float32(1) / (np.float32(1) + np.exp(-out[switches + row]))
+        hidden[row] = out[hiddens + row * inner : hiddens + (row + 1) * inner]
+
+
+@compiled
+def _experts(
+    x: Array, tokens: Array, slots: Array, rows: Array, shared: Array, matrices: Array,
+    forms: Array, form_of: Array, y: Array,
+) -> None:  # fmt: skip
+    pairs, batch, width = tokens.size, x.shape[0], x.shape[1]
+    inner, total = matrices[GATE, HEIGHT], tokens.size + shared.shape[0]
+    inputs = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
+    cut_rows(x, x[0, :0], 0.0, matrices, forms, inputs)
+    jobs, hidden = np.zeros((total + 1, UNITS + 1), np.int64), np.empty(pairs * inner, np.float32)
+    first, units = form_of * batch, 0
+    for n in range(pairs):
+        records = (first[GATE] + tokens[n], first[UP] + tokens[n])
+        units = add_job(jobs, n, matrices, (GATE, UP, slots[n], *records, 1, n * inner))
+    for unit in prange(units):
+        run_unit(unit, jobs, matrices, inputs, hidden)
+
+    size = record_size(matrices, np.array([DOWN, SHARED_DOWN]))
+    middle = np.empty((total, size), np.float32)
+    for n in range(pairs):
+        cut(hidden[n * inner : (n + 1) * inner], matrices[DOWN], middle[n])
+        units = add_job(jobs, n, matrices, (DOWN, -1, slots[n], n, 0, 1, rows[n] * width))
+    for row in range(shared.shape[0]):
+        n, place = pairs + row, (y.shape[0] - batch + row) * width
+        cut(shared[row], matrices[SHARED_DOWN], middle[n])
+        units = add_job(jobs, n, matrices, (SHARED_DOWN, -1, 0, n, 0, 1, place))
+    flat = y.reshape(-1)
+    for unit in prange(units):
+        run_unit(unit, jobs, matrices, middle, flat)
+
+
+@serial
+def _combine(h: Array, scores: Array, switch: Array, y: Array, out: Array) -> None:
+    batch, top_k = scores.shape
+    for row in range(batch):
+        total = out[row]
+        total[:] = h[row] + switch[row] * y[batch * top_k + row]
+        for k in range(top_k):
+            score, expert = scores[row, k], y[row * top_k + k]
+            for i in range(total.size):
+                total[i] += score * expert[i]
+
+
+# Brings experts into memory: takes ids `[rows, K]`, yields the flat places in it that a wave
+# serves, and each one's slot.
+Waves = Callable[[Array], Iterable[tuple[Array, Array]]]
+
+
+class MoeBlock:
+    """A layer's mixture of experts, with the norm before it and the residual around it."""
+
+    def __init__(
+        self, router: Matrix, switch: Matrix, shared: Sequence[Matrix], experts: Sequence[Matrix],
+        norm: Array, eps: float, top_k: int, renormalise: bool,
+    ) -> None:  # fmt: skip
+        """Take the layer's weights.
+
+        Args:
+            router: `[experts, H]`.
+            switch: `[1, H]`, whose sigmoid scales the shared expert.
+            shared: gate `[I', H]`, up `[I', H]` and down `[H, I']` of the shared expert.
+            experts: gate `[S, I, H]`, up `[S, I, H]` and down `[S, H, I]` in S slots.
+            norm: `[H]` float32 weight of the RMS norm.
+            eps: of that norm.
+            top_k: experts per row.
+            renormalise: whether the chosen experts' scores sum to one.
+        """
+        self._route = Group(router, switch, *shared[:2])
+        self._inputs = Group(*experts[:2])
+        self._all = Group(*experts, shared[2])
+        self._norm, self._eps = norm, eps
+        self._top_k, self._renormalise = top_k, renormalise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Share it: a copy would hold the addresses of arrays that it does not keep."""
+        return self
+
+    def __call__(self, h: Array, waves: Waves) -> Array:
+        """Map hidden states `[rows, H]` float32 to `h + moe(norm(h))`."""
+        (batch, width), top_k = h.shape, self._top_k
+        x, switch = np.empty_like(h), np.empty(batch, np.float32)
+        shared = np.empty((batch, self._route.heights[SHARED_GATE]), np.float32)
+        ids, scores = np.empty((batch, top_k), np.int64), np.empty((batch, top_k), np.float32)
+        use_threads(ALL)
+        _route(
+            h, self._norm, self._eps, *self._route.arguments, self._renormalise,
+            x, shared, switch, ids, scores,
+        )  # fmt: skip
+        y = np.empty((batch * (top_k + 1), width), np.float32)
+        inputs = self._all.numbers, self._inputs.forms, self._inputs.form_of
+        for places, slots in waves(ids):
+            _experts(x, places // top_k, slots, places, shared, *inputs, y)
+            shared = shared[:0]
+        out = np.empty_like(h)
+        _combine(h, scores, switch, y, out)
+        return out

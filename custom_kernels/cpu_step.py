@@ -1,0 +1,175 @@
+"""A GatedDeltaNet layer for one token per row, on a CPU, from hidden states to hidden states."""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from flashmoe_mlx.custom_kernels.cpu import ALL, Array, compiled, serial, use_threads
+from flashmoe_mlx.custom_kernels.cpu_rows import (
+    HEIGHT,
+    UNITS,
+    Group,
+    Matrix,
+    add_job,
+    cut,
+    cut_rows,
+    record_size,
+    run_unit,
+    silu,
+)
+
+QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # places in the group of matrices
+
+
+@serial
+def _convolve(past: Array, now: Array, weight: Array, first: int, out: Array) -> Any:
+    """Convolve the channels from `first` on, apply SiLU, and return the sum of squares."""
+    last, square = weight.shape[1] - 1, np.float32(0)
+    for i in range(out.size):
+        c = first + i
+        total = weight[c, last] * now[c]
+        for tap in range(last):
+            total += weight[c, tap] * past[tap, c]
+        out[i] = silu(total)
+        square += out[i] * out[i]
+    return square
+
+
+@serial
+def _turn(
+    state: Array, q: Array, k: Array, v: Array, decay: float, strength: float, y: Array
+) -> None:
+    """Take one step of the gated delta rule in place: state `[Dv, Dk]`, y `[Dv]`."""
+    for d in range(v.size):
+        row = state[d]
+        known, out = np.float32(0), np.float32(0)
+        for i in range(k.size):
+            known += row[i] * k[i]
+        change = (v[d] - decay * known) * strength
+        for i in range(k.size):
+            new = decay * row[i] + change * k[i]
+            out += new * q[i]
+            row[i] = new
+        y[d] = out
+
+
+@serial
+def _gated_norm(y: Array, z: Array, weight: Array, eps: float) -> None:
+    square = np.float32(0)
+    for value in y:
+        square += value * value
+    factor = np.float32(1) / np.sqrt(square / np.float32(y.size) + np.float32(eps))
+    for i in range(y.size):
+        y[i] = y[i] * factor * weight[i] * silu(z[i])
+
+
+@serial
+def _head(
+    head: int, past: Array, now: Array, z: Array, strength: float, shift: float, conv: Array,
+    a_log: Array, dt_bias: Array, norm: Array, eps: Array, state: Array, y: Array,
+) -> None:  # fmt: skip
+    """Do one value head, everything between the projections: state `[Hv, Dv, Dk]`, y `[Dv]`."""
+    value_heads, value_dim, key_dim = state.shape
+    key_heads = (conv.shape[0] - value_heads * value_dim) // (2 * key_dim)
+    key_head = head // (value_heads // key_heads)
+    q, k, v = np.empty(key_dim, np.float32), np.empty(key_dim, np.float32), np.empty_like(y)
+    square = _convolve(past, now, conv, key_head * key_dim, q)
+    q *= np.float32(1) / np.sqrt((square + eps[1]) * np.float32(key_dim))
+    square = _convolve(past, now, conv, (key_heads + key_head) * key_dim, k)
+    k *= np.float32(1) / np.sqrt(square + eps[1])
+    _convolve(past, now, conv, 2 * key_heads * key_dim + head * value_dim, v)
+    shifted = shift + dt_bias[head]
+    softplus = max(shifted, np.float32(0)) + np.log1p(np.exp(-abs(shifted)))
+    decay = np.exp(-np.exp(a_log[head]) * softplus)
+    _turn(state[head], q, k, v, decay, np.float32(1) / (np.float32(1) + np.exp(-strength)), y)
+    _gated_norm(y, z, norm, eps[0])
+
+
+@compiled
+def _step(
+    h: Array, in_norm: Array, in_eps: float, matrices: Array, forms: Array, form_of: Array,
+    conv: Array, a_log: Array, dt_bias: Array, norm: Array, eps: Array,
+    past: Array, state: Array, new_past: Array, result: Array,
+) -> None:  # fmt: skip
+    batch, heads, width = h.shape[0], state.shape[1], matrices[Z, HEIGHT]
+    records = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
+    cut_rows(h, in_norm, in_eps, matrices, forms, records)
+    jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
+    units = 0
+    for n in range(OUT):
+        units = add_job(jobs, n, matrices, (n, -1, 0, form_of[n] * batch, 0, batch, places[n]))
+        places[n + 1] = places[n] + batch * matrices[n, HEIGHT]
+    out = np.empty(places[OUT], np.float32)
+    for unit in prange(units):
+        run_unit(unit, jobs, matrices, records, out)
+
+    channels, value_dim, y = conv.shape[0], width // heads, np.empty((batch, width), np.float32)
+    for unit in prange(batch * heads):
+        b, head = unit // heads, unit % heads
+        here = head * value_dim
+        z = places[Z] + b * width + here
+        _head(
+            head, past[b], out[b * channels : (b + 1) * channels], out[z : z + value_dim],
+            out[places[STRENGTH] + unit], out[places[SHIFT] + unit],
+            conv, a_log, dt_bias, norm, eps, state[b], y[b, here : here + value_dim],
+        )  # fmt: skip
+
+    last = np.array([OUT])
+    records = np.empty((batch, record_size(matrices, last)), np.float32)
+    for b in range(batch):
+        new_past[b, :-1] = past[b, 1:]
+        new_past[b, -1] = out[b * channels : (b + 1) * channels]
+        cut(y[b], matrices[OUT], records[b])
+    jobs[:] = 0
+    units = add_job(jobs, 0, matrices, (OUT, -1, 0, 0, 0, batch, 0))
+    for unit in prange(units):
+        run_unit(unit, jobs, matrices, records, result)
+    result += h.reshape(-1)
+
+
+class DeltaBlock:
+    """A GatedDeltaNet layer, with the norm before it and the residual around it."""
+
+    def __init__(
+        self, inputs: tuple[Matrix, Matrix, Matrix, Matrix], out: Matrix, in_norm: Array,
+        in_eps: float, weights: Any,
+    ) -> None:  # fmt: skip
+        """Take the layer's weights.
+
+        Args:
+            inputs: the projections to q, k and v; to z; to b; and to a: `[..., H]` each.
+            out: `[H, Hv Dv]`.
+            in_norm: `[H]` float32 weight of the RMS norm before the layer.
+            in_eps: of that norm.
+            weights: `gated_delta.MixerWeights`.
+        """
+        self._inputs, self._all = Group(*inputs), Group(*inputs, out)
+        self._in_norm = in_norm, in_eps
+        self._matrices = self._all.numbers, self._inputs.forms, self._inputs.form_of
+        tensors = weights.conv.squeeze(-1), weights.a_log, weights.dt_bias, weights.norm
+        self._weights = [np.array(t).astype(np.float32) for t in tensors]
+        self._eps = np.array([weights.norm_eps, weights.qk_eps], np.float32)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Share it: a copy would hold the addresses of arrays that it does not keep."""
+        return self
+
+    def __call__(self, h: Array, past: Array, state: Array) -> tuple[Array, Array]:
+        """Map hidden states `[rows, H]` float32 to `h + layer(norm(h))`.
+
+        Args:
+            h: `[rows, H]`.
+            past: `[rows, taps - 1, channels]`, the convolution's last inputs; left as it is.
+            state: `[rows, Hv, Dv, Dk]`, replaced by the new state.
+
+        Returns:
+            `[rows, H]` and the new `past`.
+        """
+        result, new_past = np.empty(h.size, np.float32), np.empty_like(past)
+        use_threads(ALL)
+        _step(
+            h, *self._in_norm, *self._matrices, *self._weights, self._eps,
+            past, state, new_past, result,
+        )  # fmt: skip
+        return result.reshape(h.shape), new_past
