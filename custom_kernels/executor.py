@@ -75,6 +75,15 @@ def cpu_kernels(x: mx.array) -> ModuleType | None:
     return _cpu_module()
 
 
+def cpu_steps(x: mx.array) -> ModuleType | None:
+    """Return the module of whole CPU blocks for decoding if they can take `x`, else None."""
+    if cpu_kernels(x) is None:
+        return None
+    from flashmoe_mlx.custom_kernels import cpu_block
+
+    return cpu_block
+
+
 def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
     """Compile the CPU kernels that a model needs, before it takes memory; a no-op on a GPU.
 
@@ -101,11 +110,12 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
 
 def compile_all(formats: str) -> None:
     """Compile the kernels for a JSON list of formats, or load them from numba's cache."""
-    from flashmoe_mlx.custom_kernels import cpu, cpu_delta
+    from flashmoe_mlx.custom_kernels import cpu, cpu_block, cpu_delta
 
     for bits, group_size, dtype in json.loads(formats):
         cpu.prepare(bits, group_size, getattr(mx, dtype))
     cpu_delta.prepare()
+    cpu_block.prepare()
 
 
 def _marker(formats: str) -> Path:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.choice import prefers_custom
-from flashmoe_mlx.custom_kernels.executor import cpu_kernels, on_gpu
+from flashmoe_mlx.custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
 from flashmoe_mlx.custom_kernels.gpu import scalar
 from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, dequant_matvec, supports
 from flashmoe_mlx.custom_kernels.trial import NAMES
@@ -39,6 +39,8 @@ def linear(
     if on_gpu(x) and (weight := join(layers)):
         y = _by_gpu(x, weight, norm, residual)
         return list(mx.split(y, weight.ends, axis=-1)) if weight.ends else [y]
+    if (steps := cpu_steps(x)) and (step := steps.linear_step(x, layers, norm, residual)):
+        return step
     outputs = _each(x if norm is None else norm(x), layers)
     return outputs if residual is None else [residual + outputs[0]]
 

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
-from .custom_kernels.executor import on_gpu
+from .custom_kernels.executor import cpu_steps, on_gpu
 from .custom_kernels.gated_delta import Heads, MixerWeights, mix
 from .custom_kernels.gpu import Compiled
 from .custom_kernels.linear import join, joined, linear
@@ -148,6 +148,11 @@ class GatedDeltaNet(nn.Module):
             self.norm.weight,
             self.norm.eps,
         )
+        if (steps := cpu_steps(h)) and past is not None and mask is None and ends is None:
+            inputs = self._inputs()
+            done = steps.delta_step(h, inputs, self.out_proj, norm, weights, past, state)
+            if done is not None:
+                return done
         if on_gpu(h):
             projected = joined(h, *self._inputs(), norm=norm)
             y, past, state = mix_joined(projected, weights, past, state, mask, ends)

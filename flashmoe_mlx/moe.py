@@ -1,5 +1,8 @@
 """The mixture-of-experts block: router, shared expert, and the experts that come from disk."""
 
+from collections.abc import Iterator
+from types import ModuleType
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -7,7 +10,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from .config import ModelArgs
 from .custom_kernels.bank import Bank
-from .custom_kernels.executor import on_gpu
+from .custom_kernels.executor import cpu_steps, on_gpu
 from .custom_kernels.expert_mlp import expert_mlp
 from .custom_kernels.expert_trials import wanted
 from .custom_kernels.experts import expert_mlp_by_kernels
@@ -57,6 +60,10 @@ class ResidentExperts(SwitchGLU):
     def slots(self, ids: mx.array) -> mx.array:
         """Return the slots of experts, which are their ids."""
         return ids
+
+    def waves(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield all places in `ids` and their slots, which are the ids."""
+        yield np.arange(ids.size), ids.reshape(-1)
 
     def hold(self, consumer: mx.array) -> None:
         """Do nothing: nobody writes into these banks."""
@@ -108,6 +115,19 @@ class StreamedExperts(nn.Module):
             return None
         slots = np.array(self._store.fetch(self._layer, chosen.tolist()), dtype=np.uint32)
         return mx.array(slots[places].reshape(ids.shape))
+
+    def waves(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Bring experts into the bank, as many as it holds at a time.
+
+        Yields:
+            The flat places in `ids` whose experts are there now, and their slots.
+        """
+        flat = ids.reshape(-1)
+        slot_of = np.zeros(self._store.layout.layers[self._layer].num_experts, dtype=np.int64)
+        for wave in self._waves(np.unique(flat)):
+            slot_of[wave] = self._store.fetch(self._layer, wave)
+            places = np.flatnonzero(np.isin(flat, wave))
+            yield places, slot_of[flat[places]]
 
     def hold(self, consumer: mx.array) -> None:
         """Keep the banks as they are until `consumer`, which reads them, is evaluated."""
@@ -178,6 +198,8 @@ class SparseMoeBlock(nn.Module):
         """Map the residual stream `[B, T, H]` to `[B, T, H]`: h + block(norm(h))."""
         if on_gpu(h) and (y := self._by_kernels(h, norm)) is not None:
             return y
+        if (steps := cpu_steps(h)) and (y := self._by_cpu(steps, h, norm)) is not None:
+            return y
         x = norm(h)
         logits, shared_gate = linear(x, self.gate, self.shared_expert_gate)
         probabilities = mx.softmax(logits, axis=-1, precise=True)
@@ -191,6 +213,16 @@ class SparseMoeBlock(nn.Module):
         mx.async_eval(shared)
         routed = (self.switch_mlp(x, indices) * scores[..., None]).sum(axis=-2)
         return h + routed + shared
+
+    def _by_cpu(self, steps: ModuleType, h: mx.array, norm: nn.RMSNorm) -> mx.array | None:
+        """Run the block on one token per row, or return None if it is something else."""
+        if (banks := self.switch_mlp.banks()) is None:
+            return None
+        shared = [self.shared_expert[name] for name in PROJECTIONS]
+        waves, choice = self.switch_mlp.waves, (self.top_k, self.norm_topk_prob)
+        return steps.moe_step(
+            h, self.gate, self.shared_expert_gate, shared, banks, norm, *choice, waves
+        )
 
     def _by_kernels(self, h: mx.array, norm: nn.RMSNorm) -> mx.array | None:
         """Run the block in four launches, or return None if kernels cannot or should not."""
