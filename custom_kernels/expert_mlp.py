@@ -71,7 +71,9 @@ def _grouped(x: mx.array, slots: np.ndarray, bank: Bank) -> mx.array:
             group_size=bank.group_size,
             bits=bank.bits,
         ).astype(x.dtype)
-        part = x[int(rows[0]) : int(rows[-1]) + 1, None, :]
+        # Reshaped, not indexed: mx.gather_mm on CUDA takes the strides that indexing leaves for
+        # those of a transposed matrix.
+        part = mx.contiguous(x[int(rows[0]) : int(rows[-1]) + 1]).reshape(-1, 1, x.shape[-1])
         y = mx.gather_mm(part, weights.swapaxes(-1, -2), rhs_indices=index, sorted_indices=True)
         outputs.append(y.squeeze(1))
     return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]

@@ -19,9 +19,9 @@ from mlx_lm.models.rope_utils import initialize_rope
 from .config import ModelArgs
 from .custom_kernels.executor import cpu_steps, on_gpu
 from .custom_kernels.gated_delta import Heads, MixerWeights, mix
-from .custom_kernels.gpu import Compiled
-from .custom_kernels.linear import join, joined, linear
+from .custom_kernels.linear import joined, linear
 from .custom_kernels.mixer import mix_joined
+from .custom_kernels.traced import Traced
 from .expert_store import ExpertStats, ExpertStore
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
@@ -33,6 +33,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         """Make the projections; q_proj also yields the gate."""
         super().__init__()
+        self._step = Traced()
         self.heads, self.kv_heads = args.num_attention_heads, args.num_key_value_heads
         self.head_dim, bias = args.head_dim, args.attention_bias
         width = self.heads * self.head_dim
@@ -55,14 +56,11 @@ class Attention(nn.Module):
         self, h: mx.array, norm: nn.RMSNorm, mask: Any = None, cache: Any = None
     ) -> mx.array:
         """Return h + attention(norm(h)), `[B, T, H]`, adding T keys and values to the cache."""
-        batch, tokens, _ = h.shape
-        queries, keys, values = linear(h, self.q_proj, self.k_proj, self.v_proj, norm=norm)
-        queries, gate = mx.split(queries.reshape(batch, tokens, self.heads, -1), 2, axis=-1)
-        keys = keys.reshape(batch, tokens, self.kv_heads, -1)
-        values = values.reshape(batch, tokens, self.kv_heads, -1)
-        queries = self.q_norm(queries).transpose(0, 2, 1, 3)
-        keys = self.k_norm(keys).transpose(0, 2, 1, 3)
-        values = values.transpose(0, 2, 1, 3)
+        traced = h.shape[1] == 1 and self._step.ready(h)
+        before, after = (
+            self._step.functions if traced else (partial(self._before, norm), self._after)
+        )
+        queries, keys, values, gate = before(h)
         offset = cache.offset if cache is not None else 0
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:
@@ -70,6 +68,27 @@ class Attention(nn.Module):
         y = scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=self.head_dim**-0.5, mask=mask
         )
+        y = after(h, y, gate)
+        if h.shape[1] == 1 and not traced and on_gpu(h):
+            self._step.trace(h, (self, norm), before, after)
+        return y
+
+    def _before(
+        self, norm: nn.RMSNorm, h: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """Return queries, keys and values `[B, heads, T, D]` before RoPE, and the output gate."""
+        batch, tokens, _ = h.shape
+        queries, keys, values = linear(h, self.q_proj, self.k_proj, self.v_proj, norm=norm)
+        queries, gate = mx.split(queries.reshape(batch, tokens, self.heads, -1), 2, axis=-1)
+        keys = keys.reshape(batch, tokens, self.kv_heads, -1)
+        values = values.reshape(batch, tokens, self.kv_heads, -1)
+        queries = self.q_norm(queries).transpose(0, 2, 1, 3)
+        keys = self.k_norm(keys).transpose(0, 2, 1, 3)
+        return queries, keys, values.transpose(0, 2, 1, 3), gate
+
+    def _after(self, h: mx.array, y: mx.array, gate: mx.array) -> mx.array:
+        """Return h + the output projection of the gated attention `[B, heads, T, D]`."""
+        batch, tokens, _ = h.shape
         y = y.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
         y = y * mx.sigmoid(gate.reshape(batch, tokens, -1))
         return linear(y, self.o_proj, residual=h)[0]
@@ -81,7 +100,7 @@ class GatedDeltaNet(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         """Make the projections and the depthwise convolution over q, k and v."""
         super().__init__()
-        self._compiled = Compiled()
+        self._step = Traced()
         heads = self._heads = Heads(
             args.linear_num_key_heads,
             args.linear_num_value_heads,
@@ -113,19 +132,17 @@ class GatedDeltaNet(nn.Module):
         # Rows of a right-padded batch end at different places.
         padded = cache is not None and cache.lengths is not None
         ends = mx.clip(cache.lengths, 0, tokens) if padded else None
-        if tokens == 1 and mask is None and ends is None and past is not None and self._joins(h):
-            weights = join(self._inputs()), join([self.out_proj]), self.conv1d.weight, norm.weight
-            step = partial(self._run, norm)
-            y, past, state = self._compiled(weights, step, h, past, state)
+        is_step = tokens == 1 and mask is None and ends is None and past is not None
+        if is_step and self._step.ready(h):
+            y, past, state = self._step.functions[0](h, past, state)
         else:
             y, past, state = self._run(norm, h, past, state, mask, ends)
+            if is_step and on_gpu(h):
+                self._step.trace(h, (self, norm), partial(self._run, norm))
         if cache is not None:
             cache[0], cache[1] = past, state
             cache.advance(tokens)
         return y
-
-    def _joins(self, h: mx.array) -> bool:
-        return on_gpu(h) and bool(join(self._inputs()) and join([self.out_proj]))
 
     def _inputs(self) -> tuple[nn.Module, ...]:
         return self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a

@@ -1,7 +1,8 @@
 """The mixture-of-experts block: router, shared expert, and the experts that come from disk."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,12 +15,15 @@ from .custom_kernels.executor import cpu_steps, on_gpu
 from .custom_kernels.expert_mlp import expert_mlp
 from .custom_kernels.expert_trials import wanted
 from .custom_kernels.experts import expert_mlp_by_kernels
-from .custom_kernels.gpu import Compiled, scalar
+from .custom_kernels.gpu import scalar
 from .custom_kernels.linear import join, joined, linear, mlp
 from .custom_kernels.router import route
+from .custom_kernels.traced import Traced
 from .expert_store import ExpertStore
 from .layout import quantisation
 from .names import PROJECTIONS
+
+Step = Callable[..., Any]
 
 
 class MLP(nn.Module):
@@ -182,7 +186,7 @@ class SparseMoeBlock(nn.Module):
         """Make the block; without a store the experts are ordinary parameters."""
         super().__init__()
         hidden, inner = args.hidden_size, args.moe_intermediate_size
-        self._choose, self._experts = Compiled(), Compiled()
+        self._step = Traced()
         self.top_k = args.num_experts_per_tok
         self.norm_topk_prob = args.norm_topk_prob
         self.gate = nn.Linear(hidden, args.num_experts, bias=False)
@@ -196,7 +200,8 @@ class SparseMoeBlock(nn.Module):
 
     def __call__(self, h: mx.array, norm: nn.RMSNorm) -> mx.array:
         """Map the residual stream `[B, T, H]` to `[B, T, H]`: h + block(norm(h))."""
-        if on_gpu(h) and (y := self._by_kernels(h, norm)) is not None:
+        known = self._step.ready(h)
+        if (known or on_gpu(h)) and (y := self._by_kernels(h, norm, known)) is not None:
             return y
         if (steps := cpu_steps(h)) and (y := self._by_cpu(steps, h, norm)) is not None:
             return y
@@ -224,29 +229,35 @@ class SparseMoeBlock(nn.Module):
             h, self.gate, self.shared_expert_gate, shared, banks, norm, *choice, waves
         )
 
-    def _by_kernels(self, h: mx.array, norm: nn.RMSNorm) -> mx.array | None:
+    def _by_kernels(self, h: mx.array, norm: nn.RMSNorm, known: bool) -> mx.array | None:
         """Run the block in four launches, or return None if kernels cannot or should not."""
-        shared = self.shared_expert.banks()
-        banks = self.switch_mlp.banks()
+        functions = self._step.functions if known else self._functions(h, norm)
+        if functions is None:
+            return None
+        choose, run = functions
+        ids, scores, gate = choose(h)
+        slots = self.switch_mlp.slots(ids)
+        if slots is None:
+            return None
+        y: mx.array = run(h, slots, scores, gate)
+        self.switch_mlp.hold(y)
+        if not known:
+            self._step.trace(h, (self, norm), choose, run)
+        return y
+
+    def _functions(self, h: mx.array, norm: nn.RMSNorm) -> tuple[Step, Step] | None:
+        """Return the halves of the block before and after the experts' slots are known."""
+        shared, banks = self.shared_expert.banks(), self.switch_mlp.banks()
         if not (shared and banks and wanted(h, banks, shared, self.top_k)):
             return None
-        gain = norm.weight, scalar(norm.eps)
-        router = join([self.gate, self.shared_expert_gate])
-        weights = router, *gain, *(bank.codes for bank in (*banks, *shared))
 
         def choose(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
             logits = joined(h, self.gate, self.shared_expert_gate, norm=norm)
             return route(logits, self.top_k, renormalise=self.norm_topk_prob, shared=True)
 
         def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:
-            return expert_mlp_by_kernels(
-                h, slots, scores, banks, shared, gate, norm=gain, residual=h
-            )
+            mixture = h, slots, scores, banks, shared, gate
+            gain = norm.weight, scalar(norm.eps)
+            return expert_mlp_by_kernels(*mixture, norm=gain, residual=h)
 
-        ids, scores, gate = self._choose(weights, choose, h) if router else choose(h)
-        slots = self.switch_mlp.slots(ids)
-        if slots is None:
-            return None
-        y: mx.array = self._experts(weights, run, h, slots, scores, gate)
-        self.switch_mlp.hold(y)
-        return y
+        return choose, run
