@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +22,13 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.custom_kernels import gpu
-from flashmoe_mlx.custom_kernels.executor import cache_dir, kernel_choice
+from flashmoe_mlx.custom_kernels.executor import (
+    cache_dir,
+    cpu_kernels,
+    kernel_choice,
+    reject_cpu_kernels,
+)
+from flashmoe_mlx.custom_kernels.matvec import BITS, GROUP_SIZES, MatvecTrial
 from flashmoe_mlx.custom_kernels.timing import Clock, fitting_calls, side_by_side
 from flashmoe_mlx.custom_kernels.trial import Trial
 
@@ -112,6 +118,25 @@ def _choose(trial: Trial) -> bool:
         found = verdict(trial, timed=timed, fresh=True)
         _report(trial, found)
     return found.faster if timed else found.ok
+
+
+def check_cpu_kernels(formats: Iterable[tuple[int, int, str]]) -> None:
+    """Check the CPU's kernels against the reference; if one is wrong, none is used.
+
+    GPU kernels are checked one by one at first use; those for CPUs are one piece of code.
+
+    Args:
+        formats: (bits, group size, dtype of the scales) of a model's matrices.
+    """
+    if cpu_kernels(mx.zeros(1)) is None:
+        return
+    for bits, group_size, dtype in sorted(formats):
+        if bits in BITS and group_size in GROUP_SIZES:
+            trial = MatvecTrial(67, 2 * group_size, bits, group_size, "float32", dtype, 3)
+            found = verdict(trial, timed=False)
+            if not found.ok:
+                _report(trial, found)
+                reject_cpu_kernels(found.message)
 
 
 def _report(trial: Trial, found: Verdict) -> None:

@@ -117,6 +117,18 @@ def moe_step(
     return None if block is None else mx.array(block(rows(h), waves)).reshape(h.shape)
 
 
+def matrices(weight: Sequence[mx.array], bits: int) -> Group:
+    """Take codes `[rows, columns * bits / 32]`, scales and biases `[rows, groups]`."""
+    codes, scales, biases = weight
+    group_size = codes.shape[-1] * 32 // bits // scales.shape[-1]
+    return Group(Matrix(codes, scales, biases, bits, group_size))
+
+
+def multiply(x: mx.array, group: Group) -> mx.array:
+    """Multiply `[tokens, columns]` float32 by what `matrices` made: `[tokens, rows]`."""
+    return mx.array(project(rows(x), group)[0])
+
+
 def _matrix(layer: nn.Module) -> Matrix:
     return Matrix(layer.weight, layer.scales, layer.biases, layer.bits, layer.group_size)
 

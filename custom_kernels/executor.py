@@ -39,9 +39,18 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmoe-mlx"
 
 
+_rejected: set[str] = set()
+
+
+def reject_cpu_kernels(reason: str) -> None:
+    """Use MLX's own ops on the CPU from now on in this process."""
+    _rejected.add(reason)
+    _cpu_module.cache_clear()
+
+
 @functools.cache
 def _cpu_module() -> ModuleType | None:
-    if kernel_choice() == "stock":
+    if kernel_choice() == "stock" or _rejected:
         return None
     try:
         from flashmoe_mlx.custom_kernels import cpu

@@ -1,12 +1,15 @@
 """Quantised matrix times a few vectors, on a GPU."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import reference
+from flashmoe_mlx.custom_kernels.executor import cpu_steps
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
+from flashmoe_mlx.custom_kernels.gpu import available as gpu_available
 from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
 
 BITS = (2, 4, 8)
@@ -134,9 +137,18 @@ class MatvecTrial:
         return arrays
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
-        """Compute by our kernel."""
+        """Compute by our kernel: the GPU's, or numba's on a machine without one."""
         x, codes, scales, biases = inputs
+        if not gpu_available() and (steps := cpu_steps(x)):
+            if id(codes) not in self._cpu_weights:
+                self._cpu_weights[id(codes)] = steps.matrices(inputs[1:], self.bits)
+            return [steps.multiply(x, self._cpu_weights[id(codes)])]
         return [dequant_matvec(x, codes, scales, biases, self.bits)]
+
+    @cached_property
+    def _cpu_weights(self) -> dict[int, Any]:
+        """What the CPU kernels know of each set of inputs, as they know it of a model's layers."""
+        return {}
 
     def naive(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by the naive kernel."""

@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .config import ModelArgs, StreamConfig, check_top_k, plan_cache
+from .custom_kernels.choice import check_cpu_kernels
 from .custom_kernels.executor import prepare
 from .errors import FlashMoEError
 from .expert_store import DTYPES, ExpertStore
@@ -79,7 +80,9 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     plan = plan_cache(
         stream.expert_cache, layout, args.num_experts_per_tok, trunk_bytes, available_bytes()
     )
-    prepare(kernel_formats(trunk, args, layout))
+    formats = kernel_formats(trunk, args, layout)
+    prepare(formats)
+    check_cpu_kernels(formats)
     store = ExpertStore(layout, plan, stream.io_threads)
     if stream.stats:
         print(f"[flashmoe] {plan}", file=sys.stderr)

@@ -3,15 +3,16 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
 
 from flashmoe_mlx import FlashMoEError
-from flashmoe_mlx.custom_kernels import choice, gpu
+from flashmoe_mlx.custom_kernels import choice, cpu_block, executor, gpu
 from flashmoe_mlx.custom_kernels.choice import Verdict, prefers_custom, verdict
 from flashmoe_mlx.custom_kernels.matvec import MatvecTrial
 from flashmoe_mlx.custom_kernels.trials import label, trials
@@ -284,8 +285,9 @@ def test_a_model_has_each_trial_once():
 def test_without_a_gpu_its_kernels_are_not_used_and_nothing_is_reported(capsys):
     if gpu.available():
         pytest.skip("there is a GPU")
-    assert not prefers_custom(SMALL)
-    assert verdict(SMALL).message == choice.NEEDS_GPU
+    trial = replace(SMALL, dtype="bfloat16")  # the CPU's kernels take float32
+    assert not prefers_custom(trial)
+    assert verdict(trial).message == choice.NEEDS_GPU
     assert capsys.readouterr().err == ""
 
 
@@ -310,3 +312,27 @@ def test_a_planted_error_is_caught(kind, dtype, bench, capsys, monkeypatch):
     assert "kernel dequant_matvec" in capsys.readouterr().err
     found = verdict(trial)
     assert found.error > 5 * found.limit
+
+
+@pytest.fixture
+def cpu_kernels_again():
+    yield
+    executor._rejected.clear()
+    executor._cpu_module.cache_clear()
+
+
+def test_wrong_cpu_kernels_are_found_at_load_and_not_used(
+    cache, monkeypatch, capsys, cpu_kernels_again
+):
+    formats = {(4, 64, "bfloat16"), (8, 32, "float32"), (3, 64, "bfloat16")}
+    choice.check_cpu_kernels(formats)
+    assert executor.cpu_kernels(mx.zeros(1)) is not None
+    right = cpu_block.project
+    monkeypatch.setattr(cpu_block, "project", lambda *a: [np.roll(y, 1, 1) for y in right(*a)])
+    choice.forget()
+    monkeypatch.setattr(choice, "_recall", lambda *_: None)  # the texts are unchanged
+    choice.check_cpu_kernels(formats)
+    assert executor.cpu_kernels(mx.zeros(1)) is None
+    error = capsys.readouterr().err
+    assert error.count("kernel dequant_matvec") == 1
+    assert "please report it" in error
