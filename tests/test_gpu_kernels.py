@@ -1,0 +1,498 @@
+"""The matrix, expert and router kernels' text on the Metal bench, and that mistakes are noticed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from metal_cpu import MODES, BenchError, metal_on_cpu, require_bench
+
+from flashmoe_mlx.custom_kernels import choice, expert_mlp, experts, gpu, matvec, reference
+from flashmoe_mlx.custom_kernels.bank import Bank
+from flashmoe_mlx.custom_kernels.expert_mlp import GroupedTrial
+from flashmoe_mlx.custom_kernels.expert_trials import (
+    ExpertDownTrial,
+    ExpertGateUpTrial,
+    ExpertsTrial,
+)
+from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, dequant_matvec, naive_matvec
+from flashmoe_mlx.custom_kernels.router import RouterTrial, route
+from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
+
+require_bench()
+
+ULPS = 16 * 2**-23  # of the largest output: sums of float32 in another order
+EPS = 0.5  # of norms; large, so that it shows
+FAST = ("fast", "checked")
+dtype_cases = pytest.mark.parametrize("dtype", DTYPES)
+bits_cases = pytest.mark.parametrize("bits", matvec.BITS)
+group_cases = pytest.mark.parametrize("group_size", matvec.GROUP_SIZES)
+both = pytest.mark.parametrize("geometry", ["apple", "nvidia"], indirect=True)
+nvidia = pytest.mark.parametrize("geometry", ["nvidia"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_kernels():
+    """Make kernels inside each block of the bench, and keep none for others."""
+    gpu._build.cache_clear()
+    yield
+    gpu._build.cache_clear()
+
+
+def launch_as(name: str, monkeypatch) -> None:
+    for module in (matvec, experts):
+        monkeypatch.setattr(module, "is_cuda", lambda: name == "nvidia")
+
+
+@pytest.fixture
+def geometry(request, monkeypatch):
+    """Launch as on this maker's GPUs."""
+    launch_as(request.param, monkeypatch)
+    return request.param
+
+
+@dataclass
+class Case:
+    """A call of a kernel, what is right, and what stock MLX makes of it."""
+
+    custom: Callable[[], list[mx.array]]
+    truths: list[mx.array]
+    stocks: list[mx.array] | None = None
+
+
+def case_of(trial) -> Case:
+    inputs = trial.inputs()
+    return Case(lambda: trial.custom(*inputs), trial.reference(*inputs), trial.stock(*inputs))
+
+
+def verify(outputs, truths, stocks=None) -> None:
+    """Allow one rounding to the output's dtype beside the sums, and no more than twice stock's."""
+    for index, (output, truth) in enumerate(zip(outputs, truths, strict=True)):
+        assert output.shape == truth.shape
+        found, right = (np.array(x.astype(mx.float32), np.float64) for x in (output, truth))
+        size = np.abs(right)
+        rounding = mx.finfo(output.dtype).eps / 2
+        # Not `error > limit`: of what is no number, nothing is true.
+        assert (np.abs(found - right) <= rounding * size + ULPS * size.max()).all()
+        if stocks is not None:
+            assert choice._error(output, truth) <= choice._limit(stocks[index], truth)
+
+
+def check(case: Case, modes=tuple(MODES)) -> None:
+    """Run a kernel in the bench's modes; raise AssertionError if a result is off."""
+    for mode in modes:
+        with metal_on_cpu(mode) as session:
+            outputs = case.custom()
+        assert session.launches, mode
+        verify(outputs, case.truths, case.stocks)
+
+
+def caught(case: Case, monkeypatch, file, old, new) -> bool:
+    """Say whether an edit of a kernel's text makes the bench or the comparison complain."""
+    text = gpu.read_text(file)
+    assert text.count(old) == 1, text.count(old)
+    read = gpu.read_text
+    edited = text.replace(old, new)
+    monkeypatch.setattr(gpu, "read_text", lambda name: edited if name == file else read(name))
+    try:
+        check(case, FAST)
+    except (AssertionError, BenchError):
+        return True
+    return False
+
+
+def random(*shape, dtype="float32") -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(DTYPES[dtype])
+
+
+def bank(*shape, bits=4, group_size=32, dtype="bfloat16", seed=0) -> Bank:
+    key = mx.random.key(sum(shape) + seed)
+    arrays = random_quantised(key, shape, bits, group_size, DTYPES[dtype])
+    return Bank(*arrays, bits, group_size)
+
+
+def dense(b: Bank) -> mx.array:
+    return reference.dequantize(b.codes, b.scales, b.biases, b.bits)
+
+
+def normalised(x: mx.array, gain: mx.array) -> mx.array:
+    x = x.astype(mx.float32)
+    return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + EPS) * gain.astype(mx.float32)
+
+
+def scales_of(dtype: str, group_size: int) -> str:
+    """Float32 activations go with any scales, others with their own."""
+    return (
+        dict(zip(matvec.GROUP_SIZES, DTYPES, strict=True))[group_size]
+        if dtype == "float32"
+        else dtype
+    )
+
+
+def modes_for(dtype: str, bits: int, group_size: int) -> tuple[str, ...]:
+    """Return "fast", and "checked" in a third of the formats: any two of the three meet there."""
+    places = list(DTYPES).index(dtype), (2, 4, 8).index(bits), (32, 64, 128).index(group_size)
+    return FAST if sum(places) % 3 == 0 else FAST[:1]
+
+
+# ---- every format --------------------------------------------------------------------------------
+
+
+@both
+@dtype_cases
+@bits_cases
+@group_cases
+def test_matvecs(geometry, dtype, bits, group_size):
+    modes = modes_for(dtype, bits, group_size)
+    trial = MatvecTrial(37, 384, bits, group_size, dtype, scales_of(dtype, group_size), tokens=3)
+    case = case_of(trial)
+    check(case, modes)
+    inputs = trial.inputs()
+    check(Case(lambda: trial.naive(*inputs), case.truths, case.stocks), modes)
+
+
+@both
+@dtype_cases
+@bits_cases
+@group_cases
+def test_experts(geometry, dtype, bits, group_size):
+    modes = modes_for(dtype, bits, group_size)
+    others = 3, 2, bits, group_size, dtype, scales_of(dtype, group_size)
+    check(case_of(ExpertGateUpTrial(384, 19, *others, shared_bits=bits, tokens=3)), modes)
+    check(case_of(ExpertDownTrial(19, 384, *others, shared_bits=bits, tokens=3)), modes)
+
+
+@both
+def test_whole_mixture(geometry):
+    trial = ExpertsTrial(96, 64, 5, 3, 2, 32, "float16", "float16", down_bits=4, shared_bits=8)
+    check(case_of(trial), FAST)
+
+
+@dtype_cases
+@pytest.mark.parametrize("experts, top_k", [(16, 4), (33, 10), (100, 4), (33, 32), (512, 10)])
+def test_router(dtype, experts, top_k):
+    check(case_of(RouterTrial(experts, top_k, dtype, tokens=3)), FAST)
+
+
+# ---- every branch --------------------------------------------------------------------------------
+
+
+def matvec_case(columns=384, norm=True, residual=True, bits=4, dtype="bfloat16", y=None) -> Case:
+    weight = bank(37, columns, bits=bits, group_size=64, dtype=dtype)
+    x, gain, past = (random(*s, dtype=dtype) for s in ((3, columns), (columns,), (3, 37)))
+    truth = (normalised(x, gain) if norm else x.astype(mx.float32)) @ dense(weight).T
+    options = {
+        "norm": (gain, mx.array([EPS])) if norm else None,
+        "residual": past if residual else None,
+        "dtype": y,
+    }
+    arrays = x, weight.codes, weight.scales, weight.biases, bits
+    return Case(
+        lambda: [dequant_matvec(*arrays, **options)],
+        [truth + past.astype(mx.float32) if residual else truth],
+    )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@both
+def test_matvec_with_norm_and_residual(geometry, norm, residual):
+    columns, split = (384, 1) if geometry == "apple" else (2176, 4)
+    assert matvec.geometry(columns, 4, cuda=geometry == "nvidia")["SPLIT"] == split
+    check(matvec_case(columns, norm, residual))
+
+
+@pytest.mark.parametrize("columns, bits, split", [
+    (384, 4, 1), (1024, 4, 2), (1536, 4, 3), (4096, 2, 4),
+])  # fmt: skip
+@nvidia
+def test_other_splits_of_columns(geometry, columns, bits, split):
+    assert matvec.geometry(columns, bits, cuda=True)["SPLIT"] == split
+    check(matvec_case(columns, bits=bits), FAST)
+
+
+@both
+def test_naive_matvec_with_columns_split(geometry):
+    trial = MatvecTrial(11, 2176, 4, 64, "bfloat16", "bfloat16")
+    x, *weight = inputs = trial.inputs()
+    check(Case(lambda: [naive_matvec(x, *weight, 4)], trial.reference(*inputs)))
+
+
+@both
+def test_one_row_and_more_axes_and_float32_from_bfloat16(geometry):
+    weight, x = bank(1, 128, group_size=128), random(2, 1, 3, 128, dtype="bfloat16")
+    truth = x.astype(mx.float32) @ dense(weight).T
+    arrays = x, weight.codes, weight.scales, weight.biases, 4
+    case = Case(lambda: [dequant_matvec(*arrays, dtype=mx.float32)], [truth])
+    check(case, FAST)
+    with metal_on_cpu("fast"):
+        assert case.custom()[0].dtype == mx.float32
+
+
+def swiglu(x: mx.array, gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(x @ gate.swapaxes(-1, -2)) * (x @ up.swapaxes(-1, -2))
+
+
+def chosen(tokens: int, slots: int, top_k: int) -> mx.array:
+    rng = np.random.default_rng(tokens)
+    return mx.array(np.stack([rng.permutation(slots)[:top_k] for _ in range(tokens)]).astype("u4"))
+
+
+def gate_up_case(norm=True, shared=True, top_k=3, bits=8) -> Case:
+    """A shared expert of another width, group size and height."""
+    hidden, inner, tokens, slots = 384, 13, 2, top_k + 2
+    gate, up = (bank(slots, inner, hidden, bits=bits, seed=s) for s in (1, 2))
+    others = tuple(bank(27, hidden, bits=4, group_size=64, seed=s) for s in (3, 4))
+    x, gain = random(tokens, hidden, dtype="bfloat16"), random(hidden, dtype="bfloat16")
+    where = chosen(tokens, slots, top_k)
+    rows = normalised(x, gain) if norm else x.astype(mx.float32)
+    truth = swiglu(rows[:, None, None, :], dense(gate)[where], dense(up)[where]).flatten(1)
+    if shared:
+        truth = mx.concatenate([truth, swiglu(rows, *map(dense, others))], axis=1)
+    options = others if shared else None, (gain, mx.array([EPS])) if norm else None
+    return Case(lambda: [experts.expert_gate_up(x, where, gate, up, *options)], [truth])
+
+
+def down_case(residual=True, shared=True, top_k=3, bits=8) -> Case:
+    height, inner, extra, tokens, slots = 21, 384, 192 if shared else 0, 2, top_k + 2
+    down = bank(slots, height, inner, bits=bits)
+    other = bank(height, 192, bits=4, group_size=64)
+    where, hidden = chosen(tokens, slots, top_k), random(tokens, top_k * inner + extra)
+    weights = mx.softmax(random(tokens, top_k))
+    strength = mx.sigmoid(random(tokens, 1))
+    past = random(tokens, height, dtype="bfloat16")
+    routed = hidden[:, : top_k * inner].reshape(tokens, top_k, inner)
+    truth = ((dense(down)[where] @ routed[..., None])[..., 0] * weights[..., None]).sum(1)
+    if shared:
+        truth = truth + strength * (hidden[:, top_k * inner :] @ dense(other).T)
+    if residual:
+        truth = truth + past.astype(mx.float32)
+    options = (other, strength) if shared else None, past if residual else None, mx.bfloat16
+    return Case(
+        lambda: [experts.expert_down_combine(hidden, where, weights, down, *options)], [truth]
+    )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@both
+def test_gate_up_with_norm_and_shared_expert(geometry, norm, shared):
+    check(gate_up_case(norm, shared))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@both
+def test_down_with_residual_and_shared_expert(geometry, residual, shared):
+    check(down_case(residual, shared))
+
+
+@both
+def test_more_experts_than_simdgroups(geometry):
+    check(gate_up_case(top_k=20), FAST)
+    check(down_case(top_k=20), FAST)
+    check(down_case(top_k=1, shared=False), FAST)
+
+
+def router_case(renormalise=True, shared=True, experts=70, top_k=32) -> Case:
+    """The ids in their order, too; most logits tie, and the lower id comes first."""
+    logits = mx.round(2 * random(3, experts + shared)) / 2
+    logits[0, experts - 1] = 5
+    scores = np.array(mx.softmax(logits[:, :experts], axis=-1))
+    ids = np.argsort(-np.array(logits[:, :experts]), axis=-1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(scores, ids, -1)
+    weights /= weights.sum(-1, keepdims=True) if renormalise else 1
+    gate = mx.sigmoid(logits[:, experts:]) if shared else mx.full((3, 1), 0.5)
+
+    def custom():
+        ids, *others = route(logits, top_k, renormalise=renormalise, shared=shared)
+        return [ids.astype(mx.float32), *others]
+
+    return Case(custom, [mx.array(ids.astype(np.float32)), mx.array(weights), gate])
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_router_with_ties(renormalise, shared):
+    check(router_case(renormalise, shared))
+
+
+@pytest.mark.parametrize("logit", [-1e30, -200, 0, 200, 1e30])
+def test_router_of_large_equal_logits(logit):
+    with metal_on_cpu("fast"):
+        ids, weights, _ = route(mx.full((1, 40), logit), 4, renormalise=True, shared=False)
+    assert ids.tolist() == [[0, 1, 2, 3]]
+    assert weights.tolist() == [[0.25] * 4]
+
+
+def test_router_of_no_numbers_stays_inside():
+    """Ids index the experts' banks, so not even broken weights may make them too large."""
+    with metal_on_cpu("fast"):
+        ids, weights, _ = route(mx.full((2, 40), mx.nan), 4, renormalise=True, shared=False)
+    assert ids.max().item() < 40
+    assert mx.isnan(weights).all()
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+SCALED = """totals[r] = metal::fma(static_cast<float>(scales[group]), dot,
+metal::fma(static_cast<float>(biases[group]), sum, totals[r]));"""
+SWAPPED = SCALED.replace("scales", "s").replace("biases", "scales").replace("(s[", "(biases[")
+SQUARE = "square = metal::fma(xs[i + j], xs[i + j], square);\n"
+GAIN = "xs[i + j] *= gains[j];\n"
+
+
+@pytest.mark.parametrize("old, new", [
+    (SCALED, SWAPPED),
+    ("metal::min(first + r, rows - 1)", "metal::min(first + r + 1, rows - 1)"),
+    ("metal::min(first + r, rows - 1)", "metal::min(first + r, rows)"),
+    ("column / GROUP;", "(column + GROUP / 2) / GROUP % (COLUMNS / GROUP);"),
+    ("xs[i] /= static_cast<float>(1u << (BITS * (i % PER_WORD)));", ""),
+    ("sum += xs[i];\n", ""),
+    (SQUARE + GAIN, GAIN + SQUARE),
+    (GAIN, ""),
+    ("dot_word<BITS>(words.y, xs + PER_WORD, dot);\n}", "dot_word<BITS>(words.x, xs, dot);\n}"),
+    ("word & (MASK << (BITS * j))", "(word >> BITS) & (MASK << (BITS * j))"),
+])  # fmt: skip
+@both
+def test_a_mistake_in_the_dot_products_is_caught(monkeypatch, geometry, old, new):
+    assert caught(matvec_case(), monkeypatch, "affine.metal", old, new)
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("nvidia", BARRIER + "\n} else", "} else"),
+    ("apple", "simdgroup_barrier(mem_flags::mem_threadgroup);", ""),
+    ("nvidia", "simdgroup % SPLIT * 32 + lane", "lane"),
+    ("nvidia", "simdgroup % SPLIT * 32 + lane", "simdgroup * 32 + lane + 32"),
+    ("nvidia", "column += 32 * SPLIT * CHUNK", "column += 32 * CHUNK"),
+    ("apple", "column += 32 * SPLIT * CHUNK", "column += 64 * SPLIT * CHUNK"),
+    ("nvidia", "s < simdgroup + SPLIT", "s < simdgroup + SPLIT - 1"),
+    ("nvidia", "simdgroup % SPLIT == 0 && ", ""),
+    ("apple", "* UNITS + simdgroup / SPLIT", "* UNITS"),
+    ("apple", "row < ROWS) {", "row <= ROWS) {"),
+    ("apple", "row < ROWS) {", "row + 1 < ROWS) {"),
+    ("apple", "lane < TILE && ", ""),
+    ("apple", "x + n * COLUMNS", "x"),
+    ("apple", "n * ROWS + row", "row"),
+    ("apple", "residual[place]", "residual[row]"),
+    ("apple", "+ static_cast<float>(eps[0])", ""),
+    ("nvidia", "squares += parts", "squares = parts"),
+    ("apple", "squares / float(COLUMNS)", "squares"),
+    ("apple", "s * (TILE + 1) + lane", "s * TILE + lane"),
+])  # fmt: skip
+def test_a_mistake_in_dequant_matvec_is_caught(monkeypatch, name, old, new):
+    launch_as(name, monkeypatch)
+    assert caught(matvec_case(2176), monkeypatch, "dequant_matvec.metal", old, new)
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("nvidia", BARRIER, ""),
+    ("apple", "static_cast<float>(code) * scale + bias", "static_cast<float>(code) * bias + scale"),
+    ("apple", "metal::min(unit * TILE + r, uint(ROWS - 1))", "unit * TILE + r"),
+    ("apple", "x[n * COLUMNS + column + i]", "x[column + i]"),
+    ("apple", "words[i / (32 / BITS)]", "words[0]"),
+    ("nvidia", "column += 32 * SPLIT * CHUNK", "column += 32 * CHUNK"),
+])  # fmt: skip
+def test_a_mistake_in_naive_matvec_is_caught(monkeypatch, name, old, new):
+    launch_as(name, monkeypatch)
+    trial = MatvecTrial(11, 2176, 4, 64, "bfloat16", "bfloat16", tokens=2)
+    inputs = trial.inputs()
+    case = Case(lambda: trial.naive(*inputs), trial.reference(*inputs))
+    assert caught(case, monkeypatch, "naive_matvec.metal", old, new)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("slots[n * K + k]", "slots[k]"),
+    ("slots[n * K + k]", "k"),
+    ("slots[n * K + k]", "(slots[n * K + k] + 1)"),
+    ("unit >= K * PER_EXPERT", "unit > K * PER_EXPERT"),
+    ("(unit - k * PER_EXPERT) * TILE", "unit * TILE"),
+    ("rows = is_shared ? SHARED : I", "rows = I"),
+    ("x + n * H", "x"),
+    ("column += 32 * CHUNK", "column += 64 * CHUNK"),
+    ("lane * CHUNK", "lane * CHUNK + CHUNK"),
+    ("shared_up_codes,", "shared_gate_codes,"),
+    ("up_codes + top", "gate_codes + top"),
+    ("gate_biases + top", "gate_scales + top"),
+    ("simd_sum(ups[r]) * factor", "simd_sum(ups[r])"),
+    ("+ static_cast<float>(eps[0])", ""),
+    ("metal::exp(-gate)", "metal::exp(gate)"),
+    ("first + r < rows", "first + r <= rows"),
+    ("lane == 0 &&", ""),
+    ("n * (K * I + SHARED)", "n * K * I"),
+])  # fmt: skip
+@pytest.mark.parametrize("geometry", ["apple"], indirect=True)
+def test_a_mistake_in_gate_up_is_caught(monkeypatch, geometry, old, new):
+    assert caught(gate_up_case(), monkeypatch, "expert_gate_up.metal", old, new)
+
+
+@pytest.mark.parametrize("old, new", [
+    (BARRIER, ""),
+    (BARRIER, "simdgroup_barrier(mem_flags::mem_threadgroup);"),
+    ("metal::fma(weight, dots[r], totals[r])", "totals[r] + dots[r]"),
+    ("metal::fma(weight, dots[r], totals[r])", "weight * dots[r]"),
+    ("weights[n * K + k]", "weights[k]"),
+    ("weights[n * K + k]", "weights[n * K]"),
+    ("slots[n * K + k]", "slots[k]"),
+    ("slots[n * K + k]", "k"),
+    ("shared_weight[n]", "shared_weight[0]"),
+    ("k < TERMS", "k < K"),
+    ("k += SIMDGROUPS", "k += TERMS"),
+    ("+ k * I", "+ k * SHARED"),
+    ("s < SIMDGROUPS", "s < SIMDGROUPS - 1"),
+    ("column += 32 * CHUNK", "column += 64 * CHUNK"),
+    ("biases + top", "scales + top"),
+    ("RESIDUAL ?", "!RESIDUAL ?"),
+    ("residual[place]", "residual[row]"),
+    ("first = threadgroup_position_in_grid.x * TILE", "first = threadgroup_position_in_grid.x * 4"),
+    ("&& row < H", ""),
+    ("* (K * I + SHARED)", "* (K * I)"),
+])  # fmt: skip
+@nvidia
+def test_a_mistake_in_down_combine_is_caught(monkeypatch, geometry, old, new):
+    assert caught(down_case(top_k=16), monkeypatch, "expert_down_combine.metal", old, new)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("id == lane + 32 * i ? TAKEN", "false ? TAKEN"),
+    ("id == lane + 32 * i ? TAKEN", "id == lane ? TAKEN"),
+    ("id < EXPERTS ?", "true ?"),
+    ("id < EXPERTS ?", "id + 1 < EXPERTS ?"),
+    ("int i = PER_LANE - 1; i >= 0; i--", "int i = 0; i < PER_LANE; i++"),
+    ("simd_min(id)", "simd_max(id)"),
+    ("best = simd_max(best);", ""),
+    ("my_share / total", "my_share"),
+    ("RENORMALISE ? 0.0f : simd_sum(total)", "simd_sum(total)"),
+    ("n * (EXPERTS + (SHARED ? 1 : 0))", "n * EXPERTS"),
+    ("here[EXPERTS]", "here[EXPERTS - 1]"),
+    ("metal::exp(-gate)", "metal::exp(gate)"),
+    ("lane < K", "lane + 1 < K"),
+    ("int i = 1; i < PER_LANE", "int i = 1; i < PER_LANE - 1"),
+])  # fmt: skip
+def test_a_mistake_in_router_is_caught(monkeypatch, old, new):
+    assert caught(router_case(), monkeypatch, "router.metal", old, new)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("RENORMALISE ? 0.0f : simd_sum(total)", "RENORMALISE ? 0.0f : total"),
+    ("RENORMALISE ? share : 0.0f", "share"),
+])  # fmt: skip
+def test_a_mistake_in_router_without_renormalising_is_caught(monkeypatch, old, new):
+    assert caught(router_case(renormalise=False), monkeypatch, "router.metal", old, new)
+
+
+# ---- grouped experts, MLX's own ops --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_wave", [0.5, 2, 3, 100])
+@pytest.mark.parametrize("bits, group_size", [(2, 64), (3, 32), (4, 128), (8, 64)])
+def test_grouped_experts_in_waves(monkeypatch, per_wave, bits, group_size):
+    """Also fewer rows than slots, so that some slots have none."""
+    monkeypatch.setattr(expert_mlp, "DEQUANTISED_BYTES", int(per_wave * 37 * 384 * 4))
+    for slots, tokens in ((5, 23), (40, 9), (1, 1)):
+        trial = GroupedTrial(384, 37, bits, group_size, "float32", "float32", slots, tokens)
+        inputs = trial.inputs()
+        verify(trial.custom(*inputs), trial.reference(*inputs), trial.stock(*inputs))
