@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import machine
+from .custom_kernels import gpu
 from .custom_kernels.choice import NEEDS_GPU, Verdict, measure
 from .custom_kernels.matvec import BITS
 from .custom_kernels.router import MAX_TOP_K
@@ -145,6 +146,8 @@ def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> Row:
     if found.ok or found.message == NEEDS_GPU:
         names = ["custom", "naive", "stock"] if found.ok else ["stock"]
         names = [name for name in names if hasattr(trial, name)]
+        if not gpu.available():  # the naive form is a GPU kernel
+            names = [name for name in names if name != "naive"]
         ops = [getattr(trial, name) for name in names]
         times = dict(zip(names, _time(trial, ops, calls, runs), strict=True))
     return _row(trial, found, times, trial.nbytes / bandwidth * 1e3)
