@@ -6,6 +6,7 @@ for as long as it has the same weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import mlx.core as mx
@@ -113,7 +114,8 @@ def moe_step(
 
     if not all(supports(b.bits, b.group_size, b.scales) for b in banks):
         return None
-    block = _remember(router, layers, make, norm.weight, *(b.codes for b in banks))
+    arrays = [array for b in banks for array in (b.codes, b.scales, b.biases)]
+    block = _remember(router, layers, make, norm.weight, *arrays)
     return None if block is None else mx.array(block(rows(h), waves)).reshape(h.shape)
 
 
@@ -150,10 +152,10 @@ def _remember(
     owner: nn.Module, layers: Sequence[nn.Module], make: Callable[[], Any], *others: mx.array
 ) -> Any:
     """Return what `make` made of these layers' and other weights; None if not all are quantised."""
-    weights = *(layer.weight for layer in layers), *others
+    names = "weight", "scales", "biases"
+    weights = *(layer.get(name) for layer in layers for name in names), *others
     known: Any = getattr(owner, "_step", None)
-    same = known and len(known[0]) == len(weights)
-    if same and all(a is b for a, b in zip(known[0], weights, strict=True)):
+    if known and len(known[0]) == len(weights) and all(map(is_, known[0], weights)):
         return known[1]
     if not all(_is_quantised(layer) for layer in layers):
         return None

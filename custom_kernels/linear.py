@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from operator import is_
 from types import ModuleType
 from typing import Any
 
@@ -58,12 +59,12 @@ class Joined:
 
     Attributes:
         bank: `[sum of out, ...]`.
-        parts: the layers' own weights, which are views of it.
+        parts: the layers' own arrays, which are views of it.
         ends: rows at which all layers but the last end.
     """
 
     bank: Bank
-    parts: tuple[mx.array, ...]
+    parts: tuple[mx.array | None, ...]
     ends: list[int]
 
 
@@ -74,7 +75,7 @@ def join(layers: Sequence[nn.Module]) -> Joined | None:
     """
     first = layers[0]
     known = getattr(first, "_joined", None)
-    if known and all(p is layer.weight for p, layer in zip(known.parts, layers, strict=True)):
+    if known and same(known.parts, arrays_of(layers)):
         return known
     if not all(is_affine(layer) for layer in layers):
         return None
@@ -93,8 +94,18 @@ def join(layers: Sequence[nn.Module]) -> Joined | None:
             layer[name] = view
         arrays.append(whole)
     bank = Bank(*arrays, first.bits, first.group_size)
-    first._joined = Joined(bank, tuple(layer.weight for layer in layers), ends[1:-1])
+    first._joined = Joined(bank, arrays_of(layers), ends[1:-1])
     return first._joined
+
+
+def arrays_of(layers: Sequence[nn.Module]) -> tuple[mx.array | None, ...]:
+    """Return the codes, scales and biases of layers; None where one has none."""
+    return tuple(layer.get(name) for layer in layers for name in ("weight", "scales", "biases"))
+
+
+def same(known: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Say whether both hold the same objects."""
+    return len(known) == len(now) and all(map(is_, known, now))
 
 
 def is_affine(layer: nn.Module) -> bool:
@@ -166,9 +177,9 @@ def _packed(kernels: ModuleType, layer: nn.Module) -> Any:
     if not kernels.supports(layer.bits, layer.group_size, layer.scales):
         return None
     cached = getattr(layer, "_packed", None)
-    if cached is None or cached[0] is not layer.weight:
-        weights = layer.weight, layer.scales, layer.biases
+    weights = arrays_of([layer])
+    if cached is None or not same(cached[0], weights):
         mx.eval(weights)
-        cached = layer.weight, kernels.packed(*weights, layer.bits, layer.group_size)
+        cached = weights, kernels.packed(*weights, layer.bits, layer.group_size)
         layer._packed = cached
     return cached[1]

@@ -12,6 +12,8 @@ class Traced:
     """Functions of a layer for inputs of one shape and dtype, compiled around its weights.
 
     They are used as long as the layer's modules hold the same arrays as when they were traced.
+    Replace weights to change them, as `Module.update` and `set_dtype` do: `weight *= 2` and
+    `weight[0] = 7` keep the array and are not seen.
     """
 
     def __init__(self) -> None:

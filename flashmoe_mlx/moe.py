@@ -16,7 +16,7 @@ from .custom_kernels.expert_mlp import expert_mlp
 from .custom_kernels.expert_trials import wanted
 from .custom_kernels.experts import expert_mlp_by_kernels
 from .custom_kernels.gpu import scalar
-from .custom_kernels.linear import join, joined, linear, mlp
+from .custom_kernels.linear import arrays_of, join, joined, linear, mlp, same
 from .custom_kernels.router import route
 from .custom_kernels.traced import Traced
 from .expert_store import ExpertStore
@@ -54,12 +54,12 @@ class ResidentExperts(SwitchGLU):
         layers = [self[name] for name in PROJECTIONS]
         if not all(type(x) is QuantizedSwitchLinear and x.mode == "affine" for x in layers):
             return None
+        arrays = arrays_of(layers)
         known = getattr(self, "_known", None)
-        if known is None or known[0].codes is not layers[0].weight:
-            known = self._known = [
-                Bank(x.weight, x.scales, x.biases, x.bits, x.group_size) for x in layers
-            ]
-        return known
+        if known is None or not same(known[0], arrays):
+            banks = [Bank(x.weight, x.scales, x.biases, x.bits, x.group_size) for x in layers]
+            known = self._known = arrays, banks
+        return known[1]
 
     def slots(self, ids: mx.array) -> mx.array:
         """Return the slots of experts, which are their ids."""

@@ -32,7 +32,6 @@ STEP_KERNELS = {
     "dequant_matvec", "router", "expert_gate_up", "expert_down_combine", "gated_delta_step"
 }  # fmt: skip
 PREFILL_KERNELS = {"gated_delta_prepare", "gated_delta_scan", "gated_delta_norm"}
-stale = pytest.mark.xfail(strict=True, reason="what is kept for a weight outlives its scales")
 banks = pytest.mark.parametrize("bank", ["top-k", "all"])
 
 
@@ -232,7 +231,7 @@ def bfloat16_and_back(model):
 
 
 @pytest.mark.parametrize("change", [
-    norms, codes, bfloat16_and_back, pytest.param(scales, marks=stale),
+    norms, codes, bfloat16_and_back, scales,
 ])  # fmt: skip
 def test_steps_follow_changed_weights(open_model, by_stock, change):
     model, stock = open_model(), open_model()
@@ -242,7 +241,6 @@ def test_steps_follow_changed_weights(open_model, by_stock, change):
     assert differ(decode_on_bench(model), by_stock(decode, stock)) <= TOLERANCE
 
 
-@stale
 def test_steps_follow_a_changed_dtype(open_model):
     model = open_model()
     decode_on_bench(model)
@@ -400,7 +398,7 @@ def test_layers_that_are_not_joined_give_their_own_outputs():
 
 
 @pytest.mark.parametrize("names", [
-    ["weight"], ["weight", "scales", "biases"], pytest.param(["scales", "biases"], marks=stale),
+    ["weight"], ["weight", "scales", "biases"], ["scales", "biases"],
 ])  # fmt: skip
 def test_joined_weights_follow_a_change(names):
     x, layers = mx.random.normal((2, 128)), [quantised(5), quantised(70)]
@@ -415,7 +413,6 @@ def test_joined_weights_follow_a_change(names):
         assert differ(y, layer(x)) <= 1e-5 * mx.abs(y).max().item()
 
 
-@stale
 @pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
 @pytest.mark.parametrize("part", ["scales", "biases"])
 def test_resident_experts_follow_a_change(name, part):
