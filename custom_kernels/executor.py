@@ -52,9 +52,10 @@ def reject_cpu_kernels(reason: str) -> None:
 def _cpu_module() -> ModuleType | None:
     if kernel_choice() == "stock" or _rejected:
         return None
-    # Threads that spin while they wait are taken for busy, and put off for whole time slices when
-    # another program runs: decoding then slows down tenfold. Sleeping costs some microseconds.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads that spin for long while they wait are taken for busy, and put off for whole time
+    # slices when another program runs: decoding then slows down tenfold. See docs/kernels.md.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         from flashmoe_mlx.custom_kernels import cpu
     except ImportError:
