@@ -28,7 +28,7 @@ from flashmoe_mlx.custom_kernels.executor import (
     kernel_choice,
     reject_cpu_kernels,
 )
-from flashmoe_mlx.custom_kernels.matvec import BITS, GROUP_SIZES, MatvecTrial
+from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, supports
 from flashmoe_mlx.custom_kernels.timing import Clock, fitting_calls, side_by_side
 from flashmoe_mlx.custom_kernels.trial import Trial
 
@@ -131,7 +131,7 @@ def check_cpu_kernels(formats: Iterable[tuple[int, int, str]]) -> None:
     if cpu_kernels(mx.zeros(1)) is None:
         return
     for bits, group_size, dtype in sorted(formats):
-        if bits in BITS and group_size in GROUP_SIZES:
+        if supports(bits, group_size):
             trial = MatvecTrial(67, 2 * group_size, bits, group_size, "float32", dtype, 3)
             found = verdict(trial, timed=False)
             if not found.ok:

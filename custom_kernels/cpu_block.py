@@ -6,7 +6,6 @@ for as long as it has the same weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import is_
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +18,7 @@ from flashmoe_mlx.custom_kernels.cpu_moe import MoeBlock, Waves
 from flashmoe_mlx.custom_kernels.cpu_rows import NOTHING, Group, Matrix, project
 from flashmoe_mlx.custom_kernels.cpu_step import DeltaBlock
 from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.linear import arrays_of, is_affine, same
 
 
 def linear_step(
@@ -136,8 +136,7 @@ def _matrix(layer: nn.Module) -> Matrix:
 
 
 def _is_quantised(layer: nn.Module) -> bool:
-    plain = type(layer) is nn.QuantizedLinear and layer.mode == "affine" and "bias" not in layer
-    return plain and not layer.training and supports(layer.bits, layer.group_size, layer.scales)
+    return is_affine(layer) and supports(layer.bits, layer.group_size, layer.scales)
 
 
 def _float32(owner: nn.Module, weight: mx.array) -> Array:
@@ -152,10 +151,9 @@ def _remember(
     owner: nn.Module, layers: Sequence[nn.Module], make: Callable[[], Any], *others: mx.array
 ) -> Any:
     """Return what `make` made of these layers' and other weights; None if not all are quantised."""
-    names = "weight", "scales", "biases"
-    weights = *(layer.get(name) for layer in layers for name in names), *others
+    weights = *arrays_of(layers), *others
     known: Any = getattr(owner, "_step", None)
-    if known and len(known[0]) == len(weights) and all(map(is_, known[0], weights)):
+    if known and same(known[0], weights):
         return known[1]
     if not all(_is_quantised(layer) for layer in layers):
         return None

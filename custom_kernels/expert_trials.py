@@ -16,10 +16,9 @@ from flashmoe_mlx.custom_kernels.experts import (
     supports,
 )
 from flashmoe_mlx.custom_kernels.linear import swiglu
+from flashmoe_mlx.custom_kernels.matvec import MAX_TOKENS
 from flashmoe_mlx.custom_kernels.router import MAX_TOP_K, RouterTrial
 from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES, random_quantised
-
-MAX_TOKENS = 4  # the kernels read an expert's weights for each token that picks it
 
 
 def wanted(x: mx.array, banks: list[Bank], shared: list[Bank], top_k: int) -> bool:

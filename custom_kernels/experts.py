@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels import matvec
 from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
-from flashmoe_mlx.custom_kernels.matvec import BITS, CHUNK, GROUP_SIZES
+from flashmoe_mlx.custom_kernels.matvec import CHUNK
 
 SIMDGROUPS = 4
 WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # columns that a lane takes at a time on NVIDIA's GPUs
@@ -36,7 +37,7 @@ _down_combine = Kernel(
 def supports(gate: Bank, up: Bank, down: Bank) -> bool:
     """Say whether the kernels take such experts: gate and up must be quantised alike."""
     return (gate.bits, gate.group_size) == (up.bits, up.group_size) and all(
-        bank.bits in BITS and bank.group_size in GROUP_SIZES for bank in (gate, up, down)
+        matvec.supports(bank.bits, bank.group_size) for bank in (gate, up, down)
     )
 
 

@@ -97,6 +97,22 @@ def gated_delta(
     return mx.stack(outputs, axis=1), state
 
 
+def or_zeros(
+    past: mx.array | None,
+    state: mx.array | None,
+    weights: MixerWeights,
+    batch: int,
+    dtype: mx.Dtype,
+) -> tuple[mx.array, mx.array]:
+    """Return `past` and `state` as for `mix`, of zeros where they are None."""
+    heads, (channels, taps, _) = weights.heads, weights.conv.shape
+    if past is None:
+        past = mx.zeros((batch, taps - 1, channels), dtype=dtype)
+    if state is None:
+        state = mx.zeros((batch, heads.values, heads.value_dim, heads.key_dim), dtype=mx.float32)
+    return past, state
+
+
 def last_inputs(past: mx.array, qkv: mx.array, ends: mx.array | None) -> mx.array:
     """Return the convolution's last inputs after more have come.
 
@@ -140,12 +156,7 @@ def mix(
         y `[B, T, Hv Dv]`, the new `past` and the new `state`.
     """
     heads, (batch, tokens, width) = weights.heads, qkv.shape
-    keep = weights.conv.shape[1] - 1
-    if past is None:
-        past = mx.zeros((batch, keep, width), dtype=qkv.dtype)
-    if state is None:
-        shape = batch, heads.values, heads.value_dim, heads.key_dim
-        state = mx.zeros(shape, dtype=mx.float32)
+    past, state = or_zeros(past, state, weights, batch, qkv.dtype)
     if mask is not None:
         qkv = mx.where(mask[..., None], qkv, 0)
     window = mx.concatenate([past, qkv], axis=1)

@@ -15,10 +15,8 @@ from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.choice import prefers_custom
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
 from flashmoe_mlx.custom_kernels.gpu import scalar
-from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, dequant_matvec, supports
+from flashmoe_mlx.custom_kernels.matvec import MAX_TOKENS, MatvecTrial, dequant_matvec, supports
 from flashmoe_mlx.custom_kernels.trial import NAMES
-
-MAX_TOKENS = 4  # rows of activations that the GPU kernels take: they read the weights for each
 
 
 def linear(
@@ -80,7 +78,7 @@ def join(layers: Sequence[nn.Module]) -> Joined | None:
     if not all(is_affine(layer) for layer in layers):
         return None
     formats = {(layer.bits, layer.group_size, layer.scales.dtype) for layer in layers}
-    if len(formats) > 1 or not supports(first.bits, first.group_size, first.scales.shape[-1]):
+    if len(formats) > 1 or not supports(first.bits, first.group_size):
         return None
     ends = [0]
     for layer in layers:
@@ -118,8 +116,8 @@ def _by_gpu(
     x: mx.array, weight: Joined, norm: nn.RMSNorm | None, residual: mx.array | None
 ) -> mx.array:
     bank, tokens = weight.bank, x.size // x.shape[-1]
-    same = x.dtype in (bank.scales.dtype, mx.float32)  # else stock widens the result
-    if same and tokens <= MAX_TOKENS and prefers_custom(_trial(bank, x, tokens)):
+    keeps = x.dtype in (bank.scales.dtype, mx.float32)  # else stock widens the result
+    if keeps and tokens <= MAX_TOKENS and prefers_custom(_trial(bank, x, tokens)):
         arrays = bank.codes, bank.scales, bank.biases
         gain = None if norm is None else (norm.weight, scalar(norm.eps))
         return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual)

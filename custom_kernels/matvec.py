@@ -14,6 +14,7 @@ from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)
+MAX_TOKENS = 4  # rows of activations worth a kernel that reads the weights for each
 # Columns that a lane takes at a time, by bits. Apple's as in MLX's own kernels; NVIDIA's measured.
 CHUNK = {2: 16, 4: 16, 8: 8}
 CUDA_CHUNK = {2: 32, 4: 16, 8: 16}
@@ -28,9 +29,9 @@ _kernel = Kernel(
 _naive_kernel = Kernel("naive_matvec", ("x", "codes", "scales", "biases"), ("y",))
 
 
-def supports(bits: int, group_size: int, groups: int) -> bool:
-    """Say whether the kernel takes matrices with so many groups of columns."""
-    return bits in BITS and group_size in GROUP_SIZES and groups > 0
+def supports(bits: int, group_size: int) -> bool:
+    """Say whether the kernels take weights quantised so."""
+    return bits in BITS and group_size in GROUP_SIZES
 
 
 def dequant_matvec(

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.choice import prefers_custom
-from flashmoe_mlx.custom_kernels.gated_delta import MixerWeights, last_inputs, mix
+from flashmoe_mlx.custom_kernels.gated_delta import MixerWeights, last_inputs, mix, or_zeros
 from flashmoe_mlx.custom_kernels.gated_delta_prepare import gated_norm, prepare
 from flashmoe_mlx.custom_kernels.gated_delta_scan import scan
 from flashmoe_mlx.custom_kernels.gated_delta_step import LEAST_KEY_DIM, step
@@ -41,10 +41,7 @@ def mix_joined(
     """
     heads, (batch, tokens, _) = weights.heads, projected.shape
     channels, values = weights.conv.shape[0], heads.values * heads.value_dim
-    if past is None:
-        past = mx.zeros((batch, weights.conv.shape[1] - 1, channels), dtype=projected.dtype)
-    if state is None:
-        state = mx.zeros((batch, heads.values, heads.value_dim, heads.key_dim), dtype=mx.float32)
+    past, state = or_zeros(past, state, weights, batch, projected.dtype)
     if heads.key_dim >= LEAST_KEY_DIM:
         if tokens == 1 and mask is None and ends is None:
             if prefers_custom(GatedDeltaStepTrial(*_sizes(projected, weights), batch)):

@@ -153,14 +153,12 @@ class StreamedExperts(nn.Module):
         """
         ids = np.array(indices).reshape(-1)
         rows = x.reshape(-1, x.shape[-1])
-        slot_of = np.zeros(self._store.layout.layers[self._layer].num_experts, dtype=np.int64)
         outputs, orders = [], []
-        for wave in self._waves(np.unique(ids)):
-            slot_of[wave] = self._store.fetch(self._layer, wave)
-            pairs = np.flatnonzero(np.isin(ids, wave))
-            pairs = pairs[np.argsort(slot_of[ids[pairs]], kind="stable")]
+        for places, slots in self.waves(ids):
+            order = np.argsort(slots, kind="stable")
+            pairs = places[order]
             tokens = mx.array(pairs // indices.shape[-1])
-            y = expert_mlp(rows[tokens], slot_of[ids[pairs]], *self._banks)
+            y = expert_mlp(rows[tokens], slots[order], *self._banks)
             self._store.hold(y)
             outputs.append(y)
             orders.append(pairs)
