@@ -3,6 +3,15 @@
 //     sum w x = scale * sum code x + bias * sum x,
 // so each code costs one fused multiply-add. Codes lie in 32-bit words, lowest bits first.
 
+#ifndef CODE_VALUE
+// A code, masked where it lies among the PLACES lowest bits of a word, as a number: SCALE times it
+// is its value there, of activations that were multiplied by LIFT.
+constant constexpr int PLACES = 32;
+constant constexpr float LIFT = 1.0f;
+constant constexpr float SCALE = 1.0f;
+inline float code_value(uint code) { return static_cast<float>(code); }
+#endif
+
 // Eight activations in 16-byte loads.
 inline void read_eight(const device float* x, thread float* out) {
   auto quads = (const device float4*)x;
@@ -30,15 +39,21 @@ inline void read_eight(const device T* x, thread float* out) {
   read_pair<T>(words.w, out + 6);
 }
 
-// Divide each activation by the place value of its code in the word, so that a masked code needs
-// no shift; that is exact. Returns the sum of the N activations.
+// A masked code is not shifted: its activation is divided by the place value instead, which is
+// exact. Only codes above the PLACES lowest bits are shifted, by 32 - PLACES.
+template <int BITS>
+inline constexpr int place(int i) {
+  return BITS * (i + 1) > PLACES ? BITS * i - (32 - PLACES) : BITS * i;
+}
+
+// Divide each activation by its code's place value. Returns the sum of the N activations.
 template <int BITS, int N>
 inline float scale_to_places(thread float* xs) {
   constexpr int PER_WORD = 32 / BITS;
   float sum = 0.0f;
   for (int i = 0; i < N; i++) {
     sum += xs[i];
-    xs[i] /= static_cast<float>(1u << (BITS * (i % PER_WORD)));
+    xs[i] *= LIFT / static_cast<float>(1u << place<BITS>(i % PER_WORD));
   }
   return sum;
 }
@@ -48,6 +63,18 @@ template <int BITS, int N, typename T>
 inline float read_activations(const device T* x, thread float* xs) {
   for (int i = 0; i < N; i += 8) {
     read_eight(x + i, xs + i);
+  }
+  return scale_to_places<BITS, N>(xs);
+}
+
+// The same for x * weight.
+template <int BITS, int N, typename T>
+inline float read_weighted(const device T* x, float weight, thread float* xs) {
+  for (int i = 0; i < N; i += 8) {
+    read_eight(x + i, xs + i);
+  }
+  for (int i = 0; i < N; i++) {
+    xs[i] *= weight;
   }
   return scale_to_places<BITS, N>(xs);
 }
@@ -72,7 +99,8 @@ template <int BITS>
 inline float dot_word(uint word, thread const float* xs, float dot) {
   constexpr uint MASK = (1u << BITS) - 1u;
   for (int j = 0; j < 32 / BITS; j++) {
-    dot = metal::fma(static_cast<float>(word & (MASK << (BITS * j))), xs[j], dot);
+    uint bits = BITS * (j + 1) > PLACES ? word >> (32 - PLACES) : word;
+    dot = metal::fma(code_value(bits & (MASK << place<BITS>(j))), xs[j], dot);
   }
   return dot;
 }
@@ -108,7 +136,7 @@ inline void add_chunk(
     size_t group = row * (COLUMNS / GROUP) + column / GROUP;
     float dot = dot_codes<BITS, CHUNK>(
         codes + row * (COLUMNS * BITS / 32) + column * BITS / 32, xs);
-    totals[r] = metal::fma(static_cast<float>(scales[group]), dot,
+    totals[r] = metal::fma(static_cast<float>(scales[group]) * SCALE, dot,
                            metal::fma(static_cast<float>(biases[group]), sum, totals[r]));
   }
 }

@@ -2,8 +2,9 @@
 // the expert in slot slots[n, k]; plus shared_weight[n] times the same for the shared expert; plus
 // residual[n, row].
 // Grid: x = 32 * SIMDGROUPS * ceil(H / TILE), y = n. Threadgroup: 32 * SIMDGROUPS.
-// A threadgroup makes TILE rows; its simdgroups share the experts out and add up at the end.
-constexpr uint TERMS = K + (SHARED > 0 ? 1 : 0);
+// A threadgroup makes TILE rows; its simdgroups share out the experts, in SPLIT parts of their
+// columns each, and add up at the end.
+constexpr uint TERMS = (K + (SHARED > 0 ? 1 : 0)) * SPLIT;
 threadgroup float parts[SIMDGROUPS * TILE];
 uint lane = thread_index_in_simdgroup;
 uint simdgroup = simdgroup_index_in_threadgroup;
@@ -13,34 +14,29 @@ float totals[TILE];
 for (int r = 0; r < TILE; r++) {
   totals[r] = 0.0f;
 }
-for (uint k = simdgroup; k < TERMS; k += SIMDGROUPS) {
+for (uint term = simdgroup; term < TERMS; term += SIMDGROUPS) {
+  uint k = term / SPLIT;
+  uint begin = term % SPLIT * 32 + lane;
   auto here = hidden + n * (K * I + SHARED) + k * I;
-  float dots[TILE];
-  for (int r = 0; r < TILE; r++) {
-    dots[r] = 0.0f;
-  }
-  float weight = 0.0f;
   if (SHARED > 0 && k == K) {
-    weight = static_cast<float>(shared_weight[n]);
-    for (uint column = lane * SHARED_CHUNK; column < SHARED; column += 32 * SHARED_CHUNK) {
+    float weight = static_cast<float>(shared_weight[n]);
+    for (uint column = begin * SHARED_CHUNK; column < SHARED;
+         column += 32 * SPLIT * SHARED_CHUNK) {
       float xs[SHARED_CHUNK];
-      float sum = read_activations<SHARED_BITS, SHARED_CHUNK>(here + column, xs);
+      float sum = read_weighted<SHARED_BITS, SHARED_CHUNK>(here + column, weight, xs);
       add_chunk<SHARED_BITS, SHARED_GROUP, SHARED, SHARED_CHUNK, TILE>(
-          shared_codes, shared_scales, shared_biases, first, H, column, xs, sum, dots);
+          shared_codes, shared_scales, shared_biases, first, H, column, xs, sum, totals);
     }
   } else {
-    weight = static_cast<float>(weights[n * K + k]);
+    float weight = static_cast<float>(weights[n * K + k]);
     size_t top = static_cast<size_t>(slots[n * K + k]) * H;
-    for (uint column = lane * CHUNK; column < I; column += 32 * CHUNK) {
+    for (uint column = begin * CHUNK; column < I; column += 32 * SPLIT * CHUNK) {
       float xs[CHUNK];
-      float sum = read_activations<BITS, CHUNK>(here + column, xs);
+      float sum = read_weighted<BITS, CHUNK>(here + column, weight, xs);
       add_chunk<BITS, GROUP, I, CHUNK, TILE>(
           codes + top * (I * BITS / 32), scales + top * (I / GROUP), biases + top * (I / GROUP),
-          first, H, column, xs, sum, dots);
+          first, H, column, xs, sum, totals);
     }
-  }
-  for (int r = 0; r < TILE; r++) {
-    totals[r] = metal::fma(weight, dots[r], totals[r]);
   }
 }
 for (int r = 0; r < TILE; r++) {

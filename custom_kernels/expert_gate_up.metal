@@ -1,15 +1,20 @@
 // hidden[n, k, i] = silu(G x) * (U x) with gate G and up U of the expert in slot slots[n, k], row i;
 // behind them, at K * I, the same for the shared expert. With NORM, x is RMS-normalised first.
-// Grid: x = 32 * SIMDGROUPS * ceil(units / SIMDGROUPS), y = n. Threadgroup: 32 * SIMDGROUPS.
+// Grid: x = 32 * SPLIT * UNITS * ceil(units / UNITS), y = n. Threadgroup: 32 * SPLIT * UNITS.
 // A unit is TILE rows of one expert: ceil(I / TILE) units each, then those of the shared expert.
+// Its SPLIT simdgroups share the columns out; all rows reuse a lane's activations.
 constexpr uint PER_EXPERT = (I + TILE - 1) / TILE;
+constexpr uint PARTS = 2 * TILE + 1;
+threadgroup float parts[UNITS * SPLIT * PARTS];
 uint lane = thread_index_in_simdgroup;
+uint simdgroup = simdgroup_index_in_threadgroup;
 uint n = threadgroup_position_in_grid.y;
-uint unit = threadgroup_position_in_grid.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
+uint unit = threadgroup_position_in_grid.x * UNITS + simdgroup / SPLIT;
 bool is_shared = SHARED > 0 && unit >= K * PER_EXPERT;
 uint k = is_shared ? K : metal::min(unit / PER_EXPERT, uint(K - 1));
 uint first = (unit - k * PER_EXPERT) * TILE;
 uint rows = is_shared ? SHARED : I;
+uint begin = simdgroup % SPLIT * 32 + lane;
 auto here = x + n * H;
 float gates[TILE];
 float ups[TILE];
@@ -19,7 +24,7 @@ for (int r = 0; r < TILE; r++) {
 }
 float square = 0.0f;
 if (is_shared) {
-  for (uint column = lane * SHARED_CHUNK; column < H; column += 32 * SHARED_CHUNK) {
+  for (uint column = begin * SHARED_CHUNK; column < H; column += 32 * SPLIT * SHARED_CHUNK) {
     float xs[SHARED_CHUNK];
     float sum = NORM
         ? read_normed<SHARED_BITS, SHARED_CHUNK>(here + column, gain + column, xs, square)
@@ -32,7 +37,7 @@ if (is_shared) {
   }
 } else {
   size_t top = static_cast<size_t>(slots[n * K + k]) * I;
-  for (uint column = lane * CHUNK; column < H; column += 32 * CHUNK) {
+  for (uint column = begin * CHUNK; column < H; column += 32 * SPLIT * CHUNK) {
     float xs[CHUNK];
     float sum = NORM ? read_normed<BITS, CHUNK>(here + column, gain + column, xs, square)
                      : read_activations<BITS, CHUNK>(here + column, xs);
@@ -44,14 +49,41 @@ if (is_shared) {
         up_biases + top * (H / GROUP), first, rows, column, xs, sum, ups);
   }
 }
-float factor = 1.0f;
-if (NORM) {
-  factor = metal::rsqrt(simd_sum(square) / float(H) + static_cast<float>(eps[0]));
-}
 for (int r = 0; r < TILE; r++) {
-  float gate = simd_sum(gates[r]) * factor;
-  float up = simd_sum(ups[r]) * factor;
-  if (lane == 0 && first + r < rows) {
-    hidden[n * (K * I + SHARED) + k * I + first + r] = gate / (1.0f + metal::exp(-gate)) * up;
+  float gate = simd_sum(gates[r]);
+  float up = simd_sum(ups[r]);
+  if (lane == 0) {
+    parts[simdgroup * PARTS + r] = gate;
+    parts[simdgroup * PARTS + TILE + r] = up;
   }
+}
+if (NORM) {
+  float total = simd_sum(square);
+  if (lane == 0) {
+    parts[simdgroup * PARTS + 2 * TILE] = total;
+  }
+}
+if (SPLIT > 1) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+} else {
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+}
+if (simdgroup % SPLIT == 0 && lane < TILE && first + lane < rows) {
+  float gate = 0.0f;
+  float up = 0.0f;
+  float squares = 0.0f;
+  for (uint s = simdgroup; s < simdgroup + SPLIT; s++) {
+    gate += parts[s * PARTS + lane];
+    up += parts[s * PARTS + TILE + lane];
+    if (NORM) {
+      squares += parts[s * PARTS + 2 * TILE];
+    }
+  }
+  if (NORM) {
+    float factor = metal::rsqrt(squares / float(H) + static_cast<float>(eps[0]));
+    gate *= factor;
+    up *= factor;
+  }
+  hidden[n * (K * I + SHARED) + k * I + first + lane] =
+      static_cast<T>(gate / (1.0f + metal::exp(-gate)) * up);
 }

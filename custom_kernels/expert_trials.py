@@ -211,9 +211,10 @@ class ExpertDownTrial(ExpertsTrial):
     _used: ClassVar[tuple[int, ...]] = (2, 5)
 
     def inputs(self, seed: int = 0) -> list[mx.array]:
-        """Add the hidden activations `[tokens, K * I + I]` float32 at the end."""
+        """Add the hidden activations `[tokens, K * I + I]` at the end."""
         width = (self.top_k + 1) * self.inner
         hidden = mx.random.normal((self.tokens, width), key=mx.random.key(seed + 1))
+        hidden = hidden.astype(DTYPES[self.dtype])
         mx.eval(hidden)
         return [*super().inputs(seed), hidden]
 
@@ -227,8 +228,7 @@ class ExpertDownTrial(ExpertsTrial):
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by MLX's own ops."""
         hidden, shared = self._halves(inputs)
-        dtype = inputs[0].dtype
-        return self._stock_combine(hidden[..., None, :].astype(dtype), shared.astype(dtype), inputs)
+        return self._stock_combine(hidden[..., None, :], shared, inputs)
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""

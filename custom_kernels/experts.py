@@ -9,8 +9,9 @@ from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
 from flashmoe_mlx.custom_kernels.matvec import CHUNK
 
-SIMDGROUPS = 4
-WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # columns that a lane takes at a time on NVIDIA's GPUs
+WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # for NVIDIA's GPUs and many columns
+WIDE = 3072  # columns
+TILE = 4  # rows that share a lane's activations
 MAX_SIMDGROUPS = 16  # of a threadgroup that adds experts up
 
 _PARTS = ("codes", "scales", "biases")
@@ -60,28 +61,31 @@ def expert_gate_up(
         norm: gain `[H]` and epsilon `[1]` of an RMS norm to apply to x first.
 
     Returns:
-        `[..., K * I + Is]` float32.
+        `[..., K * I + Is]` in x's dtype.
     """
     hidden, inner, top_k = x.shape[-1], gate.scales.shape[1], slots.shape[-1]
     others = shared or (gate, up)
     extra = others[0].scales.shape[0] if shared else 0
     cuda = is_cuda()
-    tile = 1 if cuda else 2  # rows that a simdgroup makes, of gate and of up
+    chunk = WIDE_CHUNK if cuda and hidden >= WIDE else CHUNK
+    split = min(4, max(1, hidden // (SIMD * chunk[gate.bits]))) if cuda else 1
+    units_each, tile = (1, TILE) if cuda else (4, 2)
     units = top_k * -(-inner // tile) + -(-extra // tile)
     (y,) = _gate_up(
         [x, slots, *(norm or (x, x)), *_arrays(gate, up, *others)],
-        [((*x.shape[:-1], top_k * inner + extra), mx.float32)],
-        (-(-units // SIMDGROUPS), x.size // hidden, 1),
-        SIMD * SIMDGROUPS,
+        [((*x.shape[:-1], top_k * inner + extra), x.dtype)],
+        (-(-units // units_each), x.size // hidden, 1),
+        SIMD * split * units_each,
         T=x.dtype,
         S=gate.scales.dtype,
         H=hidden,
         I=inner,
         K=top_k,
         TILE=tile,
-        SIMDGROUPS=SIMDGROUPS,
+        SPLIT=split,
+        UNITS=units_each,
         NORM=norm is not None,
-        **_formats(gate, others[0], extra, WIDE_CHUNK if cuda else CHUNK),
+        **_formats(gate, others[0], extra, chunk),
     )
     return y
 
@@ -98,7 +102,7 @@ def expert_down_combine(
     """Apply each token's down projections and add them up.
 
     Args:
-        hidden: `[..., K * I + Is]` float32, from `expert_gate_up`.
+        hidden: `[..., K * I + Is]`, from `expert_gate_up`.
         slots: `[..., K]` uint32.
         weights: `[..., K]`, the router's.
         down: `[S, H, ...]`.
@@ -113,13 +117,13 @@ def expert_down_combine(
     top_k, width = slots.shape[-1], hidden.shape[-1]
     other, weight = shared or (down, weights)
     extra = width - top_k * inner
-    tile = 8 if is_cuda() else 4  # rows that a threadgroup makes
+    split = max(1, inner // (SIMD * CHUNK[down.bits]))
     simdgroups = min(top_k + (extra > 0), MAX_SIMDGROUPS)
     arrays = [hidden, slots, weights, weight, hidden if residual is None else residual]
     (y,) = _down_combine(
         [*arrays, *_arrays(down, other)],
         [((*hidden.shape[:-1], height), dtype)],
-        (-(-height // tile), hidden.size // width, 1),
+        (-(-height // TILE), hidden.size // width, 1),
         SIMD * simdgroups,
         T=hidden.dtype if residual is None else residual.dtype,
         S=down.scales.dtype,
@@ -127,7 +131,8 @@ def expert_down_combine(
         H=height,
         I=inner,
         K=top_k,
-        TILE=tile,
+        TILE=TILE,
+        SPLIT=split,
         SIMDGROUPS=simdgroups,
         RESIDUAL=residual is not None,
         **_formats(down, other, extra, CHUNK),
