@@ -1,11 +1,12 @@
 """flashmoe-plan: predictions that hold against what others published, and plain refusals."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from flashmoe_mlx import plan_model
-from flashmoe_mlx.plan import main
+from flashmoe_mlx.plan import check, main, render_check
 from flashmoe_mlx.plan_model import Engine, Machine, decode, named_args, weigh
 from flashmoe_mlx.published import MACHINES, ROWS, tally
 
@@ -62,6 +63,11 @@ def test_check_hides_no_row(capsys):
         )
         assert ("MISS" in line) == (abs(row.error) > 0.2) and row.kind in line
     assert all(row["source"].startswith("https://") for row in found["rows"])
+
+
+def test_the_documentation_shows_the_check():
+    page = Path(__file__).parents[1].joinpath("docs/plan.md").read_text()
+    assert render_check(check()) in page
 
 
 @pytest.mark.parametrize("machine", MACHINES.values())
