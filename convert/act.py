@@ -73,13 +73,14 @@ def write_layer(
     with TensorFile(directory / plan.file, specs, DATA_ALIGNMENT) as file:
         for batch, loaded in zip(batches, read_ahead(steps.load, batches), strict=True):
             for expert, record in zip(batch, steps.encode(loaded), strict=True):
-                checksums.append(_write_record(file, expert, record))
+                checksums.append(write_record(file, expert, record))
                 progress(plan.record_bytes)
     mx.clear_cache()
     return checksums
 
 
-def _write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> str:
+def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> str:
+    """Write one expert's bytes, in pieces that follow one another, and return their checksum."""
     checksum, start = 0, 0
     for part in record:
         data = _buffer(part)

@@ -159,7 +159,7 @@ def _write(source: Source, plan: Plan, out: Path) -> dict[str, Any]:
         for file in plan.trunk:
             bar.set_description(file.name)
             write_trunk(file, out, reader, bar.update)
-        _write_index(plan, out)
+        write_index(plan, out)
         for layer in plan.layers:
             bar.set_description(layer.file)
             records = write_layer(source, layer, out / EXPERT_DIR, reader, bar.update)
@@ -173,7 +173,8 @@ def _write(source: Source, plan: Plan, out: Path) -> dict[str, Any]:
     }
 
 
-def _write_index(plan: Plan, out: Path) -> None:
+def write_index(plan: Plan, out: Path) -> None:
+    """Write the index of the trunk's files, as mlx-lm does."""
     names = {spec.name: file.name for file in plan.trunk for spec in file.outputs}
     index = {
         "metadata": {"total_size": plan.trunk_bytes},
