@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import bench_kernels
+from . import bench_decode, bench_kernels
 from .custom_kernels.trial import DTYPES
 from .errors import FlashMoEError
 from .geometry import GEOMETRIES
@@ -14,6 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashmoe-bench", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     _add_kernels(commands)
+    bench_decode.add(commands)
     return parser
 
 

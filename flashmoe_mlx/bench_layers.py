@@ -1,0 +1,192 @@
+"""Where a layer's time goes: a pass in which every part of every layer is waited for.
+
+The model's code is not changed: for the length of the pass its modules are replaced by proxies
+that evaluate what they return and look at the clock. Parts can then not overlap, so the pass is
+slower than the runs that it explains; its total is printed beside theirs.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from .bench_model import Subject, Use
+from .expert_store import ExpertStats, ExpertStore
+from .model import DecoderLayer, Model
+
+PARTS = ("attention", "router", "read", "experts")
+
+
+@dataclass
+class LayerTime:
+    """Seconds and counters of one layer, all steps together.
+
+    Attributes:
+        kind: "linear" or "full" attention.
+        attention: the mixer, with its norm and residual.
+        router: until the first expert is asked for: norm, router, and on a CPU the first half of
+            the shared expert.
+        read: waiting for experts to be read.
+        experts: the rest: routed and shared experts.
+        asked: experts asked for, once a step.
+        hits: of these, those that were resident.
+        distinct: different experts asked for, added up over the steps.
+    """
+
+    kind: str
+    attention: float = 0.0
+    router: float = 0.0
+    read: float = 0.0
+    experts: float = 0.0
+    asked: int = 0
+    hits: int = 0
+    distinct: int = 0
+
+    def clear(self) -> None:
+        """Set all figures to zero."""
+        self.__init__(self.kind)  # type: ignore[misc]
+
+    @property
+    def seconds(self) -> float:
+        """All parts together."""
+        return sum(getattr(self, part) for part in PARTS)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were resident, 0 to 1."""
+        return self.hits / self.asked if self.asked else 0.0
+
+    def as_dict(self, steps: int) -> dict[str, Any]:
+        """Return JSON values; times are milliseconds per step."""
+        times = {f"{part}_ms": getattr(self, part) / steps * 1e3 for part in PARTS}
+        counts = {k: v for k, v in asdict(self).items() if k not in (*PARTS, "kind")}
+        return {"kind": self.kind, **times, **counts, "hit_rate": self.hit_rate}
+
+
+class _Attention:
+    """Stands in for a layer's mixer."""
+
+    def __init__(self, module: Callable[..., Any], times: LayerTime) -> None:
+        self._module, self._times = module, times
+
+    def __call__(self, h: mx.array, *rest: Any) -> Any:
+        mx.eval(h)
+        start = time.perf_counter()
+        y = self._module(h, *rest)
+        mx.eval(y)
+        self._times.attention += time.perf_counter() - start
+        return y
+
+
+class _Experts:
+    """Stands in for a layer's mixture of experts; `asked` hears of each fetch in between."""
+
+    def __init__(self, module: Callable[..., Any], times: LayerTime, store: ExpertStore) -> None:
+        self._module, self._times, self._store = module, times, store
+        self._first: float | None = None
+        self._ids: set[int] = set()
+
+    def asked(self, experts: Sequence[int]) -> None:
+        """Note when the first experts are asked for, and which."""
+        self._first = self._first or time.perf_counter()
+        self._ids.update(experts)
+
+    def __call__(self, h: mx.array, *rest: Any) -> Any:
+        mx.eval(h)
+        self._first, self._ids = None, set()
+        before: ExpertStats = replace(self._store.stats)
+        start = time.perf_counter()
+        y = self._module(h, *rest)
+        mx.eval(y)
+        seconds, after, times = time.perf_counter() - start, self._store.stats, self._times
+        router = self._first - start if self._first else 0.0
+        read = after.seconds_waited - before.seconds_waited
+        times.router += router
+        times.read += read
+        times.experts += seconds - router - read
+        times.asked += after.asked - before.asked
+        times.hits += after.hits - before.hits
+        times.distinct += len(self._ids)
+        return y
+
+
+@contextmanager
+def timed_layers(model: Model, store: ExpertStore) -> Iterator[list[LayerTime]]:
+    """Time the layers' parts while the block runs; the model is then as it was before."""
+    found = [LayerTime("linear" if layer.is_linear else "full") for layer in model.layers]
+    originals, proxies = [], list[_Experts]()
+    fetch = store.fetch
+
+    def watched(layer: int, experts: Sequence[int]) -> list[int]:
+        proxies[layer].asked(experts)
+        return fetch(layer, experts)
+
+    for layer, times in zip(model.layers, found, strict=True):
+        name = _mixer(layer)
+        originals.append((layer, name, layer[name], layer.mlp))
+        proxies.append(_Experts(layer.mlp, times, store))
+        setattr(layer, name, _Attention(layer[name], times))
+        setattr(layer, "mlp", proxies[-1])  # noqa: B010
+    store.fetch = watched  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        del store.fetch
+        for layer, name, mixer, mlp in originals:
+            setattr(layer, name, mixer)
+            layer.mlp = mlp
+
+
+def _mixer(layer: DecoderLayer) -> str:
+    return "linear_attn" if layer.is_linear else "self_attn"
+
+
+def profile(
+    subject: Subject, work: Callable[[Callable[[], None]], Use]
+) -> tuple[list[LayerTime], float]:
+    """Time the layers during `work`, which is given a function to call when the counting begins.
+
+    Returns:
+        The layers' times, and the seconds of all of `work` that counted.
+    """
+    with timed_layers(subject.model, subject.store) as layers:
+
+        def started() -> None:
+            for layer in layers:
+                layer.clear()
+
+        use = work(started)
+    return layers, use.seconds
+
+
+def print_layers(layers: list[LayerTime], steps: int, seconds: float, usual: float) -> None:
+    """Print the table: milliseconds per step.
+
+    Args:
+        layers: what `timed_layers` found.
+        steps: in the pass: tokens, or steps of a batch.
+        seconds: that the pass took.
+        usual: seconds that a run takes without this pass's waiting.
+    """
+    print(
+        "layers, in a profiling pass that waits for each part "
+        f"({seconds / usual:.2f} times a run's time); milliseconds per step"
+    )
+    print(f"{'layer':>5} {'kind':>6} " + " ".join(f"{p:>9}" for p in PARTS) + "    total   hits")
+    for number, layer in enumerate(layers):
+        print(_row(str(number), layer, steps))
+    total = LayerTime("")
+    for name in (*PARTS, "asked", "hits"):
+        setattr(total, name, sum(getattr(layer, name) for layer in layers))
+    print(_row("all", total, steps))
+    rest = (seconds - total.seconds) / steps * 1e3
+    print(f"embedding, head, sampling and the rest: {rest:.3f} ms", flush=True)
+
+
+def _row(name: str, layer: LayerTime, steps: int) -> str:
+    parts = " ".join(f"{getattr(layer, part) / steps * 1e3:9.3f}" for part in PARTS)
+    total = layer.seconds / steps * 1e3
+    return f"{name:>5} {layer.kind:>6} {parts} {total:8.3f} {layer.hit_rate:6.1%}"
