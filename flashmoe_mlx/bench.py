@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import bench_decode, bench_kernels
+from . import bench_batch, bench_decode, bench_kernels, bench_prefill
 from .custom_kernels.trial import DTYPES
 from .errors import FlashMoEError
 from .geometry import GEOMETRIES
@@ -15,6 +15,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     _add_kernels(commands)
     bench_decode.add(commands)
+    bench_prefill.add(commands)
+    bench_batch.add(commands)
     return parser
 
 

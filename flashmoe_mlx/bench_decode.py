@@ -48,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
     disk.append(bench.bandwidth(subject.layout))
     settings = {
         "tokens": args.tokens, "cold": args.cold, "forced": args.forced,
-        "disk_bytes_per_s": statistics.median(disk), "step_s": statistics.median(compute),
+        "disk_bytes_per_s": disk, "step_s": compute,
     }  # fmt: skip
-    rows = [_result(use, args.tokens, settings) for use in uses]
+    least = args.tokens * statistics.median(compute)
+    rows = [bench.result(use, args.tokens, use.floor(disk, least)) for use in uses]
     best = _print_runs(rows, args, disk)
     settings |= bench.peak()
     layers, seconds = profile(
@@ -92,11 +93,6 @@ def decode(
         if index == bench.WARM_UP:
             start = bench.begin(store, args.cold, started)
     return bench.now(store) - start
-
-
-def _result(use: bench.Use, tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
-    floor = bench.Floor(use.needed / settings["disk_bytes_per_s"], tokens * settings["step_s"])
-    return bench.result(use, tokens, floor)
 
 
 def _print_runs(

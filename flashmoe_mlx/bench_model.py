@@ -190,6 +190,19 @@ def bandwidth(layout: ExpertLayout) -> float:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """The least time of a run, in seconds: the disk's share of the work, and the computer's."""
+
+    disk: float
+    compute: float
+
+    @property
+    def seconds(self) -> float:
+        """Return the longer of the two: they can overlap."""
+        return max(self.disk, self.compute)
+
+
+@dataclass(frozen=True)
 class Use:
     """What a stretch of work took.
 
@@ -197,11 +210,15 @@ class Use:
         seconds: by the clock.
         stats: the store's counters.
         from_disk: bytes that the disk delivered, where the system counts them.
+        user: seconds of all cores in the program.
+        system: seconds of all cores in the system's kernel, which copies and finds pages.
     """
 
     seconds: float
     stats: ExpertStats
     from_disk: int | None
+    user: float
+    system: float
 
     @property
     def needed(self) -> int:
@@ -209,18 +226,37 @@ class Use:
         missed = self.stats.bytes_read
         return missed if self.from_disk is None else min(missed, self.from_disk)
 
+    def floor(self, bandwidths: list[float], compute: float) -> Floor:
+        """Return the run's floor.
+
+        Args:
+            bandwidths: of the disk, measured about the run; it counts at their median, or at what
+                the run itself got while it waited if that is more.
+            compute: seconds of computing.
+        """
+        waited = self.stats.seconds_waited
+        reached = self.needed / waited if waited else 0.0
+        return Floor(self.needed / max(statistics.median(bandwidths), reached), compute)
+
     def __sub__(self, before: "Use") -> "Use":
         """Return what came after `before`."""
         mine, theirs = asdict(self.stats), asdict(before.stats)
         stats = ExpertStats(**{name: mine[name] - theirs[name] for name in mine})
         disk = None if self.from_disk is None else self.from_disk - (before.from_disk or 0)
-        return Use(self.seconds - before.seconds, stats, disk)
+        return Use(
+            self.seconds - before.seconds,
+            stats,
+            disk,
+            self.user - before.user,
+            self.system - before.system,
+        )
 
 
 def now(store: ExpertStore | None) -> Use:
     """Return the counters as they stand; subtract two of these."""
     stats = replace(store.stats) if store else ExpertStats()
-    return Use(time.perf_counter(), stats, _disk_counter())
+    cpu = os.times()
+    return Use(time.perf_counter(), stats, _disk_counter(), cpu.user, cpu.system)
 
 
 def begin(store: ExpertStore | None, cold: bool, started: Callable[[], None]) -> Use:
@@ -277,19 +313,6 @@ def nothing_read() -> Iterator[None]:
         os.preadv = real
 
 
-@dataclass(frozen=True)
-class Floor:
-    """The least time of a run, in seconds: the disk's share of the work, and the computer's."""
-
-    disk: float
-    compute: float
-
-    @property
-    def seconds(self) -> float:
-        """Return the longer of the two: they can overlap."""
-        return max(self.disk, self.compute)
-
-
 def result(use: Use, tokens: int, floor: Floor) -> dict[str, Any]:
     """Return one run's figures as JSON values."""
     stats = use.stats
@@ -299,6 +322,8 @@ def result(use: Use, tokens: int, floor: Floor) -> dict[str, Any]:
         "bytes_per_token": stats.bytes_read / tokens,
         "disk_bytes_per_token": None if use.from_disk is None else use.from_disk / tokens,
         "read_bytes_per_s": stats.bytes_read / stats.seconds_waited if stats.reads else None,
+        "cpu_user_s": use.user,
+        "cpu_system_s": use.system,
         "floor_disk_s": floor.disk,
         "floor_compute_s": floor.compute,
         "share_of_floor": floor.seconds / use.seconds,
@@ -307,12 +332,12 @@ def result(use: Use, tokens: int, floor: Floor) -> dict[str, Any]:
 
 HEADER = (
     f"{'tok/s':>9} {'hits':>6} {'MB/token':>9} {'disk MB':>9} {'GB/s':>6} "
-    f"{'disk ms':>9} {'comp. ms':>9} {'share':>6}  run"
+    f"{'disk ms':>9} {'comp. ms':>9} {'share':>6} {'user ms':>8} {'sys ms':>7}  run"
 )
 LEGEND = (
     "MB/token: read into the banks; disk MB: of which the disk delivered; GB/s: while waiting for "
     "reads;\ndisk, comp. ms: a token's least time by the disk and by computing; share: of the "
-    "longer in the time taken"
+    "longer in the time taken;\nuser, sys ms: of all cores, in the program and in the kernel"
 )
 
 
@@ -324,7 +349,8 @@ def line(row: dict[str, Any], tokens: int, name: str) -> str:
         f"{'-' if disk is None else f'{disk / 1e6:.2f}':>9}",
         f"{'-' if speed is None else f'{speed / 1e9:.2f}':>6}",
         f"{row['floor_disk_s'] / tokens * 1e3:9.2f} {row['floor_compute_s'] / tokens * 1e3:9.2f}",
-        f"{row['share_of_floor']:6.0%}  {name}",
+        f"{row['share_of_floor']:6.0%} {row['cpu_user_s'] / tokens * 1e3:8.2f}",
+        f"{row['cpu_system_s'] / tokens * 1e3:7.2f}  {name}",
     ))  # fmt: skip
 
 
