@@ -108,7 +108,7 @@ def _measure(subject: bench.Subject, args: argparse.Namespace, batch: int) -> di
     uses, disk, compute = [], [], []
     for number in range(args.runs):
         disk.append(bench.bandwidth(subject.layout))
-        compute.append(bench.step_seconds(subject.model, batch))
+        compute.append(bench.step_seconds(subject, batch))
         uses.append(decode(subject.model, subject.store, args, batch, seed=number))
     disk.append(bench.bandwidth(subject.layout))
     least, tokens = args.tokens * statistics.median(compute), batch * args.tokens

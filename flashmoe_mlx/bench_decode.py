@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
     facts = bench.conditions(subject)
     compute, disk, uses = [], [], []
     for number in range(args.runs):
-        compute.append(bench.step_seconds(subject.model))
+        compute.append(bench.step_seconds(subject))
         disk.append(bench.bandwidth(subject.layout))
         uses.append(decode(subject.model, subject.store, args, seed=number))
-    compute.append(bench.step_seconds(subject.model))
+    compute.append(bench.step_seconds(subject))
     disk.append(bench.bandwidth(subject.layout))
     settings = {
         "tokens": args.tokens, "cold": args.cold, "forced": args.forced,

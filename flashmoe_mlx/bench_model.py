@@ -34,7 +34,7 @@ from mlx_lm.utils import load_model
 from . import machine
 from .config import CachePlan
 from .errors import FlashMoEError
-from .expert_store import ExpertStats, ExpertStore
+from .expert_store import Bank, ExpertStats, ExpertStore
 from .geometry import GEOMETRIES
 from .layout import ExpertLayout
 from .loader import load
@@ -275,13 +275,14 @@ def _disk_counter() -> int | None:
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
-def step_seconds(model: nn.Module, batch: int = 1) -> float:
+def step_seconds(subject: Subject, batch: int = 1) -> float:
     """Return the median time of a decoding step with nothing to read.
 
     It is one step taken again and again from the same cache, so all but the first find their
     experts in the banks, as far as these hold so many.
     """
-    prompt = np.reshape(random_tokens(model.args.vocab_size, batch * PROMPT), (batch, PROMPT))
+    model, vocabulary = subject.model, subject.recipe.vocabulary
+    prompt = np.reshape(random_tokens(vocabulary, batch * PROMPT), (batch, PROMPT))
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array(prompt), cache=cache), [c.state for c in cache])
     last, seconds = mx.array(prompt[:, -1:]), []
@@ -293,17 +294,18 @@ def step_seconds(model: nn.Module, batch: int = 1) -> float:
         seconds.append(time.perf_counter() - start)
 
     step()
-    with nothing_read():
+    with nothing_read(subject.store):
         for _ in range(COMPUTE_STEPS):
             step()
     return statistics.median(seconds[2:])
 
 
 @contextmanager
-def nothing_read() -> Iterator[None]:
-    """Answer reads at once, so that only computing takes time.
+def nothing_read(store: ExpertStore) -> Iterator[None]:
+    """Answer reads at once while the block runs, so that only computing takes time.
 
-    Slots then keep the bytes of other experts, which are as random as the right ones.
+    Slots then hold the bytes of other experts, as random as the right ones. Afterwards each is
+    read again.
     """
     real = os.preadv
     os.preadv = lambda file, buffers, offset: sum(map(len, buffers))  # type: ignore[assignment,misc]
@@ -311,6 +313,18 @@ def nothing_read() -> Iterator[None]:
         yield
     finally:
         os.preadv = real
+        for layer, bank in enumerate(store.banks):
+            _read_anew(store, layer, bank)
+
+
+def _read_anew(store: ExpertStore, layer: int, bank: Bank) -> None:
+    """Drop all that a bank holds, by asking for as much that it does not hold."""
+    experts, fetched = range(bank.layout.num_experts), 0
+    while fetched < len(bank) < len(experts):
+        resident = set(bank.resident(experts))
+        missing = [expert for expert in experts if expert not in resident][: len(bank)]
+        store.fetch(layer, missing)
+        fetched += len(missing)
 
 
 def result(use: Use, tokens: int, floor: Floor) -> dict[str, Any]:

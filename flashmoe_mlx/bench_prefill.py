@@ -87,10 +87,10 @@ def _read(model: nn.Module, prompt: list[int], chunk: int) -> None:
         mx.clear_cache()
 
 
-def compute_seconds(model: nn.Module, prompt: list[int], chunk: int) -> float:
+def compute_seconds(subject: bench.Subject, prompt: list[int], chunk: int) -> float:
     """Return the time of reading a prompt when no expert has to come from anywhere."""
-    with bench.nothing_read():
-        return prefill(model, None, prompt, chunk).seconds
+    with bench.nothing_read(subject.store):
+        return prefill(subject.model, None, prompt, chunk).seconds
 
 
 def _measure(subject: bench.Subject, args: argparse.Namespace, tokens: int) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def _measure(subject: bench.Subject, args: argparse.Namespace, tokens: int) -> l
     for _ in range(args.runs):
         for cold in states:
             uses[cold].append(prefill(model, store, prompt, chunk, cold))
-        compute.append(compute_seconds(model, prompt, chunk))
+        compute.append(compute_seconds(subject, prompt, chunk))
         disk.append(bench.bandwidth(subject.layout))
     layers, seconds = profile(
         subject,

@@ -154,9 +154,10 @@ def checkpoint(recipe: Recipe, directory: Path | None = None) -> Path:
     plan = recipe.plan()
     unfinished = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / EXPERT_DIR).mkdir(parents=True)
         _check_room(plan, path)
+        (unfinished / EXPERT_DIR).mkdir(parents=True)
         _write(recipe, plan, unfinished)
         os.replace(unfinished, path)
     except OSError as error:
