@@ -43,10 +43,10 @@ from .model import Model
 from .names import is_expert
 
 VERSION = 1  # of the weights that a recipe gives; part of the directory's name
-FULL_ATTENTION_INTERVAL = 4
 CODES, SCALES = 1 << 21, 1 << 18  # elements of the pools; a window is half of one at most
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")  # token ids 256 to 258, after the bytes
 LEAST_VOCABULARY = 256 + len(SPECIAL)
+END_OF_TURN = 256 + SPECIAL.index("<|im_end|>")
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -99,21 +99,8 @@ class Recipe:
 
     def config(self) -> dict[str, Any]:
         """Return the config.json of the bfloat16 checkpoint that was never there."""
-        interval = min(FULL_ATTENTION_INTERVAL, self.layers)
-        geometry = GEOMETRIES[self.geometry]
-        text = geometry._asdict() | {
-            "model_type": "qwen3_5_moe_text", "dtype": "bfloat16", "vocab_size": self.vocabulary,
-            "num_hidden_layers": self.layers, "full_attention_interval": interval,
-            "shared_expert_intermediate_size": geometry.moe_intermediate_size,
-            "linear_conv_kernel_dim": 4, "attention_bias": False, "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 262144, "tie_word_embeddings": False,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
-                "mrope_interleaved": True, "mrope_section": [11, 11, 10],
-            },
-        }  # fmt: skip
-        eos = 256 + SPECIAL.index("<|im_end|>")
-        return {"model_type": "qwen3_5_moe", "text_config": text, "eos_token_id": eos}
+        text = text_config(self.geometry, self.layers, self.vocabulary)
+        return {"model_type": "qwen3_5_moe", "text_config": text, "eos_token_id": END_OF_TURN}
 
     def plan(self) -> Plan:
         """Plan the checkpoint as flashmoe-convert plans a conversion."""
@@ -131,6 +118,26 @@ class Recipe:
         )  # fmt: skip
         source = Source(Path(), self.name, None, config, dims, trunk, None, {})
         return build_plan(source, Options(quantize=True, bits=self.bits))
+
+
+def text_config(geometry: str, layers: int, vocabulary: int) -> dict[str, Any]:
+    """Return config.json's entry for the language model.
+
+    With fewer than four layers the last one has full attention: stock mlx-lm runs no model that
+    lacks either kind of layer.
+    """
+    sizes = GEOMETRIES[geometry]
+    return sizes._asdict() | {
+        "model_type": "qwen3_5_moe_text", "dtype": "bfloat16", "vocab_size": vocabulary,
+        "num_hidden_layers": layers, "full_attention_interval": min(4, layers),
+        "shared_expert_intermediate_size": sizes.moe_intermediate_size,
+        "linear_conv_kernel_dim": 4, "attention_bias": False, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262144, "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10],
+        },
+    }  # fmt: skip
 
 
 def default_dir() -> Path:
@@ -181,7 +188,7 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
     pools = Pools()
     write_json(directory / "config.json", plan.config)
     write_file(directory / MODEL_FILE, SHIM.encode())
-    _write_tokenizer(directory)
+    write_tokenizer(directory)
     for file in plan.trunk:
         specs = [(spec.name, spec.dtype, spec.shape) for spec in file.outputs]
         with TensorFile(directory / file.name, specs) as target:
@@ -287,7 +294,7 @@ def _rng(name: str) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
     """Write a byte-level tokenizer: ids are the bytes, then the special tokens."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]

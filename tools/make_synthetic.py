@@ -24,23 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from flashmoe_mlx.geometry import GEOMETRIES
+from flashmoe_mlx.synthetic import END_OF_TURN, LEAST_VOCABULARY, text_config, write_tokenizer
 
 GIB = 1 << 30
 BLOCK = 1 << 20  # elements generated at a time
 FULL_ATTENTION_INTERVAL = 4
 CONV_KERNEL = 4
-END, IM_END, IM_START = 256, 257, 258  # token ids; the first 256 are the bytes
 ITEM_SIZE = {"U32": 4, "BF16": 2, "F32": 4}
 
 Blocks = Callable[[np.random.Generator, int], np.ndarray]
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,8 @@ class Checkpoint:
 
     def __init__(self, geometry: str, layers: int, vocab: int, bits: int, group: int, fmt: str):
         """Plan a checkpoint; `layers` and `vocab` override the geometry's true counts."""
-        self.geometry, self.layers, self.vocab = GEOMETRIES[geometry], layers, vocab
+        self.name, self.geometry = geometry, GEOMETRIES[geometry]
+        self.layers, self.vocab = layers, vocab
         self.bits, self.group, self.hf = bits, group, fmt == "hf"
         self.interval = min(FULL_ATTENTION_INTERVAL, layers)
         self.quantised_apart: dict[str, dict[str, int]] = {}
@@ -211,22 +206,11 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """Return config.json; call it after `specs` has been walked."""
         kinds = ["linear_attention"] * (self.interval - 1) + ["full_attention"]
-        text = self.geometry._asdict() | {
-            "model_type": "qwen3_5_moe_text", "dtype": "bfloat16", "vocab_size": self.vocab,
-            "num_hidden_layers": self.layers, "full_attention_interval": self.interval,
-            "layer_types": [kinds[i % self.interval] for i in range(self.layers)],
-            "shared_expert_intermediate_size": self.geometry.moe_intermediate_size,
-            "linear_conv_kernel_dim": CONV_KERNEL, "attention_bias": False, "hidden_act": "silu",
-            "attn_output_gate": True, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144,
-            "tie_word_embeddings": False, "eos_token_id": IM_END,
-            "rope_parameters": {
-                "rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
-                "mrope_interleaved": True, "mrope_section": [11, 11, 10],
-            },
-        }  # fmt: skip
+        text = text_config(self.name, self.layers, self.vocab)
+        text["layer_types"] = [kinds[i % self.interval] for i in range(self.layers)]
         config: dict[str, Any] = {
             "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe",
-            "text_config": text, "tie_word_embeddings": False, "eos_token_id": [IM_END, END],
+            "text_config": text, "tie_word_embeddings": False, "eos_token_id": END_OF_TURN,
         }  # fmt: skip
         if not self.hf:
             shared = {"group_size": self.group, "bits": self.bits, "mode": "affine"}
@@ -272,26 +256,6 @@ def write_shard(path: Path, specs: list[Spec], seed: int, fmt: str) -> None:
                     data = data[file.write(data) :]
 
 
-def write_tokenizer(out: Path) -> None:
-    """Write a byte-level tokenizer whose ids are the bytes, then the special tokens."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    ids = {chr(byte): byte for byte in visible}
-    ids |= {chr(256 + index): byte for index, byte in enumerate(hidden)}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
-    tokenizer.save(str(out / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
-        "model_max_length": 262144, "chat_template": CHAT_TEMPLATE,
-    }  # fmt: skip
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-
-
 def make_synthetic(
     out: Path,
     geometry: str,
@@ -303,13 +267,9 @@ def make_synthetic(
     seed: int = 0,
     max_shard: int = GIB,
 ) -> int:
-    """Write a checkpoint into `out` and return its tensors' bytes.
-
-    With fewer than four layers the last one has full attention: stock mlx-lm runs no model that
-    lacks either kind of layer.
-    """
+    """Write a checkpoint into `out` and return its tensors' bytes."""
     known = bits in (2, 3, 4, 5, 6, 8) and fmt in ("mlx", "hf")
-    if not known or layers < 2 or vocab <= IM_START:
+    if not known or layers < 2 or vocab < LEAST_VOCABULARY:
         raise ValueError(f"cannot make {layers} layers, vocabulary {vocab}, {bits} bits, {fmt!r}")
     out.mkdir(parents=True, exist_ok=True)
     if any(out.glob("*.safetensors")):
