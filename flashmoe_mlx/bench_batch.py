@@ -9,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator
 
+from . import bench_figures as figures
 from . import bench_model as bench
 from .bench_layers import print_layers, profile
 from .bench_plot import check_plot, plot
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     subject = bench.open_subject(args)
     facts = bench.conditions(subject)
     print(f"{args.tokens} tokens of each sequence, page cache {'cold' if args.cold else 'warm'}")
-    print(f"{'speedup':>8} {bench.HEADER}")
+    print(f"{'speedup':>8} {figures.HEADER}")
     rows: list[dict[str, Any]] = []
     for batch in args.batch:
         row = _measure(subject, args, batch)
@@ -48,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
         row["speedup"] = row["tokens_per_s"] / first["tokens_per_s"]
         rows.append(row)
         name = f"median of batch {batch}"
-        print(f"{row['speedup']:7.2f}x {bench.line(row, batch * args.tokens, name)}", flush=True)
-    print(bench.LEGEND + f"; speedup: over batch {args.batch[0]}")
-    facts |= bench.peak()
+        print(f"{row['speedup']:7.2f}x {figures.line(row, batch * args.tokens, name)}", flush=True)
+    print(figures.LEGEND + f"; speedup: over batch {args.batch[0]}")
+    facts |= figures.peak()
     usual = args.batch[-1] * args.tokens / rows[-1]["tokens_per_s"]
     layers, seconds = profile(
         subject,
@@ -73,7 +74,7 @@ def decode(
     batch: int,
     seed: int = 0,
     started: Callable[[], None] = lambda: None,
-) -> bench.Use:
+) -> figures.Use:
     """Decode `batch` sequences together, from settled banks and page cache.
 
     Args:
@@ -98,7 +99,7 @@ def decode(
         generator.next_generated()
         if step == bench.WARM_UP:
             start = bench.begin(store, args.cold, started)
-    use = bench.now(store) - start
+    use = figures.now(store) - start
     generator.close()
     return use
 
@@ -112,8 +113,8 @@ def _measure(subject: bench.Subject, args: argparse.Namespace, batch: int) -> di
         uses.append(decode(subject.model, subject.store, args, batch, seed=number))
     disk.append(bench.bandwidth(subject.layout))
     least, tokens = args.tokens * statistics.median(compute), batch * args.tokens
-    rows = [bench.result(use, tokens, use.floor(disk, least)) for use in uses]
-    return {"batch": batch, **bench.middle(rows), "disk_bytes_per_s": disk}
+    rows = [figures.result(use, tokens, use.floor(disk, least)) for use in uses]
+    return {"batch": batch, **figures.middle(rows), "disk_bytes_per_s": disk}
 
 
 def _stock(subject: bench.Subject, args: argparse.Namespace) -> list[dict[str, float]]:

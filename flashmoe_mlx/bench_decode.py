@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
+from . import bench_figures as figures
 from . import bench_model as bench
 from .bench_layers import print_layers, profile
 from .bench_plot import check_plot, plot
@@ -51,15 +52,15 @@ def run(args: argparse.Namespace) -> int:
         "disk_bytes_per_s": disk, "step_s": compute,
     }  # fmt: skip
     least = args.tokens * statistics.median(compute)
-    rows = [bench.result(use, args.tokens, use.floor(disk, least)) for use in uses]
+    rows = [figures.result(use, args.tokens, use.floor(disk, least)) for use in uses]
     best = _print_runs(rows, args, disk)
-    settings |= bench.peak()
+    settings |= figures.peak()
     layers, seconds = profile(
         subject, lambda started: decode(subject.model, subject.store, args, started=started)
     )
     print_layers(layers, args.tokens, seconds, args.tokens / best["tokens_per_s"])
-    others = bench.published(subject.recipe, "tok/s")
-    bench.print_published(others, 1e3 / best["tokens_per_s"] / subject.recipe.layers)
+    others = figures.published(subject.recipe, "tok/s")
+    figures.print_published(others, 1e3 / best["tokens_per_s"] / subject.recipe.layers)
     settings["published"] = others
     if args.stock:
         settings["stock_tokens_per_s"] = _stock(subject, args, best)
@@ -76,7 +77,7 @@ def decode(
     args: argparse.Namespace,
     seed: int = 0,
     started: Callable[[], None] = lambda: None,
-) -> bench.Use:
+) -> figures.Use:
     """Decode once by mlx-lm's own generator, from settled banks and page cache.
 
     Args:
@@ -92,7 +93,7 @@ def decode(
     for index, _ in enumerate(generate_step(prompt, model, max_tokens=steps, sampler=sampler)):
         if index == bench.WARM_UP:
             start = bench.begin(store, args.cold, started)
-    return bench.now(store) - start
+    return figures.now(store) - start
 
 
 def _print_runs(
@@ -102,12 +103,12 @@ def _print_runs(
     low, high = min(disk) / 1e9, max(disk) / 1e9
     print(f"disk, random experts read cold, between runs: {low:.2f} to {high:.2f} GB/s")
     print(f"{args.tokens} tokens a run, page cache {'cold' if args.cold else 'warm'} at the start")
-    print(bench.HEADER)
+    print(figures.HEADER)
     for number, row in enumerate(rows):
-        print(bench.line(row, args.tokens, str(number + 1)))
-    best = bench.middle(rows)
-    print(bench.line(best, args.tokens, "median"))
-    print(bench.LEGEND)
+        print(figures.line(row, args.tokens, str(number + 1)))
+    best = figures.middle(rows)
+    print(figures.line(best, args.tokens, "median"))
+    print(figures.LEGEND)
     return best
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .bench_model import Subject, Use
+from .bench_figures import Use
+from .bench_model import Subject
 from .expert_store import ExpertStats, ExpertStore
 from .model import DecoderLayer, Model
 

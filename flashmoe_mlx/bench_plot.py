@@ -4,9 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from .bench_layers import PARTS
 from .errors import FlashMoEError
-
-PARTS = ("attention", "router", "read", "experts")
 
 
 def check_plot(path: Path | None) -> None:

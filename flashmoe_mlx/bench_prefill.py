@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from . import bench_figures as figures
 from . import bench_model as bench
 from .bench_layers import LayerTime, print_layers, profile
 from .bench_plot import check_plot, plot
@@ -45,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for tokens in args.tokens:
         rows += _measure(subject, args, tokens)
-    facts |= bench.peak() | {"published": bench.published(subject.recipe, "tok/s prefill")}
+    facts |= figures.peak() | {"published": figures.published(subject.recipe, "tok/s prefill")}
     slowest = 1e3 / rows[-1]["tokens_per_s"] / subject.recipe.layers
-    bench.print_published(facts["published"], slowest)
+    figures.print_published(facts["published"], slowest)
     if args.stock:
         facts["stock"] = _stock(subject, args)
     title = f"prefill, {subject.recipe.name}, {args.tokens[-1]} tokens"
@@ -63,7 +64,7 @@ def prefill(
     chunk: int,
     cold: bool = False,
     started: Callable[[], None] = lambda: None,
-) -> bench.Use:
+) -> figures.Use:
     """Read a prompt once as mlx-lm's generators do, from settled banks and page cache.
 
     Args:
@@ -76,7 +77,7 @@ def prefill(
     """
     start = bench.begin(store, cold, started)
     _read(model, prompt, chunk)
-    return bench.now(store) - start
+    return figures.now(store) - start
 
 
 def _read(model: nn.Module, prompt: list[int], chunk: int) -> None:
@@ -100,7 +101,7 @@ def _measure(subject: bench.Subject, args: argparse.Namespace, tokens: int) -> l
     _read(model, prompt[: bench.PROMPT], chunk)
     states = (True, False) if hasattr(os, "posix_fadvise") else (False,)
     compute, disk = [], [bench.bandwidth(subject.layout)]
-    uses: dict[bool, list[bench.Use]] = {cold: [] for cold in states}
+    uses: dict[bool, list[figures.Use]] = {cold: [] for cold in states}
     for _ in range(args.runs):
         for cold in states:
             uses[cold].append(prefill(model, store, prompt, chunk, cold))
@@ -111,17 +112,17 @@ def _measure(subject: bench.Subject, args: argparse.Namespace, tokens: int) -> l
         lambda started: prefill(model, store, prompt, chunk, states[0], started),
     )
     print(f"prompt of {tokens} tokens, {chunk} at a time")
-    print(bench.HEADER)
+    print(figures.HEADER)
     rows = []
     for cold in states:
         least = statistics.median(compute)
-        runs = [bench.result(use, tokens, use.floor(disk, least)) for use in uses[cold]]
-        middle = bench.middle(runs)
-        print(bench.line(middle, tokens, f"{'cold' if cold else 'warm'}, median"))
+        runs = [figures.result(use, tokens, use.floor(disk, least)) for use in uses[cold]]
+        middle = figures.middle(runs)
+        print(figures.line(middle, tokens, f"{'cold' if cold else 'warm'}, median"))
         theory = _theory(subject, layers)
         row = {"tokens": tokens, "cold": cold, **middle, **theory, "disk_bytes_per_s": disk}
         rows.append(row | {"per_layer": [layer.as_dict(1) for layer in layers]})
-    print(bench.LEGEND)
+    print(figures.LEGEND)
     print(
         f"experts that a layer and chunk asked for: {theory['distinct']}, of which "
         f"{theory['distinct'] - theory['missing']} were resident; "

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from flashmoe_mlx import bench_decode, bench_model, load
+from flashmoe_mlx import bench_decode, bench_figures, bench_model, load
 from flashmoe_mlx.bench import main
+from flashmoe_mlx.bench_figures import Use
 from flashmoe_mlx.bench_layers import profile, timed_layers
-from flashmoe_mlx.bench_model import Subject, Use
+from flashmoe_mlx.bench_model import Subject
 from flashmoe_mlx.expert_store import ExpertStats
 from flashmoe_mlx.synthetic import Recipe, checkpoint
 
@@ -161,9 +162,9 @@ def test_only_what_counts_is_profiled(subject):
     def work(started):
         logits(subject.model)
         started()
-        before = bench_model.now(subject.store)
+        before = bench_figures.now(subject.store)
         logits(subject.model, [1])
-        return bench_model.now(subject.store) - before
+        return bench_figures.now(subject.store) - before
 
     layers, seconds = profile(subject, work)
     assert [layer.asked for layer in layers] == [4] * 4
@@ -204,39 +205,39 @@ def test_floor_is_the_longer_of_disk_and_computing():
     # Probes at 1000 bytes/s; the run itself got 3000 bytes in the 2 seconds that it waited.
     assert use.floor([500.0, 1000.0, 9000.0], 1.0).seconds == 2.0
     assert use.floor([500.0, 3000.0, 9000.0], 0.5).seconds == 1.0
-    row = bench_model.result(use, 2, use.floor([1000.0], 4.0))
+    row = bench_figures.result(use, 2, use.floor([1000.0], 4.0))
     assert row["share_of_floor"] == 0.5 and row["tokens_per_s"] == 0.25
     assert row["read_bytes_per_s"] == 2000
 
 
 def test_the_median_run_is_one_that_was_measured():
     rows = [{"tokens_per_s": speed} for speed in (3.0, 1.0, 4.0, 2.0)]
-    assert bench_model.middle(rows) is rows[3]
-    assert bench_model.middle(rows[:3]) is rows[0]
+    assert bench_figures.middle(rows) is rows[3]
+    assert bench_figures.middle(rows[:3]) is rows[0]
 
 
 def test_columns_stand_under_their_titles():
     use = Use(0.5, ExpertStats(4, 1, 3, 3_000_000, 0.001), 1_500_000, 0.4, 0.1)
-    row = bench_model.result(use, 1, bench_model.Floor(0.1, 0.25))
-    assert bench_model.line(row, 1, "cold") == (
+    row = bench_figures.result(use, 1, bench_figures.Floor(0.1, 0.25))
+    assert bench_figures.line(row, 1, "cold") == (
         "     2.00  25.0%      3.00      1.50   3.00    100.00    250.00    50%   400.00"
         "  100.00  cold"
     )
-    assert bench_model.HEADER == (
+    assert bench_figures.HEADER == (
         "    tok/s   hits  MB/token   disk MB   GB/s   disk ms  comp. ms  share  user ms"
         "  sys ms  run"
     )
-    unknown = bench_model.line(row | {"disk_bytes_per_token": None}, 1, "warm")
+    unknown = bench_figures.line(row | {"disk_bytes_per_token": None}, 1, "warm")
     assert unknown.split()[3] == "-"
 
 
 def test_published_figures_are_of_the_same_geometry_and_width():
-    rows = bench_model.published(Recipe("397b", 4, 512, 4), "tok/s")
+    rows = bench_figures.published(Recipe("397b", 4, 512, 4), "tok/s")
     flash_moe = next(r for r in rows if r["name"] == "Flash-MoE, M3 Max 48 GB, 4-bit, K=4")
     assert flash_moe["tokens_per_s"] == 4.36
     assert flash_moe["ms_per_layer"] == pytest.approx(3.82, abs=0.005)
     assert all("2-bit" not in row["name"] for row in rows)
-    assert not bench_model.published(RECIPE, "tok/s")
+    assert not bench_figures.published(RECIPE, "tok/s")
 
 
 def test_layers_are_drawn(run, tmp_path):
