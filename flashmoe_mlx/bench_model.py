@@ -31,7 +31,7 @@ from . import machine
 from .bench_figures import Use, now
 from .config import CachePlan
 from .errors import FlashMoEError
-from .expert_store import Bank, ExpertStore
+from .expert_store import ExpertStore
 from .geometry import GEOMETRIES
 from .layout import ExpertLayout
 from .loader import load
@@ -39,6 +39,7 @@ from .memory import available_bytes, cgroup_limit
 from .model import Model
 from .names import FIELDS, layer_prefix
 from .read_speed import expert_ranges, time_reads
+from .slot_bank import Bank
 from .synthetic import Recipe, checkpoint, default_dir
 
 PROMPT = 16  # tokens before decoding starts

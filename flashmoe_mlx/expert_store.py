@@ -1,28 +1,28 @@
-"""Experts in memory: slot banks, the LRU policy, the threads that read, and the counters.
+"""Experts in memory: the LRU policy, requests that bring experts, and the counters.
 
-A *bank* is nine MLX arrays `[slots, ...]` per layer. A reader writes an expert's bytes from the
-file straight into one row of each, through `memoryview`; no other copy of the bytes exists. The
-store knows nothing of models: it maps (layer, expert ids) to slots.
+The store knows nothing of models: it maps (layer, expert ids) to slots of the layer's bank.
 """
 
 import os
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from .config import CachePlan
 from .errors import FlashMoEError
-from .layout import ExpertLayout, LayerLayout, Span
+from .layout import ExpertLayout
+from .reader import Arrival, Piece, Reader
+from .slot_bank import Bank
 
-DTYPES = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+KEPT_CONSUMERS = 2  # one for each half of a bank
+LEAST_PIECE = 256 << 10  # bytes; cutting a record finer costs more than it gains
 
 
 @dataclass
@@ -31,10 +31,11 @@ class ExpertStats:
 
     Attributes:
         asked: experts asked for, counted once per layer and step.
-        hits: of these, experts that were resident already.
+        hits: of these, experts that were resident already, or on their way.
         reads: byte ranges read.
-        bytes_read: bytes read from the expert files (or the page cache above them).
+        bytes_read: bytes that `preadv` delivered from the expert files, or from the page cache.
         seconds_waited: time that the caller waited for reads.
+        seconds_reading: time during which at least one read was in flight.
     """
 
     asked: int = 0
@@ -42,6 +43,7 @@ class ExpertStats:
     reads: int = 0
     bytes_read: int = 0
     seconds_waited: float = 0.0
+    seconds_reading: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -54,69 +56,67 @@ class ExpertStats:
 
     def __str__(self) -> str:
         """One line for people."""
-        speed = self.bytes_read / self.seconds_waited / 1e9 if self.seconds_waited else 0.0
+        speed = self.bytes_read / self.seconds_reading / 1e9 if self.seconds_reading else 0.0
         return (
             f"Experts: {self.asked} asked, {self.hit_rate:.1%} hits, "
             f"{self.bytes_read / 1e6:.1f} MB in {self.reads} reads, "
-            f"waited {self.seconds_waited:.3f} s ({speed:.2f} GB/s)"
+            f"{speed:.2f} GB/s while reading, waited {self.seconds_waited:.3f} s"
         )
 
 
-class Bank:
-    """The slots of one layer."""
+class Consumer(NamedTuple):
+    """What was computed, perhaps not yet, from slots of a layer; None stands for any."""
 
-    def __init__(self, layout: LayerLayout, slots: int) -> None:
-        """Allocate `slots` rows for each of the layer's nine tensors."""
-        self.layout = layout
-        self.arrays = [mx.zeros((slots, *f.shape), dtype=DTYPES[f.dtype]) for f in layout.fields]
-        mx.eval(self.arrays)
-        self._views = [memoryview(a).cast("B") for a in self.arrays]  # type: ignore[arg-type]
-        self._free = list(range(slots))[::-1]
-        self._slot_of: OrderedDict[int, int] = OrderedDict()
+    array: mx.array
+    layer: int | None
+    slots: frozenset[int] | None
 
-    def __len__(self) -> int:
-        """Return the number of slots."""
-        return len(self._free) + len(self._slot_of)
+    def reads(self, layer: int, slots: Iterable[int]) -> bool:
+        """Say whether it may read one of some slots."""
+        mine = self.layer is None or self.layer == layer
+        return mine and (self.slots is None or not self.slots.isdisjoint(slots))
 
-    def resident(self, experts: Iterable[int]) -> list[int]:
-        """Return those of `experts` that are in the bank now."""
-        return [e for e in experts if e in self._slot_of]
 
-    def touch(self, expert: int) -> int:
-        """Return a resident expert's slot and mark it as just used."""
-        self._slot_of.move_to_end(expert)
-        return self._slot_of[expert]
+class Pending:
+    """Experts asked for, of which some may be on their way.
 
-    @property
-    def complete(self) -> bool:
-        """Say whether every expert is resident; then expert e lies in slot e."""
-        return len(self._slot_of) == self.layout.num_experts
+    As long as it lives and has not failed, its slots are not given to other experts. Who drops
+    one that was not waited for loses nothing: its experts arrive all the same.
 
-    def claim(self, experts: Sequence[int], keep: set[int]) -> list[int]:
-        """Free a slot for each expert, dropping the least recently used that are not in `keep`."""
-        if len(self) == self.layout.num_experts:
-            self._free = [slot for slot in self._free if slot not in experts]
-            return list(experts)
-        victims = (e for e in list(self._slot_of) if e not in keep)
-        return [
-            self._free.pop() if self._free else self._slot_of.pop(next(victims)) for _ in experts
-        ]
+    Attributes:
+        layer: decoder layer.
+        experts: ids, as asked for.
+        slots: where they lie, or will; their bytes are whole when `wait` has returned.
+    """
 
-    def settle(self, expert: int, slot: int) -> None:
-        """Record that an expert's bytes now lie whole in a slot."""
-        self._slot_of[expert] = slot
+    def __init__(
+        self, store: "ExpertStore", layer: int, experts: Sequence[int], slots: list[int]
+    ) -> None:
+        """Remember what was asked; made by `ExpertStore.request`."""
+        self.layer = layer
+        self.experts = experts
+        self.slots = slots
+        self._store = store
+        self._arrivals: list[Arrival] = []
 
-    def release(self, slot: int) -> None:
-        """Give back a slot whose bytes did not arrive."""
-        self._free.append(slot)
+    def wait(self) -> list[int]:
+        """Return the slots when all bytes are there.
 
-    def rows(self, slot: int, span: Span) -> list[memoryview]:
-        """Return the writable rows of one slot that a byte range of the file fills."""
-        rows = []
-        for index in range(span.first, span.last):
-            size = self.layout.fields[index].nbytes
-            rows.append(self._views[index][slot * size : (slot + 1) * size])
-        return rows
+        Raises:
+            FlashMoEError: a file is shorter than it was, or cannot be read, or the store was
+                closed. The bank then holds what it held, less what was dropped to make room.
+        """
+        try:
+            if self._arrivals:
+                self._store._wait(self.layer, self._arrivals)
+                for arrival in self._arrivals:
+                    if arrival.error:
+                        raise arrival.error
+                self._arrivals = []
+        except BaseException:  # also Ctrl-C: the slots are free for others once they are at rest
+            self._store._pending[self.layer].discard(self)
+            raise
+        return self.slots
 
 
 class ExpertStore:
@@ -139,16 +139,19 @@ class ExpertStore:
         self.layout = layout
         self.plan = plan
         self.stats = ExpertStats()
-        self.banks = [Bank(layer, plan.slots) for layer in layout.layers]
-        self._consumers: list[mx.array] = []
+        files = _open_files({f.file for layer in layout.layers for f in layer.fields})
+        self.banks = [Bank(layer, plan.slots, files) for layer in layout.layers]
+        self._pending: list[weakref.WeakSet[Pending]] = [weakref.WeakSet() for _ in self.banks]
+        self._consumers: list[Consumer] = []
         self._lock = threading.Lock()
-        self._files = _open_files({f.file for layer in layout.layers for f in layer.fields})
-        self._pool = ThreadPoolExecutor(io_threads, thread_name_prefix="flashmoe-read")
-        self._finalizer = weakref.finalize(self, _close, self._pool, self._files)
+        self._process = os.getpid()
+        self._reader = Reader({number: path for path, number in files.items()}, io_threads)
+        self._finalizer = weakref.finalize(self, _close, self._reader, list(files.values()))
 
     def close(self) -> None:
         """Stop the reader threads and close the files. A closed store cannot fetch."""
-        self._finalizer()
+        with self._lock:
+            self._finalizer()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertStore":
         """Share the store: it is a cache over files that do not change."""
@@ -161,16 +164,29 @@ class ExpertStore:
             "load the model again in the other process"
         )
 
-    def hold(self, consumer: mx.array) -> None:
-        """Keep all banks as they are until `consumer`, which reads one, is evaluated."""
-        self._consumers.append(consumer)
+    def hold(self, consumer: mx.array, layer: int | None = None, slots: Iterable[int] = ()) -> None:
+        """Keep bytes as they are until `consumer`, which reads them, is evaluated.
+
+        A lazy graph reads a bank when it is evaluated, not when it is built. At most
+        KEPT_CONSUMERS are kept unevaluated for particular slots, since each keeps memory.
+
+        Args:
+            consumer: what was computed from a bank.
+            layer: the bank it reads; None if that is not known. Then the next request of any
+                layer evaluates it.
+            slots: the slots that it reads, all of the layer's unless given; it is evaluated
+                before one of them is written anew.
+        """
+        if layer is not None and self.banks[layer].complete:
+            return
+        with self._lock:
+            read = None if slots is None else frozenset(slots)
+            self._consumers.append(Consumer(consumer, layer, read))
+            told = [held for held in self._consumers if held.layer is not None]
+            self._evaluate(told[:-KEPT_CONSUMERS])
 
     def fetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Make experts resident and return their slots, in the order given.
-
-        Everything held is evaluated first: a lazy graph reads a bank when it is evaluated, not
-        when it is built. In a decoder this costs nothing, because the router of this layer has
-        already waited for the experts of the layers below.
 
         Args:
             layer: decoder layer.
@@ -180,48 +196,114 @@ class ExpertStore:
             FlashMoEError: a file is shorter than it was, or cannot be read. The bank then holds
                 what it held, less what was dropped to make room.
         """
+        return self.request(layer, experts).wait()
+
+    def request(self, layer: int, experts: Sequence[int]) -> Pending:
+        """Give experts slots and begin to read those that are missing; return at once.
+
+        Consumers of the slots that are taken for this are evaluated first. Requests of the same
+        or of other layers may be under way.
+
+        Args:
+            layer: decoder layer.
+            experts: distinct expert ids, at most as many as there are slots that no other
+                `Pending` has.
+
+        Raises:
+            FlashMoEError: the bank has too few slots, or the store was closed, or belongs to
+                another process.
+        """
         bank = self.banks[layer]
         with self._lock:
-            if not self._finalizer.alive:
-                raise FlashMoEError("this model was closed; load it again.")
-            mx.eval(self._consumers)
-            self._consumers.clear()
-            hits = bank.resident(experts)
+            self._check_usable()
+            self._evaluate([held for held in self._consumers if held.layer is None])
+            self._settle(bank)
+            missing = bank.absent(experts)
             self.stats.asked += len(experts)
-            self.stats.hits += len(hits)
-            if len(hits) < len(experts):
-                missing = sorted(set(experts).difference(hits))
-                start = time.perf_counter()
-                self._read(bank, missing, bank.claim(missing, keep=set(experts)))
-                self.stats.seconds_waited += time.perf_counter() - start
-            return [bank.touch(e) for e in experts]
+            self.stats.hits += len(experts) - len(missing)
+            if missing:
+                self._bring(layer, missing, keep=set(experts))
+            pending = Pending(self, layer, experts, [bank.touch(e) for e in experts])
+            if bank.arriving:
+                pending._arrivals = [bank.arriving[e][1] for e in experts if e in bank.arriving]
+            self._pending[layer].add(pending)
+        return pending
 
-    def _read(self, bank: Bank, missing: Sequence[int], slots: Sequence[int]) -> None:
-        jobs = [
-            self._pool.submit(self._read_expert, bank, expert, slot)
-            for expert, slot in zip(missing, slots, strict=True)
-        ]
+    def _check_usable(self) -> None:
+        if not self._finalizer.alive:
+            raise FlashMoEError("this model was closed; load it again.")
+        if os.getpid() != self._process:
+            raise FlashMoEError(
+                "this model was loaded in another process, whose reader threads a fork does not "
+                "bring along; load it again in this one."
+            )
+
+    def _bring(self, layer: int, missing: Sequence[int], keep: set[int]) -> None:
+        """Take slots for experts and begin to read them, in the order of the file."""
+        bank = self.banks[layer]
+        slots = self._slots(layer, missing, keep.union(*(p.experts for p in self._pending[layer])))
+        self._evaluate([held for held in self._consumers if held.reads(layer, slots)])
+        parts = self._parts(bank, len(missing))
+        brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
+        batch = deque(sorted((p for _, pieces in brought for p in pieces), key=_place))
         try:
-            wait(jobs)
-        finally:
-            # Also after Ctrl-C: a late write must never land in a slot that was given away.
-            wait(jobs)
-            for expert, slot, job in zip(missing, slots, jobs, strict=True):
-                if job.exception():
-                    bank.release(slot)
-                    continue
-                bank.settle(expert, slot)
-                self.stats.reads += job.result()
-                self.stats.bytes_read += bank.layout.record_bytes
-        for job in jobs:
-            job.result()
+            for expert, slot, (arrival, _) in zip(missing, slots, brought, strict=True):
+                bank.expect(expert, slot, arrival)
+            self._reader.start(batch)
+        except BaseException:  # Ctrl-C: what no thread has begun must not be waited for
+            self._reader.drop(batch)
+            raise
 
-    def _read_expert(self, bank: Bank, expert: int, slot: int) -> int:
-        """Read one expert into a slot and return the number of byte ranges; in a reader thread."""
-        spans = bank.layout.spans(expert)
-        for span in spans:
-            _read_span(self._files[span.file], span, bank.rows(slot, span))
-        return len(spans)
+    def _slots(self, layer: int, missing: Sequence[int], keep: set[int]) -> list[int]:
+        """Choose slots, if need be after experts have arrived that nobody waits for."""
+        bank = self.banks[layer]
+        slots = bank.choose(missing, keep)
+        if slots is None and bank.arriving:
+            for _, arrival in bank.arriving.values():
+                arrival.wait()
+            self._settle(bank)
+            slots = bank.choose(missing, keep)
+        if slots is None:
+            raise FlashMoEError(
+                f"layer {layer}: {len(missing)} more experts do not fit into a bank of {len(bank)} "
+                "slots beside those in use. Ask for fewer at a time, or raise expert_cache."
+            )
+        return slots
+
+    def _parts(self, bank: Bank, experts: int) -> int:
+        """Return into how many pieces to cut each record, so that all threads have something."""
+        wanted = -(-len(self._reader.threads) // experts)
+        return max(1, min(wanted, bank.layout.record_bytes // LEAST_PIECE))
+
+    def _evaluate(self, consumers: list[Consumer]) -> None:
+        """Evaluate consumers and forget them."""
+        if consumers:
+            mx.eval([consumer.array for consumer in consumers])
+            done = set(map(id, consumers))
+            self._consumers = [c for c in self._consumers if id(c) not in done]
+
+    def _wait(self, layer: int, arrivals: list[Arrival]) -> None:
+        start = time.perf_counter()
+        try:
+            for arrival in arrivals:
+                arrival.wait()
+        finally:
+            with self._lock:
+                self._settle(self.banks[layer])
+                self.stats.seconds_waited += time.perf_counter() - start
+
+    def _settle(self, bank: Bank) -> None:
+        """Take note of experts that have arrived."""
+        if bank.arriving:
+            for arrival in bank.settle():
+                self.stats.reads += arrival.pieces
+                self.stats.bytes_read += arrival.nbytes
+            self.stats.seconds_reading += self._reader.take_seconds()
+
+
+def _place(piece: Piece) -> tuple[int, int]:
+    """Return where a piece lies: its file, and the offset."""
+    return piece[:2]
 
 
 def _open_files(paths: set[Path]) -> dict[Path, int]:
@@ -239,30 +321,7 @@ def _open_files(paths: set[Path]) -> dict[Path, int]:
     return files
 
 
-def _close(pool: ThreadPoolExecutor, files: dict[Path, int]) -> None:
-    pool.shutdown(wait=True)
-    for descriptor in files.values():
+def _close(reader: Reader, files: list[int]) -> None:
+    reader.close()
+    for descriptor in files:
         os.close(descriptor)
-
-
-def _read_span(descriptor: int, span: Span, rows: list[memoryview]) -> None:
-    """Fill `rows` from the file. `preadv` may return less than asked, so go on until full."""
-    offset = span.offset
-    while rows:
-        try:
-            count = os.preadv(descriptor, rows, offset)
-        except OSError as error:
-            raise FlashMoEError(
-                f"{span.file}: reading an expert at byte {offset} failed ({error.strerror}). "
-                "Check the disk; nothing was computed from these bytes."
-            ) from error
-        if count == 0:
-            raise FlashMoEError(
-                f"{span.file}: ends at byte {offset}, in the middle of an expert. The file was "
-                "cut short while the model was in use; restore it and load the model again."
-            )
-        offset += count
-        while rows and count >= len(rows[0]):
-            count -= len(rows.pop(0))
-        if rows:
-            rows[0] = rows[0][count:]

@@ -16,7 +16,7 @@ from .config import ModelArgs, StreamConfig, check_top_k, plan_cache
 from .custom_kernels.choice import check_cpu_kernels
 from .custom_kernels.executor import prepare
 from .errors import FlashMoEError
-from .expert_store import DTYPES, ExpertStore
+from .expert_store import ExpertStore
 from .layout import (
     ExpertLayout,
     TensorInfo,
@@ -28,6 +28,7 @@ from .layout import (
 from .memory import available_bytes
 from .model import Model
 from .names import PROJECTIONS, is_expert
+from .slot_bank import DTYPES
 
 Format = tuple[int, int, str]
 BUNDLED_MODEL = Path(__file__).parent / "bundled"

@@ -163,7 +163,7 @@ def test_close_ends_threads_and_refuses_further_use(tmp_path):
     store.fetch(0, [1, 2])
     store.close()
     store.close()
-    assert not [t for t in threading.enumerate() if t in store._pool._threads]
+    assert not [t for t in threading.enumerate() if t in store._reader.threads]
     with pytest.raises(FlashMoEError, match="closed"):
         store.fetch(0, [3])
 

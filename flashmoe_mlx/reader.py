@@ -1,0 +1,201 @@
+"""Reader threads: byte ranges of files straight into memory that is already there.
+
+A *piece* is one `preadv`. The pieces of one expert share an `Arrival`, which is over when the last
+of them is; only then may anybody read those bytes, or write others there.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+from .errors import FlashMoEError
+
+
+class Arrival:
+    """Bytes on their way into memory.
+
+    Attributes:
+        pieces: how many `preadv` calls bring them, if none returns early.
+        left: pieces that are not over yet.
+        nbytes: bytes that came.
+        error: why they are not all there; the first reason found.
+    """
+
+    __slots__ = ("_over", "error", "left", "nbytes", "pieces")
+
+    def __init__(self, pieces: int) -> None:
+        """Expect so many pieces, at least one."""
+        self.pieces = self.left = pieces
+        self.nbytes = 0
+        self.error: FlashMoEError | None = None
+        self._over = threading.Event()
+
+    @property
+    def over(self) -> bool:
+        """Say whether nothing will be written any more, be the bytes whole or not."""
+        return self._over.is_set()
+
+    def wait(self) -> None:
+        """Return when it is over."""
+        self._over.wait()
+
+    def advance(self, nbytes: int, error: FlashMoEError | None) -> None:
+        """Count a piece that is over. Callers hold one lock."""
+        self.nbytes += nbytes
+        self.error = self.error or error
+        self.left -= 1
+        if not self.left:
+            self._over.set()
+
+
+Piece = tuple[int, int, int, list[memoryview], Arrival]  # descriptor, offset, bytes, rows, of what
+
+
+class Reader:
+    """Threads that live as long as the files are open, and read pieces in the order given."""
+
+    def __init__(self, names: Mapping[int, Path], threads: int) -> None:
+        """Start the threads.
+
+        Args:
+            names: file descriptors, and what to call the files in errors.
+            threads: how many.
+        """
+        self._names = names
+        self._queue: SimpleQueue[deque[Piece] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._in_flight = 0
+        self._since = self._seconds = 0.0
+        self.threads = [
+            threading.Thread(target=self._work, name=f"flashmoe-read-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def start(self, batch: deque[Piece]) -> None:
+        """Have pieces read, in this order, and return at once; the threads empty the deque."""
+        for _ in range(min(len(batch), len(self.threads))):
+            self._queue.put(batch)
+
+    def drop(self, batch: deque[Piece]) -> None:
+        """Give up those pieces that no thread has begun."""
+        for *_, arrival in _taken(batch):
+            with self._lock:
+                arrival.advance(0, FlashMoEError("reading was given up; load the model again."))
+
+    def take_seconds(self) -> float:
+        """Return for how long some read was in flight since this was last asked."""
+        with self._lock:
+            self._count_seconds()
+            seconds, self._seconds = self._seconds, 0.0
+            return seconds
+
+    def close(self) -> None:
+        """Drop what no thread has begun, wait for what one has, and end the threads."""
+        with contextlib.suppress(Empty):
+            while batch := self._queue.get_nowait():
+                self.drop(batch)
+        for _ in self.threads:
+            self._queue.put(None)
+        for thread in self.threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            for piece in _taken(batch):
+                self._read(piece)
+                del piece  # or the thread would keep its memory while it waits for more
+            del batch
+
+    def _read(self, piece: Piece) -> None:
+        """Read a piece. `preadv` may return less than asked, so go on until full."""
+        descriptor, offset, nbytes, rows, arrival = piece
+        done, error = 0, None
+        with self._lock:
+            self._count_seconds()
+            self._in_flight += 1
+        while done < nbytes and error is None:
+            try:
+                rest = rows if done == 0 else skip(rows, done)
+                count = os.preadv(descriptor, rest, offset + done)
+            except InterruptedError:
+                continue
+            except Exception as reason:
+                error = self._failure(descriptor, offset + done, offset + nbytes, reason)
+            else:
+                done += count
+                if count == 0:
+                    error = self._failure(descriptor, offset + done, offset + nbytes, None)
+        with self._lock:
+            self._count_seconds()
+            self._in_flight -= 1
+            arrival.advance(done, error)
+
+    def _failure(
+        self, descriptor: int, offset: int, end: int, reason: Exception | None
+    ) -> FlashMoEError:
+        """Say what is wrong with a file that could not be read at `offset`."""
+        name = self._names[descriptor]
+        try:
+            size = os.fstat(descriptor).st_size
+        except OSError:
+            size = end
+        if reason is None or size < end:  # unbuffered reads fail there, instead of returning less
+            error = FlashMoEError(
+                f"{name}: ends at byte {min(size, offset)}, in the middle of an expert. The file "
+                "was cut short while the model was in use; restore it and load the model again."
+            )
+        else:
+            error = FlashMoEError(
+                f"{name}: reading an expert at byte {offset} failed "
+                f"({getattr(reason, 'strerror', None) or reason}). "
+                "Check the disk; nothing was computed from these bytes."
+            )
+        error.__cause__ = reason
+        return error
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        if self._in_flight:
+            self._seconds += now - self._since
+        self._since = now
+
+
+def _taken(batch: deque[Piece]) -> Iterator[Piece]:
+    """Yield pieces until none is left. Several threads share a batch; each piece goes to one."""
+    while True:
+        try:
+            yield batch.popleft()
+        except IndexError:
+            return
+
+
+def skip(rows: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """Return what is left of `rows` behind their first `nbytes` bytes."""
+    left = []
+    for row in rows:
+        if nbytes < len(row):
+            left.append(row[nbytes:])
+        nbytes = max(0, nbytes - len(row))
+    return left
+
+
+def cut(rows: Sequence[memoryview], nbytes: int) -> Iterator[list[memoryview]]:
+    """Cut `rows` into lists of exactly `nbytes` bytes; the last may have fewer."""
+    part, room = [], nbytes
+    for row in rows:
+        while len(row):
+            head, row = row[:room], row[room:]
+            part.append(head)
+            room -= len(head)
+            if not room:
+                yield part
+                part, room = [], nbytes
+    if part:
+        yield part

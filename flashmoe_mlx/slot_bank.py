@@ -1,0 +1,158 @@
+"""Slot banks: memory for a layer's experts, and which expert lies where.
+
+A *bank* is nine MLX arrays `[slots, ...]` per layer. Readers write an expert's bytes from the file
+straight into one row of each, through `memoryview`; no other copy of the bytes exists.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .layout import LayerLayout
+from .reader import Arrival, Piece, cut
+
+DTYPES = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+BLOCK = 4096  # bytes; unbuffered reads want memory, places and lengths in whole blocks
+
+
+class Bank:
+    """The slots of one layer: free, taken by an expert, or waiting for an expert's bytes."""
+
+    def __init__(
+        self, layout: LayerLayout, slots: int, files: Mapping[Path, int], align: bool = False
+    ) -> None:
+        """Allocate `slots` rows for each of the layer's nine tensors.
+
+        Args:
+            layout: the layer's experts.
+            slots: how many experts to have room for.
+            files: descriptors of the open expert files.
+            align: start each tensor at a block boundary in memory, for unbuffered reads.
+        """
+        self.layout = layout
+        self.arrays = [_zeros((slots, *f.shape), DTYPES[f.dtype], align) for f in layout.fields]
+        self._slots = slots
+        self._views = [memoryview(a).cast("B") for a in self.arrays]  # type: ignore[arg-type]
+        self._spans = [(files[s.file], s.offset, s.first, s.last) for s in layout.spans(0)]
+        self._cuts: dict[tuple[int, int], list[tuple[int, int, int, int, list[memoryview]]]] = {}
+        self._free = dict.fromkeys(range(slots))
+        self._slot_of: OrderedDict[int, int] = OrderedDict()
+        self._expert_in: dict[int, int] = {}
+        self.arriving: dict[int, tuple[int, Arrival]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of slots."""
+        return self._slots
+
+    def resident(self, experts: Iterable[int]) -> list[int]:
+        """Return those of `experts` that are in the bank now."""
+        return [e for e in experts if e in self._slot_of]
+
+    def absent(self, experts: Iterable[int]) -> list[int]:
+        """Return those of `experts` that are neither in the bank nor on their way, sorted."""
+        return sorted(e for e in experts if e not in self._slot_of and e not in self.arriving)
+
+    def touch(self, expert: int) -> int:
+        """Return the slot of an expert that is there or on its way, and mark it as just used."""
+        if expert in self.arriving:
+            return self.arriving[expert][0]
+        self._slot_of.move_to_end(expert)
+        return self._slot_of[expert]
+
+    @property
+    def complete(self) -> bool:
+        """Say whether every expert is resident; then expert e lies in slot e."""
+        return len(self._slot_of) == self.layout.num_experts
+
+    def choose(self, experts: Sequence[int], keep: Container[int]) -> list[int] | None:
+        """Return a slot for each expert, or None if there are too few.
+
+        Free slots come first, then those of the least recently used experts not in `keep`. In a
+        bank with room for all, expert e gets slot e.
+        """
+        if self._slots == self.layout.num_experts:
+            return list(experts)
+        slots = list(islice(self._free, len(experts)))
+        for expert, slot in self._slot_of.items():
+            if len(slots) == len(experts):
+                break
+            if expert not in keep:
+                slots.append(slot)
+        return slots if len(slots) == len(experts) else None
+
+    def expect(self, expert: int, slot: int, arrival: Arrival) -> None:
+        """Take a slot that `choose` returned from whoever has it, for bytes on their way."""
+        if slot in self._free:
+            del self._free[slot]
+        else:
+            del self._slot_of[self._expert_in.pop(slot)]
+        self.arriving[expert] = slot, arrival
+
+    def settle(self) -> list[Arrival]:
+        """Make experts resident whose bytes are whole, and free the slots of those that failed.
+
+        Returns:
+            The arrivals that were over.
+        """
+        over = {e: there for e, there in self.arriving.items() if there[1].over}
+        for expert, (slot, arrival) in over.items():
+            del self.arriving[expert]
+            if arrival.error:
+                self._free[slot] = None
+            else:
+                self._slot_of[expert], self._expert_in[slot] = slot, expert
+        return [arrival for _, arrival in over.values()]
+
+    def pieces(self, expert: int, slot: int, parts: int) -> tuple[Arrival, list[Piece]]:
+        """Return what to read to bring an expert into a slot.
+
+        Args:
+            expert: id.
+            slot: where to.
+            parts: into how many pieces of about equal size to cut a record. A checkpoint that
+                keeps an expert in nine places has nine or more.
+        """
+        if (slot, parts) not in self._cuts:
+            self._cuts[slot, parts] = self._cut(slot, parts)
+        cuts = self._cuts[slot, parts]
+        arrival = Arrival(len(cuts))
+        return arrival, [
+            (file, offset + expert * stride, nbytes, rows, arrival)
+            for file, offset, stride, nbytes, rows in cuts
+        ]
+
+    def _cut(self, slot: int, parts: int) -> list[tuple[int, int, int, int, list[memoryview]]]:
+        """Cut a slot's rows: (descriptor, offset of expert 0, step to the next, bytes, rows)."""
+        most = -(-self.layout.record_bytes // (parts * BLOCK)) * BLOCK
+        cuts = []
+        for file, offset, first, last in self._spans:
+            for rows in cut([self._row(slot, index) for index in range(first, last)], most):
+                nbytes = sum(map(len, rows))
+                cuts.append((file, offset, self.layout.fields[first].stride, nbytes, rows))
+                offset += nbytes
+        return cuts
+
+    def _row(self, slot: int, index: int) -> memoryview:
+        size = self.layout.fields[index].nbytes
+        return self._views[index][slot * size : (slot + 1) * size]
+
+
+def _zeros(shape: tuple[int, ...], dtype: mx.Dtype, align: bool) -> mx.array:
+    """Return zeros, row-contiguous; aligned, they are a part of a longer array."""
+    size, spare = math.prod(shape), BLOCK // dtype.size if align else 0
+    flat = mx.zeros(size + spare, dtype=dtype)
+    start = -_address(flat) % BLOCK // dtype.size if align else 0
+    array = flat[start : start + size].reshape(shape)
+    mx.eval(array)
+    return array
+
+
+def _address(array: mx.array) -> int:
+    """Return where an array lies in memory."""
+    mx.eval(array)
+    return np.frombuffer(memoryview(array).cast("B"), np.uint8).ctypes.data  # type: ignore[arg-type]
