@@ -11,6 +11,7 @@ from .errors import FlashMoEError
 from .layout import ExpertLayout
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+IO_MODES = ("auto", "buffered", "direct")
 UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     UNITS |= {_letter: 1024**_power, f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
@@ -153,6 +154,7 @@ class StreamConfig:
     Attributes:
         expert_cache: bytes for the slot banks of all layers together, or "auto".
         io_threads: threads that read from disk.
+        io_mode: "buffered" reads through the page cache, "direct" reads past it, or "auto".
         experts_per_token: top-k to use instead of the checkpoint's own, or None.
         stats: print the counters at exit.
     """
@@ -161,6 +163,7 @@ class StreamConfig:
     io_threads: int = 8
     experts_per_token: int | None = None
     stats: bool = False
+    io_mode: str = "auto"
 
     @classmethod
     def resolve(cls, from_config: Mapping[str, Any], **explicit: Any) -> Self:
@@ -191,6 +194,10 @@ class StreamConfig:
 def _read_setting(setting: str, value: Any, source: str) -> Any:
     if setting == "expert_cache":
         return parse_size(value, source)
+    if setting == "io_mode":
+        if value in IO_MODES:
+            return value
+        raise FlashMoEError(f"{source} = {value!r} is not one of {', '.join(IO_MODES)}.")
     if setting == "stats":
         if str(value).lower() in ("0", "false", "1", "true"):
             return str(value).lower() in ("1", "true")
@@ -201,29 +208,51 @@ def _read_setting(setting: str, value: Any, source: str) -> Any:
 
 
 @dataclass(frozen=True)
+class IoPlan:
+    """Whether reads go past the page cache (direct) or through it, and why."""
+
+    direct: bool
+    reason: str
+
+    def __str__(self) -> str:
+        """A few words for people."""
+        return f"{'direct' if self.direct else 'buffered'} reads ({self.reason})"
+
+
+BUFFERED = IoPlan(False, "the default")
+
+
+@dataclass(frozen=True)
 class CachePlan:
-    """The chosen size of the slot banks, and why."""
+    """The chosen size of the slot banks, and why; and how they are filled."""
 
     slots: int
     nbytes: int
     reason: str
+    io: IoPlan = BUFFERED
 
     def __str__(self) -> str:
         """One line for people."""
         return (
             f"Expert cache: {self.nbytes / 2**20:.0f} MiB, "
-            f"{self.slots} experts per layer ({self.reason})"
+            f"{self.slots} experts per layer ({self.reason}); {self.io}"
         )
 
 
 def plan_cache(
-    expert_cache: int | str, layout: ExpertLayout, top_k: int, trunk_bytes: int, available: int
+    expert_cache: int | str,
+    layout: ExpertLayout,
+    top_k: int,
+    trunk_bytes: int,
+    available: int,
+    io: IoPlan = BUFFERED,
 ) -> CachePlan:
     """Choose how many slots each layer's bank gets.
 
     `auto` keeps every expert resident if experts and trunk fit in 70 % of the available memory.
     Otherwise the banks take a quarter of what the trunk leaves, because the page cache holds
-    experts as well as the banks do and gives way under pressure.
+    experts as well as the banks do and gives way under pressure. Direct reads leave nothing in the
+    page cache, so with them the banks take what is left of the 70 %.
 
     Args:
         expert_cache: bytes for all layers together, or "auto".
@@ -231,14 +260,15 @@ def plan_cache(
         top_k: experts per token; a bank is never smaller.
         trunk_bytes: resident weights.
         available: bytes that may still be used.
+        io: how the banks will be filled.
 
     Raises:
         FlashMoEError: the size given holds less than one token's working set.
     """
     experts = layout.layers[0].num_experts
     per_slot = layout.token_bytes
-    smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts")
-    whole = CachePlan(experts, experts * per_slot, "all experts fit in memory")
+    smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts", io)
+    whole = CachePlan(experts, experts * per_slot, "all experts fit in memory", io)
     if expert_cache != "auto":
         slots = min(int(expert_cache) // per_slot, experts)
         if slots < top_k:
@@ -246,11 +276,15 @@ def plan_cache(
                 f"expert_cache = {expert_cache} bytes holds {slots} experts per layer, but each "
                 f"token uses {top_k}. Give at least {smallest.nbytes} bytes, or auto."
             )
-        return CachePlan(slots, slots * per_slot, "as asked")
-    if whole.nbytes + trunk_bytes <= 0.7 * available:
+        return CachePlan(slots, slots * per_slot, "as asked", io)
+    comfort = 0.7 * available - trunk_bytes
+    if whole.nbytes <= comfort:
         return whole
-    slots = int((available - trunk_bytes) * 0.25 // per_slot)
+    share, why = (available - trunk_bytes) * 0.25, "a quarter of the memory that the trunk leaves"
+    if io.direct:
+        share, why = comfort, "70 % of the memory, less the trunk"
+    slots = int(share // per_slot)
     if slots <= top_k:
         return replace(smallest, reason="memory is short: " + smallest.reason)
     slots = min(slots, experts)
-    return CachePlan(slots, slots * per_slot, "a quarter of the memory that the trunk leaves")
+    return CachePlan(slots, slots * per_slot, why, io)

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from .config import CachePlan
 from .errors import FlashMoEError
+from .io_mode import open_expert_file
 from .layout import ExpertLayout
 from .reader import Arrival, Piece, Reader
 from .slot_bank import Bank
@@ -130,7 +131,7 @@ class ExpertStore:
 
         Args:
             layout: where the experts lie.
-            plan: slots per layer, and why so many.
+            plan: slots per layer, how to read, and why.
             io_threads: reader threads.
 
         Raises:
@@ -139,8 +140,9 @@ class ExpertStore:
         self.layout = layout
         self.plan = plan
         self.stats = ExpertStats()
-        files = _open_files({f.file for layer in layout.layers for f in layer.fields})
-        self.banks = [Bank(layer, plan.slots, files) for layer in layout.layers]
+        direct, paths = plan.io.direct, {f.file for layer in layout.layers for f in layer.fields}
+        files = _open_files(paths, direct)
+        self.banks = [Bank(layer, plan.slots, files, align=direct) for layer in layout.layers]
         self._pending: list[weakref.WeakSet[Pending]] = [weakref.WeakSet() for _ in self.banks]
         self._consumers: list[Consumer] = []
         self._lock = threading.Lock()
@@ -306,11 +308,11 @@ def _place(piece: Piece) -> tuple[int, int]:
     return piece[:2]
 
 
-def _open_files(paths: set[Path]) -> dict[Path, int]:
+def _open_files(paths: set[Path], direct: bool) -> dict[Path, int]:
     files: dict[Path, int] = {}
     try:
         for path in sorted(paths):
-            files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            files[path] = open_expert_file(path, direct)
     except OSError as error:
         for descriptor in files.values():
             os.close(descriptor)

@@ -29,6 +29,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--io-threads", help="Threads that read from disk (default: 8)")
     group.add_argument(
+        "--io-mode",
+        help="How to read: buffered, through the page cache; direct, past it; or auto (default)",
+    )
+    group.add_argument(
         "--experts-per-token", help="Top-k to use instead of the checkpoint's own (default: its)"
     )
     group.add_argument(
@@ -62,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         args.model or metadata.get("model") or BUNDLED_MODEL,
         expert_cache=args.expert_cache,
         io_threads=args.io_threads,
+        io_mode=args.io_mode,
         experts_per_token=args.experts_per_token,
         tokenizer_config=json.loads(metadata.get("tokenizer_config", "{}"))
         | ({"trust_remote_code": True} if args.trust_remote_code else {}),

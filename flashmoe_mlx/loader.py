@@ -17,6 +17,7 @@ from .custom_kernels.choice import check_cpu_kernels
 from .custom_kernels.executor import prepare
 from .errors import FlashMoEError
 from .expert_store import ExpertStore
+from .io_mode import plan_io
 from .layout import (
     ExpertLayout,
     TensorInfo,
@@ -78,8 +79,10 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
     trunk = trunk_tensors(directory)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
+    available = available_bytes()
+    io = plan_io(stream.io_mode, layout, available - trunk_bytes)
     plan = plan_cache(
-        stream.expert_cache, layout, args.num_experts_per_tok, trunk_bytes, available_bytes()
+        stream.expert_cache, layout, args.num_experts_per_tok, trunk_bytes, available, io
     )
     formats = kernel_formats(trunk, args, layout)
     prepare(formats)
@@ -156,6 +159,7 @@ def load(
     adapter_path: str | None = None,
     lazy: bool = False,
     revision: str | None = None,
+    io_mode: str | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model whose experts stream from disk, and its tokenizer.
 
@@ -171,6 +175,8 @@ def load(
         adapter_path: LoRA adapters to apply.
         lazy: leave the trunk unread until it is used.
         revision: branch, tag or commit on the Hub.
+        io_mode: "buffered" reads experts through the page cache, "direct" past it; "auto" (the
+            default) reads past it where it could hold few of them.
 
     Returns:
         (model, tokenizer), for mlx_lm's and this package's `generate` functions.
@@ -184,6 +190,7 @@ def load(
         expert_cache=expert_cache,
         io_threads=io_threads,
         experts_per_token=experts_per_token,
+        io_mode=io_mode,
     )
     model, config = load_model(
         path,
