@@ -19,6 +19,11 @@ def _add_nothing(x: mx.array, *scalars: mx.array) -> mx.array:
 _add_nothing_at_once = mx.compile(_add_nothing)
 
 
+def traced(op: Op) -> Op:
+    """Return an op as decoding runs it: on a GPU traced once, so that Python's part is small."""
+    return mx.compile(op) if mx.default_device() == mx.Device(mx.gpu) else op
+
+
 def chain(op: Op, sets: Sequence[list[mx.array]], calls: int) -> None:
     """Run an op `calls` times in one evaluation, each call waiting for the one before.
 

@@ -13,6 +13,8 @@ class Trial(Protocol):
 
     `custom`, `stock` and `reference` take what `inputs` returns and give the same outputs:
     by our kernels on the default device, by MLX's own ops, and in float32 by `reference.py`.
+    A trial whose ops look at the values of their inputs, and so cannot be traced, says so by
+    `reads_values = True`.
     """
 
     op: ClassVar[str]

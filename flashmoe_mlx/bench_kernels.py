@@ -17,7 +17,7 @@ from .custom_kernels import gpu
 from .custom_kernels.choice import NEEDS_GPU, Verdict, measure
 from .custom_kernels.matvec import BITS
 from .custom_kernels.router import MAX_TOP_K
-from .custom_kernels.timing import Op, fitting_calls, side_by_side
+from .custom_kernels.timing import Op, fitting_calls, side_by_side, traced
 from .custom_kernels.trial import Trial
 from .custom_kernels.trials import label, trials
 from .errors import FlashMoEError
@@ -157,6 +157,7 @@ def _time(trial: Trial, ops: list[Op], calls: int, runs: int) -> list[float]:
     """Return milliseconds per call of each op, in chains of at most CHAIN_SECONDS or one call."""
     calls, sets = _chain_length(trial, calls)
     inputs = [trial.inputs()]
+    ops = [traced(op) for op in ops]
     calls = fitting_calls(ops, inputs[0], CHAIN_SECONDS, calls, time.perf_counter)
     inputs += [trial.inputs(seed) for seed in range(1, min(calls, sets))]
     return side_by_side(ops, inputs, calls, runs)
