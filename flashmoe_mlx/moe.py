@@ -1,5 +1,6 @@
 """The mixture-of-experts block: router, shared expert, and the experts that come from disk."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -12,14 +13,14 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 from .config import ModelArgs
 from .custom_kernels.bank import Bank
 from .custom_kernels.executor import cpu_steps, on_gpu
-from .custom_kernels.expert_mlp import expert_mlp
+from .custom_kernels.expert_mlp import ascending, expert_mlp, inverted
 from .custom_kernels.expert_trials import wanted
 from .custom_kernels.experts import expert_mlp_by_kernels
 from .custom_kernels.gpu import scalar
 from .custom_kernels.linear import arrays_of, join, joined, linear, mlp, same
 from .custom_kernels.router import route
 from .custom_kernels.traced import Traced
-from .expert_store import ExpertStore
+from .expert_store import ExpertStore, Pending
 from .layout import quantisation
 from .names import PROJECTIONS
 
@@ -69,7 +70,7 @@ class ResidentExperts(SwitchGLU):
         """Yield all places in `ids` and their slots, which are the ids."""
         yield np.arange(ids.size), ids.reshape(-1)
 
-    def hold(self, consumer: mx.array) -> None:
+    def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
         """Do nothing: nobody writes into these banks."""
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
@@ -78,10 +79,10 @@ class ResidentExperts(SwitchGLU):
         if banks is None or not on_gpu(x):
             return super().__call__(x, indices)
         ids = np.array(indices).reshape(-1)
-        order = np.argsort(ids, kind="stable")
+        order = ascending(ids)
         rows = x.reshape(-1, x.shape[-1])[mx.array(order // indices.shape[-1])]
         y = expert_mlp(rows, ids[order], *banks)
-        return y[mx.array(np.argsort(order))].reshape(*indices.shape, x.shape[-1])
+        return y[mx.array(inverted(order))].reshape(*indices.shape, x.shape[-1])
 
 
 class StreamedExperts(nn.Module):
@@ -123,26 +124,48 @@ class StreamedExperts(nn.Module):
     def waves(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Bring experts into the bank, as many as it holds at a time.
 
+        Those that are resident come first, so that they are computed while others are read; of
+        the others, those that most rows ask for come last and stay for the tokens that follow.
+        While one wave is computed the next ones are read, as far ahead as the bank has room.
+
         Yields:
-            The flat places in `ids` whose experts are there now, and their slots.
+            The flat places in `ids` whose experts are there now, and their slots. They stay
+            until the next wave is asked for, or what was given to `hold` is evaluated.
         """
         flat = ids.reshape(-1)
-        slot_of = np.zeros(self._store.layout.layers[self._layer].num_experts, dtype=np.int64)
-        for wave in self._waves(np.unique(flat)):
-            slot_of[wave] = self._store.fetch(self._layer, wave)
-            places = np.flatnonzero(np.isin(flat, wave))
-            yield places, slot_of[flat[places]]
+        slot_of = np.full(self._store.layout.layers[self._layer].num_experts, -1, dtype=np.int64)
+        room = len(self._store.banks[self._layer])
+        ahead: deque[Pending] = deque()
 
-    def hold(self, consumer: mx.array) -> None:
-        """Keep the banks as they are until `consumer`, which reads them, is evaluated."""
-        self._store.hold(consumer)
+        def serve() -> tuple[np.ndarray, np.ndarray]:
+            slot_of[ahead[0].experts] = ahead[0].wait()
+            slots = slot_of[flat]
+            slot_of[ahead[0].experts] = -1
+            places = np.flatnonzero(slots >= 0)
+            return places, slots[places]
+
+        for wave in self._waves(*np.unique(flat, return_counts=True)):
+            while len(wave) > room:
+                yield serve()
+                room += len(ahead.popleft().experts)
+            ahead.append(self._store.request(self._layer, wave))
+            room -= len(wave)
+        while ahead:
+            yield serve()
+            ahead.popleft()
+
+    def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
+        """Keep the bank, or some slots of it, as they are until `consumer` is evaluated."""
+        if slots is None:
+            self._store.hold(consumer)
+        else:
+            self._store.hold(consumer, self._layer, slots.tolist())
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Run the chosen experts.
 
-        Experts that are resident go first; the others follow in waves that fill the bank, so each
-        is read once however small the bank is. Every row is computed on its own, so the result
-        does not depend on the bank.
+        They come in waves, each read once however small the bank is. Every row is computed on its
+        own, so the result does not depend on the bank.
 
         Args:
             x: `[..., H]` tokens.
@@ -155,26 +178,32 @@ class StreamedExperts(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         outputs, orders = [], []
         for places, slots in self.waves(ids):
-            order = np.argsort(slots, kind="stable")
+            order = ascending(slots)
             pairs = places[order]
             tokens = mx.array(pairs // indices.shape[-1])
             y = expert_mlp(rows[tokens], slots[order], *self._banks)
-            self._store.hold(y)
+            self.hold(y, slots)
+            mx.async_eval(y)
             outputs.append(y)
             orders.append(pairs)
-        inverse = mx.array(np.argsort(np.concatenate(orders)))
+        inverse = mx.array(inverted(np.concatenate(orders)))
         return mx.concatenate(outputs)[inverse].reshape(*indices.shape, x.shape[-1])
 
-    def _waves(self, experts: np.ndarray) -> list[list[int]]:
-        """Split the experts into groups that fit the bank: resident ones, then the rest."""
+    def _waves(self, experts: np.ndarray, rows: np.ndarray) -> list[list[int]]:
+        """Split experts into groups of which two fit the bank: resident ones, then by rows."""
         bank = self._store.banks[self._layer]
-        needed = [int(e) for e in experts]
-        if len(needed) <= len(bank):
-            return [needed]
-        resident = bank.resident(needed)
-        missing = sorted(set(needed).difference(resident))
-        waves = [resident] if resident else []
-        return waves + [missing[i : i + len(bank)] for i in range(0, len(missing), len(bank))]
+        by_rows = experts[np.argsort(rows, kind="stable")].tolist()
+        resident = set(bank.resident(by_rows))
+        missing = [e for e in by_rows if e not in resident]
+        most = len(bank) if len(experts) <= len(bank) else max(1, len(bank) // 2)
+        half = min(most, -(-len(missing) // 2))
+        waves = _groups([e for e in by_rows if e in resident], most) + _groups(missing, half)
+        return [sorted(wave) for wave in waves]
+
+
+def _groups(experts: list[int], size: int) -> list[list[int]]:
+    """Cut a list into pieces of at most `size`."""
+    return [experts[i : i + size] for i in range(0, len(experts), size)] if experts else []
 
 
 class SparseMoeBlock(nn.Module):
