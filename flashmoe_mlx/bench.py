@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import bench_batch, bench_decode, bench_kernels, bench_prefill
+from . import bench_batch, bench_decode, bench_io, bench_kernels, bench_prefill
 from .custom_kernels.trial import DTYPES
 from .errors import FlashMoEError
 from .geometry import GEOMETRIES
@@ -17,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench_decode.add(commands)
     bench_prefill.add(commands)
     bench_batch.add(commands)
+    bench_io.add(commands)
     return parser
 
 

@@ -86,10 +86,11 @@ def now(store: ExpertStore | None) -> Use:
     """Return the counters as they stand; subtract two of these."""
     stats = replace(store.stats) if store else ExpertStats()
     cpu = os.times()
-    return Use(time.perf_counter(), stats, _disk_counter(), cpu.user, cpu.system)
+    return Use(time.perf_counter(), stats, disk_bytes(), cpu.user, cpu.system)
 
 
-def _disk_counter() -> int | None:
+def disk_bytes() -> int | None:
+    """Return the bytes that disks have delivered for this process, where the system counts them."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:

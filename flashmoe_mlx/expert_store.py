@@ -140,9 +140,9 @@ class ExpertStore:
         self.layout = layout
         self.plan = plan
         self.stats = ExpertStats()
-        direct, paths = plan.io.direct, {f.file for layer in layout.layers for f in layer.fields}
-        files = _open_files(paths, direct)
-        self.banks = [Bank(layer, plan.slots, files, align=direct) for layer in layout.layers]
+        paths = {f.file for layer in layout.layers for f in layer.fields}
+        files = _open_files(paths, plan.io.direct)
+        self.banks = [Bank(layer, plan.slots, files) for layer in layout.layers]
         self._pending: list[weakref.WeakSet[Pending]] = [weakref.WeakSet() for _ in self.banks]
         self._consumers: list[Consumer] = []
         self._lock = threading.Lock()

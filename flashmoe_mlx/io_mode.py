@@ -36,22 +36,22 @@ def plan_io(mode: str, layout: ExpertLayout, room: int) -> IoPlan:
     """
     if mode == "buffered":
         return IoPlan(False, "as asked")
-    obstacle = _obstacle(layout)
+    why_not = obstacle(layout)
     if mode == "direct":
-        if obstacle:
-            raise FlashMoEError(f"io_mode = 'direct': {obstacle}. Choose buffered, or auto.")
+        if why_not:
+            raise FlashMoEError(f"io_mode = 'direct': {why_not}. Choose buffered, or auto.")
         return IoPlan(True, "as asked")
     if sys.platform == "darwin":
         return IoPlan(False, "macOS")
     share = min(1.0, max(0, room) / layout.total_bytes)
     if share >= USEFUL_CACHE:
         return IoPlan(False, f"memory has room for {share:.0%} of the experts")
-    if obstacle:
-        return IoPlan(False, obstacle)
+    if why_not:
+        return IoPlan(False, why_not)
     return IoPlan(True, f"memory has room for only {share:.0%} of the experts")
 
 
-def _obstacle(layout: ExpertLayout) -> str | None:
+def obstacle(layout: ExpertLayout) -> str | None:
     """Return why a model's experts cannot be read directly into banks, or None."""
     if sys.platform == "darwin":
         return None

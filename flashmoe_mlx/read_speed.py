@@ -1,24 +1,28 @@
-"""How fast experts come from a disk: record-sized random reads by several threads, read cold."""
+"""How fast experts come from a disk: record-sized random reads by several threads."""
 
 import contextlib
+import mmap
 import os
 import random
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .config import StreamConfig
 from .errors import FlashMoEError
+from .io_mode import open_expert_file
 from .layout import ExpertLayout
+from .slot_bank import BLOCK
 
 SAMPLE = 256 << 20  # bytes read
 RECORD = 1_769_472  # bytes of an expert of 35B-A3B at 4 bits
+BUFFERS = 16  # records of memory that reads go to in turn, as they go to the slots of a bank
 Range = tuple[Path, int, int]  # file, offset, bytes
 
 
@@ -95,53 +99,120 @@ def scratch_ranges(
 
 
 def time_reads(
-    ranges: Sequence[Range], source: str, threads: int = StreamConfig.io_threads
+    ranges: Sequence[Range],
+    source: str,
+    threads: int = StreamConfig.io_threads,
+    direct: bool = False,
 ) -> ReadSpeed:
-    """Read byte ranges once, in the order given, by a pool of threads.
+    """Read byte ranges once, in the order given, by several threads, with read-ahead off.
 
     Args:
         ranges: what to read.
         source: of it, in words.
         threads: readers.
+        direct: read past the page cache; places and lengths must then be whole blocks.
 
     Raises:
         FlashMoEError: a file cannot be read, or ends early.
     """
-    buffers = threading.local()
-    largest = max(nbytes for _, _, nbytes in ranges)
+    buffers = record_buffers(max(nbytes for _, _, nbytes in ranges))
+    with opened(ranges, direct) as files:
+        for place in ranges:
+            cold = forget(files[place[0]], place)
 
-    def read(place: tuple[int, Range]) -> None:
-        if not hasattr(buffers, "view"):
-            buffers.view = memoryview(bytearray(largest))
-        descriptor, (path, offset, left) = place
-        while left:
-            count = os.preadv(descriptor, [buffers.view[:left]], offset)
-            if count == 0:
-                raise FlashMoEError(f"{path}: ends at byte {offset}. Download or convert it again.")
-            left, offset = left - count, offset + count
+        def read(index: int) -> None:
+            path, offset, nbytes = ranges[index]
+            read_range(files[path], path, offset, buffers[index % BUFFERS][:nbytes])
 
-    with _opened(ranges) as places, ThreadPoolExecutor(threads) as pool:
-        for descriptor, place in places:
-            cold = _forget(descriptor, place)
-        start = time.perf_counter()
-        list(pool.map(read, places))
-        seconds = time.perf_counter() - start
+        seconds = in_threads(read, len(ranges), threads)
     total = sum(nbytes for _, _, nbytes in ranges)
-    return ReadSpeed(total, len(ranges), threads, seconds, cold, source)
+    how = f"direct, {cold}" if direct else cold
+    return ReadSpeed(total, len(ranges), threads, seconds, how, source)
+
+
+def record_buffers(nbytes: int) -> list[memoryview]:
+    """Return memory for BUFFERS records, each at a block boundary, touched once."""
+    stride = -(-nbytes // BLOCK) * BLOCK
+    memory = memoryview(mmap.mmap(-1, stride * BUFFERS))
+    for start in range(0, len(memory), BLOCK):
+        memory[start] = 1
+    return [memory[i * stride : i * stride + nbytes] for i in range(BUFFERS)]
+
+
+def read_range(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
+    """Fill `view` from a file.
+
+    Raises:
+        FlashMoEError: the file ends before, or cannot be read.
+    """
+    while len(view):
+        try:
+            count = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
+        if count == 0:
+            raise FlashMoEError(f"{path}: ends at byte {offset}. Download or convert it again.")
+        offset, view = offset + count, view[count:]
+
+
+def in_threads(work: Callable[[int], None], count: int, threads: int) -> float:
+    """Call `work(0)` to `work(count - 1)` in threads that take the numbers in turn.
+
+    Returns:
+        Seconds from the first call to the last, without the start of the threads.
+
+    Raises:
+        FlashMoEError: what a call raised.
+    """
+    todo, errors = deque(range(count)), []
+    ready = threading.Barrier(threads + 1)
+
+    def loop() -> None:
+        ready.wait()
+        while True:
+            try:
+                number = todo.popleft()
+            except IndexError:
+                return
+            try:
+                work(number)
+            except FlashMoEError as error:
+                errors.append(error)
+
+    pool = [threading.Thread(target=loop) for _ in range(threads)]
+    for thread in pool:
+        thread.start()
+    ready.wait()
+    start = time.perf_counter()
+    for thread in pool:
+        thread.join()
+    seconds = time.perf_counter() - start
+    if errors:
+        raise errors[0]
+    return seconds
 
 
 @contextlib.contextmanager
-def _opened(ranges: Sequence[Range]) -> Iterator[list[tuple[int, Range]]]:
-    """Open each range's file once."""
+def opened(
+    ranges: Sequence[Range], direct: bool = False, read_ahead: bool = False
+) -> Iterator[dict[Path, int]]:
+    """Open each file once and yield the descriptors.
+
+    Raises:
+        FlashMoEError: a file cannot be opened.
+    """
     with contextlib.ExitStack() as stack:
         files: dict[Path, int] = {}
         for path in sorted({path for path, _, _ in ranges}):
             try:
-                files[path] = os.open(path, os.O_RDONLY)
+                plain = read_ahead and not direct
+                files[path] = (
+                    os.open(path, os.O_RDONLY) if plain else open_expert_file(path, direct)
+                )
             except OSError as error:
                 raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
             stack.callback(os.close, files[path])
-        yield [(files[place[0]], place) for place in ranges]
+        yield files
 
 
 def _keep_out(descriptor: int) -> None:
@@ -152,7 +223,7 @@ def _keep_out(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
 
 
-def _forget(descriptor: int, place: Range) -> str:
+def forget(descriptor: int, place: Range) -> str:
     """Drop a range from the page cache where the system lets us; say in words what was done."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, place[1], place[2], os.POSIX_FADV_DONTNEED)
