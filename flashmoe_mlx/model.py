@@ -17,7 +17,8 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
-from .custom_kernels.executor import cpu_steps, on_gpu
+from .custom_kernels import cpu_attention
+from .custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
 from .custom_kernels.gated_delta import Heads, MixerWeights, mix
 from .custom_kernels.linear import joined, linear
 from .custom_kernels.mixer import mix_joined
@@ -65,9 +66,7 @@ class Attention(nn.Module):
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        y = scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.head_dim**-0.5, mask=mask
-        )
+        y = self._attend(queries, keys, values, mask, cache)
         y = after(h, y, gate)
         if h.shape[1] == 1 and not traced and on_gpu(h):
             self._step.trace(h, (self, norm), before, after)
@@ -85,6 +84,15 @@ class Attention(nn.Module):
         queries = self.q_norm(queries).transpose(0, 2, 1, 3)
         keys = self.k_norm(keys).transpose(0, 2, 1, 3)
         return queries, keys, values.transpose(0, 2, 1, 3), gate
+
+    def _attend(self, queries: mx.array, keys: Any, values: Any, mask: Any, cache: Any) -> mx.array:
+        """Return `[B, heads, T, D]`: the queries' attention to what the cache returned."""
+        scale, is_prompt = self.head_dim**-0.5, queries.shape[2] >= cpu_attention.MIN_TOKENS
+        if is_prompt and cpu_kernels(queries) and not hasattr(cache, "bits"):
+            return cpu_attention.attention(queries, keys, values, scale, mask)
+        return scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=scale, mask=mask
+        )
 
     def _after(self, h: mx.array, y: mx.array, gate: mx.array) -> mx.array:
         """Return h + the output projection of the gated attention `[B, heads, T, D]`."""
