@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .bench_figures import Use
 from .bench_model import Subject
-from .expert_store import ExpertStats, ExpertStore
+from .expert_store import ExpertStats, ExpertStore, Pending
 from .model import DecoderLayer, Model
 
 PARTS = ("attention", "router", "read", "experts")
@@ -83,7 +83,7 @@ class _Attention:
 
 
 class _Experts:
-    """Stands in for a layer's mixture of experts; `asked` hears of each fetch in between."""
+    """Stands in for a layer's mixture of experts; `asked` hears of each request in between."""
 
     def __init__(self, module: Callable[..., Any], times: LayerTime, store: ExpertStore) -> None:
         self._module, self._times, self._store = module, times, store
@@ -119,11 +119,11 @@ def timed_layers(model: Model, store: ExpertStore) -> Iterator[list[LayerTime]]:
     """Time the layers' parts while the block runs; the model is then as it was before."""
     found = [LayerTime("linear" if layer.is_linear else "full") for layer in model.layers]
     originals, proxies = [], list[_Experts]()
-    fetch = store.fetch
+    request = store.request
 
-    def watched(layer: int, experts: Sequence[int]) -> list[int]:
+    def watched(layer: int, experts: Sequence[int]) -> Pending:
         proxies[layer].asked(experts)
-        return fetch(layer, experts)
+        return request(layer, experts)
 
     for layer, times in zip(model.layers, found, strict=True):
         name = _mixer(layer)
@@ -131,11 +131,11 @@ def timed_layers(model: Model, store: ExpertStore) -> Iterator[list[LayerTime]]:
         proxies.append(_Experts(layer.mlp, times, store))
         setattr(layer, name, _Attention(layer[name], times))
         setattr(layer, "mlp", proxies[-1])  # noqa: B010
-    store.fetch = watched  # type: ignore[method-assign]
+    store.request = watched  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        del store.fetch
+        del store.request
         for layer, name, mixer, mlp in originals:
             setattr(layer, name, mixer)
             layer.mlp = mlp

@@ -19,7 +19,7 @@ from .errors import FlashMoEError
 from .layout import ExpertLayout
 from .slot_bank import BLOCK
 
-USEFUL_CACHE = 0.5  # share of the experts that the page cache must have room for
+USEFUL_CACHE = 0.8  # share of the experts that the page cache must have room for
 F_RDAHEAD, F_NOCACHE = 45, 48  # of macOS's fcntl.h; Python's fcntl module has them only there
 
 
