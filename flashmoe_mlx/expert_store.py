@@ -166,7 +166,9 @@ class ExpertStore:
             "load the model again in the other process"
         )
 
-    def hold(self, consumer: mx.array, layer: int | None = None, slots: Iterable[int] = ()) -> None:
+    def hold(
+        self, consumer: mx.array, layer: int | None = None, slots: Iterable[int] | None = None
+    ) -> None:
         """Keep bytes as they are until `consumer`, which reads them, is evaluated.
 
         A lazy graph reads a bank when it is evaluated, not when it is built. At most
@@ -228,6 +230,7 @@ class ExpertStore:
             pending = Pending(self, layer, experts, [bank.touch(e) for e in experts])
             if bank.arriving:
                 pending._arrivals = [bank.arriving[e][1] for e in experts if e in bank.arriving]
+                pending._arrivals.reverse()  # the last is over last: fewer times to wake up
             self._pending[layer].add(pending)
         return pending
 
