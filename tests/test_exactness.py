@@ -41,12 +41,14 @@ def bank_sizes(path) -> dict[str, int]:
     }
 
 
-def greedy(model, prompt: list[int], cache=None) -> tuple[list[int], mx.array]:
-    """Return 64 greedy tokens, and the logits at every prompt position and every step."""
+def greedy(
+    model, prompt: list[int], cache=None, count: int = TOKENS
+) -> tuple[list[int], mx.array]:
+    """Return greedy tokens, and the logits at every prompt position and every step."""
     cache = cache or make_prompt_cache(model)
     logits = model(mx.array([prompt]), cache=cache)
     rows, tokens = [logits[0]], []
-    for _ in range(TOKENS):
+    for _ in range(count):
         tokens.append(mx.argmax(rows[-1][-1]).item())
         rows.append(model(mx.array([tokens[-1:]]), cache=cache)[0])
     return tokens, mx.concatenate(rows)
@@ -82,6 +84,20 @@ def test_tokens_and_logits_equal_stock(name, bank, models, expected):
     if bank == "top-k":
         assert stats.hits < 0.5 * stats.asked
     model.close()
+
+
+def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, load_stock):
+    """1,000 tokens through banks of exactly top-k slots; bytes read are misses times a record."""
+    model, tokenizer = load(models["packed4"], expert_cache=bank_sizes(models["packed4"])["top-k"])
+    prompt = prompt_of(tokenizer, 300)
+    tokens, logits = greedy(model, prompt, count=1000)
+    stock_tokens, stock_logits = greedy(load_stock("packed4")[0], prompt, count=1000)
+    assert tokens == stock_tokens
+    assert mx.abs(logits - stock_logits).max().item() <= TOLERANCE
+    stats, text = model.expert_stats(), text_config(models["packed4"])
+    layout = open_layout(models["packed4"], text["num_hidden_layers"], text["num_experts"])
+    assert stats.asked > 1000 * text["num_hidden_layers"] * text["num_experts_per_tok"]
+    assert stats.bytes_read == (stats.asked - stats.hits) * layout.layers[0].record_bytes
 
 
 def test_result_does_not_depend_on_the_bank(models):
