@@ -33,16 +33,18 @@ class Arrival:
         self.pieces = self.left = pieces
         self.nbytes = 0
         self.error: FlashMoEError | None = None
-        self._over = threading.Event()
+        self._over = threading.Lock()  # held until it is over; a third of the cost of an Event
+        self._over.acquire()
 
     @property
     def over(self) -> bool:
         """Say whether nothing will be written any more, be the bytes whole or not."""
-        return self._over.is_set()
+        return not self.left
 
     def wait(self) -> None:
         """Return when it is over."""
-        self._over.wait()
+        with self._over:
+            pass
 
     def advance(self, nbytes: int, error: FlashMoEError | None) -> None:
         """Count a piece that is over. Callers hold one lock."""
@@ -50,7 +52,7 @@ class Arrival:
         self.error = self.error or error
         self.left -= 1
         if not self.left:
-            self._over.set()
+            self._over.release()
 
 
 Piece = tuple[int, int, int, list[memoryview], Arrival]  # descriptor, offset, bytes, rows, of what
