@@ -10,6 +10,7 @@ from typing import Any, Self
 from .errors import FlashMoEError
 from .layout import ExpertLayout
 
+PREFILL_CHUNK = 2048  # tokens that mlx-lm puts through the model at a time
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 IO_MODES = ("auto", "buffered", "direct")
 UNITS = {"": 1, "b": 1}
@@ -95,6 +96,15 @@ class ModelArgs:
                     f"config.json: layer_types[{layer}] = {kind!r} contradicts "
                     f"full_attention_interval = {self.full_attention_interval}."
                 )
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes that a chunk of PREFILL_CHUNK tokens takes, over all: mostly experts' outputs.
+
+        Counted as four times the experts' outputs in float32, which is what a run was seen to
+        need.
+        """
+        return 4 * 4 * PREFILL_CHUNK * self.num_experts_per_tok * self.hidden_size
 
     def is_linear(self, layer: int) -> bool:
         """Say whether a layer is GatedDeltaNet (else full attention)."""
@@ -246,13 +256,15 @@ def plan_cache(
     trunk_bytes: int,
     available: int,
     io: IoPlan = BUFFERED,
+    activations: int = 0,
 ) -> CachePlan:
     """Choose how many slots each layer's bank gets.
 
     `auto` keeps every expert resident if experts and trunk fit in 70 % of the available memory.
     Otherwise the banks take a quarter of what the trunk leaves, because the page cache holds
     experts as well as the banks do and gives way under pressure. Direct reads leave nothing in the
-    page cache, so with them the banks take what is left of the 70 %.
+    page cache, so with them the banks take what is left of the 70 %, or less if a chunk of a prompt
+    needs more room.
 
     Args:
         expert_cache: bytes for all layers together, or "auto".
@@ -261,6 +273,7 @@ def plan_cache(
         trunk_bytes: resident weights.
         available: bytes that may still be used.
         io: how the banks will be filled.
+        activations: bytes that computing a chunk of a prompt takes.
 
     Raises:
         FlashMoEError: the size given holds less than one token's working set.
@@ -283,6 +296,8 @@ def plan_cache(
     share, why = (available - trunk_bytes) * 0.25, "a quarter of the memory that the trunk leaves"
     if io.direct:
         share, why = comfort, "70 % of the memory, less the trunk"
+        if (rest := available - trunk_bytes - activations) < share:
+            share, why = rest, "what trunk and activations leave"
     slots = int(share // per_slot)
     if slots <= top_k:
         return replace(smallest, reason="memory is short: " + smallest.reason)

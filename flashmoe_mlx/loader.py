@@ -82,7 +82,13 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     available = available_bytes()
     io = plan_io(stream.io_mode, layout, available - trunk_bytes)
     plan = plan_cache(
-        stream.expert_cache, layout, args.num_experts_per_tok, trunk_bytes, available, io
+        stream.expert_cache,
+        layout,
+        args.num_experts_per_tok,
+        trunk_bytes,
+        available,
+        io,
+        args.activation_bytes,
     )
     formats = kernel_formats(trunk, args, layout)
     prepare(formats)

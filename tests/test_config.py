@@ -2,7 +2,7 @@
 
 import pytest
 
-from flashmoe_mlx.config import ModelArgs, StreamConfig, parse_size, plan_cache
+from flashmoe_mlx.config import IoPlan, ModelArgs, StreamConfig, parse_size, plan_cache
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import ExpertLayout, Field, LayerLayout
 from flashmoe_mlx.names import canonical, fused_expert, is_expert, single_expert, stacked_expert
@@ -176,3 +176,13 @@ def test_expert_names():
     assert all(map(is_expert, (stacked, single)))
     assert not is_expert("model.layers.0.mlp.shared_expert.up_proj.weight")
     assert not is_expert("mtp.layers.0.mlp.experts.0.up_proj.weight")
+
+
+def test_direct_reads_leave_room_for_a_chunk_of_a_prompt():
+    """Banks then take what is left of 70 %, unless that is too much."""
+    direct = IoPlan(True, "as asked")
+    experts = layout_of(100, 10), 3, 100  # 20 bytes for a slot in each layer
+    assert plan_cache("auto", *experts, 1300, direct).slots == (0.7 * 1300 - 100) // 20
+    tight = plan_cache("auto", *experts, 1300, direct, activations=800)
+    assert (tight.slots, tight.reason) == (20, "what trunk and activations leave")
+    assert plan_cache("auto", *experts, 1300, direct, activations=2000).slots == 3
