@@ -41,9 +41,7 @@ def bank_sizes(path) -> dict[str, int]:
     }
 
 
-def greedy(
-    model, prompt: list[int], cache=None, count: int = TOKENS
-) -> tuple[list[int], mx.array]:
+def greedy(model, prompt: list[int], cache=None, count: int = TOKENS) -> tuple[list[int], mx.array]:
     """Return greedy tokens, and the logits at every prompt position and every step."""
     cache = cache or make_prompt_cache(model)
     logits = model(mx.array([prompt]), cache=cache)
