@@ -7,7 +7,6 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from .config import CachePlan
 from .errors import FlashMoEError
 from .io_mode import open_expert_file
 from .layout import ExpertLayout
-from .reader import Arrival, Piece, Reader
+from .reader import Arrival, Batch, Piece, Reader
 from .slot_bank import Bank
 
 KEPT_CONSUMERS = 2  # one for each half of a bank
@@ -99,6 +98,7 @@ class Pending:
         self.slots = slots
         self._store = store
         self._arrivals: list[Arrival] = []
+        self._batch: Batch | None = None
 
     def wait(self) -> list[int]:
         """Return the slots when all bytes are there.
@@ -109,11 +109,11 @@ class Pending:
         """
         try:
             if self._arrivals:
-                self._store._wait(self.layer, self._arrivals)
+                self._store._wait(self.layer, self._batch, self._arrivals)
                 for arrival in self._arrivals:
                     if arrival.error:
                         raise arrival.error
-                self._arrivals = []
+                self._arrivals, self._batch = [], None
         except BaseException:  # also Ctrl-C: the slots are free for others once they are at rest
             self._store._pending[self.layer].discard(self)
             raise
@@ -225,9 +225,9 @@ class ExpertStore:
             missing = bank.absent(experts)
             self.stats.asked += len(experts)
             self.stats.hits += len(experts) - len(missing)
-            if missing:
-                self._bring(layer, missing, keep=set(experts))
+            batch = self._bring(layer, missing, keep=set(experts)) if missing else None
             pending = Pending(self, layer, experts, [bank.touch(e) for e in experts])
+            pending._batch = batch
             if bank.arriving:
                 pending._arrivals = [bank.arriving[e][1] for e in experts if e in bank.arriving]
                 pending._arrivals.reverse()  # the last is over last: fewer times to wake up
@@ -243,14 +243,14 @@ class ExpertStore:
                 "bring along; load it again in this one."
             )
 
-    def _bring(self, layer: int, missing: Sequence[int], keep: set[int]) -> None:
+    def _bring(self, layer: int, missing: Sequence[int], keep: set[int]) -> Batch:
         """Take slots for experts and begin to read them, in the order of the file."""
         bank = self.banks[layer]
         slots = self._slots(layer, missing, keep.union(*(p.experts for p in self._pending[layer])))
         self._evaluate([held for held in self._consumers if held.reads(layer, slots)])
         parts = self._parts(bank, len(missing))
         brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
-        batch = deque(sorted((p for _, pieces in brought for p in pieces), key=_place))
+        batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place))
         try:
             for expert, slot, (arrival, _) in zip(missing, slots, brought, strict=True):
                 bank.expect(expert, slot, arrival)
@@ -258,6 +258,7 @@ class ExpertStore:
         except BaseException:  # Ctrl-C: what no thread has begun must not be waited for
             self._reader.drop(batch)
             raise
+        return batch
 
     def _slots(self, layer: int, missing: Sequence[int], keep: set[int]) -> list[int]:
         """Choose slots, if need be after experts have arrived that nobody waits for."""
@@ -287,11 +288,18 @@ class ExpertStore:
             done = set(map(id, consumers))
             self._consumers = [c for c in self._consumers if id(c) not in done]
 
-    def _wait(self, layer: int, arrivals: list[Arrival]) -> None:
+    def _wait(self, layer: int, batch: Batch | None, arrivals: list[Arrival]) -> None:
+        """Read what no thread has begun, and wait for the rest."""
         start = time.perf_counter()
         try:
+            if batch:
+                self._reader.help(batch)
             for arrival in arrivals:
                 arrival.wait()
+        except BaseException:  # Ctrl-C
+            if batch:
+                self._reader.drop(batch, helping=True)
+            raise
         finally:
             with self._lock:
                 self._settle(self.banks[layer])

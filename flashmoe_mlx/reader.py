@@ -4,14 +4,13 @@ A *piece* is one `preadv`. The pieces of one expert share an `Arrival`, which is
 of them is; only then may anybody read those bytes, or write others there.
 """
 
-import contextlib
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 from .errors import FlashMoEError
 
@@ -46,16 +45,27 @@ class Arrival:
         with self._over:
             pass
 
-    def advance(self, nbytes: int, error: FlashMoEError | None) -> None:
-        """Count a piece that is over. Callers hold one lock."""
+    def advance(self, nbytes: int, error: FlashMoEError | None, pieces: int = 1) -> None:
+        """Count pieces that are over. Callers hold one lock."""
         self.nbytes += nbytes
         self.error = self.error or error
-        self.left -= 1
+        self.left -= pieces
         if not self.left:
             self._over.release()
 
 
 Piece = tuple[int, int, int, list[memoryview], Arrival]  # descriptor, offset, bytes, rows, of what
+
+
+class Batch:
+    """Pieces that are asked for together, in the order to read them, and what they belong to."""
+
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        """Collect pieces that nobody has begun."""
+        self.pieces = deque(pieces)
+        self.arrivals = {id(piece[-1]): piece[-1] for piece in self.pieces}
+        self.busy = 0  # threads that read one of them
+        self.helped = False  # whether the one who waits is among these
 
 
 class Reader:
@@ -69,8 +79,10 @@ class Reader:
             threads: how many.
         """
         self._names = names
-        self._queue: SimpleQueue[deque[Piece] | None] = SimpleQueue()
+        self._queue: SimpleQueue[Batch | None] = SimpleQueue()
         self._lock = threading.Lock()
+        self._helping = threading.Lock()
+        self._batches: set[Batch] = set()
         self._in_flight = 0
         self._since = self._seconds = 0.0
         self.threads = [
@@ -80,16 +92,33 @@ class Reader:
         for thread in self.threads:
             thread.start()
 
-    def start(self, batch: deque[Piece]) -> None:
-        """Have pieces read, in this order, and return at once; the threads empty the deque."""
-        for _ in range(min(len(batch), len(self.threads))):
+    def start(self, batch: Batch) -> None:
+        """Have pieces read and return at once."""
+        self._batches.add(batch)
+        for _ in range(min(len(batch.pieces), len(self.threads))):
             self._queue.put(batch)
 
-    def drop(self, batch: deque[Piece]) -> None:
-        """Give up those pieces that no thread has begun."""
-        for *_, arrival in _taken(batch):
-            with self._lock:
-                arrival.advance(0, FlashMoEError("reading was given up; load the model again."))
+    def help(self, batch: Batch) -> None:
+        """Read pieces of a batch that is started in the calling thread, until none is left.
+
+        Who has to wait anyway is awake already, and the other threads need not wake it.
+        """
+        with self._helping:
+            while piece := self._take(batch, helping=True):
+                self._read(batch, piece, helping=True)
+
+    def drop(self, batch: Batch, helping: bool = False) -> None:
+        """Give up what no thread has begun; the rest fails once no thread writes any more.
+
+        Args:
+            batch: what to give up.
+            helping: the caller is the one who waits, and may have been interrupted anywhere.
+        """
+        with self._lock:
+            batch.pieces.clear()
+            if helping and batch.helped:
+                self._leave(batch, helping=True)
+            self._sweep(batch)
 
     def take_seconds(self) -> float:
         """Return for how long some read was in flight since this was last asked."""
@@ -100,28 +129,52 @@ class Reader:
 
     def close(self) -> None:
         """Drop what no thread has begun, wait for what one has, and end the threads."""
-        with contextlib.suppress(Empty):
-            while batch := self._queue.get_nowait():
-                self.drop(batch)
+        for batch in list(self._batches):
+            self.drop(batch)
         for _ in self.threads:
             self._queue.put(None)
         for thread in self.threads:
             thread.join()
+        with self._helping:
+            pass
 
     def _work(self) -> None:
-        while (batch := self._queue.get()) is not None:
-            for piece in _taken(batch):
-                self._read(piece)
+        while batch := self._queue.get():
+            while piece := self._take(batch):
+                self._read(batch, piece)
                 del piece  # or the thread would keep its memory while it waits for more
             del batch
 
-    def _read(self, piece: Piece) -> None:
+    def _take(self, batch: Batch, helping: bool = False) -> Piece | None:
+        with self._lock:
+            if not batch.pieces:
+                return None
+            self._count_seconds()
+            self._in_flight += 1
+            batch.busy += 1
+            batch.helped = batch.helped or helping
+            return batch.pieces.popleft()
+
+    def _leave(self, batch: Batch, helping: bool) -> None:
+        self._count_seconds()
+        self._in_flight -= 1
+        batch.busy -= 1
+        if helping:
+            batch.helped = False
+
+    def _sweep(self, batch: Batch) -> None:
+        """Forget a batch that nobody reads any more; what it lacks is lost, and has failed."""
+        if not batch.busy and not batch.pieces:
+            self._batches.discard(batch)
+            for arrival in batch.arrivals.values():
+                if arrival.left:
+                    error = FlashMoEError("reading was given up; load the model again.")
+                    arrival.advance(0, error, pieces=arrival.left)
+
+    def _read(self, batch: Batch, piece: Piece, helping: bool = False) -> None:
         """Read a piece. `preadv` may return less than asked, so go on until full."""
         descriptor, offset, nbytes, rows, arrival = piece
         done, error = 0, None
-        with self._lock:
-            self._count_seconds()
-            self._in_flight += 1
         while done < nbytes and error is None:
             try:
                 rest = rows if done == 0 else skip(rows, done)
@@ -135,9 +188,9 @@ class Reader:
                 if count == 0:
                     error = self._failure(descriptor, offset + done, offset + nbytes, None)
         with self._lock:
-            self._count_seconds()
-            self._in_flight -= 1
+            self._leave(batch, helping)
             arrival.advance(done, error)
+            self._sweep(batch)
 
     def _failure(
         self, descriptor: int, offset: int, end: int, reason: Exception | None
@@ -167,15 +220,6 @@ class Reader:
         if self._in_flight:
             self._seconds += now - self._since
         self._since = now
-
-
-def _taken(batch: deque[Piece]) -> Iterator[Piece]:
-    """Yield pieces until none is left. Several threads share a batch; each piece goes to one."""
-    while True:
-        try:
-            yield batch.popleft()
-        except IndexError:
-            return
 
 
 def skip(rows: Sequence[memoryview], nbytes: int) -> list[memoryview]:
