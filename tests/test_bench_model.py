@@ -151,7 +151,7 @@ def test_profiling_leaves_the_model_as_it_was(subject):
         during = logits(subject.model)
     assert mx.array_equal(before, during)
     assert all(layer.seconds > 0 for layer in layers)
-    assert "fetch" not in vars(subject.store)
+    assert "request" not in vars(subject.store)
     for layer, known in zip(subject.model.layers, modules, strict=True):
         assert layer.keys() == known.keys()
         assert all(layer[name] is known[name] for name in known)
@@ -241,7 +241,6 @@ def test_published_figures_are_of_the_same_geometry_and_width():
 
 
 def test_layers_are_drawn(run, tmp_path):
-    pytest.importorskip("matplotlib")
     picture = tmp_path / "layers.png"
     run("decode", "--tokens", "2", "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
