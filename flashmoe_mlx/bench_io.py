@@ -194,13 +194,15 @@ def measure(
     if obstacle(layout):
         cases = [case for case in cases if not case.direct]
     layer = layout.layers[0]
-    count = max(1, min(sample // layer.record_bytes, layer.num_experts // 2))
+    count = min(sample // layer.record_bytes, layer.num_experts // 2)
+    count = max(1, count // FETCHED) * FETCHED
+    buffers = record_buffers(max(nbytes for _, _, nbytes in _ranges(layout, [0])))
     found: dict[Case, list[tuple[float, float | None]]] = {case: [] for case in cases}
     how = ""
     for _ in range(rounds):
         for case in random.sample(cases, len(cases)):
             experts = random.sample(range(layer.num_experts), count)
-            speed, from_disk, kept_out = _run(case, layout, experts)
+            speed, from_disk, kept_out = _run(case, layout, experts, buffers)
             how = kept_out if case.state == "cold" else how
             found[case].append((speed, from_disk))
     cells = []
@@ -212,16 +214,11 @@ def measure(
 
 
 def _run(
-    case: Case, layout: ExpertLayout, experts: Sequence[int]
+    case: Case, layout: ExpertLayout, experts: Sequence[int], buffers: list[memoryview]
 ) -> tuple[float, float | None, str]:
     """Return bytes per second, bytes that came from the disk for each asked for, and the cold."""
-    layer = layout.layers[0]
-    ranges = [
-        (span.file, span.offset, sum(f.nbytes for f in layer.fields[span.first : span.last]))
-        for expert in experts
-        for span in layer.spans(expert)
-    ]
-    ways = _store(case, layout, experts) if case.ours else _raw(case, ranges)
+    ranges = _ranges(layout, experts)
+    ways = _store(case, layout, experts) if case.ours else _raw(case, ranges, buffers)
     with ways as read:
         how = _prepare(ranges, cold=case.state == "cold")
         before = disk_bytes()
@@ -229,6 +226,16 @@ def _run(
         after, asked = disk_bytes(), sum(nbytes for _, _, nbytes in ranges)
     from_disk = None if before is None or after is None else (after - before) / asked
     return asked / seconds, from_disk, how
+
+
+def _ranges(layout: ExpertLayout, experts: Sequence[int]) -> list[Range]:
+    """Return where experts of the only layer lie."""
+    layer = layout.layers[0]
+    return [
+        (span.file, span.offset, sum(f.nbytes for f in layer.fields[span.first : span.last]))
+        for expert in experts
+        for span in layer.spans(expert)
+    ]
 
 
 def _prepare(ranges: Sequence[Range], cold: bool) -> str:
@@ -264,9 +271,8 @@ def _store(case: Case, layout: ExpertLayout, experts: Sequence[int]) -> Iterator
 
 
 @contextlib.contextmanager
-def _raw(case: Case, ranges: Sequence[Range]) -> Iterator[Read]:
+def _raw(case: Case, ranges: Sequence[Range], buffers: list[memoryview]) -> Iterator[Read]:
     """Yield what brings ranges into memory without a store."""
-    buffers = record_buffers(max(nbytes for _, _, nbytes in ranges))
     with opened(ranges, case.direct, read_ahead=case.way != "pread, no read-ahead") as files:
 
         def pread(index: int) -> None:
