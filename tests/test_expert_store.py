@@ -3,52 +3,19 @@
 import copy
 import pickle
 import threading
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from store_helpers import EXPERTS, RECORD, contents, make_store, record
 
 from flashmoe_mlx.config import CachePlan
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.expert_store import ExpertStore
-from flashmoe_mlx.layout import ExpertLayout, Field, LayerLayout
+from flashmoe_mlx.layout import Field, LayerLayout
 from flashmoe_mlx.names import FIELDS
-
-EXPERTS, RECORD = 10, 4 * 9
-
-
-def make_store(tmp_path, slots: int, scattered: bool = False, layers: int = 2) -> ExpertStore:
-    """Return a store over one file per layer; tensor f of expert e holds the number 100 e + f.
-
-    `scattered` stores like a stock checkpoint: tensor by tensor, so an expert is nine ranges.
-    """
-    tensors = []
-    for layer in range(layers):
-        path = tmp_path / f"{layer}.bin"
-        values = np.arange(EXPERTS)[:, None] * 100 + np.arange(9) + 10000 * layer
-        path.write_bytes((values.T if scattered else values).astype(np.uint32).tobytes())
-        tensors.append(
-            LayerLayout(
-                layer,
-                EXPERTS,
-                tuple(
-                    Field(name, "U32", (1, 1), 4, path, 4 * f * EXPERTS, 4)
-                    if scattered
-                    else Field(name, "U32", (1, 1), 4, path, 4 * f, RECORD)
-                    for f, name in enumerate(FIELDS)
-                ),
-            )
-        )
-    layout = ExpertLayout("packed", tmp_path, tuple(tensors))
-    return ExpertStore(layout, CachePlan(slots, slots * RECORD * layers, "a test"), io_threads=3)
-
-
-def contents(store: ExpertStore, layer: int, slot: int) -> list[int]:
-    return [bank[slot, 0, 0].item() for bank in store.banks[layer].arrays]
-
-
-def record(layer: int, expert: int) -> list[int]:
-    return [10000 * layer + 100 * expert + f for f in range(9)]
+from flashmoe_mlx.slot_bank import BLOCK, Bank, _address
 
 
 @pytest.mark.parametrize("scattered", [False, True])
@@ -62,6 +29,17 @@ def test_slots_hold_the_experts_asked_for(tmp_path, scattered):
         assert len(set(slots)) == len(experts)
         for expert, slot in zip(experts, slots, strict=True):
             assert contents(store, layer, slot) == record(layer, expert)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_bytes_read_are_those_of_the_misses(tmp_path, scattered):
+    store = make_store(tmp_path, slots=5, scattered=scattered)
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        store.fetch(int(rng.integers(2)), rng.choice(EXPERTS, size=4, replace=False).tolist())
+    misses = store.stats.asked - store.stats.hits
+    assert 40 < misses < 160
+    assert store.stats.bytes_read == misses * RECORD
 
 
 def test_spans_are_one_range_if_packed_and_nine_if_not(tmp_path):
@@ -109,6 +87,123 @@ def test_a_lazy_consumer_is_evaluated_before_its_slot_is_overwritten(tmp_path):
     store.hold(consumer)
     store.fetch(0, [2])
     assert consumer.item() == 2 * record(0, 1)[0]
+
+
+def _overwrite(store, slot: int, value: int) -> None:
+    """Write as a reader does, behind MLX's back."""
+    memoryview(store.banks[0].arrays[0]).cast("B")[4 * slot : 4 * slot + 4] = value.to_bytes(
+        4, "little"
+    )
+
+
+def _double(store, slot: int) -> mx.array:
+    return store.banks[0].arrays[0][mx.array([slot])] * 2
+
+
+def test_only_consumers_of_claimed_slots_are_evaluated(tmp_path):
+    store = make_store(tmp_path, slots=2)
+    slots = store.fetch(0, [1, 2])
+    oldest, newest = (_double(store, slot) for slot in slots)
+    store.hold(oldest, 0, slots[:1])
+    store.hold(newest, 0, slots[1:])
+    assert store.fetch(0, [3]) == slots[:1]
+    assert oldest.item() == 2 * record(0, 1)[0]
+    _overwrite(store, slots[1], 7)
+    assert newest.item() == 14  # it was still to be computed
+
+
+def test_a_consumer_of_one_layer_does_not_stop_another(tmp_path):
+    store = make_store(tmp_path, slots=2)
+    slots = store.fetch(0, [1, 2])
+    consumer = _double(store, slots[0])
+    store.hold(consumer, 0)
+    store.fetch(1, [1, 2])
+    store.fetch(1, [3, 4])
+    _overwrite(store, slots[0], 7)
+    assert consumer.item() == 14
+    again = _double(store, slots[1])
+    store.hold(again, 0)
+    store.fetch(0, [3])  # a layer alone stands for all of its slots
+    assert again.item() == 2 * record(0, 2)[0]
+
+
+def test_held_consumers_do_not_pile_up(tmp_path):
+    store = make_store(tmp_path, slots=EXPERTS - 1)
+    slots = store.fetch(0, [1, 2, 3])
+    consumers = [_double(store, slot) for slot in slots]
+    for slot, consumer in zip(slots, consumers, strict=True):
+        store.hold(consumer, 0, [slot])
+    assert len(store._consumers) == 2
+    for slot in slots:
+        _overwrite(store, slot, 7)
+    assert [c.item() for c in consumers] == [2 * record(0, 1)[0], 14, 14]
+
+
+def test_a_complete_bank_holds_nobody(tmp_path):
+    store = make_store(tmp_path, slots=EXPERTS)
+    slots = store.fetch(0, list(range(EXPERTS)))
+    assert slots == list(range(EXPERTS)) and store.banks[0].complete
+    store.hold(_double(store, 1), 0, [1])
+    assert not store._consumers
+
+
+def test_slots_of_a_request_are_its_own_until_it_is_dropped(tmp_path):
+    store = make_store(tmp_path, slots=4)
+    pending = store.request(0, [1, 2])
+    pending.wait()
+    for others in ([3, 4], [5, 6], [7]):
+        store.fetch(0, others)
+        for expert, slot in zip([1, 2], pending.slots, strict=True):
+            assert contents(store, 0, slot) == record(0, expert)
+    with pytest.raises(FlashMoEError, match=r"layer 0: 3 more experts do not fit .* of 4 slots"):
+        store.fetch(0, [7, 8, 9, 0])
+    del pending
+    for expert, slot in zip([7, 8, 9, 0], store.fetch(0, [7, 8, 9, 0]), strict=True):
+        assert contents(store, 0, slot) == record(0, expert)
+
+
+def test_half_a_bank_is_read_while_the_other_is_used(tmp_path):
+    store = make_store(tmp_path, slots=4)
+    waves, sums = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]], []
+    pending = store.request(0, waves[0])
+    for following in [*waves[1:], None]:
+        slots = pending.wait()
+        y = store.banks[0].arrays[0][mx.array(slots)].sum()
+        store.hold(y, 0, slots)
+        sums.append(y)
+        if following:
+            pending = store.request(0, following)
+    assert [y.item() for y in sums] == [sum(100 * e for e in wave) for wave in waves]
+
+
+def test_a_store_of_another_process_is_refused(tmp_path, monkeypatch):
+    store = make_store(tmp_path, slots=2)
+    pid = store._process
+    monkeypatch.setattr("os.getpid", lambda: pid + 1)
+    with pytest.raises(FlashMoEError, match="loaded in another process"):
+        store.fetch(0, [1])
+
+
+@pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="GPUs align memory themselves")
+def test_banks_start_at_block_boundaries_and_are_not_copied():
+    bank = Bank(_wide_layer(), 64, {Path("x"): 0})
+    assert [_address(array) % BLOCK for array in bank.arrays] == [0] * 9
+    codes, scales, biases = bank.arrays[:3]
+    x, chosen = mx.ones((4, 1, 512)), mx.array([5, 1, 2, 3])
+    mx.eval(x, chosen)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(mx.gather_qmm(x, codes, scales, biases, rhs_indices=chosen, transpose=True))
+    assert mx.get_peak_memory() - before < codes.nbytes / 100
+
+
+def _wide_layer() -> LayerLayout:
+    shapes = [("U32", (512, 64), 4), ("F32", (512, 8), 4), ("F32", (512, 8), 4)] * 3
+    fields = [
+        Field(name, dtype, shape, shape[0] * shape[1] * size, Path("x"), 0, 0)
+        for name, (dtype, shape, size) in zip(FIELDS, shapes, strict=True)
+    ]
+    return LayerLayout(0, 64, tuple(fields))
 
 
 def test_truncated_file_is_an_error_and_the_store_stays_usable(tmp_path):

@@ -6,7 +6,7 @@ import threading
 
 import mlx.core as mx
 import pytest
-from test_expert_store import contents, make_store, record
+from store_helpers import contents, make_store, record
 
 from flashmoe_mlx import io_mode
 from flashmoe_mlx.errors import FlashMoEError

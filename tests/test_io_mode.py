@@ -1,0 +1,95 @@
+"""How files are opened on each system, and the setting that chooses."""
+
+import os
+import sys
+import types
+
+import mlx.core as mx
+import pytest
+from store_helpers import big_layout
+
+from flashmoe_mlx import io_mode
+from flashmoe_mlx.config import IoPlan, StreamConfig, plan_cache
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.io_mode import obstacle, open_expert_file, plan_io
+
+BLOCKS = [4096] * 9
+
+
+@pytest.fixture
+def macos(monkeypatch):
+    """Pretend to be macOS, and return the fcntl calls."""
+    calls = []
+    fake = types.SimpleNamespace(fcntl=lambda *args: calls.append(args))
+    monkeypatch.setitem(sys.modules, "fcntl", fake)
+    monkeypatch.setattr("sys.platform", "darwin")
+    for name in ("posix_fadvise", "O_DIRECT"):
+        monkeypatch.delattr(os, name, raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_macos_turns_read_ahead_off_and_the_cache_as_asked(tmp_path, macos, direct):
+    (tmp_path / "file").write_bytes(b"x")
+    descriptor = open_expert_file(tmp_path / "file", direct)
+    assert os.read(descriptor, 9) == b"x"
+    os.close(descriptor)
+    assert macos == [(descriptor, 45, 0), (descriptor, 48, int(direct))]
+
+
+def test_macos_keeps_its_page_cache_unless_told(tmp_path, macos):
+    layout = big_layout(tmp_path, BLOCKS)
+    assert plan_io("auto", layout, room=0) == IoPlan(False, "macOS")
+    assert plan_io("direct", layout, room=0).direct
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="a call of Linux")
+def test_linux_turns_read_ahead_off(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("os.posix_fadvise", lambda *args: calls.append(args))
+    (tmp_path / "file").touch()
+    descriptor = open_expert_file(tmp_path / "file", direct=False)
+    os.close(descriptor)
+    assert calls == [(descriptor, 0, 0, os.POSIX_FADV_RANDOM)]
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="needs O_DIRECT")
+def test_obstacles(tmp_path, monkeypatch):
+    layout = big_layout(tmp_path, BLOCKS)
+    with monkeypatch.context() as patch:
+        patch.setattr(io_mode.mx, "default_device", lambda: mx.Device(mx.gpu))
+        assert "GPU" in obstacle(layout)
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "O_DIRECT")
+        assert "cannot read past its page cache" in obstacle(layout)
+
+    def refuse(*_, **__):
+        raise OSError(22, "Invalid argument")
+
+    for call, word in (("os.preadv", "read"), ("flashmoe_mlx.io_mode.open_expert_file", "opened")):
+        with monkeypatch.context() as patch:
+            patch.setattr(call, refuse)
+            assert f"big.bin cannot be {word} so (Invalid argument)" in obstacle(layout)
+            with pytest.raises(FlashMoEError, match=r"io_mode = 'direct': .*big"):
+                plan_io("direct", layout, room=0)
+
+
+def test_direct_reads_give_the_banks_what_the_page_cache_had(tmp_path):
+    layout = big_layout(tmp_path, BLOCKS)
+    slot = layout.token_bytes
+    buffered, direct = (
+        plan_cache("auto", layout, 2, 0, 12 * slot, IoPlan(direct, "a test"))
+        for direct in (False, True)
+    )
+    assert buffered.slots == 3
+    assert direct.slots > buffered.slots and direct.nbytes <= 0.7 * 12 * slot
+    assert "direct reads (a test)" in str(direct) and "buffered reads" in str(buffered)
+
+
+def test_the_setting(monkeypatch):
+    assert StreamConfig.resolve({}).io_mode == "auto"
+    monkeypatch.setenv("FLASHMOE_IO_MODE", "direct")
+    assert StreamConfig.resolve({}).io_mode == "direct"
+    assert StreamConfig.resolve({}, io_mode="buffered").io_mode == "buffered"
+    with pytest.raises(FlashMoEError, match=r"io_mode = 'fast' is not one of auto, buffered"):
+        StreamConfig.resolve({}, io_mode="fast")

@@ -1,0 +1,211 @@
+"""Reader threads: every byte in its place, whatever `preadv` does, and nothing written too late."""
+
+import errno
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from store_helpers import (
+    EXPERTS,
+    RECORD,
+    Gate,
+    assert_whole,
+    big_layout,
+    big_store,
+    contents,
+    make_store,
+    record,
+)
+
+from flashmoe_mlx import expert_store
+from flashmoe_mlx.config import IoPlan
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.io_mode import obstacle
+from flashmoe_mlx.reader import cut, skip
+
+UNEQUAL = [40_000, 4_004, 1_000, 8, 12_288, 4, 30_000, 4_096, 20]  # bytes; none but two in blocks
+BLOCKS = [n * 4096 for n in (8, 1, 1, 7, 2, 1, 9, 1, 1)]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Let records of some kilobytes be cut."""
+    monkeypatch.setattr(expert_store, "LEAST_PIECE", 4096)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Have the main thread interrupted after some seconds, as Ctrl-C does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    main = threading.get_ident()
+    yield lambda seconds: threading.Timer(
+        seconds, signal.pthread_kill, (main, signal.SIGINT)
+    ).start()
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("nbytes", [1, 3, 7, 100])
+def test_cut_and_skip_keep_every_byte(nbytes):
+    whole = np.random.default_rng(1).bytes(20)
+    rows = [memoryview(whole)[a:b] for a, b in ((0, 5), (5, 6), (6, 6), (6, 17), (17, 20))]
+    parts = [b"".join(part) for part in cut(rows, nbytes)]
+    assert b"".join(parts) == whole
+    assert {len(part) for part in parts[:-1]} <= {nbytes} and 0 < len(parts[-1]) <= nbytes
+    assert b"".join(skip(rows, nbytes)) == whole[nbytes:]
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 5, 16])
+def test_records_in_pieces_are_whole(tmp_path, small_pieces, threads, scattered):
+    layout = big_layout(tmp_path, UNEQUAL, scattered)
+    store = big_store(layout, threads, slots=3)
+    for experts in ([7], [2, 9], [0, 4, 3]):
+        assert_whole(store, experts, store.fetch(0, experts))
+    ranges = 9 if scattered else 1
+    assert store.stats.bytes_read == 6 * sum(UNEQUAL)
+    cut_at_all = threads > (2 if scattered else 1)  # no field is as large as half a record
+    assert (store.stats.reads > 6 * ranges) == cut_at_all
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_direct_reads_are_whole(tmp_path, small_pieces, threads):
+    layout = big_layout(tmp_path, BLOCKS)
+    if why := obstacle(layout):
+        pytest.skip(why)
+    store = big_store(layout, threads, slots=3, io=IoPlan(True, "a test"))
+    for experts in ([9], [0, 4, 3]):
+        assert_whole(store, experts, store.fetch(0, experts))
+    assert store.stats.bytes_read == 4 * sum(BLOCKS)
+
+
+def test_a_file_cut_short_is_found_by_direct_reads(tmp_path):
+    layout = big_layout(tmp_path, BLOCKS)
+    if why := obstacle(layout):
+        pytest.skip(why)
+    store = big_store(layout, 2, slots=3, io=IoPlan(True, "a test"))
+    size = EXPERTS * sum(BLOCKS) - 100
+    os.truncate(tmp_path / "big.bin", size)
+    with pytest.raises(FlashMoEError, match=rf"big\.bin: ends at byte {size}, .* load the model"):
+        store.fetch(0, [9])
+
+
+def test_short_and_interrupted_reads_are_continued(tmp_path, small_pieces, monkeypatch):
+    rng, lock, whole, calls = np.random.default_rng(2), threading.Lock(), os.preadv, []
+
+    def preadv(descriptor, rows, offset):
+        with lock:
+            calls.append(offset)
+            most = int(rng.integers(1, 9000))
+            if len(calls) % 3 == 0:
+                raise InterruptedError(errno.EINTR, "Interrupted system call")
+        return whole(descriptor, next(cut(rows, most)), offset)
+
+    monkeypatch.setattr("os.preadv", preadv)
+    store = big_store(big_layout(tmp_path, UNEQUAL), 4, slots=4)
+    experts = [8, 1, 5]
+    assert_whole(store, experts, store.fetch(0, experts))
+    assert len(calls) > 3 * store.stats.reads
+    assert store.stats.bytes_read == 3 * sum(UNEQUAL)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"), [(errno.EIO, "Input/output error"), (errno.ENODEV, "No such device")]
+)
+def test_an_error_in_one_piece_fails_its_expert_only(
+    tmp_path, small_pieces, monkeypatch, code, message
+):
+    layout = big_layout(tmp_path, UNEQUAL)
+    store, size, whole = big_store(layout, 6, slots=2), sum(UNEQUAL), os.preadv
+    store._parts = lambda bank, experts: 3
+    bad = [offset for *_, offset in _seams(store, expert=6)][1]
+
+    def preadv(descriptor, rows, offset):
+        if offset == bad:
+            raise OSError(code, message)
+        return whole(descriptor, rows, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.preadv", preadv)
+        with pytest.raises(
+            FlashMoEError, match=rf"big\.bin: reading an expert at byte {bad} failed \({message}\)"
+        ):
+            store.fetch(0, [2, 6])
+        assert store.banks[0].resident([2, 6]) == [2]
+        assert 6 * size <= bad < 7 * size
+    assert_whole(store, [6, 2], store.fetch(0, [6, 2]))
+
+
+def _seams(store, expert: int) -> list[tuple[int, int]]:
+    """Return (descriptor, offset) of an expert's pieces."""
+    _, pieces = store.banks[0].pieces(expert, 0, 3)
+    assert len(pieces) == 3
+    return [piece[:2] for piece in pieces]
+
+
+def test_ctrl_c_leaves_slots_alone_until_the_last_write(tmp_path, monkeypatch, ctrl_c):
+    store, gate = make_store(tmp_path, slots=2), Gate(monkeypatch)
+    ctrl_c(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        store.fetch(0, [1, 2])
+    writing = [a for _, a in store.banks[0].arriving.values() if not a.over]
+    assert writing and store.banks[0].choose([3, 4], keep=()) is None
+    threading.Timer(0.1, gate.opened.set).start()
+    for expert, slot in zip([3, 4], store.fetch(0, [3, 4]), strict=True):
+        assert contents(store, 0, slot) == record(0, expert)
+    assert all(arrival.over for arrival in writing)
+
+
+def test_ctrl_c_in_the_read_of_who_waits(tmp_path, monkeypatch, ctrl_c):
+    """The one reader is kept busy, so the caller reads, and is interrupted in the middle."""
+    store, gate = big_store(big_layout(tmp_path, UNEQUAL), 1, slots=4), Gate(monkeypatch)
+    busy = store.request(0, [1])
+    while len(gate.reads) < 1:
+        time.sleep(0.001)
+    pending = store.request(0, [5, 6])
+    ctrl_c(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        pending.wait()
+    assert len(gate.reads) == 2
+    gate.opened.set()
+    busy.wait()
+    assert store.banks[0].resident(range(EXPERTS)) == [1]
+    assert len(gate.reads) == 2  # expert 6 was not begun, and is not read any more
+    assert_whole(store, [5, 6, 7], store.fetch(0, [5, 6, 7]))
+
+
+def test_close_with_reads_in_flight(tmp_path, monkeypatch):
+    store, gate = big_store(big_layout(tmp_path, UNEQUAL), 1, slots=4), Gate(monkeypatch)
+    pending = store.request(0, [1, 2, 3, 4])
+    while not gate.reads:
+        time.sleep(0.001)
+    threading.Timer(0.1, gate.opened.set).start()
+    store.close()
+    assert len(gate.reads) == 1
+    assert not any(thread.is_alive() for thread in store._reader.threads)
+    with pytest.raises(FlashMoEError, match="given up"):
+        pending.wait()
+
+
+def test_seconds_reading_counts_overlapping_reads_once(tmp_path, monkeypatch):
+    store, gate = make_store(tmp_path, slots=4), Gate(monkeypatch)
+    start = time.perf_counter()
+    pending = [store.request(0, [1, 2]), store.request(1, [3])]
+    while len(gate.reads) < 3:
+        time.sleep(0.001)
+    three = time.perf_counter()
+    time.sleep(0.05)
+    least = time.perf_counter() - three
+    gate.opened.set()
+    for each in pending:
+        each.wait()
+    most = time.perf_counter() - start
+    assert least <= store.stats.seconds_reading <= most
+    time.sleep(0.05)
+    before = time.perf_counter()
+    store.fetch(0, [5])
+    after = time.perf_counter()
+    assert store.stats.seconds_reading <= most + after - before  # idle time does not count
+    assert store.stats.bytes_read == 4 * RECORD
