@@ -29,7 +29,7 @@ from flashmoe_mlx.custom_kernels.executor import (
     reject_cpu_kernels,
 )
 from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, supports
-from flashmoe_mlx.custom_kernels.timing import Clock, Op, fitting_calls, side_by_side, traced
+from flashmoe_mlx.custom_kernels.timing import Clock, fitting_calls, ops_of, side_by_side
 from flashmoe_mlx.custom_kernels.trial import Trial
 
 NEEDS_GPU = "needs a GPU"
@@ -229,9 +229,7 @@ def _limit(stock: mx.array, truth: mx.array) -> float:
 def _race(trial: Trial, clock: Clock) -> list[float]:
     """Return milliseconds per call of custom and stock, in some tens of milliseconds."""
     inputs = [trial.inputs()]
-    ops: list[Op] = [trial.custom, trial.stock]
-    if not getattr(trial, "reads_values", False):
-        ops = [traced(op) for op in ops]
+    ops = ops_of(trial, ("custom", "stock"))
     calls = fitting_calls(ops, inputs[0], SECONDS, MOST_CALLS, clock)
     sets = min(calls, 1 + ROTATED // max(trial.nbytes, 1))
     inputs += [trial.inputs(seed) for seed in range(1, sets)]

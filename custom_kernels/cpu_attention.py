@@ -32,9 +32,9 @@ def attention(
     queries, keys, values = (np.asarray(x.astype(mx.float32)) for x in (q, k, v))
     batch, heads, tokens, _ = queries.shape
     kv_heads, length = keys.shape[1:3]
-    causal, seen = isinstance(mask, str), None
-    if not (mask is None or isinstance(mask, str)):
-        seen = _as_numpy(mask, (batch, heads, tokens, length))
+    causal = isinstance(mask, str)
+    shape = batch, heads, tokens, length
+    seen = _as_numpy(mask, shape) if isinstance(mask, mx.array) else None
     repeat = heads // kv_heads
     block = min(BLOCK, max(1, SCORES // (repeat * length)))
     out = np.empty((batch, tokens, heads, values.shape[-1]), np.float32)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels.trial import Trial
+
 Op = Callable[..., list[mx.array]]
 Clock = Callable[[], float]
 
@@ -19,9 +21,15 @@ def _add_nothing(x: mx.array, *scalars: mx.array) -> mx.array:
 _add_nothing_at_once = mx.compile(_add_nothing)
 
 
-def traced(op: Op) -> Op:
-    """Return an op as decoding runs it: on a GPU traced once, so that Python's part is small."""
-    return mx.compile(op) if mx.default_device() == mx.Device(mx.gpu) else op
+def ops_of(trial: Trial, names: Sequence[str]) -> list[Op]:
+    """Return a trial's ops by name as decoding runs them: on a GPU traced once, if they can be.
+
+    Else the time that Python takes to prepare launches would decide.
+    """
+    ops: list[Op] = [getattr(trial, name) for name in names]
+    if mx.default_device() != mx.Device(mx.gpu) or getattr(trial, "reads_values", False):
+        return ops
+    return [mx.compile(op) for op in ops]
 
 
 def chain(op: Op, sets: Sequence[list[mx.array]], calls: int) -> None:

@@ -29,9 +29,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--tokens", type=int, default=32, help="to decode, of each sequence (default: 32)"
     )
-    parser.add_argument(
-        "--cold", action="store_true", help="drop the experts from the page cache before each run"
-    )
+    bench.add_cold(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,9 +24,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.set_defaults(run=run)
     bench.add_flags(parser)
     parser.add_argument("--tokens", type=int, default=64, help="to decode (default: 64)")
-    parser.add_argument(
-        "--cold", action="store_true", help="drop the experts from the page cache before each run"
-    )
+    bench.add_cold(parser)
     parser.add_argument(
         "--forced", action=argparse.BooleanOptionalAction, default=True,
         help="feed random tokens instead of the model's own (default: yes, since random weights "

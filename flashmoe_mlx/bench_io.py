@@ -22,6 +22,7 @@ import numpy as np
 
 from . import machine
 from .bench_figures import disk_bytes
+from .bench_model import at_least_one
 from .config import BUFFERED, CachePlan, IoPlan, ModelArgs
 from .custom_kernels.executor import cache_dir
 from .errors import FlashMoEError
@@ -36,7 +37,9 @@ from .read_speed import (
     forget,
     in_threads,
     opened,
+    ranges_of,
     read_range,
+    reads_into,
     record_buffers,
     scratch_ranges,
 )
@@ -114,8 +117,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table for each size of record, then one JSON line. Returns 0."""
     _check(args)
     facts = machine.facts()
-    versions = ", ".join(f"{k} {v}" for k, v in facts["packages"].items() if v)
-    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores\n{versions}")
+    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores\n{machine.versions(facts)}")
     print(f"GB/s, median of {args.rounds} rounds of {args.sample_mib} MiB in random records")
     results = []
     for source, layout in _layouts(args):
@@ -127,14 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, values in (
-        ("--threads", args.threads),
-        ("--rounds", [args.rounds]),
-        ("--sample-mib", [args.sample_mib]),
-    ):
-        for value in values:
-            if value < 1:
-                raise FlashMoEError(f"{flag} {value} measures nothing. Give at least 1.")
+    at_least_one(threads=min(args.threads), rounds=args.rounds, sample_mib=args.sample_mib)
     for record in args.record:
         if record < SHORTEST or record % (3 * BLOCK):
             raise FlashMoEError(
@@ -196,7 +191,7 @@ def measure(
     layer = layout.layers[0]
     count = min(sample // layer.record_bytes, layer.num_experts // 2)
     count = max(1, count // FETCHED) * FETCHED
-    buffers = record_buffers(max(nbytes for _, _, nbytes in _ranges(layout, [0])))
+    buffers = record_buffers(max(nbytes for _, _, nbytes in ranges_of([(layer, 0)])))
     found: dict[Case, list[tuple[float, float | None]]] = {case: [] for case in cases}
     how = ""
     for _ in range(rounds):
@@ -217,7 +212,7 @@ def _run(
     case: Case, layout: ExpertLayout, experts: Sequence[int], buffers: list[memoryview]
 ) -> tuple[float, float | None, str]:
     """Return bytes per second, bytes that came from the disk for each asked for, and the cold."""
-    ranges = _ranges(layout, experts)
+    ranges = ranges_of([(layout.layers[0], expert) for expert in experts])
     ways = _store(case, layout, experts) if case.ours else _raw(case, ranges, buffers)
     with ways as read:
         how = _prepare(ranges, cold=case.state == "cold")
@@ -226,16 +221,6 @@ def _run(
         after, asked = disk_bytes(), sum(nbytes for _, _, nbytes in ranges)
     from_disk = None if before is None or after is None else (after - before) / asked
     return asked / seconds, from_disk, how
-
-
-def _ranges(layout: ExpertLayout, experts: Sequence[int]) -> list[Range]:
-    """Return where experts of the only layer lie."""
-    layer = layout.layers[0]
-    return [
-        (span.file, span.offset, sum(f.nbytes for f in layer.fields[span.first : span.last]))
-        for expert in experts
-        for span in layer.spans(expert)
-    ]
 
 
 def _prepare(ranges: Sequence[Range], cold: bool) -> str:
@@ -274,12 +259,11 @@ def _store(case: Case, layout: ExpertLayout, experts: Sequence[int]) -> Iterator
 def _raw(case: Case, ranges: Sequence[Range], buffers: list[memoryview]) -> Iterator[Read]:
     """Yield what brings ranges into memory without a store."""
     with opened(ranges, case.direct, read_ahead=case.way != "pread, no read-ahead") as files:
-
-        def pread(index: int) -> None:
-            path, offset, nbytes = ranges[index]
-            read_range(files[path], path, offset, buffers[index % BUFFERS][:nbytes])
-
-        work = pread if case.way in PREADS else _copies(case, ranges, files, buffers)
+        work = (
+            reads_into(buffers, ranges, files)
+            if case.way in PREADS
+            else _copies(case, ranges, files, buffers)
+        )
         yield lambda: in_threads(work, len(ranges), case.threads)
 
 

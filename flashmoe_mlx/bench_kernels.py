@@ -17,7 +17,7 @@ from .custom_kernels import gpu
 from .custom_kernels.choice import NEEDS_GPU, Verdict, measure
 from .custom_kernels.matvec import BITS
 from .custom_kernels.router import MAX_TOP_K
-from .custom_kernels.timing import Op, fitting_calls, side_by_side, traced
+from .custom_kernels.timing import fitting_calls, ops_of, side_by_side
 from .custom_kernels.trial import Trial
 from .custom_kernels.trials import label, trials
 from .errors import FlashMoEError
@@ -93,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     facts, dtype = machine.facts(), args.dtype or machine.default_dtype()
     calls = args.calls or (64 if machine.on_gpu() else 8)
-    versions = ", ".join(f"{k} {v}" for k, v in facts["packages"].items() if v)
-    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores\n{versions}")
+    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores\n{machine.versions(facts)}")
     bandwidth, how = copy_bandwidth()
     print(f"{facts['device']}, {dtype}; copy: {bandwidth / 1e9:.1f} GB/s ({how})")
     print(f"chains of {calls}, fewer of slow ops; median of {args.runs}; milliseconds per call")
@@ -148,16 +147,15 @@ def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> Row:
         names = [name for name in names if hasattr(trial, name)]
         if not gpu.available():  # the naive form is a GPU kernel
             names = [name for name in names if name != "naive"]
-        ops = [getattr(trial, name) for name in names]
-        times = dict(zip(names, _time(trial, ops, calls, runs), strict=True))
+        times = dict(zip(names, _time(trial, names, calls, runs), strict=True))
     return _row(trial, found, times, trial.nbytes / bandwidth * 1e3)
 
 
-def _time(trial: Trial, ops: list[Op], calls: int, runs: int) -> list[float]:
+def _time(trial: Trial, names: list[str], calls: int, runs: int) -> list[float]:
     """Return milliseconds per call of each op, in chains of at most CHAIN_SECONDS or one call."""
     calls, sets = _chain_length(trial, calls)
     inputs = [trial.inputs()]
-    ops = [traced(op) for op in ops]
+    ops = ops_of(trial, names)
     calls = fitting_calls(ops, inputs[0], CHAIN_SECONDS, calls, time.perf_counter)
     inputs += [trial.inputs(seed) for seed in range(1, min(calls, sets))]
     return side_by_side(ops, inputs, calls, runs)

@@ -67,6 +67,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--plot", type=Path, metavar="FILE.png", help="draw the layers' times and hit rates")
 
 
+def add_cold(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the commands that start either cold or warm."""
+    text = "drop the experts from the page cache before each run"
+    parser.add_argument("--cold", action="store_true", help=text)
+
+
 def at_least_one(**values: int) -> None:
     """Refuse counts below one.
 
@@ -120,7 +126,7 @@ def conditions(subject: Subject) -> dict[str, Any]:
     memory = f"{facts['memory'] / 2**30:.1f} GiB"
     memory += f", of which the cgroup allows {limit / 2**30:.2f}" if limit else ""
     print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores, {memory}")
-    print(", ".join(f"{k} {v}" for k, v in facts["packages"].items() if v))
+    print(machine.versions(facts))
     print(
         f"{facts['device']}; {recipe.geometry}, {recipe.layers} of "
         f"{GEOMETRIES[recipe.geometry].num_hidden_layers} layers, {recipe.vocabulary} token ids, "

@@ -15,6 +15,7 @@ from . import bench_figures as figures
 from . import bench_model as bench
 from .bench_layers import LayerTime, print_layers, profile
 from .bench_plot import check_plot, plot
+from .config import PREFILL_CHUNK
 from .expert_store import ExpertStore
 
 
@@ -32,8 +33,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="of prompts (default: 1024 4096)",
     )
     parser.add_argument(
-        "--chunk", type=int, default=2048,
-        help="tokens at a time: mlx-lm's --prefill-step-size (default: 2048)",
+        "--chunk", type=int, default=PREFILL_CHUNK,
+        help=f"tokens at a time: mlx-lm's --prefill-step-size (default: {PREFILL_CHUNK})",
     )  # fmt: skip
 
 

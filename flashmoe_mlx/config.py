@@ -101,8 +101,7 @@ class ModelArgs:
     def activation_bytes(self) -> int:
         """Bytes that a chunk of PREFILL_CHUNK tokens takes, over all: mostly experts' outputs.
 
-        Counted as four times the experts' outputs in float32, which is what a run was seen to
-        need.
+        Counted as four times the experts' outputs in float32: an estimate, not a bound.
         """
         return 4 * 4 * PREFILL_CHUNK * self.num_experts_per_tok * self.hidden_size
 

@@ -28,6 +28,11 @@ def facts() -> dict[str, Any]:
     }
 
 
+def versions(facts: dict[str, Any]) -> str:
+    """Return the installed packages of `facts` in one line."""
+    return ", ".join(f"{name} {found}" for name, found in facts["packages"].items() if found)
+
+
 def on_gpu() -> bool:
     """Say whether MLX computes on a GPU."""
     return mx.default_device() == mx.Device(mx.gpu)

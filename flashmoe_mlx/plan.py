@@ -9,10 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .config import ModelArgs, parse_size
+from .config import PREFILL_CHUNK, ModelArgs, parse_size
 from .errors import FlashMoEError
 from .plan_model import (
-    CHUNK,
     SYSTEM_BYTES,
     Decode,
     Engine,
@@ -104,7 +103,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "asked": args.cache is not None,
         "decode_tokens_per_s": 1 / best.seconds,
         "prompt": args.prompt,
-        "distinct_experts": distinct_experts(weights, min(args.prompt, CHUNK)),
+        "distinct_experts": distinct_experts(weights, min(args.prompt, PREFILL_CHUNK)),
         "prefill_seconds": seconds,
         "prefill_tokens_per_s": args.prompt / seconds,
         "check": {"within_20_percent": within, "predicted_rows": rows},

@@ -7,7 +7,7 @@ Bytes are bytes, rates are bytes per second, times are seconds.
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ModelArgs, check_top_k
+from .config import PREFILL_CHUNK, ModelArgs, check_top_k
 from .errors import FlashMoEError
 from .geometry import GEOMETRIES
 
@@ -21,8 +21,6 @@ KERNEL_SHARE = 0.8
 SYSTEM_BYTES = 7.5e9
 # What macOS lets the GPU and its banks take of the memory, as in `memory.available_bytes`.
 GPU_SHARE = 0.75
-# Tokens of one prefill chunk, as mlx-lm cuts prompts.
-CHUNK = 2048
 VOCABULARY = 248_320
 
 
@@ -233,8 +231,8 @@ def prefill_seconds(
     held = max(in_bank, min(1.0, page_cache / weights.expert_bytes))
     per_byte = (held - in_bank) / (COPY_SHARE * machine.bandwidth) + (1 - held) / machine.ssd
     total = 0.0
-    for start in range(0, tokens, CHUNK):
-        touched = distinct_experts(weights, min(CHUNK, tokens - start))
+    for start in range(0, tokens, PREFILL_CHUNK):
+        touched = distinct_experts(weights, min(PREFILL_CHUNK, tokens - start))
         nbytes = weights.layers * touched * weights.record
         computed = (weights.trunk_read + nbytes) / (KERNEL_SHARE * machine.bandwidth)
         total += nbytes * per_byte + computed + weights.layers * engine.layer_seconds

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from .config import StreamConfig
 from .errors import FlashMoEError
 from .io_mode import open_expert_file
-from .layout import ExpertLayout
+from .layout import ExpertLayout, LayerLayout
 from .slot_bank import BLOCK
 
 SAMPLE = 256 << 20  # bytes read
@@ -68,10 +68,14 @@ def expert_ranges(layout: ExpertLayout, sample: int = SAMPLE) -> list[Range]:
     """Pick random experts of a model, at most `sample` bytes or each expert once."""
     experts = [(layer, expert) for layer in layout.layers for expert in range(layer.num_experts)]
     count = max(1, sample // layout.record_bytes)
-    picked = random.sample(experts, min(count, len(experts)))
+    return ranges_of(random.sample(experts, min(count, len(experts))))
+
+
+def ranges_of(experts: Iterable[tuple[LayerLayout, int]]) -> list[Range]:
+    """Return where experts of layers lie."""
     return [
         (span.file, span.offset, sum(f.nbytes for f in layer.fields[span.first : span.last]))
-        for layer, expert in picked
+        for layer, expert in experts
         for span in layer.spans(expert)
     ]
 
@@ -119,12 +123,7 @@ def time_reads(
     with opened(ranges, direct) as files:
         for place in ranges:
             cold = forget(files[place[0]], place)
-
-        def read(index: int) -> None:
-            path, offset, nbytes = ranges[index]
-            read_range(files[path], path, offset, buffers[index % BUFFERS][:nbytes])
-
-        seconds = in_threads(read, len(ranges), threads)
+        seconds = in_threads(reads_into(buffers, ranges, files), len(ranges), threads)
     total = sum(nbytes for _, _, nbytes in ranges)
     how = f"direct, {cold}" if direct else cold
     return ReadSpeed(total, len(ranges), threads, seconds, how, source)
@@ -153,6 +152,18 @@ def read_range(descriptor: int, path: Path, offset: int, view: memoryview) -> No
         if count == 0:
             raise FlashMoEError(f"{path}: ends at byte {offset}. Download or convert it again.")
         offset, view = offset + count, view[count:]
+
+
+def reads_into(
+    buffers: Sequence[memoryview], ranges: Sequence[Range], files: Mapping[Path, int]
+) -> Callable[[int], None]:
+    """Return what reads a range by its number, into BUFFERS buffers in turn."""
+
+    def read(number: int) -> None:
+        path, offset, nbytes = ranges[number]
+        read_range(files[path], path, offset, buffers[number % BUFFERS][:nbytes])
+
+    return read
 
 
 def in_threads(work: Callable[[int], None], count: int, threads: int) -> float:

@@ -6,7 +6,7 @@ import types
 
 import mlx.core as mx
 import pytest
-from store_helpers import big_layout
+from store_helpers import big_layout, make_store
 
 from flashmoe_mlx import io_mode
 from flashmoe_mlx.config import IoPlan, StreamConfig, plan_cache
@@ -93,3 +93,30 @@ def test_the_setting(monkeypatch):
     assert StreamConfig.resolve({}, io_mode="buffered").io_mode == "buffered"
     with pytest.raises(FlashMoEError, match=r"io_mode = 'fast' is not one of auto, buffered"):
         StreamConfig.resolve({}, io_mode="fast")
+
+
+@pytest.mark.parametrize(
+    ("mode", "share", "direct", "reason"),
+    [
+        ("auto", 0.9, False, "room for 90%"),
+        ("auto", 0.5, True, "room for only 50%"),
+        ("buffered", 0.1, False, "as asked"),
+        ("direct", 0.9, True, "as asked"),
+    ],
+)
+def test_reads_go_past_a_page_cache_with_little_room(
+    tmp_path, monkeypatch, mode, share, direct, reason
+):
+    monkeypatch.setattr(io_mode, "obstacle", lambda layout: None)
+    monkeypatch.setattr(io_mode.sys, "platform", "linux")
+    layout = make_store(tmp_path, slots=1).layout
+    plan = plan_io(mode, layout, round(share * layout.total_bytes))
+    assert (plan.direct, reason in plan.reason) == (direct, True)
+
+
+def test_files_without_blocks_are_not_read_directly(tmp_path):
+    layout = make_store(tmp_path, slots=1).layout
+    assert "was not written in blocks" in obstacle(layout)
+    assert not plan_io("auto", layout, 0).direct
+    with pytest.raises(FlashMoEError, match=r"io_mode = 'direct': .*Choose buffered, or auto"):
+        plan_io("direct", layout, 0)

@@ -8,9 +8,7 @@ import mlx.core as mx
 import pytest
 from store_helpers import contents, make_store, record
 
-from flashmoe_mlx import io_mode
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.io_mode import plan_io
 
 preadv = os.preadv
 
@@ -122,30 +120,3 @@ def test_only_consumers_of_a_slot_that_is_taken_are_evaluated(tmp_path, told):
         store.fetch(0, [5])
     assert reads == [1 if told else 2]
     assert [y.item() for y in lazy] == [2 * record(0, 1)[0], 2 * record(0, 2)[0]]
-
-
-@pytest.mark.parametrize(
-    ("mode", "share", "direct", "reason"),
-    [
-        ("auto", 0.9, False, "room for 90%"),
-        ("auto", 0.5, True, "room for only 50%"),
-        ("buffered", 0.1, False, "as asked"),
-        ("direct", 0.9, True, "as asked"),
-    ],
-)
-def test_reads_go_past_a_page_cache_with_little_room(
-    tmp_path, monkeypatch, mode, share, direct, reason
-):
-    monkeypatch.setattr(io_mode, "obstacle", lambda layout: None)
-    monkeypatch.setattr(io_mode.sys, "platform", "linux")
-    layout = make_store(tmp_path, slots=1).layout
-    plan = plan_io(mode, layout, round(share * layout.total_bytes))
-    assert (plan.direct, reason in plan.reason) == (direct, True)
-
-
-def test_files_without_blocks_are_not_read_directly(tmp_path):
-    layout = make_store(tmp_path, slots=1).layout
-    assert "was not written in blocks" in io_mode.obstacle(layout)
-    assert not plan_io("auto", layout, 0).direct
-    with pytest.raises(FlashMoEError, match=r"io_mode = 'direct': .*Choose buffered, or auto"):
-        plan_io("direct", layout, 0)
