@@ -1,7 +1,8 @@
 """Routed experts: SwiGLU over experts that sit in slots of quantised weight banks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -9,19 +10,25 @@ import numpy as np
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.choice import prefers_custom
+from flashmoe_mlx.custom_kernels.dequantize import dequantize
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels, on_gpu
+from flashmoe_mlx.custom_kernels.gpu import rounds_products
 from flashmoe_mlx.custom_kernels.linear import swiglu
 from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES, random_quantised
 
 DEQUANTISED_BYTES = 1 << 30  # of one projection's experts at a time
 LEAST_ROWS = 8  # per expert, below which it is quicker to multiply by the codes
+MOST_TRIED_ROWS = 64  # per expert
 
 
-def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank) -> mx.array:
+def expert_mlp(
+    x: mx.array, tokens: np.ndarray, slots: np.ndarray, gate: Bank, up: Bank, down: Bank
+) -> mx.array:
     """Run one expert per row: down(silu(gate x) * up x).
 
     Args:
-        x: `[rows, H]`.
+        x: `[N, H]`.
+        tokens: `[rows]` integers, the place in x of each row.
         slots: `[rows]` integers, the slot of each row's expert, ascending.
         gate: the gate projections.
         up: the up projections.
@@ -33,11 +40,10 @@ def expert_mlp(x: mx.array, slots: np.ndarray, gate: Bank, up: Bank, down: Bank)
     banks = gate, up, down
     kernels = cpu_kernels(x)
     if kernels and all(kernels.supports(b.bits, b.group_size, b.scales) for b in banks):
-        return mx.array(kernels.mlp(kernels.rows(x), *(b.packed for b in banks), slots))
-
-    multiply = _grouped if on_gpu(x) and _wants_grouped(x, slots, gate) else _gathered
-    hidden = swiglu(multiply(x, slots, gate), multiply(x, slots, up))
-    return multiply(hidden, slots, down)
+        return mx.array(kernels.mlp(kernels.rows(x)[tokens], *(b.packed for b in banks), slots))
+    if on_gpu(x) and _wants_grouped(x, slots, banks):
+        return _grouped(x, tokens, slots, banks)
+    return _gathered(x, tokens, slots, banks)
 
 
 def ascending(slots: np.ndarray) -> np.ndarray:
@@ -53,125 +59,177 @@ def inverted(order: np.ndarray) -> np.ndarray:
     return inverse
 
 
-def _gathered(x: mx.array, slots: np.ndarray, bank: Bank) -> mx.array:
-    return mx.gather_qmm(
-        x[:, None, :],
-        bank.codes,
-        bank.scales,
-        bank.biases,
-        rhs_indices=mx.array(slots.astype(np.uint32)),
-        transpose=True,
-        group_size=bank.group_size,
-        bits=bank.bits,
-        sorted_indices=True,
-    ).squeeze(1)
+def _gathered(
+    x: mx.array, tokens: np.ndarray, slots: np.ndarray, banks: tuple[Bank, Bank, Bank]
+) -> mx.array:
+    """Multiply row by row, by codes as they are."""
+    index = mx.array(slots.astype(np.uint32))
 
-
-def _grouped(x: mx.array, slots: np.ndarray, bank: Bank) -> mx.array:
-    """Dequantise the experts in use and multiply each by its rows, some experts at a time."""
-    starts = _is_first(slots)
-    used, places = slots[starts], np.cumsum(starts) - 1
-    per_expert = bank.scales.size // len(bank.scales) * bank.group_size * x.dtype.size
-    step = max(1, DEQUANTISED_BYTES // per_expert)
-    outputs = []
-    for first in range(0, len(used), step):
-        rows = np.flatnonzero((places >= first) & (places < first + step))
-        index = mx.array((places[rows] - first).astype(np.uint32))
-        chosen = _run(used[first : first + step])
-        weights = mx.dequantize(
-            bank.codes[chosen],
-            bank.scales[chosen],
-            bank.biases[chosen],
+    def multiply(x: mx.array, bank: Bank) -> mx.array:
+        return mx.gather_qmm(
+            x,
+            bank.codes,
+            bank.scales,
+            bank.biases,
+            rhs_indices=index,
+            transpose=True,
             group_size=bank.group_size,
             bits=bank.bits,
-        ).astype(x.dtype)
-        # Reshaped, not indexed: mx.gather_mm on CUDA takes the strides that indexing leaves for
-        # those of a transposed matrix.
-        part = mx.contiguous(x[int(rows[0]) : int(rows[-1]) + 1]).reshape(-1, 1, x.shape[-1])
-        y = mx.gather_mm(part, weights.swapaxes(-1, -2), rhs_indices=index, sorted_indices=True)
-        outputs.append(y.squeeze(1))
-    return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def _is_first(slots: np.ndarray) -> np.ndarray:
-    """Mark the first row of each of ascending slots."""
-    return np.diff(slots, prepend=-1) != 0
-
-
-def _run(slots: np.ndarray) -> slice | mx.array:
-    """Return ascending slots as a slice, which costs no copy, if none is left out."""
-    if slots[-1] - slots[0] == len(slots) - 1:
-        return slice(int(slots[0]), int(slots[-1]) + 1)
-    return mx.array(slots.astype(np.uint32))
-
-
-def _wants_grouped(x: mx.array, slots: np.ndarray, bank: Bank) -> bool:
-    """Say whether rows enough share an expert, and the way over dequantised weights is faster."""
-    if len(slots) < LEAST_ROWS * np.count_nonzero(_is_first(slots)):
-        return False
-    return prefers_custom(
-        GroupedTrial(
-            x.shape[-1],
-            bank.scales.shape[1],
-            bank.bits,
-            bank.group_size,
-            NAMES[x.dtype],
-            NAMES[bank.scales.dtype],
+            sorted_indices=True,
         )
+
+    gate, up, down = banks
+    rows = x[mx.array(tokens.astype(np.uint32))][:, None, :]
+    return multiply(swiglu(multiply(rows, gate), multiply(rows, up)), down).squeeze(1)
+
+
+def _grouped(
+    x: mx.array, tokens: np.ndarray, slots: np.ndarray, banks: tuple[Bank, Bank, Bank]
+) -> mx.array:
+    """Dequantise the experts in use and multiply those with about as many rows in one batch."""
+    starts = np.flatnonzero(np.diff(slots, prepend=-1))
+    counts = np.diff(starts, append=len(slots))
+    most = max(1, DEQUANTISED_BYTES // (banks[0].scales[0].size * banks[0].group_size * x.itemsize))
+    where = np.empty(len(slots), np.uint32)
+    outputs: list[mx.array] = []
+    done = 0
+    for capacity, experts in _alike(counts, most):
+        # What is left of a batch repeats the expert's last row.
+        rows = np.minimum(np.arange(capacity), counts[experts, None] - 1) + starts[experts, None]
+        where[rows] = done + np.arange(rows.size).reshape(rows.shape)
+        done += rows.size
+        y = _batched(x, tokens[rows], slots[starts[experts]], banks)
+        outputs.append(y.reshape(-1, x.shape[-1]))
+    together = mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
+    return together[mx.array(where)]
+
+
+def _alike(counts: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield a power of two and the places of up to `most` counts which that is room for.
+
+    Powers of two, so that few shapes occur: libraries choose and GPUs record kernels by shape.
+    """
+    capacities = 1 << np.ceil(np.log2(np.maximum(counts, LEAST_ROWS))).astype(np.int64)
+    for capacity in np.unique(capacities):
+        experts = np.flatnonzero(capacities == capacity)
+        for first in range(0, len(experts), most):
+            yield int(capacity), experts[first : first + most]
+
+
+def _batched(
+    x: mx.array, tokens: np.ndarray, slots: np.ndarray, banks: tuple[Bank, Bank, Bank]
+) -> mx.array:
+    """Run experts on `[experts, rows]` tokens each: `[experts, rows, H]`."""
+    index = mx.array(slots.astype(np.uint32))
+    gate, up, down = (dequantize(bank, index, x.dtype).swapaxes(-1, -2) for bank in banks)
+    rows = x[mx.array(tokens.astype(np.uint32))]
+    return swiglu(rows @ gate, rows @ up) @ down
+
+
+def _wants_grouped(x: mx.array, slots: np.ndarray, banks: tuple[Bank, Bank, Bank]) -> bool:
+    """Say whether rows enough share an expert, and the way over dequantised weights is faster."""
+    rows = len(slots) // int(np.count_nonzero(np.diff(slots, prepend=-1)))
+    if rows < LEAST_ROWS or rounds_products(x):
+        return False
+    gate, up, down = banks
+    if gate.bits != up.bits or len({bank.group_size for bank in banks}) > 1:
+        return False
+    trial = GroupedTrial(
+        x.shape[-1],
+        gate.scales.shape[1],
+        gate.bits,
+        gate.group_size,
+        NAMES[x.dtype],
+        NAMES[gate.scales.dtype],
+        down.bits,
+        rows=1 << min(rows, MOST_TRIED_ROWS).bit_length() - 1,
     )
+    return prefers_custom(trial)
 
 
 @dataclass(frozen=True)
 class GroupedTrial:
-    """Many rows through few experts, dequantised or gathered; see `trial.Trial`."""
+    """Many rows through few experts, dequantised or gathered; see `trial.Trial`.
+
+    Attributes:
+        hidden: H.
+        inner: I.
+        bits: of gate and up.
+        group_size: columns per scale.
+        dtype: of activations.
+        scale_dtype: of scales and biases.
+        down_bits: of down.
+        slots: experts.
+        rows: per expert, on average.
+    """
 
     op: ClassVar[str] = "grouped_experts"
     reads_values: ClassVar[bool] = True
-    columns: int
-    rows: int
+    hidden: int
+    inner: int
     bits: int
     group_size: int
     dtype: str
     scale_dtype: str
+    down_bits: int
     slots: int = 32
-    tokens: int = 2048
+    rows: int = MOST_TRIED_ROWS
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights, scales and biases, and of the rows before and after."""
         scales = 16 * DTYPES[self.scale_dtype].size / self.group_size
-        weights = self.slots * self.rows * self.columns * (self.bits + scales) / 8
-        return int(weights) + self.tokens * (self.rows + self.columns) * DTYPES[self.dtype].size
+        bits = 2 * self.bits + self.down_bits + 3 * scales
+        weights = int(self.slots * self.inner * self.hidden * bits / 8)
+        return weights + 2 * self.slots * self.rows * self.hidden * DTYPES[self.dtype].size
 
     def inputs(self, seed: int = 0) -> list[mx.array]:
-        """Make rows, ascending slots, codes, scales and biases."""
-        keys = mx.random.split(mx.random.key(seed), 3)
-        x = mx.random.normal((self.tokens, self.columns), key=keys[0]).astype(DTYPES[self.dtype])
-        slots = mx.sort(mx.random.randint(0, self.slots, (self.tokens,), key=keys[1]))
-        shape, scale_dtype = (self.slots, self.rows, self.columns), DTYPES[self.scale_dtype]
-        weights = random_quantised(keys[2], shape, self.bits, self.group_size, scale_dtype)
-        arrays = [x, slots, *weights]
+        """Make rows, ascending slots, and codes, scales and biases of three projections."""
+        keys = mx.random.split(mx.random.key(seed), 5)
+        tokens = self.slots * self.rows
+        x = mx.random.normal((tokens, self.hidden), key=keys[0]).astype(DTYPES[self.dtype])
+        slots = mx.sort(mx.random.randint(0, self.slots, (tokens,), key=keys[1]))
+        arrays = [x, slots]
+        wide, tall = (self.inner, self.hidden), (self.hidden, self.inner)
+        for key, shape, bits in zip(keys[2:], (wide, wide, tall), self._bits, strict=True):
+            scale_dtype = DTYPES[self.scale_dtype]
+            arrays += random_quantised(
+                key, (self.slots, *shape), bits, self.group_size, scale_dtype
+            )
         mx.eval(arrays)
         return arrays
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Dequantise, then multiply."""
-        return [_grouped(inputs[0], np.array(inputs[1]), self._bank(inputs))]
+        return [_grouped(*self._arguments(inputs))]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Multiply by mx.gather_qmm."""
-        return [_gathered(inputs[0], np.array(inputs[1]), self._bank(inputs))]
+        return [_gathered(*self._arguments(inputs))]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        x, slots, *weight = inputs
-        ends = np.searchsorted(np.array(slots), np.arange(1, self.slots))
-        outputs = []
+        x, tokens, slots, banks = self._arguments(inputs)
+        matrices = [
+            np.array(reference.dequantize(b.codes, b.scales, b.biases, b.bits)) for b in banks
+        ]
+        rows = np.array(x.astype(mx.float32))[tokens]
+        y = np.empty_like(rows)
         # By numpy: MLX multiplies float32 matrices in TF32 on NVIDIA's GPUs.
-        for slot, rows in enumerate(np.split(np.array(x.astype(mx.float32)), ends)):
-            matrix = reference.dequantize(*(w[slot] for w in weight), self.bits)
-            outputs.append(rows @ np.array(matrix).T)
-        return [mx.array(np.concatenate(outputs))]
+        for slot in np.unique(slots):
+            gate, up, down = (matrix[slot].T for matrix in matrices)
+            some = rows[slots == slot]
+            gated = some @ gate
+            y[slots == slot] = (gated / (1 + np.exp(-gated)) * (some @ up)) @ down
+        return [mx.array(y)]
 
-    def _bank(self, inputs: tuple[mx.array, ...]) -> Bank:
-        return Bank(inputs[2], inputs[3], inputs[4], self.bits, self.group_size)
+    @property
+    def _bits(self) -> tuple[int, int, int]:
+        return self.bits, self.bits, self.down_bits
+
+    def _arguments(self, inputs: tuple[mx.array, ...]) -> tuple[Any, ...]:
+        banks = tuple(
+            Bank(*inputs[2 + 3 * i : 5 + 3 * i], bits, self.group_size)
+            for i, bits in enumerate(self._bits)
+        )
+        return inputs[0], np.arange(len(inputs[0])), np.array(inputs[1]), banks

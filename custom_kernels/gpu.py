@@ -25,6 +25,11 @@ def is_cuda() -> bool:
     return mx.cuda.is_available()
 
 
+def rounds_products(x: mx.array) -> bool:
+    """Say whether the GPU multiplies matrices of x's dtype in fewer bits: NVIDIA's, in TF32."""
+    return is_cuda() and x.dtype == mx.float32
+
+
 @functools.cache
 def scalar(value: float) -> mx.array:
     """Return `[1]` float32, made once per value."""

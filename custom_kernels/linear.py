@@ -1,22 +1,31 @@
 """Linear layers and the SwiGLU block made of them, by the fastest executor for their weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from operator import is_
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.choice import prefers_custom
+from flashmoe_mlx.custom_kernels.dequantize import MatmulTrial, matmul, matmul_by_mlx
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
-from flashmoe_mlx.custom_kernels.gpu import scalar
-from flashmoe_mlx.custom_kernels.matvec import MAX_TOKENS, MatvecTrial, dequant_matvec, supports
+from flashmoe_mlx.custom_kernels.gpu import rounds_products, scalar
+from flashmoe_mlx.custom_kernels.matvec import (
+    MAX_TOKENS,
+    MatvecTrial,
+    NormedMatvecTrial,
+    dequant_matvec,
+    supports,
+)
 from flashmoe_mlx.custom_kernels.trial import NAMES
+
+T = TypeVar("T")
 
 
 def linear(
@@ -117,25 +126,23 @@ def _by_gpu(
 ) -> mx.array:
     bank, tokens = weight.bank, x.size // x.shape[-1]
     keeps = x.dtype in (bank.scales.dtype, mx.float32)  # else stock widens the result
-    if keeps and tokens <= MAX_TOKENS and prefers_custom(_trial(bank, x, tokens)):
+    kind = MatvecTrial if norm is None else NormedMatvecTrial
+    if keeps and tokens <= MAX_TOKENS and prefers_custom(_trial(kind, bank, x, tokens)):
         arrays = bank.codes, bank.scales, bank.biases
         gain = None if norm is None else (norm.weight, scalar(norm.eps))
         return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual)
-    y = mx.quantized_matmul(
-        x if norm is None else norm(x),
-        bank.codes,
-        bank.scales,
-        bank.biases,
-        group_size=bank.group_size,
-        bits=bank.bits,
-    )
+    if norm is not None:
+        x = norm(x)
+    is_prompt = keeps and tokens >= MatmulTrial.tokens and not rounds_products(x)
+    written_out = is_prompt and prefers_custom(_trial(MatmulTrial, bank, x))
+    y = (matmul if written_out else matmul_by_mlx)(x, bank)
     return y if residual is None else residual + y
 
 
-def _trial(bank: Bank, x: mx.array, tokens: int) -> MatvecTrial:
+def _trial(kind: Callable[..., T], bank: Bank, x: mx.array, *tokens: int) -> T:
     rows, columns = bank.scales.shape[0], x.shape[-1]
     dtypes = NAMES[x.dtype], NAMES[bank.scales.dtype]
-    return MatvecTrial(rows, columns, bank.bits, bank.group_size, *dtypes, tokens)
+    return kind(rows, columns, bank.bits, bank.group_size, *dtypes, *tokens)
 
 
 def _each(x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.executor import cpu_steps
-from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
+from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda, scalar
 from flashmoe_mlx.custom_kernels.gpu import available as gpu_available
 from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
 
@@ -19,6 +19,7 @@ MAX_TOKENS = 4  # rows of activations worth a kernel that reads the weights for 
 CHUNK = {2: 16, 4: 16, 8: 8}
 CUDA_CHUNK = {2: 32, 4: 16, 8: 16}
 TILE = 4  # rows that a unit makes
+NORM_EPS = 1e-6  # of trials
 
 _kernel = Kernel(
     "dequant_matvec",
@@ -166,3 +167,33 @@ class MatvecTrial:
         """Compute in float32."""
         x, codes, scales, biases = inputs
         return [x.astype(mx.float32) @ reference.dequantize(codes, scales, biases, self.bits).T]
+
+
+@dataclass(frozen=True)
+class NormedMatvecTrial(MatvecTrial):
+    """`dequant_matvec` of a normalised input, which stock normalises in a launch of its own."""
+
+    op: ClassVar[str] = "dequant_matvec_normed"
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make x, codes, scales, biases and the norm's gain."""
+        gain = mx.random.normal((self.columns,), key=mx.random.key(seed + 1)) / 8 + 1
+        return [*super().inputs(seed), gain.astype(DTYPES[self.dtype])]
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel."""
+        x, codes, scales, biases, gain = inputs
+        norm = gain, scalar(NORM_EPS)
+        return [dequant_matvec(x, codes, scales, biases, self.bits, norm=norm)]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by mx.fast.rms_norm and mx.quantized_matmul."""
+        x, *arrays, gain = inputs
+        return super().stock(mx.fast.rms_norm(x, gain, NORM_EPS), *arrays)
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        x, *arrays, gain = inputs
+        x = x.astype(mx.float32)
+        factor = mx.rsqrt((x * x).mean(-1, keepdims=True) + NORM_EPS)
+        return super().reference(x * factor * gain.astype(mx.float32), *arrays)

@@ -80,8 +80,8 @@ class ResidentExperts(SwitchGLU):
             return super().__call__(x, indices)
         ids = np.array(indices).reshape(-1)
         order = ascending(ids)
-        rows = x.reshape(-1, x.shape[-1])[mx.array(order // indices.shape[-1])]
-        y = expert_mlp(rows, ids[order], *banks)
+        rows = x.reshape(-1, x.shape[-1])
+        y = expert_mlp(rows, order // indices.shape[-1], ids[order], *banks)
         return y[mx.array(inverted(order))].reshape(*indices.shape, x.shape[-1])
 
 
@@ -182,8 +182,7 @@ class StreamedExperts(nn.Module):
         for places, slots in self.waves(ids):
             order = ascending(slots)
             pairs = places[order]
-            tokens = mx.array(pairs // indices.shape[-1])
-            y = expert_mlp(rows[tokens], slots[order], *self._banks)
+            y = expert_mlp(rows, pairs // indices.shape[-1], slots[order], *self._banks)
             if at_once is not None:  # it is computed already; one copy of all outputs, not three
                 at_once[pairs] = y
                 continue

@@ -81,7 +81,8 @@ def test_expert_mlp(bits, dtype):
     shapes = (6, 96, 64), (6, 96, 64), (6, 64, 96)
     banks = [quantised(s, b, 32, dtype) for s, b in zip(shapes, bits, strict=True)]
     x, slots = random(9, 64), np.array([0, 0, 0, 0, 0, 2, 3, 3, 5])
-    ours = expert_mlp(x, slots, *(Bank(*t, b, 32) for t, b in zip(banks, bits, strict=True)))
+    packed = [Bank(*t, b, 32) for t, b in zip(banks, bits, strict=True)]
+    ours = expert_mlp(x, np.arange(9), slots, *packed)
     for i, slot in enumerate(slots.tolist()):
         weights = [
             reference.dequantize(*(t[slot] for t in bank), b)

@@ -11,13 +11,19 @@ from metal_cpu import MODES, BenchError, metal_on_cpu, require_bench
 
 from flashmoe_mlx.custom_kernels import choice, expert_mlp, experts, gpu, matvec, reference
 from flashmoe_mlx.custom_kernels.bank import Bank
+from flashmoe_mlx.custom_kernels.dequantize import DequantizeTrial, MatmulTrial
 from flashmoe_mlx.custom_kernels.expert_mlp import GroupedTrial
 from flashmoe_mlx.custom_kernels.expert_trials import (
     ExpertDownTrial,
     ExpertGateUpTrial,
     ExpertsTrial,
 )
-from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, dequant_matvec, naive_matvec
+from flashmoe_mlx.custom_kernels.matvec import (
+    MatvecTrial,
+    NormedMatvecTrial,
+    dequant_matvec,
+    naive_matvec,
+)
 from flashmoe_mlx.custom_kernels.router import RouterTrial, route
 from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
 
@@ -528,15 +534,73 @@ def test_a_mistake_in_router_without_renormalising_is_caught(monkeypatch, old, n
     assert caught(router_case(renormalise=False), monkeypatch, "router.metal", old, new)
 
 
-# ---- grouped experts, MLX's own ops --------------------------------------------------------------
+# ---- many rows -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("per_wave", [0.5, 2, 3, 100])
+@dtype_cases
+@bits_cases
+@group_cases
+def test_dequantize(dtype, bits, group_size):
+    scales = scales_of(dtype, group_size)
+    trial = DequantizeTrial(7, 384, bits, group_size, dtype, scales, matrices=3)
+    check(case_of(trial), modes_for(dtype, bits, group_size))
+
+
+def test_dequantize_in_every_mode():
+    check(case_of(DequantizeTrial(11, 768, 4, 64, "bfloat16", "bfloat16", matrices=2)))
+
+
+@pytest.mark.parametrize("file, old, new", [
+    ("dequantize.metal", "eight < EIGHTS", "eight <= EIGHTS"),
+    ("dequantize.metal", "slots[n]", "n"),
+    ("dequantize.metal", "code), scale, bias", "code), bias, scale"),
+    ("dequantize.metal", "% 32) & ((1u << BITS) - 1u)", "% 32)"),
+    ("dequantize.metal", "/ (GROUP / 8)", "/ GROUP"),
+    ("dequantize.metal", "(size_t(n) * EIGHTS + eight)", "eight"),
+    ("write.metal", "words.z = pair_of<T>(values + 4)", "words.z = pair_of<T>(values + 2)"),
+    ("write.metal", "low | high << 16", "high | low << 16"),
+])  # fmt: skip
+def test_a_mistake_in_dequantize_is_caught(monkeypatch, file, old, new):
+    trial = DequantizeTrial(11, 768, 4, 64, "bfloat16", "bfloat16", matrices=2)
+    assert caught(case_of(trial), monkeypatch, file, old, new)
+
+
+@pytest.mark.parametrize("per_batch", [0.5, 2, 3, 100])
 @pytest.mark.parametrize("bits, group_size", [(2, 64), (3, 32), (4, 128), (8, 64)])
-def test_grouped_experts_in_waves(monkeypatch, per_wave, bits, group_size):
-    """Also fewer rows than slots, so that some slots have none."""
-    monkeypatch.setattr(expert_mlp, "DEQUANTISED_BYTES", int(per_wave * 37 * 384 * 4))
-    for slots, tokens in ((5, 23), (40, 9), (1, 1)):
-        trial = GroupedTrial(384, 37, bits, group_size, "float32", "float32", slots, tokens)
+def test_grouped_experts_in_batches(monkeypatch, per_batch, bits, group_size):
+    """Also fewer rows than slots, so that some slots have none; 3 bits are left to MLX."""
+    monkeypatch.setattr(expert_mlp, "DEQUANTISED_BYTES", int(per_batch * 128 * 384 * 4))
+    for slots, rows in ((5, 9), (40, 1), (1, 1), (3, 40)):
+        types = "float32", "float32"
+        trial = GroupedTrial(384, 128, bits, group_size, *types, bits, slots, rows)
         inputs = trial.inputs()
-        verify(trial.custom(*inputs), trial.reference(*inputs), trial.stock(*inputs))
+        with metal_on_cpu("fast"):
+            outputs = trial.custom(*inputs)
+        verify(outputs, trial.reference(*inputs), trial.stock(*inputs))
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+def test_experts_with_as_many_rows_go_together(most):
+    counts = np.array([3, 8, 9, 16, 17, 900, 1])
+    parts = [(c, e.tolist()) for c, e in expert_mlp._alike(counts, most)]
+    assert sorted(sum((e for _, e in parts), [])) == list(range(7))
+    assert all(
+        len(e) <= most and max(counts[e]) <= c <= max(8, 2 * min(counts[e])) for c, e in parts
+    )
+    if most == 100:
+        assert parts == [(8, [0, 1, 6]), (16, [2, 3]), (32, [4]), (1024, [5])]
+
+
+@dtype_cases
+def test_products_of_many_rows(dtype):
+    trial = MatmulTrial(37, 384, 4, 64, dtype, scales_of(dtype, 64))
+    with metal_on_cpu("fast") as session:
+        verdict = choice.check(trial)
+    assert verdict.ok and session.launches
+
+
+@dtype_cases
+@both
+def test_matvec_of_a_normalised_input(geometry, dtype):
+    trial = NormedMatvecTrial(37, 384, 4, 64, dtype, scales_of(dtype, 64), tokens=3)
+    check(case_of(trial), ("fast",))
