@@ -133,7 +133,7 @@ class MatmulTrial(MatvecTrial):
     """`matmul` at one shape; see `trial.Trial`."""
 
     op: ClassVar[str] = "dequantised_matmul"
-    tokens: int = 512  # from which on it is tried
+    tokens: int = 512
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Dequantise, then multiply."""

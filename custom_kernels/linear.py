@@ -26,6 +26,7 @@ from flashmoe_mlx.custom_kernels.matvec import (
 from flashmoe_mlx.custom_kernels.trial import NAMES
 
 T = TypeVar("T")
+TRIED_TOKENS = 256, 1024, 2047  # of prompts; the last as mlx-lm's generate_step makes them
 
 
 def linear(
@@ -133,16 +134,19 @@ def _by_gpu(
         return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual)
     if norm is not None:
         x = norm(x)
-    is_prompt = keeps and tokens >= MatmulTrial.tokens and not rounds_products(x)
-    written_out = is_prompt and prefers_custom(_trial(MatmulTrial, bank, x))
-    y = (matmul if written_out else matmul_by_mlx)(x, bank)
+    tried = max((n for n in TRIED_TOKENS if n <= tokens), default=0)
+    by_matmul = tried and keeps and not rounds_products(x)
+    if by_matmul and prefers_custom(_trial(MatmulTrial, bank, x, tried)):
+        y = matmul(x, bank)
+    else:
+        y = matmul_by_mlx(x, bank)
     return y if residual is None else residual + y
 
 
-def _trial(kind: Callable[..., T], bank: Bank, x: mx.array, *tokens: int) -> T:
+def _trial(kind: Callable[..., T], bank: Bank, x: mx.array, tokens: int) -> T:
     rows, columns = bank.scales.shape[0], x.shape[-1]
     dtypes = NAMES[x.dtype], NAMES[bank.scales.dtype]
-    return kind(rows, columns, bank.bits, bank.group_size, *dtypes, *tokens)
+    return kind(rows, columns, bank.bits, bank.group_size, *dtypes, tokens)
 
 
 def _each(x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:

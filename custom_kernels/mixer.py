@@ -15,7 +15,8 @@ from flashmoe_mlx.custom_kernels.gated_delta_trials import (
 )
 from flashmoe_mlx.custom_kernels.trial import NAMES
 
-TRIED_TOKENS = 64  # prefill kernels are tried with so many
+# Prefill kernels are tried with so many tokens. MLX's own way of the scan is too slow for more.
+TRIED_SCAN, TRIED_TOKENS = 64, 1024
 
 
 def mix_joined(
@@ -65,6 +66,9 @@ def _sizes(projected: mx.array, weights: MixerWeights) -> tuple[int, int, int, i
 
 
 def _wants_prefill(projected: mx.array, weights: MixerWeights) -> bool:
-    sizes = *_sizes(projected, weights), 1, TRIED_TOKENS
-    kinds = GatedDeltaScanTrial, GatedDeltaPrepareTrial, GatedDeltaNormTrial
-    return all(prefers_custom(kind(*sizes)) for kind in kinds)
+    sizes = *_sizes(projected, weights), 1
+    return (
+        prefers_custom(GatedDeltaScanTrial(*sizes, TRIED_SCAN))
+        and prefers_custom(GatedDeltaPrepareTrial(*sizes, TRIED_TOKENS))
+        and prefers_custom(GatedDeltaNormTrial(*sizes, TRIED_TOKENS))
+    )

@@ -76,6 +76,7 @@ def side_by_side(
     calls: int,
     runs: int = 5,
     clock: Clock = time.perf_counter,
+    typical: Callable[[list[float]], float] = statistics.median,
 ) -> list[float]:
     """Time ops in interleaved runs, so that a change of the machine's speed meets all of them.
 
@@ -85,9 +86,10 @@ def side_by_side(
         calls: length of a chain.
         runs: chains of each op, after one to warm up.
         clock: seconds.
+        typical: picks one of the runs' times.
 
     Returns:
-        Milliseconds per call, the median of the runs, less what linking two calls costs.
+        Milliseconds per call of the typical run, less what linking two calls costs.
     """
     taken: list[list[float]] = [[] for _ in range(len(ops) + 1)]
     for _ in range(runs + 1):
@@ -95,5 +97,5 @@ def side_by_side(
             start = clock()
             chain(op, sets, calls)
             times.append((clock() - start) * 1e3 / calls)
-    *medians, link = (statistics.median(times[1:]) for times in taken)
-    return [max(median - link, 0.0) for median in medians]
+    *found, link = (typical(times[1:]) for times in taken)
+    return [max(ms - link, 0.0) for ms in found]
