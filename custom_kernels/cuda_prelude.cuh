@@ -41,6 +41,8 @@ inline float fma(float a, float b, float c) { return fmaf(a, b, c); }
 inline float exp(float v) { return expf(v); }
 inline float log(float v) { return logf(v); }
 inline float rsqrt(float v) { return rsqrtf(v); }
+inline float cos(float v) { return cosf(v); }
+inline float sin(float v) { return sinf(v); }
 inline float abs(float v) { return fabsf(v); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline float min(float a, float b) { return fminf(a, b); }

@@ -1,8 +1,10 @@
 """The truth, in float32 and plain mx ops: what every kernel is tested against.
 
 Shapes use B batch, T tokens, H hidden size, I expert intermediate size, S slots, K experts per
-token, Hk/Hv key and value heads, Dk/Dv their sizes.
+token, Hk/Hv key and value heads, Dk/Dv their sizes; in full attention Hq query heads, D sizes.
 """
+
+import math
 
 import mlx.core as mx
 
@@ -101,3 +103,38 @@ def gated_delta(
         outputs.append((new * q[:, t, :, None, :]).sum(-1))
         state = new if mask is None else mx.where(mask[:, t, None, None, None], new, state)
     return mx.stack(outputs, axis=1), state
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """Return weight * x / sqrt(mean of x^2 + eps), over the last axis, in float32."""
+    x = x.astype(mx.float32)
+    return x * mx.rsqrt(mx.square(x).mean(-1, keepdims=True) + eps) * weight.astype(mx.float32)
+
+
+def rope(x: mx.array, dims: int, base: float, position: int) -> mx.array:
+    """Turn the first `dims` of the last axis: i with i + dims / 2, by position * base^(-2i / dims).
+
+    Angles are float64: in float32, those of position 200,000 would be off by 0.01.
+    """
+    angles = [position * base ** (-2 * i / dims) for i in range(dims // 2)]
+    cos, sin = (mx.array([f(angle) for angle in angles]) for f in (math.cos, math.sin))
+    a, b, rest = mx.split(x.astype(mx.float32), [dims // 2, dims], axis=-1)
+    return mx.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    """Softmax attention of one token per row.
+
+    Args:
+        queries: `[B, Hq, D]`, scale folded in; Hq is a multiple of Hk.
+        keys: `[B, Hk, S, D]`.
+        values: `[B, Hk, S, D]`.
+
+    Returns:
+        `[B, Hq, D]` float32.
+    """
+    queries, keys, values = (t.astype(mx.float32) for t in (queries, keys, values))
+    repeat = queries.shape[1] // keys.shape[1]
+    keys, values = (mx.repeat(t, repeat, axis=1) for t in (keys, values))
+    scores = (queries[:, :, None] * keys).sum(-1)
+    return (mx.softmax(scores, axis=-1)[..., None] * values).sum(2)

@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
+from flashmoe_mlx.custom_kernels.attention_step import AttentionStepTrial
 from flashmoe_mlx.custom_kernels.expert_trials import (
     ExpertDownTrial,
     ExpertGateUpTrial,
@@ -47,11 +48,18 @@ def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[
         ExpertGateUpTrial(*experts, dtype, scales),
         ExpertDownTrial(*experts, dtype, scales),
         ExpertsTrial(*experts, dtype, scales),
+        AttentionStepTrial(*_attention(sizes), dtype),
         GatedDeltaStepTrial(*_heads(sizes), dtype, scales),
         GatedDeltaPrepareTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
         GatedDeltaScanTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
         GatedDeltaNormTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
     ]
+
+
+def _attention(sizes: Any) -> tuple[int, int, int, int]:
+    rope = getattr(sizes, "rope_parameters", {"partial_rotary_factor": 0.25})
+    turned = int(sizes.head_dim * rope["partial_rotary_factor"])
+    return sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim, turned
 
 
 def _heads(sizes: Any) -> tuple[int, int, int, int]:

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, H hidden size, V vocabulary; heads as in `custom_kernels.reference`.
 """
 
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,21 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from .config import ModelArgs
 from .custom_kernels import cpu_attention
+from .custom_kernels.attention_step import (
+    MAX_KEYS,
+    AttentionHeads,
+    AttentionStepTrial,
+    attend,
+    integer,
+    prepare,
+)
+from .custom_kernels.choice import prefers_custom
 from .custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
 from .custom_kernels.gated_delta import Heads, MixerWeights, mix
-from .custom_kernels.linear import joined, linear
+from .custom_kernels.linear import join, joined, linear
 from .custom_kernels.mixer import mix_joined
 from .custom_kernels.traced import Traced
+from .custom_kernels.trial import NAMES
 from .expert_store import ExpertStats, ExpertStore
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
@@ -34,7 +45,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         """Make the projections; q_proj also yields the gate."""
         super().__init__()
-        self._step = Traced()
+        self._step, self._fused_step = Traced(), Traced()
         self.heads, self.kv_heads = args.num_attention_heads, args.num_key_value_heads
         self.head_dim, bias = args.head_dim, args.attention_bias
         width = self.heads * self.head_dim
@@ -52,11 +63,16 @@ class Attention(nn.Module):
             scaling_config=rope,
             max_position_embeddings=args.max_position_embeddings,
         )
+        turned = self.rope.dims if type(self.rope) is nn.RoPE else 0
+        self._heads = AttentionHeads(self.heads, self.kv_heads, self.head_dim, turned)
 
     def __call__(
         self, h: mx.array, norm: nn.RMSNorm, mask: Any = None, cache: Any = None
     ) -> mx.array:
         """Return h + attention(norm(h)), `[B, T, H]`, adding T keys and values to the cache."""
+        is_step = h.shape[1] == 1 and mask is None and type(cache) is KVCache
+        if is_step and cache.offset < MAX_KEYS and self._fuses(h):
+            return self._run_fused(h, norm, cache)
         traced = h.shape[1] == 1 and self._step.ready(h)
         before, after = (
             self._step.functions if traced else (partial(self._before, norm), self._after)
@@ -99,6 +115,60 @@ class Attention(nn.Module):
         batch, tokens, _ = h.shape
         y = y.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
         y = y * mx.sigmoid(gate.reshape(batch, tokens, -1))
+        return linear(y, self.o_proj, residual=h)[0]
+
+    def _fuses(self, h: mx.array) -> bool:
+        """Say whether a step goes through the fused kernels."""
+        if self._fused_step.ready(h):
+            return True
+        heads, norms = self._heads, (self.q_norm, self.k_norm)
+        return (
+            on_gpu(h)
+            and heads.supported()
+            and self.rope.scale == 1
+            and all(n.weight.dtype == h.dtype and n.eps == self.q_norm.eps for n in norms)
+            and join((self.q_proj, self.k_proj, self.v_proj)) is not None
+            and prefers_custom(AttentionStepTrial(*astuple(heads), NAMES[h.dtype], h.shape[0]))
+        )
+
+    def _run_fused(self, h: mx.array, norm: nn.RMSNorm, cache: KVCache) -> mx.array:
+        """Do what `__call__` does for one token, in few launches."""
+        traced, offset = self._fused_step.ready(h), cache.offset
+        before, after = (
+            self._fused_step.functions
+            if traced
+            else (partial(self._before_fused, norm), self._after_fused)
+        )
+        queries, keys, values, projected = before(h, integer(offset))
+        cache.update_and_fetch(keys, values)
+        y = after(h, queries, projected, cache.keys, cache.values, integer(offset + 1))
+        if not traced:
+            self._fused_step.trace(h, (self, norm), before, after)
+        return y
+
+    def _before_fused(
+        self, norm: nn.RMSNorm, h: mx.array, offset: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """Return queries, keys, values and the joined projection, whose gates are used later."""
+        projected = joined(h, self.q_proj, self.k_proj, self.v_proj, norm=norm)
+        norms = self.q_norm.weight, self.k_norm.weight
+        queries, keys = prepare(
+            projected, self._heads, norms, self.q_norm.eps, self.rope.base, offset
+        )
+        values = projected[..., -self.kv_heads * self.head_dim :].reshape(keys.shape)
+        return queries, keys, values, projected
+
+    def _after_fused(
+        self,
+        h: mx.array,
+        queries: mx.array,
+        projected: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        length: mx.array,
+    ) -> mx.array:
+        """Return h + the output projection of the gated attention to the whole cache's buffers."""
+        y = attend(queries, projected, self._heads, keys, values, length)
         return linear(y, self.o_proj, residual=h)[0]
 
 

@@ -28,7 +28,8 @@ require_bench()
 TOLERANCE = 1e-4
 LAYERS, LINEAR = 4, 3
 PROMPT, STEPS = [1, 200, 3, 40, 5, 6, 77], [5, 99, 3]
-STEP_KERNELS = {
+ATTENTION_KERNELS = {"attention_prepare", "attention_step"}
+STEP_KERNELS = ATTENTION_KERNELS | {
     "dequant_matvec", "router", "expert_gate_up", "expert_down_combine", "gated_delta_step"
 }  # fmt: skip
 PREFILL_KERNELS = {"gated_delta_prepare", "gated_delta_scan", "gated_delta_norm"}
@@ -134,6 +135,7 @@ def test_logits_equal_stock(open_model, by_stock, bank, capsys):
     assert launched(prefill) == dict.fromkeys(PREFILL_KERNELS, LINEAR)
     # Projections in and out of each mixer, router of each layer; the head.
     times = {"gated_delta_step": LINEAR, "dequant_matvec": 3 * LAYERS + 1}
+    times |= dict.fromkeys(ATTENTION_KERNELS, LAYERS - LINEAR)
     assert launched(steps) == {
         kernel: len(STEPS) * times.get(kernel, LAYERS) for kernel in STEP_KERNELS
     }
