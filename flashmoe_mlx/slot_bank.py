@@ -5,8 +5,7 @@ straight into one row of each, through `memoryview`; no other copy of the bytes 
 """
 
 import math
-from collections import OrderedDict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
 
@@ -18,6 +17,30 @@ from .reader import Arrival, Piece, cut
 
 DTYPES = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 BLOCK = 4096  # bytes; direct reads want memory, places and lengths in whole blocks
+HALF_LIFE = 128  # uses of a layer's experts, after which an earlier one counts half
+
+
+class Demand:
+    """How much each expert of a layer was used, of late above all.
+
+    Between least recently used (a half-life of one use) and least frequently used (no end of it).
+    docs/experiments.md says what that gains.
+    """
+
+    def __init__(self, experts: int, half_life: float = HALF_LIFE) -> None:
+        """Begin with experts that were never used."""
+        self._half_life, self._uses = half_life, 0
+        self._score = [-math.inf] * experts
+
+    def count(self, expert: int) -> None:
+        """Count a use. A later one weighs more, instead of earlier ones less; scores are log2."""
+        self._uses += 1
+        now = self._uses / self._half_life
+        self._score[expert] = now + math.log2(1 + 2 ** (self._score[expert] - now))
+
+    def ascending(self, experts: Iterable[int]) -> list[int]:
+        """Return experts in the order in which to give them up."""
+        return sorted(experts, key=self._score.__getitem__)
 
 
 class Bank:
@@ -38,7 +61,8 @@ class Bank:
         self._spans = [(files[s.file], s.offset, s.first, s.last) for s in layout.spans(0)]
         self._cuts: dict[tuple[int, int], list[tuple[int, int, int, int, list[memoryview]]]] = {}
         self._free = dict.fromkeys(range(slots))
-        self._slot_of: OrderedDict[int, int] = OrderedDict()
+        self._slot_of: dict[int, int] = {}
+        self._demand = Demand(layout.num_experts)
         self._expert_in: dict[int, int] = {}
         self.arriving: dict[int, tuple[int, Arrival]] = {}
 
@@ -55,31 +79,28 @@ class Bank:
         return sorted(e for e in experts if e not in self._slot_of and e not in self.arriving)
 
     def touch(self, expert: int) -> int:
-        """Return the slot of an expert that is there or on its way, and mark it as just used."""
-        if expert in self.arriving:
-            return self.arriving[expert][0]
-        self._slot_of.move_to_end(expert)
-        return self._slot_of[expert]
+        """Return the slot of an expert that is there or on its way, and count a use of it."""
+        if self._slots < self.layout.num_experts:  # else none has to leave, ever
+            self._demand.count(expert)
+        return self.arriving[expert][0] if expert in self.arriving else self._slot_of[expert]
 
     @property
     def complete(self) -> bool:
         """Say whether every expert is resident; then expert e lies in slot e."""
         return len(self._slot_of) == self.layout.num_experts
 
-    def choose(self, experts: Sequence[int], keep: Container[int]) -> list[int] | None:
+    def choose(self, experts: Sequence[int], keep: Set[int]) -> list[int] | None:
         """Return a slot for each expert, or None if there are too few.
 
-        Free slots come first, then those of the least recently used experts not in `keep`. In a
-        bank with room for all, expert e gets slot e.
+        Free slots come first, then those of the experts in least demand that are not in `keep`.
+        In a bank with room for all, expert e gets slot e.
         """
         if self._slots == self.layout.num_experts:
             return list(experts)
         slots = list(islice(self._free, len(experts)))
-        for expert, slot in self._slot_of.items():
-            if len(slots) == len(experts):
-                break
-            if expert not in keep:
-                slots.append(slot)
+        if wanted := len(experts) - len(slots):
+            others = self._demand.ascending(self._slot_of.keys() - keep)
+            slots += [self._slot_of[e] for e in others[:wanted]]
         return slots if len(slots) == len(experts) else None
 
     def expect(self, expert: int, slot: int, arrival: Arrival) -> None:
