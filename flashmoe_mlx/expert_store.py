@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .slot_bank import Bank
 
 KEPT_CONSUMERS = 2  # one for each half of a bank
 LEAST_PIECE = 256 << 10  # bytes; cutting a record finer costs more than it gains
+LAYERS_AHEAD = 2  # that are read while memory for the next is allocated
 
 
 @dataclass
@@ -36,6 +38,9 @@ class ExpertStats:
         bytes_read: bytes that `preadv` delivered from the expert files, or from the page cache.
         seconds_waited: time that the caller waited for reads.
         seconds_reading: time during which at least one read was in flight.
+        bytes_preloaded: bytes read when the store was opened, because the banks hold all experts.
+            No other counter knows of them: nobody had asked for these experts.
+        seconds_preloading: what that took, with the allocation of the banks.
     """
 
     asked: int = 0
@@ -44,6 +49,8 @@ class ExpertStats:
     bytes_read: int = 0
     seconds_waited: float = 0.0
     seconds_reading: float = 0.0
+    bytes_preloaded: int = 0
+    seconds_preloading: float = 0.0
 
     @property
     def hit_rate(self) -> float:
@@ -61,7 +68,13 @@ class ExpertStats:
             f"Experts: {self.asked} asked, {self.hit_rate:.1%} hits, "
             f"{self.bytes_read / 1e6:.1f} MB in {self.reads} reads, "
             f"{speed:.2f} GB/s while reading, waited {self.seconds_waited:.3f} s"
+            + (f"; {self.preloaded}" if self.bytes_preloaded else "")
         )
+
+    @property
+    def preloaded(self) -> str:
+        """A few words for people on what was read at load."""
+        return f"{self.bytes_preloaded / 1e6:.1f} MB at load in {self.seconds_preloading:.2f} s"
 
 
 class Consumer(NamedTuple):
@@ -126,29 +139,52 @@ class ExpertStore:
     One generation at a time may use a store. Copies of a model share it.
     """
 
-    def __init__(self, layout: ExpertLayout, plan: CachePlan, io_threads: int = 8) -> None:
+    def __init__(
+        self, layout: ExpertLayout, plan: CachePlan, io_threads: int = 8, preload: bool = False
+    ) -> None:
         """Open the expert files and allocate the banks.
 
         Args:
             layout: where the experts lie.
             plan: slots per layer, how to read, and why.
             io_threads: reader threads.
+            preload: read all experts now, expert e into slot e, if the plan has slots for all.
 
         Raises:
-            FlashMoEError: an expert file cannot be opened.
+            FlashMoEError: an expert file cannot be opened, or not be read to be preloaded.
         """
         self.layout = layout
         self.plan = plan
         self.stats = ExpertStats()
         paths = {f.file for layer in layout.layers for f in layer.fields}
         files = _open_files(paths, plan.io.direct)
-        self.banks = [Bank(layer, plan.slots, files) for layer in layout.layers]
-        self._pending: list[weakref.WeakSet[Pending]] = [weakref.WeakSet() for _ in self.banks]
+        self.banks: list[Bank] = []
+        self._pending: list[weakref.WeakSet[Pending]] = [weakref.WeakSet() for _ in layout.layers]
         self._consumers: list[Consumer] = []
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._reader = Reader({number: path for path, number in files.items()}, io_threads)
         self._finalizer = weakref.finalize(self, _close, self._reader, list(files.values()))
+        try:
+            self._fill(files, preload)
+        except BaseException:  # also Ctrl-C
+            self.close()
+            raise
+
+    def _fill(self, files: dict[Path, int], preload: bool) -> None:
+        """Allocate the banks and, while that goes on, read those that have room for all experts."""
+        start, ahead = time.perf_counter(), deque[Pending]()
+        for number, layer in enumerate(self.layout.layers):
+            self.banks.append(Bank(layer, self.plan.slots, files))
+            if preload and self.plan.slots == layer.num_experts:
+                ahead.append(self.request(number, range(layer.num_experts)))
+            if len(ahead) > LAYERS_AHEAD:
+                ahead.popleft().wait()
+        for pending in ahead:
+            pending.wait()
+        if nbytes := self.stats.bytes_read:
+            seconds = time.perf_counter() - start
+            self.stats = ExpertStats(bytes_preloaded=nbytes, seconds_preloading=seconds)
 
     def close(self) -> None:
         """Stop the reader threads and close the files. A closed store cannot fetch."""

@@ -9,6 +9,7 @@ memory that it would have had. On macOS nobody here could measure; there the pag
 import contextlib
 import mmap
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .layout import ExpertLayout
 from .slot_bank import BLOCK
 
 USEFUL_CACHE = 0.8  # share of the experts that the page cache must have room for
+PROBES = 16  # bytes of each layer that the page cache is asked for
 F_RDAHEAD, F_NOCACHE = 45, 48  # of macOS's fcntl.h; Python's fcntl module has them only there
 
 
@@ -49,6 +51,55 @@ def plan_io(mode: str, layout: ExpertLayout, room: int) -> IoPlan:
     if why_not:
         return IoPlan(False, why_not)
     return IoPlan(True, f"memory has room for only {share:.0%} of the experts")
+
+
+def plan_load(mode: str, layout: ExpertLayout, io: IoPlan) -> IoPlan:
+    """Choose how to read all experts at once into banks that have room for them.
+
+    Each is read once, so the page cache helps only with what it holds already. Measured on Linux
+    with 3.6 GB of experts, of which it held none: 2.7 s directly, 6.5 to 10 s through it.
+
+    Args:
+        mode: "buffered", "direct" or "auto".
+        layout: where the experts lie.
+        io: what `plan_io` chose for experts that come one by one.
+    """
+    if mode != "auto" or io.direct or sys.platform == "darwin" or obstacle(layout):
+        return io
+    share = cached_share(layout)
+    if share is None or share >= USEFUL_CACHE:
+        return io
+    return IoPlan(True, f"the page cache holds {share:.0%} of the experts")
+
+
+def cached_share(layout: ExpertLayout) -> float | None:
+    """Estimate which share of the experts the page cache holds, or return None if it cannot be.
+
+    Bytes at random places are asked for, since some are brought in by being asked for.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    buffer, found = [bytearray(1)], []
+    for layer in layout.layers:
+        field = layer.fields[0]
+        descriptor = open_expert_file(field.file, direct=False)
+        try:
+            for _ in range(PROBES):
+                expert, byte = random.randrange(layer.num_experts), random.randrange(field.nbytes)
+                place = field.offset + expert * field.stride + byte
+                found.append(_is_cached(descriptor, buffer, place))
+        finally:
+            os.close(descriptor)
+    return None if None in found else sum(map(bool, found)) / len(found)
+
+
+def _is_cached(descriptor: int, buffer: list[bytearray], place: int) -> bool | None:
+    try:
+        return os.preadv(descriptor, buffer, place, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that cannot tell
+        return None
 
 
 def obstacle(layout: ExpertLayout) -> str | None:

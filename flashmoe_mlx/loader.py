@@ -17,7 +17,7 @@ from .custom_kernels.choice import check_cpu_kernels
 from .custom_kernels.executor import prepare
 from .errors import FlashMoEError
 from .expert_store import ExpertStore
-from .io_mode import plan_io
+from .io_mode import plan_io, plan_load
 from .layout import (
     ExpertLayout,
     TensorInfo,
@@ -73,6 +73,8 @@ def bound_classes(directory: Path, **settings: Any) -> tuple[type[Model], type[M
 def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> ExpertStore:
     """Open a directory's experts with banks of the configured size.
 
+    If these have room for all experts, all are read now.
+
     Raises:
         FlashMoEError: experts are missing or damaged, or the cache holds less than one token's.
     """
@@ -90,12 +92,16 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         io,
         args.activation_bytes,
     )
+    if plan.slots == args.num_experts:
+        plan = replace(plan, io=plan_load(stream.io_mode, layout, io))
     formats = kernel_formats(trunk, args, layout)
     prepare(formats)
     check_cpu_kernels(formats)
-    store = ExpertStore(layout, plan, stream.io_threads)
+    store = ExpertStore(layout, plan, stream.io_threads, preload=True)
     if stream.stats:
         print(f"[flashmoe] {plan}", file=sys.stderr)
+        if store.stats.bytes_preloaded:
+            print(f"[flashmoe] Experts: {store.stats.preloaded}", file=sys.stderr)
         atexit.register(lambda: print(f"[flashmoe] {store.stats}", file=sys.stderr))
     return store
 

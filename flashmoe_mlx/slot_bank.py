@@ -135,9 +135,9 @@ class Bank:
             parts: into how many pieces of about equal size to cut a record. A checkpoint that
                 keeps an expert in nine places has nine or more.
         """
-        if (slot, parts) not in self._cuts:
-            self._cuts[slot, parts] = self._cut(slot, parts)
-        cuts = self._cuts[slot, parts]
+        cuts = self._cuts.get((slot, parts)) or self._cut(slot, parts)
+        if self._slots < self.layout.num_experts:  # else each slot is written once
+            self._cuts[slot, parts] = cuts
         arrival = Arrival(len(cuts))
         return arrival, [
             (file, offset + expert * stride, nbytes, rows, arrival)

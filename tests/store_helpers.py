@@ -72,7 +72,11 @@ def assert_whole(store: ExpertStore, experts: list[int], slots: list[int]) -> No
 
 
 class Gate:
-    """Reads that wait until the gate opens, and are counted."""
+    """Reads that wait until the gate opens, and are counted.
+
+    Nobody waits for ever: a store whose reads never end could not be closed, so a failing test
+    would hang.
+    """
 
     def __init__(self, monkeypatch) -> None:
         self.opened = threading.Event()
@@ -82,5 +86,5 @@ class Gate:
 
     def preadv(self, descriptor, rows, offset):
         self.reads.append(offset)
-        self.opened.wait()
+        self.opened.wait(timeout=20)
         return self._preadv(descriptor, rows, offset)

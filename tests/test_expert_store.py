@@ -1,6 +1,8 @@
 """The store: what is read, what is kept, what is counted, and what a failure leaves behind."""
 
 import copy
+import gc
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -8,13 +10,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from store_helpers import EXPERTS, RECORD, contents, make_store, record
+from store_helpers import EXPERTS, RECORD, Gate, contents, make_store, record
 
 from flashmoe_mlx.config import CachePlan
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.expert_store import ExpertStore
+from flashmoe_mlx.expert_store import ExpertStore, Pending
 from flashmoe_mlx.layout import Field, LayerLayout
 from flashmoe_mlx.names import FIELDS
+from flashmoe_mlx.reader import Reader
 from flashmoe_mlx.slot_bank import BLOCK, Bank, _address
 
 
@@ -236,8 +239,6 @@ def test_failed_read_names_file_and_reason(tmp_path, monkeypatch):
 
 
 def test_short_reads_are_continued(tmp_path, monkeypatch):
-    import os
-
     whole = os.preadv
     monkeypatch.setattr(
         "os.preadv", lambda fd, rows, offset: whole(fd, [memoryview(rows[0])[:3]], offset)
@@ -261,6 +262,96 @@ def test_close_ends_threads_and_refuses_further_use(tmp_path):
     assert not [t for t in threading.enumerate() if t in store._reader.threads]
     with pytest.raises(FlashMoEError, match="closed"):
         store.fetch(0, [3])
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_banks_of_all_experts_are_filled_at_load(tmp_path, scattered):
+    layout = make_store(tmp_path, 2, scattered).layout
+    store = ExpertStore(layout, CachePlan(EXPERTS, 0, "a test"), 3, preload=True)
+    for layer, bank in enumerate(store.banks):
+        assert bank.complete and not bank.arriving
+        for expert in range(EXPERTS):
+            assert contents(store, layer, expert) == record(layer, expert)
+    stats = store.stats
+    assert (stats.asked, stats.reads, stats.bytes_read, stats.seconds_waited) == (0, 0, 0, 0)
+    assert stats.bytes_preloaded == 2 * EXPERTS * RECORD and stats.seconds_preloading > 0
+    assert str(stats).endswith(f"; {stats.preloaded}") and stats.preloaded.startswith("0.0 MB at ")
+    assert store.fetch(1, [7, 3]) == [7, 3]
+    assert (stats.hits, stats.bytes_read) == (2, 0)
+
+
+def test_smaller_banks_are_not_filled_at_load(tmp_path):
+    layout = make_store(tmp_path, 2).layout
+    store = ExpertStore(layout, CachePlan(EXPERTS - 1, 0, "a test"), 3, preload=True)
+    assert not any(bank.resident(range(EXPERTS)) for bank in store.banks)
+    assert store.stats.bytes_preloaded == 0
+
+
+def test_preloading_goes_by_file_order(tmp_path, monkeypatch):
+    layout, whole, places = make_store(tmp_path, 2, scattered=True).layout, os.preadv, []
+
+    def preadv(descriptor, rows, offset):
+        places.append((descriptor, offset))
+        return whole(descriptor, rows, offset)
+
+    monkeypatch.setattr("os.preadv", preadv)
+    monkeypatch.setattr(Reader, "help", lambda *_: None)  # one thread reads
+    ExpertStore(layout, CachePlan(EXPERTS, 0, "a test"), 1, preload=True)
+    assert len(places) == 2 * EXPERTS * 9 and places == sorted(places)
+
+
+def _readers() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("flashmoe-read")]
+
+
+@pytest.fixture
+def nothing_left():
+    """Check that a test leaves no thread and no open file behind."""
+    gc.collect()
+    threads, files = _readers(), os.listdir("/dev/fd")
+    yield
+    assert _readers() == threads
+    assert os.listdir("/dev/fd") == files
+
+
+def test_a_disk_that_fails_while_preloading(tmp_path, nothing_left):
+    store = make_store(tmp_path, 2)
+    store.close()
+    os.truncate(tmp_path / "1.bin", 9 * RECORD + 8)
+    with pytest.raises(FlashMoEError, match=r"1\.bin: ends at byte 332"):
+        ExpertStore(store.layout, CachePlan(EXPERTS, 0, "a test"), 3, preload=True)
+
+
+def test_ctrl_c_while_preloading(tmp_path, monkeypatch, nothing_left):
+    store = make_store(tmp_path, 2)
+    store.close()
+    gate = Gate(monkeypatch)
+
+    def interrupt(*_):
+        threading.Timer(0.1, gate.opened.set).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reader, "help", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ExpertStore(store.layout, CachePlan(EXPERTS, 0, "a test"), 3, preload=True)
+    assert len(gate.reads) <= 3
+
+
+def test_close_while_preloading(tmp_path, monkeypatch, nothing_left):
+    layout, gate, wait = make_store(tmp_path, 2).layout, Gate(monkeypatch), Pending.wait
+
+    def closing(pending):
+        threading.Timer(0.1, gate.opened.set).start()
+        closer = threading.Thread(target=pending._store.close)
+        closer.start()
+        try:
+            return wait(pending)
+        finally:
+            closer.join()
+
+    monkeypatch.setattr(Pending, "wait", closing)
+    with pytest.raises(FlashMoEError, match="given up"):
+        ExpertStore(layout, CachePlan(EXPERTS, 0, "a test"), 3, preload=True)
 
 
 def test_copies_share_the_store_and_pickles_are_refused(tmp_path):

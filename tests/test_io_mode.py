@@ -11,7 +11,7 @@ from store_helpers import big_layout, make_store
 from flashmoe_mlx import io_mode
 from flashmoe_mlx.config import IoPlan, StreamConfig, plan_cache
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.io_mode import obstacle, open_expert_file, plan_io
+from flashmoe_mlx.io_mode import cached_share, obstacle, open_expert_file, plan_io, plan_load
 
 BLOCKS = [4096] * 9
 
@@ -120,3 +120,37 @@ def test_files_without_blocks_are_not_read_directly(tmp_path):
     assert not plan_io("auto", layout, 0).direct
     with pytest.raises(FlashMoEError, match=r"io_mode = 'direct': .*Choose buffered, or auto"):
         plan_io("direct", layout, 0)
+
+
+def test_all_experts_come_past_a_page_cache_that_lacks_them(tmp_path, monkeypatch):
+    layout = big_layout(tmp_path, BLOCKS)
+    if why := obstacle(layout):
+        pytest.skip(why)
+    plain, direct, shares = IoPlan(False, "room"), IoPlan(True, "no room"), [0.1, 0.9, None]
+    monkeypatch.setattr(io_mode, "cached_share", lambda _: shares.pop(0))
+    past = IoPlan(True, "the page cache holds 10% of the experts")
+    assert plan_load("auto", layout, plain) == past
+    assert plan_load("auto", layout, plain) is plan_load("auto", layout, plain) is plain
+    assert plan_load("buffered", layout, plain) is plain
+    assert plan_load("auto", layout, direct) is direct
+    monkeypatch.setattr(io_mode, "obstacle", lambda _: "some reason")
+    assert plan_load("auto", layout, plain) is plain
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs RWF_NOWAIT")
+def test_the_page_cache_is_asked_what_it_holds(tmp_path, monkeypatch):
+    layout = big_layout(tmp_path, [40_000] * 9)
+    if (share := cached_share(layout)) is None:
+        pytest.skip("this file system cannot tell")
+    assert share == 1
+    path = tmp_path / "big.bin"
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert [cached_share(layout) < 0.5 for _ in range(2)] == [True] * 2
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("os.preadv", refuse)
+    assert cached_share(layout) is None
