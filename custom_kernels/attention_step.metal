@@ -2,7 +2,8 @@
 //     y = sigmoid(gate) * (sum of exp(q . key) value) / (sum of exp(q . key))
 // Grid: x = LANES * HQ, y = B. Threadgroup: LANES >= D, one per head. D: 8 times a power of two.
 // A team of D / 8 lanes takes every TEAMS-th key, FLIGHT of them at a time, so that reads overlap.
-// Its sums are relative to the highest score so far; in the end the teams' are added up.
+// Its sums are relative to its highest score so far; in the end the teams' are added up, and those of
+// a team without keys, whose highest is LEAST, count for nothing.
 constexpr uint PARTS = D / 8;
 constexpr uint TEAMS = LANES / PARTS;
 constexpr float LEAST = -3.4028234e38f;
@@ -50,8 +51,7 @@ for (uint start = team; start - team < count; start += FLIGHT * TEAMS) {
   total *= factor;
   scale_by<8>(factor, sum);
   for (uint f = 0; f < FLIGHT; f++) {
-    // A team without keys has LEAST - LEAST here.
-    float weight = start + f * TEAMS < count ? metal::exp(scores[f] - higher) : 0.0f;
+    float weight = metal::exp(scores[f] - higher);
     total += weight;
     for (int i = 0; i < 8; i++) {
       sum[i] = metal::fma(weight, v[f][i], sum[i]);

@@ -12,7 +12,9 @@ from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, scalar
 from flashmoe_mlx.custom_kernels.trial import DTYPES
 
-MAX_KEYS = 8192  # of a cache; beyond, one threadgroup per head is too few
+# Caches of at most so many keys are tried; beyond, one threadgroup per head is too few.
+TRIED_KEYS = (500, 2000, 8000)
+BLOCK = 256  # slots by which mlx-lm's caches grow
 HEAD_DIMS = (32, 64, 128, 256)
 LANES = 512  # of a head's threadgroup
 FLIGHT = 4  # keys that a team of lanes reads at a time
@@ -166,8 +168,7 @@ class AttentionStepTrial:
         rope_dims: of D.
         dtype: of activations, norms and cache.
         batch: B.
-        keys: that count.
-        slots: S of the cache.
+        keys: in the cache; the slots behind them hold no numbers.
         position: the token's.
     """
 
@@ -178,9 +179,8 @@ class AttentionStepTrial:
     rope_dims: int
     dtype: str
     batch: int = 1
-    keys: int = 300
-    slots: int = 512
-    position: int = 299
+    keys: int = TRIED_KEYS[0]
+    position: int = TRIED_KEYS[0] - 1
 
     @property
     def _heads(self) -> AttentionHeads:
@@ -188,7 +188,7 @@ class AttentionStepTrial:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the projection, of keys and values that count, of y and the new keys."""
+        """Bytes of the projection, of keys and values, of y and the new keys."""
         cached = 2 * self.keys * self.kv_heads * self.head_dim
         row = self._heads.width + (self.heads + self.kv_heads) * self.head_dim
         return self.batch * (cached + row) * DTYPES[self.dtype].size
@@ -196,13 +196,15 @@ class AttentionStepTrial:
     def inputs(self, seed: int = 0) -> list[mx.array]:
         """Make projected, both norms, keys, values, offset, length. Scores vary by about 2."""
         key = iter(mx.random.split(mx.random.key(seed), 5))
-        cache = self.batch, self.kv_heads, self.slots, self.head_dim
+        slots = -(-self.keys // BLOCK) * BLOCK
+        cache = self.batch, self.kv_heads, slots, self.head_dim
+        used = mx.arange(slots)[:, None] < self.keys
         arrays = [
             mx.random.normal((self.batch, 1, self._heads.width), key=next(key)),
             2 + mx.random.normal((self.head_dim,), key=next(key)) / 4,
             1 + mx.random.normal((self.head_dim,), key=next(key)) / 4,
-            mx.random.normal(cache, key=next(key)),
-            mx.random.normal(cache, key=next(key)),
+            mx.where(used, mx.random.normal(cache, key=next(key)), mx.nan),
+            mx.where(used, mx.random.normal(cache, key=next(key)), mx.nan),
         ]
         arrays = [array.astype(DTYPES[self.dtype]) for array in arrays]
         arrays += [mx.array([self.position], mx.int32), mx.array([self.keys], mx.int32)]

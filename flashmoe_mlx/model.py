@@ -20,7 +20,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from .config import ModelArgs
 from .custom_kernels import cpu_attention
 from .custom_kernels.attention_step import (
-    MAX_KEYS,
+    TRIED_KEYS,
     AttentionHeads,
     AttentionStepTrial,
     attend,
@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         """Make the projections; q_proj also yields the gate."""
         super().__init__()
-        self._step, self._fused_step = Traced(), Traced()
+        self._step, self._fused_step, self._fused_keys = Traced(), Traced(), 0
         self.heads, self.kv_heads = args.num_attention_heads, args.num_key_value_heads
         self.head_dim, bias = args.head_dim, args.attention_bias
         width = self.heads * self.head_dim
@@ -71,7 +71,7 @@ class Attention(nn.Module):
     ) -> mx.array:
         """Return h + attention(norm(h)), `[B, T, H]`, adding T keys and values to the cache."""
         is_step = h.shape[1] == 1 and mask is None and type(cache) is KVCache
-        if is_step and cache.offset < MAX_KEYS and self._fuses(h):
+        if is_step and self._fuses(h, cache.offset + 1):
             return self._run_fused(h, norm, cache)
         traced = h.shape[1] == 1 and self._step.ready(h)
         before, after = (
@@ -117,19 +117,23 @@ class Attention(nn.Module):
         y = y * mx.sigmoid(gate.reshape(batch, tokens, -1))
         return linear(y, self.o_proj, residual=h)[0]
 
-    def _fuses(self, h: mx.array) -> bool:
-        """Say whether a step goes through the fused kernels."""
-        if self._fused_step.ready(h):
+    def _fuses(self, h: mx.array, keys: int) -> bool:
+        """Say whether a step with so many keys goes through the fused kernels."""
+        if keys <= self._fused_keys and self._fused_step.ready(h):
             return True
         heads, norms = self._heads, (self.q_norm, self.k_norm)
-        return (
-            on_gpu(h)
+        tried = next((n for n in TRIED_KEYS if keys <= n), 0)
+        fuses = (
+            tried > 0
+            and on_gpu(h)
             and heads.supported()
             and self.rope.scale == 1
             and all(n.weight.dtype == h.dtype and n.eps == self.q_norm.eps for n in norms)
             and join((self.q_proj, self.k_proj, self.v_proj)) is not None
-            and prefers_custom(AttentionStepTrial(*astuple(heads), NAMES[h.dtype], h.shape[0]))
+            and prefers_custom(AttentionStepTrial(*astuple(heads), NAMES[h.dtype], len(h), tried))
         )
+        self._fused_keys = tried if fuses else 0
+        return fuses
 
     def _run_fused(self, h: mx.array, norm: nn.RMSNorm, cache: KVCache) -> mx.array:
         """Do what `__call__` does for one token, in few launches."""

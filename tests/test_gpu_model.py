@@ -17,6 +17,7 @@ from make_synthetic import make_synthetic
 from test_exactness import bank_sizes
 
 from flashmoe_mlx import load
+from flashmoe_mlx import model as model_module
 from flashmoe_mlx.custom_kernels import choice, executor, gpu
 from flashmoe_mlx.custom_kernels.linear import join, joined, linear
 from flashmoe_mlx.custom_kernels.traced import Traced
@@ -139,6 +140,16 @@ def test_logits_equal_stock(open_model, by_stock, bank, capsys):
     assert launched(steps) == {
         kernel: len(STEPS) * times.get(kernel, LAYERS) for kernel in STEP_KERNELS
     }
+
+
+def test_more_keys_than_were_tried_go_through_stock(open_model, by_stock, monkeypatch):
+    monkeypatch.setattr(model_module, "TRIED_KEYS", (4, len(PROMPT) + 1))
+    right = by_stock(decode, open_model())
+    model = open_model()
+    decode_on_bench(model)
+    with metal_on_cpu() as session:
+        assert differ(decode(model), right) <= TOLERANCE
+    assert launched(session)["attention_step"] == LAYERS - LINEAR
 
 
 @banks
