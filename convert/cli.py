@@ -26,7 +26,11 @@ def parser() -> argparse.ArgumentParser:
         "format or MLX's, quantised or not.",
     )  # fmt: skip
     add(
-        "--mlx-path", default="mlx_model", metavar="DIR", help="Directory to write; must not exist."
+        "--mlx-path",
+        default="mlx_model",
+        metavar="DIR",
+        help="Directory to write. It does not exist yet, or an interrupted run of the same command "
+        "left it unfinished, which then goes on.",
     )
     add(
         "-q", "--quantize", action="store_true",
@@ -63,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flashmoe-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        advice = f"; delete {options.mlx_path}" if Path(options.mlx_path).exists() else ""
+        out = options.mlx_path
+        advice = f"; the same command goes on, or delete {out}" if Path(out).exists() else ""
         print(f"flashmoe-convert: interrupted{advice}", file=sys.stderr)
         return EXIT_INTERRUPTED
     if not options.dry_run:

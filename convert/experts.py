@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.convert.parts import LayerPlan, Spec
 from flashmoe_mlx.convert.quantize import Part, encode_floats, encode_record
-from flashmoe_mlx.convert.read import Bytes, Reader
+from flashmoe_mlx.convert.read import Bytes, Reader, check_finite
 from flashmoe_mlx.convert.source import Source
 from flashmoe_mlx.layout import LayerLayout
 
@@ -56,6 +56,8 @@ class ExpertSteps:
         for projection in self._plan.projections:
             matrix = self._source.matrices[self._plan.layer, expert, projection.name]
             data = self._reader.read(matrix.file, matrix.offset, matrix.nbytes)
+            place = f"{matrix.file}: layer {self._plan.layer} expert {expert} {projection.name}"
+            check_finite(data, matrix.dtype, place)
             found.append((data, matrix.dtype))
         return found
 
@@ -83,6 +85,11 @@ def read_record(reader: Reader, layout: LayerLayout, expert: int) -> Bytes:
     for span, size in zip(spans, sizes, strict=True):
         reader.read_into(span.file, span.offset, record[start : start + size])
         start += size
+    start = 0
+    for field in layout.fields:
+        place = f"{field.file}: layer {layout.layer} expert {expert} {field.name}"
+        check_finite(record[start : start + field.nbytes], field.dtype, place)
+        start += field.nbytes
     return record
 
 

@@ -19,6 +19,18 @@ class Options:
     dtype: str | None = None
 
 
+_FLAGS = {
+    "quantize": "-q", "bits": "--q-bits", "group_size": "--q-group-size", "dtype": "--dtype",
+    "link": "--link",
+}  # fmt: skip
+
+
+def flags(options: dict[str, Any]) -> str:
+    """Return options, as a dict, as they stand on the command line."""
+    given = {_FLAGS.get(key, key): value for key, value in options.items() if value}
+    return " ".join(f if value is True else f"{f} {value}" for f, value in given.items()) or "none"
+
+
 @dataclass(frozen=True)
 class Quant:
     """Affine quantisation: bits a weight, and weights that share a scale and a bias."""
@@ -67,6 +79,15 @@ class TrunkFile:
         """Every tensor of the file, in order."""
         return tuple(spec for tensor in self.tensors for spec in tensor.outputs)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(spec.nbytes for spec in self.outputs)
+
+    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return (name, dtype, shape) of every tensor."""
+        return [(spec.name, spec.dtype, spec.shape) for spec in self.outputs]
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -113,6 +134,15 @@ class LayerPlan:
         """Bytes of one expert."""
         return sum(spec.nbytes for spec in self.record)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts."""
+        return self.record_bytes * self.experts
+
+    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return (name, dtype, shape) of every tensor."""
+        return [(spec.name, spec.dtype, spec.shape) for spec in self.outputs()]
+
     def outputs(self) -> Iterator[Spec]:
         """Yield every tensor of the file, expert after expert."""
         for expert in range(self.experts):
@@ -131,12 +161,12 @@ class Plan:
     @property
     def expert_bytes(self) -> int:
         """Bytes of all experts."""
-        return sum(layer.record_bytes * layer.experts for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def trunk_bytes(self) -> int:
         """Bytes of all trunk tensors."""
-        return sum(spec.nbytes for file in self.trunk for spec in file.outputs)
+        return sum(file.nbytes for file in self.trunk)
 
 
 def quantised(

@@ -1,6 +1,7 @@
 """Positional reads from checkpoint files, and their bytes as arrays."""
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import ITEM_SIZE
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -20,6 +22,12 @@ Bytes = npt.NDArray[np.uint8]
 FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 # NumPy has no bfloat16: its bits travel as uint16.
 _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
+# The smallest bit pattern that is not finite, sign aside, as signed and unsigned integers.
+_NOT_FINITE: dict[str, tuple[int, npt.DTypeLike, npt.DTypeLike]] = {
+    "BF16": (0x7F80, np.int16, np.uint16),
+    "F16": (0x7C00, np.int16, np.uint16),
+    "F32": (0x7F800000, np.int32, np.uint32),
+}
 _READ_LIMIT = 1 << 30  # Linux and macOS both stop a single read short of 2 GiB.
 
 
@@ -29,6 +37,7 @@ class Reader:
     def __init__(self) -> None:
         """Open nothing yet."""
         self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         """Return the reader."""
@@ -76,15 +85,33 @@ class Reader:
             done += count
 
     def _open(self, file: Path) -> int:
-        if file not in self._files:
-            self._files[file] = os.open(file, os.O_RDONLY)
-        return self._files[file]
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = os.open(file, os.O_RDONLY)
+            return self._files[file]
 
 
 def as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
     """Return raw bytes as an MLX array (a copy) of a safetensors dtype: BF16, F16, F32 or U32."""
     array = mx.array(data.view(_NUMPY[dtype]).reshape(shape))
     return array.view(mx.bfloat16) if dtype == "BF16" else array
+
+
+def check_finite(data: Bytes, dtype: str, place: str) -> None:
+    """Refuse NaN and infinity in float bytes: `mx.quantize` would hide them (12 GB/s).
+
+    Raises:
+        FlashMoEError: there is one.
+    """
+    if dtype not in _NOT_FINITE or not data.size:
+        return
+    limit, signed, unsigned = _NOT_FINITE[dtype]
+    sign = 1 << (8 * ITEM_SIZE[dtype] - 1)
+    if data.view(signed).max() >= limit or data.view(unsigned).max() >= limit | sign:
+        raise FlashMoEError(
+            f"{place} holds NaN or infinity ({dtype}). Download the checkpoint again, or start "
+            "from another one."
+        )
 
 
 def as_bytes(array: mx.array) -> memoryview:

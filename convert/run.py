@@ -1,31 +1,48 @@
-"""The conversion from end to end: open, plan, check, write, and the manifest last."""
+"""The conversion from end to end: open, plan, check, write what is missing, the manifest last."""
 
-import os
+import errno
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from tqdm import tqdm
 
-from flashmoe_mlx.convert.act import CHECKSUM, write_layer, write_trunk
 from flashmoe_mlx.convert.hub import located
+from flashmoe_mlx.convert.journal import (
+    Begun,
+    Entries,
+    check_output,
+    finished,
+    leftover_bytes,
+    locked,
+    remove_journal,
+    write_journal,
+)  # fmt: skip
+from flashmoe_mlx.convert.output import MODEL_FILE as MODEL_FILE
+from flashmoe_mlx.convert.output import SHIM as SHIM
+from flashmoe_mlx.convert.output import (
+    WRITTEN_ANEW,
+    copied_files,
+    place,
+    small_files,
+    write_manifest,
+    write_small,
+    write_weights,
+)  # fmt: skip
+from flashmoe_mlx.convert.output import write_index as write_index
 from flashmoe_mlx.convert.parts import Options, Plan, Quant
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
-from flashmoe_mlx.convert.source import INDEX, Source, open_source
-from flashmoe_mlx.convert.write import copy_file, sync_directory, write_file, write_json
+from flashmoe_mlx.convert.source import Source, open_source
+from flashmoe_mlx.convert.write import link_file
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
-
-MODEL_FILE = "flashmoe_model.py"
-SHIM = "from flashmoe_mlx.loader import bind\nModel, ModelArgs = bind(__file__)\n"
-COPIED = (
-    "tokenizer*", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.jsonl", "LICENSE*",
-)  # fmt: skip
-_WRITTEN_ANEW = ("config.json", MODEL_FILE)
+from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
 
 
 def convert(
@@ -43,7 +60,8 @@ def convert(
 
     Args:
         hf_path: a checkpoint's directory, or its name on the Hugging Face Hub.
-        mlx_path: the directory to write; it must not exist.
+        mlx_path: the directory to write: it does not exist, is empty, or was begun by the same
+            call before, which then goes on from there.
         quantize: quantise the experts (and the trunk, if the source is not quantised).
         q_group_size: weights that share a scale and a bias; 64 unless given.
         q_bits: bits of an expert's weight; 4 unless given.
@@ -54,10 +72,11 @@ def convert(
 
     Raises:
         FlashMoEError: the source, the options or the disk does not allow it. If it happens after
-            writing began, the directory has no manifest, and is not taken for a whole one.
+            writing began, the directory has no manifest, and is not taken for a whole one. The
+            same call goes on with the files that are not finished.
     """
     out = Path(mlx_path).expanduser()
-    _check_absent(out)
+    check_output(out)
     options = Options(quantize, q_bits, q_group_size, dtype)
     if link and options != Options():
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
@@ -70,8 +89,10 @@ def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: b
     plan = build_plan(source, options)
     if link:
         _check_linkable(source)
-    needed = 0 if link else plan.trunk_bytes + plan.expert_bytes
-    free = shutil.disk_usage(_existing_parent(out)).free
+    begun = _begun(source, options, link)
+    done = finished(out, plan, begun)
+    needed = 0 if link else plan.trunk_bytes + plan.expert_bytes - _data_bytes(plan, done)
+    free = shutil.disk_usage(_existing_parent(out)).free + leftover_bytes(out)
     if dry_run:
         print(describe(source, plan, out, needed, free))
         return
@@ -80,16 +101,51 @@ def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: b
             f"{out}: the conversion needs {_human(needed)}, but only {_human(free)} are free. "
             "Free some space, choose another --mlx-path, or fewer --q-bits."
         )
-    with _unfinished(out):
-        (out / EXPERT_DIR).mkdir(parents=True)
-        write_json(out / "config.json", dict(sorted(plan.config.items())))
-        write_file(out / MODEL_FILE, SHIM.encode())
-        details = _link(source, out) if link else _write(source, plan, out)
-        head = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION}
-        sync_directory(out / EXPERT_DIR)
-        sync_directory(out)
-        write_json(out / EXPERT_DIR / MANIFEST, head | details)
-        sync_directory(out / EXPERT_DIR)
+    with locked(out), _unfinished(out):
+        check_output(out)  # again, as another process may have had it
+        done = finished(out, plan, begun)
+        (out / EXPERT_DIR / MANIFEST).unlink(missing_ok=True)
+        write_journal(out, begun, done)
+        write = _link if link else _write
+        write_manifest(out, write(source, plan, out, begun, done))
+        remove_journal(out)
+
+
+def _begun(source: Source, options: Options, link: bool) -> Begun:
+    """Return what the bytes of the output depend on, for the journal."""
+    return {
+        "source": origin(source),
+        "options": asdict(options) | {"link": link},
+        "tools": tools(),
+        "files": {path.name: _stamp(path, source) for path in sorted(_source_files(source))},
+    }
+
+
+def tools() -> str:
+    """Return what quantises: two versions or devices may round in different ways."""
+    return f"mlx {version('mlx')}, {mx.default_device().type.name}"
+
+
+def _stamp(path: Path, source: Source) -> list[int]:
+    """Return size and time of change; a commit of the Hub may be downloaded again at any time."""
+    found = path.stat()
+    return [found.st_size] if source.revision else [found.st_size, found.st_mtime_ns]
+
+
+def _source_files(source: Source) -> set[Path]:
+    """Return every file that a conversion reads."""
+    layers = source.layout.layers if source.layout else ()
+    return {
+        source.directory / "config.json",
+        *copied_files(source.directory),
+        *(file for file, _ in source.trunk.values()),
+        *(matrix.file for matrix in source.matrices.values()),
+        *(field.file for layer in layers for field in layer.fields),
+    }
+
+
+def _data_bytes(plan: Plan, done: Entries) -> int:
+    return sum(file.nbytes for file in (*plan.trunk, *plan.layers) if place(file) in done)
 
 
 def describe(source: Source, plan: Plan, out: Path, needed: int, free: int) -> str:
@@ -121,14 +177,6 @@ def _human(nbytes: int) -> str:
     return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
-def _check_absent(out: Path) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    unfinished = (out / EXPERT_DIR).is_dir() and not (out / EXPERT_DIR / MANIFEST).exists()
-    state = "is an unfinished conversion" if unfinished else "exists already"
-    raise FlashMoEError(f"{out}: {state}. Delete it, or give another --mlx-path.")
-
-
 def _existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
@@ -136,51 +184,44 @@ def _existing_parent(path: Path) -> Path:
 @contextmanager
 def _unfinished(out: Path) -> Iterator[None]:
     """Say with every error that the directory is not whole."""
-    advice = f"{out} is unfinished: delete it and convert again."
+    advice = f"Run the same command again to go on from here, or delete {out}."
     try:
         yield
     except FlashMoEError as error:
         raise FlashMoEError(f"{error} {advice}") from error
     except OSError as error:
-        place = error.filename or out
-        raise FlashMoEError(f"{place}: cannot be written ({error.strerror}). {advice}") from error
+        where = error.filename or out
+        remedy = "Free some space. " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise FlashMoEError(
+            f"{where}: cannot be written ({error.strerror}). {remedy}{advice}"
+        ) from error
 
 
-def _write(source: Source, plan: Plan, out: Path) -> dict[str, Any]:
-    """Write everything but the manifest, and return the manifest's content."""
-    for path in copied_files(source.directory):
-        copy_file(path, out / path.name)
-    layers = []
-    total = plan.trunk_bytes + plan.expert_bytes
-    with (
-        Reader() as reader,
-        tqdm(total=total, unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar,
-    ):
-        for file in plan.trunk:
-            bar.set_description(file.name)
-            write_trunk(file, out, reader, bar.update)
-        write_index(plan, out)
-        for layer in plan.layers:
-            bar.set_description(layer.file)
-            records = write_layer(source, layer, out / EXPERT_DIR, reader, bar.update)
-            size = (out / EXPERT_DIR / layer.file).stat().st_size
-            layers.append({"file": layer.file, "size": size, "records": records})
+def _write(source: Source, plan: Plan, out: Path, begun: Begun, done: Entries) -> dict[str, Any]:
+    """Write everything that is not done but the manifest, and return the manifest's content."""
+    small = {name: write_small(out / name, c) for name, c in small_files(source, plan).items()}
+    with Reader() as reader, _bar(plan, done) as bar:
+        for file in (*plan.trunk, *plan.layers):
+            if (name := place(file)) not in done:
+                bar.set_description(Path(name).name)
+                done[name] = write_weights(source, file, out, reader, bar.update)
+                write_journal(out, begun, done)
+    trunk = {file.name: done[place(file)] for file in plan.trunk}
     return {
-        "source": origin(source),
+        "source": begun["source"],
+        "options": begun["options"],
+        "tools": begun["tools"],
         "num_experts": source.dims.experts,
-        "checksum": CHECKSUM,
-        "layers": layers,
+        "layers": [done[place(layer)] for layer in plan.layers],
+        "files": [entry for _, entry in sorted((small | trunk).items())],
     }
 
 
-def write_index(plan: Plan, out: Path) -> None:
-    """Write the index of the trunk's files, as mlx-lm does."""
-    names = {spec.name: file.name for file in plan.trunk for spec in file.outputs}
-    index = {
-        "metadata": {"total_size": plan.trunk_bytes},
-        "weight_map": dict(sorted(names.items())),
-    }
-    write_json(out / INDEX, index)
+def _bar(plan: Plan, done: Entries) -> Any:
+    total, initial = plan.trunk_bytes + plan.expert_bytes, _data_bytes(plan, done)
+    return tqdm(
+        total=total, initial=initial, unit="B", unit_scale=True, file=sys.stderr, disable=None
+    )
 
 
 def origin(source: Source) -> dict[str, str]:
@@ -188,13 +229,6 @@ def origin(source: Source) -> dict[str, str]:
     if source.revision:
         return {"repo": source.name, "revision": source.revision}
     return {"path": str(source.directory.resolve())}
-
-
-def copied_files(directory: Path) -> list[Path]:
-    """Return the tokenizer, template and generation files that go along byte for byte."""
-    names = {path.name for pattern in COPIED for path in directory.glob(pattern) if path.is_file()}
-    names -= {*_WRITTEN_ANEW, INDEX}
-    return [directory / name for name in sorted(names)]
 
 
 def _check_linkable(source: Source) -> None:
@@ -205,10 +239,12 @@ def _check_linkable(source: Source) -> None:
         )
 
 
-def _link(source: Source, out: Path) -> dict[str, Any]:
+def _link(source: Source, plan: Plan, out: Path, begun: Begun, done: Entries) -> dict[str, Any]:
     """Symlink the source's files, and return the manifest's content."""
     directory = source.directory.resolve()
     for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name not in _WRITTEN_ANEW:
-            os.symlink(path, out / path.name)
+        if path.is_file() and path.name not in WRITTEN_ANEW:
+            link_file(path, out / path.name)
+    for name in WRITTEN_ANEW:
+        write_small(out / name, small_files(source, plan)[name])
     return {"link": str(directory)}

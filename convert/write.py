@@ -1,31 +1,70 @@
-"""Write files whole or not at all: NAME.tmp, fsync, rename; safetensors piece by piece."""
+"""Write files whole or not at all: NAME.tmp, fsync, rename; safetensors piece by piece.
+
+Every writer returns or keeps an *entry*: name, size and checksum of what it wrote, as the manifest
+has it.
+"""
 
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterable
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, Self
 
+from flashmoe_mlx.convert.checksum import as_text, joined
 from flashmoe_mlx.layout import ITEM_SIZE
 
 SYNC_BYTES = 32 << 20  # sent to the disk while the next ones are made
+BLOCK_BYTES = 1 << 20
+TEMPORARY = ".tmp"
+
 Buffer = bytes | memoryview
+Entry = dict[str, Any]
+Tensors = Iterable[tuple[str, str, tuple[int, ...]]]
+
+
+class Header:
+    """The header of a safetensors file to write.
+
+    Attributes:
+        data: its bytes, from the start of the file to the first tensor.
+        names: the tensors, in the order of their bytes.
+        starts: where each begins, in bytes after the header, and where the last one ends.
+    """
+
+    def __init__(self, tensors: Tensors, alignment: int = 8) -> None:
+        """Lay out tensors, (name, dtype, shape), from a multiple of `alignment` bytes on."""
+        content: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+        self.names: list[str] = []
+        self.starts = [0]
+        for name, dtype, shape in tensors:
+            begin, end = self.starts[-1], self.starts[-1] + math.prod(shape) * ITEM_SIZE[dtype]
+            content[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+            self.names.append(name)
+            self.starts.append(end)
+        text = json.dumps(content, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % alignment)
+        self.data = len(text).to_bytes(8, "little") + text
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.data) + self.starts[-1]
 
 
 class TensorFile:
-    """A safetensors file whose tensors are known beforehand and written in any order.
+    """A safetensors file whose tensors are known beforehand; each is written from front to back.
 
     Used as a context manager: the file appears under its name when the block ends well, and
     leaves nothing behind when it does not.
     """
 
-    def __init__(
-        self, path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], alignment: int = 8
-    ) -> None:
+    def __init__(self, path: Path, tensors: Tensors, alignment: int = 8) -> None:
         """Prepare the header.
 
         Args:
@@ -34,36 +73,65 @@ class TensorFile:
             alignment: the data starts on a multiple of this many bytes.
         """
         self.path = path
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._offsets: dict[str, int] = {}
-        header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
-        end = 0
-        for name, dtype, shape in tensors:
-            begin, end = end, end + math.prod(shape) * ITEM_SIZE[dtype]
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-            self._offsets[name] = begin
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % alignment)
-        self._header = len(text).to_bytes(8, "little") + text
-        self._missing = end
+        self._temporary = path.with_name(path.name + TEMPORARY)
+        self._header = Header(tensors, alignment)
+        self._index = {name: index for index, name in enumerate(self._header.names)}
+        self._ends = self._header.starts[:-1]  # of what is written, by tensor
+        self._checksums = [0] * len(self._ends)
         self._unsynced = 0
         self._syncs: list[Future[None]] = []
         self._syncer = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
         """Create the temporary file."""
-        self._file = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._file = _create(self._temporary)
         return self
 
     def write(self, name: str, data: Buffer, start: int = 0) -> None:
         """Write bytes from byte `start` of a tensor; they may run on into those that follow."""
         view = memoryview(data).cast("B")
-        _write(self._file, view, len(self._header) + self._offsets[name] + start)
-        self._missing -= view.nbytes
+        begin = self._header.starts[self._index[name]] + start
+        _write(self._file, view, len(self._header.data) + begin)
+        self._account(view, begin)
         self._unsynced += view.nbytes
         if self._unsynced >= SYNC_BYTES and all(sync.done() for sync in self._syncs):
             self._syncs.append(self._syncer.submit(os.fsync, self._file))
             self._unsynced = 0
+
+    def _account(self, view: memoryview, begin: int) -> None:
+        """Carry on the checksums of the tensors that these bytes belong to."""
+        starts = self._header.starts
+        while view.nbytes:
+            index = bisect_right(starts, begin) - 1
+            piece = view[: starts[index + 1] - begin]
+            assert self._ends[index] == begin, f"{self.path}: byte {begin} is out of turn"
+            self._checksums[index] = zlib.crc32(piece, self._checksums[index])
+            self._ends[index] = begin = begin + piece.nbytes
+            view = view[piece.nbytes :]
+
+    def checksums(self, first: str, count: int) -> list[tuple[int, int]]:
+        """Return (CRC-32, bytes) of some tensors that follow one another, from `first` on."""
+        index, starts = self._index[first], self._header.starts
+        return [
+            (self._checksums[i], starts[i + 1] - starts[i]) for i in range(index, index + count)
+        ]
+
+    def entry(self) -> Entry:
+        """Return name, size and checksums of the file and of its header."""
+        header = zlib.crc32(self._header.data)
+        parts = [(header, len(self._header.data))]
+        if self._header.names:
+            parts += self.checksums(self._header.names[0], len(self._header.names))
+        whole = file_entry(self.path, self._header.file_bytes, joined(parts))
+        return whole | {"header": as_text(header)}
+
+    def tensors(self) -> dict[str, list[int | str]]:
+        """Return [bytes, checksum] of every tensor."""
+        found = self.checksums(self._header.names[0], len(self._header.names))
+        return {
+            name: [nbytes, as_text(checksum)]
+            for name, (checksum, nbytes) in zip(self._header.names, found, strict=True)
+        }
 
     def __exit__(
         self,
@@ -77,42 +145,53 @@ class TensorFile:
             if error is None:
                 for sync in self._syncs:
                     sync.result()  # the system reports a failed write only once
-                assert self._missing == 0, f"{self.path}: {self._missing} bytes were not written"
-                _write(self._file, self._header, 0)
+                assert self._ends == self._header.starts[1:], f"{self.path}: bytes are missing"
+                _write(self._file, self._header.data, 0)
                 os.fsync(self._file)
-                os.replace(self._temporary, self.path)
+                _publish(self._temporary, self.path)
         finally:
             os.close(self._file)
             self._temporary.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: bytes) -> None:
+def file_entry(path: Path, size: int, checksum: int) -> Entry:
+    """Return a file's entry of the manifest."""
+    return {"file": path.name, "size": size, "checksum": as_text(checksum)}
+
+
+def write_file(path: Path, content: bytes) -> Entry:
     """Write a small file."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            _sync(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _durable(path) as file:
+        _write(file, content, 0)
+    return file_entry(path, len(content), zlib.crc32(content))
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON as mlx-lm does: four spaces, and no line break at the end."""
-    write_file(path, json.dumps(content, indent=4).encode())
+def json_bytes(content: object) -> bytes:
+    """Return JSON as mlx-lm writes it: four spaces, and no line break at the end."""
+    return json.dumps(content, indent=4).encode()
 
 
-def copy_file(source: Path, target: Path) -> None:
+def write_json(path: Path, content: object) -> Entry:
+    """Write a small JSON file."""
+    return write_file(path, json_bytes(content))
+
+
+def copy_file(source: Path, target: Path) -> Entry:
     """Copy a file's bytes."""
-    temporary = target.with_name(target.name + ".tmp")
-    try:
-        with open(source, "rb") as old, open(temporary, "wb") as new:
-            shutil.copyfileobj(old, new, 1 << 20)
-            _sync(new)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    size = checksum = 0
+    with open(source, "rb") as old, _durable(target) as new:
+        while block := old.read(BLOCK_BYTES):
+            _write(new, block, size)
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return file_entry(target, size, checksum)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make the symlink `target`, in place of one that may be there."""
+    temporary = target.with_name(target.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    os.symlink(source, temporary)
+    _publish(temporary, target)
 
 
 def sync_directory(path: Path) -> None:
@@ -124,9 +203,27 @@ def sync_directory(path: Path) -> None:
         os.close(directory)
 
 
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+@contextmanager
+def _durable(path: Path) -> Iterator[int]:
+    """Yield the descriptor of a new file that gets its name when the block ends well."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    file = _create(temporary)
+    try:
+        yield file
+        os.fsync(file)
+        _publish(temporary, path)
+    finally:
+        os.close(file)
+        temporary.unlink(missing_ok=True)
+
+
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    sync_directory(path.parent)
 
 
 def _write(file: int, data: Buffer, offset: int) -> None:

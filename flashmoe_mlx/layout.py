@@ -14,6 +14,7 @@ In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all
 import json
 import math
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ MANIFEST_FORMAT = "flashmoe-experts"
 MANIFEST_VERSION = 1
 DATA_ALIGNMENT = 16384
 
-MAX_HEADER = 1 << 30
+MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
     "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
@@ -125,7 +126,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         FlashMoEError: the file is missing, cut short, or its header does not describe it.
     """
     try:
-        size = os.path.getsize(path)
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for ever
+            raise FlashMoEError(f"{path}: not a regular file. Put the checkpoint's file there.")
+        size = found.st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
@@ -137,14 +141,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         tensors = {name: _tensor(name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        end = _check_gapless(tensors, 8 + length)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FlashMoEError(
             f"{path}: damaged safetensors header ({error}). Download or convert it again."
         ) from error
-    end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
     if end != size:
         raise FlashMoEError(
             f"{path}: truncated or altered: {size} bytes long, but its header describes {end}. "
@@ -153,9 +157,34 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of JSON's pairs; the last of several equal keys would win unnoticed."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} occurs more than once")
+    return result
+
+
+def _check_gapless(tensors: dict[str, TensorInfo], end: int) -> int:
+    """Check that tensors follow one another from byte `end`, and return where the last one ends."""
+    for name, tensor in sorted(tensors.items(), key=lambda t: (t[1].offset, t[1].nbytes)):
+        if tensor.offset != end:
+            fault = "overlaps the tensor before it" if tensor.offset < end else "follows a gap"
+            raise ValueError(
+                f"tensor {name!r} at byte {tensor.offset} {fault}, which ends at {end}"
+            )
+        end += tensor.nbytes
+    return end
+
+
 def _tensor(name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
+    if any(type(number) is not int for number in (begin, end, *shape)):
+        raise ValueError(f"tensor {name!r} has a shape or offsets that are not whole numbers")
+    if entry["dtype"] not in ITEM_SIZE:
+        raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
     nbytes = math.prod(shape) * ITEM_SIZE[entry["dtype"]]
     if not 0 <= begin <= end or end - begin != nbytes or min(shape, default=0) < 0:
         raise ValueError(f"tensor {name!r} of {nbytes} bytes has offsets {begin}..{end}")
@@ -184,7 +213,7 @@ def open_layout(model_dir: Path | str, num_layers: int, num_experts: int) -> Exp
         return _open_stock("stock", model_dir, num_layers, num_experts)
     manifest = read_manifest(experts_dir / MANIFEST)
     if "link" in manifest:
-        source = Path(manifest["link"])
+        source = Path(str(manifest["link"]))
         if not source.is_dir():
             raise FlashMoEError(
                 f"{experts_dir / MANIFEST}: links to {source}, which is not a directory. Put the "
@@ -207,7 +236,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path.parent.parent}: unfinished conversion ({path.name} is written last and is "
             "missing). Run flashmoe-convert again."
         ) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise FlashMoEError(f"{path}: damaged ({error}). Run flashmoe-convert again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise FlashMoEError(f"{path}: not a {MANIFEST_FORMAT} manifest. Convert the model again.")
@@ -219,6 +248,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def record_checksums(manifest: dict[str, Any]) -> list[list[int]]:
+    """Return the CRC-32 (`zlib.crc32`) of every record, by layer and expert.
+
+    Raises:
+        FlashMoEError: the manifest has none, or has others.
+    """
+    try:
+        if manifest["checksum"] != "crc32":
+            raise ValueError(f"checksum {manifest['checksum']!r}, expected 'crc32'")
+        return [[int(text, 16) for text in layer["records"]] for layer in manifest["layers"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FlashMoEError(
+            f"{EXPERT_DIR}/{MANIFEST}: no checksum for every expert ({error!r}). Convert the model "
+            "again with flashmoe-convert."
+        ) from error
+
+
 def layer_file(layer: int) -> str:
     """Return the name of one layer's expert file in a packed directory."""
     return f"layer_{layer:02d}.safetensors"
@@ -227,7 +273,8 @@ def layer_file(layer: int) -> str:
 def _open_packed(
     model_dir: Path, manifest: dict[str, Any], num_layers: int, num_experts: int
 ) -> ExpertLayout:
-    if (listed := len(manifest.get("layers", ()))) != num_layers:
+    entries = manifest.get("layers")
+    if (listed := len(entries) if isinstance(entries, list) else 0) != num_layers:
         raise FlashMoEError(
             f"{model_dir / EXPERT_DIR / MANIFEST}: lists {listed} layers, but config.json has "
             f"num_hidden_layers = {num_layers}. Convert the model again."
@@ -293,13 +340,18 @@ def checkpoint_headers(directory: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Read the headers of a directory's weight files: tensor name to (file, place).
 
     Raises:
-        FlashMoEError: there is no such file, or one of them is damaged.
+        FlashMoEError: there is no such file, one is damaged, or two hold the same tensor.
     """
-    return {
-        name: (file, info)
-        for file in weight_files(directory)
-        for name, info in read_header(file).items()
-    }
+    found: dict[str, tuple[Path, TensorInfo]] = {}
+    for file in weight_files(directory):
+        for name, info in read_header(file).items():
+            if name in found:
+                raise FlashMoEError(
+                    f"{file}: {name} is in {found[name][0].name} too. Remove the file that does "
+                    "not belong to the checkpoint."
+                )
+            found[name] = file, info
+    return found
 
 
 def _open_stock(kind: str, directory: Path, num_layers: int, num_experts: int) -> ExpertLayout:

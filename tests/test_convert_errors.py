@@ -23,7 +23,7 @@ from convert_helpers import (
     write_checkpoints,
 )  # fmt: skip
 
-from flashmoe_mlx.convert import act, convert, experts, run, write
+from flashmoe_mlx.convert import act, convert, experts, output, run, write
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import open_layout
@@ -160,13 +160,14 @@ def test_failure_leaves_no_manifest(root, tmp_path, monkeypatch):
         written.append(plan.layer)
         return act.write_layer(source, plan, *rest)
 
-    monkeypatch.setattr(run, "write_layer", write_layer)
-    with pytest.raises(FlashMoEError, match=r"No space left on device.*out is unfinished: delete"):
+    monkeypatch.setattr(output, "write_layer", write_layer)
+    with pytest.raises(FlashMoEError, match=r"No space left on device\). Free some.*Run the same"):
         convert(str(root / "hf"), tmp_path / "out", quantize=True)
     assert written == [0, 1]
     assert not (tmp_path / "out/model_experts/manifest.json").exists()
     with pytest.raises(FlashMoEError, match=r"unfinished conversion"):
         open_layout(tmp_path / "out", LAYERS, EXPERTS)
+    (tmp_path / "out/model_experts/unfinished.json").unlink()
     with pytest.raises(FlashMoEError, match=r"is an unfinished conversion. Delete it"):
         convert(str(root / "hf"), tmp_path / "out", quantize=True)
 
@@ -185,7 +186,8 @@ def test_failed_write_back_is_not_forgotten(root, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(FlashMoEError, match=r"cannot be written \(Input/output error\)"):
         convert(str(root / "hf"), tmp_path / "out", quantize=True)
-    assert calls and not list((tmp_path / "out").glob("*.safetensors*"))
+    names = {path.name for path in (tmp_path / "out").glob("*.safetensors*")}
+    assert calls and names == {"model.safetensors.index.json"}
 
 
 def test_failure_inside_a_file_leaves_no_file(root, tmp_path, monkeypatch):
@@ -203,7 +205,7 @@ def test_failure_inside_a_file_leaves_no_file(root, tmp_path, monkeypatch):
     with pytest.raises(FlashMoEError, match=r"model.safetensors: ends at byte .* it again"):
         convert(str(source), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/model_experts").iterdir()}
-    assert names == {"layer_00.safetensors"}
+    assert names == {"layer_00.safetensors", "unfinished.json"}
 
 
 # --- command -------------------------------------------------------------------------------------
@@ -228,10 +230,12 @@ def test_interruption(root, tmp_path, capsys, monkeypatch):
     def write_layer(*rest):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "write_layer", write_layer)
+    monkeypatch.setattr(output, "write_layer", write_layer)
     out = tmp_path / "out"
     assert main(["--model", str(root / "hf"), "--mlx-path", str(out), "-q"]) == 130
-    assert capsys.readouterr().err == f"flashmoe-convert: interrupted; delete {out}\n"
+    assert capsys.readouterr().err == (
+        f"flashmoe-convert: interrupted; the same command goes on, or delete {out}\n"
+    )
     assert not (out / "model_experts/manifest.json").exists()
 
 

@@ -1,0 +1,187 @@
+"""What an unfinished conversion has finished: `model_experts/unfinished.json`.
+
+It says what was begun (source, options) and has the entry of every weight file that is in place,
+and is replaced as a whole after each one. So a command that is killed anywhere finds its way when
+it is run again. It goes when the manifest, which is made of the same entries, is written.
+"""
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from flashmoe_mlx.convert.checksum import as_text
+from flashmoe_mlx.convert.output import place
+from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile, flags
+from flashmoe_mlx.convert.write import TEMPORARY, Entry, Header, sync_directory, write_json
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import DATA_ALIGNMENT, EXPERT_DIR, MANIFEST
+
+JOURNAL = "unfinished.json"
+JOURNAL_VERSION = 1
+BLOCK_BYTES = 16 << 20
+_FIRST = JOURNAL + TEMPORARY  # what a conversion writes first
+
+Begun = dict[str, Any]
+Entries = dict[str, Entry]
+
+
+def check_output(out: Path) -> None:
+    """Check that a directory can be written: absent, empty, or an unfinished conversion.
+
+    Raises:
+        FlashMoEError: it holds something else.
+    """
+    if not os.path.lexists(out) or (out / EXPERT_DIR / JOURNAL).is_file() or _is_empty(out):
+        return
+    unfinished = (out / EXPERT_DIR).is_dir() and not (out / EXPERT_DIR / MANIFEST).exists()
+    state = "is an unfinished conversion" if unfinished else "exists already"
+    raise FlashMoEError(f"{out}: {state}. Delete it, or give another --mlx-path.")
+
+
+def _is_empty(out: Path) -> bool:
+    """Say whether nothing is there but what a conversion that was killed at once leaves."""
+    if not out.is_dir():
+        return False
+    experts = out / EXPERT_DIR
+    if any(path != experts for path in out.iterdir()) or experts.is_symlink():
+        return False
+    return not experts.exists() or {path.name for path in experts.iterdir()} <= {_FIRST}
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Make the output directory, and keep other conversions out of it.
+
+    Raises:
+        FlashMoEError: another process is at it.
+    """
+    try:
+        for path in (out, out / EXPERT_DIR):
+            path.mkdir(parents=True, exist_ok=True)
+            sync_directory(path.parent)
+        directory = os.open(out / EXPERT_DIR, os.O_RDONLY)
+    except OSError as error:
+        raise FlashMoEError(
+            f"{error.filename or out}: cannot be written ({error.strerror}). Give another "
+            "--mlx-path."
+        ) from error
+    try:
+        _lock(directory, out)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _lock(directory: int, out: Path) -> None:
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, even killed
+    except BlockingIOError:
+        raise FlashMoEError(
+            f"{out}: another flashmoe-convert is writing it. Wait for it, or stop it."
+        ) from None
+
+
+def read_journal(out: Path, begun: Begun) -> Entries:
+    """Return the entries of the files that are in place; none if nothing was begun.
+
+    Raises:
+        FlashMoEError: something else was begun, or the journal cannot be read.
+    """
+    path = out / EXPERT_DIR / JOURNAL
+    try:
+        content = json.loads(path.read_bytes())
+        before, entries = content["begun"], content["files"]
+        version = content["version"]
+        entries.items(), before.items()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FlashMoEError(
+            f"{path}: damaged ({error!r}). Delete {out} and convert again."
+        ) from error
+    now = {"version": JOURNAL_VERSION} | json.loads(json.dumps(begun))
+    before = {"version": version} | before
+    for key in now:
+        if before.get(key) != now[key]:
+            raise FlashMoEError(
+                f"{out}: an unfinished conversion that was begun with "
+                f"{_difference(key, before.get(key), now[key])}. Give it the same again to finish "
+                f"it, or delete {out} to begin anew."
+            )
+    return entries
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """Say what one thing was, that a conversion was begun with, and what it is now."""
+    if key == "files" and isinstance(before, dict):
+        name = next(n for n in sorted({*before, *now}) if before.get(n) != now.get(n))
+        was, is_ = before.get(name, "no such file"), now.get(name, "no such file")
+        return f"another {name} (size and time of change: {was}, now {is_})"
+    if isinstance(before, dict):
+        show = flags if key == "options" else lambda values: " ".join(map(str, values.values()))
+        before, now = show(before), show(now)
+    return f"{key} {before}, not {now}"
+
+
+def write_journal(out: Path, begun: Begun, entries: Entries) -> None:
+    """Write the journal anew."""
+    content = {"version": JOURNAL_VERSION, "begun": begun, "files": entries}
+    write_json(out / EXPERT_DIR / JOURNAL, content)
+
+
+def remove_journal(out: Path) -> None:
+    """Remove the journal: the manifest has taken its place."""
+    (out / EXPERT_DIR / JOURNAL).unlink()
+    sync_directory(out / EXPERT_DIR)
+
+
+def header(file: TrunkFile | LayerPlan) -> Header:
+    """Return the header that a weight file gets."""
+    return Header(file.specs(), DATA_ALIGNMENT if isinstance(file, LayerPlan) else 8)
+
+
+def finished(out: Path, plan: Plan, begun: Begun) -> Entries:
+    """Return the entries of the files that were finished and, as far as a glance tells, still are.
+
+    The glance is at size, header and the last tensor or expert; `verify` reads every byte.
+
+    Raises:
+        FlashMoEError: what was begun is another conversion.
+    """
+    entries = read_journal(out, begun)
+    found = {}
+    for file in (*plan.trunk, *plan.layers):
+        name = place(file)
+        with suppress(KeyError, IndexError, TypeError, ValueError):  # an entry is not whole either
+            if _is_whole(out / name, header(file), entries[name], file):
+                found[name] = entries[name]
+    return found
+
+
+def _is_whole(path: Path, planned: Header, entry: Entry, file: TrunkFile | LayerPlan) -> bool:
+    if isinstance(file, LayerPlan):
+        last, checksum = file.record_bytes, entry["records"][-1]
+    else:
+        last, checksum = entry["tensors"][planned.names[-1]]
+    if as_text(zlib.crc32(planned.data)) != entry["header"] or not path.is_file():
+        return False
+    with open(path, "rb") as stream:
+        if os.fstat(stream.fileno()).st_size != planned.file_bytes:
+            return False
+        if stream.read(len(planned.data)) != planned.data:
+            return False
+        stream.seek(planned.file_bytes - last)
+        found = 0
+        while block := stream.read(BLOCK_BYTES):
+            found = zlib.crc32(block, found)
+    return as_text(found) == checksum
+
+
+def leftover_bytes(out: Path) -> int:
+    """Return the bytes of files that were being written when a conversion was killed."""
+    return sum(path.lstat().st_size for path in out.rglob("*" + TEMPORARY))

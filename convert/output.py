@@ -1,0 +1,79 @@
+"""The files of a converted directory: which there are, what is in them, how each is written."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+from flashmoe_mlx.convert.act import Progress, write_layer, write_trunk
+from flashmoe_mlx.convert.checksum import CHECKSUM, as_text
+from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile
+from flashmoe_mlx.convert.read import Reader
+from flashmoe_mlx.convert.source import INDEX, Source
+from flashmoe_mlx.convert.write import Entry, copy_file, json_bytes, write_file, write_json
+from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
+
+OWN_CHECKSUM = "manifest_checksum"
+MODEL_FILE = "flashmoe_model.py"
+SHIM = "from flashmoe_mlx.loader import bind\nModel, ModelArgs = bind(__file__)\n"
+COPIED = (
+    "tokenizer*", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.jsonl", "LICENSE*",
+)  # fmt: skip
+WRITTEN_ANEW = ("config.json", MODEL_FILE)
+
+
+def place(file: TrunkFile | LayerPlan) -> str:
+    """Return where a weight file lies in the output directory."""
+    return file.name if isinstance(file, TrunkFile) else f"{EXPERT_DIR}/{file.file}"
+
+
+def write_weights(
+    source: Source, file: TrunkFile | LayerPlan, out: Path, reader: Reader, progress: Progress
+) -> Entry:
+    """Write one weight file into its place in `out`, and return its entry."""
+    if isinstance(file, TrunkFile):
+        return write_trunk(file, out, reader, progress)
+    return write_layer(source, file, out / EXPERT_DIR, reader, progress)
+
+
+def small_files(source: Source, plan: Plan) -> dict[str, bytes | Path]:
+    """Return every file that holds no weights by name: its bytes, or the file to copy."""
+    copied = {path.name: path for path in copied_files(source.directory)}
+    return copied | {
+        "config.json": json_bytes(dict(sorted(plan.config.items()))),
+        MODEL_FILE: SHIM.encode(),
+        INDEX: json_bytes(_index(plan)),
+    }
+
+
+def write_small(path: Path, content: bytes | Path) -> Entry:
+    """Write a file of known bytes, or copy one."""
+    return copy_file(content, path) if isinstance(content, Path) else write_file(path, content)
+
+
+def copied_files(directory: Path) -> list[Path]:
+    """Return the tokenizer, template and generation files that go along byte for byte."""
+    names = {path.name for pattern in COPIED for path in directory.glob(pattern) if path.is_file()}
+    names -= {*WRITTEN_ANEW, INDEX}
+    return [directory / name for name in sorted(names)]
+
+
+def write_index(plan: Plan, out: Path) -> None:
+    """Write the index of the trunk's files."""
+    write_json(out / INDEX, _index(plan))
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    """Return the index of the trunk's files, as mlx-lm writes it."""
+    names = {spec.name: file.name for file in plan.trunk for spec in file.outputs}
+    return {
+        "metadata": {"total_size": plan.trunk_bytes},
+        "weight_map": dict(sorted(names.items())),
+    }
+
+
+def write_manifest(out: Path, content: dict[str, Any]) -> None:
+    """Write the manifest, with a checksum of its own as the last entry."""
+    head = {"format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, "checksum": CHECKSUM}
+    content = head | content
+    own = as_text(zlib.crc32(json_bytes(content)))
+    write_json(out / EXPERT_DIR / MANIFEST, content | {OWN_CHECKSUM: own})

@@ -1,0 +1,330 @@
+"""A conversion that is killed, or finds no room, goes on to the bytes of an undisturbed one."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from convert_helpers import KILLER, LAYERS, contents, read, write_checkpoints
+
+from flashmoe_mlx.convert import convert, run, write
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import open_layout
+
+JOURNAL = "model_experts/unfinished.json"
+MANIFEST = "model_experts/manifest.json"
+KILLED = str(int(signal.SIGKILL))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_checkpoints(tmp_path_factory.mktemp("resume"))
+    convert(root / "hf", root / "whole", quantize=True)
+    return root
+
+
+class Killer:
+    """Runs conversions of `source` that kill themselves at the n-th call to the system."""
+
+    def __init__(self, source: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", KILLER, str(source)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, out: Path, last_call: int) -> str:
+        """Convert, and return "9" for SIGKILL, or the names of all the calls that it made."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{last_call} {out}\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def close(self) -> None:
+        self._process.communicate("")
+
+
+@pytest.fixture(scope="module")
+def killer(root: Path) -> Iterator[Killer]:
+    killer = Killer(root / "hf")
+    yield killer
+    killer.close()
+
+
+def assert_not_whole(out: Path) -> None:
+    """No manifest, so nothing takes it for whole; or all the rest is there, and the manifest."""
+    if (out / MANIFEST).exists():
+        open_layout(out, LAYERS, 8)
+    else:
+        with pytest.raises(FlashMoEError, match=r"unfinished|no model\*.safetensors"):
+            open_layout(out, LAYERS, 8)
+
+
+def test_killed_anywhere_it_goes_on(root, tmp_path, killer):
+    """At 20 random calls of every kind: before it, after it, amid a write."""
+    expected = contents(root / "whole")
+    calls = killer.run(tmp_path / "count", 10**9).split()
+    assert contents(tmp_path / "count") == expected
+    points = []
+    for kind in ("open", "pwrite", "fsync", "replace", "mkdir", "unlink"):
+        places = [point for point, call in enumerate(calls) if call == kind]
+        points += random.Random(kind).sample(places, min(4, len(places)))
+    assert len(points) >= 20
+    for point in points:
+        out = tmp_path / "out"
+        assert killer.run(out, point) == KILLED
+        assert_not_whole(out)
+        if not (out / MANIFEST).exists() or (out / JOURNAL).exists():
+            convert(root / "hf", out, quantize=True)
+        assert contents(out) == expected, f"killed at call {point}, {calls[point]}"
+        shutil.rmtree(out)
+
+
+def test_killed_again_and_again(root, tmp_path, killer):
+    """What a run has finished stays: the last one has little to do."""
+    out, rounds = tmp_path / "out", 0
+    while killer.run(out, 250) == KILLED:
+        rounds += 1
+        assert rounds < 20
+    assert rounds >= 2
+    assert contents(out) == contents(root / "whole")
+
+
+def test_the_command_killed_by_the_clock(root, tmp_path):
+    """The real command, killed at no chosen place while it makes bigger files."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "flashmoe_mlx.convert.cli", "--model", str(root / "hf"), "-q",
+        "--mlx-path", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (out / "model_experts").exists() and process.poll() is None:
+        time.sleep(0.002)
+    time.sleep(0.03)
+    process.kill()
+    assert process.wait() in (-signal.SIGKILL, 0)
+    if process.returncode:
+        assert subprocess.run(command, capture_output=True).returncode == 0
+    assert contents(out) == contents(root / "whole")
+
+
+@pytest.fixture(scope="module")
+def half_done(root: Path, killer: Killer) -> Path:
+    """A conversion that was killed while it wrote layer 2."""
+    out = root / "half"
+    for point in range(20, 1000, 20):
+        assert killer.run(out, point) == KILLED
+        if (out / "model_experts/layer_02.safetensors.tmp").exists():
+            return out
+        shutil.rmtree(out)
+    raise AssertionError("never saw that layer")
+
+
+@pytest.fixture
+def half(half_done: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(half_done, tmp_path / "half")
+
+
+def test_finished_files_are_kept(root, half, monkeypatch):
+    written = []
+    real = run.write_weights
+
+    def write_weights(source, file, *rest):
+        written.append(file)
+        return real(source, file, *rest)
+
+    monkeypatch.setattr(run, "write_weights", write_weights)
+    convert(root / "hf", half, quantize=True)
+    assert [file.layer for file in written] == [2, 3]
+    assert contents(half) == contents(root / "whole")
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "header", "end", "gone"])
+def test_finished_files_that_changed_are_made_again(root, half, damage):
+    path = half / "model_experts/layer_01.safetensors"
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    else:
+        if damage in ("header", "end"):
+            data[100 if damage == "header" else -100] ^= 1
+        path.write_bytes(data[:-1] if damage == "cut" else data + b"\0" * (damage == "longer"))
+    convert(root / "hf", half, quantize=True)
+    assert contents(half) == contents(root / "whole")
+
+
+def test_other_options_are_refused(root, half):
+    before = contents(half)
+    with pytest.raises(FlashMoEError) as error:
+        convert(root / "hf", half, quantize=True, q_bits=2)
+    assert str(error.value) == (
+        f"{half}: an unfinished conversion that was begun with options -q, not -q --q-bits 2. Give "
+        f"it the same again to finish it, or delete {half} to begin anew."
+    )
+    with pytest.raises(FlashMoEError, match=r"begun with source \S+hf, not \S+stock"):
+        convert(root / "stock", half)
+    assert contents(half) == before
+
+
+def test_another_mlx_is_refused(root, half, monkeypatch):
+    monkeypatch.setattr(run, "tools", lambda: "mlx 9.9, gpu")
+    with pytest.raises(FlashMoEError, match=r"begun with tools mlx \S+, [cg]pu, not mlx 9.9, gpu"):
+        convert(root / "hf", half, quantize=True)
+
+
+def test_a_source_that_changed_is_refused(root, tmp_path, monkeypatch):
+    shutil.copytree(root / "hf", tmp_path / "hf")
+    stop_at(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "hf", tmp_path / "out", quantize=True)
+    monkeypatch.undo()
+    changed = tmp_path / "hf/model-00002-of-00003.safetensors"
+    os.utime(changed, (1, 1))
+    with pytest.raises(FlashMoEError, match=r"begun with another model-00002-of-00003.safetensors"):
+        convert(tmp_path / "hf", tmp_path / "out", quantize=True)
+    (tmp_path / "hf/added.txt").write_text("x")
+    with pytest.raises(FlashMoEError, match=r"another added.txt .*: no such file, now \[1, "):
+        convert(tmp_path / "hf", tmp_path / "out", quantize=True)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
+    real = run.write_weights
+
+    def write_weights(source, file, *rest):
+        if getattr(file, "layer", None) == layer:
+            raise KeyboardInterrupt
+        return real(source, file, *rest)
+
+    monkeypatch.setattr(run, "write_weights", write_weights)
+
+
+def test_damaged_journal(root, half):
+    for text in ("{", "[]", '{"version": 1, "begun": 3, "files": {}}', "[" * 100_000):
+        (half / JOURNAL).write_text(text)
+        with pytest.raises(FlashMoEError, match=r"unfinished.json: damaged .* Delete .*half and"):
+            convert(root / "hf", half, quantize=True)
+    (half / JOURNAL).write_text('{"version": 7, "begun": {}, "files": {}}')
+    with pytest.raises(FlashMoEError, match=r"begun with version 7, not 1"):
+        convert(root / "hf", half, quantize=True)
+
+
+def test_entries_of_the_journal_are_not_trusted(root, half):
+    """Files that the plan does not have are ignored, wherever they are said to be."""
+    journal = read(half / JOURNAL)
+    journal["files"]["../../etc/passwd"] = {"size": 1}
+    journal["files"]["model_experts/layer_01.safetensors"] = {"header": 5}
+    (half / JOURNAL).write_text(json.dumps(journal))
+    convert(root / "hf", half, quantize=True)
+    assert contents(half) == contents(root / "whole")
+
+
+def test_two_at_once(root, half):
+    from flashmoe_mlx.convert.journal import locked
+
+    with locked(half), pytest.raises(FlashMoEError, match=r"another flashmoe-convert is writing"):
+        convert(root / "hf", half, quantize=True)
+    convert(root / "hf", half, quantize=True)
+
+
+def test_an_empty_directory_is_as_good_as_none(root, tmp_path):
+    (tmp_path / "out").mkdir()
+    convert(root / "hf", tmp_path / "out", quantize=True)
+    assert contents(tmp_path / "out") == contents(root / "whole")
+    with pytest.raises(FlashMoEError, match=r"exists already"):
+        convert(root / "hf", tmp_path / "out", quantize=True)
+
+
+def test_link_goes_on_too(root, tmp_path, monkeypatch):
+    real, links = os.symlink, []
+
+    def symlink(source, target):
+        links.append(target)
+        if len(links) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "symlink", symlink)
+    with pytest.raises(FlashMoEError, match=r"No space left on device\). Free some space. Run"):
+        convert(root / "stock", tmp_path / "out", link=True)
+    with pytest.raises(FlashMoEError, match=r"unfinished"):
+        open_layout(tmp_path / "out", LAYERS, 8)
+    convert(root / "stock", tmp_path / "out", link=True)
+    convert(root / "stock", tmp_path / "expected", link=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+# --- no room -------------------------------------------------------------------------------------
+
+ROOM = 500_000
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory with room for half a conversion; `ballast` in it may be removed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = 4 << 20
+    mounted = os.geteuid() == 0 and sys.platform == "linux" and not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True
+    ).returncode  # fmt: skip
+    (disk / "ballast").write_bytes(b"x" * (size - ROOM))
+    if not mounted:
+        _limit_writes(monkeypatch, disk, size)
+    yield disk
+    if mounted:
+        subprocess.run(["umount", disk], check=True)
+
+
+def _limit_writes(monkeypatch: pytest.MonkeyPatch, disk: Path, size: int) -> None:
+    """Fail writes as a full disk does, where none can be mounted."""
+    real = os.pwrite
+
+    def pwrite(file, data, offset):
+        used = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file())
+        if used + len(data) > size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data, offset)
+
+    monkeypatch.setattr(write.os, "pwrite", pwrite)
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_full_disk(root, small_disk, monkeypatch, simulated):
+    if simulated:
+        _limit_writes(monkeypatch, small_disk, 4 << 20)
+    out = small_disk / "out"
+    with pytest.raises(FlashMoEError, match=r"needs 0.7\d MB, but only 0.\d\d MB are free"):
+        convert(root / "hf", out, quantize=True)
+    assert not out.exists()
+    real = shutil.disk_usage
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1e9))
+    for _ in range(2):  # the second finds no more room than the first
+        with pytest.raises(FlashMoEError) as error:
+            convert(root / "hf", out, quantize=True)
+        assert "(No space left on device). Free some space. Run the same command" in str(
+            error.value
+        )
+        assert_not_whole(out)
+        assert not list(out.rglob("*.tmp"))
+    assert read(out / JOURNAL)["files"]
+    (small_disk / "ballast").unlink()
+    monkeypatch.setattr(run.shutil, "disk_usage", real)
+    convert(root / "hf", out, quantize=True)
+    assert contents(out) == contents(root / "whole")
+
+
+def test_what_a_killed_run_was_writing_counts_as_free(root, half, monkeypatch, capsys):
+    size = (half / "model_experts/layer_02.safetensors.tmp").stat().st_size
+    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    convert(root / "hf", half, quantize=True, dry_run=True)
+    text = capsys.readouterr().out
+    assert size > 0 and f"free disk   {1000 + size:,} bytes" in text
+    left = 2 * 8 * 3 * 128 * 64 * 9 // 16  # two layers
+    assert f"to write    {left:,} bytes" in text
