@@ -106,10 +106,10 @@ def _measure(subject: bench.Subject, args: argparse.Namespace, batch: int) -> di
     """Return the run of median speed of one batch size."""
     uses, disk, compute = [], [], []
     for number in range(args.runs):
-        disk.append(bench.bandwidth(subject.layout))
+        disk.append(bench.bandwidth(subject.store))
         compute.append(bench.step_seconds(subject, batch))
         uses.append(decode(subject.model, subject.store, args, batch, seed=number))
-    disk.append(bench.bandwidth(subject.layout))
+    disk.append(bench.bandwidth(subject.store))
     least, tokens = args.tokens * statistics.median(compute), batch * args.tokens
     rows = [figures.result(use, tokens, use.floor(disk, least)) for use in uses]
     return {"batch": batch, **figures.middle(rows), "disk_bytes_per_s": disk}

@@ -13,6 +13,7 @@ from mlx_lm.generate import generate_step
 from . import bench_figures as figures
 from . import bench_model as bench
 from .bench_layers import print_layers, profile
+from .bench_limit import Limit
 from .bench_plot import check_plot, plot
 from .expert_store import ExpertStore
 
@@ -38,13 +39,14 @@ def run(args: argparse.Namespace) -> int:
     check_plot(args.plot)
     subject = bench.open_subject(args)
     facts = bench.conditions(subject)
-    compute, disk, uses = [], [], []
+    compute, disk, uses, limit = [], [], [], Limit(subject.layout)
     for number in range(args.runs):
         compute.append(bench.step_seconds(subject))
-        disk.append(bench.bandwidth(subject.layout))
+        disk.append(bench.bandwidth(subject.store))
+        limit.measure()
         uses.append(decode(subject.model, subject.store, args, seed=number))
     compute.append(bench.step_seconds(subject))
-    disk.append(bench.bandwidth(subject.layout))
+    disk.append(bench.bandwidth(subject.store))
     settings = {
         "tokens": args.tokens, "cold": args.cold, "forced": args.forced,
         "disk_bytes_per_s": disk, "step_s": compute,
@@ -52,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     least = args.tokens * statistics.median(compute)
     rows = [figures.result(use, args.tokens, use.floor(disk, least)) for use in uses]
     best = _print_runs(rows, args, disk)
+    settings["limit"] = limit.report({"decode": uses})
     settings |= figures.peak()
     layers, seconds = profile(
         subject, lambda started: decode(subject.model, subject.store, args, started=started)

@@ -121,7 +121,9 @@ def run(args: argparse.Namespace) -> int:
     print(f"GB/s, median of {args.rounds} rounds of {args.sample_mib} MiB in random records")
     results = []
     for source, layout in _layouts(args):
-        cells, how = measure(layout, args.threads, args.rounds, args.sample_mib << 20)
+        cells, how = measure(
+            layout, cases(layout, args.threads), args.rounds, args.sample_mib << 20
+        )
         results.append(_report(source, layout, cells, how))
     settings = {"rounds": args.rounds, "sample_bytes": args.sample_mib << 20, "fetched": FETCHED}
     print(json.dumps({"benchmark": "io", **facts, **settings, "records": results}))
@@ -170,24 +172,27 @@ def scratch_layout(ranges: Sequence[Range], record: int) -> ExpertLayout:
     return ExpertLayout("packed", path.parent, (LayerLayout(0, len(ranges), tuple(fields)),))
 
 
+def cases(layout: ExpertLayout, threads: Sequence[int]) -> list[Case]:
+    """Return every way to read that is possible, cold and warm, with each number of threads."""
+    found = [Case("cold", way, n) for way in COLD for n in threads]
+    found += [Case("warm", way, n) for way in WARM for n in threads]
+    return [case for case in found if not case.direct] if obstacle(layout) else found
+
+
 def measure(
-    layout: ExpertLayout, threads: Sequence[int], rounds: int, sample: int
+    layout: ExpertLayout, cases: Sequence[Case], rounds: int, sample: int
 ) -> tuple[list[Cell], str]:
-    """Measure every way that is possible with each number of threads.
+    """Measure cases in rounds, in random order.
 
     Args:
-        layout: experts of one layer.
-        threads: numbers of readers.
+        layout: experts, of which the first layer's are read.
+        cases: what to measure.
         rounds: runs of each.
         sample: bytes in each, at most half of the experts.
 
     Returns:
         The cells, and in words how the page cache was kept out.
     """
-    cases = [Case("cold", way, n) for way in COLD for n in threads]
-    cases += [Case("warm", way, n) for way in WARM for n in threads]
-    if obstacle(layout):
-        cases = [case for case in cases if not case.direct]
     layer = layout.layers[0]
     count = min(sample // layer.record_bytes, layer.num_experts // 2)
     count = max(1, count // FETCHED) * FETCHED

@@ -187,9 +187,10 @@ def settle(store: ExpertStore, cold: bool) -> None:
                     room -= count
 
 
-def bandwidth(layout: ExpertLayout) -> float:
-    """Measure the disk: bytes per second of random experts, read cold."""
-    return time_reads(expert_ranges(layout), "experts").bytes_per_s
+def bandwidth(store: ExpertStore) -> float:
+    """Measure the disk: bytes per second of random experts, read cold in the way of a store."""
+    ranges = expert_ranges(store.layout)
+    return time_reads(ranges, "experts", direct=store.plan.io.direct).bytes_per_s
 
 
 def begin(store: ExpertStore | None, cold: bool, started: Callable[[], None]) -> Use:

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from . import bench_figures as figures
 from . import bench_model as bench
 from .bench_layers import LayerTime, print_layers, profile
+from .bench_limit import Limit
 from .bench_plot import check_plot, plot
 from .config import PREFILL_CHUNK
 from .expert_store import ExpertStore
@@ -101,13 +102,15 @@ def _measure(subject: bench.Subject, args: argparse.Namespace, tokens: int) -> l
     prompt = bench.random_tokens(args.vocabulary, tokens)
     _read(model, prompt[: bench.PROMPT], chunk)
     states = (True, False) if hasattr(os, "posix_fadvise") else (False,)
-    compute, disk = [], [bench.bandwidth(subject.layout)]
+    compute, disk = [], [bench.bandwidth(subject.store)]
     uses: dict[bool, list[figures.Use]] = {cold: [] for cold in states}
+    limit = Limit(subject.layout)
     for _ in range(args.runs):
+        limit.measure()
         for cold in states:
             uses[cold].append(prefill(model, store, prompt, chunk, cold))
         compute.append(compute_seconds(subject, prompt, chunk))
-        disk.append(bench.bandwidth(subject.layout))
+        disk.append(bench.bandwidth(subject.store))
     layers, seconds = profile(
         subject,
         lambda started: prefill(model, store, prompt, chunk, states[0], started),
@@ -124,6 +127,8 @@ def _measure(subject: bench.Subject, args: argparse.Namespace, tokens: int) -> l
         row = {"tokens": tokens, "cold": cold, **middle, **theory, "disk_bytes_per_s": disk}
         rows.append(row | {"per_layer": [layer.as_dict(1) for layer in layers]})
     print(figures.LEGEND)
+    reached = limit.report({"cold" if cold else "warm": uses[cold] for cold in states})
+    rows = [row | {"limit": reached} for row in rows]
     print(
         f"experts that a layer and chunk asked for: {theory['distinct']}, of which "
         f"{theory['distinct'] - theory['missing']} were resident; "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
+from .config import StreamConfig
 from .custom_kernels.choice import NEEDS_GPU, Verdict, verdict
 from .custom_kernels.executor import cache_dir, kernel_choice
 from .custom_kernels.matvec import BITS
@@ -17,6 +18,7 @@ from .custom_kernels.trials import label, trials
 from .doctor_model import ModelReport, examine
 from .errors import FlashMoEError
 from .geometry import GEOMETRIES
+from .io_mode import plan_io
 from .memory import available_bytes, cgroup_limit
 from .read_speed import SAMPLE, ReadSpeed, expert_ranges, scratch_ranges, time_reads
 
@@ -105,13 +107,23 @@ def _read_speed(model: ModelReport | None, sample: int) -> ReadSpeed | str:
     """Read a model's experts or a temporary file; returns why not if that cannot be."""
     try:
         if model and model.layout:
-            return time_reads(expert_ranges(model.layout, sample), "experts of the model")
+            ranges, direct = expert_ranges(model.layout, sample), _reads_directly(model)
+            return time_reads(ranges, "experts of the model", direct=direct)
         with scratch_ranges(cache_dir(), sample) as ranges:
             return time_reads(ranges, f"a temporary file in {cache_dir()}")
     except OSError as error:
         return f"not measured: {error.strerror} ({error.filename or cache_dir()})"
     except FlashMoEError as error:
         return f"not measured: {error}"
+
+
+def _reads_directly(model: ModelReport) -> bool:
+    """Say whether the model's experts would be read past the page cache here and now."""
+    if model.layout is None or model.args is None:
+        return False
+    mode = StreamConfig.resolve(model.args.flashmoe).io_mode
+    room = available_bytes() - (model.trunk_bytes or 0)
+    return plan_io(mode, model.layout, room).direct
 
 
 def _existing(path: Path) -> Path:
@@ -143,9 +155,10 @@ def _advice(found: dict[str, Any]) -> list[str]:
         advice.append("Each expert is nine reads here. flashmoe-convert makes it one.")
     if speed and model.get("token_bytes"):
         seconds = model["token_bytes"] / speed["bytes_per_s"]
+        cache = "expert" if speed["direct"] else "page"
         advice.append(
             f"A token whose experts are all missing from memory waits {seconds:.2g} s for the "
-            f"disk ({model['token_bytes'] / 1e9:.3g} GB). Leave memory to the page cache."
+            f"disk ({model['token_bytes'] / 1e9:.3g} GB). Leave memory to the {cache} cache."
         )
     if model.get("trunk_bytes") and model["trunk_bytes"] > found["memory_available"]:
         advice.append("The resident trunk is larger than the memory available. Free some.")

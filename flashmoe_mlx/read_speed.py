@@ -37,6 +37,7 @@ class ReadSpeed:
         seconds: from the first read to the last.
         cold: how the page cache was kept out, in words.
         source: what was read, in words.
+        direct: whether reads went past the page cache.
     """
 
     nbytes: int
@@ -45,6 +46,7 @@ class ReadSpeed:
     seconds: float
     cold: str
     source: str
+    direct: bool = False
 
     @property
     def bytes_per_s(self) -> float:
@@ -126,7 +128,7 @@ def time_reads(
         seconds = in_threads(reads_into(buffers, ranges, files), len(ranges), threads)
     total = sum(nbytes for _, _, nbytes in ranges)
     how = f"direct, {cold}" if direct else cold
-    return ReadSpeed(total, len(ranges), threads, seconds, how, source)
+    return ReadSpeed(total, len(ranges), threads, seconds, how, source, direct)
 
 
 def record_buffers(nbytes: int) -> list[memoryview]:

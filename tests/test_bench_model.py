@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from flashmoe_mlx import bench_decode, bench_figures, bench_model, load
+from flashmoe_mlx import bench_decode, bench_figures, bench_limit, bench_model, load
 from flashmoe_mlx.bench import main
 from flashmoe_mlx.bench_figures import Use
 from flashmoe_mlx.bench_layers import profile, timed_layers
+from flashmoe_mlx.bench_limit import Limit
 from flashmoe_mlx.bench_model import Subject
+from flashmoe_mlx.config import IoPlan
 from flashmoe_mlx.expert_store import ExpertStats
+from flashmoe_mlx.layout import open_layout
+from flashmoe_mlx.read_speed import ReadSpeed
 from flashmoe_mlx.synthetic import Recipe, checkpoint
 
 RECIPE = Recipe("tiny", 4, 512, 4)
@@ -71,6 +75,8 @@ def test_decode_counts_what_it_reads(run):
     assert (result["slots"], result["top_k"], result["cold"]) == (SLOTS, 4, True)
     assert result["packages"]["mlx"] and result["peak_bytes"] > 0
     assert len(result["disk_bytes_per_s"]) == len(result["step_s"]) == 2
+    assert result["limit"]["best"]["cold"]["bytes_per_s"] > 0
+    assert result["limit"]["reached"]["decode"]["bytes_per_s"] > 0
     assert sum(line.endswith("  median") for line in table) == 1
 
 
@@ -111,6 +117,7 @@ def test_prefill_reads_each_expert_once_a_chunk(run):
     ]
     for row in result["rows"]:
         assert row["read_over_theory"] == 1
+        assert row["limit"]["reached"]["warm"]["bytes_per_s"] > 0
         assert row["theory_bytes"] == row["missing"] * RECORD
         assert row["bytes_per_token"] * row["tokens"] == pytest.approx(row["theory_bytes"])
         assert row["missing"] < row["distinct"] <= 4 * 16 * -(-row["tokens"] // 16)
@@ -208,6 +215,41 @@ def test_floor_is_the_longer_of_disk_and_computing():
     row = bench_figures.result(use, 2, use.floor([1000.0], 4.0))
     assert row["share_of_floor"] == 0.5 and row["tokens_per_s"] == 0.25
     assert row["read_bytes_per_s"] == 2000
+
+
+def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, monkeypatch, capsys):
+    layout = open_layout(checkpoint(RECIPE, directory), 4, 16)
+    limit = Limit(layout)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_limit, "SAMPLE", 1)
+        limit.measure()
+        limit.measure()
+    assert {c.case.state for c in (limit.best("cold"), limit.best("warm"))} == {"cold", "warm"}
+    for case, speeds in limit._rounds.items():
+        assert len(speeds) == 2 and not case.ours and case.way != "memcpy"
+        speed = {("cold", "mmap", 4): 2000.0, ("warm", "pread", 2): 8000.0}
+        speeds[:] = [speed.get((case.state, case.way, case.threads), 1000.0)] * 2
+    stats = ExpertStats(asked=4, reads=4, bytes_read=4000, seconds_waited=1.0, seconds_reading=2.5)
+    use = Use(8.0, stats, 2000, 1.0, 0.5)
+    assert limit.share(use) == pytest.approx((2000 / 2000 + 2000 / 8000) / 2.5)
+    assert limit.share(replace(use, from_disk=9000)) == pytest.approx(4000 / 2000 / 2.5)
+    assert limit.share(replace(use, from_disk=None)) is None
+    assert limit.share(replace(use, stats=ExpertStats())) is None
+    found = limit.report({"decode": [use], "nothing": [replace(use, stats=ExpertStats())]})
+    assert found["reached"] == {"decode": {"bytes_per_s": 1600.0, "share": 0.5}, "nothing": None}
+    best = found["best"]
+    assert (best["cold"]["way"], best["warm"]["bytes_per_s"]) == ("mmap", 8000.0)
+    assert "decode: 0.00 GB/s while a read was in flight, 50% of" in capsys.readouterr().out
+
+
+def test_the_disk_is_measured_as_the_store_reads(subject, monkeypatch):
+    asked, speed = [], ReadSpeed(8, 1, 1, 2.0, "cold", "a test")
+    monkeypatch.setattr(
+        bench_model, "time_reads", lambda *_, direct: (asked.append(direct), speed)[1]
+    )
+    for direct in (True, False):
+        subject.store.plan = replace(subject.store.plan, io=IoPlan(direct, "a test"))
+        assert bench_model.bandwidth(subject.store) == 4 and asked[-1] == direct
 
 
 def test_the_median_run_is_one_that_was_measured():

@@ -12,12 +12,14 @@ from metal_cpu import metal_on_cpu, require_bench
 from test_errors import DAMAGE
 
 from flashmoe_mlx import doctor
+from flashmoe_mlx.config import IoPlan
 from flashmoe_mlx.custom_kernels import choice, gpu
 from flashmoe_mlx.custom_kernels.choice import Verdict
 from flashmoe_mlx.doctor import main
 from flashmoe_mlx.layout import open_layout
 from flashmoe_mlx.loader import BUNDLED_MODEL
-from flashmoe_mlx.read_speed import expert_ranges, scratch_ranges, time_reads
+from flashmoe_mlx.memory import available_bytes
+from flashmoe_mlx.read_speed import ReadSpeed, expert_ranges, scratch_ranges, time_reads
 
 QUICK = ["--geometry", "tiny", "--sample-mib", "4"]
 
@@ -178,6 +180,21 @@ def test_reads_are_those_of_the_experts(models):
         assert (speed.reads, speed.nbytes) == (5 * reads, 5 * layout.record_bytes)
         assert speed.bytes_per_s > 0 and speed.threads == 3
         assert f"{speed.reads} random reads" in str(speed)
+
+
+@pytest.mark.parametrize(("direct", "cache"), [(True, "expert"), (False, "page")])
+def test_experts_are_read_as_a_load_would_read_them(direct, cache, models, capsys, monkeypatch):
+    def plan(mode, layout, room):
+        assert mode == "auto" and 0 < room < available_bytes() + (1 << 30)
+        return IoPlan(direct, "a test")
+
+    speed = ReadSpeed(1 << 30, 100, 8, 2.0, "cold", "a test", direct)
+    asked = []
+    monkeypatch.setattr(doctor, "plan_io", plan)
+    monkeypatch.setattr(doctor, "time_reads", lambda *_, direct: (asked.append(direct), speed)[1])
+    code, out = run([models["packed4"], *QUICK], capsys)
+    assert (code, asked) == (0, [direct])
+    assert f"Leave memory to the {cache} cache." in out
 
 
 def test_the_temporary_file_goes_away(tmp_path):
