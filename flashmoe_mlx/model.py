@@ -70,9 +70,10 @@ class Attention(nn.Module):
         self, h: mx.array, norm: nn.RMSNorm, mask: Any = None, cache: Any = None
     ) -> mx.array:
         """Return h + attention(norm(h)), `[B, T, H]`, adding T keys and values to the cache."""
-        is_step = h.shape[1] == 1 and mask is None and type(cache) is KVCache
-        if is_step and self._fuses(h, cache.offset + 1):
-            return self._run_fused(h, norm, cache)
+        if h.shape[1] == 1 and mask is None and type(cache) is KVCache:
+            traced, keys = self._fused_step.ready(h), cache.offset + 1
+            if (traced and keys <= self._fused_keys) or self._fuses(h, keys):
+                return self._run_fused(h, norm, cache, traced)
         traced = h.shape[1] == 1 and self._step.ready(h)
         before, after = (
             self._step.functions if traced else (partial(self._before, norm), self._after)
@@ -118,9 +119,7 @@ class Attention(nn.Module):
         return linear(y, self.o_proj, residual=h)[0]
 
     def _fuses(self, h: mx.array, keys: int) -> bool:
-        """Say whether a step with so many keys goes through the fused kernels."""
-        if keys <= self._fused_keys and self._fused_step.ready(h):
-            return True
+        """Find out whether a step with so many keys, and maybe more, goes through our kernels."""
         heads, norms = self._heads, (self.q_norm, self.k_norm)
         tried = next((n for n in TRIED_KEYS if keys <= n), 0)
         fuses = (
@@ -135,17 +134,13 @@ class Attention(nn.Module):
         self._fused_keys = tried if fuses else 0
         return fuses
 
-    def _run_fused(self, h: mx.array, norm: nn.RMSNorm, cache: KVCache) -> mx.array:
+    def _run_fused(self, h: mx.array, norm: nn.RMSNorm, cache: KVCache, traced: bool) -> mx.array:
         """Do what `__call__` does for one token, in few launches."""
-        traced, offset = self._fused_step.ready(h), cache.offset
-        before, after = (
-            self._fused_step.functions
-            if traced
-            else (partial(self._before_fused, norm), self._after_fused)
-        )
-        queries, keys, values, projected = before(h, integer(offset))
+        steps = partial(self._before_fused, norm), self._after_fused
+        before, after = self._fused_step.functions if traced else steps
+        queries, keys, values, projected = before(h, integer(cache.offset))
         cache.update_and_fetch(keys, values)
-        y = after(h, queries, projected, cache.keys, cache.values, integer(offset + 1))
+        y = after(h, queries, projected, cache.keys, cache.values, integer(cache.offset))
         if not traced:
             self._fused_step.trace(h, (self, norm), before, after)
         return y

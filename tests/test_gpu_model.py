@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
-from mlx_lm.models.cache import ArraysCache, BatchKVCache
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from make_synthetic import make_synthetic
@@ -150,6 +150,23 @@ def test_more_keys_than_were_tried_go_through_stock(open_model, by_stock, monkey
     with metal_on_cpu() as session:
         assert differ(decode(model), right) <= TOLERANCE
     assert launched(session)["attention_step"] == LAYERS - LINEAR
+
+
+def test_steps_while_the_cache_grows_and_shrinks(open_model, by_stock, monkeypatch):
+    """Its buffers change their shape under traced steps, and then hold keys that do not count."""
+    monkeypatch.setattr(KVCache, "step", 4)
+
+    def run(model):
+        cache = model.make_cache()
+        rows = [decode(model, steps=[5, 99, 3, 8, 7, 2], cache=cache)]
+        cache[LAYERS - 1].trim(5)
+        return mx.concatenate([*rows, decode(model, prompt=[], steps=[6, 4], cache=cache)])
+
+    model, right = open_model(), by_stock(run, open_model())
+    decode_on_bench(model)
+    with metal_on_cpu() as session:
+        assert differ(run(model), right) <= TOLERANCE
+    assert launched(session)["attention_step"] == 8
 
 
 @banks
@@ -346,6 +363,50 @@ def test_a_copy_is_not_traced():
     twin = copy.deepcopy(layer)
     assert not twin._step.ready(x) and twin._step.functions == ()
     assert traced.ready(x)
+
+
+def prepare_by_mlx(projected, heads, norms, eps, base, offset):
+    batch, queries, dim = len(projected), heads.queries, heads.dim
+    both, keys, _ = mx.split(
+        projected, [2 * queries * dim, (2 * queries + heads.keys) * dim], axis=-1
+    )
+    parts = both.reshape(batch, 1, queries, -1)[..., :dim], keys.reshape(batch, 1, -1, dim)
+    queries, keys = (
+        mx.fast.rope(
+            mx.fast.rms_norm(x, weight, eps).transpose(0, 2, 1, 3), heads.rope_dims,
+            traditional=False, base=base, scale=1.0, offset=offset,
+        )
+        for x, weight in zip(parts, norms, strict=True)
+    )  # fmt: skip
+    return queries[:, :, 0] * dim**-0.5, keys
+
+
+def attend_by_mlx(queries, projected, heads, keys, values, length):
+    batch, slots = len(projected), mx.arange(keys.shape[2])
+    y = mx.fast.scaled_dot_product_attention(
+        queries[:, :, None], keys, values, scale=1.0, mask=slots < length
+    )
+    gate = projected[..., : 2 * heads.queries * heads.dim].reshape(*y.shape[:2], -1)
+    return (y[:, :, 0] * mx.sigmoid(gate[..., heads.dim :])).reshape(batch, 1, -1)
+
+
+def test_traced_attention_takes_offset_and_length_anew(open_model, monkeypatch):
+    """The bench runs without mx.compile, so here the kernels' work is done by MLX's ops."""
+    monkeypatch.setattr(KVCache, "step", 4)
+    monkeypatch.setattr(model_module, "prefers_custom", lambda trial: True)
+    monkeypatch.setattr(model_module, "prepare", prepare_by_mlx)
+    monkeypatch.setattr(model_module, "attend", attend_by_mlx)
+    layer, twin = (open_model().layers[LINEAR] for _ in range(2))
+    monkeypatch.setattr(twin.self_attn, "_fuses", lambda h, keys: False)
+    caches = KVCache(), KVCache()
+    tokens = mx.random.normal((2, 9, layer.input_layernorm.weight.size), key=mx.random.key(1))
+    for t in range(9):
+        ours, right = (
+            each.self_attn(tokens[:, t : t + 1], each.input_layernorm, None, cache)
+            for each, cache in zip((layer, twin), caches, strict=True)
+        )
+        assert differ(ours, right) <= TOLERANCE
+    assert layer.self_attn._fused_step.functions and not twin.self_attn._fused_step.functions
 
 
 # ---- joined weights ------------------------------------------------------------------------------
