@@ -78,16 +78,16 @@ class ExpertStats:
 
 
 class Consumer(NamedTuple):
-    """What was computed, perhaps not yet, from slots of a layer; None stands for any."""
+    """What was computed, perhaps not yet, from slots of a layer; None stands for all of them."""
 
     array: mx.array
-    layer: int | None
+    layer: int
     slots: frozenset[int] | None
 
     def reads(self, layer: int, slots: Iterable[int]) -> bool:
         """Say whether it may read one of some slots."""
-        mine = self.layer is None or self.layer == layer
-        return mine and (self.slots is None or not self.slots.isdisjoint(slots))
+        mine = self.slots is None or not self.slots.isdisjoint(slots)
+        return self.layer == layer and mine
 
 
 class Pending:
@@ -202,28 +202,25 @@ class ExpertStore:
             "load the model again in the other process"
         )
 
-    def hold(
-        self, consumer: mx.array, layer: int | None = None, slots: Iterable[int] | None = None
-    ) -> None:
+    def hold(self, consumer: mx.array, layer: int, slots: Iterable[int] | None = None) -> None:
         """Keep bytes as they are until `consumer`, which reads them, is evaluated.
 
         A lazy graph reads a bank when it is evaluated, not when it is built. At most
-        KEPT_CONSUMERS are kept unevaluated for particular slots, since each keeps memory.
+        KEPT_CONSUMERS are kept unevaluated, since each keeps memory; and none of a bank with all
+        experts, since nobody writes there.
 
         Args:
             consumer: what was computed from a bank.
-            layer: the bank it reads; None if that is not known. Then the next request of any
-                layer evaluates it.
+            layer: the bank it reads.
             slots: the slots that it reads, all of the layer's unless given; it is evaluated
                 before one of them is written anew.
         """
-        if layer is not None and self.banks[layer].complete:
+        if self.banks[layer].complete:
             return
         with self._lock:
             read = None if slots is None else frozenset(slots)
             self._consumers.append(Consumer(consumer, layer, read))
-            told = [held for held in self._consumers if held.layer is not None]
-            self._evaluate(told[:-KEPT_CONSUMERS])
+            self._evaluate(self._consumers[:-KEPT_CONSUMERS])
 
     def fetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Make experts resident and return their slots, in the order given.
@@ -256,7 +253,6 @@ class ExpertStore:
         bank = self.banks[layer]
         with self._lock:
             self._check_usable()
-            self._evaluate([held for held in self._consumers if held.layer is None])
             self._settle(bank)
             missing = bank.absent(experts)
             self.stats.asked += len(experts)

@@ -156,10 +156,7 @@ class StreamedExperts(nn.Module):
 
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
         """Keep the bank, or some slots of it, as they are until `consumer` is evaluated."""
-        if slots is None:
-            self._store.hold(consumer)
-        else:
-            self._store.hold(consumer, self._layer, slots.tolist())
+        self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Run the chosen experts.
