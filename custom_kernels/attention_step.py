@@ -10,7 +10,7 @@ import numpy as np
 
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, scalar
-from flashmoe_mlx.custom_kernels.trial import DTYPES
+from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES
 
 # Caches of at most so many keys are tried; beyond, one threadgroup per head is too few.
 TRIED_KEYS = (500, 2000, 8000)
@@ -255,3 +255,12 @@ class AttentionStepTrial:
         return mx.fast.rope(
             x, self.rope_dims, traditional=False, base=ROPE_BASE, scale=1.0, offset=self.position
         )
+
+
+def deciding_trial(heads: AttentionHeads, x: mx.array, keys: int) -> AttentionStepTrial | None:
+    """Return the trial that decides for steps of `x` with so many keys, None if they are many."""
+    tried = next((most for most in TRIED_KEYS if keys <= most), None)
+    if tried is None:
+        return None
+    sizes = heads.queries, heads.keys, heads.dim, heads.rope_dims
+    return AttentionStepTrial(*sizes, NAMES[x.dtype], len(x), tried)

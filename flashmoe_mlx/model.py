@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, H hidden size, V vocabulary; heads as in `custom_kernels.reference`.
 """
 
-from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -20,10 +19,9 @@ from mlx_lm.models.rope_utils import initialize_rope
 from .config import ModelArgs
 from .custom_kernels import cpu_attention
 from .custom_kernels.attention_step import (
-    TRIED_KEYS,
     AttentionHeads,
-    AttentionStepTrial,
     attend,
+    deciding_trial,
     integer,
     prepare,
 )
@@ -33,7 +31,6 @@ from .custom_kernels.gated_delta import Heads, MixerWeights, mix
 from .custom_kernels.linear import join, joined, linear
 from .custom_kernels.mixer import mix_joined
 from .custom_kernels.traced import Traced
-from .custom_kernels.trial import NAMES
 from .expert_store import ExpertStats, ExpertStore
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
@@ -45,7 +42,8 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         """Make the projections; q_proj also yields the gate."""
         super().__init__()
-        self._step, self._fused_step, self._fused_keys = Traced(), Traced(), 0
+        self._step, self._fused_step = Traced(), Traced()
+        self._fused_keys, self._refused = 0, None
         self.heads, self.kv_heads = args.num_attention_heads, args.num_key_value_heads
         self.head_dim, bias = args.head_dim, args.attention_bias
         width = self.heads * self.head_dim
@@ -120,18 +118,18 @@ class Attention(nn.Module):
 
     def _fuses(self, h: mx.array, keys: int) -> bool:
         """Find out whether a step with so many keys, and maybe more, goes through our kernels."""
-        heads, norms = self._heads, (self.q_norm, self.k_norm)
-        tried = next((n for n in TRIED_KEYS if keys <= n), 0)
+        trial = deciding_trial(self._heads, h, keys) if on_gpu(h) else None
+        if trial is None or trial == self._refused:
+            return False
+        norms = self.q_norm, self.k_norm
         fuses = (
-            tried > 0
-            and on_gpu(h)
-            and heads.supported()
+            self._heads.supported()
             and self.rope.scale == 1
             and all(n.weight.dtype == h.dtype and n.eps == self.q_norm.eps for n in norms)
             and join((self.q_proj, self.k_proj, self.v_proj)) is not None
-            and prefers_custom(AttentionStepTrial(*astuple(heads), NAMES[h.dtype], len(h), tried))
+            and prefers_custom(trial)
         )
-        self._fused_keys = tried if fuses else 0
+        self._fused_keys, self._refused = (trial.keys, None) if fuses else (0, trial)
         return fuses
 
     def _run_fused(self, h: mx.array, norm: nn.RMSNorm, cache: KVCache, traced: bool) -> mx.array:

@@ -18,7 +18,7 @@ from test_exactness import bank_sizes
 
 from flashmoe_mlx import load
 from flashmoe_mlx import model as model_module
-from flashmoe_mlx.custom_kernels import choice, executor, gpu
+from flashmoe_mlx.custom_kernels import attention_step, choice, executor, gpu
 from flashmoe_mlx.custom_kernels.linear import join, joined, linear
 from flashmoe_mlx.custom_kernels.traced import Traced
 from flashmoe_mlx.moe import ResidentExperts
@@ -143,13 +143,21 @@ def test_logits_equal_stock(open_model, by_stock, bank, capsys):
 
 
 def test_more_keys_than_were_tried_go_through_stock(open_model, by_stock, monkeypatch):
-    monkeypatch.setattr(model_module, "TRIED_KEYS", (4, len(PROMPT) + 1))
+    monkeypatch.setattr(attention_step, "TRIED_KEYS", (4, len(PROMPT) + 1))
     right = by_stock(decode, open_model())
     model = open_model()
     decode_on_bench(model)
     with metal_on_cpu() as session:
         assert differ(decode(model), right) <= TOLERANCE
     assert launched(session)["attention_step"] == LAYERS - LINEAR
+
+
+def test_a_step_that_stock_does_faster_is_asked_for_once(open_model, by_stock, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model_module, "prefers_custom", lambda trial: bool(asked.append(trial)))
+    right, model = by_stock(decode, open_model()), open_model()
+    assert differ(decode_on_bench(model), right) <= TOLERANCE
+    assert [(trial.heads, trial.keys) for trial in asked] == [(4, 500)]
 
 
 def test_steps_while_the_cache_grows_and_shrinks(open_model, by_stock, monkeypatch):
