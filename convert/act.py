@@ -58,7 +58,7 @@ def _write_tensor(tensor: TrunkTensor, file: TensorFile, reader: Reader) -> None
         parts = _convert_block(tensor, data, unit)
         mx.eval([part for part in parts if isinstance(part, mx.array)])
         for spec, part in zip(tensor.outputs, parts, strict=True):
-            file.write(spec.name, _buffer(part), spec.nbytes * start // count)
+            file.write(spec.name, as_buffer(part), spec.nbytes * start // count)
 
 
 def _convert_block(tensor: TrunkTensor, data: Bytes, unit: int) -> Sequence[Part]:
@@ -96,11 +96,12 @@ def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> str:
     """Write one expert's bytes, in pieces that follow one another, and return their checksum."""
     first, start = f"experts.{expert}.{FIELDS[0]}", 0
     for part in record:
-        data = _buffer(part)
+        data = as_buffer(part)
         file.write(first, data, start)
         start += data.nbytes
     return as_text(joined(file.checksums(first, len(FIELDS))))
 
 
-def _buffer(part: Part) -> memoryview:
+def as_buffer(part: Part) -> memoryview:
+    """Return the bytes of a part of a record."""
     return as_bytes(part) if isinstance(part, mx.array) else part.data

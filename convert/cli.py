@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashmoe_mlx.convert.plan import DTYPES
+from flashmoe_mlx.convert.repair import repair
 from flashmoe_mlx.convert.run import convert
+from flashmoe_mlx.convert.verify import summary, verify
 from flashmoe_mlx.errors import FlashMoEError
 
+EXIT_DIFFERENCES = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -18,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="flashmoe-convert",
         description="Convert a Qwen3.5 MoE checkpoint so that its experts stream from disk.",
+        epilog="`flashmoe-convert verify DIR` reads every byte of a converted directory again.",
     )
     add = result.add_argument
     add(
@@ -58,9 +62,53 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def verify_parser() -> argparse.ArgumentParser:
+    """Return the parser of `flashmoe-convert verify`."""
+    result = argparse.ArgumentParser(
+        prog="flashmoe-convert verify",
+        description="Compare every byte of a converted directory with its manifest's checksums. "
+        "Exit code 0: equal, 1: something differs, 2: it cannot be told.",
+    )
+    add = result.add_argument
+    add("directory", metavar="DIR", help="A directory that flashmoe-convert wrote.")
+    add("--repair", action="store_true", help="Write what differs anew, from --hf-path.")
+    add("--hf-path", "--model", metavar="PATH", help="The checkpoint that DIR was made from.")
+    add("--revision", help="Its branch, tag or commit on the Hub (default: the one in DIR).")
+    return result
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, or 2 after a one-line error."""
-    options = parser().parse_args(arguments)
+    """Run the command and return its exit code: 0, or 2 after a one-line error.
+
+    The command `verify` returns 1 if something differs.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verifies = given[:1] == ["verify"]
+    options = verify_parser().parse_args(given[1:]) if verifies else parser().parse_args(given)
+    return _verify(options) if verifies else _convert(options)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    directory = Path(options.directory).expanduser()
+    try:
+        if options.repair != (options.hf_path is not None):
+            raise FlashMoEError("--repair and --hf-path SOURCE go together. Give both, or neither.")
+        problems = verify(directory)
+        if options.repair and problems:
+            print(*problems, sep="\n")
+            print(f"Repairing {len({problem.file for problem in problems})} files.")
+            problems = repair(directory, problems, options.hf_path, options.revision)
+    except FlashMoEError as error:
+        print(f"flashmoe-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("flashmoe-convert: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(*problems, summary(directory, problems), sep="\n")
+    return EXIT_DIFFERENCES if problems else 0
+
+
+def _convert(options: argparse.Namespace) -> int:
     try:
         convert(**vars(options))
     except FlashMoEError as error:

@@ -10,6 +10,7 @@ from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.source import INDEX, Source
 from flashmoe_mlx.convert.write import Entry, copy_file, json_bytes, write_file, write_json
+from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 
 OWN_CHECKSUM = "manifest_checksum"
@@ -37,7 +38,7 @@ def write_weights(
 
 def small_files(source: Source, plan: Plan) -> dict[str, bytes | Path]:
     """Return every file that holds no weights by name: its bytes, or the file to copy."""
-    copied = {path.name: path for path in copied_files(source.directory)}
+    copied = {path.name: path for path in copied_files(source)}
     return copied | {
         "config.json": json_bytes(dict(sorted(plan.config.items()))),
         MODEL_FILE: SHIM.encode(),
@@ -50,11 +51,33 @@ def write_small(path: Path, content: bytes | Path) -> Entry:
     return copy_file(content, path) if isinstance(content, Path) else write_file(path, content)
 
 
-def copied_files(directory: Path) -> list[Path]:
-    """Return the tokenizer, template and generation files that go along byte for byte."""
+def copied_files(source: Source) -> list[Path]:
+    """Return the tokenizer, template and generation files that go along byte for byte.
+
+    Raises:
+        FlashMoEError: one is a symlink out of the checkpoint: who publishes the result would
+            publish a file of this machine.
+    """
+    directory = source.directory
     names = {path.name for pattern in COPIED for path in directory.glob(pattern) if path.is_file()}
-    names -= {*WRITTEN_ANEW, INDEX}
-    return [directory / name for name in sorted(names)]
+    paths = [directory / name for name in sorted(names - {*WRITTEN_ANEW, INDEX})]
+    for path in paths:
+        if not any(path.resolve().is_relative_to(root) for root in _roots(source)):
+            raise FlashMoEError(
+                f"{path}: a symlink out of the checkpoint, to {path.resolve()}. Remove it, or put "
+                "a copy of that file in its place."
+            )
+    return paths
+
+
+def _roots(source: Source) -> list[Path]:
+    """Return the folders that a checkpoint's symlinks may lead to."""
+    roots = [source.directory.resolve()]
+    if roots[0].parent.name == "snapshots":  # the Hub's cache, which keeps files in ../../blobs
+        roots.append(roots[0].parents[1])
+    if source.layout and source.layout.kind == "linked":
+        roots.append(source.layout.directory.resolve())
+    return roots
 
 
 def write_index(plan: Plan, out: Path) -> None:

@@ -137,7 +137,7 @@ def _source_files(source: Source) -> set[Path]:
     layers = source.layout.layers if source.layout else ()
     return {
         source.directory / "config.json",
-        *copied_files(source.directory),
+        *copied_files(source),
         *(file for file, _ in source.trunk.values()),
         *(matrix.file for matrix in source.matrices.values()),
         *(field.file for layer in layers for field in layer.fields),

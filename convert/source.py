@@ -112,13 +112,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json and check that its model can be converted."""
     path = directory / "config.json"
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise ValueError("not a regular file")
         config: dict[str, Any] = json.loads(path.read_text())
         types = [part.get("model_type") for part in (config, config.get("text_config") or config)]
     except FileNotFoundError:
         raise FlashMoEError(
             f"{path}: missing. Give the directory of a whole Qwen3.5 MoE checkpoint."
         ) from None
-    except (ValueError, OSError, AttributeError) as error:
+    except (ValueError, OSError, AttributeError, RecursionError) as error:
         raise FlashMoEError(f"{path}: cannot be read ({error}). Download it again.") from error
     for model_type in types:
         if model_type not in MODEL_TYPES:
@@ -136,7 +138,7 @@ def _dims(path: Path, config: dict[str, Any]) -> Dims:
         "moe_intermediate_size",
     )  # fmt: skip
     for key in keys:
-        if not isinstance(text.get(key), int) or text[key] < 1:
+        if type(text.get(key)) is not int or text[key] < 1:
             raise FlashMoEError(
                 f"{path}: {key} is {text.get(key)!r}, expected a positive integer. "
                 "Restore the config.json that belongs to this checkpoint."
@@ -156,6 +158,12 @@ def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
     """Refuse quantisation schemes that are not MLX's affine one."""
     text = config.get("text_config") or config
     for entry in (config, text):
+        for key in ("quantization", "quantization_config"):
+            if not isinstance(entry.get(key) or {}, dict):
+                raise FlashMoEError(
+                    f"{path}: {key} is {entry[key]!r}, expected an object. "
+                    "Restore the config.json that belongs to this checkpoint."
+                )
         method = (entry.get("quantization_config") or {}).get("quant_method")
         if method and "quantization" not in config:
             raise FlashMoEError(
@@ -175,9 +183,12 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
     try:
         index = json.loads((directory / INDEX).read_text())["weight_map"]
         wanted = {name: str(file) for name, file in index.items() if canonical(name)}
+        for name, file in index.items():
+            if not isinstance(file, str) or "/" in file or "\\" in file or file == "..":
+                raise ValueError(f"{name} lies in {file!r}, which is no file of the directory")
     except FileNotFoundError:
         return
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FlashMoEError(
             f"{directory / INDEX}: damaged ({error}). Download it again."
         ) from error

@@ -25,12 +25,12 @@ def _trunk_tensor(
     name: str, place: Place, raw: bool, default: Quant | None, dtype: str | None
 ) -> TrunkTensor:
     info = place[1]
-    if default and info.dtype not in FLOAT_DTYPES:
+    shift = raw and len(info.shape) == 1 and name.endswith(_SHIFTED_NORMS)
+    if (default or shift) and info.dtype not in FLOAT_DTYPES:
         raise FlashMoEError(
             f"{place[0]}: {name} is {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}. "
             "Start from the bfloat16 checkpoint, or from an MLX one."
         )
-    shift = raw and len(info.shape) == 1 and name.endswith(_SHIFTED_NORMS)
     shape: tuple[int, ...] = info.shape
     if "conv1d.weight" in name and shape[-1] != 1:
         if len(shape) != 3 or shape[1] != 1:

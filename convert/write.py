@@ -91,7 +91,7 @@ class TensorFile:
         """Write bytes from byte `start` of a tensor; they may run on into those that follow."""
         view = memoryview(data).cast("B")
         begin = self._header.starts[self._index[name]] + start
-        _write(self._file, view, len(self._header.data) + begin)
+        write_at(self._file, view, len(self._header.data) + begin)
         self._account(view, begin)
         self._unsynced += view.nbytes
         if self._unsynced >= SYNC_BYTES and all(sync.done() for sync in self._syncs):
@@ -146,7 +146,7 @@ class TensorFile:
                 for sync in self._syncs:
                     sync.result()  # the system reports a failed write only once
                 assert self._ends == self._header.starts[1:], f"{self.path}: bytes are missing"
-                _write(self._file, self._header.data, 0)
+                write_at(self._file, self._header.data, 0)
                 os.fsync(self._file)
                 _publish(self._temporary, self.path)
         finally:
@@ -162,7 +162,7 @@ def file_entry(path: Path, size: int, checksum: int) -> Entry:
 def write_file(path: Path, content: bytes) -> Entry:
     """Write a small file."""
     with _durable(path) as file:
-        _write(file, content, 0)
+        write_at(file, content, 0)
     return file_entry(path, len(content), zlib.crc32(content))
 
 
@@ -181,7 +181,7 @@ def copy_file(source: Path, target: Path) -> Entry:
     size = checksum = 0
     with open(source, "rb") as old, _durable(target) as new:
         while block := old.read(BLOCK_BYTES):
-            _write(new, block, size)
+            write_at(new, block, size)
             size, checksum = size + len(block), zlib.crc32(block, checksum)
     return file_entry(target, size, checksum)
 
@@ -226,7 +226,8 @@ def _publish(temporary: Path, path: Path) -> None:
     sync_directory(path.parent)
 
 
-def _write(file: int, data: Buffer, offset: int) -> None:
+def write_at(file: int, data: Buffer, offset: int) -> None:
+    """Write all of `data` at a byte offset of an open file."""
     view = memoryview(data).cast("B")
     done = 0
     while done < view.nbytes:

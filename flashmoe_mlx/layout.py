@@ -29,6 +29,7 @@ MANIFEST_VERSION = 1
 DATA_ALIGNMENT = 16384
 
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+MAX_NAME = 1000
 ITEM_SIZE = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
     "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
@@ -179,6 +180,8 @@ def _check_gapless(tensors: dict[str, TensorInfo], end: int) -> int:
 
 
 def _tensor(name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    if len(name) > MAX_NAME:  # Python refuses to read numbers of thousands of digits
+        raise ValueError(f"tensor {name[:40]!r}... has a name of {len(name)} characters")
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if any(type(number) is not int for number in (begin, end, *shape)):
@@ -358,7 +361,13 @@ def _open_stock(kind: str, directory: Path, num_layers: int, num_experts: int) -
     found: dict[int, dict[str, tuple[Path, TensorInfo]]] = {}
     for name, place in checkpoint_headers(directory).items():
         if key := stacked_expert(name):
-            found.setdefault(key[0], {})[key[1]] = place
+            layer = found.setdefault(key[0], {})
+            if key[1] in layer:
+                raise FlashMoEError(
+                    f"{place[0]}: {name} is a second tensor for layer {key[0]} {key[1]}. Remove "
+                    "the files that do not belong to the checkpoint."
+                )
+            layer[key[1]] = place
     layers = [
         _stock_layer(directory, layer, num_experts, found.get(layer, {}))
         for layer in range(num_layers)

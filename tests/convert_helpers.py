@@ -197,3 +197,12 @@ for line in sys.stdin:
     sys.stdout.flush()
     os.close(reader)
 """
+
+
+def flip(path: Path, place: int, bits: int = 1) -> None:
+    """Flip bits of one byte of a file."""
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0] ^ bits
+        file.seek(place)
+        file.write(bytes([byte]))
