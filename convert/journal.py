@@ -17,7 +17,7 @@ from typing import Any
 from flashmoe_mlx.convert.checksum import as_text
 from flashmoe_mlx.convert.output import place
 from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile, flags
-from flashmoe_mlx.convert.write import TEMPORARY, Entry, Header, sync_directory, write_json
+from flashmoe_mlx.convert.write import TEMPORARY, Entry, Header, sync_directory, write_file
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import DATA_ALIGNMENT, EXPERT_DIR, MANIFEST
 
@@ -84,6 +84,8 @@ def _lock(directory: int, out: Path) -> None:
         raise FlashMoEError(
             f"{out}: another flashmoe-convert is writing it. Wait for it, or stop it."
         ) from None
+    except OSError:
+        return  # a file system without locks
 
 
 def read_journal(out: Path, begun: Begun) -> Entries:
@@ -131,7 +133,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
 def write_journal(out: Path, begun: Begun, entries: Entries) -> None:
     """Write the journal anew."""
     content = {"version": JOURNAL_VERSION, "begun": begun, "files": entries}
-    write_json(out / EXPERT_DIR / JOURNAL, content)
+    write_file(out / EXPERT_DIR / JOURNAL, json.dumps(content).encode())
 
 
 def remove_journal(out: Path) -> None:

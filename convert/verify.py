@@ -191,6 +191,13 @@ def _differing(directory: Path, parts: list[Part]) -> Iterator[Problem]:
 
 
 def _check(reader: Reader, directory: Path, part: Part) -> Problem | None:
+    try:
+        return _compare(reader, directory, part)
+    except FlashMoEError as error:  # a bad sector: the others are read nevertheless
+        return Problem(part.file, f"{part.what}: {error}", part.layer, part.expert)
+
+
+def _compare(reader: Reader, directory: Path, part: Part) -> Problem | None:
     path = directory / part.file
     found = _checksum(reader, path, part.offset, part.nbytes)
     if found == part.checksum:

@@ -1,5 +1,6 @@
 """Verification reads every byte and names what differs; repair restores the bytes that were."""
 
+import errno
 import json
 import os
 import random
@@ -166,6 +167,27 @@ def test_edited_header(root, out):
     (line,) = found(out)
     assert line.startswith(f"{LAYER}: header differs (bytes 0 to {DATA}: checksum ")
     assert_repaired(root, out)
+
+
+def test_a_bad_sector(root, out, monkeypatch):
+    """The expert that cannot be read is named, and all others are read."""
+    real, inode = os.preadv, (out / LAYER).stat().st_ino
+
+    def preadv(file, buffers, offset):
+        size = sum(len(buffer) for buffer in buffers)
+        bad = DATA + 4 * RECORD + 100
+        if os.fstat(file).st_ino == inode and offset <= bad < offset + size:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(file, buffers, offset)
+
+    flip(out / LAYER, DATA + 7 * RECORD)
+    monkeypatch.setattr(os, "preadv", preadv)
+    problems = verify.verify(out)
+    monkeypatch.undo()
+    assert [(problem.layer, problem.expert) for problem in problems] == [(2, 4), (2, 7)]
+    assert f"layer 2 expert 4: {out / LAYER}: cannot be read (Input/o" in str(problems[0])
+    assert repair.repair(out, problems, root / "hf") == []
+    assert contents(out) == contents(root / "out")
 
 
 def test_a_weight_file_too_many(root, out):
