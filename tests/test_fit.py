@@ -1,0 +1,78 @@
+"""Quantisation by least squares: never worse than mx.quantize, and packed as MLX packs."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flashmoe_mlx.convert import fit as module
+from flashmoe_mlx.convert.fit import fit, pack
+from flashmoe_mlx.convert.parts import Quant
+
+
+def random(*shape: int, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def weights(kind: str) -> mx.array:
+    w = random(24, 256)
+    if kind == "outliers":
+        return mx.where(mx.abs(w) > 2.5, 20 * w, w)
+    if kind == "constant":
+        return mx.full((24, 256), -0.37)
+    if kind == "far from zero":
+        return w * 1e-3 + 5
+    return w if kind == "normal" else w * 1e-30
+
+
+def restored(codes, scales, biases, quant) -> mx.array:
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(codes, scales, biases, quant.group_size, quant.bits)
+
+
+def errors(w, found, quant, importance=1.0) -> np.ndarray:
+    squares = importance * (w - restored(*found, quant)) ** 2
+    return np.array(squares.reshape(-1, quant.group_size).sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["normal", "outliers", "constant", "far from zero", "tiny"])
+def test_no_group_is_worse_than_by_mlx(kind, bits, dtype):
+    w, quant = weights(kind), Quant(bits, 64)
+    codes, scales, biases = mx.quantize(w, 64, bits)
+    plain = errors(w, (codes, scales.astype(dtype), biases.astype(dtype)), quant)
+    found = fit(w, quant, dtype)
+    assert found.scales.dtype == dtype and found.codes.shape == codes.shape
+    slack = 1e-6 * np.array((w * w).reshape(-1, 64).sum(-1))  # sums of float32 in another order
+    assert (errors(w, found, quant) <= plain + slack).all()
+
+
+@pytest.mark.parametrize("bits, gain", [(2, 0.70), (4, 0.92)])
+def test_normal_weights_come_out_clearly_better(bits, gain):
+    w, quant = weights("normal"), Quant(bits, 64)
+    plain = errors(w, mx.quantize(w, 64, bits), quant).sum()
+    assert errors(w, fit(w, quant, mx.bfloat16), quant).sum() < gain * plain
+
+
+def test_what_counts_more_is_kept_better():
+    w, quant = weights("normal"), Quant(2, 64)
+    importance = mx.where(mx.arange(256) % 8 == 0, 20.0, 1.0)
+    weighted, flat = fit(w, quant, mx.bfloat16, importance), fit(w, quant, mx.bfloat16)
+    errors_of = [errors(w, found, quant, importance).sum() for found in (weighted, flat)]
+    assert errors_of[0] < 0.9 * errors_of[1]
+
+
+def test_rows_in_pieces_give_the_same(monkeypatch):
+    w, quant = random(3, 8, 128), Quant(2, 32)
+    importance = mx.abs(random(3, 8, 128, seed=1))
+    whole = fit(w, quant, mx.bfloat16, importance)
+    monkeypatch.setattr(module, "CHUNK", 5 * 32)
+    for a, b in zip(whole, fit(w, quant, mx.bfloat16, importance), strict=True):
+        assert mx.array_equal(a, b)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes_are_packed_as_mlx_packs_them(bits):
+    codes = mx.random.randint(0, 1 << bits, (3, 5, 64), key=mx.random.key(bits))
+    scales, biases = mx.ones((3, 5, 1)), mx.zeros((3, 5, 1))
+    assert mx.array_equal(mx.dequantize(pack(codes, bits), scales, biases, 64, bits), codes)
