@@ -224,7 +224,7 @@ def _guessed(trace: Trace, token: int, layer: int, k: int) -> Iterator[tuple[str
     yield "this layer's last 2 tokens", set(trace.ids[token - 2 : token, layer].ravel().tolist())
     for when, ranked in (("before", trace.before), ("after", trace.after)):
         if ranked is not None:
-            for n in (k, 2 * k):
+            for n in (k // 4, k // 2, k, 2 * k):
                 name = f"router {when} the last layer's experts, best {n}"
                 yield name, set(ranked[token, layer - 1, :n].tolist())
 
