@@ -2,8 +2,8 @@
 
 A group of weights w shares a scale s and a bias b; its codes q are whole numbers, and s q + b is
 what the model will compute with. From several shares of the group's range, codes and (s, b) are
-improved in turn: the nearest codes for given s and b, then the s and b that fit these codes best, in
-the sense of least squares and as they are stored. The best of all that was seen is kept, and MLX's
+improved in turn: the nearest codes for given s and b, then the s and b that fit these codes best,
+in the sense of least squares and as stored. The best of all that was seen is kept, and MLX's
 own choice is among it, so no group is worse than `mx.quantize` makes it.
 
 Alternating least squares from several clipped ranges is common knowledge; rounding s and b before
