@@ -21,6 +21,7 @@ from .io_mode import open_expert_file
 from .layout import ExpertLayout
 from .reader import Arrival, Batch, Piece, Reader
 from .slot_bank import Bank
+from .unbroken import unbroken
 
 KEPT_CONSUMERS = 2  # one for each half of a bank
 LEAST_PIECE = 256 << 10  # bytes; cutting a record finer costs more than it gains
@@ -164,7 +165,9 @@ class ExpertStore:
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._reader = Reader({number: path for path, number in files.items()}, io_threads)
-        self._finalizer = weakref.finalize(self, _close, self._reader, list(files.values()))
+        self._finalizer = weakref.finalize(
+            self, _close, self._reader, list(files.values()), self._process
+        )
         try:
             self._fill(files, preload)
         except BaseException:  # also Ctrl-C
@@ -253,11 +256,14 @@ class ExpertStore:
         bank = self.banks[layer]
         with self._lock:
             self._check_usable()
-            self._settle(bank)
+            self._settle(bank, experts)
             missing = bank.absent(experts)
             self.stats.asked += len(experts)
             self.stats.hits += len(experts) - len(missing)
-            batch = self._bring(layer, missing, keep=set(experts)) if missing else None
+            batch = None
+            if missing:
+                with unbroken():
+                    batch = self._bring(layer, missing, keep=set(experts))
             pending = Pending(self, layer, experts, [bank.touch(e) for e in experts])
             pending._batch = batch
             if bank.arriving:
@@ -283,13 +289,9 @@ class ExpertStore:
         parts = self._parts(bank, len(missing))
         brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
         batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place))
-        try:
-            for expert, slot, (arrival, _) in zip(missing, slots, brought, strict=True):
-                bank.expect(expert, slot, arrival)
-            self._reader.start(batch)
-        except BaseException:  # Ctrl-C: what no thread has begun must not be waited for
-            self._reader.drop(batch)
-            raise
+        for expert, slot, (arrival, _) in zip(missing, slots, brought, strict=True):
+            bank.expect(expert, slot, arrival)
+        self._reader.start(batch)
         return batch
 
     def _slots(self, layer: int, missing: Sequence[int], keep: set[int]) -> list[int]:
@@ -330,16 +332,19 @@ class ExpertStore:
                 arrival.wait()
         except BaseException:  # Ctrl-C
             if batch:
-                self._reader.drop(batch, helping=True)
+                self._reader.drop(batch)
             raise
         finally:
-            with self._lock:
+            with unbroken(), self._lock:
                 self._settle(self.banks[layer])
                 self.stats.seconds_waited += time.perf_counter() - start
 
-    def _settle(self, bank: Bank) -> None:
-        """Take note of experts that have arrived."""
+    def _settle(self, bank: Bank, wanted: Iterable[int] = ()) -> None:
+        """Take note of experts that have arrived, and of those wanted that never will."""
         if bank.arriving:
+            for _, arrival in (bank.arriving[e] for e in wanted if e in bank.arriving):
+                if arrival.doomed:
+                    arrival.wait()
             for arrival in bank.settle():
                 self.stats.reads += arrival.pieces
                 self.stats.bytes_read += arrival.nbytes
@@ -366,7 +371,11 @@ def _open_files(paths: set[Path], direct: bool) -> dict[Path, int]:
     return files
 
 
-def _close(reader: Reader, files: list[int]) -> None:
-    reader.close()
+def _close(reader: Reader, files: list[int], process: int) -> None:
+    if threading.current_thread() in reader.threads:  # the garbage collector runs anywhere
+        threading.Thread(target=_close, args=(reader, files, process)).start()
+        return
+    if os.getpid() == process:  # a fork has no reader threads, and perhaps locks that stay shut
+        reader.close()
     for descriptor in files:
         os.close(descriptor)

@@ -13,6 +13,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from .errors import FlashMoEError
+from .unbroken import unbroken
 
 
 class Arrival:
@@ -45,11 +46,16 @@ class Arrival:
         with self._over:
             pass
 
-    def advance(self, nbytes: int, error: FlashMoEError | None, pieces: int = 1) -> None:
-        """Count pieces that are over. Callers hold one lock."""
+    @property
+    def doomed(self) -> bool:
+        """Say whether bytes are still being written, and yet it will not be whole."""
+        return bool(self.left and self.error)
+
+    def advance(self, nbytes: int, error: FlashMoEError | None) -> None:
+        """Count a piece that is over. Callers hold one lock."""
         self.nbytes += nbytes
         self.error = self.error or error
-        self.left -= pieces
+        self.left -= 1
         if not self.left:
             self._over.release()
 
@@ -58,14 +64,11 @@ Piece = tuple[int, int, int, list[memoryview], Arrival]  # descriptor, offset, b
 
 
 class Batch:
-    """Pieces that are asked for together, in the order to read them, and what they belong to."""
+    """Pieces that are asked for together, in the order to read them."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         """Collect pieces that nobody has begun."""
         self.pieces = deque(pieces)
-        self.arrivals = {id(piece[-1]): piece[-1] for piece in self.pieces}
-        self.busy = 0  # threads that read one of them
-        self.helped = False  # whether the one who waits is among these
 
 
 class Reader:
@@ -101,24 +104,20 @@ class Reader:
     def help(self, batch: Batch) -> None:
         """Read pieces of a batch that is started in the calling thread, until none is left.
 
-        Who has to wait anyway is awake already, and the other threads need not wake it.
+        Who has to wait anyway is awake already, and the other threads need not wake it. Ctrl-C
+        ends it behind the piece that is being read.
         """
-        with self._helping:
-            while piece := self._take(batch, helping=True):
-                self._read(batch, piece, helping=True)
+        with self._helping, unbroken() as interrupted:
+            while not interrupted and (piece := self._take(batch)):
+                self._read(piece)
 
-    def drop(self, batch: Batch, helping: bool = False) -> None:
-        """Give up what no thread has begun; the rest fails once no thread writes any more.
-
-        Args:
-            batch: what to give up.
-            helping: the caller is the one who waits, and may have been interrupted anywhere.
-        """
-        with self._lock:
-            batch.pieces.clear()
-            if helping and batch.helped:
-                self._leave(batch, helping=True)
-            self._sweep(batch)
+    def drop(self, batch: Batch) -> None:
+        """Give up what no thread has begun: it fails, once its other pieces are over."""
+        error = FlashMoEError("reading was given up; load the model again.")
+        with unbroken(), self._lock:
+            self._batches.discard(batch)
+            while batch.pieces:
+                batch.pieces.popleft()[-1].advance(0, error)
 
     def take_seconds(self) -> float:
         """Return for how long some read was in flight since this was last asked."""
@@ -141,37 +140,20 @@ class Reader:
     def _work(self) -> None:
         while batch := self._queue.get():
             while piece := self._take(batch):
-                self._read(batch, piece)
+                self._read(piece)
                 del piece  # or the thread would keep its memory while it waits for more
             del batch
 
-    def _take(self, batch: Batch, helping: bool = False) -> Piece | None:
+    def _take(self, batch: Batch) -> Piece | None:
         with self._lock:
             if not batch.pieces:
+                self._batches.discard(batch)
                 return None
             self._count_seconds()
             self._in_flight += 1
-            batch.busy += 1
-            batch.helped = batch.helped or helping
             return batch.pieces.popleft()
 
-    def _leave(self, batch: Batch, helping: bool) -> None:
-        self._count_seconds()
-        self._in_flight -= 1
-        batch.busy -= 1
-        if helping:
-            batch.helped = False
-
-    def _sweep(self, batch: Batch) -> None:
-        """Forget a batch that nobody reads any more; what it lacks is lost, and has failed."""
-        if not batch.busy and not batch.pieces:
-            self._batches.discard(batch)
-            for arrival in batch.arrivals.values():
-                if arrival.left:
-                    error = FlashMoEError("reading was given up; load the model again.")
-                    arrival.advance(0, error, pieces=arrival.left)
-
-    def _read(self, batch: Batch, piece: Piece, helping: bool = False) -> None:
+    def _read(self, piece: Piece) -> None:
         """Read a piece. `preadv` may return less than asked, so go on until full."""
         descriptor, offset, nbytes, rows, arrival = piece
         done, error = 0, None
@@ -188,9 +170,9 @@ class Reader:
                 if count == 0:
                     error = self._failure(descriptor, offset + done, offset + nbytes, None)
         with self._lock:
-            self._leave(batch, helping)
+            self._count_seconds()
+            self._in_flight -= 1
             arrival.advance(done, error)
-            self._sweep(batch)
 
     def _failure(
         self, descriptor: int, offset: int, end: int, reason: Exception | None

@@ -1,0 +1,56 @@
+"""Stretches that Ctrl-C does not tear apart."""
+
+import signal
+import threading
+
+import pytest
+
+from flashmoe_mlx.unbroken import unbroken
+
+
+@pytest.fixture(autouse=True)
+def python_handler():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
+def test_ctrl_c_waits_for_the_end():
+    done = []
+    with pytest.raises(KeyboardInterrupt), unbroken() as interrupted:
+        assert not interrupted
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted
+        done.append(1)
+    assert done
+
+
+def test_errors_come_out_and_ctrl_c_works_again():
+    with pytest.raises(ValueError, match="mine"), unbroken():
+        raise ValueError("mine")
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_handler_of_others_is_called():
+    calls = []
+    signal.signal(signal.SIGINT, lambda *args: calls.append(args[0]))
+    with unbroken(), unbroken():
+        signal.raise_signal(signal.SIGINT)
+        assert not calls
+    assert calls == [signal.SIGINT]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_other_threads_are_never_interrupted():
+    found = []
+
+    def work() -> None:
+        with unbroken() as interrupted:
+            found.append((interrupted, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [([], signal.default_int_handler)]
