@@ -106,12 +106,16 @@ def read_checksums(directory: Path) -> dict[str, Any]:
     try:
         manifest["source"].items(), manifest["tools"], manifest["options"].items()
         for name, entry in entries(manifest).items():
-            parts = list(_parts(name, entry))
-            if any(type(p.nbytes) is not int or min(p.nbytes, p.offset) < 0 for p in parts):
-                raise ValueError(f"sizes of {name}")
+            if not all(_is_sound(part) for part in _parts(name, entry)):
+                raise ValueError(f"sizes or checksums of {name}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FlashMoEError(f"{path}: damaged ({error!r}). Convert again.") from error
     return manifest
+
+
+def _is_sound(part: Part) -> bool:
+    numbers = (part.offset, part.nbytes)
+    return all(type(n) is int and n >= 0 for n in numbers) and type(part.checksum) is str
 
 
 def entries(manifest: dict[str, Any]) -> dict[str, Entry]:

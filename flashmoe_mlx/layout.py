@@ -160,10 +160,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a dict of JSON's pairs; the last of several equal keys would win unnoticed."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(k for k in keys if keys.count(k) > 1)!r} occurs more than once")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"{key[:40]!r} occurs more than once")
+        result[key] = value
     return result
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from convert_helpers import KILLER, LAYERS, contents, read, write_checkpoints
 
-from flashmoe_mlx.convert import convert, run, write
+from flashmoe_mlx.convert import convert, journal, run, write
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import open_layout
 
@@ -72,6 +72,9 @@ def test_killed_anywhere_it_goes_on(root, tmp_path, killer):
     expected = contents(root / "whole")
     calls = killer.run(tmp_path / "count", 10**9).split()
     assert contents(tmp_path / "count") == expected
+    for place, call in enumerate(calls):
+        if call == "replace":  # bytes are on the disk before the name, and the name before the next
+            assert (calls[place - 1], *calls[place + 1 : place + 3]) == ("fsync", "open", "fsync")
     points = []
     for kind in ("open", "pwrite", "fsync", "replace", "mkdir", "unlink"):
         places = [point for point, call in enumerate(calls) if call == kind]
@@ -217,20 +220,30 @@ def test_damaged_journal(root, half):
 
 def test_entries_of_the_journal_are_not_trusted(root, half):
     """Files that the plan does not have are ignored, wherever they are said to be."""
-    journal = read(half / JOURNAL)
-    journal["files"]["../../etc/passwd"] = {"size": 1}
-    journal["files"]["model_experts/layer_01.safetensors"] = {"header": 5}
-    (half / JOURNAL).write_text(json.dumps(journal))
+    content = read(half / JOURNAL)
+    content["files"]["../../etc/passwd"] = {"size": 1}
+    content["files"]["model_experts/layer_01.safetensors"] = {"header": 5}
+    (half / JOURNAL).write_text(json.dumps(content))
     convert(root / "hf", half, quantize=True)
     assert contents(half) == contents(root / "whole")
 
 
 def test_two_at_once(root, half):
-    from flashmoe_mlx.convert.journal import locked
-
-    with locked(half), pytest.raises(FlashMoEError, match=r"another flashmoe-convert is writing"):
+    with (
+        journal.locked(half),
+        pytest.raises(FlashMoEError, match=r"another flashmoe-convert is writing"),
+    ):
         convert(root / "hf", half, quantize=True)
     convert(root / "hf", half, quantize=True)
+
+
+def test_file_systems_without_locks(root, tmp_path, monkeypatch):
+    def flock(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(journal.fcntl, "flock", flock)
+    convert(root / "hf", tmp_path / "out", quantize=True)
+    assert contents(tmp_path / "out") == contents(root / "whole")
 
 
 def test_an_empty_directory_is_as_good_as_none(root, tmp_path):
