@@ -1,4 +1,4 @@
-"""Experts in memory: the LRU policy, requests that bring experts, and the counters.
+"""Experts in memory: requests that bring experts, and the counters.
 
 The store knows nothing of models: it maps (layer, expert ids) to slots of the layer's bank.
 """

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from cache_policies import Belady, LeastDemand, Lru, S3Fifo
 from record_routing import record
 from replay_routing import Guess, Trace, policies, predict, replay
+from store_helpers import make_store
 
 from flashmoe_mlx.loader import BUNDLED_MODEL, load
 from flashmoe_mlx.slot_bank import HALF_LIFE, Demand
@@ -99,6 +100,18 @@ def test_a_scan_drives_what_is_in_demand_out_of_an_lru_bank_only():
     assert not {1, 2} & one_by_one(Lru(4), wanted + scan)
     assert {1, 2} <= one_by_one(S3Fifo(4), wanted + scan)
     assert {1, 2} <= one_by_one(LeastDemand(4, EXPERTS), wanted + scan)
+
+
+def test_a_scan_leaves_what_is_in_demand_in_the_bank(tmp_path):
+    store = make_store(tmp_path, slots=4)
+    for _ in range(20):
+        store.fetch(0, [1, 2])
+    for expert in range(3, 10):
+        store.fetch(0, [expert])
+    before = store.stats.bytes_read
+    store.fetch(0, [1, 2])
+    assert store.stats.bytes_read == before
+    store.close()
 
 
 def test_demand_fades():
