@@ -259,6 +259,28 @@ def test_repair_does_not_write_through_symlinks(root, out, tmp_path):
         repair.repair(out, verify.verify(out), root / "hf")
 
 
+def test_repair_goes_on_after_an_interruption(root, out, monkeypatch):
+    """Half of an expert is written, or a file beside the old one: the next repair ends well."""
+    real = repair.write_at
+
+    def write_at(file, data, offset):
+        real(file, data[: len(data) // 2], offset)
+        raise KeyboardInterrupt
+
+    for place in (0, RECORD - 1):
+        flip(out / LAYER, DATA + 2 * RECORD + place)
+    monkeypatch.setattr(repair, "write_at", write_at)
+    with pytest.raises(KeyboardInterrupt):
+        repair.repair(out, verify.verify(out), root / "hf")
+    monkeypatch.undo()
+    assert_repaired(root, out)
+    flip(out / "model.safetensors", 5000)
+    left = out / "repair.tmp/model_experts"
+    left.mkdir(parents=True)
+    (left / "layer_00.safetensors.tmp").write_bytes(b"x")
+    assert_repaired(root, out)
+
+
 def test_no_room_to_repair(root, out, monkeypatch):
     flip(out / "model.safetensors", 5000)
 
