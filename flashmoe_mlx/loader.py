@@ -179,7 +179,7 @@ def load(
         path_or_hub_id: a directory that flashmoe-convert wrote, an unmodified MLX checkpoint of a
             Qwen3.5 MoE, or the Hub name of either.
         expert_cache: memory for the experts of all layers together, in bytes or as "512MiB";
-            "auto" (the default) decides by the memory available.
+            "auto" (the default) decides by the memory available. If it holds all, all are read now.
         io_threads: threads that read from disk (default 8).
         experts_per_token: top-k to use instead of the checkpoint's own.
         tokenizer_config: extra arguments for the tokenizer.
