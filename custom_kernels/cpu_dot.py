@@ -1,4 +1,4 @@
-"""One quantised weight row times one activation row, in integers, for numba: what decoding does.
+"""Quantised weight rows times activation rows, in integers, for numba: what decoding does.
 
 Activations become 30-bit integers, scaled per group of columns and cut into two halves of 16
 bits. One multiply-add instruction then takes twice as many weights as in float32, and no code is
@@ -6,6 +6,7 @@ converted to a float. A group's sum is exact; only the sum over the groups round
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -20,7 +21,6 @@ from flashmoe_mlx.custom_kernels.simd import (
     constant,
     load,
     multiply_add,
-    reduce_add,
     splat,
 )
 
@@ -36,6 +36,9 @@ _PAIRS = {
 }
 MULTIPLY_PAIRS = dict(pair for feature, pair in _PAIRS.items() if _FEATURES.get(feature))
 HALF_BITS = 15  # an activation is high * 2^15 + low
+LANES = VECTOR_BYTES // 4  # float32 in a vector
+STEPS = LANES  # of a block of columns, so that its activations stay in the first cache
+MAX_ROWS = 8  # activation rows at a time, likewise
 
 
 def span_of(bits: int, group_size: int) -> int:
@@ -60,107 +63,256 @@ def _pairs(builder: Any, a: Any, b: Any) -> Any:
     return builder.add(*products)
 
 
-def _group_sums(
-    builder: Any, codes: list[Any], planes: Any, bits: int, words: ir.VectorType
-) -> tuple[Any, Any]:
-    """Dot vectors of codes with the low and with the high halves that lie at `planes`."""
-    phases, size, totals = 16 // bits, words.count, []
+def _decode(builder: Any, pointer: Any, form: "_Form") -> list[list[Any]]:
+    """Load one step of codes and return, per vector of bytes, one vector of words per phase."""
+    words, vectors = form.words, []
+    for first in range(0, form.step_bytes, form.size):
+        packed, parts = load(builder, builder.gep(pointer, [I32(first)]), words, 1), []
+        for phase in range(form.phases):
+            code = builder.lshr(packed, constant(words, phase * form.bits)) if phase else packed
+            if phase < form.phases - 1:
+                code = builder.and_(code, constant(words, (1 << form.bits) - 1))
+            parts.append(code)
+        vectors.append(parts)
+    return vectors
+
+
+def _step(builder: Any, decoded: list[list[Any]], planes: Any, form: "_Form") -> Any:
+    """Dot one step of decoded codes with the activations at `planes`: a vector of sums."""
+    totals = []
     for plane in range(2):
         total = None
-        for part, packed in enumerate(codes):
-            for phase in range(phases):
-                code = builder.lshr(packed, constant(words, phase * bits)) if phase else packed
-                if phase < phases - 1:
-                    code = builder.and_(code, constant(words, (1 << bits) - 1))
-                offset = ((part * 2 + plane) * phases + phase) * size
-                x = load(builder, builder.gep(planes, [I32(offset)]), words, 2)
+        for part, phases in enumerate(decoded):
+            for phase, code in enumerate(phases):
+                offset = ((part * 2 + plane) * form.phases + phase) * form.words.count
+                x = load(builder, builder.gep(planes, [I32(offset)]), form.words, 2)
                 product = _pairs(builder, code, x)
                 total = product if total is None else builder.add(total, product)
-        totals.append(total)
-    return totals[0], totals[1]
+        totals.append(builder.sitofp(total, form.floats))
+    power = constant(form.floats, float(1 << HALF_BITS))
+    return multiply_add(builder, totals[1], power, totals[0])
 
 
-def _scales(builder: Any, pointer: Any, span: int, lanes: int) -> Any:
-    """Load one scale per group and repeat each over its group's lanes."""
-    few = load(builder, pointer, ir.VectorType(F32, span), 4)
-    places = [lane * span // lanes for lane in range(lanes)]
+@dataclass(frozen=True)
+class _Form:
+    """How a format's codes fill vectors.
+
+    Attributes:
+        bits: 2, 4 or 8.
+        group: columns per group.
+        span: groups per step of the inner loop.
+    """
+
+    bits: int
+    group: int
+    span: int
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of codes per step."""
+        return self.group * self.bits // 8 * self.span
+
+    @property
+    def size(self) -> int:
+        """Bytes of a vector."""
+        return min(self.step_bytes, VECTOR_BYTES)
+
+    @property
+    def phases(self) -> int:
+        """Codes in a 16-bit word."""
+        return 16 // self.bits
+
+    @property
+    def words(self) -> ir.VectorType:
+        """A vector of codes."""
+        return ir.VectorType(I16, self.size // 2)
+
+    @property
+    def floats(self) -> ir.VectorType:
+        """A vector of sums."""
+        return ir.VectorType(F32, self.size // 4)
+
+
+def _scales(builder: Any, pointer: Any, form: _Form) -> Any:
+    """Load one scale per group of a step and repeat each over its group's lanes."""
+    few, lanes = load(builder, pointer, ir.VectorType(F32, form.span), 4), form.floats.count
+    places = [lane * form.span // lanes for lane in range(lanes)]
     return builder.shuffle_vector(few, few, ir.Constant(ir.VectorType(I32, lanes), places))
 
 
-def _dot(
-    builder: Any, bits: int, group_bytes: int, span: int, steps: Any,
-    codes: Any, scales: Any, planes: Any,
-) -> Any:  # fmt: skip
-    """Add up `steps` times `span` groups; pointers to bytes, float32 and int16."""
-    size = min(group_bytes * span, VECTOR_BYTES)
-    words = ir.VectorType(I16, size // 2)
-    floats = ir.VectorType(F32, size // 4)
-    sum_place = cgutils.alloca_once(builder, floats)
-    builder.store(constant(floats, 0.0), sum_place)
-    step_bytes = group_bytes * span
-    with cgutils.for_range(builder, steps) as loop:
-
-        def at(pointer: Any, stride: int) -> Any:
-            return builder.gep(pointer, [builder.mul(loop.index, steps.type(stride))])
-
-        here = at(codes, step_bytes)
-        packed = [
-            load(builder, builder.gep(here, [I32(first)]), words, 1)
-            for first in range(0, step_bytes, size)
-        ]
-        x = at(planes, step_bytes * 8 // bits * 2)
-        low, high = (
-            builder.sitofp(t, floats) for t in _group_sums(builder, packed, x, bits, words)
-        )
-        both = multiply_add(builder, high, constant(floats, float(1 << HALF_BITS)), low)
-        scale = _scales(builder, at(scales, span), span, floats.count)
-        builder.store(multiply_add(builder, both, scale, builder.load(sum_place)), sum_place)
-    return reduce_add(builder, builder.load(sum_place))
+def _pointer(builder: Any, address: Any, kind: Any, offset: Any = None) -> Any:
+    """Turn an address, and an offset in bytes, into a pointer."""
+    address = address if offset is None else builder.add(address, offset)
+    return builder.inttoptr(address, kind.as_pointer())
 
 
 @intrinsic(prefer_literal=True)
-def dot_row(
-    _context: Any, bits: Any, group: Any, codes: Any, scales: Any, planes: Any, groups: Any
-) -> tuple[Any, Callable[..., Any]] | None:
-    """Return sum over groups of scale * (sum over the group of code * x), as float32.
+def dot_block(
+    _context: Any, bits: Any, group: Any, single: Any, codes: Any, scales: Any, records: Any,
+    offsets: Any, rows: Any, steps: Any, sums: Any,
+) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
+    """Add a block of columns to the sums of a weight row times a few activation rows.
 
-    `bits` and `group` are compile-time constants.
+    sums[r, lane] += scale * factor[r] * (sum over the lane's columns of code * x[r]), group after
+    group: the result does not depend on how many rows there are, or on the block.
 
     Args:
-        bits: 2, 4 or 8.
+        bits: 2, 4 or 8, a compile-time constant like the next two.
         group: columns per group.
-        codes: address of `[groups * group * bits / 8]` bytes.
-        scales: address of `[groups]` float32, the weights' scales times the activations'.
-        planes: address of `[2 * groups * group]` int16, in the order that `cut` makes.
-        groups: groups per row.
+        single: 1 if there is one activation row only, else 0.
+        codes: address of the weight row's codes at the block.
+        scales: address of its scales there, float32.
+        records: address of `[rows]` addresses of activation records.
+        offsets: bytes from a record's address to its integers and factors at the block.
+        rows: at most MAX_ROWS.
+        steps: of the inner loop, at most STEPS.
+        sums: address of `[rows, LANES]` float32.
+    """
+    if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group, single)):
+        return None
+    width, columns, one = bits.literal_value, group.literal_value, bool(single.literal_value)
+    form = _Form(width, columns, span_of(width, columns))
+    products = ir.VectorType(F32, STEPS * form.span)
+    record_step = form.step_bytes * 8 // width * 4
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
+        codes, scales, records, offsets, rows, steps, sums = args[3:]
+        plane_offset, factor_offset = (builder.extract_value(offsets, i) for i in range(2))
+        number = rows.type
+        table = _pointer(builder, records, number)
+        only = builder.load(table) if one else None  # stores might alias the table
+        scratch = cgutils.alloca_once(builder, F32, size=MAX_ROWS * products.count)
+        scale = load(builder, _pointer(builder, scales, F32), products, 4)
+
+        def record(r: Any) -> Any:
+            return builder.load(builder.gep(table, [r])) if only is None else only
+
+        def product(r: Any) -> Any:
+            return builder.gep(scratch, [builder.mul(r, number(products.count))])
+
+        def multiply(r: Any) -> None:
+            pointer = _pointer(builder, record(r), F32, factor_offset)
+            value = builder.fmul(scale, load(builder, pointer, products, 4))
+            target = builder.bitcast(product(r), products.as_pointer())
+            builder.store(value, target).align = 4
+
+        def total(r: Any) -> Any:
+            return _pointer(builder, sums, form.floats, builder.mul(r, number(4 * LANES)))
+
+        def add(r: Any, step: Any, decoded: list[list[Any]], running: Any) -> None:
+            offset = builder.add(plane_offset, builder.mul(step, number(record_step)))
+            dot = _step(builder, decoded, _pointer(builder, record(r), I16, offset), form)
+            place = builder.gep(product(r), [builder.mul(step, number(form.span))])
+            before = load(builder, running, form.floats, 4)
+            after = multiply_add(builder, dot, _scales(builder, place, form), before)
+            builder.store(after, running).align = 4
+
+        zero, running = number(0), cgutils.alloca_once(builder, form.floats)
+        if one:
+            multiply(zero)
+            builder.store(load(builder, total(zero), form.floats, 4), running)
+        else:
+            with cgutils.for_range(builder, rows) as loop:
+                multiply(loop.index)
+        with cgutils.for_range(builder, steps) as loop:
+            offset = builder.mul(loop.index, number(form.step_bytes))
+            decoded = _decode(builder, _pointer(builder, codes, ir.IntType(8), offset), form)
+            if one:
+                add(zero, loop.index, decoded, running)
+            else:
+                with cgutils.for_range(builder, rows) as inner:
+                    add(inner.index, loop.index, decoded, total(inner.index))
+        if one:
+            builder.store(builder.load(running), total(zero)).align = 4
+
+    pair = types.UniTuple(types.intp, 2)
+    kinds = types.intp, types.intp, types.intp, pair, types.intp, types.intp, types.intp
+    return types.void(bits, group, single, *kinds), codegen
+
+
+@intrinsic(prefer_literal=True)
+def dot_rest(
+    _context: Any, bits: Any, group: Any, codes: Any, scales: Any, planes: Any, factors: Any,
+    groups: Any,
+) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
+    """Return the dot product of a row's last groups, which do not fill a vector together.
+
+    `bits` and `group` are compile-time constants, the others addresses; scales are float32.
     """
     if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group)):
         return None
-    width, columns = bits.literal_value, group.literal_value
-    group_bytes, span = columns * width // 8, span_of(width, columns)
+    form = _Form(bits.literal_value, group.literal_value, 1)
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        groups = args[5]
-        pointers = [
-            builder.inttoptr(address, kind.as_pointer())
-            for address, kind in zip(args[2:5], (ir.IntType(8), F32, I16), strict=True)
-        ]
-        steps = builder.sdiv(groups, groups.type(span))
-        total = _dot(builder, width, group_bytes, span, steps, *pointers)
-        if span == 1:
-            return total
-        # A row that does not fill the last vector ends in single groups.
-        done = builder.mul(steps, groups.type(span))
-        strides = group_bytes, 1, 2 * columns
-        rest = [
-            builder.gep(p, [builder.mul(done, groups.type(s))])
-            for p, s in zip(pointers, strides, strict=True)
-        ]
-        left = builder.sub(groups, done)
-        return builder.fadd(total, _dot(builder, width, group_bytes, 1, left, *rest))
+        codes, scales, planes, factors, groups = args[2:]
+        running = cgutils.alloca_once(builder, form.floats)
+        builder.store(constant(form.floats, 0.0), running)
+        with cgutils.for_range(builder, groups) as loop:
 
-    kinds = types.intp, types.intp, types.intp, types.intp
-    return types.float32(bits, group, *kinds), codegen
+            def at(address: Any, kind: Any, stride: int) -> Any:
+                offset = builder.mul(loop.index, groups.type(stride))
+                return _pointer(builder, address, kind, offset)
+
+            decoded = _decode(builder, at(codes, ir.IntType(8), form.step_bytes), form)
+            dot = _step(builder, decoded, at(planes, I16, form.group * 4), form)
+            scale = builder.fmul(
+                builder.load(at(scales, F32, 4)), builder.load(at(factors, F32, 4))
+            )
+            scale = splat(builder, scale, form.floats)
+            builder.store(multiply_add(builder, dot, scale, builder.load(running)), running)
+        return _add_lanes(builder, builder.load(running))
+
+    return types.float32(bits, group, *[types.intp] * 5), codegen
+
+
+def _add_lanes(builder: Any, vector: Any) -> Any:
+    """Return the sum of a vector's lanes, in one order everywhere: halves, and halves again."""
+    while vector.type.count > 1:
+        half = vector.type.count // 2
+        places = [
+            ir.Constant(ir.VectorType(I32, half), list(range(i, i + half))) for i in (0, half)
+        ]
+        low, high = (builder.shuffle_vector(vector, vector, p) for p in places)
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, I32(0))
+
+
+@intrinsic
+def add_lanes(_context: Any, sums: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return the sum of the LANES float32 at an address."""
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        pointer = _pointer(builder, args[0], F32)
+        return _add_lanes(builder, load(builder, pointer, ir.VectorType(F32, LANES), 4))
+
+    return types.float32(types.intp), codegen
+
+
+@intrinsic
+def start_sums(
+    _context: Any, biases: Any, totals: Any, chunks: Any, sums: Any
+) -> tuple[Any, Callable[..., Any]]:
+    """Write to LANES float32 at `sums` what the biases contribute, `chunks` times LANES groups.
+
+    `biases` and `totals`, the groups' sums of activations, are addresses of float32.
+    """
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
+        biases, totals, chunks, sums = args
+        vector = ir.VectorType(F32, LANES)
+        running = cgutils.alloca_once(builder, vector)
+        builder.store(constant(vector, 0.0), running)
+        with cgutils.for_range(builder, chunks) as loop:
+            offset = builder.mul(loop.index, chunks.type(4 * LANES))
+            a, b = (
+                load(builder, _pointer(builder, address, F32, offset), vector, 4)
+                for address in (biases, totals)
+            )
+            builder.store(multiply_add(builder, a, b, builder.load(running)), running)
+        target = _pointer(builder, sums, vector)
+        builder.store(builder.load(running), target).align = 4
+
+    return types.void(*[types.intp] * 4), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -13,6 +13,9 @@ from numba import prange
 from flashmoe_mlx.custom_kernels.cpu import ALL, Array, compiled, serial, use_threads
 from flashmoe_mlx.custom_kernels.cpu_rows import (
     HEIGHT,
+    ROWS,
+    SLOT,
+    START,
     UNITS,
     Group,
     Matrix,
@@ -62,14 +65,14 @@ def _route(
     cut_rows(x, norm[:0], eps, matrices, forms, records)
     experts, inner = matrices[ROUTER, HEIGHT], matrices[SHARED_GATE, HEIGHT]
     switches, hiddens = batch * experts, batch * (experts + 1)  # where in `out`
-    jobs, first = np.zeros((4, UNITS + 1), np.int64), form_of * batch
-    add_job(jobs, 0, matrices, (ROUTER, -1, 0, first[ROUTER], 0, batch, 0))
-    add_job(jobs, 1, matrices, (SWITCH, -1, 0, first[SWITCH], 0, batch, switches))
-    shared = (SHARED_GATE, SHARED_UP, 0, first[SHARED_GATE], first[SHARED_UP], batch, hiddens)
+    jobs, first, rows = np.zeros((4, UNITS + 1), np.int64), form_of * batch, np.arange(batch)
+    add_job(jobs, 0, matrices, (ROUTER, -1, 0, first[ROUTER], 0, 0, batch, 0))
+    add_job(jobs, 1, matrices, (SWITCH, -1, 0, first[SWITCH], 0, 0, batch, switches))
+    shared = (SHARED_GATE, SHARED_UP, 0, first[SHARED_GATE], first[SHARED_UP], 0, batch, hiddens)
     units = add_job(jobs, 2, matrices, shared)
     out = np.empty(hiddens + batch * inner, np.float32)
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, records, out)
+        run_unit(unit, jobs, matrices, records, rows, rows, out)
     for row in range(batch):
         choose(out[row * experts : (row + 1) * experts], renormalise, ids[row], scores[row])
         switch[row] = np.float32(1) / (np.float32(1) + np.exp(-out[switches + row]))
@@ -81,30 +84,37 @@ def _experts(
     x: Array, tokens: Array, slots: Array, rows: Array, shared: Array, matrices: Array,
     forms: Array, form_of: Array, y: Array,
 ) -> None:  # fmt: skip
-    pairs, batch, width = tokens.size, x.shape[0], x.shape[1]
+    pairs, batch = tokens.size, x.shape[0]
     inner, total = matrices[GATE, HEIGHT], tokens.size + shared.shape[0]
     inputs = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
     cut_rows(x, x[0, :0], 0.0, matrices, forms, inputs)
-    jobs, hidden = np.zeros((total + 1, UNITS + 1), np.int64), np.empty(pairs * inner, np.float32)
-    first, units = form_of * batch, 0
-    for n in range(pairs):
-        records = (first[GATE] + tokens[n], first[UP] + tokens[n])
-        units = add_job(jobs, n, matrices, (GATE, UP, slots[n], *records, 1, n * inner))
+    jobs, hidden = np.zeros((pairs + 2, UNITS + 1), np.int64), np.empty(pairs * inner, np.float32)
+    sources, targets = np.arange(total), np.empty(total, np.int64)
+    targets[:pairs] = rows
+    targets[pairs:] = sources[pairs:] + (y.shape[0] - batch - pairs)  # shared: the last ones
+    first, count, units, start = form_of * batch, 0, 0, 0
+    for end in range(1, pairs + 1):
+        if end == pairs or slots[end] != slots[start]:
+            job = (GATE, UP, slots[start], first[GATE], first[UP], start, end - start, 0)
+            units = add_job(jobs, count, matrices, job)
+            count, start = count + 1, end
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, inputs, hidden)
+        run_unit(unit, jobs, matrices, inputs, tokens, sources, hidden)
 
     size = record_size(matrices, np.array([DOWN, SHARED_DOWN]))
     middle = np.empty((total, size), np.float32)
     for n in range(pairs):
         cut(hidden[n * inner : (n + 1) * inner], matrices[DOWN], middle[n])
-        units = add_job(jobs, n, matrices, (DOWN, -1, slots[n], n, 0, 1, rows[n] * width))
     for row in range(shared.shape[0]):
-        n, place = pairs + row, (y.shape[0] - batch + row) * width
-        cut(shared[row], matrices[SHARED_DOWN], middle[n])
-        units = add_job(jobs, n, matrices, (SHARED_DOWN, -1, 0, n, 0, 1, place))
+        cut(shared[row], matrices[SHARED_DOWN], middle[pairs + row])
+    for n in range(count):
+        job = (DOWN, -1, jobs[n, SLOT], 0, 0, jobs[n, START], jobs[n, ROWS], 0)
+        units = add_job(jobs, n, matrices, job)
+    if total > pairs:
+        units = add_job(jobs, count, matrices, (SHARED_DOWN, -1, 0, 0, 0, pairs, total - pairs, 0))
     flat = y.reshape(-1)
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, middle, flat)
+        run_unit(unit, jobs, matrices, middle, sources, targets, flat)
 
 
 @serial
@@ -167,6 +177,9 @@ class MoeBlock:
         y = np.empty((batch * (top_k + 1), width), np.float32)
         inputs = self._all.numbers, self._inputs.forms, self._inputs.form_of
         for places, slots in waves(ids):
+            if batch > 1:  # rows of one expert are computed together
+                order = np.argsort(slots, kind="stable")
+                places, slots = places[order], slots[order]
             _experts(x, places // top_k, slots, places, shared, *inputs, y)
             shared = shared[:0]
         out = np.empty_like(h)

@@ -1,8 +1,9 @@
-"""Quantised matrices times a few activation rows, each row on its own: what decoding does.
+"""Quantised matrices times a few activation rows: what decoding does.
 
 A matrix is a row of numbers (`Matrix.numbers`), so that one compiled function takes every format
 and any mix of formats. An activation row is a *record* of float32: `columns` that hold its
-integer halves, then per group a scale and a sum.
+integer halves, then a factor per group, then a sum per group. Rows share the work of decoding
+weights; each one's results are those that it would have alone.
 """
 
 from dataclasses import dataclass
@@ -26,10 +27,16 @@ from flashmoe_mlx.custom_kernels.cpu import (
 from flashmoe_mlx.custom_kernels.cpu_dot import (
     CUT,
     HALF_BITS,
+    LANES,
+    MAX_ROWS,
+    STEPS,
     VECTOR_BYTES,
+    add_lanes,
     cut_columns,
-    dot_row,
+    dot_block,
+    dot_rest,
     span_of,
+    start_sums,
 )
 from flashmoe_mlx.custom_kernels.simd import keep_apart, leading_power, magnitude
 
@@ -78,11 +85,24 @@ class Matrix:
 
 
 @serial
+def start_of(array: Array) -> Any:
+    """Return an array's address, signed: a sum of signed and unsigned integers is a float."""
+    return np.int64(array.ctypes.data)
+
+
+@serial
+def places(matrix: Array) -> int:
+    """Return how many factors, and sums, a record has: one a group, and zeros up to a block."""
+    block = STEPS * matrix[SPAN]
+    return (matrix[COLUMNS] // matrix[GROUP] + block - 1) // block * block
+
+
+@serial
 def record_size(matrices: Array, forms: Array) -> int:
     """Return how many float32 the largest record for the matrices numbered `forms` takes."""
     size = 0
     for n in forms:
-        size = max(size, matrices[n, COLUMNS] + 2 * (matrices[n, COLUMNS] // matrices[n, GROUP]))
+        size = max(size, matrices[n, COLUMNS] + 2 * places(matrices[n]))
     return size
 
 
@@ -97,14 +117,15 @@ def _cut(bits: int, x: int, inverse: float, planes: int, words: int) -> int:
 
 @serial
 def cut(x: Array, matrix: Array, out: Array) -> None:
-    """Write the record of activation row `x` `[columns]` to `out`, as `dot_row` reads it.
+    """Write the record of activation row `x` `[columns]` to `out`, as `dot_block` reads it.
 
     A group with an infinity or a NaN makes every result NaN.
     """
     keep_apart()
     bits, group, columns = matrix[BITS], matrix[GROUP], matrix[COLUMNS]
     groups, own, block = columns // group, group * bits // 16, CUT * bits // 16
-    whole = groups - groups % matrix[SPAN]
+    whole, sums = groups - groups % matrix[SPAN], columns + places(matrix)
+    out[columns + groups : sums + places(matrix)] = np.float32(0)
     for g in range(groups):
         largest = np.int32(0)
         for value in x[g * group : (g + 1) * group]:
@@ -119,11 +140,11 @@ def cut(x: Array, matrix: Array, out: Array) -> None:
         for n in range(group // CUT):
             word = g % span * own + n * block
             place = first + word // words * 2 * words * (16 // bits) + word % words
-            source = x.ctypes.data + 4 * (g * group + n * CUT)
-            total += _cut(bits, source, inverse, out.ctypes.data + 2 * place, words)
-        out[columns + g], out[columns + groups + g] = scale, np.float32(total) * scale
+            source = start_of(x) + 4 * (g * group + n * CUT)
+            total += _cut(bits, source, inverse, start_of(out) + 2 * place, words)
+        out[columns + g], out[sums + g] = scale, np.float32(total) * scale
         if largest >= HUGE:
-            out[columns + g] = out[columns + groups + g] = np.float32(np.nan)
+            out[columns + g] = out[sums + g] = np.float32(np.nan)
 
 
 @serial
@@ -138,47 +159,137 @@ def cut_rows(
             cut(x, matrices[forms[form]], records[form * h.shape[0] + row])
 
 
+def _sweep(bits: int, group: int) -> Any:
+    """Make the function that multiplies in one format."""
+    span = span_of(bits, group)
+    step_bytes, step_floats = group * bits // 8 * span, group * span
+
+    @serial
+    def sweep(codes: int, scales: Array, table: Array, columns: int, sums: Array) -> None:
+        """Add all whole steps of columns to the sums.
+
+        Args:
+            codes: address of the first weight row's codes.
+            scales: `[weight rows, places]` float32.
+            table: `[rows]` addresses of records.
+            columns: of the matrix.
+            sums: `[weight rows, rows, LANES]`.
+        """
+        keep_apart()
+        height, rows, records = scales.shape[0], table.size, start_of(table)
+        steps, row_bytes = columns // step_floats, columns * bits // 8
+        blocks = (steps + STEPS - 1) // STEPS
+        for n in range(height * blocks):
+            # A single record stays in the first cache as a whole; of several, only a block does.
+            row, block = (n // blocks, n % blocks) if rows == 1 else (n % height, n // height)
+            step = block * STEPS
+            count = min(STEPS, steps - step)
+            code = codes + row * row_bytes + step * step_bytes
+            scale = start_of(scales) + (row * scales.shape[1] + step * span) * 4
+            offsets = step * step_floats * 4, (columns + step * span) * 4
+            out = start_of(sums) + row * rows * LANES * 4
+            if rows == 1:
+                dot_block(bits, group, 1, code, scale, records, offsets, rows, count, out)
+            else:
+                dot_block(bits, group, 0, code, scale, records, offsets, rows, count, out)
+
+    return sweep
+
+
+_sweep_2_32, _sweep_2_64, _sweep_2_128 = (_sweep(2, g) for g in (32, 64, 128))
+_sweep_4_32, _sweep_4_64, _sweep_4_128 = (_sweep(4, g) for g in (32, 64, 128))
+_sweep_8_32, _sweep_8_64, _sweep_8_128 = (_sweep(8, g) for g in (32, 64, 128))
+
+
 @serial
-def _dot(bits: int, group: int, codes: int, scales: int, planes: int, groups: int) -> Any:
+def _add_products(
+    bits: int, group: int, codes: int, scales: Array, table: Array, columns: int, sums: Array
+) -> None:
     if bits == 4:
         if group == 64:
-            return dot_row(4, 64, codes, scales, planes, groups)
-        if group == 32:
-            return dot_row(4, 32, codes, scales, planes, groups)
-        return dot_row(4, 128, codes, scales, planes, groups)
-    if bits == 2:
+            _sweep_4_64(codes, scales, table, columns, sums)
+        elif group == 32:
+            _sweep_4_32(codes, scales, table, columns, sums)
+        else:
+            _sweep_4_128(codes, scales, table, columns, sums)
+    elif bits == 2:
         if group == 64:
-            return dot_row(2, 64, codes, scales, planes, groups)
-        if group == 32:
-            return dot_row(2, 32, codes, scales, planes, groups)
-        return dot_row(2, 128, codes, scales, planes, groups)
-    if group == 64:
-        return dot_row(8, 64, codes, scales, planes, groups)
-    if group == 32:
-        return dot_row(8, 32, codes, scales, planes, groups)
-    return dot_row(8, 128, codes, scales, planes, groups)
+            _sweep_2_64(codes, scales, table, columns, sums)
+        elif group == 32:
+            _sweep_2_32(codes, scales, table, columns, sums)
+        else:
+            _sweep_2_128(codes, scales, table, columns, sums)
+    elif group == 64:
+        _sweep_8_64(codes, scales, table, columns, sums)
+    elif group == 32:
+        _sweep_8_32(codes, scales, table, columns, sums)
+    else:
+        _sweep_8_128(codes, scales, table, columns, sums)
 
 
 @serial
-def times_rows(matrix: Array, slot: int, first: int, last: int, record: Array, out: Array) -> None:
-    """Multiply weight rows `first` to `last` of a slot by a record, into `out[: last - first]`."""
+def _rest(
+    bits: int, group: int, codes: int, scales: int, planes: int, factors: int, groups: int
+) -> Any:
     keep_apart()
-    bits, group, kind = matrix[BITS], matrix[GROUP], matrix[KIND]
-    columns, groups = matrix[COLUMNS], matrix[COLUMNS] // matrix[GROUP]
-    row_bytes, planes = columns * bits // 8, record.ctypes.data
-    factors, sums = record[columns : columns + groups], record[columns + groups :]
-    scales = np.empty(groups, np.float32)
-    for row in range(first, last):
-        n = slot * matrix[HEIGHT] + row
-        widen(kind, matrix[BIASES], n * groups, scales)
-        bias = np.float32(0)
-        for g in range(groups):
-            bias += scales[g] * sums[g]
-        widen(kind, matrix[SCALES], n * groups, scales)
-        for g in range(groups):
-            scales[g] *= factors[g]
-        codes = matrix[CODES] + n * row_bytes
-        out[row - first] = bias + _dot(bits, group, codes, scales.ctypes.data, planes, groups)
+    if bits == 4:
+        if group == 32:
+            return dot_rest(4, 32, codes, scales, planes, factors, groups)
+        return dot_rest(4, 64, codes, scales, planes, factors, groups)
+    if bits == 2:
+        if group == 32:
+            return dot_rest(2, 32, codes, scales, planes, factors, groups)
+        if group == 64:
+            return dot_rest(2, 64, codes, scales, planes, factors, groups)
+        return dot_rest(2, 128, codes, scales, planes, factors, groups)
+    return dot_rest(8, 32, codes, scales, planes, factors, groups)
+
+
+@serial
+def _widened(matrix: Array, field: int, first: int, out: Array) -> None:
+    """Write scales or biases of weight rows from `first` on to `out` `[rows, places]`."""
+    groups = matrix[COLUMNS] // matrix[GROUP]
+    if groups == out.shape[1]:
+        widen(matrix[KIND], matrix[field], first * groups, out.reshape(-1))
+        return
+    for row in range(out.shape[0]):
+        widen(matrix[KIND], matrix[field], (first + row) * groups, out[row, :groups])
+        out[row, groups:] = np.float32(0)
+
+
+@serial
+def times_rows(matrix: Array, slot: int, first: int, last: int, table: Array, out: Array) -> None:
+    """Multiply weight rows `first` to `last` of a slot by records: `out` `[rows, last - first]`.
+
+    `table` has the records' addresses, at most MAX_ROWS.
+    """
+    keep_apart()
+    bits, group, columns, span = matrix[BITS], matrix[GROUP], matrix[COLUMNS], matrix[SPAN]
+    height, rows, groups, width = last - first, table.size, columns // group, places(matrix)
+    top, row_bytes = slot * matrix[HEIGHT] + first, columns * bits // 8
+    wide = np.empty((2, height, width), np.float32)
+    _widened(matrix, SCALES, top, wide[0])
+    _widened(matrix, BIASES, top, wide[1])
+    chunks, sums = (groups + LANES - 1) // LANES, np.empty((height, rows, LANES), np.float32)
+    for row in range(height):
+        for r in range(rows):
+            totals, place = table[r] + (columns + width) * 4, (row * rows + r) * LANES * 4
+            biases = start_of(wide) + (height + row) * width * 4
+            start_sums(biases, totals, chunks, start_of(sums) + place)
+    codes = matrix[CODES] + top * row_bytes
+    _add_products(bits, group, codes, wide[0], table, columns, sums)
+    left = groups % span  # groups that do not fill a vector
+    whole = groups - left
+    for row in range(height):
+        for r in range(rows):
+            out[r, row] = add_lanes(start_of(sums) + (row * rows + r) * LANES * 4)
+            if left:
+                out[r, row] += _rest(
+                    bits, group,
+                    codes + row * row_bytes + whole * group * bits // 8,
+                    start_of(wide) + (row * width + whole) * 4,
+                    table[r] + whole * group * 4, table[r] + (columns + whole) * 4, left,
+                )  # fmt: skip
 
 
 @serial
@@ -201,10 +312,12 @@ def silu(x: Any) -> Any:
     return x / (np.float32(1) + np.exp(-x))
 
 
-# A job: multiply `ROWS` records, from number `RECORD` on, by slot `SLOT` of matrix `FIRST`. With a
-# `SECOND` matrix (else -1) and its `OTHER` records it makes silu(first x) * second x. Results go
-# to the flat output at `PLACE`, row after row. `UNITS` counts the units of the jobs before it.
-FIRST, SECOND, SLOT, RECORD, OTHER, ROWS, PLACE, UNITS = range(8)
+# A job: multiply `ROWS` records by slot `SLOT` of matrix `FIRST`. With a `SECOND` matrix (else -1)
+# it makes silu(first x) * second x. Row number n is number `START` + n of the lists `sources` and
+# `targets`: its record is the source's from `RECORD` on (or from `OTHER` on for the second
+# matrix), and it goes to the flat output, where row 0 is at `PLACE`, as row `target`. `UNITS`
+# counts the units of the jobs before it.
+FIRST, SECOND, SLOT, RECORD, OTHER, START, ROWS, PLACE, UNITS = range(9)
 
 
 @serial
@@ -218,7 +331,16 @@ def add_job(jobs: Array, n: int, matrices: Array, job: Any) -> int:
 
 
 @serial
-def run_unit(unit: int, jobs: Array, matrices: Array, records: Array, out: Array) -> None:
+def _find(records: Array, first: int, sources: Array) -> Array:
+    """Return the addresses of records."""
+    return start_of(records) + (first + sources) * (4 * records.shape[1])
+
+
+@serial
+def run_unit(
+    unit: int, jobs: Array, matrices: Array, records: Array, sources: Array, targets: Array,
+    out: Array,
+) -> None:  # fmt: skip
     """Do `UNIT` weight rows of the job that the unit belongs to."""
     keep_apart()
     n = 0
@@ -227,16 +349,20 @@ def run_unit(unit: int, jobs: Array, matrices: Array, records: Array, out: Array
     job, matrix = jobs[n], matrices[jobs[n, FIRST]]
     top = (unit - job[UNITS]) * UNIT
     bottom = min(matrix[HEIGHT], top + UNIT)
-    for row in range(job[ROWS]):
-        place = job[PLACE] + row * matrix[HEIGHT]
-        target, record = out[place + top : place + bottom], records[job[RECORD] + row]
-        times_rows(matrix, job[SLOT], top, bottom, record, target)
+    for row in range(job[START], job[START] + job[ROWS], MAX_ROWS):
+        end = min(job[START] + job[ROWS], row + MAX_ROWS)
+        y = np.empty((end - row, bottom - top), np.float32)
+        table = _find(records, job[RECORD], sources[row:end])
+        times_rows(matrix, job[SLOT], top, bottom, table, y)
         if job[SECOND] >= 0:
-            second = np.empty(bottom - top, np.float32)
-            record = records[job[OTHER] + row]
-            times_rows(matrices[job[SECOND]], job[SLOT], top, bottom, record, second)
-            for i in range(second.size):
-                target[i] = silu(target[i]) * second[i]
+            second, table = np.empty_like(y), _find(records, job[OTHER], sources[row:end])
+            times_rows(matrices[job[SECOND]], job[SLOT], top, bottom, table, second)
+            for r in range(end - row):
+                for i in range(bottom - top):
+                    y[r, i] = silu(y[r, i]) * second[r, i]
+        for r in range(end - row):
+            place = job[PLACE] + targets[row + r] * matrix[HEIGHT]
+            out[place + top : place + bottom] = y[r]
 
 
 @compiled
@@ -246,13 +372,14 @@ def _project(
     batch, count = h.shape[0], matrices.shape[0]
     records = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
     cut_rows(h, norm, eps, matrices, forms, records)
-    jobs = np.zeros((count + 1, UNITS + 1), np.int64)
+    jobs, rows = np.zeros((count + 1, UNITS + 1), np.int64), np.arange(batch)
     place, units = 0, 0
     for n in range(count):
-        units = add_job(jobs, n, matrices, (n, -1, 0, form_of[n] * batch, 0, batch, place))
+        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, place)
+        units = add_job(jobs, n, matrices, job)
         place += batch * matrices[n, HEIGHT]
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, records, out)
+        run_unit(unit, jobs, matrices, records, rows, rows, out)
 
 
 class Group:

@@ -96,13 +96,14 @@ def _step(
     records = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
     cut_rows(h, in_norm, in_eps, matrices, forms, records)
     jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
-    units = 0
+    units, rows = 0, np.arange(batch)
     for n in range(OUT):
-        units = add_job(jobs, n, matrices, (n, -1, 0, form_of[n] * batch, 0, batch, places[n]))
+        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
+        units = add_job(jobs, n, matrices, job)
         places[n + 1] = places[n] + batch * matrices[n, HEIGHT]
     out = np.empty(places[OUT], np.float32)
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, records, out)
+        run_unit(unit, jobs, matrices, records, rows, rows, out)
 
     channels, value_dim, y = conv.shape[0], width // heads, np.empty((batch, width), np.float32)
     for unit in prange(batch * heads):
@@ -122,9 +123,9 @@ def _step(
         new_past[b, -1] = out[b * channels : (b + 1) * channels]
         cut(y[b], matrices[OUT], records[b])
     jobs[:] = 0
-    units = add_job(jobs, 0, matrices, (OUT, -1, 0, 0, 0, batch, 0))
+    units = add_job(jobs, 0, matrices, (OUT, -1, 0, 0, 0, 0, batch, 0))
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, records, result)
+        run_unit(unit, jobs, matrices, records, rows, rows, result)
     result += h.reshape(-1)
 
 

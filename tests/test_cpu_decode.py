@@ -73,27 +73,34 @@ def test_not_a_number_shows():
     assert np.isfinite(y[2]).all()
 
 
-def test_project_mixes_formats_and_keeps_rows_apart():
-    shapes = (70, 4, 64), (1, 8, 64), (33, 2, 32), (40, 4, 128)
-    group = Group(*(matrix(h, 384, bits=b, group_size=g) for h, b, g in shapes))
-    h, norm = random(3, 384), random(384)
+@pytest.mark.parametrize("dtype", cpu.SCALE_TYPES)
+@pytest.mark.parametrize("columns", [384, 1152])
+def test_project_mixes_formats_and_keeps_rows_apart(columns, dtype):
+    """11 rows do not go through at once, and 1152 columns are more than a block of any format."""
+    shapes = [(9 + n, bits, group_size) for n, (bits, group_size) in enumerate(FORMATS)]
+    shapes += [(70, 4, 64), (1, 8, 64)]
+    matrices = [matrix(h, columns, bits=b, group_size=g, dtype=dtype) for h, b, g in shapes]
+    group, h, norm = Group(*matrices), random(11, columns), random(columns)
     together = project(h, group, norm, 1e-6)
     for m, y in zip(group.matrices, together, strict=True):
         assert np.abs(y - normalised(h, norm) @ dense(m).T).max() <= 5e-6
-    for row in range(3):
+    for row in range(11):
         alone = project(h[row : row + 1], group, norm, 1e-6)
         assert all(np.array_equal(a[0], t[row]) for a, t in zip(alone, together, strict=True))
+    few = project(h[3:8], group, norm, 1e-6)
+    assert all(np.array_equal(f, t[3:8]) for f, t in zip(few, together, strict=True))
 
 
 @pytest.mark.parametrize("bits", [(4, 4, 4), (2, 4, 8)])
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_mixture_of_experts(bits, renormalise):
+    """12 rows of 3 experts each: some of the 16 experts have many rows, some none."""
     experts, top_k, hidden, inner = 16, 3, 128, 96
     router, switch = matrix(experts, hidden, bits=8), matrix(1, hidden, bits=8)
     shared = [matrix(64, hidden), matrix(64, hidden), matrix(hidden, 64)]
     shapes = (experts, inner, hidden), (experts, inner, hidden), (experts, hidden, inner)
     banks = [matrix(*s, bits=b) for s, b in zip(shapes, bits, strict=True)]
-    norm, h = random(hidden), random(4, hidden)
+    norm, h = random(hidden), random(12, hidden)
     block = MoeBlock(router, switch, shared, banks, norm, 1e-6, top_k, renormalise)
 
     def at_once(ids):
@@ -106,7 +113,7 @@ def test_mixture_of_experts(bits, renormalise):
     y = block(h, at_once)
     assert np.array_equal(y, block(h, in_waves))
     x, weights = normalised(h, norm), [dense(b) for b in banks]
-    for row in range(4):
+    for row in range(12):
         assert np.array_equal(y[row], block(h[row : row + 1], at_once)[0])
         scores = np.exp(dense(router) @ x[row])
         best = np.argsort(-scores)[:top_k]
