@@ -57,7 +57,7 @@ def plan_load(mode: str, layout: ExpertLayout, io: IoPlan) -> IoPlan:
     """Choose how to read all experts at once into banks that have room for them.
 
     Each is read once, so the page cache helps only with what it holds already. Measured on Linux
-    with 3.6 GB of experts, of which it held none: 2.7 s directly, 6.5 to 10 s through it.
+    with 3.6 GB of experts, of which it held none: 2.7 s directly, 6.4 to 11 s through it.
 
     Args:
         mode: "buffered", "direct" or "auto".
