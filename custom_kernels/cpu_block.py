@@ -78,11 +78,13 @@ def delta_step(
     block = _remember(out, layers, make, *small)
     if block is None:
         return None
-    mx.eval(past, state)
-    # One copy is needed, for others may hold the old state; the step then writes to the copy.
-    new_state = mx.array(np.asarray(state))
-    y, new_past = block(rows(h), view(mx.contiguous(past)), view(new_state))
-    return mx.array(y).reshape(h.shape), mx.array(new_past), new_state
+    # Others may hold the old state, so the new one goes elsewhere. Zeros are the memory that MLX
+    # makes fastest.
+    new_past, new_state = mx.zeros(past.shape), mx.zeros(state.shape)
+    past, state = mx.contiguous(past), mx.contiguous(state)
+    mx.eval(past, state, new_past, new_state)
+    y = block(rows(h), view(past), view(state), view(new_past), view(new_state))
+    return mx.array(y).reshape(h.shape), new_past, new_state
 
 
 def moe_step(

@@ -38,11 +38,12 @@ def _convolve(past: Array, now: Array, weight: Array, first: int, out: Array) ->
 
 @serial
 def _turn(
-    state: Array, q: Array, k: Array, v: Array, decay: float, strength: float, y: Array
-) -> None:
-    """Take one step of the gated delta rule in place: state `[Dv, Dk]`, y `[Dv]`."""
+    state: Array, q: Array, k: Array, v: Array, decay: float, strength: float, y: Array,
+    after: Array,
+) -> None:  # fmt: skip
+    """Take one step of the gated delta rule: states `[Dv, Dk]` before and `after`, y `[Dv]`."""
     for d in range(v.size):
-        row = state[d]
+        row, changed = state[d], after[d]
         known, out = np.float32(0), np.float32(0)
         for i in range(k.size):
             known += row[i] * k[i]
@@ -50,7 +51,7 @@ def _turn(
         for i in range(k.size):
             new = decay * row[i] + change * k[i]
             out += new * q[i]
-            row[i] = new
+            changed[i] = new
         y[d] = out
 
 
@@ -67,9 +68,9 @@ def _gated_norm(y: Array, z: Array, weight: Array, eps: float) -> None:
 @serial
 def _head(
     head: int, past: Array, now: Array, z: Array, strength: float, shift: float, conv: Array,
-    a_log: Array, dt_bias: Array, norm: Array, eps: Array, state: Array, y: Array,
+    a_log: Array, dt_bias: Array, norm: Array, eps: Array, state: Array, y: Array, after: Array,
 ) -> None:  # fmt: skip
-    """Do one value head, everything between the projections: state `[Hv, Dv, Dk]`, y `[Dv]`."""
+    """Do one value head, all between the projections: states `[Hv, Dv, Dk]`, y `[Dv]`."""
     value_heads, value_dim, key_dim = state.shape
     key_heads = (conv.shape[0] - value_heads * value_dim) // (2 * key_dim)
     key_head = head // (value_heads // key_heads)
@@ -82,7 +83,8 @@ def _head(
     shifted = shift + dt_bias[head]
     softplus = max(shifted, np.float32(0)) + np.log1p(np.exp(-abs(shifted)))
     decay = np.exp(-np.exp(a_log[head]) * softplus)
-    _turn(state[head], q, k, v, decay, np.float32(1) / (np.float32(1) + np.exp(-strength)), y)
+    rate = np.float32(1) / (np.float32(1) + np.exp(-strength))
+    _turn(state[head], q, k, v, decay, rate, y, after[head])
     _gated_norm(y, z, norm, eps[0])
 
 
@@ -90,7 +92,7 @@ def _head(
 def _step(
     h: Array, in_norm: Array, in_eps: float, matrices: Array, forms: Array, form_of: Array,
     conv: Array, a_log: Array, dt_bias: Array, norm: Array, eps: Array,
-    past: Array, state: Array, new_past: Array, result: Array,
+    past: Array, state: Array, new_past: Array, new_state: Array, result: Array,
 ) -> None:  # fmt: skip
     batch, heads, width = h.shape[0], state.shape[1], matrices[Z, HEIGHT]
     records = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
@@ -114,6 +116,7 @@ def _step(
             head, past[b], out[b * channels : (b + 1) * channels], out[z : z + value_dim],
             out[places[STRENGTH] + unit], out[places[SHIFT] + unit],
             conv, a_log, dt_bias, norm, eps, state[b], y[b, here : here + value_dim],
+            new_state[b],
         )  # fmt: skip
 
     last = np.array([OUT])
@@ -156,21 +159,22 @@ class DeltaBlock:
         """Share it: a copy would hold the addresses of arrays that it does not keep."""
         return self
 
-    def __call__(self, h: Array, past: Array, state: Array) -> tuple[Array, Array]:
-        """Map hidden states `[rows, H]` float32 to `h + layer(norm(h))`.
+    def __call__(
+        self, h: Array, past: Array, state: Array, new_past: Array, new_state: Array
+    ) -> Array:
+        """Map hidden states `[rows, H]` float32 to `h + layer(norm(h))`, `[rows, H]`.
 
         Args:
             h: `[rows, H]`.
-            past: `[rows, taps - 1, channels]`, the convolution's last inputs; left as it is.
-            state: `[rows, Hv, Dv, Dk]`, replaced by the new state.
-
-        Returns:
-            `[rows, H]` and the new `past`.
+            past: `[rows, taps - 1, channels]`, the convolution's last inputs.
+            state: `[rows, Hv, Dv, Dk]`.
+            new_past: where the new `past` goes.
+            new_state: where the new state goes, apart from `state`.
         """
-        result, new_past = np.empty(h.size, np.float32), np.empty_like(past)
+        result = np.empty(h.size, np.float32)
         use_threads(ALL)
         _step(
             h, *self._in_norm, *self._matrices, *self._weights, self._eps,
-            past, state, new_past, result,
+            past, state, new_past, new_state, result,
         )  # fmt: skip
-        return result.reshape(h.shape), new_past
+        return result.reshape(h.shape)
