@@ -1,7 +1,7 @@
 """What a model's experts see of a text: their inputs, layer by layer, kept on disk.
 
 The model streams its experts as in generation. Of each layer's mixture the input is written down,
-one row a token, and the experts that the router picked. Second moments are made from these rows when
+one row a token, and the experts that the router picked; second moments are made from them when
 an expert is quantised, so that no more than a few experts' moments are ever in memory.
 """
 

@@ -10,9 +10,11 @@ Alternating least squares from several clipped ranges is common knowledge; round
 the codes are chosen is what keeps a 2-bit weight where it was meant to be.
 """
 
+import importlib.util
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from flashmoe_mlx.convert.parts import Quant
 
@@ -51,10 +53,11 @@ def fit(
         counts = mx.broadcast_to(importance.astype(mx.float32), weights.shape)
         counts = counts.reshape(rows.shape)
     size = max(1, CHUNK // quant.group_size)
+    fit_rows = _fit_on_cpu if _has_numba() else _fit_rows
     parts = []
     for first in range(0, len(rows), size):
         some = counts if len(counts) == 1 else counts[first : first + size]
-        part = _fit_rows(rows[first : first + size], some, quant, dtype)
+        part = fit_rows(rows[first : first + size], some, quant, dtype)
         mx.eval(part)
         parts.append(part)
     codes, scales, biases = (mx.concatenate(list(p)) for p in zip(*parts, strict=True))
@@ -62,6 +65,28 @@ def fit(
     groups = *lead, columns // quant.group_size
     packed = pack(codes.reshape(weights.shape), quant.bits)
     return Codes(packed, scales.reshape(groups), biases.reshape(groups))
+
+
+def _has_numba() -> bool:
+    """Say whether to search by numba: on a processor, where MLX's own ops take far longer."""
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return on_cpu and importlib.util.find_spec("numba") is not None
+
+
+def _fit_on_cpu(
+    rows: mx.array, counts: mx.array, quant: Quant, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Do what `_fit_rows` does, by numba."""
+    from flashmoe_mlx.convert.fit_cpu import KINDS, fit_groups
+
+    _, scales, biases = mx.quantize(rows, quant.group_size, quant.bits)
+    start = [np.array(x.astype(dtype).astype(mx.float32))[:, 0] for x in (scales, biases)]
+    codes = np.empty(rows.shape, np.uint8)
+    shares = np.array(STARTS, np.float32)
+    found = np.array(rows), np.array(counts), quant.bits, KINDS[dtype], shares, STEPS
+    fit_groups(*found, codes, *start)
+    scales, biases = (mx.array(x)[:, None].astype(dtype) for x in start)
+    return mx.array(codes), scales, biases
 
 
 def _fit_rows(

@@ -34,6 +34,13 @@ def errors(w, found, quant, importance=1.0) -> np.ndarray:
     return np.array(squares.reshape(-1, quant.group_size).sum(-1))
 
 
+@pytest.fixture(params=["numba", "mlx"])
+def executor(request, monkeypatch):
+    """Search by numba, or by MLX's own ops as on a GPU."""
+    monkeypatch.setattr(module, "_has_numba", lambda: request.param == "numba")
+
+
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["normal", "outliers", "constant", "far from zero", "tiny"])
@@ -47,6 +54,26 @@ def test_no_group_is_worse_than_by_mlx(kind, bits, dtype):
     assert (errors(w, found, quant) <= plain + slack).all()
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_numba_finds_what_mlx_finds(monkeypatch, dtype, weighted):
+    w, quant = weights("normal"), Quant(2, 64)
+    importance = mx.abs(random(24, 256, seed=1)) if weighted else None
+    found = []
+    for numba in (True, False):
+        monkeypatch.setattr(module, "_has_numba", lambda numba=numba: numba)
+        found.append(
+            errors(
+                w,
+                fit(w, quant, dtype, importance),
+                quant,
+                1.0 if importance is None else importance,
+            )
+        )
+    assert np.abs(found[0] - found[1]).max() < 0.02 * found[1].mean()
+
+
+@pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("bits, gain", [(2, 0.70), (4, 0.92)])
 def test_normal_weights_come_out_clearly_better(bits, gain):
     w, quant = weights("normal"), Quant(bits, 64)
@@ -54,6 +81,7 @@ def test_normal_weights_come_out_clearly_better(bits, gain):
     assert errors(w, fit(w, quant, mx.bfloat16), quant).sum() < gain * plain
 
 
+@pytest.mark.usefixtures("executor")
 def test_what_counts_more_is_kept_better():
     w, quant = weights("normal"), Quant(2, 64)
     importance = mx.where(mx.arange(256) % 8 == 0, 20.0, 1.0)
@@ -62,6 +90,7 @@ def test_what_counts_more_is_kept_better():
     assert errors_of[0] < 0.9 * errors_of[1]
 
 
+@pytest.mark.usefixtures("executor")
 def test_rows_in_pieces_give_the_same(monkeypatch):
     w, quant = random(3, 8, 128), Quant(2, 32)
     importance = mx.abs(random(3, 8, 128, seed=1))

@@ -583,10 +583,10 @@ def test_grouped_experts_in_batches(monkeypatch, per_batch, bits, group_size):
 def test_experts_with_as_many_rows_go_together(most):
     counts = np.array([3, 8, 9, 16, 17, 900, 1])
     parts = [(c, e.tolist()) for c, e in expert_mlp._alike(counts, most)]
-    assert sorted(sum((e for _, e in parts), [])) == list(range(7))
-    assert all(
-        len(e) <= most and max(counts[e]) <= c <= max(8, 2 * min(counts[e])) for c, e in parts
-    )
+    assert sorted(e for _, some in parts for e in some) == list(range(7))
+    for capacity, some in parts:
+        assert len(some) <= most
+        assert max(counts[some]) <= capacity <= max(8, 2 * min(counts[some]))
     if most == 100:
         assert parts == [(8, [0, 1, 6]), (16, [2, 3]), (32, [4]), (1024, [5])]
 
