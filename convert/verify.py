@@ -100,8 +100,9 @@ def read_checksums(directory: Path) -> dict[str, Any]:
     own = as_text(zlib.crc32(json_bytes(rest)))
     if manifest[OWN_CHECKSUM] != own or path.read_bytes() != json_bytes(manifest):
         raise FlashMoEError(
-            f"{path}: altered: its own checksum is {manifest[OWN_CHECKSUM]!r}, expected {own}. "
-            "Convert again, or take the manifest from a copy."
+            f"{path}: altered since it was written (its own checksum is "
+            f"{manifest[OWN_CHECKSUM]!r}, that of its content {own!r}). Convert again, or take the "
+            "manifest from a copy."
         )
     try:
         manifest["source"].items(), manifest["tools"], manifest["options"].items()

@@ -68,7 +68,7 @@ def assert_not_whole(out: Path) -> None:
 
 
 def test_killed_anywhere_it_goes_on(root, tmp_path, killer):
-    """At 20 random calls of every kind: before it, after it, amid a write."""
+    """At random calls of every kind, and the last ones: before it, after it, amid a write."""
     expected = contents(root / "whole")
     calls = killer.run(tmp_path / "count", 10**9).split()
     assert contents(tmp_path / "count") == expected
@@ -78,7 +78,8 @@ def test_killed_anywhere_it_goes_on(root, tmp_path, killer):
     points = []
     for kind in ("open", "pwrite", "fsync", "replace", "mkdir", "unlink"):
         places = [point for point, call in enumerate(calls) if call == kind]
-        points += random.Random(kind).sample(places, min(4, len(places)))
+        points += random.Random(kind).sample(places, min(3, len(places)))
+    points += range(len(calls) - 8, len(calls))  # the manifest comes, and the journal goes
     assert len(points) >= 20
     for point in points:
         out = tmp_path / "out"
@@ -122,7 +123,8 @@ def test_the_command_killed_by_the_clock(root, tmp_path):
 def half_done(root: Path, killer: Killer) -> Path:
     """A conversion that was killed while it wrote layer 2."""
     out = root / "half"
-    for point in range(20, 1000, 20):
+    calls = len(killer.run(root / "count", 10**9).split())
+    for point in range(calls - 20, 0, -8):  # the layers come last
         assert killer.run(out, point) == KILLED
         if (out / "model_experts/layer_02.safetensors.tmp").exists():
             return out
@@ -161,6 +163,26 @@ def test_finished_files_that_changed_are_made_again(root, half, damage):
         path.write_bytes(data[:-1] if damage == "cut" else data + b"\0" * (damage == "longer"))
     convert(root / "hf", half, quantize=True)
     assert contents(half) == contents(root / "whole")
+
+
+def test_no_manifest_while_a_file_is_made_again(root, tmp_path, monkeypatch):
+    """Killed between manifest and journal, and then a file was damaged."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "remove_journal", interrupt)
+        convert(root / "hf", out, quantize=True)
+    assert (out / MANIFEST).exists() and (out / JOURNAL).exists()
+    os.truncate(out / "model_experts/layer_01.safetensors", 99)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "write_weights", interrupt)
+        convert(root / "hf", out, quantize=True)
+    assert not (out / MANIFEST).exists()
+    convert(root / "hf", out, quantize=True)
+    assert contents(out) == contents(root / "whole")
+
+
+def interrupt(*arguments):
+    raise KeyboardInterrupt
 
 
 def test_other_options_are_refused(root, half):

@@ -97,6 +97,9 @@ def test_every_byte_of_every_kind_of_file_counts(root, out):
                 assert problem.file == name and "differs" in problem.text
             (out / name).write_bytes(data)
     assert found(out) == []
+    (out / MANIFEST).write_bytes((out / MANIFEST).read_bytes().replace(b"\n", b" ", 1))
+    with pytest.raises(FlashMoEError, match=r"manifest.json: altered since it was written"):
+        verify.verify(out)
 
 
 @pytest.mark.parametrize("field", FIELDS)
