@@ -1,7 +1,7 @@
 """`fit` by numba, for processors: the same search, a group at a time, on all cores."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,13 +15,6 @@ BFLOAT, HALF, FULL = range(3)  # what scales and biases are stored as
 KINDS = {mx.bfloat16: BFLOAT, mx.float16: HALF, mx.float32: FULL}
 I32, F32 = ir.IntType(32), ir.FloatType()
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # infinities and NaN keep their meaning
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _compiled(**options: Any) -> Callable[[Function], Function]:
-    """Compile without Python's objects; typed, which numba's decorator is not."""
-    made: Any = njit(cache=True, nogil=True, error_model="numpy", **options)
-    return cast(Callable[[Function], Function], made)
 
 
 @intrinsic
@@ -47,14 +40,14 @@ def _to_half(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
     return types.float32(value), codegen
 
 
-@_compiled()
+@njit(cache=True, nogil=True, error_model="numpy")
 def _stored(x: Any, kind: int) -> Any:
     if kind == BFLOAT:
         return _to_bfloat(x)
     return _to_half(x) if kind == HALF else x
 
 
-@_compiled(fastmath=FAST)
+@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
 def _try(
     row: Array, weight: Array, scale: Any, bias: Any, most: Any, codes: Array
 ) -> tuple[Any, Any, Any, Any]:
@@ -73,7 +66,7 @@ def _try(
     return error, first, second, cross
 
 
-@_compiled(parallel=True)
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def fit_groups(
     rows: Array, counts: Array, bits: int, kind: int, shares: Array, steps: int,
     codes: Array, scales: Array, biases: Array,
