@@ -159,7 +159,7 @@ def finished(out: Path, plan: Plan, begun: Begun) -> Entries:
     found = {}
     for file in (*plan.trunk, *plan.layers):
         name = place(file)
-        with suppress(KeyError, IndexError, TypeError, ValueError):  # an entry is not whole either
+        with suppress(OSError, KeyError, IndexError, TypeError, ValueError):  # then it is not
             if _is_whole(out / name, header(file), entries[name], file):
                 found[name] = entries[name]
     return found

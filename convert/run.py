@@ -36,7 +36,7 @@ from flashmoe_mlx.convert.output import (
     write_weights,
 )  # fmt: skip
 from flashmoe_mlx.convert.output import write_index as write_index
-from flashmoe_mlx.convert.parts import Options, Plan, Quant
+from flashmoe_mlx.convert.parts import METHODS, Options, Plan, Quant
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.source import Source, open_source
@@ -51,6 +51,7 @@ def convert(
     quantize: bool = False,
     q_group_size: int | None = None,
     q_bits: int | None = None,
+    q_method: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     dry_run: bool = False,
@@ -65,6 +66,8 @@ def convert(
         quantize: quantise the experts (and the trunk, if the source is not quantised).
         q_group_size: weights that share a scale and a bias; 64 unless given.
         q_bits: bits of an expert's weight; 4 unless given.
+        q_method: "min-max" or "least-squares", for the scales of experts; the latter below 4 bits
+            unless given, else the former, which gives what mlx_lm.convert gives.
         dtype: "bfloat16", "float16" or "float32" for what is not quantised; else the config's.
         revision: branch, tag or commit on the Hub.
         dry_run: print what would be written, and write nothing; from the Hub, headers are enough.
@@ -77,7 +80,9 @@ def convert(
     """
     out = Path(mlx_path).expanduser()
     check_output(out)
-    options = Options(quantize, q_bits, q_group_size, dtype)
+    if q_method not in (None, *METHODS):
+        raise FlashMoEError(f"q_method = {q_method!r} is none of {', '.join(METHODS)}.")
+    options = Options(quantize, q_bits, q_group_size, dtype, q_method)
     if link and options != Options():
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
     with located(str(hf_path), revision, headers_only=dry_run) as (directory, commit):
@@ -112,12 +117,16 @@ def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: b
 
 
 def _begun(source: Source, options: Options, link: bool) -> Begun:
-    """Return what the bytes of the output depend on, for the journal."""
+    """Return what the bytes of the output depend on, for the journal.
+
+    Of a source on the Hub the commit says everything, and a dry run has outlines of its files only.
+    """
+    files = set() if source.revision else _source_files(source)
     return {
         "source": origin(source),
         "options": asdict(options) | {"link": link},
         "tools": tools(),
-        "files": {path.name: _stamp(path, source) for path in sorted(_source_files(source))},
+        "files": {path.name: _stamp(path) for path in sorted(files)},
     }
 
 
@@ -126,10 +135,10 @@ def tools() -> str:
     return f"mlx {version('mlx')}, {mx.default_device().type.name}"
 
 
-def _stamp(path: Path, source: Source) -> list[int]:
-    """Return size and time of change; a commit of the Hub may be downloaded again at any time."""
+def _stamp(path: Path) -> list[int]:
+    """Return size in bytes and time of change in nanoseconds."""
     found = path.stat()
-    return [found.st_size] if source.revision else [found.st_size, found.st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _source_files(source: Source) -> set[Path]:

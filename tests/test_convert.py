@@ -33,7 +33,7 @@ from mlx_lm.convert import convert as stock_convert
 from mlx_lm.utils import load_model
 from safetensors import safe_open
 
-from flashmoe_mlx.convert import act, convert, experts, plan, write
+from flashmoe_mlx.convert import act, convert, experts, plan, run, write
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import open_layout
 from flashmoe_mlx.names import FIELDS, PROJECTIONS
@@ -473,3 +473,21 @@ def test_dry_run_from_the_hub_reads_headers_only(root, tmp_path, monkeypatch, ca
         remote = capsys.readouterr().out.splitlines()
         assert local[1:6] == remote[1:6] and f"owner/{name}" in remote[0]
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **kwargs: str(root / repo[6:])
+    )
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "write_weights", half_of(run.write_weights))
+        convert("owner/hf", tmp_path / "out", quantize=True)
+    convert("owner/hf", tmp_path / "out", quantize=True, dry_run=True)
+    left = 2 * EXPERTS * 3 * INTERMEDIATE * HIDDEN * 9 // 16
+    assert f"to write    {left:,} bytes" in capsys.readouterr().out
+
+
+def half_of(real):
+    def write_weights(source, file, *rest):
+        if getattr(file, "layer", 0) == LAYERS // 2:
+            raise KeyboardInterrupt
+        return real(source, file, *rest)
+
+    return write_weights
