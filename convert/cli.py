@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashmoe_mlx.convert.parts import METHODS
 from flashmoe_mlx.convert.plan import DTYPES
 from flashmoe_mlx.convert.repair import repair
 from flashmoe_mlx.convert.run import convert
@@ -17,7 +18,7 @@ EXIT_INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser; the flags are those of mlx_lm.convert, and two more."""
+    """Return the parser; the flags are those of mlx_lm.convert, and a few more."""
     result = argparse.ArgumentParser(
         prog="flashmoe-convert",
         description="Convert a Qwen3.5 MoE checkpoint so that its experts stream from disk.",
@@ -48,6 +49,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--q-group-size", type=int, metavar="N",
         help="Weights that share a scale: 32, 64 or 128 (default 64).",
+    )  # fmt: skip
+    add(
+        "--q-method", choices=METHODS,
+        help="How to find an expert's scales: min-max takes each group's extremes and gives what "
+        "mlx_lm.convert gives; least-squares searches for the smallest error, is slower, and "
+        "never worse (default: least-squares below 4 bits, else min-max).",
     )  # fmt: skip
     add(
         "--dtype", choices=sorted(DTYPES),

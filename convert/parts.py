@@ -17,10 +17,14 @@ class Options:
     bits: int | None = None
     group_size: int | None = None
     dtype: str | None = None
+    method: str | None = None
 
+
+MIN_MAX, LEAST_SQUARES = METHODS = "min-max", "least-squares"
 
 _FLAGS = {
     "quantize": "-q", "bits": "--q-bits", "group_size": "--q-group-size", "dtype": "--dtype",
+    "method": "--q-method",
     "link": "--link",
 }  # fmt: skip
 
@@ -99,6 +103,7 @@ class Projection:
     before: Quant | None
     after: Quant
     dtype: str  # of scales and biases
+    method: str = MIN_MAX  # how to find them
 
     @property
     def copied(self) -> bool:

@@ -3,7 +3,16 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flashmoe_mlx.convert.parts import LayerPlan, Options, Plan, Projection, Quant, TrunkTensor
+from flashmoe_mlx.convert.parts import (
+    LEAST_SQUARES,
+    MIN_MAX,
+    LayerPlan,
+    Options,
+    Plan,
+    Projection,
+    Quant,
+    TrunkTensor,
+)
 from flashmoe_mlx.convert.source import Dims, Source
 from flashmoe_mlx.convert.trunk import ROUTERS, plan_trunk, split_files
 from flashmoe_mlx.errors import FlashMoEError
@@ -23,9 +32,12 @@ def build_plan(source: Source, options: Options) -> Plan:
         FlashMoEError: the options do not fit the source, or one another.
     """
     target = _target(source.dims, options)
+    method = options.method or _best_method(target)
     layers: tuple[LayerPlan, ...]
     if source.layout:
-        layers = tuple(_quantised_layer(source.dims, x, target) for x in source.layout.layers)
+        layers = tuple(
+            _quantised_layer(source.dims, x, target, method) for x in source.layout.layers
+        )
         _check_dtype(options, layers)
         tensors = plan_trunk(source, None, None)
         entry = _kept_quantisation(source, layers)
@@ -37,7 +49,7 @@ def build_plan(source: Source, options: Options) -> Plan:
             )
         dtype = _target_dtype(source, options)
         layers = tuple(
-            _float_layer(source.dims, n, target, dtype) for n in range(source.dims.layers)
+            _float_layer(source.dims, n, target, dtype, method) for n in range(source.dims.layers)
         )
         trunk_quant = Quant(max(target.bits, 4), target.group_size)
         tensors = plan_trunk(source, trunk_quant, dtype)
@@ -53,9 +65,18 @@ def output_config(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, An
     return config | extra
 
 
+def _best_method(target: Quant | None) -> str:
+    """With few bits errors matter more than equality with what mlx-lm makes."""
+    return LEAST_SQUARES if target and target.bits < 4 else MIN_MAX
+
+
 def _target(dims: Dims, options: Options) -> Quant | None:
     if not options.quantize:
-        for flag, value in (("--q-bits", options.bits), ("--q-group-size", options.group_size)):
+        for flag, value in (
+            ("--q-bits", options.bits),
+            ("--q-group-size", options.group_size),
+            ("--q-method", options.method),
+        ):
             if value is not None:
                 raise FlashMoEError(f"{flag} {value} has no effect without -q. Add -q.")
         return None
@@ -103,24 +124,24 @@ def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
                 )
 
 
-def _float_layer(dims: Dims, layer: int, target: Quant, dtype: str) -> LayerPlan:
+def _float_layer(dims: Dims, layer: int, target: Quant, dtype: str, method: str) -> LayerPlan:
     projections = tuple(
-        Projection(name, dims.rows(name), dims.columns(name), None, target, dtype)
+        Projection(name, dims.rows(name), dims.columns(name), None, target, dtype, method)
         for name in PROJECTIONS
     )
     return LayerPlan(layer, dims.experts, projections)
 
 
-def _quantised_layer(dims: Dims, layout: LayerLayout, target: Quant | None) -> LayerPlan:
+def _quantised_layer(
+    dims: Dims, layout: LayerLayout, target: Quant | None, method: str
+) -> LayerPlan:
     projections = []
     for index, name in enumerate(PROJECTIONS):
         scales = layout.fields[3 * index + 1]
-        before = Quant(*quantisation(layout, name, (dims.rows(name), dims.columns(name))))
-        projections.append(
-            Projection(
-                name, dims.rows(name), dims.columns(name), before, target or before, scales.dtype
-            )
-        )
+        shape = dims.rows(name), dims.columns(name)
+        before = Quant(*quantisation(layout, name, shape))
+        quants = before, target or before
+        projections.append(Projection(name, *shape, *quants, scales.dtype, method))
     return LayerPlan(layout.layer, layout.num_experts, tuple(projections))
 
 

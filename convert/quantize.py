@@ -5,7 +5,15 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
-from flashmoe_mlx.convert.parts import LayerPlan, Projection, Quant, Spec
+from flashmoe_mlx.convert.fit import fit
+from flashmoe_mlx.convert.parts import (
+    LEAST_SQUARES,
+    MIN_MAX,
+    LayerPlan,
+    Projection,
+    Quant,
+    Spec,
+)
 from flashmoe_mlx.convert.read import FLOATS, Bytes, as_array
 
 Codes = tuple[mx.array, mx.array, mx.array]
@@ -13,7 +21,7 @@ Part: TypeAlias = mx.array | Bytes
 
 
 def quantize(weights: mx.array, quant: Quant) -> Codes:
-    """Quantise float `[..., rows, columns]`, as mlx-lm does.
+    """Quantise float `[..., rows, columns]` by each group's extremes, as mlx-lm does.
 
     Returns:
         Packed codes uint32 `[..., rows, columns * bits / 32]`; scales and biases
@@ -39,13 +47,15 @@ def encode_floats(
 ) -> list[Part]:
     """Quantise one expert's float matrices, given as (bytes, dtype) in the plan's order.
 
-    The cast to the target dtype comes first: mlx-lm's order, and it changes the codes.
+    By extremes the cast to the target dtype comes first: mlx-lm's order, and it changes the codes.
     """
     parts: list[Part] = []
     for (data, dtype), projection in zip(matrices, plan.projections, strict=True):
         with mx.stream(next(streams)):
             weights = as_array(data, dtype, (projection.rows, projection.columns))
-            parts += quantize(weights.astype(FLOATS[projection.dtype]), projection.after)
+            if projection.method == MIN_MAX:
+                weights = weights.astype(FLOATS[projection.dtype])
+            parts += _quantize(weights, projection)
     return parts
 
 
@@ -81,7 +91,12 @@ def _requantize(pieces: list[Bytes], before: Sequence[Spec], projection: Project
     codes, scales, biases = (
         as_array(data, spec.dtype, spec.shape) for data, spec in zip(pieces, before, strict=True)
     )
-    weights = dequantize(codes, scales, biases, projection.before)
-    codes, scales, biases = quantize(weights, projection.after)
+    return _quantize(dequantize(codes, scales, biases, projection.before), projection)
+
+
+def _quantize(weights: mx.array, projection: Projection) -> Codes:
     dtype = FLOATS[projection.dtype]
+    if projection.method == LEAST_SQUARES:
+        return fit(weights, projection.after, dtype)
+    codes, scales, biases = quantize(weights, projection.after)
     return codes, scales.astype(dtype), biases.astype(dtype)

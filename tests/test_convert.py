@@ -132,8 +132,18 @@ def test_float_mlx_source_is_not_sanitised_twice(root, tmp_path):
     assert_experts_equal(tmp_path / "out", root / "stock")
 
 
+PARTS = "weight", "scales", "biases"
+
+
+def restored(codes, scales, biases, group_size, bits):
+    """Dequantise to float32."""
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(codes, scales, biases, group_size, bits)
+
+
 def test_two_bits_keep_a_four_bit_trunk(root, tmp_path):
-    convert(str(root / "hf"), tmp_path / "out", quantize=True, q_bits=2)
+    options = {"quantize": True, "q_bits": 2, "q_method": "min-max"}
+    convert(str(root / "hf"), tmp_path / "out", **options)
     assert_trunk_equal(tmp_path / "out", root / "stock")
     source = load(root / "hf")
     for number in range(LAYERS):
@@ -262,7 +272,8 @@ def requantised(weights: Weights, path: str, before: tuple[int, int], after: tup
 
 def test_requantises_from_float32(tmp_path):
     source = stock_like(tmp_path / "mlx", q_bits=8, q_group_size=32)
-    convert(str(source), tmp_path / "out", quantize=True, q_bits=2, q_group_size=64)
+    options = {"quantize": True, "q_bits": 2, "q_group_size": 64, "q_method": "min-max"}
+    convert(str(source), tmp_path / "out", **options)
     assert_trunk_equal(tmp_path / "out", source)
     weights = load(source)
     for number in range(LAYERS):
@@ -276,6 +287,35 @@ def test_requantises_from_float32(tmp_path):
     entry = read(tmp_path / "out" / "config.json")["quantization"]
     assert entry["bits"] == 8
     assert entry[f"{PREFIX}.0.mlp.switch_mlp.up_proj"]["bits"] == 2
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("bits, method, better", [
+    (2, None, True), (2, "least-squares", True), (2, "min-max", False),
+    (4, None, False), (4, "least-squares", True),
+])  # fmt: skip
+def test_least_squares_come_closer(root, tmp_path, quantised, bits, method, better):
+    """From floats and from 8-bit codes; and only where asked for, or below 4 bits."""
+    source = stock_like(tmp_path / "mlx", q_bits=8, q_group_size=32) if quantised else root / "hf"
+    errors = []
+    for name, chosen in (("out", method), ("plain", "min-max")):
+        options = {"quantize": True, "q_bits": bits, "q_group_size": 64, "q_method": chosen}
+        convert(str(source), tmp_path / name, **options)
+        experts = layer(tmp_path / name, 0)
+        if quantised:
+            path = f"{PREFIX}.0.mlp.switch_mlp.down_proj"
+            truth = restored(*(load(source)[f"{path}.{p}"][1] for p in PARTS), 32, 8)
+        else:
+            stem = "model.language_model.layers.0.mlp.experts."
+            truth = load(source)[stem + "down_proj"][1].astype(mx.float32)
+        found = restored(*(experts[f"experts.1.down_proj.{p}"] for p in PARTS), 64, bits)
+        errors.append(((found - truth) ** 2).sum().item())
+    assert errors[0] < 0.95 * errors[1] if better else errors[0] == errors[1]
+
+
+def test_an_unknown_method_is_refused(root, tmp_path):
+    with pytest.raises(FlashMoEError, match="q_method = 'best' is none of min-max, least-squares"):
+        convert(str(root / "hf"), tmp_path / "out", quantize=True, q_method="best")
 
 
 def test_mixed_source_copies_what_fits_already(tmp_path):
