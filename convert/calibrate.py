@@ -1,85 +1,120 @@
-"""What a model's experts see of a text: their inputs, layer by layer, kept on disk.
+"""What a model's experts see of a text, layer by layer, and experts quantised for it.
 
-The model streams its experts as in generation. Of each layer's mixture the input is written down,
-one row a token, and the experts that the router picked; second moments are made from them when
-an expert is quantised, so that no more than a few experts' moments are ever in memory.
+The model streams its experts as in generation, one layer at a time: while a layer is converted, the
+inputs of its mixture and the router's choices are in memory (6 H + 4 K bytes a token), and nothing
+of other layers but their input.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
+from flashmoe_mlx.convert.compensate import quantize_for
+from flashmoe_mlx.convert.fit import Codes
+from flashmoe_mlx.convert.parts import Projection
 from flashmoe_mlx.custom_kernels.linear import swiglu
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.model import Decoder, DecoderLayer
 
 CHUNK = 2048  # tokens that are computed together, and see one another
-PRIOR = 64  # tokens' worth of the whole layer's moments that each expert's are mixed with
+PRIOR = 64  # tokens of the layer that count among each expert's own
 
 Floats = npt.NDArray[np.float32]
 
 
-class Calibration:
-    """The inputs of every layer's experts.
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one layer's experts see.
 
     Attributes:
-        tokens: of the text.
+        inputs: `[tokens, H]` float32.
+        experts: `[tokens, K]`, the router's choice.
     """
 
-    def __init__(self, directory: Path, layers: int, tokens: int) -> None:
-        """Name the files; `record` writes them."""
-        self.tokens = tokens
-        self._directory = directory
-        self._layers = layers
+    inputs: Floats
+    experts: npt.NDArray[np.int32]
 
-    def _file(self, layer: int, what: str) -> Path:
-        return self._directory / f"layer_{layer:02d}.{what}.npy"
-
-    def inputs(self, layer: int) -> Floats:
-        """Return `[tokens, H]`, read as it is used."""
-        return np.load(self._file(layer, "inputs"), mmap_mode="r")
-
-    def experts(self, layer: int) -> npt.NDArray[np.int32]:
-        """Return the experts that the router picked, `[tokens, K]`."""
-        return np.load(self._file(layer, "experts"))
-
-    def rows(self, layer: int, expert: int) -> Floats:
+    def rows(self, expert: int) -> Floats:
         """Return the inputs of one expert, `[rows, H]`; there may be none."""
-        chosen = (self.experts(layer) == expert).any(-1)
-        return self.inputs(layer)[np.flatnonzero(chosen)]
+        return self.inputs[(self.experts == expert).any(-1)]
+
+    @cached_property
+    def some(self) -> Floats:
+        """Up to four times PRIOR inputs of the layer, evenly spread."""
+        places = np.linspace(0, len(self.inputs) - 1, min(4 * PRIOR, len(self.inputs)))
+        return self.inputs[np.unique(places.astype(int))]
+
+    @cached_property
+    def moments(self) -> Floats:
+        """The mean of x x^T over all inputs, `[H, H]`."""
+        return _moments(self.inputs)
+
+    def quantize(
+        self, expert: int, matrices: Sequence[mx.array], projections: Sequence[Projection],
+        dtypes: Sequence[mx.Dtype],
+    ) -> list[Codes]:  # fmt: skip
+        """Quantise an expert's gate, up and down for what it sees.
+
+        Args:
+            expert: id.
+            matrices: `[I, H]`, `[I, H]` and `[H, I]` float32.
+            projections: their plans.
+            dtypes: of their scales and biases.
+
+        Returns:
+            codes, scales and biases of each.
+        """
+        rows, (gate, up, _) = self.rows(expert), matrices
+        before = _mixed(rows, self.moments)
+        # Tokens of other experts stand in for those that this one will see once in a while.
+        after = _mixed(_hidden(rows, gate, up), _moments(_hidden(self.some, gate, up)))
+        found = []
+        for matrix, plan, dtype, moments in zip(
+            matrices, projections, dtypes, (before, before, after), strict=True
+        ):
+            (codes, scales, biases) = quantize_for(
+                np.array(matrix)[None], moments[None], plan.after, dtype
+            )
+            found.append(Codes(codes[0], scales[0], biases[0]))
+        return found
 
 
-def record(model: Decoder, tokens: Sequence[int], directory: Path) -> Calibration:
-    """Run a text through a model and write down what its experts see.
+class Calibration:
+    """A text on its way through a model."""
 
-    Args:
-        model: a decoder; `Model.model` of a loaded model.
-        tokens: token ids of the text.
-        directory: where to write `4 H` bytes per token and layer.
+    def __init__(self, model: Decoder, tokens: Sequence[int]) -> None:
+        """Begin at the first layer.
 
-    Raises:
-        FlashMoEError: there are no tokens.
-    """
-    if not tokens:
-        raise FlashMoEError("the calibration text has no tokens. Give a file with text in it.")
-    found = Calibration(directory, len(model.layers), len(tokens))
-    pieces = [tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK)]
-    states = [model.embed_tokens(mx.array([piece])) for piece in pieces]
-    for number, layer in enumerate(model.layers):
-        inputs, experts = [], []
-        for index, h in enumerate(states):
-            h, x, ids = _through(layer, h)
-            mx.eval(h, x, ids)
-            states[index] = h
-            inputs.append(np.array(x.astype(mx.float32))[0])
-            experts.append(np.array(ids).astype(np.int32)[0])
-        np.save(found._file(number, "inputs"), np.concatenate(inputs))
-        np.save(found._file(number, "experts"), np.concatenate(experts))
-    return found
+        Args:
+            model: a decoder; `Model.model` of a loaded model.
+            tokens: token ids of the text.
+
+        Raises:
+            FlashMoEError: there are no tokens.
+        """
+        if not tokens:
+            raise FlashMoEError("the calibration text has no tokens. Give a file with text in it.")
+        self._model, self._next = model, 0
+        pieces = [tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK)]
+        self._states = [model.embed_tokens(mx.array([piece])) for piece in pieces]
+
+    def layer(self, number: int) -> LayerInputs:
+        """Go on to a layer that was not passed yet, and return what its experts see."""
+        while self._next <= number:
+            inputs, experts = [], []
+            for index, state in enumerate(self._states):
+                h, x, ids = _through(self._model.layers[self._next], state)
+                mx.eval(h, x, ids)
+                self._states[index] = h
+                inputs.append(np.array(x.astype(mx.float32))[0])
+                experts.append(np.array(ids).astype(np.int32)[0])
+            self._next += 1
+        return LayerInputs(np.concatenate(inputs), np.concatenate(experts))
 
 
 def _through(layer: DecoderLayer, h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -93,24 +128,18 @@ def _through(layer: DecoderLayer, h: mx.array) -> tuple[mx.array, mx.array, mx.a
     return block(h, norm), x, ids
 
 
-def moments(rows: Floats) -> Floats:
+def _moments(rows: Floats) -> Floats:
     """Return the mean of x x^T over `[rows, columns]`; zeros if there are no rows."""
     return rows.T @ rows / np.float32(max(1, len(rows)))
 
 
-def hidden(rows: Floats, gate: mx.array, up: mx.array) -> Floats:
-    """Return what an expert's down projection sees, `[rows, I]`.
-
-    Args:
-        rows: the expert's inputs, `[rows, H]`.
-        gate: `[I, H]` float32.
-        up: `[I, H]` float32.
-    """
+def _hidden(rows: Floats, gate: mx.array, up: mx.array) -> Floats:
+    """Return what an expert's down projection sees of `[rows, H]`: `[rows, I]`."""
     x = mx.array(rows)
     return np.array(swiglu(x @ gate.T, x @ up.T))
 
 
-def mixed(rows: Floats, layer: Floats, prior: int = PRIOR) -> Floats:
+def _mixed(rows: Floats, layer: Floats) -> Floats:
     """Return an expert's moments, drawn towards its layer's the fewer rows it has."""
-    share = np.float32(len(rows) / (len(rows) + prior))
-    return share * moments(rows) + (1 - share) * layer
+    share = np.float32(len(rows) / (len(rows) + PRIOR))
+    return share * _moments(rows) + (1 - share) * layer
