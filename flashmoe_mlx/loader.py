@@ -81,7 +81,10 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
     trunk = trunk_tensors(directory)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
-    available = available_bytes()
+    formats = kernel_formats(trunk, args, layout)
+    prepare(formats)
+    check_cpu_kernels(formats)
+    available = available_bytes()  # behind the kernels, which take some
     io = plan_io(stream.io_mode, layout, available - trunk_bytes)
     plan = plan_cache(
         stream.expert_cache,
@@ -94,9 +97,6 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     )
     if plan.slots == args.num_experts:
         plan = replace(plan, io=plan_load(stream.io_mode, layout, io))
-    formats = kernel_formats(trunk, args, layout)
-    prepare(formats)
-    check_cpu_kernels(formats)
     store = ExpertStore(layout, plan, stream.io_threads, preload=True)
     if stream.stats:
         print(f"[flashmoe] {plan}", file=sys.stderr)

@@ -8,10 +8,11 @@ import mlx.core as mx
 import pytest
 from store_helpers import big_layout, make_store
 
-from flashmoe_mlx import io_mode
+from flashmoe_mlx import io_mode, load, loader
 from flashmoe_mlx.config import IoPlan, StreamConfig, plan_cache
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.io_mode import cached_share, obstacle, open_expert_file, plan_io, plan_load
+from flashmoe_mlx.loader import BUNDLED_MODEL
 
 BLOCKS = [4096] * 9
 
@@ -154,3 +155,12 @@ def test_the_page_cache_is_asked_what_it_holds(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.preadv", refuse)
     assert cached_share(layout) is None
+
+
+def test_compiled_kernels_are_memory_in_use(monkeypatch):
+    order, prepare = [], loader.prepare
+    monkeypatch.setattr(loader, "prepare", lambda *a: (order.append("kernels"), prepare(*a))[1])
+    monkeypatch.setattr(loader, "available_bytes", lambda: order.append("memory") or 1 << 30)
+    model, _ = load(BUNDLED_MODEL)
+    model.close()
+    assert order == ["kernels", "memory"]
