@@ -38,6 +38,7 @@ MULTIPLY_PAIRS = dict(pair for feature, pair in _PAIRS.items() if _FEATURES.get(
 HALF_BITS = 15  # an activation is high * 2^15 + low
 LANES = VECTOR_BYTES // 4  # float32 in a vector
 STEPS = LANES  # of a block of columns, so that its activations stay in the first cache
+TILE = 4  # weight rows that such a block is used for at a time
 MAX_ROWS = 8  # activation rows at a time, likewise
 
 

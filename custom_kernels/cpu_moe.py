@@ -22,6 +22,7 @@ from flashmoe_mlx.custom_kernels.cpu_rows import (
     add_job,
     cut,
     cut_rows,
+    new_records,
     record_size,
     rms_norm,
     run_unit,
@@ -59,7 +60,7 @@ def _route(
     renormalise: bool, x: Array, hidden: Array, switch: Array, ids: Array, scores: Array,
 ) -> None:  # fmt: skip
     batch = h.shape[0]
-    records = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
+    records = new_records(forms.size * batch, record_size(matrices, forms))
     for row in range(batch):
         rms_norm(h[row], norm, eps, x[row])
     cut_rows(x, norm[:0], eps, matrices, forms, records)
@@ -86,7 +87,7 @@ def _experts(
 ) -> None:  # fmt: skip
     pairs, batch = tokens.size, x.shape[0]
     inner, total = matrices[GATE, HEIGHT], tokens.size + shared.shape[0]
-    inputs = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
+    inputs = new_records(forms.size * batch, record_size(matrices, forms))
     cut_rows(x, x[0, :0], 0.0, matrices, forms, inputs)
     jobs, hidden = np.zeros((pairs + 2, UNITS + 1), np.int64), np.empty(pairs * inner, np.float32)
     sources, targets = np.arange(total), np.empty(total, np.int64)
@@ -102,7 +103,7 @@ def _experts(
         run_unit(unit, jobs, matrices, inputs, tokens, sources, hidden)
 
     size = record_size(matrices, np.array([DOWN, SHARED_DOWN]))
-    middle = np.empty((total, size), np.float32)
+    middle = new_records(total, size)
     for n in range(pairs):
         cut(hidden[n * inner : (n + 1) * inner], matrices[DOWN], middle[n])
     for row in range(shared.shape[0]):

@@ -30,6 +30,7 @@ from flashmoe_mlx.custom_kernels.cpu_dot import (
     LANES,
     MAX_ROWS,
     STEPS,
+    TILE,
     VECTOR_BYTES,
     add_lanes,
     cut_columns,
@@ -41,6 +42,7 @@ from flashmoe_mlx.custom_kernels.cpu_dot import (
 from flashmoe_mlx.custom_kernels.simd import keep_apart, leading_power, magnitude
 
 CODES, SCALES, BIASES, BITS, GROUP, KIND, HEIGHT, COLUMNS, SPAN = range(9)
+LINE = 64  # bytes of a cache line
 LAST_BIT = np.float32(2.0 ** (2 - 2 * HALF_BITS))  # leaves a bit for the halves' signs
 # Bits of the largest activation: one outside has no float32 scale, and counts as 0 or as NaN.
 TINY, HUGE = (int(np.float32(limit).view(np.int32)) for limit in (1e-29, 1e38))
@@ -104,6 +106,14 @@ def record_size(matrices: Array, forms: Array) -> int:
     for n in forms:
         size = max(size, matrices[n, COLUMNS] + 2 * places(matrices[n]))
     return size
+
+
+@serial
+def new_records(count: int, size: int) -> Array:
+    """Return room for records, `[count, size]`, at a cache line: other loads take twice as long."""
+    room = np.empty(count * size + LINE // 4, np.float32)
+    first = -start_of(room) % LINE // 4
+    return room[first : first + count * size].reshape(count, size)
 
 
 @serial
@@ -178,20 +188,28 @@ def _sweep(bits: int, group: int) -> Any:
         keep_apart()
         height, rows, records = scales.shape[0], table.size, start_of(table)
         steps, row_bytes = columns // step_floats, columns * bits // 8
-        blocks = (steps + STEPS - 1) // STEPS
-        for n in range(height * blocks):
-            # A single record stays in the first cache as a whole; of several, only a block does.
-            row, block = (n // blocks, n % blocks) if rows == 1 else (n % height, n // height)
-            step = block * STEPS
-            count = min(STEPS, steps - step)
-            code = codes + row * row_bytes + step * step_bytes
-            scale = start_of(scales) + (row * scales.shape[1] + step * span) * 4
-            offsets = step * step_floats * 4, (columns + step * span) * 4
-            out = start_of(sums) + row * rows * LANES * 4
-            if rows == 1:
-                dot_block(bits, group, 1, code, scale, records, offsets, rows, count, out)
-            else:
-                dot_block(bits, group, 0, code, scale, records, offsets, rows, count, out)
+        row_scales, row_sums = scales.shape[1] * 4, rows * LANES * 4
+        if rows == 1:  # a single record stays in the first cache as a whole
+            for row in range(height):
+                code, scale = codes + row * row_bytes, start_of(scales) + row * row_scales
+                out = start_of(sums) + row * row_sums
+                for step in range(0, steps, STEPS):
+                    count = min(STEPS, steps - step)
+                    offsets = step * step_floats * 4, (columns + step * span) * 4
+                    here, scale_here = code + step * step_bytes, scale + step * span * 4
+                    dot_block(bits, group, 1, here, scale_here, records, offsets, rows, count, out)
+            return
+        # Of several records only a block does, for a few weight rows, which are read ahead.
+        for first in range(0, height, TILE):
+            last = min(height, first + TILE)
+            for step in range(0, steps, STEPS):
+                count = min(STEPS, steps - step)
+                offsets = step * step_floats * 4, (columns + step * span) * 4
+                for row in range(first, last):
+                    here = codes + row * row_bytes + step * step_bytes
+                    scale_here = start_of(scales) + row * row_scales + step * span * 4
+                    out = start_of(sums) + row * row_sums
+                    dot_block(bits, group, 0, here, scale_here, records, offsets, rows, count, out)
 
     return sweep
 
@@ -270,12 +288,14 @@ def times_rows(matrix: Array, slot: int, first: int, last: int, table: Array, ou
     wide = np.empty((2, height, width), np.float32)
     _widened(matrix, SCALES, top, wide[0])
     _widened(matrix, BIASES, top, wide[1])
-    chunks, sums = (groups + LANES - 1) // LANES, np.empty((height, rows, LANES), np.float32)
+    chunks = (groups + LANES - 1) // LANES
+    sums = new_records(height, rows * LANES).reshape(height, rows, LANES)
+    place = start_of(sums)
     for row in range(height):
+        biases = start_of(wide) + (height + row) * width * 4
         for r in range(rows):
-            totals, place = table[r] + (columns + width) * 4, (row * rows + r) * LANES * 4
-            biases = start_of(wide) + (height + row) * width * 4
-            start_sums(biases, totals, chunks, start_of(sums) + place)
+            start_sums(biases, table[r] + (columns + width) * 4, chunks, place)
+            place += LANES * 4
     codes = matrix[CODES] + top * row_bytes
     _add_products(bits, group, codes, wide[0], table, columns, sums)
     left = groups % span  # groups that do not fill a vector
@@ -370,7 +390,7 @@ def _project(
     h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array, out: Array
 ) -> None:
     batch, count = h.shape[0], matrices.shape[0]
-    records = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
+    records = new_records(forms.size * batch, record_size(matrices, forms))
     cut_rows(h, norm, eps, matrices, forms, records)
     jobs, rows = np.zeros((count + 1, UNITS + 1), np.int64), np.arange(batch)
     place, units = 0, 0

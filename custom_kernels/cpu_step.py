@@ -14,6 +14,7 @@ from flashmoe_mlx.custom_kernels.cpu_rows import (
     add_job,
     cut,
     cut_rows,
+    new_records,
     record_size,
     run_unit,
     silu,
@@ -95,7 +96,7 @@ def _step(
     past: Array, state: Array, new_past: Array, new_state: Array, result: Array,
 ) -> None:  # fmt: skip
     batch, heads, width = h.shape[0], state.shape[1], matrices[Z, HEIGHT]
-    records = np.empty((forms.size * batch, record_size(matrices, forms)), np.float32)
+    records = new_records(forms.size * batch, record_size(matrices, forms))
     cut_rows(h, in_norm, in_eps, matrices, forms, records)
     jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
     units, rows = 0, np.arange(batch)
@@ -120,7 +121,7 @@ def _step(
         )  # fmt: skip
 
     last = np.array([OUT])
-    records = np.empty((batch, record_size(matrices, last)), np.float32)
+    records = new_records(batch, record_size(matrices, last))
     for b in range(batch):
         new_past[b, :-1] = past[b, 1:]
         new_past[b, -1] = out[b * channels : (b + 1) * channels]
