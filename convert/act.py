@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from flashmoe_mlx.convert.calibrate import LayerInputs
 from flashmoe_mlx.convert.checksum import CHECKSUM as CHECKSUM
 from flashmoe_mlx.convert.checksum import as_text, joined
 from flashmoe_mlx.convert.experts import ExpertSteps
@@ -73,15 +74,20 @@ def _convert_block(tensor: TrunkTensor, data: Bytes, unit: int) -> Sequence[Part
 
 
 def write_layer(
-    source: Source, plan: LayerPlan, directory: Path, reader: Reader, progress: Progress
+    source: Source,
+    plan: LayerPlan,
+    directory: Path,
+    reader: Reader,
+    progress: Progress,
+    seen: LayerInputs | None = None,
 ) -> Entry:
     """Write one layer's expert file and return its entry, with checksums record by record."""
-    steps = ExpertSteps(source, plan, reader)
+    steps = ExpertSteps(source, plan, reader, seen)
     batches = steps.batches()
     records, tensors = [], []
     with TensorFile(directory / plan.file, plan.specs(), DATA_ALIGNMENT) as file:
         for batch, loaded in zip(batches, read_ahead(steps.load, batches), strict=True):
-            for expert, record in zip(batch, steps.encode(loaded), strict=True):
+            for expert, record in zip(batch, steps.encode(batch, loaded), strict=True):
                 records.append(write_record(file, expert, record))
                 fields = file.checksums(f"experts.{expert}.{FIELDS[0]}", len(FIELDS))
                 tensors.append("".join(as_text(checksum) for checksum, _ in fields))

@@ -73,15 +73,20 @@ class LayerInputs:
         before = _mixed(rows, self.moments)
         # Tokens of other experts stand in for those that this one will see once in a while.
         after = _mixed(_hidden(rows, gate, up), _moments(_hidden(self.some, gate, up)))
-        found = []
-        for matrix, plan, dtype, moments in zip(
-            matrices, projections, dtypes, (before, before, after), strict=True
-        ):
-            (codes, scales, biases) = quantize_for(
-                np.array(matrix)[None], moments[None], plan.after, dtype
-            )
-            found.append(Codes(codes[0], scales[0], biases[0]))
-        return found
+        if projections[0].after == projections[1].after and dtypes[0] == dtypes[1]:
+            wide = mx.concatenate([gate, up])  # rows do not depend on one another
+            both = _quantized(wide, before, projections[0], dtypes[0])
+            first, second = zip(*(mx.split(part, 2) for part in both), strict=True)
+            found = [Codes(*first), Codes(*second)]
+        else:
+            found = [_quantized(matrices[i], before, projections[i], dtypes[i]) for i in (0, 1)]
+        return [*found, _quantized(matrices[2], after, projections[2], dtypes[2])]
+
+
+def _quantized(matrix: mx.array, moments: Floats, projection: Projection, dtype: mx.Dtype) -> Codes:
+    """Quantise one matrix `[rows, columns]`."""
+    several = quantize_for(np.array(matrix)[None], moments[None], projection.after, dtype)
+    return Codes(*(part[0] for part in several))
 
 
 class Calibration:

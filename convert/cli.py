@@ -57,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         "never worse (default: least-squares below 4 bits, else min-max).",
     )  # fmt: skip
     add(
+        "--calibrate", metavar="FILE",
+        help="Quantise each expert for what it sees of this text (UTF-8), which the model reads: "
+        "some thousand words of the kind that it will be used for. Needs a quantised source, "
+        "memory to run it, and hours for a large model.",
+    )  # fmt: skip
+    add(
         "--dtype", choices=sorted(DTYPES),
         help="Type of what is not quantised (default: the config's, or bfloat16).",
     )  # fmt: skip

@@ -7,8 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
+from flashmoe_mlx.convert.calibrate import LayerInputs
 from flashmoe_mlx.convert.parts import LayerPlan, Spec
-from flashmoe_mlx.convert.quantize import Part, encode_floats, encode_record
+from flashmoe_mlx.convert.quantize import (
+    Part,
+    encode_calibrated,
+    encode_floats,
+    encode_record,
+)
 from flashmoe_mlx.convert.read import Bytes, Reader, check_finite
 from flashmoe_mlx.convert.source import Source
 from flashmoe_mlx.layout import LayerLayout
@@ -23,8 +29,11 @@ Loaded = list[tuple[Bytes, str]]
 class ExpertSteps:
     """The two steps of one layer's experts: `load` reads (in any thread), `encode` computes."""
 
-    def __init__(self, source: Source, plan: LayerPlan, reader: Reader) -> None:
-        """Prepare; nothing is read yet."""
+    def __init__(
+        self, source: Source, plan: LayerPlan, reader: Reader, seen: LayerInputs | None = None
+    ) -> None:
+        """Prepare; nothing is read yet. `seen` is what to quantise the experts for, if told."""
+        self._seen = seen
         self._source, self._plan, self._reader = source, plan, reader
         self._layout = source.layout.layers[plan.layer] if source.layout else None
         self._before: list[Spec] = []
@@ -61,16 +70,19 @@ class ExpertSteps:
             found.append((data, matrix.dtype))
         return found
 
-    def encode(self, loaded: list[Loaded]) -> list[Sequence[Part]]:
-        """Return the records of those experts, evaluated."""
+    def encode(self, batch: range, loaded: list[Loaded]) -> list[Sequence[Part]]:
+        """Return the records of the experts of a batch, evaluated."""
         if self._copied:
             return [[record] for ((record, _),) in loaded]
         streams = _streams()
-        records = [self._encode(expert, streams) for expert in loaded]
+        records = [self._encode(e, data, streams) for e, data in zip(batch, loaded, strict=True)]
         mx.eval([part for record in records for part in record if isinstance(part, mx.array)])
         return records
 
-    def _encode(self, loaded: Loaded, streams: Iterator[mx.Stream]) -> Sequence[Part]:
+    def _encode(self, expert: int, loaded: Loaded, streams: Iterator[mx.Stream]) -> Sequence[Part]:
+        if self._before and self._seen:
+            record = loaded[0][0]
+            return encode_calibrated(record, self._before, self._plan, expert, self._seen)
         if self._before:
             return encode_record(loaded[0][0], self._before, self._plan, streams)
         return encode_floats(loaded, self._plan, streams)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.convert.act import Progress, write_layer, write_trunk
+from flashmoe_mlx.convert.calibrate import LayerInputs
 from flashmoe_mlx.convert.checksum import CHECKSUM, as_text
 from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile
 from flashmoe_mlx.convert.read import Reader
@@ -28,12 +29,17 @@ def place(file: TrunkFile | LayerPlan) -> str:
 
 
 def write_weights(
-    source: Source, file: TrunkFile | LayerPlan, out: Path, reader: Reader, progress: Progress
+    source: Source,
+    file: TrunkFile | LayerPlan,
+    out: Path,
+    reader: Reader,
+    progress: Progress,
+    seen: LayerInputs | None = None,
 ) -> Entry:
     """Write one weight file into its place in `out`, and return its entry."""
     if isinstance(file, TrunkFile):
         return write_trunk(file, out, reader, progress)
-    return write_layer(source, file, out / EXPERT_DIR, reader, progress)
+    return write_layer(source, file, out / EXPERT_DIR, reader, progress, seen)
 
 
 def small_files(source: Source, plan: Plan) -> dict[str, bytes | Path]:

@@ -18,13 +18,14 @@ class Options:
     group_size: int | None = None
     dtype: str | None = None
     method: str | None = None
+    calibrate: str | None = None  # path of a text
 
 
 MIN_MAX, LEAST_SQUARES = METHODS = "min-max", "least-squares"
 
 _FLAGS = {
     "quantize": "-q", "bits": "--q-bits", "group_size": "--q-group-size", "dtype": "--dtype",
-    "method": "--q-method",
+    "method": "--q-method", "calibrate": "--calibrate",
     "link": "--link",
 }  # fmt: skip
 

@@ -32,7 +32,9 @@ def build_plan(source: Source, options: Options) -> Plan:
         FlashMoEError: the options do not fit the source, or one another.
     """
     target = _target(source.dims, options)
-    method = options.method or _best_method(target)
+    method = options.method or _best_method(target, options)
+    if options.calibrate:
+        _check_calibration(source, method)
     layers: tuple[LayerPlan, ...]
     if source.layout:
         layers = tuple(
@@ -65,9 +67,20 @@ def output_config(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, An
     return config | extra
 
 
-def _best_method(target: Quant | None) -> str:
+def _best_method(target: Quant | None, options: Options) -> str:
     """With few bits errors matter more than equality with what mlx-lm makes."""
-    return LEAST_SQUARES if target and target.bits < 4 else MIN_MAX
+    wanted = options.calibrate or (target and target.bits < 4)
+    return LEAST_SQUARES if wanted else MIN_MAX
+
+
+def _check_calibration(source: Source, method: str) -> None:
+    if method != LEAST_SQUARES:
+        raise FlashMoEError(f"--calibrate does not go with --q-method {method}. Drop one of them.")
+    if source.layout is None:
+        raise FlashMoEError(
+            f"{source.name}: --calibrate runs the model, and experts that are not quantised cannot "
+            "be streamed. Convert to 8 bits first, and that with --calibrate then."
+        )
 
 
 def _target(dims: Dims, options: Options) -> Quant | None:
@@ -76,6 +89,7 @@ def _target(dims: Dims, options: Options) -> Quant | None:
             ("--q-bits", options.bits),
             ("--q-group-size", options.group_size),
             ("--q-method", options.method),
+            ("--calibrate", options.calibrate),
         ):
             if value is not None:
                 raise FlashMoEError(f"{flag} {value} has no effect without -q. Add -q.")

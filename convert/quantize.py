@@ -1,10 +1,12 @@
 """Turn an expert's source bytes into the nine arrays of its record."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
 
+from flashmoe_mlx.convert.calibrate import LayerInputs
 from flashmoe_mlx.convert.fit import fit
 from flashmoe_mlx.convert.parts import (
     LEAST_SQUARES,
@@ -70,11 +72,7 @@ def encode_record(
         plan: the layer's plan.
         streams: each projection is computed on the next one.
     """
-    pieces: list[Bytes] = []
-    start = 0
-    for spec in before:
-        pieces.append(record[start : start + spec.nbytes])
-        start += spec.nbytes
+    pieces = _cut(record, before)
     parts: list[Part] = []
     for index, projection in enumerate(plan.projections):
         own = slice(3 * index, 3 * index + 3)
@@ -82,16 +80,41 @@ def encode_record(
             parts += pieces[own]
         else:
             with mx.stream(next(streams)):
-                parts += _requantize(pieces[own], before[own], projection)
+                parts += _quantize(_restored(pieces[own], before[own], projection), projection)
     return parts
 
 
-def _requantize(pieces: list[Bytes], before: Sequence[Spec], projection: Projection) -> Codes:
+def encode_calibrated(
+    record: Bytes, before: Sequence[Spec], plan: LayerPlan, expert: int, seen: LayerInputs
+) -> list[Part]:
+    """Do what `encode_record` does, for what an expert sees of a text."""
+    pieces = _cut(record, before)
+    owns = [slice(3 * index, 3 * index + 3) for index in range(len(plan.projections))]
+    matrices = [
+        _restored(pieces[own], before[own], projection)
+        for own, projection in zip(owns, plan.projections, strict=True)
+    ]
+    dtypes = [FLOATS[projection.dtype] for projection in plan.projections]
+    found = seen.quantize(expert, matrices, plan.projections, dtypes)
+    parts: list[Part] = []
+    for own, projection, codes in zip(owns, plan.projections, found, strict=True):
+        parts += pieces[own] if projection.copied else codes
+    return parts
+
+
+def _cut(record: Bytes, specs: Sequence[Spec]) -> list[Bytes]:
+    """Cut a record into its tensors."""
+    ends = list(itertools.accumulate(spec.nbytes for spec in specs))
+    return [record[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def _restored(pieces: list[Bytes], specs: Sequence[Spec], projection: Projection) -> mx.array:
+    """Return a projection's weights as float32."""
     assert projection.before
     codes, scales, biases = (
-        as_array(data, spec.dtype, spec.shape) for data, spec in zip(pieces, before, strict=True)
+        as_array(data, spec.dtype, spec.shape) for data, spec in zip(pieces, specs, strict=True)
     )
-    return _quantize(dequantize(codes, scales, biases, projection.before), projection)
+    return dequantize(codes, scales, biases, projection.before)
 
 
 def _quantize(weights: mx.array, projection: Projection) -> Codes:

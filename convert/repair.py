@@ -70,6 +70,11 @@ class _Repair:
         self._directory, self._source = directory, source
         self._entries, self._made_with = entries(manifest), manifest["tools"]
         options = Options(**{key: manifest["options"][key] for key in Options.__annotations__})
+        if options.calibrate:
+            raise FlashMoEError(
+                f"{directory}: made with --calibrate {options.calibrate}, so no part of it can be "
+                "made alone. Convert again."
+            )
         self._plan: Plan = build_plan(source, options)
         self._files: dict[str, TrunkFile | LayerPlan] = {
             place(file): file for file in (*self._plan.trunk, *self._plan.layers)
@@ -129,7 +134,8 @@ class _Repair:
         assert problem.expert is not None
         layer, path = self._layer(problem.file), self._directory / problem.file
         steps = ExpertSteps(self._source, layer, reader)
-        (record,) = steps.encode(steps.load(range(problem.expert, problem.expert + 1)))
+        one = range(problem.expert, problem.expert + 1)
+        (record,) = steps.encode(one, steps.load(one))
         data = b"".join(map(as_buffer, record))
         entry = self._entries[problem.file]
         found, expected = as_text(zlib.crc32(data)), entry["records"][problem.expert]

@@ -3,6 +3,7 @@
 import errno
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from flashmoe_mlx.convert.calibrate import Calibration
+from flashmoe_mlx.convert.checksum import as_text
 from flashmoe_mlx.convert.hub import located
 from flashmoe_mlx.convert.journal import (
     Begun,
@@ -36,13 +39,14 @@ from flashmoe_mlx.convert.output import (
     write_weights,
 )  # fmt: skip
 from flashmoe_mlx.convert.output import write_index as write_index
-from flashmoe_mlx.convert.parts import METHODS, Options, Plan, Quant
+from flashmoe_mlx.convert.parts import METHODS, LayerPlan, Options, Plan, Quant
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.source import Source, open_source
 from flashmoe_mlx.convert.write import link_file
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
+from flashmoe_mlx.loader import load
 
 
 def convert(
@@ -52,6 +56,7 @@ def convert(
     q_group_size: int | None = None,
     q_bits: int | None = None,
     q_method: str | None = None,
+    calibrate: str | Path | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     dry_run: bool = False,
@@ -68,6 +73,7 @@ def convert(
         q_bits: bits of an expert's weight; 4 unless given.
         q_method: "min-max" or "least-squares", for the scales of experts; the latter below 4 bits
             unless given, else the former, which gives what mlx_lm.convert gives.
+        calibrate: a text, for what experts see of which they are quantised.
         dtype: "bfloat16", "float16" or "float32" for what is not quantised; else the config's.
         revision: branch, tag or commit on the Hub.
         dry_run: print what would be written, and write nothing; from the Hub, headers are enough.
@@ -82,7 +88,8 @@ def convert(
     check_output(out)
     if q_method not in (None, *METHODS):
         raise FlashMoEError(f"q_method = {q_method!r} is none of {', '.join(METHODS)}.")
-    options = Options(quantize, q_bits, q_group_size, dtype, q_method)
+    text = None if calibrate is None else str(Path(calibrate).expanduser())
+    options = Options(quantize, q_bits, q_group_size, dtype, q_method, text)
     if link and options != Options():
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
     with located(str(hf_path), revision, headers_only=dry_run) as (directory, commit):
@@ -94,7 +101,10 @@ def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: b
     plan = build_plan(source, options)
     if link:
         _check_linkable(source)
+    text = _read_text(options.calibrate) if options.calibrate else None
     begun = _begun(source, options, link)
+    if text is not None:
+        begun["text"] = as_text(zlib.crc32(text.encode()))
     done = finished(out, plan, begun)
     needed = 0 if link else plan.trunk_bytes + plan.expert_bytes - _data_bytes(plan, done)
     free = shutil.disk_usage(_existing_parent(out)).free + leftover_bytes(out)
@@ -111,8 +121,12 @@ def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: b
         done = finished(out, plan, begun)
         (out / EXPERT_DIR / MANIFEST).unlink(missing_ok=True)
         write_journal(out, begun, done)
-        write = _link if link else _write
-        write_manifest(out, write(source, plan, out, begun, done))
+        if link:
+            content = _link(source, plan, out)
+        else:
+            with _calibration(source, text) as calibration:
+                content = _write(source, plan, out, begun, done, calibration)
+        write_manifest(out, content)
         remove_journal(out)
 
 
@@ -206,14 +220,46 @@ def _unfinished(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _write(source: Source, plan: Plan, out: Path, begun: Begun, done: Entries) -> dict[str, Any]:
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FlashMoEError(
+            f"{path}: cannot be read as a text ({error}). Give --calibrate a UTF-8 file."
+        ) from error
+
+
+@contextmanager
+def _calibration(source: Source, text: str | None) -> Iterator[Calibration | None]:
+    """Have the source's model read a text, if there is one."""
+    if text is None:
+        yield None
+        return
+    model, tokenizer = load(source.directory)
+    try:
+        yield Calibration(model.model, tokenizer.encode(text))
+    finally:
+        model.close()
+
+
+def _write(
+    source: Source,
+    plan: Plan,
+    out: Path,
+    begun: Begun,
+    done: Entries,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
     """Write everything that is not done but the manifest, and return the manifest's content."""
     small = {name: write_small(out / name, c) for name, c in small_files(source, plan).items()}
     with Reader() as reader, _bar(plan, done) as bar:
         for file in (*plan.trunk, *plan.layers):
             if (name := place(file)) not in done:
                 bar.set_description(Path(name).name)
-                done[name] = write_weights(source, file, out, reader, bar.update)
+                more = []
+                if calibration and isinstance(file, LayerPlan):
+                    more = [calibration.layer(file.layer)]
+                done[name] = write_weights(source, file, out, reader, bar.update, *more)
                 write_journal(out, begun, done)
     trunk = {file.name: done[place(file)] for file in plan.trunk}
     return {
@@ -248,7 +294,7 @@ def _check_linkable(source: Source) -> None:
         )
 
 
-def _link(source: Source, plan: Plan, out: Path, begun: Begun, done: Entries) -> dict[str, Any]:
+def _link(source: Source, plan: Plan, out: Path) -> dict[str, Any]:
     """Symlink the source's files, and return the manifest's content."""
     directory = source.directory.resolve()
     for path in sorted(directory.iterdir()):

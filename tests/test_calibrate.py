@@ -7,13 +7,16 @@ import pytest
 
 import flashmoe_mlx
 from flashmoe_mlx import FlashMoEError
-from flashmoe_mlx.convert import calibrate
+from flashmoe_mlx.convert import calibrate, convert, run
 from flashmoe_mlx.convert.calibrate import Calibration, LayerInputs
 from flashmoe_mlx.convert.fit import fit
 from flashmoe_mlx.convert.parts import Projection, Quant
+from flashmoe_mlx.convert.repair import repair
+from flashmoe_mlx.convert.verify import verify
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.names import PROJECTIONS
+from flashmoe_mlx.synthetic import Recipe, checkpoint
 
 TOKENS = [(7 * i * i + 11 * i) % 4000 for i in range(70)]
 TRUST = {"trust_remote_code": True}
@@ -117,3 +120,85 @@ def test_an_expert_that_saw_nothing_is_quantised_for_its_layer(expert, layer_see
     ):
         assert codes.codes.shape == (matrix.shape[0], matrix.shape[1] // 16)
         assert mx.isfinite(codes.scales).all() and mx.isfinite(codes.biases).all()
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A small quantised model with a tokenizer."""
+    return checkpoint(Recipe("tiny", 2, 512, 4), tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The king looked at the old man and said: what is a library? " * 3)
+    return path
+
+
+def two_bits(source, out, text, **options):
+    convert(source, out, quantize=True, q_bits=2, calibrate=text, **options)
+
+
+def files(directory):
+    return {p.name: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def test_a_conversion_for_a_text_is_no_other_when_it_was_interrupted(
+    source, text, tmp_path, monkeypatch
+):
+    two_bits(source, tmp_path / "whole", text)
+    write, calls = run.write_weights, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "write_weights", interrupted)
+        two_bits(source, tmp_path / "out", text)
+    two_bits(source, tmp_path / "out", text)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    convert(source, tmp_path / "blind", quantize=True, q_bits=2)
+    assert (
+        files(tmp_path / "blind")["layer_01.safetensors"]
+        != files(tmp_path / "out")["layer_01.safetensors"]
+    )
+    model, tokenizer = flashmoe_mlx.load(tmp_path / "out")
+    logits = model(mx.array([tokenizer.encode("The king")]))
+    assert mx.isfinite(logits).all()
+    model.close()
+    with pytest.raises(FlashMoEError, match=r"made with --calibrate .*text.txt, .*Convert again"):
+        damaged = tmp_path / "out" / "model_experts" / "layer_01.safetensors"
+        data = bytearray(damaged.read_bytes())
+        data[-1] ^= 1
+        damaged.write_bytes(data)
+        repair(tmp_path / "out", verify(tmp_path / "out"), source)
+
+
+def test_another_text_does_not_go_on_with_a_conversion(source, text, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "write_weights", interrupted)
+        two_bits(source, tmp_path / "out", text)
+    text.write_text("something else")
+    with pytest.raises(FlashMoEError, match=r"text"):
+        two_bits(source, tmp_path / "out", text)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"q_method": "min-max"}, "--calibrate does not go with --q-method min-max. Drop one of them"),
+    ({"quantize": False, "q_bits": None}, "--calibrate .*text.txt has no effect without -q."),
+    ({"calibrate": "/nowhere.txt"}, "/nowhere.txt: cannot be read as a text .*UTF-8 file"),
+])  # fmt: skip
+def test_what_calibration_refuses(source, text, tmp_path, options, message):
+    given = {"quantize": True, "q_bits": 2, "calibrate": text} | options
+    with pytest.raises(FlashMoEError, match=message):
+        convert(source, tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
