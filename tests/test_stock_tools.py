@@ -9,11 +9,15 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.perplexity import eval_ppl
+
+from flashmoe_mlx import load
+from flashmoe_mlx.layout import open_layout
 
 QUESTION = "What is a package?"
 
@@ -162,11 +166,39 @@ def test_server_answers(server, expected):
     assert ask(server, QUESTION) == expected.strip()
 
 
-def test_server_answers_several_at_once_as_it_answers_one(server):
-    questions = [f"What does the word {w} mean?" for w in ("disk", "expert", "library", "token")]
+def test_server_answers_eight_at_once_as_it_answers_one(server):
+    words = "disk", "expert", "library", "token", "file", "memory", "layer", "cache"
+    questions = [f"What does the word {w} mean?" for w in words]
     alone = [ask(server, q) for q in questions]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda q: ask(server, q), questions)) == alone
+
+
+def half_of_the_experts(path: str) -> int:
+    text = json.loads((Path(path) / "config.json").read_text())["text_config"]
+    layout = open_layout(Path(path), text["num_hidden_layers"], text["num_experts"])
+    return layout.total_bytes // 2
+
+
+def test_rows_of_a_batch_share_reads(packed):
+    """Eight times the same request reads no byte more than one; other requests add their own."""
+    model, tokenizer = load(packed, expert_cache=half_of_the_experts(packed))
+    questions = [f"Tell me {n} things about disks." for n in range(8)]
+    prompts = [tokenizer.encode(question) for question in questions]
+
+    def use(batch: list[list[int]]) -> tuple[list[str], int, int]:
+        stats = model.expert_stats()
+        before = stats.asked, stats.bytes_read
+        texts = mlx_lm.batch_generate(model, tokenizer, batch, max_tokens=24).texts
+        return texts, stats.asked - before[0], stats.bytes_read - before[1]
+
+    use(prompts[:1])
+    one, eight = use(prompts[:1]), use(prompts[:1] * 8)
+    assert eight == (one[0] * 8, *one[1:])
+    alone = [use([prompt]) for prompt in prompts]
+    texts, asked, _ = use(prompts)
+    assert texts == [text for (text,), _, _ in alone]
+    assert asked < 0.9 * sum(asked for _, asked, _ in alone)
 
 
 def test_server_lists_the_model(server, packed):
