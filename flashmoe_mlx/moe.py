@@ -73,6 +73,10 @@ class ResidentExperts(SwitchGLU):
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
         """Do nothing: nobody writes into these banks."""
 
+    def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
+        """Run the chosen experts and add up what they give: `[..., H]` to `[..., H]`."""
+        return (self(x, indices) * scores[..., None]).sum(axis=-2)
+
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Run the chosen experts: `[..., H]` and `[..., K]` ids to `[..., K, H]`."""
         banks = self.banks()
@@ -158,29 +162,29 @@ class StreamedExperts(nn.Module):
         """Keep the bank, or some slots of it, as they are until `consumer` is evaluated."""
         self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Run the chosen experts.
+    def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
+        """Run the chosen experts and add up what they give.
 
         They come in waves, each read once however small the bank is. Every row is computed on its
-        own, so the result does not depend on the bank.
+        own and added up in the router's order, so the result does not depend on the bank.
 
         Args:
             x: `[..., H]` tokens.
             indices: `[..., K]` expert ids.
+            scores: `[..., K]` their weights.
 
         Returns:
-            `[..., K, H]`, one row per token and expert.
+            `[..., H]`.
         """
         ids = np.array(indices).reshape(-1)
         rows = x.reshape(-1, x.shape[-1])
-        shape = *indices.shape, x.shape[-1]
         at_once = np.empty((ids.size, x.shape[-1]), np.float32) if cpu_kernels(x) else None
         outputs, orders = [], []
         for places, slots in self.waves(ids):
             order = ascending(slots)
             pairs = places[order]
             y = expert_mlp(rows, pairs // indices.shape[-1], slots[order], *self._banks)
-            if at_once is not None:  # it is computed already; one copy of all outputs, not three
+            if at_once is not None:  # it is computed already
                 at_once[pairs] = y
                 continue
             self.hold(y, slots)
@@ -188,9 +192,12 @@ class StreamedExperts(nn.Module):
             outputs.append(y)
             orders.append(pairs)
         if at_once is not None:
-            return mx.array(at_once).reshape(shape)
+            # By numpy: all outputs of a prompt are many, and MLX would copy them twice.
+            weights = np.array(scores.astype(mx.float32)).reshape(len(rows), 1, -1)
+            return mx.array(weights @ at_once.reshape(len(rows), -1, x.shape[-1])).reshape(x.shape)
         inverse = mx.array(inverted(np.concatenate(orders)))
-        return mx.concatenate(outputs)[inverse].reshape(shape)
+        each = mx.concatenate(outputs)[inverse].reshape(*indices.shape, x.shape[-1])
+        return (each * scores[..., None]).sum(axis=-2)
 
     def _waves(self, experts: np.ndarray, rows: np.ndarray) -> list[list[int]]:
         """Split experts into groups of which two fit the bank: resident ones, then by rows."""
@@ -246,7 +253,7 @@ class SparseMoeBlock(nn.Module):
         # The device computes the shared expert while the disk delivers the routed ones.
         mx.async_eval(indices, scores)
         mx.async_eval(shared)
-        routed = (self.switch_mlp(x, indices) * scores[..., None]).sum(axis=-2)
+        routed = self.switch_mlp.mixture(x, indices, scores)
         return h + routed + shared
 
     def _by_cpu(self, steps: ModuleType, h: mx.array, norm: nn.RMSNorm) -> mx.array | None:
