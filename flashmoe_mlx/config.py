@@ -248,6 +248,23 @@ class CachePlan:
         )
 
 
+def asked_slots(expert_cache: int | str, layout: ExpertLayout, top_k: int) -> int | None:
+    """Return the slots per layer that a size in bytes gives, None for "auto".
+
+    Raises:
+        FlashMoEError: the size holds less than one token's working set.
+    """
+    if expert_cache == "auto":
+        return None
+    slots = min(int(expert_cache) // layout.token_bytes, layout.layers[0].num_experts)
+    if slots < top_k:
+        raise FlashMoEError(
+            f"expert_cache = {expert_cache} bytes holds {slots} experts per layer, but each "
+            f"token uses {top_k}. Give at least {top_k * layout.token_bytes} bytes, or auto."
+        )
+    return slots
+
+
 def plan_cache(
     expert_cache: int | str,
     layout: ExpertLayout,
@@ -281,13 +298,8 @@ def plan_cache(
     per_slot = layout.token_bytes
     smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts", io)
     whole = CachePlan(experts, experts * per_slot, "all experts fit in memory", io)
-    if expert_cache != "auto":
-        slots = min(int(expert_cache) // per_slot, experts)
-        if slots < top_k:
-            raise FlashMoEError(
-                f"expert_cache = {expert_cache} bytes holds {slots} experts per layer, but each "
-                f"token uses {top_k}. Give at least {smallest.nbytes} bytes, or auto."
-            )
+    slots = asked_slots(expert_cache, layout, top_k)
+    if slots is not None:
         return CachePlan(slots, slots * per_slot, "as asked", io)
     comfort = 0.7 * available - trunk_bytes
     if whole.nbytes <= comfort:

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
-from .config import ModelArgs, StreamConfig, check_top_k, plan_cache
+from .config import ModelArgs, StreamConfig, asked_slots, check_top_k, plan_cache
 from .custom_kernels.choice import check_cpu_kernels
 from .custom_kernels.executor import prepare
 from .errors import FlashMoEError
@@ -82,6 +82,7 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     trunk = trunk_tensors(directory)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
     formats = kernel_formats(trunk, args, layout)
+    asked_slots(stream.expert_cache, layout, args.num_experts_per_tok)  # before kernels compile
     prepare(formats)
     check_cpu_kernels(formats)
     available = available_bytes()  # behind the kernels, which take some
