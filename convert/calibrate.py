@@ -17,6 +17,7 @@ from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 from flashmoe_mlx.convert.compensate import quantize_for
 from flashmoe_mlx.convert.fit import Codes
 from flashmoe_mlx.convert.parts import Projection
+from flashmoe_mlx.convert.read import FLOATS
 from flashmoe_mlx.custom_kernels.linear import swiglu
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.model import Decoder, DecoderLayer
@@ -55,36 +56,36 @@ class LayerInputs:
         return _moments(self.inputs)
 
     def quantize(
-        self, expert: int, matrices: Sequence[mx.array], projections: Sequence[Projection],
-        dtypes: Sequence[mx.Dtype],
-    ) -> list[Codes]:  # fmt: skip
+        self, expert: int, matrices: Sequence[mx.array], projections: Sequence[Projection]
+    ) -> list[Codes]:
         """Quantise an expert's gate, up and down for what it sees.
 
         Args:
             expert: id.
             matrices: `[I, H]`, `[I, H]` and `[H, I]` float32.
             projections: their plans.
-            dtypes: of their scales and biases.
 
         Returns:
             codes, scales and biases of each.
         """
-        rows, (gate, up, _) = self.rows(expert), matrices
+        rows, (gate, up, down) = self.rows(expert), matrices
         before = _mixed(rows, self.moments)
         # Tokens of other experts stand in for those that this one will see once in a while.
         after = _mixed(_hidden(rows, gate, up), _moments(_hidden(self.some, gate, up)))
-        if projections[0].after == projections[1].after and dtypes[0] == dtypes[1]:
+        one, other, last = projections
+        if (one.after, one.dtype) == (other.after, other.dtype):
             wide = mx.concatenate([gate, up])  # rows do not depend on one another
-            both = _quantized(wide, before, projections[0], dtypes[0])
+            both = _quantized(wide, before, one)
             first, second = zip(*(mx.split(part, 2) for part in both), strict=True)
             found = [Codes(*first), Codes(*second)]
         else:
-            found = [_quantized(matrices[i], before, projections[i], dtypes[i]) for i in (0, 1)]
-        return [*found, _quantized(matrices[2], after, projections[2], dtypes[2])]
+            found = [_quantized(gate, before, one), _quantized(up, before, other)]
+        return [*found, _quantized(down, after, last)]
 
 
-def _quantized(matrix: mx.array, moments: Floats, projection: Projection, dtype: mx.Dtype) -> Codes:
+def _quantized(matrix: mx.array, moments: Floats, projection: Projection) -> Codes:
     """Quantise one matrix `[rows, columns]`."""
+    dtype = FLOATS[projection.dtype]
     several = quantize_for(np.array(matrix)[None], moments[None], projection.after, dtype)
     return Codes(*(part[0] for part in several))
 

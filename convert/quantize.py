@@ -7,7 +7,7 @@ from typing import TypeAlias
 import mlx.core as mx
 
 from flashmoe_mlx.convert.calibrate import LayerInputs
-from flashmoe_mlx.convert.fit import fit
+from flashmoe_mlx.convert.fit import Codes, fit
 from flashmoe_mlx.convert.parts import (
     LEAST_SQUARES,
     MIN_MAX,
@@ -18,7 +18,6 @@ from flashmoe_mlx.convert.parts import (
 )
 from flashmoe_mlx.convert.read import FLOATS, Bytes, as_array
 
-Codes = tuple[mx.array, mx.array, mx.array]
 Part: TypeAlias = mx.array | Bytes
 
 
@@ -29,8 +28,7 @@ def quantize(weights: mx.array, quant: Quant) -> Codes:
         Packed codes uint32 `[..., rows, columns * bits / 32]`; scales and biases
         `[..., rows, columns / group]` in the dtype of the weights.
     """
-    codes, scales, biases = mx.quantize(weights, quant.group_size, quant.bits)
-    return codes, scales, biases
+    return Codes(*mx.quantize(weights, quant.group_size, quant.bits))
 
 
 def dequantize(codes: mx.array, scales: mx.array, biases: mx.array, quant: Quant) -> mx.array:
@@ -94,8 +92,7 @@ def encode_calibrated(
         _restored(pieces[own], before[own], projection)
         for own, projection in zip(owns, plan.projections, strict=True)
     ]
-    dtypes = [FLOATS[projection.dtype] for projection in plan.projections]
-    found = seen.quantize(expert, matrices, plan.projections, dtypes)
+    found = seen.quantize(expert, matrices, plan.projections)
     parts: list[Part] = []
     for own, projection, codes in zip(owns, plan.projections, found, strict=True):
         parts += pieces[own] if projection.copied else codes
@@ -122,4 +119,4 @@ def _quantize(weights: mx.array, projection: Projection) -> Codes:
     if projection.method == LEAST_SQUARES:
         return fit(weights, projection.after, dtype)
     codes, scales, biases = quantize(weights, projection.after)
-    return codes, scales.astype(dtype), biases.astype(dtype)
+    return Codes(codes, scales.astype(dtype), biases.astype(dtype))

@@ -256,10 +256,10 @@ def _write(
         for file in (*plan.trunk, *plan.layers):
             if (name := place(file)) not in done:
                 bar.set_description(Path(name).name)
-                more = []
+                seen = None
                 if calibration and isinstance(file, LayerPlan):
-                    more = [calibration.layer(file.layer)]
-                done[name] = write_weights(source, file, out, reader, bar.update, *more)
+                    seen = calibration.layer(file.layer)
+                done[name] = write_weights(source, file, out, reader, bar.update, seen)
                 write_journal(out, begun, done)
     trunk = {file.name: done[place(file)] for file in plan.trunk}
     return {

@@ -105,7 +105,7 @@ def plans():
 
 def test_an_experts_output_comes_out_better(expert):
     matrices, seen = expert
-    found = seen.quantize(1, matrices, plans(), [mx.bfloat16] * 3)
+    found = seen.quantize(1, matrices, plans())
     alone = [fit(matrix, QUANT, mx.bfloat16) for matrix in matrices]
     assert output_error(seen, matrices, found) < 0.6 * output_error(seen, matrices, alone)
 
@@ -115,9 +115,7 @@ def test_an_expert_that_saw_nothing_is_quantised_for_its_layer(expert, layer_see
     matrices, seen = expert
     if layer_sees == "one token":
         seen = LayerInputs(seen.inputs[:1], seen.experts[:1])
-    for codes, matrix in zip(
-        seen.quantize(7, matrices, plans(), [mx.bfloat16] * 3), matrices, strict=True
-    ):
+    for codes, matrix in zip(seen.quantize(7, matrices, plans()), matrices, strict=True):
         assert codes.codes.shape == (matrix.shape[0], matrix.shape[1] // 16)
         assert mx.isfinite(codes.scales).all() and mx.isfinite(codes.biases).all()
 
