@@ -20,7 +20,7 @@ from .errors import FlashMoEError
 from .io_mode import open_expert_file
 from .layout import ExpertLayout
 from .reader import Arrival, Batch, Piece, Reader
-from .slot_bank import Bank
+from .slot_bank import Bank, check_room
 from .unbroken import unbroken
 
 KEPT_CONSUMERS = 2  # one for each half of a bank
@@ -152,22 +152,28 @@ class ExpertStore:
             preload: read all experts now, expert e into slot e, if the plan has slots for all.
 
         Raises:
-            FlashMoEError: an expert file cannot be opened, or not be read to be preloaded.
+            FlashMoEError: an expert file cannot be opened, or not be read to be preloaded, or the
+                system refuses memory or threads.
         """
+        check_room(plan.slots * layout.token_bytes)
         self.layout = layout
         self.plan = plan
         self.stats = ExpertStats()
         paths = {f.file for layer in layout.layers for f in layer.fields}
-        files = _open_files(paths, plan.io.direct)
         self.banks: list[Bank] = []
         self._pending: list[weakref.WeakSet[Pending]] = [weakref.WeakSet() for _ in layout.layers]
         self._consumers: list[Consumer] = []
         self._lock = threading.Lock()
         self._process = os.getpid()
-        self._reader = Reader({number: path for path, number in files.items()}, io_threads)
-        self._finalizer = weakref.finalize(
-            self, _close, self._reader, list(files.values()), self._process
-        )
+        with unbroken():
+            files = _open_files(paths, plan.io.direct)
+            names = {number: path for path, number in files.items()}
+            try:
+                self._reader = Reader(names, io_threads)
+            except BaseException:
+                _close_files(files.values())
+                raise
+            self._finalizer = weakref.finalize(self, _close, self._reader, [*names], self._process)
         try:
             self._fill(files, preload)
         except BaseException:  # also Ctrl-C
@@ -362,8 +368,7 @@ def _open_files(paths: set[Path], direct: bool) -> dict[Path, int]:
         for path in sorted(paths):
             files[path] = open_expert_file(path, direct)
     except OSError as error:
-        for descriptor in files.values():
-            os.close(descriptor)
+        _close_files(files.values())
         raise FlashMoEError(
             f"{error.filename}: cannot be opened ({error.strerror}). "
             "Check that the model directory is complete and readable."
@@ -377,5 +382,9 @@ def _close(reader: Reader, files: list[int], process: int) -> None:
         return
     if os.getpid() == process:  # a fork has no reader threads, and perhaps locks that stay shut
         reader.close()
-    for descriptor in files:
+    _close_files(files)
+
+
+def _close_files(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
         os.close(descriptor)

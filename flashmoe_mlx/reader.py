@@ -4,6 +4,8 @@ A *piece* is one `preadv`. The pieces of one expert share an `Arrival`, which is
 of them is; only then may anybody read those bytes, or write others there.
 """
 
+import contextlib
+import errno
 import os
 import threading
 import time
@@ -60,6 +62,14 @@ class Arrival:
             self._over.release()
 
 
+REMEDIES = {
+    errno.ENODEV: "The disk is gone: connect it again, and load the model again.",
+    errno.ENXIO: "The disk is gone: connect it again, and load the model again.",
+    errno.ENOMEM: "Memory is short: end other programs, or load with a smaller expert_cache.",
+    errno.ESTALE: "The file server has another file there: load the model again.",
+}
+OTHERS = "Check the disk."
+
 Piece = tuple[int, int, int, list[memoryview], Arrival]  # descriptor, offset, bytes, rows, of what
 
 
@@ -80,6 +90,9 @@ class Reader:
         Args:
             names: file descriptors, and what to call the files in errors.
             threads: how many.
+
+        Raises:
+            FlashMoEError: the system does not give so many threads.
         """
         self._names = names
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
@@ -88,12 +101,20 @@ class Reader:
         self._batches: set[Batch] = set()
         self._in_flight = 0
         self._since = self._seconds = 0.0
-        self.threads = [
-            threading.Thread(target=self._work, name=f"flashmoe-read-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        for thread in self.threads:
-            thread.start()
+        self.threads: list[threading.Thread] = []
+        try:
+            for number in range(threads):
+                name = f"flashmoe-read-{number}"
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
+                thread.start()
+                self.threads.append(thread)
+        except (RuntimeError, MemoryError) as error:
+            started = len(self.threads)
+            self.close()
+            raise FlashMoEError(
+                f"io_threads = {threads}: the system started {started} and refuses more ({error}). "
+                "Give fewer, or raise its limit (ulimit -u)."
+            ) from error
 
     def start(self, batch: Batch) -> None:
         """Have pieces read and return at once."""
@@ -140,7 +161,8 @@ class Reader:
     def _work(self) -> None:
         while batch := self._queue.get():
             while piece := self._take(batch):
-                self._read(piece)
+                with contextlib.suppress(BaseException):  # its arrival has failed; the thread lives
+                    self._read(piece)
                 del piece  # or the thread would keep its memory while it waits for more
             del batch
 
@@ -154,25 +176,39 @@ class Reader:
             return batch.pieces.popleft()
 
     def _read(self, piece: Piece) -> None:
-        """Read a piece. `preadv` may return less than asked, so go on until full."""
-        descriptor, offset, nbytes, rows, arrival = piece
+        """Read a piece, and count it as over whatever happens: others wait for that."""
         done, error = 0, None
-        while done < nbytes and error is None:
+        try:
+            done, error = self._fill(piece)
+        except BaseException as reason:  # a signal's handler may raise anything in the main thread
+            error = FlashMoEError(f"reading an expert was broken off ({reason!r}).")
+            error.__cause__ = reason
+            if not isinstance(reason, Exception):
+                raise
+        finally:
+            with self._lock:
+                self._count_seconds()
+                self._in_flight -= 1
+                piece[-1].advance(done, error)
+
+    def _fill(self, piece: Piece) -> tuple[int, FlashMoEError | None]:
+        """Return how much of a piece came, and why not all of it.
+
+        `preadv` may return less than asked, so go on until all is there.
+        """
+        descriptor, offset, nbytes, rows, _ = piece
+        done = 0
+        while done < nbytes:
             try:
-                rest = rows if done == 0 else skip(rows, done)
-                count = os.preadv(descriptor, rest, offset + done)
+                count = os.preadv(descriptor, skip(rows, done) if done else rows, offset + done)
             except InterruptedError:
                 continue
             except Exception as reason:
-                error = self._failure(descriptor, offset + done, offset + nbytes, reason)
-            else:
-                done += count
-                if count == 0:
-                    error = self._failure(descriptor, offset + done, offset + nbytes, None)
-        with self._lock:
-            self._count_seconds()
-            self._in_flight -= 1
-            arrival.advance(done, error)
+                return done, self._failure(descriptor, offset + done, offset + nbytes, reason)
+            if count == 0:
+                return done, self._failure(descriptor, offset + done, offset + nbytes, None)
+            done += count
+        return done, None
 
     def _failure(
         self, descriptor: int, offset: int, end: int, reason: Exception | None
@@ -189,10 +225,11 @@ class Reader:
                 "was cut short while the model was in use; restore it and load the model again."
             )
         else:
+            remedy = REMEDIES.get(getattr(reason, "errno", None) or 0, OTHERS)
             error = FlashMoEError(
                 f"{name}: reading an expert at byte {offset} failed "
-                f"({getattr(reason, 'strerror', None) or reason}). "
-                "Check the disk; nothing was computed from these bytes."
+                f"({getattr(reason, 'strerror', None) or repr(reason)}); nothing was computed from "
+                f"it. {remedy}"
             )
         error.__cause__ = reason
         return error

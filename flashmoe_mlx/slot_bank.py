@@ -5,6 +5,7 @@ straight into one row of each, through `memoryview`; no other copy of the bytes 
 """
 
 import math
+import mmap
 from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from .errors import FlashMoEError
 from .layout import LayerLayout
 from .reader import Arrival, Piece, cut
 
@@ -158,6 +160,24 @@ class Bank:
     def _row(self, slot: int, index: int) -> memoryview:
         size = self.layout.fields[index].nbytes
         return self._views[index][slot * size : (slot + 1) * size]
+
+
+def check_room(nbytes: int) -> None:
+    """Ask the system for memory and give it back: MLX's process ends where it is refused some.
+
+    Raises:
+        FlashMoEError: so much is not to be had.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        return  # a GPU's memory may be another
+    try:
+        mmap.mmap(-1, nbytes).close()
+    except (OSError, OverflowError) as error:
+        raise FlashMoEError(
+            f"the expert cache takes {nbytes} bytes, which this system refuses "
+            f"({getattr(error, 'strerror', None) or error}). Give a smaller expert_cache, or raise "
+            "its limit (ulimit -v)."
+        ) from error
 
 
 def _zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -22,7 +22,7 @@ from store_helpers import (
     record,
 )
 
-from flashmoe_mlx import expert_store
+from flashmoe_mlx import expert_store, unbroken
 from flashmoe_mlx.config import IoPlan
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.expert_store import ExpertStore
@@ -198,6 +198,7 @@ def test_ctrl_c_at_any_moment(tmp_path, monkeypatch):
     store, rng = big_store(big_layout(tmp_path, UNEQUAL), 2, slots=4), random.Random(0)
     bank, left, times = store.banks[0], 0, 0
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # weakrefs' callbacks are struck too
+    monkeypatch.setattr(unbroken, "SIGNALS", (signal.SIGINT,))  # so that the clock strikes anywhere
 
     def strike(_, frame):
         nonlocal left
@@ -260,6 +261,73 @@ def test_a_fork_closes_files_only(tmp_path, monkeypatch):
         store.close()
     assert all(thread.is_alive() for thread in store._reader.threads)
     store._reader.close()
+
+
+@pytest.mark.parametrize("reason", [SystemExit(1), MemoryError(), KeyError("odd")])
+def test_whatever_a_read_raises_fails_its_expert_and_the_threads_live(
+    tmp_path, monkeypatch, reason
+):
+    store, whole = big_store(big_layout(tmp_path, UNEQUAL), 2, slots=4), os.preadv
+
+    def preadv(descriptor, rows, offset):
+        raise reason
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.preadv", preadv)
+        patch.setattr(store._reader, "help", lambda batch: None)
+        for _ in range(3):
+            with pytest.raises(FlashMoEError, match=type(reason).__name__):
+                store.fetch(0, [1, 2])
+    assert os.preadv is whole and all(thread.is_alive() for thread in store._reader.threads)
+    assert_whole(store, [1, 2], store.fetch(0, [1, 2]))
+
+
+def test_a_signal_handler_that_raises_in_the_read_of_who_waits(tmp_path, monkeypatch):
+    """As a timeout's does. The one reader thread is busy, so the caller reads itself."""
+    store, gate = big_store(big_layout(tmp_path, UNEQUAL), 1, slots=4), Gate(monkeypatch)
+
+    def late(number, frame):
+        raise TimeoutError("too late")
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        busy = store.request(0, [1])
+        while len(gate.reads) < 1:
+            time.sleep(0.001)
+        pending = store.request(0, [5, 6])
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        threading.Timer(0.2, gate.opened.set).start()
+        with pytest.raises(TimeoutError, match="too late"):
+            pending.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    busy.wait()
+    assert_whole(store, [5, 6, 7], store.fetch(0, [5, 6, 7]))
+
+
+def test_threads_that_the_system_refuses(tmp_path, monkeypatch):
+    """Those that were started end, and the files are closed."""
+    layout, start = big_layout(tmp_path, UNEQUAL), threading.Thread.start
+    before, files = threading.active_count(), len(os.listdir("/dev/fd"))
+    started = []
+
+    def refuse(thread):
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(FlashMoEError, match=r"io_threads = 5: the system started 3 and refuse"):
+            big_store(layout, 5, slots=4)
+    assert threading.active_count() == before and len(os.listdir("/dev/fd")) == files
+
+
+def test_memory_that_the_system_refuses(tmp_path):
+    layout = big_layout(tmp_path, UNEQUAL)
+    with pytest.raises(FlashMoEError, match=r"the expert cache takes \d+ bytes, which this system"):
+        big_store(layout, 1, slots=2**50)
 
 
 def test_close_with_reads_in_flight(tmp_path, monkeypatch):

@@ -54,3 +54,33 @@ def test_other_threads_are_never_interrupted():
     thread.start()
     thread.join()
     assert found == [([], signal.default_int_handler)]
+
+
+def test_handlers_of_other_signals_wait_too_and_all_are_called():
+    """SIGTERM's often raises SystemExit, a timeout's what it likes; Ctrl-C comes last."""
+    calls, done = [], []
+
+    def leave(number, frame):
+        calls.append(number)
+        raise SystemExit(3)
+
+    before = [(n, signal.signal(n, leave)) for n in (signal.SIGTERM, signal.SIGALRM)]
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught, unbroken() as interrupted:
+            for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert len(interrupted) == 3
+            done.append(1)
+        assert done and sorted(calls) == [signal.SIGALRM, signal.SIGTERM]
+        assert isinstance(caught.value.__context__, SystemExit)
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def test_signals_that_end_the_process_still_do():
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with unbroken():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
