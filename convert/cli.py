@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flashmoe_mlx.convert.parts import METHODS
 from flashmoe_mlx.convert.plan import DTYPES
+from flashmoe_mlx.convert.recipes import RECIPES
 from flashmoe_mlx.convert.repair import repair
 from flashmoe_mlx.convert.run import convert
 from flashmoe_mlx.convert.verify import summary, verify
@@ -49,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--q-group-size", type=int, metavar="N",
         help="Weights that share a scale: 32, 64 or 128 (default 64).",
+    )  # fmt: skip
+    add(
+        "--quant-predicate", choices=RECIPES,
+        help="Bits of experts matrix by matrix instead of --q-bits: mixed_LOW_HIGH is mlx_lm's "
+        "rule for down projections; mixed_2_2_4 has gate and up at 2 and down at 4; "
+        "mixed_2_4_ends has the first and the last eighth of the layers at 4.",
     )  # fmt: skip
     add(
         "--q-method", choices=METHODS,

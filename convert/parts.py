@@ -19,13 +19,14 @@ class Options:
     dtype: str | None = None
     method: str | None = None
     calibrate: str | None = None  # path of a text
+    recipe: str | None = None  # a name in `recipes.RECIPES`
 
 
 MIN_MAX, LEAST_SQUARES = METHODS = "min-max", "least-squares"
 
 _FLAGS = {
     "quantize": "-q", "bits": "--q-bits", "group_size": "--q-group-size", "dtype": "--dtype",
-    "method": "--q-method", "calibrate": "--calibrate",
+    "method": "--q-method", "calibrate": "--calibrate", "recipe": "--quant-predicate",
     "link": "--link",
 }  # fmt: skip
 

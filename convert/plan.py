@@ -13,6 +13,7 @@ from flashmoe_mlx.convert.parts import (
     Quant,
     TrunkTensor,
 )
+from flashmoe_mlx.convert.recipes import Target, check_recipe
 from flashmoe_mlx.convert.source import Dims, Source
 from flashmoe_mlx.convert.trunk import ROUTERS, plan_trunk, split_files
 from flashmoe_mlx.errors import FlashMoEError
@@ -53,9 +54,8 @@ def build_plan(source: Source, options: Options) -> Plan:
         layers = tuple(
             _float_layer(source.dims, n, target, dtype, method) for n in range(source.dims.layers)
         )
-        trunk_quant = Quant(max(target.bits, 4), target.group_size)
-        tensors = plan_trunk(source, trunk_quant, dtype)
-        entry = _new_quantisation(trunk_quant, tensors, layers)
+        tensors = plan_trunk(source, target.trunk, dtype)
+        entry = _new_quantisation(target.trunk, tensors, layers)
     return Plan(layers, split_files(tensors, SHARD_BYTES), output_config(source.config, entry))
 
 
@@ -67,9 +67,9 @@ def output_config(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, An
     return config | extra
 
 
-def _best_method(target: Quant | None, options: Options) -> str:
+def _best_method(target: Target | None, options: Options) -> str:
     """With few bits errors matter more than equality with what mlx-lm makes."""
-    wanted = options.calibrate or (target and target.bits < 4)
+    wanted = options.calibrate or (target and target.lowest < 4)
     return LEAST_SQUARES if wanted else MIN_MAX
 
 
@@ -83,10 +83,11 @@ def _check_calibration(source: Source, method: str) -> None:
         )
 
 
-def _target(dims: Dims, options: Options) -> Quant | None:
+def _target(dims: Dims, options: Options) -> Target | None:
     if not options.quantize:
         for flag, value in (
             ("--q-bits", options.bits),
+            ("--quant-predicate", options.recipe),
             ("--q-group-size", options.group_size),
             ("--q-method", options.method),
             ("--calibrate", options.calibrate),
@@ -94,24 +95,32 @@ def _target(dims: Dims, options: Options) -> Quant | None:
             if value is not None:
                 raise FlashMoEError(f"{flag} {value} has no effect without -q. Add -q.")
         return None
-    quant = Quant(options.bits or 4, options.group_size or 64)
+    if options.recipe is not None:
+        check_recipe(options.recipe)
+        if options.bits is not None:
+            raise FlashMoEError(
+                f"--q-bits {options.bits} and --quant-predicate {options.recipe} both state bits. "
+                "Drop one of them."
+            )
     if options.bits is not None and options.bits not in BITS:
         raise FlashMoEError(f"--q-bits {options.bits}: expected one of {_list(BITS)}.")
     if options.group_size is not None and options.group_size not in GROUP_SIZES:
         raise FlashMoEError(
             f"--q-group-size {options.group_size}: expected one of {_list(GROUP_SIZES)}."
         )
+    group_size = options.group_size or 64
     for key, width in (
         ("hidden_size", dims.hidden),
         ("moe_intermediate_size", dims.intermediate),
     ):
-        if width % quant.group_size:
+        if width % group_size:
             fits = [s for s in GROUP_SIZES if dims.hidden % s == dims.intermediate % s == 0]
             raise FlashMoEError(
-                f"--q-group-size {quant.group_size} does not divide {key} = {width}. "
+                f"--q-group-size {group_size} does not divide {key} = {width}. "
                 f"Sizes that fit this model: {_list(fits)}."
             )
-    return quant
+    bits = None if options.recipe else options.bits or 4
+    return Target(dims.layers, group_size, bits, options.recipe)
 
 
 def _list(values: Sequence[int]) -> str:
@@ -138,24 +147,24 @@ def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
                 )
 
 
-def _float_layer(dims: Dims, layer: int, target: Quant, dtype: str, method: str) -> LayerPlan:
-    projections = tuple(
-        Projection(name, dims.rows(name), dims.columns(name), None, target, dtype, method)
-        for name in PROJECTIONS
-    )
-    return LayerPlan(layer, dims.experts, projections)
+def _float_layer(dims: Dims, layer: int, target: Target, dtype: str, method: str) -> LayerPlan:
+    projections = []
+    for name in PROJECTIONS:
+        shape, after = (dims.rows(name), dims.columns(name)), target.experts(layer, name)
+        projections.append(Projection(name, *shape, None, after, dtype, method))
+    return LayerPlan(layer, dims.experts, tuple(projections))
 
 
 def _quantised_layer(
-    dims: Dims, layout: LayerLayout, target: Quant | None, method: str
+    dims: Dims, layout: LayerLayout, target: Target | None, method: str
 ) -> LayerPlan:
     projections = []
     for index, name in enumerate(PROJECTIONS):
         scales = layout.fields[3 * index + 1]
         shape = dims.rows(name), dims.columns(name)
         before = Quant(*quantisation(layout, name, shape))
-        quants = before, target or before
-        projections.append(Projection(name, *shape, *quants, scales.dtype, method))
+        after = target.experts(layout.layer, name) if target else before
+        projections.append(Projection(name, *shape, before, after, scales.dtype, method))
     return LayerPlan(layout.layer, layout.num_experts, tuple(projections))
 
 

@@ -69,7 +69,7 @@ class _Repair:
         """Plan the conversion that made the directory."""
         self._directory, self._source = directory, source
         self._entries, self._made_with = entries(manifest), manifest["tools"]
-        options = Options(**{key: manifest["options"][key] for key in Options.__annotations__})
+        options = Options(**{key: manifest["options"].get(key) for key in Options.__annotations__})
         if options.calibrate:
             raise FlashMoEError(
                 f"{directory}: made with --calibrate {options.calibrate}, so no part of it can be "

@@ -57,6 +57,7 @@ def convert(
     q_bits: int | None = None,
     q_method: str | None = None,
     calibrate: str | Path | None = None,
+    quant_predicate: str | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     dry_run: bool = False,
@@ -74,6 +75,7 @@ def convert(
         q_method: "min-max" or "least-squares", for the scales of experts; the latter below 4 bits
             unless given, else the former, which gives what mlx_lm.convert gives.
         calibrate: a text, for what experts see of which they are quantised.
+        quant_predicate: a name in `recipes.RECIPES`: bits of experts matrix by matrix.
         dtype: "bfloat16", "float16" or "float32" for what is not quantised; else the config's.
         revision: branch, tag or commit on the Hub.
         dry_run: print what would be written, and write nothing; from the Hub, headers are enough.
@@ -89,7 +91,7 @@ def convert(
     if q_method not in (None, *METHODS):
         raise FlashMoEError(f"q_method = {q_method!r} is none of {', '.join(METHODS)}.")
     text = None if calibrate is None else str(Path(calibrate).expanduser())
-    options = Options(quantize, q_bits, q_group_size, dtype, q_method, text)
+    options = Options(quantize, q_bits, q_group_size, dtype, q_method, text, quant_predicate)
     if link and options != Options():
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
     with located(str(hf_path), revision, headers_only=dry_run) as (directory, commit):

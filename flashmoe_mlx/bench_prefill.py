@@ -143,10 +143,13 @@ def _theory(subject: bench.Subject, layers: list[LayerTime]) -> dict[str, Any]:
     distinct = sum(layer.distinct for layer in layers)
     asked, hits = sum(layer.asked for layer in layers), sum(layer.hits for layer in layers)
     missing = distinct - hits
+    sizes = [layer.record_bytes for layer in subject.layout.layers]
     return {
         "distinct": distinct,
         "missing": missing,
-        "theory_bytes": missing * subject.layout.record_bytes,
+        "theory_bytes": sum(
+            (layer.distinct - layer.hits) * size for layer, size in zip(layers, sizes, strict=True)
+        ),
         "read_over_theory": (asked - hits) / missing if missing else 1.0,
     }
 

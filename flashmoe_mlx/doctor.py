@@ -92,10 +92,10 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _trials(geometry: str | None, model: ModelReport | None, dtype: str) -> list[Trial]:
-    """Return the model's trials, or those of the geometry given, at 4 bits."""
+    """Return the model's trials at its experts' bits, or those of the geometry given, at 4 bits."""
     if model and model.args and not geometry:
-        bits = model.bits if model.bits in BITS else 4
-        return trials(model.args, bits or 4, dtype)
+        known = [bits for bits in model.bits if bits in BITS] or [4]
+        return list(dict.fromkeys(t for bits in known for t in trials(model.args, bits, dtype)))
     return trials(GEOMETRIES[geometry or "35b"], 4, dtype)
 
 
@@ -198,9 +198,11 @@ def _model_lines(model: dict[str, Any] | None) -> list[str]:
     lines = [f"{model['directory']}: {state}"]
     if "kind" in model:
         record, experts = model["record_bytes"] / 1e6, model["expert_bytes"] / 1e9
+        bits = " and ".join(map(str, model["bits"]))
         lines.append(
-            f"{model['kind']}, {model['bits']}-bit, {model['layers']} layers of "
-            f"{model['experts']} experts of {record:.3g} MB, {experts:.3g} GB in all; "
+            f"{model['kind']}, {bits}-bit, {model['layers']} layers of {model['experts']} experts "
+            f"of {'up to ' if len(model['bits']) > 1 else ''}{record:.3g} MB, "
+            f"{experts:.3g} GB in all; "
             f"trunk {(model['trunk_bytes'] or 0) / 1e9:.3g} GB"
         )
     return lines

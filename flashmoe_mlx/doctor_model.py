@@ -17,14 +17,17 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass
 class ModelReport:
-    """What a directory holds; None where it cannot be read. `bits` are those of its experts."""
+    """What a directory holds; None where it cannot be read.
+
+    `bits` are those of its experts' matrices, ascending, each once.
+    """
 
     directory: Path
     problems: list[str] = field(default_factory=list)
     args: ModelArgs | None = None
     layout: ExpertLayout | None = None
     trunk_bytes: int | None = None
-    bits: int | None = None
+    bits: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -37,7 +40,7 @@ class ModelReport:
         if self.layout:
             values |= {
                 "kind": self.layout.kind,
-                "bits": self.bits,
+                "bits": list(self.bits),
                 "layers": len(self.layout.layers),
                 "experts": self.layout.layers[0].num_experts,
                 "record_bytes": self.layout.record_bytes,
@@ -96,7 +99,10 @@ def _experts(report: ModelReport) -> None:
     if (args := report.args) is None:
         return
     layout = open_layout(report.directory, args.num_hidden_layers, args.num_experts)
-    for layer in layout.layers:
-        for projection in PROJECTIONS:
-            report.bits, _ = quantisation(layer, projection, args.expert_shape(projection))
+    found = {
+        quantisation(layer, projection, args.expert_shape(projection))[0]
+        for layer in layout.layers
+        for projection in PROJECTIONS
+    }
+    report.bits = tuple(sorted(found))
     report.layout = layout

@@ -120,7 +120,8 @@ def kernel_formats(
     dtypes = {info.dtype for name, info in trunk.items() if name.endswith(".scales")}
     for entry in (args.quantization, *args.quantization.values()):
         if isinstance(entry, dict) and {"bits", "group_size"} <= entry.keys():
-            formats |= {(entry["bits"], entry["group_size"], dtype) for dtype in dtypes}
+            # mlx_lm.convert --quant-predicate writes null for the default.
+            formats |= {(entry["bits"], entry["group_size"] or 64, dtype) for dtype in dtypes}
     return {(b, g, str(DTYPES[d]).split(".")[-1]) for b, g, d in formats if d in DTYPES}
 
 

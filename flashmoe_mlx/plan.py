@@ -11,6 +11,7 @@ from typing import Any
 
 from .config import PREFILL_CHUNK, ModelArgs, parse_size
 from .errors import FlashMoEError
+from .names import PROJECTIONS
 from .plan_model import (
     SYSTEM_BYTES,
     Decode,
@@ -32,6 +33,7 @@ from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, tally
 
 NAMES = ("397b", "122b", "35b")
 BITS = (4, 2)
+_EXPERTS = re.compile(r"\blayers\.(\d+)\.mlp\.switch_mlp\.(\w+)$")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -128,9 +130,9 @@ def _weights(args: argparse.Namespace) -> Weights:
         raise FlashMoEError(f"--model is missing. Give {', '.join(NAMES)}, or a directory.")
     settings = named_args(args.model) if args.model in NAMES else _read_config(args.model)
     quantization = settings.quantization
-    own = _expert_bits(quantization)
-    bits = _among(own if args.bits is None else args.bits, BITS, "--bits")
-    trunk_bits, group = quantization.get("bits", 4), quantization.get("group_size", 64)
+    own = _expert_bits(quantization, settings.num_hidden_layers)
+    bits = own if args.bits is None else _among(args.bits, BITS, "--bits")
+    trunk_bits, group = quantization.get("bits", 4), quantization.get("group_size") or 64
     return weigh(settings, bits, args.top_k, trunk_bits, group)
 
 
@@ -149,14 +151,16 @@ def _read_config(directory: str) -> ModelArgs:
         raise FlashMoEError(f"{path}: not a JSON object. Restore the checkpoint's own.") from error
 
 
-def _expert_bits(quantization: dict[str, Any]) -> int:
-    """Return the routed experts' bits: those of their own entries, else the default's, else 4."""
-    own = [
-        entry["bits"]
+def _expert_bits(quantization: dict[str, Any], layers: int) -> float:
+    """Return the mean bits of routed experts' weights: of their own entries, or the default's."""
+    own = {
+        (int(match[1]), match[2]): entry["bits"]
         for name, entry in quantization.items()
-        if isinstance(entry, dict) and re.search(r"switch_mlp|\.experts", name)
-    ]
-    return max(own, default=quantization.get("bits", 4))
+        if isinstance(entry, dict) and (match := _EXPERTS.search(name))
+    }
+    default = quantization.get("bits", 4)
+    matrices = [(layer, name) for layer in range(layers) for name in PROJECTIONS]
+    return sum(own.get(matrix, default) for matrix in matrices) / len(matrices)
 
 
 def _machine(args: argparse.Namespace) -> Machine:

@@ -64,7 +64,7 @@ def test_json_has_the_facts(models, capsys):
     assert found["packages"]["mlx"] and found["device"] and found["disk"]["free"] > 0
     assert found["read_speed"]["bytes_per_s"] > 0
     model = found["model"]
-    assert (model["complete"], model["kind"], model["bits"]) == (True, "packed", 4)
+    assert (model["complete"], model["kind"], model["bits"]) == (True, "packed", [4])
     assert model["layers"] * model["experts"] * model["record_bytes"] == model["expert_bytes"]
     assert {kernel["op"] for kernel in found["kernels"]} >= {"dequant_matvec", "router"}
 

@@ -149,13 +149,27 @@ def test_flags_override_a_machine(capsys):
 
 def test_a_directory_tells_its_sizes_and_bits(tmp_path, capsys):
     args = {**vars(named_args("35b")), "model_type": "qwen3_5_moe"}
-    experts = {"language_model.model.layers.0.mlp.switch_mlp.up_proj": {"bits": 2}}
+    places = [(n, name) for n in range(40) for name in ("gate_proj", "up_proj", "down_proj")]
+    experts = {
+        f"language_model.model.layers.{n}.mlp.switch_mlp.{p}": {"bits": 2} for n, p in places
+    }
     args["quantization"] = {"bits": 4, "group_size": 64, **experts}
     (tmp_path / "config.json").write_text(json.dumps(args))
     _, found = run(f"--model {tmp_path} --machine m4-32", capsys)
     assert found["record_bytes"] == 983_040 and found["layers"] == 40
     _, found = run(f"--model {tmp_path} --machine m4-32 --bits 4", capsys)
     assert found["record_bytes"] == 1_769_472
+
+
+def test_experts_of_mixed_bits_count_by_their_mean(tmp_path, capsys):
+    args = {**vars(named_args("35b")), "model_type": "qwen3_5_moe"}
+    down = {
+        f"language_model.model.layers.{n}.mlp.switch_mlp.down_proj": {"bits": 6} for n in range(20)
+    }
+    args["quantization"] = {"bits": 2, "group_size": 64, **down}
+    (tmp_path / "config.json").write_text(json.dumps(args))
+    _, found = run(f"--model {tmp_path} --machine m4-32", capsys)
+    assert found["record_bytes"] == 983_040 + 4 * 2048 * 512 // 8 // 2
 
 
 @pytest.mark.parametrize(
