@@ -128,10 +128,14 @@ class Pending:
                     if arrival.error:
                         raise arrival.error
                 self._arrivals, self._batch = [], None
-        except BaseException:  # also Ctrl-C: the slots are free for others once they are at rest
-            self._store._pending[self.layer].discard(self)
+        except BaseException:  # also Ctrl-C
+            self.release()
             raise
         return self.slots
+
+    def release(self) -> None:
+        """Let others have the slots once they are at rest, as if it lived no more."""
+        self._store._pending[self.layer].discard(self)
 
 
 class ExpertStore:

@@ -148,15 +148,19 @@ class StreamedExperts(nn.Module):
             places = np.flatnonzero(slots >= 0)
             return places, slots[places]
 
-        for wave in self._waves(*np.unique(flat, return_counts=True)):
-            while len(wave) > room:
+        try:
+            for wave in self._waves(*np.unique(flat, return_counts=True)):
+                while len(wave) > room:
+                    yield serve()
+                    room += len(ahead.popleft().experts)
+                ahead.append(self._store.request(self._layer, wave))
+                room -= len(wave)
+            while ahead:
                 yield serve()
-                room += len(ahead.popleft().experts)
-            ahead.append(self._store.request(self._layer, wave))
-            room -= len(wave)
-        while ahead:
-            yield serve()
-            ahead.popleft()
+                ahead.popleft()
+        finally:  # if it failed, whoever keeps the traceback keeps this frame
+            for pending in ahead:
+                pending.release()
 
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
         """Keep the bank, or some slots of it, as they are until `consumer` is evaluated."""

@@ -181,7 +181,9 @@ class Reader:
         try:
             done, error = self._fill(piece)
         except BaseException as reason:  # a signal's handler may raise anything in the main thread
-            error = FlashMoEError(f"reading an expert was broken off ({reason!r}).")
+            error = FlashMoEError(
+                f"{self._names[piece[0]]}: reading an expert was broken off ({reason!r}). Retry."
+            )
             error.__cause__ = reason
             if not isinstance(reason, Exception):
                 raise
@@ -225,13 +227,15 @@ class Reader:
                 "was cut short while the model was in use; restore it and load the model again."
             )
         else:
-            remedy = REMEDIES.get(getattr(reason, "errno", None) or 0, OTHERS)
+            short = isinstance(reason, MemoryError)
+            code = errno.ENOMEM if short else getattr(reason, "errno", None)
+            remedy = REMEDIES.get(code or 0, OTHERS)
             error = FlashMoEError(
                 f"{name}: reading an expert at byte {offset} failed "
                 f"({getattr(reason, 'strerror', None) or repr(reason)}); nothing was computed from "
                 f"it. {remedy}"
             )
-        error.__cause__ = reason
+        error.__cause__ = reason and reason.with_traceback(None)  # frames keep what they wait for
         return error
 
     def _count_seconds(self) -> None:

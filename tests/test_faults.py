@@ -1,0 +1,55 @@
+"""Faults at random moments: a few of those that `tools/faults.py` injects a hundred times each."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from fault_kinds import FAULTS
+from faults import HEADER, line, scene, table_row
+
+from flashmoe_mlx import expert_store
+from flashmoe_mlx.reader import Arrival
+
+NAMES = [fault.name for fault in FAULTS]
+
+
+@pytest.fixture(scope="module")
+def stage():
+    with scene(tokens=4) as stage:
+        yield stage
+
+
+def row(stage, name: str, times: int, seed: int = 0):
+    fault = FAULTS[NAMES.index(name)]
+    return table_row(stage, fault, times, random.Random(f"{seed} {name}"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fault(stage, name):
+    found = row(stage, name, times=1)
+    assert found.well, f"\n{HEADER}\n{line(found)}\n" + "\n".join(found.messages)
+
+
+def test_the_table_sees_leaks(stage, monkeypatch):
+    """Files that are not closed when threads are refused."""
+    descriptors = []
+    with monkeypatch.context() as patch:
+        patch.setattr(expert_store, "_close_files", descriptors.extend)
+        found = row(stage, "load: no threads", times=1)
+    assert found.named == 1 and not found.well
+    assert found.held[1][0] > found.held[0][0]
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def test_the_table_sees_bytes_that_were_not_read_whole(stage, monkeypatch):
+    """A reader that forgets its errors computes with other bytes, and the table says so."""
+    advance = Arrival.advance
+    monkeypatch.setattr(Arrival, "advance", lambda self, nbytes, error: advance(self, nbytes, None))
+    found = row(stage, "ENODEV from then on", times=2)
+    assert found.injected == 2 and found.wrong and not found.named and not found.well

@@ -1,0 +1,370 @@
+"""What can go wrong while experts are read, each as a thing to do at a random moment.
+
+Reads are replaced at their one seam, `os.preadv`. Buffers are filled with other bytes before a read
+fails, so that an expert which is used all the same gives wrong tokens.
+"""
+
+import errno
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from flashmoe_mlx import slot_bank
+
+preadv = os.preadv
+Rows = Sequence[memoryview]
+# Answers a read: (descriptor, rows, offset) to bytes read.
+Answer = Callable[[int, Rows, int], int]
+
+
+@dataclass
+class Files:
+    """The expert files, and what is needed to bring them back.
+
+    Attributes:
+        paths: of the files.
+        kept: hard links to the same files.
+        data: their bytes.
+    """
+
+    paths: list[Path]
+    kept: list[Path]
+    data: list[bytes]
+
+    @classmethod
+    def of(cls, paths: Sequence[Path], folder: Path) -> "Files":
+        """Keep `paths` in `folder`."""
+        folder.mkdir()
+        kept = [folder / path.name for path in paths]
+        for path, link in zip(paths, kept, strict=True):
+            os.link(path, link)
+        return cls(list(paths), kept, [path.read_bytes() for path in paths])
+
+    def named(self, descriptor: int) -> Path:
+        """Return the file that is open."""
+        found = os.fstat(descriptor)
+        return next(path for path in self.kept if os.path.samestat(path.stat(), found))
+
+    def restore(self) -> None:
+        """Put every file back: name, length and bytes."""
+        for path, link, data in zip(self.paths, self.kept, self.data, strict=True):
+            if not path.exists() or not path.samefile(link):
+                path.unlink(missing_ok=True)
+                os.link(link, path)
+            if link.stat().st_size != len(data):
+                link.write_bytes(data)  # in place
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of the table.
+
+    Attributes:
+        name: for people.
+        error: pattern of the message that the request must end with; None: it must not fail.
+        plant: has the fault happen at a read, given by its number; a context for the request.
+        loads: whether the request is to load a model, all experts resident, rather than to run one.
+        kind: type of what is raised, by name.
+    """
+
+    name: str
+    error: str | None
+    plant: Callable[["Files", int, random.Random], "Planted"]
+    loads: bool = False
+    kind: str = "FlashMoEError"
+
+
+class Planted:
+    """A fault that waits for its moment; `struck` says whether that has come."""
+
+    def __init__(self, answer: Answer, moment: int, lasting: bool = False) -> None:
+        self.struck = False
+        self._answer, self._moment, self._lasting = answer, moment, lasting
+        self._lock, self._count = threading.Lock(), 0
+
+    def preadv(self, descriptor: int, rows: Rows, offset: int, *flags: int) -> int:
+        """Read, or do what was planted."""
+        with self._lock:
+            self._count += 1
+            now = self._count > self._moment and (self._lasting or not self.struck)
+            self.struck |= now
+        return (self._answer if now else preadv)(descriptor, rows, offset, *flags)
+
+    def __enter__(self) -> "Planted":
+        """Have reads go through here."""
+        os.preadv = self.preadv  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Have them go where they went."""
+        os.preadv = preadv
+
+
+def spoil(rows: Rows) -> None:
+    """Fill buffers with bytes of no expert."""
+    for row in rows:
+        row[:] = b"\xa5" * len(row)
+
+
+def failing(reason: Callable[[], BaseException]) -> Answer:
+    """Return reads that bring wrong bytes and then fail, each with an exception of its own."""
+
+    def answer(descriptor: int, rows: Rows, offset: int) -> int:
+        spoil(rows)
+        raise reason()
+
+    return answer
+
+
+def disk_error(code: int, lasting: bool = False) -> Callable[..., Planted]:
+    """Return what plants one failing read, or (lasting) nothing but failing reads from then on."""
+    answer = failing(lambda: OSError(code, os.strerror(code)))
+    return lambda files, moment, rng: Planted(answer, moment, lasting)
+
+
+def raised(reason: Callable[[], BaseException]) -> Callable[..., Planted]:
+    """Return what plants a read that raises something else."""
+    return lambda files, moment, rng: Planted(failing(reason), moment)
+
+
+def half_then_error(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant a read that brings a part, and whose rest cannot be read."""
+    part, fail = [], failing(lambda: OSError(errno.EIO, os.strerror(errno.EIO)))
+
+    def answer(descriptor: int, rows: Rows, offset: int) -> int:
+        if not part:
+            part.append(first_half(rows))
+            return preadv(descriptor, part, offset)
+        return fail(descriptor, rows, offset)
+
+    return Planted(answer, moment, lasting=True)
+
+
+def first_half(rows: Rows) -> memoryview:
+    """Return half of the first buffer, at least a byte."""
+    return rows[0][: max(1, len(rows[0]) // 2)]
+
+
+def stuttering(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant reads that bring less than asked, or nothing because a signal came."""
+
+    def answer(descriptor: int, rows: Rows, offset: int) -> int:
+        if rng.random() < 0.3:
+            raise InterruptedError(errno.EINTR, os.strerror(errno.EINTR))
+        row = rows[0]
+        return preadv(descriptor, [row[: rng.randint(1, len(row))]], offset)
+
+    return Planted(answer, moment, lasting=True)
+
+
+def late(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant reads that take up to two milliseconds more, so that they end in another order."""
+
+    def answer(descriptor: int, rows: Rows, offset: int) -> int:
+        time.sleep(rng.uniform(0, 2e-3))
+        return preadv(descriptor, rows, offset)
+
+    return Planted(answer, moment, lasting=True)
+
+
+def end_of_file(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant a read that finds the end of the file."""
+
+    def answer(descriptor: int, rows: Rows, offset: int) -> int:
+        spoil(rows)
+        return 0
+
+    return Planted(answer, moment)
+
+
+def truncated(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant a file that is cut short in place, in the middle of what is being read."""
+
+    def answer(descriptor: int, rows: Rows, offset: int) -> int:
+        spoil(rows)
+        os.truncate(files.named(descriptor), offset + rng.randrange(sum(map(len, rows))))
+        return preadv(descriptor, rows, offset)
+
+    return Planted(answer, moment)
+
+
+def replaced(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant other files of the same size under the names of the files being read."""
+
+    def answer(descriptor: int, rows: Rows, offset: int) -> int:
+        for path, data in zip(files.paths, files.data, strict=True):
+            other = path.with_suffix(".other")
+            other.write_bytes(rng.randbytes(len(data)))
+            os.replace(other, path)
+        return preadv(descriptor, rows, offset)
+
+    return Planted(answer, moment)
+
+
+def deleted(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant the deletion of all expert files."""
+
+    def answer(descriptor: int, rows: Rows, offset: int) -> int:
+        for path in files.paths:
+            path.unlink()
+        return preadv(descriptor, rows, offset)
+
+    return Planted(answer, moment)
+
+
+def thread_killed(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant what would end a reader thread."""
+
+    def answer(descriptor: int, rows: Rows, offset: int) -> int:
+        if threading.current_thread() is threading.main_thread():
+            planted.struck = False  # another read then
+            return preadv(descriptor, rows, offset)
+        return failing(lambda: SystemExit("ended"))(descriptor, rows, offset)
+
+    planted = Planted(answer, moment)
+    return planted
+
+
+class Signal(Planted):
+    """A signal to this process, some milliseconds behind a read at most."""
+
+    def __init__(self, number: int, handler: Callable[..., object], moment: int, delay: float):
+        super().__init__(self._strike, moment)
+        self._number, self._handler, self._delay = number, handler, delay
+
+    def _strike(self, descriptor: int, rows: Rows, offset: int) -> int:
+        self.struck = False  # not yet
+        if not self._armed:
+            self._armed = True
+            signal.setitimer(signal.ITIMER_REAL, self._delay)
+        return preadv(descriptor, rows, offset)
+
+    def _alarm(self, *_: object) -> None:
+        self._moment, self.struck = 1 << 60, True
+        os.kill(os.getpid(), self._number)
+
+    def __enter__(self) -> Planted:
+        """Set the alarm and the handler."""
+        self._armed = False
+        self._before = [
+            (n, signal.signal(n, h))
+            for n, h in ((self._number, self._handler), (signal.SIGALRM, self._alarm))
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        """Put back what was there."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        super().__exit__()
+        for number, handler in self._before:
+            signal.signal(number, handler)
+
+
+def leave(number: int, frame: object) -> None:
+    """End the process in order, as many programs do on SIGTERM."""
+    raise SystemExit(f"signal {number}")
+
+
+def interrupt(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant Ctrl-C."""
+    return Signal(signal.SIGINT, signal.default_int_handler, moment, rng.uniform(1e-6, 5e-3))
+
+
+def terminate(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant SIGTERM with a handler that raises SystemExit."""
+    return Signal(signal.SIGTERM, leave, moment, rng.uniform(1e-6, 5e-3))
+
+
+class Instead(Planted):
+    """A function of some module that fails once, at its nth call."""
+
+    def __init__(self, owner: object, name: str, reason: Exception, call: int) -> None:
+        super().__init__(preadv, 1 << 60)
+        self._place, self._reason, self._call = (owner, name), reason, call
+        self._real = getattr(owner, name)
+
+    def _fail(self, *args: object, **kwargs: object) -> object:
+        self._call -= 1
+        if self._call < 0 and not self.struck:
+            self.struck = True
+            raise self._reason
+        return self._real(*args, **kwargs)
+
+    def __enter__(self) -> Planted:
+        """Put itself in the place of the function."""
+        setattr(*self._place, lambda *args, **kwargs: self._fail(*args, **kwargs))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Put the function back."""
+        setattr(*self._place, self._real)
+
+
+def no_memory_to_compute(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant MLX's error where it gets no memory for a result."""
+    reason = RuntimeError("[malloc] Unable to allocate 1048576 bytes.")
+    return Instead(mx, "async_eval", reason, rng.randrange(8))
+
+
+def no_memory_to_load(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant a system that refuses the memory of the expert cache."""
+    reason = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    return Instead(slot_bank.mmap, "mmap", reason, 0)
+
+
+def no_thread(files: Files, moment: int, rng: random.Random) -> Planted:
+    """Plant a system that refuses one of the reader threads."""
+    reason = RuntimeError("can't start new thread")
+    return Instead(threading.Thread, "start", reason, rng.randrange(8))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep still about exceptions that reach weak references' callbacks."""
+    import sys
+
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+FAULTS = (
+    Fault("EIO", r"layer_\d+\.safetensors: reading .* \(Input/output error\).*Check the disk",
+          disk_error(errno.EIO)),
+    Fault("EIO in the rest of a read", r"\(Input/output error\)", half_then_error),
+    Fault("ENODEV from then on", r"\(No such device\).*connect it again",
+          disk_error(errno.ENODEV, lasting=True)),
+    Fault("ENOMEM", r"\(Cannot allocate memory\).*smaller expert_cache", disk_error(errno.ENOMEM)),
+    Fault("MemoryError in a read", r"layer_\d+\.safetensors: .*MemoryError.*smaller expert_cache",
+          raised(MemoryError)),
+    Fault("a reader thread is ended", r"layer_\d+\.safetensors: .*broken off \(SystemExit",
+          thread_killed),
+    Fault("end of file in a read", r"layer_\d+\.safetensors: ends at byte .* cut short",
+          end_of_file),
+    Fault("file truncated in place", r"layer_\d+\.safetensors: ends at byte .* cut short",
+          truncated),
+    Fault("files replaced by others", None, replaced),
+    Fault("files deleted", None, deleted),
+    Fault("short and interrupted reads", None, stuttering),
+    Fault("reads late, in any order", None, late),
+    Fault("MLX gets no memory", r"Unable to allocate", no_memory_to_compute, kind="RuntimeError"),
+    Fault("SIGINT", "", interrupt, kind="KeyboardInterrupt"),
+    Fault("SIGTERM, its handler raises", "signal 15", terminate, kind="SystemExit"),
+    Fault("load: EIO", r"layer_\d+\.safetensors: reading .* \(Input/output error\)",
+          disk_error(errno.EIO), loads=True),
+    Fault("load: file truncated", r"layer_\d+\.safetensors: ends at byte", truncated, loads=True),
+    Fault("load: no memory", r"the expert cache takes \d+ bytes.*ulimit", no_memory_to_load,
+          loads=True),
+    Fault("load: no threads", r"io_threads = 8: the system started \d", no_thread, loads=True),
+    Fault("load: SIGINT", "", interrupt, loads=True, kind="KeyboardInterrupt"),
+)  # fmt: skip
