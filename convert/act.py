@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -31,14 +32,32 @@ BLOCK_BYTES = 16 << 20
 Progress = Callable[[int], object]
 
 
-def write_trunk(plan: TrunkFile, directory: Path, reader: Reader, progress: Progress) -> Entry:
+@dataclass(frozen=True)
+class Visit:
+    """One of several visits to a file: what to write, and what the visits before have written.
+
+    Attributes:
+        parts: indices of the trunk file's tensors, or experts.
+        written: the checksum of every tensor of the file that is there, "" for the others; nothing
+            if this is the first visit.
+    """
+
+    parts: Sequence[int]
+    written: Sequence[str] = ()
+
+
+def write_trunk(
+    plan: TrunkFile, directory: Path, reader: Reader, progress: Progress, visit: Visit | None = None
+) -> Entry:
     """Write one file of the trunk and return its entry; `progress` hears of every byte."""
-    with TensorFile(directory / plan.name, plan.specs()) as file:
-        for tensor in plan.tensors:
+    chosen = range(len(plan.tensors)) if visit is None else visit.parts
+    written = visit and visit.written
+    with TensorFile(directory / plan.name, plan.specs(), written=written) as file:
+        for tensor in (plan.tensors[index] for index in chosen):
             _write_tensor(tensor, file, reader)
             progress(sum(spec.nbytes for spec in tensor.outputs))
     mx.clear_cache()
-    return file.entry() | {"tensors": file.tensors()}
+    return file.entry() | {"tensors": file.tensors()} if file.whole else file.begun()
 
 
 def _write_tensor(tensor: TrunkTensor, file: TensorFile, reader: Reader) -> None:
@@ -80,32 +99,39 @@ def write_layer(
     reader: Reader,
     progress: Progress,
     seen: LayerInputs | None = None,
+    visit: Visit | None = None,
 ) -> Entry:
     """Write one layer's expert file and return its entry, with checksums record by record."""
     steps = ExpertSteps(source, plan, reader, seen)
-    batches = steps.batches()
-    records, tensors = [], []
-    with TensorFile(directory / plan.file, plan.specs(), DATA_ALIGNMENT) as file:
+    batches = steps.batches(range(plan.experts) if visit is None else visit.parts)
+    path, written = directory / plan.file, visit and visit.written
+    with TensorFile(path, plan.specs(), DATA_ALIGNMENT, written) as file:
         for batch, loaded in zip(batches, read_ahead(steps.load, batches), strict=True):
             for expert, record in zip(batch, steps.encode(batch, loaded), strict=True):
-                records.append(write_record(file, expert, record))
-                fields = file.checksums(f"experts.{expert}.{FIELDS[0]}", len(FIELDS))
-                tensors.append("".join(as_text(checksum) for checksum, _ in fields))
+                write_record(file, expert, record)
                 progress(plan.record_bytes)
     mx.clear_cache()
-    field_bytes = [spec.nbytes for spec in plan.record]
-    details = {"field_bytes": field_bytes, "records": records, "tensors": tensors}
-    return file.entry() | details
+    return file.entry() | _records(plan, file) if file.whole else file.begun()
 
 
-def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> str:
-    """Write one expert's bytes, in pieces that follow one another, and return their checksum."""
+def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> None:
+    """Write one expert's bytes, in pieces that follow one another."""
     first, start = f"experts.{expert}.{FIELDS[0]}", 0
     for part in record:
         data = as_buffer(part)
         file.write(first, data, start)
         start += data.nbytes
-    return as_text(joined(file.checksums(first, len(FIELDS))))
+
+
+def _records(plan: LayerPlan, file: TensorFile) -> Entry:
+    """Return the checksums of records, and of their tensors."""
+    records, tensors = [], []
+    for expert in range(plan.experts):
+        fields = file.checksums(f"experts.{expert}.{FIELDS[0]}", len(FIELDS))
+        records.append(as_text(joined(fields)))
+        tensors.append("".join(as_text(checksum) for checksum, _ in fields))
+    field_bytes = [spec.nbytes for spec in plan.record]
+    return {"field_bytes": field_bytes, "records": records, "tensors": tensors}
 
 
 def as_buffer(part: Part) -> memoryview:

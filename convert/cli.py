@@ -74,6 +74,11 @@ def parser() -> argparse.ArgumentParser:
         help="Type of what is not quantised (default: the config's, or bfloat16).",
     )  # fmt: skip
     add("--revision", help="Branch, tag or commit on the Hub.")
+    add(
+        "--keep-source", action="store_true",
+        help="Download a checkpoint from the Hub whole, into the Hub's own cache, where it stays. "
+        "Without it, one file after the other is fetched, packed and deleted.",
+    )  # fmt: skip
     add("--dry-run", action="store_true", help="Print what would be written, and write nothing.")
     add(
         "--link", action="store_true",

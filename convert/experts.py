@@ -41,11 +41,10 @@ class ExpertSteps:
             self._before = [Spec(f.name, f.dtype, f.shape) for f in self._layout.fields]
         self._copied = all(projection.copied for projection in plan.projections)
 
-    def batches(self) -> list[range]:
-        """Cut the experts into batches of a bounded size, of one expert at least."""
+    def batches(self, experts: Sequence[int]) -> list[Sequence[int]]:
+        """Cut experts into batches of a bounded size, of one expert at least."""
         size = 1 if self._copied else max(1, BATCH_BYTES // self._float_bytes())
-        count = self._plan.experts
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+        return [experts[start : start + size] for start in range(0, len(experts), size)]
 
     def _float_bytes(self) -> int:
         """Return the bytes of one expert as the floats that it is, or is dequantised to."""
@@ -54,7 +53,7 @@ class ExpertSteps:
         layer, names = self._plan.layer, [p.name for p in self._plan.projections]
         return sum(self._source.matrices[layer, 0, name].nbytes for name in names)
 
-    def load(self, batch: range) -> list[Loaded]:
+    def load(self, batch: Sequence[int]) -> list[Loaded]:
         """Read the source bytes of some experts: one record each, or one entry a matrix."""
         return [self._load(expert) for expert in batch]
 
@@ -70,7 +69,7 @@ class ExpertSteps:
             found.append((data, matrix.dtype))
         return found
 
-    def encode(self, batch: range, loaded: list[Loaded]) -> list[Sequence[Part]]:
+    def encode(self, batch: Sequence[int], loaded: list[Loaded]) -> list[Sequence[Part]]:
         """Return the records of the experts of a batch, evaluated."""
         if self._copied:
             return [[record] for ((record, _),) in loaded]

@@ -1,80 +1,216 @@
-"""Find a checkpoint: a local directory, or a repository of the Hugging Face Hub."""
+"""A repository of the Hugging Face Hub at one commit: its files, whole or in part."""
 
-import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import errno
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import EXPERT_DIR, MAX_HEADER
 
 # What mlx-lm downloads.
 PATTERNS = (
     "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
     "*.txt", "*.jsonl", "*.jinja",
 )  # fmt: skip
+WEIGHTS = ".safetensors"
+FIRST_BYTES = 1 << 14  # of a file, asked for at once: most headers fit
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before another attempt
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+T = TypeVar("T")
 
 
-@contextmanager
-def located(
-    path_or_repo: str, revision: str | None, headers_only: bool
-) -> Iterator[tuple[Path, str | None]]:
-    """Yield the checkpoint's directory and, if it came from the Hub, its commit.
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file of a repository: size in bytes, and SHA-256 or (of a small one) git's SHA-1."""
 
-    With `headers_only`, a repository is not downloaded: the directory lasts as long as the block,
-    and its weight files are outlines, with a header but no data.
+    name: str
+    size: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A repository at one commit."""
+
+    name: str
+    commit: str
+    files: dict[str, RemoteFile]
+
+    def cached(self, name: str) -> Path | None:
+        """Return where the Hub's own cache has a file, if it does."""
+        from huggingface_hub import try_to_load_from_cache  # slow to import, seldom needed
+
+        found = try_to_load_from_cache(self.name, name, revision=self.commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def download(self, name: str, folder: Path) -> Path:
+        """Download a file into a folder, or find it there whole, and check every byte.
+
+        Raises:
+            FlashMoEError: the Hub does not deliver it, or delivers something else.
+            OSError: the disk is full.
+        """
+        return self._told(name, partial(self._download, name, folder))
+
+    def _download(self, name: str, folder: Path) -> Path:
+        from huggingface_hub import HfApi
+
+        path = Path(
+            HfApi().hf_hub_download(self.name, name, revision=self.commit, local_dir=folder)
+        )
+        expected, found = self.files[name], checksum_of(path, len(self.files[name].checksum))
+        if found != expected.checksum:
+            size = path.stat().st_size
+            path.unlink()
+            raise OSError(
+                f"{size:,} bytes of checksum {found[:12]} came, expected {expected.size:,} of "
+                f"{expected.checksum[:12]}"
+            )
+        return path
+
+    def read(self, name: str, start: int, nbytes: int) -> bytes:
+        """Read a range of a file's bytes; fewer than asked for only at its end.
+
+        Raises:
+            FlashMoEError: the Hub does not deliver them.
+        """
+        return self._told(name, partial(self._read, name, start, nbytes)) if nbytes else b""
+
+    def _read(self, name: str, start: int, nbytes: int) -> bytes:
+        from huggingface_hub import HfApi, constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+        url = hf_hub_url(self.name, name, revision=self.commit, endpoint=HfApi().endpoint)
+        headers = build_hf_headers() | {
+            "Range": f"bytes={start}-{start + nbytes - 1}", "Accept-Encoding": "identity",
+        }  # fmt: skip
+        end = min(start + nbytes, self.files[name].size)
+        content = bytearray()
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with http_stream_backoff(
+            "GET", url, headers=headers, timeout=timeout, max_retries=0
+        ) as response:
+            hf_raise_for_status(response)
+            if response.status_code != 206 and start:
+                raise OSError("the server does not know byte ranges")
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) >= end - start:
+                    break
+        if len(content) < end - start:
+            raise OSError(f"{len(content)} bytes came, expected {end - start}")
+        return bytes(content[: end - start])
+
+    def header(self, name: str) -> bytes:
+        """Read the header of a safetensors file, with the eight bytes of its length."""
+        first = self.read(name, 0, FIRST_BYTES)
+        end = 8 + min(int.from_bytes(first[:8], "little"), MAX_HEADER)
+        return first[:end] if end <= len(first) else self.read(name, 0, end)
+
+    def _told(self, name: str, act: Callable[[], T]) -> T:
+        try:
+            return patiently(f"{self.name}: {name}", act)
+        except Exception as error:  # a dozen kinds: network, names, permissions, disk
+            for cause in filter(_is_full, _causes(error)):
+                raise cause from error
+            raise FlashMoEError(
+                f"{self.name}: the Hugging Face Hub did not deliver {name} of commit "
+                f"{self.commit} ({reason(error)}). Check the network, and try again."
+            ) from error
+
+
+def find_repo(name: str, revision: str | None) -> Repo:
+    """Ask the Hub for the commit and the files of a repository.
 
     Raises:
-        FlashMoEError: there is no such directory, or the Hub does not deliver.
+        Exception: one of the client's many kinds.
     """
-    path = Path(path_or_repo).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise FlashMoEError(
-                f"--revision {revision} has no effect on the local directory {path}. Drop it."
-            )
-        yield path, None
-        return
-    if path.exists() or path_or_repo.startswith(("/", ".", "~")) or path_or_repo.count("/") != 1:
-        raise FlashMoEError(
-            f"{path_or_repo}: not a directory. Give a checkpoint's directory, or its name on the "
-            "Hugging Face Hub such as Qwen/Qwen3.5-35B-A3B."
-        )
-    with tempfile.TemporaryDirectory(prefix="flashmoe-") as temporary:
+    from huggingface_hub import HfApi
+
+    ask = partial(HfApi().model_info, name, revision=revision, files_metadata=True)
+    info = patiently(name, ask, WAITS[:2])
+    if not info.sha:
+        raise OSError("no commit came")
+    files = {file.name: file for file in map(_remote_file, info.siblings or ()) if file}
+    return Repo(name, info.sha, files)
+
+
+def _remote_file(file: Any) -> RemoteFile | None:
+    """Return one entry of the Hub's list, or None if no conversion needs that file."""
+    *folder, name = file.rfilename.split("/")
+    if folder not in ([], [EXPERT_DIR]) or not any(fnmatch(name, p) for p in patterns(folder)):
+        return None
+    checksum = file.lfs.sha256 if file.lfs else file.blob_id
+    if type(file.size) is not int or len(checksum or "") not in (40, 64):
+        raise OSError(f"no size and checksum of {file.rfilename} came")
+    return RemoteFile(file.rfilename, file.size, checksum)
+
+
+def patterns(folder: list[str]) -> tuple[str, ...]:
+    """Return what to take from a folder of a repository."""
+    return ("*.json", "*" + WEIGHTS) if folder else PATTERNS
+
+
+def checksum_of(path: Path, digits: int) -> str:
+    """Return a file's SHA-256 (64 digits), or the SHA-1 that git names it by (40)."""
+    with open(path, "rb") as file:
+        if digits == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        content = file.read()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def patiently(what: str, act: Callable[[], T], waits: tuple[float, ...] | None = None) -> T:
+    """Try something several times, unless another attempt would fail the same way."""
+    for wait in WAITS if waits is None else waits:
         try:
-            fetch = _outline if headers_only else _download
-            found = fetch(path_or_repo, revision, Path(temporary))
-        except Exception as error:  # a dozen kinds: network, names, permissions, disk
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise FlashMoEError(
-                f"{path_or_repo}: not a local directory, and the Hugging Face Hub did not deliver "
-                f"it ({reason}). Check the name, --revision and the network."
-            ) from error
-        yield found
+            return act()
+        except Exception as error:
+            if _is_final(error):
+                raise
+            tqdm.write(f"{what}: {reason(error)}; again in {wait:g} s", file=sys.stderr)
+            time.sleep(wait)
+    return act()
 
 
-def _download(repo: str, revision: str | None, temporary: Path) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download  # slow to import, seldom needed
+def _is_final(error: Exception) -> bool:
+    """Say whether the answer is "no", or there is no room, or nobody is to be asked."""
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-    snapshot = snapshot_download(repo, revision=revision, allow_patterns=list(PATTERNS))
-    return Path(snapshot), Path(snapshot).name
+    never = OfflineModeIsEnabled, HFValidationError
+    return any(
+        isinstance(cause, never) or _is_full(cause) or _is_refusal(cause)
+        for cause in _causes(error)
+    )
 
 
-def _outline(repo: str, revision: str | None, temporary: Path) -> tuple[Path, str]:
-    """Rebuild the weight files' headers, which cost kilobytes, over holes in place of the data."""
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+def _is_refusal(error: BaseException) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    return 400 <= status < 500 and status not in (408, 429)
 
-    config = Path(hf_hub_download(repo, "config.json", revision=revision))
-    (temporary / "config.json").write_bytes(config.read_bytes())
-    metadata = get_safetensors_metadata(repo, revision=revision)
-    for name, file in metadata.files_metadata.items():
-        header = {
-            key: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)}
-            for key, t in file.tensors.items()
-        }
-        size = max((t.data_offsets[1] for t in file.tensors.values()), default=0)
-        text = json.dumps(header).encode()
-        with open(temporary / Path(name).name, "wb") as outline:
-            outline.write(len(text).to_bytes(8, "little") + text)
-            outline.truncate(8 + len(text) + size)
-    return temporary, config.parent.name
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from."""
+    while error:
+        yield error
+        error = error.__cause__
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what an error came from, which says most."""
+    *_, first = _causes(error)
+    return (str(first).splitlines() or [type(first).__name__])[0]

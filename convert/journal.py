@@ -1,8 +1,9 @@
 """What an unfinished conversion has finished: `model_experts/unfinished.json`.
 
 It says what was begun (source, options) and has the entry of every weight file that is in place,
-and is replaced as a whole after each one. So a command that is killed anywhere finds its way when
-it is run again. It goes when the manifest, which is made of the same entries, is written.
+or in part in NAME.tmp when its source comes piece by piece, and is replaced as a whole after each
+step. So a command that is killed anywhere finds its way when it is run again. It goes when the
+manifest, which is made of the same entries, is written.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flashmoe_mlx.convert.checksum import as_text
 from flashmoe_mlx.convert.output import place
@@ -112,10 +113,18 @@ def read_journal(out: Path, begun: Begun) -> Entries:
         if before.get(key) != now[key]:
             raise FlashMoEError(
                 f"{out}: an unfinished conversion that was begun with "
-                f"{_difference(key, before.get(key), now[key])}. Give it the same again to finish "
-                f"it, or delete {out} to begin anew."
+                f"{_difference(key, before.get(key), now[key])}. Give {_again(key, before)} to "
+                f"finish it, or delete {out} to begin anew."
             )
     return entries
+
+
+def _again(key: str, before: Begun) -> str:
+    """Say what to give to go on with what was begun."""
+    source = before.get("source")
+    if key == "source" and isinstance(source, dict) and "revision" in source:
+        return f"--revision {source['revision']}"
+    return "it the same again"
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
@@ -150,7 +159,8 @@ def header(file: TrunkFile | LayerPlan) -> Header:
 def finished(out: Path, plan: Plan, begun: Begun) -> Entries:
     """Return the entries of the files that were finished and, as far as a glance tells, still are.
 
-    The glance is at size, header and the last tensor or expert; `verify` reads every byte.
+    The glance is at size, header and the last tensor or expert; `verify` reads every byte. Of files
+    that are there in part every byte is read: their entries have the key "written".
 
     Raises:
         FlashMoEError: what was begun is another conversion.
@@ -160,9 +170,26 @@ def finished(out: Path, plan: Plan, begun: Begun) -> Entries:
     for file in (*plan.trunk, *plan.layers):
         name = place(file)
         with suppress(OSError, KeyError, IndexError, TypeError, ValueError):  # then it is not
-            if _is_whole(out / name, header(file), entries[name], file):
-                found[name] = entries[name]
+            entry = entries[name]
+            if "written" in entry:
+                good = _is_begun(out / (name + TEMPORARY), header(file), entry)
+            else:
+                good = _is_whole(out / name, header(file), entry, file)
+            if good:
+                found[name] = entry
     return found
+
+
+def _is_begun(path: Path, planned: Header, entry: Entry) -> bool:
+    if as_text(zlib.crc32(planned.data)) != entry["header"] or not path.is_file():
+        return False
+    with open(path, "rb") as stream:
+        starts = planned.starts
+        for start, end, checksum in zip(starts, starts[1:], entry["written"], strict=False):
+            stream.seek(len(planned.data) + start)
+            if checksum and as_text(_read_checksum(stream, end - start)) != checksum:
+                return False
+    return len(entry["written"]) == len(planned.names)
 
 
 def _is_whole(path: Path, planned: Header, entry: Entry, file: TrunkFile | LayerPlan) -> bool:
@@ -178,12 +205,35 @@ def _is_whole(path: Path, planned: Header, entry: Entry, file: TrunkFile | Layer
         if stream.read(len(planned.data)) != planned.data:
             return False
         stream.seek(planned.file_bytes - last)
-        found = 0
-        while block := stream.read(BLOCK_BYTES):
-            found = zlib.crc32(block, found)
-    return as_text(found) == checksum
+        return as_text(_read_checksum(stream, last)) == checksum
 
 
-def leftover_bytes(out: Path) -> int:
-    """Return the bytes of files that were being written when a conversion was killed."""
-    return sum(path.lstat().st_size for path in out.rglob("*" + TEMPORARY))
+def _read_checksum(stream: BinaryIO, nbytes: int) -> int:
+    found = 0
+    while nbytes and (block := stream.read(min(nbytes, BLOCK_BYTES))):
+        found, nbytes = zlib.crc32(block, found), nbytes - len(block)
+    return found
+
+
+def data_bytes(plan: Plan, done: Entries) -> int:
+    """Return the bytes of tensors that are written, by the entries of `finished`."""
+    total = 0
+    for file in (*plan.trunk, *plan.layers):
+        entry = done.get(place(file), {"written": ()})
+        if "written" not in entry:
+            total += file.nbytes
+        elif entry["written"]:
+            starts = header(file).starts
+            triples = zip(starts, starts[1:], entry["written"], strict=False)
+            total += sum(end - start for start, end, checksum in triples if checksum)
+    return total
+
+
+def leftover_bytes(out: Path, done: Entries) -> int:
+    """Return the bytes of files that were being written when a conversion was killed.
+
+    Those that it goes on with, by the entries of `finished`, are none.
+    """
+    kept = {out / (name + TEMPORARY) for name, entry in done.items() if "written" in entry}
+    found = (path.lstat() for path in out.rglob("*" + TEMPORARY) if path not in kept)
+    return sum(min(status.st_size, 512 * status.st_blocks) for status in found)

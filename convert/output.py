@@ -4,7 +4,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.convert.act import Progress, write_layer, write_trunk
+from flashmoe_mlx.convert.act import Progress, Visit, write_layer, write_trunk
 from flashmoe_mlx.convert.calibrate import LayerInputs
 from flashmoe_mlx.convert.checksum import CHECKSUM, as_text
 from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile
@@ -35,11 +35,12 @@ def write_weights(
     reader: Reader,
     progress: Progress,
     seen: LayerInputs | None = None,
+    visit: Visit | None = None,
 ) -> Entry:
-    """Write one weight file into its place in `out`, and return its entry."""
+    """Write one weight file, or a part of it, into its place in `out`, and return its entry."""
     if isinstance(file, TrunkFile):
-        return write_trunk(file, out, reader, progress)
-    return write_layer(source, file, out / EXPERT_DIR, reader, progress, seen)
+        return write_trunk(file, out, reader, progress, visit)
+    return write_layer(source, file, out / EXPERT_DIR, reader, progress, seen, visit)
 
 
 def small_files(source: Source, plan: Plan) -> dict[str, bytes | Path]:

@@ -34,8 +34,9 @@ _READ_LIMIT = 1 << 30  # Linux and macOS both stop a single read short of 2 GiB.
 class Reader:
     """Keeps the files of a checkpoint open and reads byte ranges of them."""
 
-    def __init__(self) -> None:
-        """Open nothing yet."""
+    def __init__(self, find: Callable[[Path], Path] | None = None) -> None:
+        """Open nothing yet. `find` says where a file really is, if not in its place."""
+        self._find = find or (lambda file: file)
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
@@ -50,8 +51,13 @@ class Reader:
         trace: TracebackType | None,
     ) -> None:
         """Close every file."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        for file in list(self._files):
+            self.close(file)
+
+    def close(self, file: Path) -> None:
+        """Close one file, if it is open."""
+        if file in self._files:
+            os.close(self._files.pop(file))
 
     def read(self, file: Path, offset: int, nbytes: int) -> Bytes:
         """Return `nbytes` bytes from `offset`, as uint8 `[nbytes]`."""
@@ -87,7 +93,7 @@ class Reader:
     def _open(self, file: Path) -> int:
         with self._lock:
             if file not in self._files:
-                self._files[file] = os.open(file, os.O_RDONLY)
+                self._files[file] = os.open(self._find(file), os.O_RDONLY)
             return self._files[file]
 
 

@@ -13,12 +13,13 @@ from tqdm import tqdm
 from flashmoe_mlx.convert.act import as_buffer
 from flashmoe_mlx.convert.checksum import as_text
 from flashmoe_mlx.convert.experts import ExpertSteps
-from flashmoe_mlx.convert.hub import located
 from flashmoe_mlx.convert.journal import locked
+from flashmoe_mlx.convert.locate import Found, located
 from flashmoe_mlx.convert.output import place, small_files, write_small, write_weights
 from flashmoe_mlx.convert.parts import LayerPlan, Options, Plan, TrunkFile
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
+from flashmoe_mlx.convert.shards import RangeReader
 from flashmoe_mlx.convert.source import Source, open_source
 from flashmoe_mlx.convert.verify import Problem, entries, read_checksums, verify
 from flashmoe_mlx.convert.write import TEMPORARY, Entry, sync_directory, write_at
@@ -48,10 +49,10 @@ def repair(
     manifest = read_checksums(directory)
     if manifest["source"].get("repo") == str(hf_path):
         revision = revision or manifest["source"]["revision"]
-    with located(str(hf_path), revision, headers_only=False) as (path, commit), locked(directory):
+    with located(str(hf_path), revision) as found, locked(directory):
         try:
-            source = open_source(path, str(hf_path), commit)
-            _Repair(directory, manifest, source).run(problems)
+            source = open_source(found.directory, str(hf_path), found.commit)
+            _Repair(directory, manifest, source).run(problems, found)
         except OSError as error:
             raise FlashMoEError(
                 f"{error.filename or directory}: cannot be written ({error.strerror}). Run the "
@@ -80,12 +81,12 @@ class _Repair:
             place(file): file for file in (*self._plan.trunk, *self._plan.layers)
         }
 
-    def run(self, problems: list[Problem]) -> None:
+    def run(self, problems: list[Problem], found: Found) -> None:
         """Rewrite files that differ outside of experts, and then single experts."""
         whole = {p.file for p in problems if p.expert is None and p.file in self._entries}
         single = [p for p in problems if p.expert is not None and p.file not in whole]
         with (
-            Reader() as reader,
+            RangeReader(found) as reader,
             tqdm(unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar,
         ):
             for name in sorted(whole):

@@ -16,17 +16,18 @@ from tqdm import tqdm
 
 from flashmoe_mlx.convert.calibrate import Calibration
 from flashmoe_mlx.convert.checksum import as_text
-from flashmoe_mlx.convert.hub import located
 from flashmoe_mlx.convert.journal import (
     Begun,
     Entries,
     check_output,
+    data_bytes,
     finished,
     leftover_bytes,
     locked,
     remove_journal,
     write_journal,
 )  # fmt: skip
+from flashmoe_mlx.convert.locate import Found, located
 from flashmoe_mlx.convert.output import MODEL_FILE as MODEL_FILE
 from flashmoe_mlx.convert.output import SHIM as SHIM
 from flashmoe_mlx.convert.output import (
@@ -42,7 +43,9 @@ from flashmoe_mlx.convert.output import write_index as write_index
 from flashmoe_mlx.convert.parts import METHODS, LayerPlan, Options, Plan, Quant
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
+from flashmoe_mlx.convert.shards import Shards
 from flashmoe_mlx.convert.source import Source, open_source
+from flashmoe_mlx.convert.steps import Fetched, fetched, plan_steps
 from flashmoe_mlx.convert.write import link_file
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
@@ -62,6 +65,7 @@ def convert(
     revision: str | None = None,
     dry_run: bool = False,
     link: bool = False,
+    keep_source: bool = False,
 ) -> None:
     """Convert a Qwen3.5 MoE checkpoint into a directory that streams its experts from disk.
 
@@ -80,6 +84,9 @@ def convert(
         revision: branch, tag or commit on the Hub.
         dry_run: print what would be written, and write nothing; from the Hub, headers are enough.
         link: stream from the (quantised MLX) source where it lies instead of copying it.
+        keep_source: download a repository whole into the Hub's own cache, where it stays. Else its
+            files are fetched one after the other, and deleted when nothing more needs them. (They
+            stay with `link` and `calibrate`, which need them all.)
 
     Raises:
         FlashMoEError: the source, the options or the disk does not allow it. If it happens after
@@ -94,12 +101,16 @@ def convert(
     options = Options(quantize, q_bits, q_group_size, dtype, q_method, text, quant_predicate)
     if link and options != Options():
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
-    with located(str(hf_path), revision, headers_only=dry_run) as (directory, commit):
-        source = open_source(directory, str(hf_path), commit)
-        _convert(source, options, out, dry_run, link)
+    whole = keep_source or link or text is not None
+    with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
+        source = open_source(found.directory, str(hf_path), found.commit)
+        shards = Shards(Found(found.directory) if whole else found, out)
+        _convert(source, shards, options, out, dry_run, link)
 
 
-def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: bool) -> None:
+def _convert(
+    source: Source, shards: Shards, options: Options, out: Path, dry_run: bool, link: bool
+) -> None:
     plan = build_plan(source, options)
     if link:
         _check_linkable(source)
@@ -108,14 +119,20 @@ def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: b
     if text is not None:
         begun["text"] = as_text(zlib.crc32(text.encode()))
     done = finished(out, plan, begun)
-    needed = 0 if link else plan.trunk_bytes + plan.expert_bytes - _data_bytes(plan, done)
-    free = shutil.disk_usage(_existing_parent(out)).free + leftover_bytes(out)
+    to_write = 0 if link else plan.trunk_bytes + plan.expert_bytes - data_bytes(plan, done)
+    steps = plan_steps(source, plan, done, frozenset(shards.sizes), shards.held())
+    fetching = fetched(steps, shards.sizes, shards.held())
+    needed = to_write + fetching.most_bytes
+    free = shutil.disk_usage(_existing_parent(out)).free + leftover_bytes(out, done)
+    free += shards.nbytes()
     if dry_run:
-        print(describe(source, plan, out, needed, free))
+        print(describe(source, plan, out, fetching, to_write, free))
         return
     if needed > free:
         raise FlashMoEError(
-            f"{out}: the conversion needs {_human(needed)}, but only {_human(free)} are free. "
+            f"{out}: the conversion needs {_human(needed)}"
+            + (f" ({_human(fetching.most_bytes)} of them for a while)" if fetching.most else "")
+            + f", but only {_human(free)} are free. "
             "Free some space, choose another --mlx-path, or fewer --q-bits."
         )
     with locked(out), _unfinished(out):
@@ -127,7 +144,7 @@ def _convert(source: Source, options: Options, out: Path, dry_run: bool, link: b
             content = _link(source, plan, out)
         else:
             with _calibration(source, text) as calibration:
-                content = _write(source, plan, out, begun, done, calibration)
+                content = _write(source, shards, plan, out, begun, done, calibration)
         write_manifest(out, content)
         remove_journal(out)
 
@@ -169,12 +186,11 @@ def _source_files(source: Source) -> set[Path]:
     }
 
 
-def _data_bytes(plan: Plan, done: Entries) -> int:
-    return sum(file.nbytes for file in (*plan.trunk, *plan.layers) if place(file) in done)
-
-
-def describe(source: Source, plan: Plan, out: Path, needed: int, free: int) -> str:
+def describe(
+    source: Source, plan: Plan, out: Path, fetching: Fetched, to_write: int, free: int
+) -> str:
     """Return the plan in words."""
+    needed = to_write + fetching.most_bytes
     records = sorted({layer.record_bytes for layer in plan.layers})
     before = sorted({_kind(p.before) for layer in plan.layers for p in layer.projections})
     after = sorted({_kind(p.after) for layer in plan.layers for p in layer.projections})
@@ -185,13 +201,21 @@ def describe(source: Source, plan: Plan, out: Path, needed: int, free: int) -> s
         ("one expert", f"{' or '.join(f'{size:,}' for size in records)} bytes"),
         ("trunk", f"{plan.trunk_bytes:,} bytes ({_human(plan.trunk_bytes)})"),
         ("experts", f"{plan.expert_bytes:,} bytes ({_human(plan.expert_bytes)})"),
-        ("to write", f"{needed:,} bytes ({_human(needed)})"),
+        *([("to fetch", _fetching(fetching))] if fetching.count else ()),
+        ("to write", f"{to_write:,} bytes ({_human(to_write)})"),
         (
             "free disk",
             f"{free:,} bytes ({_human(free)})" + (", too little" if needed > free else ""),
         ),
     )
     return "\n".join(f"{name:<12}{value}" for name, value in rows)
+
+
+def _fetching(fetching: Fetched) -> str:
+    return (
+        f"{fetching.count} files, {fetching.nbytes:,} bytes ({_human(fetching.nbytes)}); at once "
+        f"at most {fetching.most}, {fetching.most_bytes:,} bytes ({_human(fetching.most_bytes)})"
+    )
 
 
 def _kind(quant: Quant | None) -> str:
@@ -246,6 +270,7 @@ def _calibration(source: Source, text: str | None) -> Iterator[Calibration | Non
 
 def _write(
     source: Source,
+    shards: Shards,
     plan: Plan,
     out: Path,
     begun: Begun,
@@ -254,15 +279,21 @@ def _write(
 ) -> dict[str, Any]:
     """Write everything that is not done but the manifest, and return the manifest's content."""
     small = {name: write_small(out / name, c) for name, c in small_files(source, plan).items()}
-    with Reader() as reader, _bar(plan, done) as bar:
-        for file in (*plan.trunk, *plan.layers):
-            if (name := place(file)) not in done:
-                bar.set_description(Path(name).name)
-                seen = None
-                if calibration and isinstance(file, LayerPlan):
-                    seen = calibration.layer(file.layer)
-                done[name] = write_weights(source, file, out, reader, bar.update, seen)
-                write_journal(out, begun, done)
+    steps = plan_steps(source, plan, done, frozenset(shards.sizes), shards.held())
+    shards.tidy(frozenset().union(*(step.needs for step in steps)))
+    with Reader(shards.find) as reader, _bar(plan, done) as bar:
+        for step in steps:
+            file, name = step.file, place(step.file)
+            bar.set_description(Path(name).name)
+            shards.fetch(step.needs)
+            seen = None
+            if calibration and isinstance(file, LayerPlan):
+                seen = calibration.layer(file.layer)
+            visit = step.visit(done)
+            done[name] = write_weights(source, file, out, reader, bar.update, seen, visit)
+            write_journal(out, begun, done)
+            shards.delete(step.spent, reader)
+    shards.remove()
     trunk = {file.name: done[place(file)] for file in plan.trunk}
     return {
         "source": begun["source"],
@@ -275,7 +306,7 @@ def _write(
 
 
 def _bar(plan: Plan, done: Entries) -> Any:
-    total, initial = plan.trunk_bytes + plan.expert_bytes, _data_bytes(plan, done)
+    total, initial = plan.trunk_bytes + plan.expert_bytes, data_bytes(plan, done)
     return tqdm(
         total=total, initial=initial, unit="B", unit_scale=True, file=sys.stderr, disable=None
     )

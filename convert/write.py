@@ -9,7 +9,7 @@ import math
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,16 +61,25 @@ class TensorFile:
     """A safetensors file whose tensors are known beforehand; each is written from front to back.
 
     Used as a context manager: the file appears under its name when the block ends well, and
-    leaves nothing behind when it does not.
+    leaves nothing behind when it does not. A file that is written in several visits stays NAME.tmp
+    until the last of them.
     """
 
-    def __init__(self, path: Path, tensors: Tensors, alignment: int = 8) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Tensors,
+        alignment: int = 8,
+        written: Sequence[str] | None = None,
+    ) -> None:
         """Prepare the header.
 
         Args:
             path: where the finished file goes.
             tensors: (name, safetensors dtype, shape), in the order of their bytes.
             alignment: the data starts on a multiple of this many bytes.
+            written: if this is one of several visits, what `written()` returned at the end of the
+                one before; nothing if it is the first.
         """
         self.path = path
         self._temporary = path.with_name(path.name + TEMPORARY)
@@ -78,13 +87,18 @@ class TensorFile:
         self._index = {name: index for index, name in enumerate(self._header.names)}
         self._ends = self._header.starts[:-1]  # of what is written, by tensor
         self._checksums = [0] * len(self._ends)
+        self._visits, self._kept = written is not None, bool(written)
+        for index, checksum in enumerate(written or ()):
+            if checksum:
+                self._checksums[index] = int(checksum, 16)
+                self._ends[index] = self._header.starts[index + 1]
         self._unsynced = 0
         self._syncs: list[Future[None]] = []
         self._syncer = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
-        """Create the temporary file."""
-        self._file = _create(self._temporary)
+        """Create the temporary file, or open it again."""
+        self._file = _create(self._temporary, 0 if self._kept else os.O_TRUNC)
         return self
 
     def write(self, name: str, data: Buffer, start: int = 0) -> None:
@@ -116,6 +130,23 @@ class TensorFile:
             (self._checksums[i], starts[i + 1] - starts[i]) for i in range(index, index + count)
         ]
 
+    @property
+    def whole(self) -> bool:
+        """Whether every tensor is written."""
+        return self._ends == self._header.starts[1:]
+
+    def written(self) -> list[str]:
+        """Return the checksum of every tensor that is written, and "" for the others."""
+        starts = self._header.starts
+        return [
+            as_text(checksum) if end == starts[index + 1] else ""
+            for index, (checksum, end) in enumerate(zip(self._checksums, self._ends, strict=True))
+        ]
+
+    def begun(self) -> Entry:
+        """Return the entry of a file that is not whole yet."""
+        return {"header": as_text(zlib.crc32(self._header.data)), "written": self.written()}
+
     def entry(self) -> Entry:
         """Return name, size and checksums of the file and of its header."""
         header = zlib.crc32(self._header.data)
@@ -145,13 +176,20 @@ class TensorFile:
             if error is None:
                 for sync in self._syncs:
                     sync.result()  # the system reports a failed write only once
-                assert self._ends == self._header.starts[1:], f"{self.path}: bytes are missing"
-                write_at(self._file, self._header.data, 0)
-                os.fsync(self._file)
-                _publish(self._temporary, self.path)
+                self._finish()
         finally:
             os.close(self._file)
-            self._temporary.unlink(missing_ok=True)
+            if not self._kept:
+                self._temporary.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        assert self.whole or self._visits, f"{self.path}: bytes are missing"
+        if self.whole:
+            write_at(self._file, self._header.data, 0)
+        os.fsync(self._file)
+        self._kept = self._visits
+        if self.whole:
+            _publish(self._temporary, self.path)
 
 
 def file_entry(path: Path, size: int, checksum: int) -> Entry:
@@ -217,8 +255,8 @@ def _durable(path: Path) -> Iterator[int]:
         temporary.unlink(missing_ok=True)
 
 
-def _create(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+def _create(path: Path, truncate: int = os.O_TRUNC) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | truncate, 0o644)
 
 
 def _publish(temporary: Path, path: Path) -> None:

@@ -1,7 +1,6 @@
 """flashmoe-convert: the bytes that it writes, against slices of the source and stock mlx-lm."""
 
 import json
-import os
 import shutil
 import zlib
 from pathlib import Path
@@ -33,7 +32,7 @@ from mlx_lm.convert import convert as stock_convert
 from mlx_lm.utils import load_model
 from safetensors import safe_open
 
-from flashmoe_mlx.convert import act, convert, experts, plan, run, write
+from flashmoe_mlx.convert import act, convert, experts, plan, write
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import open_layout
 from flashmoe_mlx.names import FIELDS, PROJECTIONS
@@ -462,72 +461,3 @@ def test_dry_run_writes_nothing(root, tmp_path, capsys):
     trunk = read(tmp_path / "out/model.safetensors.index.json")["metadata"]["total_size"]
     assert f"{trunk:,} bytes" in text
     assert f"{trunk + LAYERS * EXPERTS * record:,} bytes" in text
-
-
-def test_hub_names_are_downloaded(root, tmp_path, monkeypatch):
-    asked = {}
-
-    def snapshot_download(repo: str, **kwargs: Any) -> str:
-        asked.update(kwargs, repo=repo)
-        if repo == "owner/none":
-            raise OSError("404: no such repository\nlong text")
-        return str(tmp_path / "0123abc")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    os.symlink(root / "hf", tmp_path / "0123abc")
-    convert("owner/model", tmp_path / "out", quantize=True, revision="main")
-    assert (asked["repo"], asked["revision"]) == ("owner/model", "main")
-    assert "model*.safetensors" in asked["allow_patterns"]
-    manifest = read(tmp_path / "out/model_experts/manifest.json")
-    assert manifest["source"] == {"repo": "owner/model", "revision": "0123abc"}
-    with pytest.raises(FlashMoEError, match=r"owner/none: .*\(404: no such repository\)"):
-        convert("owner/none", tmp_path / "out2", quantize=True)
-
-
-def test_dry_run_from_the_hub_reads_headers_only(root, tmp_path, monkeypatch, capsys):
-    class Info:
-        def __init__(self, dtype: str, shape: list[int], data_offsets: list[int]):
-            self.dtype, self.shape = dtype, shape
-            self.data_offsets = tuple(data_offsets)
-
-    class File:
-        def __init__(self, path: Path):
-            with open(path, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            header.pop("__metadata__", None)
-            self.tensors = {name: Info(**entry) for name, entry in header.items()}
-
-    class Metadata:
-        def __init__(self, repo: str, revision: str | None):
-            self.files_metadata = {p.name: File(p) for p in (root / repo[6:]).glob("*.safetensors")}
-
-    def download(repo: str, name: str, revision: str | None) -> str:
-        return str(root / repo[6:] / name)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", Metadata)
-    for name, quantize in (("hf", True), ("stock", False)):
-        convert(root / name, tmp_path / "out", quantize=quantize, dry_run=True)
-        local = capsys.readouterr().out.splitlines()
-        convert(f"owner/{name}", tmp_path / "out", quantize=quantize, dry_run=True)
-        remote = capsys.readouterr().out.splitlines()
-        assert local[1:6] == remote[1:6] and f"owner/{name}" in remote[0]
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda repo, **kwargs: str(root / repo[6:])
-    )
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "write_weights", half_of(run.write_weights))
-        convert("owner/hf", tmp_path / "out", quantize=True)
-    convert("owner/hf", tmp_path / "out", quantize=True, dry_run=True)
-    left = 2 * EXPERTS * 3 * INTERMEDIATE * HIDDEN * 9 // 16
-    assert f"to write    {left:,} bytes" in capsys.readouterr().out
-
-
-def half_of(real):
-    def write_weights(source, file, *rest):
-        if getattr(file, "layer", 0) == LAYERS // 2:
-            raise KeyboardInterrupt
-        return real(source, file, *rest)
-
-    return write_weights

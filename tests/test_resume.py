@@ -230,28 +230,6 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
     monkeypatch.setattr(run, "write_weights", write_weights)
 
 
-def test_a_branch_that_moved_is_refused(root, tmp_path, monkeypatch):
-    """Another commit is another source, and the same one may be downloaded again meanwhile."""
-    cache = tmp_path / "snapshots"
-    for commit in ("aaa", "bbb"):
-        shutil.copytree(root / "hf", cache / commit)
-    now = ["aaa"]
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: str(cache / now[0]))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_at(patch, 1)
-        convert("owner/model", tmp_path / "out", quantize=True)
-    now[0] = "bbb"
-    with pytest.raises(FlashMoEError, match=r"with source owner/model aaa, not owner/model bbb. G"):
-        convert("owner/model", tmp_path / "out", quantize=True)
-    now[0] = "aaa"
-    os.utime(cache / "aaa/config.json", (1, 1))
-    convert("owner/model", tmp_path / "out", quantize=True)
-    manifest = read(tmp_path / "out" / MANIFEST)
-    assert manifest["source"] == {"repo": "owner/model", "revision": "aaa"}
-    written = contents(tmp_path / "out")
-    assert {**contents(root / "whole"), MANIFEST: b""} == {**written, MANIFEST: b""}
-
-
 def test_damaged_journal(root, half):
     for text in ("{", "[]", '{"version": 1, "begun": 3, "files": {}}', "[" * 100_000):
         (half / JOURNAL).write_text(text)

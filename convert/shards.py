@@ -1,0 +1,121 @@
+"""Weight files of a repository, fetched when they are needed and deleted when they are spent."""
+
+import re
+import shutil
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+from flashmoe_mlx.convert.hub import WEIGHTS
+from flashmoe_mlx.convert.locate import Found
+from flashmoe_mlx.convert.read import Bytes, Reader
+from flashmoe_mlx.errors import FlashMoEError
+
+FOLDER = ".source"  # in the output directory, while the conversion is unfinished
+# A half of a download that huggingface_hub does not take up again: newer versions give each
+# attempt a name of its own.
+_ORPHAN = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
+
+
+class Shards:
+    """The weight files of a checkpoint: all of a local one are there, a repository's come and go.
+
+    Files are named by their outlines, whose headers the conversion was planned from.
+    """
+
+    def __init__(self, found: Found, out: Path) -> None:
+        """Fetch nothing yet; `out` is the output directory, which need not exist."""
+        self._root, self._repo, self._folder = found.directory, found.repo, out / FOLDER
+        self._checked: set[Path] = set()
+
+    @cached_property
+    def sizes(self) -> dict[Path, int]:
+        """Bytes of every file that must be fetched before it can be read."""
+        if self._repo is None:
+            return {}
+        return {
+            self._root / name: file.size
+            for name, file in self._repo.files.items()
+            if name.endswith(WEIGHTS) and not self._repo.cached(name)
+        }
+
+    def held(self) -> frozenset[Path]:
+        """Return the files that were fetched and not deleted, maybe by a run before this one."""
+        return frozenset(file for file in self.sizes if self._fetched(file).exists())
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self._root).as_posix()
+
+    def _fetched(self, file: Path) -> Path:
+        return self._folder / self._name(file)
+
+    def find(self, file: Path) -> Path:
+        """Return where a file's data is; never an outline's path.
+
+        Raises:
+            FlashMoEError: it is gone from the Hub's cache.
+        """
+        if self._repo is None:
+            return file
+        if file in self.sizes:
+            return self._fetched(file)
+        if cached := self._repo.cached(self._name(file)):
+            return cached
+        raise FlashMoEError(f"{self._repo.name}: {self._name(file)} has left the Hub's cache.")
+
+    def fetch(self, files: Iterable[Path]) -> None:
+        """Download files, or find them on disk; every byte is checked.
+
+        Raises:
+            FlashMoEError: the Hub does not deliver.
+            OSError: the disk is full.
+        """
+        for file in sorted(files):
+            assert self._repo
+            if file not in self._checked:
+                self._repo.download(self._name(file), self._folder)
+                self._checked.add(file)
+
+    def delete(self, files: Iterable[Path], reader: Reader | None = None) -> None:
+        """Delete fetched files, which `reader` may have open."""
+        for file in files:
+            if reader:
+                reader.close(file)
+            self._fetched(file).unlink(missing_ok=True)
+            self._checked.discard(file)
+
+    def tidy(self, needed: frozenset[Path]) -> None:
+        """Delete what a run that was killed left here, and this one does not need."""
+        self.delete(self.held() - needed)
+        for path in self._folder.rglob("*.incomplete"):
+            if _ORPHAN.search(path.name):
+                path.unlink()
+
+    def remove(self) -> None:
+        """Delete the folder of fetched files."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def nbytes(self) -> int:
+        """Return the bytes on disk of what was fetched, whole or in part."""
+        return sum(512 * path.lstat().st_blocks for path in self._folder.rglob("*"))
+
+
+class RangeReader(Reader):
+    """Reads byte ranges over the network, where a few of many gigabytes are needed."""
+
+    def __init__(self, found: Found) -> None:
+        """Open nothing yet."""
+        super().__init__()
+        self._found = found
+
+    def read_into(self, file: Path, offset: int, buffer: Bytes) -> None:
+        """Fill `buffer` (uint8, contiguous) from `offset`.
+
+        Raises:
+            FlashMoEError: the Hub does not deliver.
+        """
+        if self._found.repo is None:
+            return super().read_into(file, offset, buffer)
+        name = file.relative_to(self._found.directory).as_posix()
+        buffer.data[:] = self._found.repo.read(name, offset, buffer.size)
+        return None

@@ -1,0 +1,191 @@
+"""A server on loopback that speaks as much of the Hub's API as its client needs, and can fail."""
+
+import hashlib
+import json
+import re
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+API = re.compile(r"/api/models/(\w+/\w+)(?:/(revision|tree)/(\w+))?$")
+RESOLVE = re.compile(r"/(\w+/\w+)/resolve/(\w+)/([\w./-]+)$")
+CHUNK = 1 << 15
+
+
+def commit(letter: str) -> str:
+    return letter * 40
+
+
+@dataclass
+class Fault:
+    """What goes wrong the next time that a file is asked for: "status", "drop", "bytes", "etag".
+
+    `value`: the status; bytes to send before the connection is dropped; the content, or the ETag,
+    in place of the right one.
+    """
+
+    kind: str
+    value: Any
+    method: str = "GET"
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves directories as the commits of repositories.
+
+    Attributes:
+        repos: directory by name and commit.
+        main: commit by name.
+        sent: bytes of content sent, by file.
+        asked: how often a file's content was asked for.
+        faults: what goes wrong with a file, in that order.
+        listener: hears of every piece of content that was sent: file, and bytes of it so far.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[str, dict[str, Path]] = {}
+        self.main: dict[str, str] = {}
+        self.listing: list[dict[str, Any]] = []  # entries to add to every list of files
+        self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.listener: Callable[[str, int], None] = lambda file, sent: None
+        self.reset()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def reset(self) -> None:
+        """Set the counters to zero."""
+        self.sent: Counter[str] = Counter()
+        self.asked: Counter[str] = Counter()
+
+    def add(self, name: str, directory: Path, letter: str = "a") -> None:
+        """Serve a directory as a repository's commit, and as its main branch."""
+        self.repos.setdefault(name, {})[commit(letter)] = directory
+        self.main[name] = commit(letter)
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Connections are dropped on purpose, by either side."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(send=False)
+
+    def do_GET(self) -> None:
+        self._answer(send=True)
+
+    def _answer(self, send: bool) -> None:
+        path = self.path.partition("?")[0]
+        if match := API.match(path):
+            self._list(*match.groups())
+        elif match := RESOLVE.match(path):
+            self._file(*match.groups(), send)
+        else:
+            self._refuse(404)
+
+    def _refuse(self, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _fault(self, file: str, *kinds: str) -> Any:
+        """Return the value of the fault that is due, if it is one of these."""
+        due = self.server.faults[file]
+        if due and due[0].kind in kinds and due[0].method == self.command:
+            return due.pop(0).value
+        return None
+
+    def _directory(self, name: str, revision: str | None) -> tuple[str, Path] | None:
+        if revision in (None, "main"):
+            revision = self.server.main.get(name)
+        directory = self.server.repos.get(name, {}).get(str(revision))
+        return directory and (str(revision), directory)
+
+    def _list(self, name: str, what: str | None, revision: str | None) -> None:
+        if status := self._fault(name, "status"):
+            return self._refuse(status)
+        if not (found := self._directory(name, revision)):
+            return self._refuse(404)
+        files = [_entry(path, found[1]) for path in sorted(found[1].rglob("*")) if path.is_file()]
+        files += self.server.listing
+        content: Any = [
+            {"type": "file", "path": f["rfilename"], "oid": f["blobId"]} | f for f in files
+        ]
+        if what != "tree":
+            content = {"id": name, "modelId": name, "sha": found[0], "siblings": files}
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        return None
+
+    def _file(self, name: str, revision: str, file: str, send: bool) -> None:
+        if status := self._fault(file, "status"):
+            return self._refuse(status)
+        found = self._directory(name, revision)
+        if not found or not (found[1] / file).is_file():
+            return self._refuse(404)
+        content = (found[1] / file).read_bytes()
+        etag = self._fault(file, "etag") or hashlib.sha256(content).hexdigest()
+        content = self._fault(file, "bytes") or content
+        start, end = self._range(len(content))
+        self.send_response(206 if "Range" in self.headers else 200)
+        if "Range" in self.headers:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+        self.send_header("ETag", f'"{etag}"')
+        self.send_header("X-Repo-Commit", found[0])
+        self.send_header("Content-Length", str(end - start))
+        self.end_headers()
+        if send:
+            self.server.asked[file] += 1
+            self._send(file, memoryview(content)[start:end], start)
+        return None
+
+    def _range(self, size: int) -> tuple[int, int]:
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
+        assert match
+        return int(match[1]), min(int(match[2] or size) + bool(match[2]), size)
+
+    def _send(self, file: str, content: memoryview, start: int) -> None:
+        limit = self._fault(file, "drop")
+        stop = len(content) if limit is None else min(limit, len(content))
+        for place in range(0, stop, CHUNK):
+            piece = content[place : min(place + CHUNK, stop)]
+            self.wfile.write(piece)
+            self.server.sent[file] += len(piece)
+            self.server.listener(file, start + place + len(piece))
+        if limit is not None:
+            self.close_connection = True
+
+
+def _entry(path: Path, directory: Path) -> dict[str, Any]:
+    """A file's entry in the Hub's list: large ones have a SHA-256, small ones git's SHA-1."""
+    data = path.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    entry = {
+        "rfilename": path.relative_to(directory).as_posix(), "size": len(data), "blobId": blob,
+    }  # fmt: skip
+    if path.suffix == ".safetensors":
+        sha256 = hashlib.sha256(data).hexdigest()
+        entry["lfs"] = {"sha256": sha256, "oid": sha256, "size": len(data), "pointerSize": 134}
+    return entry
