@@ -7,12 +7,14 @@ They work on NumPy views of MLX arrays, float32 in and out. Layouts and rules as
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
-from numba import carray, config, njit, prange, set_num_threads
+from numba import carray, config, njit, prange, set_num_threads, types
 
+from flashmoe_mlx.custom_kernels.cpu_call import Apart, caller
 from flashmoe_mlx.custom_kernels.simd import (
     HAS_PERMUTE,
     address,
@@ -21,6 +23,7 @@ from flashmoe_mlx.custom_kernels.simd import (
     floats,
     half_to_f32,
     lanes_of,
+    octets,
     unsigned_shorts,
 )
 
@@ -35,17 +38,19 @@ Array = np.ndarray[Any, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 F32_SCALES, BF16_SCALES, F16_SCALES = range(3)  # what numbers scales and biases are
 SCALE_TYPES = mx.float32, mx.bfloat16, mx.float16
+SERIAL: dict[str, Any] = {
+    "cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"
+}  # fmt: skip
 
 
 def compiled(function: Function) -> Function:
     """Compile a function whose `prange` loops use all threads."""
-    options = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
-    return njit(parallel=True, **options)(function)
+    return njit(parallel=True, **SERIAL)(function)
 
 
 def serial(function: Function) -> Function:
     """Compile a function for use inside the parallel ones."""
-    return njit(cache=True, nogil=True, fastmath=True, error_model="numpy")(function)
+    return njit(**SERIAL)(function)
 
 
 def use_threads(work: int) -> None:
@@ -75,6 +80,14 @@ class Packed:
     bits: int
     group_size: int
     kind: int
+
+    @cached_property
+    def numbers(self) -> Array:
+        """What the kernels read: kind, three addresses, rows, bytes and groups of a row."""
+        arrays = self.codes, self.scales, self.biases
+        _, height, row_bytes = self.codes.shape
+        addresses = [array.ctypes.data for array in arrays]
+        return np.array([self.kind, *addresses, height, row_bytes, self.scales.shape[2]], np.int64)
 
 
 def supports(bits: int, group_size: int, scales: mx.array) -> bool:
@@ -120,6 +133,13 @@ def view(array: mx.array) -> Array:
 
 
 @serial
+def copy(source: Array, target: Array) -> None:
+    """Write a row to another of its size; an assignment would compile an error message, too."""
+    for i in range(target.size):
+        target[i] = source[i]
+
+
+@serial
 def widen(kind: int, source: int, place: int, out: Array) -> None:
     """Write scales or biases as float32 to `out`: its size of them, from number `place` on.
 
@@ -130,7 +150,7 @@ def widen(kind: int, source: int, place: int, out: Array) -> None:
         out: flat float32.
     """
     if kind == F32_SCALES:
-        out[:] = carray(floats(source + 4 * place), out.size)
+        copy(carray(floats(source + 4 * place), out.size), out)
         return
     stored = carray(unsigned_shorts(source + 2 * place), out.size)
     if kind == BF16_SCALES:
@@ -185,46 +205,61 @@ def split(x: Array, bits: int, group_size: int, rows: int) -> tuple[Array, Array
     return out, sums
 
 
-@functools.cache
-def _matmul(bits: int, group_size: int, tile: int, rows: int) -> Callable[..., None]:
-    @compiled
-    def matmul(
-        kind: int, codes: Array, scales: Array, biases: Array, slots: Array, starts: Array,
-        x: Array, sums: Array, out: Array,
-    ) -> None:  # fmt: skip
-        _, height, row_bytes = codes.shape
-        groups, block_size = scales.shape[2], x.size // x.shape[0]
-        units = (height + UNIT - 1) // UNIT
-        for unit in prange(units * slots.size):
-            run = unit // units
-            slot, top = slots[run], unit % units * UNIT
-            dots = np.empty((tile, rows), np.float32)
-            wide = np.empty((2, tile, groups), np.float32)
-            for row in range(top, min(height, top + UNIT), tile):
-                first = slot * height + row
-                widen(kind, scales.ctypes.data, first * groups, wide[0].reshape(-1))
-                widen(kind, biases.ctypes.data, first * groups, wide[1].reshape(-1))
-                for block in range(starts[run], starts[run + 1]):
-                    dot_tile(
-                        bits,
-                        group_size,
-                        tile,
-                        rows,
-                        address(codes, first * row_bytes),
-                        address(wide, 0),
-                        address(x, block * block_size),
-                        groups,
-                        address(dots, 0),
-                    )
-                    for w in range(tile):
-                        for r in range(rows):
-                            n = block * rows + r
-                            bias = np.float32(0)
-                            for g in range(groups):
-                                bias += wide[1, w, g] * sums[n, g]
-                            out[n, row + w] = dots[w, r] + bias
+_INTEGERS, _FLOATS = types.int64[::1], types.float32[:, ::1]
+_UNIT = types.void(
+    types.int64, _INTEGERS, _INTEGERS, _INTEGERS, types.float32[::1], _FLOATS, _FLOATS
+)
+_run_unit = caller(_UNIT)
 
-    return matmul
+
+@functools.cache
+def _unit_of_work(bits: int, group_size: int, tile: int, rows: int) -> Apart:
+    """Make what multiplies `UNIT` weight rows of a slot, in one format."""
+
+    def unit(
+        number: int, weight: Array, slots: Array, starts: Array, x: Array, sums: Array, out: Array
+    ) -> None:
+        kind, codes, scales, biases, height, row_bytes, groups = (
+            weight[0], weight[1], weight[2], weight[3], weight[4], weight[5], weight[6]
+        )  # fmt: skip
+        units, block_size = (height + UNIT - 1) // UNIT, rows * row_bytes * 8 // bits
+        run, top = number // units, number % units * UNIT
+        dots = np.empty((tile, rows), np.float32)
+        wide = np.empty((2, tile, groups), np.float32)
+        for row in range(top, min(height, top + UNIT), tile):
+            first = slots[run] * height + row
+            widen(kind, scales, first * groups, wide[0].reshape(-1))
+            widen(kind, biases, first * groups, wide[1].reshape(-1))
+            for block in range(starts[run], starts[run + 1]):
+                dot_tile(
+                    bits,
+                    group_size,
+                    tile,
+                    rows,
+                    octets(codes + first * row_bytes),
+                    address(wide, 0),
+                    address(x, block * block_size),
+                    groups,
+                    address(dots, 0),
+                )
+                for w in range(tile):
+                    for r in range(rows):
+                        n = block * rows + r
+                        bias = np.float32(0)
+                        for g in range(groups):
+                            bias += wide[1, w, g] * sums[n, g]
+                        out[n, row + w] = dots[w, r] + bias
+
+    return Apart(_UNIT, unit, **SERIAL)
+
+
+@compiled
+def _matmul(
+    run: int, units: int, weight: Array, slots: Array, starts: Array, x: Array, sums: Array,
+    out: Array,
+) -> None:  # fmt: skip
+    for unit in prange(units):
+        _run_unit(run, (unit, weight, slots, starts, x, sums, out))
 
 
 @dataclass(frozen=True)
@@ -303,9 +338,10 @@ class Activations:
             y = np.empty((sums.shape[0], height), np.float32) if scattered else out[block.chosen]
             tile = TILE if block.rows > 1 and height % TILE == 0 else 1
             use_threads(x.size * height)
-            _matmul(bits, group_size, tile, block.rows)(
-                weight.kind, weight.codes, weight.scales, weight.biases,
-                block.slots, block.starts, x, sums, y,
+            _matmul(
+                _unit_of_work(bits, group_size, tile, block.rows).address,
+                (height + UNIT - 1) // UNIT * block.slots.size,
+                weight.numbers, block.slots, block.starts, x.reshape(-1), sums, y,
             )  # fmt: skip
             if scattered:
                 out[block.chosen] = y

@@ -11,7 +11,7 @@ import numpy as np
 from numba import prange
 
 from flashmoe_mlx.custom_kernels import gated_delta as gated_delta_ops
-from flashmoe_mlx.custom_kernels.cpu import Array, compiled, use_threads
+from flashmoe_mlx.custom_kernels.cpu import Array, compiled, copy, use_threads
 
 ROWS = 32  # rows of the state per unit of parallel work
 
@@ -62,7 +62,8 @@ def _scan(
         first = unit % blocks * ROWS
         last = min(first + ROWS, value_dim)
         key_head = h // (value_heads // key_heads)
-        final[b, h, first:last] = state[b, h, first:last]
+        for d in range(first, last):
+            copy(state[b, h, d], final[b, h, d])
         for t in range(tokens):
             decay, strength = g[b, t, h], beta[b, t, h]
             key, query = k[b, t, key_head], q[b, t, key_head]

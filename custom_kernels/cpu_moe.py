@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from flashmoe_mlx.custom_kernels.cpu import ALL, Array, compiled, serial, use_threads
+from flashmoe_mlx.custom_kernels.cpu import ALL, Array, compiled, copy, serial, use_threads
 from flashmoe_mlx.custom_kernels.cpu_rows import (
     HEIGHT,
     ROWS,
     SLOT,
     START,
+    UNIT_OF_WORK,
     UNITS,
     Group,
     Matrix,
@@ -56,7 +57,7 @@ def choose(logits: Array, renormalise: bool, ids: Array, scores: Array) -> None:
 
 @compiled
 def _route(
-    h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
+    run: int, h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
     renormalise: bool, x: Array, hidden: Array, switch: Array, ids: Array, scores: Array,
 ) -> None:  # fmt: skip
     batch = h.shape[0]
@@ -67,22 +68,22 @@ def _route(
     experts, inner = matrices[ROUTER, HEIGHT], matrices[SHARED_GATE, HEIGHT]
     switches, hiddens = batch * experts, batch * (experts + 1)  # where in `out`
     jobs, first, rows = np.zeros((4, UNITS + 1), np.int64), form_of * batch, np.arange(batch)
-    add_job(jobs, 0, matrices, (ROUTER, -1, 0, first[ROUTER], 0, 0, batch, 0))
-    add_job(jobs, 1, matrices, (SWITCH, -1, 0, first[SWITCH], 0, 0, batch, switches))
+    add_job(jobs, 0, matrices, ROUTER, -1, 0, first[ROUTER], 0, 0, batch, 0)
+    add_job(jobs, 1, matrices, SWITCH, -1, 0, first[SWITCH], 0, 0, batch, switches)
     shared = (SHARED_GATE, SHARED_UP, 0, first[SHARED_GATE], first[SHARED_UP], 0, batch, hiddens)
-    units = add_job(jobs, 2, matrices, shared)
+    units = add_job(jobs, 2, matrices, *shared)
     out = np.empty(hiddens + batch * inner, np.float32)
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, records, rows, rows, out)
+        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
     for row in range(batch):
         choose(out[row * experts : (row + 1) * experts], renormalise, ids[row], scores[row])
         switch[row] = np.float32(1) / (np.float32(1) + np.exp(-out[switches + row]))
-        hidden[row] = out[hiddens + row * inner : hiddens + (row + 1) * inner]
+        copy(out[hiddens + row * inner : hiddens + (row + 1) * inner], hidden[row])
 
 
 @compiled
 def _experts(
-    x: Array, tokens: Array, slots: Array, rows: Array, shared: Array, matrices: Array,
+    run: int, x: Array, tokens: Array, slots: Array, rows: Array, shared: Array, matrices: Array,
     forms: Array, form_of: Array, y: Array,
 ) -> None:  # fmt: skip
     pairs, batch = tokens.size, x.shape[0]
@@ -91,16 +92,17 @@ def _experts(
     cut_rows(x, x[0, :0], 0.0, matrices, forms, inputs)
     jobs, hidden = np.zeros((pairs + 2, UNITS + 1), np.int64), np.empty(pairs * inner, np.float32)
     sources, targets = np.arange(total), np.empty(total, np.int64)
-    targets[:pairs] = rows
-    targets[pairs:] = sources[pairs:] + (y.shape[0] - batch - pairs)  # shared: the last ones
+    copy(rows, targets[:pairs])
+    for n in range(pairs, total):  # shared: the last ones
+        targets[n] = n + y.shape[0] - batch - pairs
     first, count, units, start = form_of * batch, 0, 0, 0
     for end in range(1, pairs + 1):
         if end == pairs or slots[end] != slots[start]:
             job = (GATE, UP, slots[start], first[GATE], first[UP], start, end - start, 0)
-            units = add_job(jobs, count, matrices, job)
+            units = add_job(jobs, count, matrices, *job)
             count, start = count + 1, end
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, inputs, tokens, sources, hidden)
+        run_unit(run, (unit, jobs, matrices, inputs, tokens, sources, hidden))
 
     size = record_size(matrices, np.array([DOWN, SHARED_DOWN]))
     middle = new_records(total, size)
@@ -110,12 +112,13 @@ def _experts(
         cut(shared[row], matrices[SHARED_DOWN], middle[pairs + row])
     for n in range(count):
         job = (DOWN, -1, jobs[n, SLOT], 0, 0, jobs[n, START], jobs[n, ROWS], 0)
-        units = add_job(jobs, n, matrices, job)
+        units = add_job(jobs, n, matrices, *job)
     if total > pairs:
-        units = add_job(jobs, count, matrices, (SHARED_DOWN, -1, 0, 0, 0, pairs, total - pairs, 0))
+        job = (SHARED_DOWN, -1, 0, 0, 0, pairs, total - pairs, 0)
+        units = add_job(jobs, count, matrices, *job)
     flat = y.reshape(-1)
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, middle, sources, targets, flat)
+        run_unit(run, (unit, jobs, matrices, middle, sources, targets, flat))
 
 
 @serial
@@ -123,7 +126,8 @@ def _combine(h: Array, scores: Array, switch: Array, y: Array, out: Array) -> No
     batch, top_k = scores.shape
     for row in range(batch):
         total = out[row]
-        total[:] = h[row] + switch[row] * y[batch * top_k + row]
+        for i in range(total.size):
+            total[i] = h[row, i] + switch[row] * y[batch * top_k + row, i]
         for k in range(top_k):
             score, expert = scores[row, k], y[row * top_k + k]
             for i in range(total.size):
@@ -172,8 +176,8 @@ class MoeBlock:
         ids, scores = np.empty((batch, top_k), np.int64), np.empty((batch, top_k), np.float32)
         use_threads(ALL)
         _route(
-            h, self._norm, self._eps, *self._route.arguments, self._renormalise,
-            x, shared, switch, ids, scores,
+            UNIT_OF_WORK.address, h, self._norm, self._eps, *self._route.arguments,
+            self._renormalise, x, shared, switch, ids, scores,
         )  # fmt: skip
         y = np.empty((batch * (top_k + 1), width), np.float32)
         inputs = self._all.numbers, self._inputs.forms, self._inputs.form_of
@@ -181,7 +185,7 @@ class MoeBlock:
             if batch > 1:  # rows of one expert are computed together
                 order = np.argsort(slots, kind="stable")
                 places, slots = places[order], slots[order]
-            _experts(x, places // top_k, slots, places, shared, *inputs, y)
+            _experts(UNIT_OF_WORK.address, x, places // top_k, slots, places, shared, *inputs, y)
             shared = shared[:0]
         out = np.empty_like(h)
         _combine(h, scores, switch, y, out)

@@ -12,18 +12,21 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numba import prange
+from numba import prange, types
 
 from flashmoe_mlx.custom_kernels.cpu import (
+    SERIAL,
     UNIT,
     Array,
     compiled,
+    copy,
     scale_kind,
     serial,
     use_threads,
     view,
     widen,
 )
+from flashmoe_mlx.custom_kernels.cpu_call import Apart, caller
 from flashmoe_mlx.custom_kernels.cpu_dot import (
     CUT,
     HALF_BITS,
@@ -316,7 +319,7 @@ def times_rows(matrix: Array, slot: int, first: int, last: int, table: Array, ou
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> None:
     """Normalise `x` `[columns]` to `out`; an empty weight copies."""
     if weight.size == 0:
-        out[:] = x
+        copy(x, out)
         return
     square = np.float32(0)
     for value in x:
@@ -341,11 +344,16 @@ FIRST, SECOND, SLOT, RECORD, OTHER, START, ROWS, PLACE, UNITS = range(9)
 
 
 @serial
-def add_job(jobs: Array, n: int, matrices: Array, job: Any) -> int:
+def add_job(
+    jobs: Array, n: int, matrices: Array, first: int, second: int, slot: int, record: int,
+    other: int, start: int, rows: int, place: int,
+) -> int:  # fmt: skip
     """Write job number `n` (all but its units) and return the units so far."""
-    for field in range(UNITS):
-        jobs[n, field] = job[field]
-    units = (matrices[job[FIRST], HEIGHT] + UNIT - 1) // UNIT
+    job = jobs[n]
+    job[FIRST], job[SECOND], job[SLOT] = first, second, slot
+    job[RECORD], job[OTHER] = record, other
+    job[START], job[ROWS], job[PLACE] = start, rows, place
+    units = (matrices[first, HEIGHT] + UNIT - 1) // UNIT
     jobs[n + 1, UNITS] = jobs[n, UNITS] + units
     return jobs[n + 1, UNITS]
 
@@ -356,13 +364,11 @@ def _find(records: Array, first: int, sources: Array) -> Array:
     return start_of(records) + (first + sources) * (4 * records.shape[1])
 
 
-@serial
-def run_unit(
+def _unit(
     unit: int, jobs: Array, matrices: Array, records: Array, sources: Array, targets: Array,
     out: Array,
 ) -> None:  # fmt: skip
     """Do `UNIT` weight rows of the job that the unit belongs to."""
-    keep_apart()
     n = 0
     while jobs[n + 1, UNITS] <= unit:
         n += 1
@@ -382,24 +388,32 @@ def run_unit(
                     y[r, i] = silu(y[r, i]) * second[r, i]
         for r in range(end - row):
             place = job[PLACE] + targets[row + r] * matrix[HEIGHT]
-            out[place + top : place + bottom] = y[r]
+            copy(y[r], out[place + top : place + bottom])
+
+
+_INTEGERS, _TABLE = types.int64[::1], types.int64[:, ::1]
+_UNIT = types.void(
+    types.int64, _TABLE, _TABLE, types.float32[:, ::1], _INTEGERS, _INTEGERS, types.float32[::1]
+)
+UNIT_OF_WORK = Apart(_UNIT, _unit, **SERIAL)
+run_unit = caller(_UNIT)  # takes UNIT_OF_WORK's address, and what `_unit` takes
 
 
 @compiled
 def _project(
-    h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array, out: Array
-) -> None:
+    run: int, h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
+    out: Array,
+) -> None:  # fmt: skip
     batch, count = h.shape[0], matrices.shape[0]
     records = new_records(forms.size * batch, record_size(matrices, forms))
     cut_rows(h, norm, eps, matrices, forms, records)
     jobs, rows = np.zeros((count + 1, UNITS + 1), np.int64), np.arange(batch)
     place, units = 0, 0
     for n in range(count):
-        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, place)
-        units = add_job(jobs, n, matrices, job)
+        units = add_job(jobs, n, matrices, n, -1, 0, form_of[n] * batch, 0, 0, batch, place)
         place += batch * matrices[n, HEIGHT]
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, records, rows, rows, out)
+        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
 
 
 class Group:
@@ -436,5 +450,5 @@ def project(h: Array, group: Group, norm: Array = NOTHING, eps: float = 0.0) -> 
     ends = np.cumsum(group.heights) * len(h)
     out = np.empty(ends[-1], np.float32)
     use_threads(h.size * int(ends[-1]))
-    _project(h, norm, eps, *group.arguments, out)
+    _project(UNIT_OF_WORK.address, h, norm, eps, *group.arguments, out)
     return [part.reshape(len(h), -1) for part in np.split(out, ends[:-1])]

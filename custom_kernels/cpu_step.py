@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from flashmoe_mlx.custom_kernels.cpu import ALL, Array, compiled, serial, use_threads
+from flashmoe_mlx.custom_kernels.cpu import ALL, Array, compiled, copy, serial, use_threads
 from flashmoe_mlx.custom_kernels.cpu_rows import (
     HEIGHT,
+    UNIT_OF_WORK,
     UNITS,
     Group,
     Matrix,
@@ -91,8 +92,8 @@ def _head(
 
 @compiled
 def _step(
-    h: Array, in_norm: Array, in_eps: float, matrices: Array, forms: Array, form_of: Array,
-    conv: Array, a_log: Array, dt_bias: Array, norm: Array, eps: Array,
+    run: int, h: Array, in_norm: Array, in_eps: float, matrices: Array, forms: Array,
+    form_of: Array, conv: Array, a_log: Array, dt_bias: Array, norm: Array, eps: Array,
     past: Array, state: Array, new_past: Array, new_state: Array, result: Array,
 ) -> None:  # fmt: skip
     batch, heads, width = h.shape[0], state.shape[1], matrices[Z, HEIGHT]
@@ -101,12 +102,11 @@ def _step(
     jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
     units, rows = 0, np.arange(batch)
     for n in range(OUT):
-        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
-        units = add_job(jobs, n, matrices, job)
+        units = add_job(jobs, n, matrices, n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
         places[n + 1] = places[n] + batch * matrices[n, HEIGHT]
     out = np.empty(places[OUT], np.float32)
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, records, rows, rows, out)
+        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
 
     channels, value_dim, y = conv.shape[0], width // heads, np.empty((batch, width), np.float32)
     for unit in prange(batch * heads):
@@ -123,13 +123,14 @@ def _step(
     last = np.array([OUT])
     records = new_records(batch, record_size(matrices, last))
     for b in range(batch):
-        new_past[b, :-1] = past[b, 1:]
-        new_past[b, -1] = out[b * channels : (b + 1) * channels]
+        for tap in range(1, past.shape[1]):
+            copy(past[b, tap], new_past[b, tap - 1])
+        copy(out[b * channels : (b + 1) * channels], new_past[b, -1])
         cut(y[b], matrices[OUT], records[b])
     jobs[:] = 0
-    units = add_job(jobs, 0, matrices, (OUT, -1, 0, 0, 0, 0, batch, 0))
+    units = add_job(jobs, 0, matrices, OUT, -1, 0, 0, 0, 0, batch, 0)
     for unit in prange(units):
-        run_unit(unit, jobs, matrices, records, rows, rows, result)
+        run_unit(run, (unit, jobs, matrices, records, rows, rows, result))
     result += h.reshape(-1)
 
 
@@ -175,7 +176,7 @@ class DeltaBlock:
         result = np.empty(h.size, np.float32)
         use_threads(ALL)
         _step(
-            h, *self._in_norm, *self._matrices, *self._weights, self._eps,
+            UNIT_OF_WORK.address, h, *self._in_norm, *self._matrices, *self._weights, self._eps,
             past, state, new_past, new_state, result,
         )  # fmt: skip
         return result.reshape(h.shape)

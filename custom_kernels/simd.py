@@ -122,7 +122,7 @@ def _pointer_to(kind: Any) -> Any:
 
 
 floats, shorts = _pointer_to(types.float32), _pointer_to(types.int16)
-unsigned_shorts = _pointer_to(types.uint16)
+unsigned_shorts, octets = _pointer_to(types.uint16), _pointer_to(types.uint8)
 
 
 @intrinsic
