@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ PATTERNS = (
     "*.txt", "*.jsonl", "*.jinja",
 )  # fmt: skip
 WEIGHTS = ".safetensors"
+HALF = ".half"  # after the name of a file that a killed run began to download
+PIECE_BYTES = 16 << 20
 FIRST_BYTES = 1 << 14  # of a file, asked for at once: most headers fit
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before another attempt
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -54,7 +57,7 @@ class Repo:
         return Path(found) if isinstance(found, str) else None
 
     def download(self, name: str, folder: Path) -> Path:
-        """Download a file into a folder, or find it there whole, and check every byte.
+        """Download a file into a folder, or find it there whole or half, and check every byte.
 
         Raises:
             FlashMoEError: the Hub does not deliver it, or delivers something else.
@@ -65,9 +68,12 @@ class Repo:
     def _download(self, name: str, folder: Path) -> Path:
         from huggingface_hub import HfApi
 
-        path = Path(
+        path, half = folder / name, folder / (name + HALF)
+        if half.exists():
+            self._go_on(half, name)
+            os.replace(half, path)
+        elif not path.exists():
             HfApi().hf_hub_download(self.name, name, revision=self.commit, local_dir=folder)
-        )
         expected, found = self.files[name], checksum_of(path, len(self.files[name].checksum))
         if found != expected.checksum:
             size = path.stat().st_size
@@ -78,23 +84,32 @@ class Repo:
             )
         return path
 
+    def _go_on(self, half: Path, name: str) -> None:
+        """Append what is missing of a file."""
+        with open(half, "ab") as file:
+            while piece := self._read(name, file.tell(), PIECE_BYTES):
+                file.write(piece)
+
     def read(self, name: str, start: int, nbytes: int) -> bytes:
         """Read a range of a file's bytes; fewer than asked for only at its end.
 
         Raises:
             FlashMoEError: the Hub does not deliver them.
         """
-        return self._told(name, partial(self._read, name, start, nbytes)) if nbytes else b""
+        return self._told(name, partial(self._read, name, start, nbytes))
 
     def _read(self, name: str, start: int, nbytes: int) -> bytes:
+        end = min(start + nbytes, self.files[name].size)
+        return self._range(name, start, end) if start < end else b""
+
+    def _range(self, name: str, start: int, end: int) -> bytes:
         from huggingface_hub import HfApi, constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
         url = hf_hub_url(self.name, name, revision=self.commit, endpoint=HfApi().endpoint)
         headers = build_hf_headers() | {
-            "Range": f"bytes={start}-{start + nbytes - 1}", "Accept-Encoding": "identity",
+            "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity",
         }  # fmt: skip
-        end = min(start + nbytes, self.files[name].size)
         content = bytearray()
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with http_stream_backoff(

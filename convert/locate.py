@@ -71,7 +71,8 @@ def located(
         except Exception as error:  # a dozen kinds: network, names, permissions, disk
             raise FlashMoEError(
                 f"{path_or_repo}: not a local directory, and the Hugging Face Hub did not deliver "
-                f"it ({reason(error)}). Check the name, --revision and the network."
+                f"it ({reason(error)}). Check the name, --revision and the network; a private or "
+                "gated repository needs `hf auth login`."
             ) from error
         yield found
 

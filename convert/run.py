@@ -227,7 +227,7 @@ def _human(nbytes: int) -> str:
 
 
 def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 @contextmanager

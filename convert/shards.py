@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from flashmoe_mlx.convert.hub import WEIGHTS
+from flashmoe_mlx.convert.hub import HALF, WEIGHTS
 from flashmoe_mlx.convert.locate import Found
 from flashmoe_mlx.convert.read import Bytes, Reader
 from flashmoe_mlx.errors import FlashMoEError
 
 FOLDER = ".source"  # in the output directory, while the conversion is unfinished
-# A half of a download that huggingface_hub does not take up again: newer versions give each
-# attempt a name of its own.
+# What newer versions of huggingface_hub never take up again: their every attempt has another name.
 _ORPHAN = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
 
 
@@ -81,15 +80,28 @@ class Shards:
         for file in files:
             if reader:
                 reader.close(file)
-            self._fetched(file).unlink(missing_ok=True)
+            for path in (self._fetched(file), _half(self._fetched(file))):
+                path.unlink(missing_ok=True)
             self._checked.discard(file)
 
     def tidy(self, needed: frozenset[Path]) -> None:
-        """Delete what a run that was killed left here, and this one does not need."""
-        self.delete(self.held() - needed)
+        """Delete what a run that was killed left here, but for what this one can use."""
+        self.delete(self.sizes.keys() - needed)
         for path in self._folder.rglob("*.incomplete"):
             if _ORPHAN.search(path.name):
-                path.unlink()
+                self._adopt(path, needed)
+
+    def _adopt(self, orphan: Path, needed: frozenset[Path]) -> None:
+        """Keep the first bytes of a file, to go on from; a file with holes is something else."""
+        assert self._repo
+        found = orphan.stat()
+        for file in needed:
+            half = _half(self._fetched(file))
+            is_it = self._repo.files[self._name(file)].checksum in orphan.name  # its ETag
+            if is_it and found.st_size <= 512 * found.st_blocks and not half.exists():
+                orphan.replace(half)
+                return
+        orphan.unlink()
 
     def remove(self) -> None:
         """Delete the folder of fetched files."""
@@ -98,6 +110,10 @@ class Shards:
     def nbytes(self) -> int:
         """Return the bytes on disk of what was fetched, whole or in part."""
         return sum(512 * path.lstat().st_blocks for path in self._folder.rglob("*"))
+
+
+def _half(path: Path) -> Path:
+    return path.with_name(path.name + HALF)
 
 
 class RangeReader(Reader):
