@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
+from .config_entries import check_entry, object_in
 from .errors import FlashMoEError
 from .layout import ExpertLayout
 
 PREFILL_CHUNK = 2048  # tokens that mlx-lm puts through the model at a time
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+MOST_THREADS = 1024  # that read; disks are at their best with a few
 IO_MODES = ("auto", "buffered", "direct")
 UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -58,13 +60,23 @@ class ModelArgs:
         Raises:
             FlashMoEError: another model type, a missing key, or sizes that contradict.
         """
+        if not isinstance(params, Mapping):
+            raise FlashMoEError(
+                "config.json: not an object in JSON. Restore the checkpoint's own config.json."
+            )
         if (model_type := params.get("model_type")) not in MODEL_TYPES:
             raise FlashMoEError(
                 f"config.json: model_type {model_type!r} cannot be streamed; supported are "
                 f"{', '.join(MODEL_TYPES)} (Qwen3.5 and Qwen3.6 MoE). Use stock mlx-lm for others."
             )
         own = {name: params.get(name) or {} for name in ("flashmoe", "quantization")}
-        values = {**params.get("text_config", params), **own}
+        text = params.get("text_config", params)
+        if not isinstance(text, Mapping):
+            raise FlashMoEError(
+                f"config.json: text_config = {text!r} is not an object in JSON. "
+                "Restore the checkpoint's own config.json."
+            )
+        values = {**text, **own}
         # A vision-language export may state tied embeddings at the top level only.
         values.setdefault("tie_word_embeddings", params.get("tie_word_embeddings"))
         values["rope_parameters"] = _rope(values)
@@ -83,6 +95,8 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         """Fill in derived sizes and refuse contradictions."""
+        for entry in fields(self):
+            check_entry(entry.name, entry.type, getattr(self, entry.name))
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         check_top_k(self.num_experts_per_tok, self.num_experts, "config.json: num_experts_per_tok")
         if self.linear_num_value_heads % self.linear_num_key_heads:
@@ -121,7 +135,7 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
         "rope_type": "default",
         "partial_rotary_factor": values.get("partial_rotary_factor", 0.25),
         "rope_theta": values.get("rope_theta"),
-        **(values.get("rope_parameters") or {}),
+        **object_in(values, "rope_parameters"),
     }
     if rope["rope_theta"] is None:
         raise FlashMoEError(
@@ -186,6 +200,12 @@ class StreamConfig:
             FlashMoEError: a value is out of range; the message names where it came from.
         """
         settings: dict[str, Any] = {}
+        names = [f.name for f in fields(cls)]
+        if unknown := from_config.keys() - {*names, "format_version"}:
+            raise FlashMoEError(
+                f'config.json "flashmoe": no setting is called {", ".join(sorted(unknown))}. '
+                f"Choose among {', '.join(names)}."
+            )
         for f in fields(cls):
             variable = f"FLASHMOE_{f.name.upper()}"
             if explicit.get(f.name) is not None:
@@ -211,7 +231,9 @@ def _read_setting(setting: str, value: Any, source: str) -> Any:
         if str(value).lower() in ("0", "false", "1", "true"):
             return str(value).lower() in ("1", "true")
         raise FlashMoEError(f"{source} = {value!r} is not a switch. Write 1 or 0.")
-    if re.fullmatch(r"[0-9]+", str(value)) and int(value) >= 1:
+    if re.fullmatch(r"[0-9]{1,9}", str(value)) and int(value) >= 1:
+        if setting == "io_threads" and int(value) > MOST_THREADS:
+            raise FlashMoEError(f"{source} = {value} is too many. Give at most {MOST_THREADS}.")
         return int(value)
     raise FlashMoEError(f"{source} = {value!r} is not a whole number of at least 1.")
 
@@ -273,6 +295,7 @@ def plan_cache(
     available: int,
     io: IoPlan = BUFFERED,
     activations: int = 0,
+    apart: bool = False,
 ) -> CachePlan:
     """Choose how many slots each layer's bank gets.
 
@@ -290,6 +313,7 @@ def plan_cache(
         available: bytes that may still be used.
         io: how the banks will be filled.
         activations: bytes that computing a chunk of a prompt takes.
+        apart: the banks lie in a GPU's own memory, which the page cache has no use for.
 
     Raises:
         FlashMoEError: the size given holds less than one token's working set.
@@ -305,7 +329,7 @@ def plan_cache(
     if whole.nbytes <= comfort:
         return whole
     share, why = (available - trunk_bytes) * 0.25, "a quarter of the memory that the trunk leaves"
-    if io.direct:
+    if io.direct or apart:
         share, why = comfort, "70 % of the memory, less the trunk"
         if (rest := available - trunk_bytes - activations) < share:
             share, why = rest, "what trunk and activations leave"

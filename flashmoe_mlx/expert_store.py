@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .config import CachePlan
+from .cuda_memory import card_reads
 from .errors import FlashMoEError
 from .io_mode import open_expert_file
 from .layout import ExpertLayout
@@ -173,7 +174,7 @@ class ExpertStore:
             files = _open_files(paths, plan.io.direct)
             names = {number: path for path, number in files.items()}
             try:
-                self._reader = Reader(names, io_threads)
+                self._reader = Reader(names, io_threads, card_reads())
             except BaseException:
                 _close_files(files.values())
                 raise
@@ -322,7 +323,7 @@ class ExpertStore:
 
     def _parts(self, bank: Bank, experts: int) -> int:
         """Return into how many pieces to cut each record, so that all threads have something."""
-        wanted = -(-len(self._reader.threads) // experts)
+        wanted = -(-self._reader.width // experts)
         return max(1, min(wanted, bank.layout.record_bytes // LEAST_PIECE))
 
     def _evaluate(self, consumers: list[Consumer]) -> None:

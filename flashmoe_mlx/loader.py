@@ -3,6 +3,8 @@
 import atexit
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from .layout import (
     quantisation,
     weight_files,
 )
-from .memory import available_bytes
+from .memory import available_bytes, card_bytes
 from .model import Model
 from .names import PROJECTIONS, is_expert
 from .slot_bank import DTYPES
@@ -87,14 +89,16 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     check_cpu_kernels(formats)
     available = available_bytes()  # behind the kernels, which take some
     io = plan_io(stream.io_mode, layout, available - trunk_bytes)
+    card = card_bytes()
     plan = plan_cache(
         stream.expert_cache,
         layout,
         args.num_experts_per_tok,
         trunk_bytes,
-        available,
+        available if card is None else card,
         io,
         args.activation_bytes,
+        apart=card is not None,
     )
     if plan.slots == args.num_experts:
         plan = replace(plan, io=plan_load(stream.io_mode, layout, io))
@@ -206,19 +210,40 @@ def load(
         experts_per_token=experts_per_token,
         io_mode=io_mode,
     )
-    model, config = load_model(
-        path,
-        lazy,
-        # Without the shim that stock mlx-lm would follow: these classes carry the settings.
-        model_config={**(model_config or {}), "model_file": None},
-        get_model_classes=lambda config: classes,
-    )
-    if adapter_path is not None:
-        model = load_adapters(model, adapter_path)
-        model.eval()
-    # The bundled tokenizer's one class is part of this package.
-    trusted = {"trust_remote_code": True} if path == BUNDLED_MODEL else {}
-    tokenizer = load_tokenizer(
-        path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id", None)
-    )
+    with _named(path, "its weights do not fit its config.json", "Restore the checkpoint's own"):
+        model, config = load_model(
+            path,
+            lazy,
+            # Without the shim that stock mlx-lm would follow: these classes carry the settings.
+            model_config={**(model_config or {}), "model_file": None},
+            get_model_classes=lambda config: classes,
+        )
+    try:
+        if adapter_path is not None:
+            with _named(adapter_path, "adapters that do not fit this model", "Train them for it"):
+                model = load_adapters(model, adapter_path)
+                model.eval()
+        # The bundled tokenizer's one class is part of this package.
+        trusted = {"trust_remote_code": True} if path == BUNDLED_MODEL else {}
+        with _named(path, "its tokenizer cannot be loaded", "Restore the checkpoint's own files"):
+            tokenizer = load_tokenizer(
+                path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id")
+            )
+    except BaseException:
+        model.close()
+        raise
     return model, tokenizer
+
+
+@contextmanager
+def _named(place: str | Path, fault: str, remedy: str) -> Iterator[None]:
+    """Give what stock mlx-lm raises about some files a place and a remedy."""
+    try:
+        yield
+    except FlashMoEError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        raise FlashMoEError(
+            f"{place}: {fault} ({type(error).__name__}: {lines[0]}). {remedy}."
+        ) from error

@@ -11,6 +11,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from .config import ModelArgs
+from .cuda_letters import to_device, to_host
 from .custom_kernels.bank import Bank
 from .custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
 from .custom_kernels.expert_mlp import ascending, expert_mlp, inverted
@@ -119,11 +120,11 @@ class StreamedExperts(nn.Module):
         bank = self._store.banks[self._layer]
         if bank.complete:
             return ids
-        chosen, places = np.unique(np.array(ids), return_inverse=True)
+        chosen, places = np.unique(to_host(ids), return_inverse=True)
         if len(chosen) > len(bank):
             return None
         slots = np.array(self._store.fetch(self._layer, chosen.tolist()), dtype=np.uint32)
-        return mx.array(slots[places].reshape(ids.shape))
+        return to_device(slots[places].reshape(ids.shape))
 
     def waves(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Bring experts into the bank, as many as it holds at a time.

@@ -13,7 +13,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
+from .cuda_memory import CardReads, CardRow
 from .errors import FlashMoEError
 from .unbroken import unbroken
 
@@ -70,7 +72,8 @@ REMEDIES = {
 }
 OTHERS = "Check the disk."
 
-Piece = tuple[int, int, int, list[memoryview], Arrival]  # descriptor, offset, bytes, rows, of what
+Row = memoryview | CardRow
+Piece = tuple[int, int, int, list[Row], Arrival]  # descriptor, offset, bytes, rows, of what
 
 
 class Batch:
@@ -84,17 +87,21 @@ class Batch:
 class Reader:
     """Threads that live as long as the files are open, and read pieces in the order given."""
 
-    def __init__(self, names: Mapping[int, Path], threads: int) -> None:
+    def __init__(
+        self, names: Mapping[int, Path], threads: int, card: CardReads | None = None
+    ) -> None:
         """Start the threads.
 
         Args:
             names: file descriptors, and what to call the files in errors.
             threads: how many.
+            card: how to read, if rows lie in a GPU's own memory.
 
         Raises:
             FlashMoEError: the system does not give so many threads.
         """
         self._names = names
+        self._card = card
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._helping = threading.Lock()
@@ -116,11 +123,38 @@ class Reader:
                 "Give fewer, or raise its limit (ulimit -u)."
             ) from error
 
+    @property
+    def width(self) -> int:
+        """How many pieces are read at a time."""
+        return self._card.width if self._card and self._card.at_once else len(self.threads)
+
     def start(self, batch: Batch) -> None:
-        """Have pieces read and return at once."""
+        """Have pieces read and return at once, or once those for a GPU's own memory are there."""
         self._batches.add(batch)
+        if self._card and self._card.at_once:
+            self._read_at_once(batch, self._card)
         for _ in range(min(len(batch.pieces), len(self.threads))):
             self._queue.put(batch)
+
+    def _read_at_once(self, batch: Batch, card: CardReads) -> None:
+        """Read a batch for the card; pieces that do not come whole are left to the threads."""
+        with self._lock:
+            self._count_seconds()
+            self._in_flight += 1
+        pieces = list(batch.pieces)
+        try:
+            came = card.read(pieces)
+        except FlashMoEError:  # the threads will find out which file it is
+            came = [0] * len(pieces)
+        with self._lock:
+            self._count_seconds()
+            self._in_flight -= 1
+            batch.pieces.clear()
+            for piece, count in zip(pieces, came, strict=True):
+                if count == piece[2]:
+                    piece[-1].advance(count, None)
+                else:
+                    batch.pieces.append(piece)
 
     def help(self, batch: Batch) -> None:
         """Read pieces of a batch that is started in the calling thread, until none is left.
@@ -199,10 +233,11 @@ class Reader:
         `preadv` may return less than asked, so go on until all is there.
         """
         descriptor, offset, nbytes, rows, _ = piece
+        preadv: Any = self._card.preadv if self._card else os.preadv
         done = 0
         while done < nbytes:
             try:
-                count = os.preadv(descriptor, skip(rows, done) if done else rows, offset + done)
+                count = preadv(descriptor, skip(rows, done) if done else rows, offset + done)
             except InterruptedError:
                 continue
             except Exception as reason:
@@ -245,9 +280,9 @@ class Reader:
         self._since = now
 
 
-def skip(rows: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+def skip(rows: Sequence[Row], nbytes: int) -> list[Row]:
     """Return what is left of `rows` behind their first `nbytes` bytes."""
-    left = []
+    left: list[Row] = []
     for row in rows:
         if nbytes < len(row):
             left.append(row[nbytes:])
@@ -255,9 +290,10 @@ def skip(rows: Sequence[memoryview], nbytes: int) -> list[memoryview]:
     return left
 
 
-def cut(rows: Sequence[memoryview], nbytes: int) -> Iterator[list[memoryview]]:
+def cut(rows: Sequence[Row], nbytes: int) -> Iterator[list[Row]]:
     """Cut `rows` into lists of exactly `nbytes` bytes; the last may have fewer."""
-    part, room = [], nbytes
+    part: list[Row] = []
+    room = nbytes
     for row in rows:
         while len(row):
             head, row = row[:room], row[room:]

@@ -13,12 +13,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from .cuda_memory import card_reads, card_rows
 from .errors import FlashMoEError
 from .layout import LayerLayout
-from .reader import Arrival, Piece, cut
+from .reader import Arrival, Piece, Row, cut
 
 DTYPES = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 BLOCK = 4096  # bytes; direct reads want memory, places and lengths in whole blocks
+Cut = tuple[int, int, int, int, list[Row]]  # descriptor, offset of expert 0, step, bytes, rows
 HALF_LIFE = 128  # uses of a layer's experts, after which an earlier one counts half
 
 
@@ -59,9 +61,9 @@ class Bank:
         self.layout = layout
         self.arrays = [_zeros((slots, *f.shape), DTYPES[f.dtype]) for f in layout.fields]
         self._slots = slots
-        self._views = [memoryview(a).cast("B") for a in self.arrays]  # type: ignore[arg-type]
+        self._views = _views(self.arrays)
         self._spans = [(files[s.file], s.offset, s.first, s.last) for s in layout.spans(0)]
-        self._cuts: dict[tuple[int, int], list[tuple[int, int, int, int, list[memoryview]]]] = {}
+        self._cuts: dict[tuple[int, int], list[Cut]] = {}
         self._free = dict.fromkeys(range(slots))
         self._slot_of: dict[int, int] = {}
         self._demand = Demand(layout.num_experts)
@@ -146,8 +148,8 @@ class Bank:
             for file, offset, stride, nbytes, rows in cuts
         ]
 
-    def _cut(self, slot: int, parts: int) -> list[tuple[int, int, int, int, list[memoryview]]]:
-        """Cut a slot's rows: (descriptor, offset of expert 0, step to the next, bytes, rows)."""
+    def _cut(self, slot: int, parts: int) -> list[Cut]:
+        """Cut a slot's rows."""
         most = -(-self.layout.record_bytes // (parts * BLOCK)) * BLOCK
         cuts = []
         for file, offset, first, last in self._spans:
@@ -157,9 +159,16 @@ class Bank:
                 offset += nbytes
         return cuts
 
-    def _row(self, slot: int, index: int) -> memoryview:
+    def _row(self, slot: int, index: int) -> Row:
         size = self.layout.fields[index].nbytes
         return self._views[index][slot * size : (slot + 1) * size]
+
+
+def _views(arrays: Sequence[mx.array]) -> Sequence[Row]:
+    """Return each array's bytes, to be written; on an NVIDIA GPU they stay in its memory."""
+    if card_reads():
+        return card_rows(arrays)
+    return [memoryview(a).cast("B") for a in arrays]  # type: ignore[arg-type]
 
 
 def check_room(nbytes: int) -> None:

@@ -183,6 +183,8 @@ def test_direct_reads_leave_room_for_a_chunk_of_a_prompt():
     direct = IoPlan(True, "as asked")
     experts = layout_of(100, 10), 3, 100  # 20 bytes for a slot in each layer
     assert plan_cache("auto", *experts, 1300, direct).slots == (0.7 * 1300 - 100) // 20
+    on_a_card = plan_cache("auto", *experts, 1300, apart=True)
+    assert on_a_card.slots == (0.7 * 1300 - 100) // 20 and not on_a_card.io.direct
     tight = plan_cache("auto", *experts, 1300, direct, activations=800)
     assert (tight.slots, tight.reason) == (20, "what trunk and activations leave")
     assert plan_cache("auto", *experts, 1300, direct, activations=2000).slots == 3

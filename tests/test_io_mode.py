@@ -4,7 +4,6 @@ import os
 import sys
 import types
 
-import mlx.core as mx
 import pytest
 from store_helpers import big_layout, make_store
 
@@ -57,9 +56,6 @@ def test_linux_turns_read_ahead_off(tmp_path, monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="needs O_DIRECT")
 def test_obstacles(tmp_path, monkeypatch):
     layout = big_layout(tmp_path, BLOCKS)
-    with monkeypatch.context() as patch:
-        patch.setattr(io_mode.mx, "default_device", lambda: mx.Device(mx.gpu))
-        assert "GPU" in obstacle(layout)
     with monkeypatch.context() as patch:
         patch.delattr(os, "O_DIRECT")
         assert "cannot read past its page cache" in obstacle(layout)
