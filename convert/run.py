@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flashmoe_mlx.convert.calibrate import Calibration
 from flashmoe_mlx.convert.checksum import as_text
+from flashmoe_mlx.convert.describe import describe, describe_time, human
 from flashmoe_mlx.convert.journal import (
     Begun,
     Entries,
@@ -40,12 +41,12 @@ from flashmoe_mlx.convert.output import (
     write_weights,
 )  # fmt: skip
 from flashmoe_mlx.convert.output import write_index as write_index
-from flashmoe_mlx.convert.parts import METHODS, LayerPlan, Options, Plan, Quant
+from flashmoe_mlx.convert.parts import METHODS, LayerPlan, Options, Plan
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.shards import Shards
 from flashmoe_mlx.convert.source import Source, open_source
-from flashmoe_mlx.convert.steps import Fetched, fetched, plan_steps
+from flashmoe_mlx.convert.steps import fetched, plan_steps
 from flashmoe_mlx.convert.write import link_file
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
@@ -127,12 +128,15 @@ def _convert(
     free += shards.nbytes()
     if dry_run:
         print(describe(source, plan, out, fetching, to_write, free))
+        if not link and not options.calibrate:
+            share = to_write / (plan.trunk_bytes + plan.expert_bytes)
+            print(describe_time(source, plan, share, fetching))
         return
     if needed > free:
         raise FlashMoEError(
-            f"{out}: the conversion needs {_human(needed)}"
-            + (f" ({_human(fetching.most_bytes)} of them for a while)" if fetching.most else "")
-            + f", but only {_human(free)} are free. "
+            f"{out}: the conversion needs {human(needed)}"
+            + (f" ({human(fetching.most_bytes)} of them for a while)" if fetching.most else "")
+            + f", but only {human(free)} are free. "
             "Free some space, choose another --mlx-path, or fewer --q-bits."
         )
     with locked(out), _unfinished(out):
@@ -184,46 +188,6 @@ def _source_files(source: Source) -> set[Path]:
         *(matrix.file for matrix in source.matrices.values()),
         *(field.file for layer in layers for field in layer.fields),
     }
-
-
-def describe(
-    source: Source, plan: Plan, out: Path, fetching: Fetched, to_write: int, free: int
-) -> str:
-    """Return the plan in words."""
-    needed = to_write + fetching.most_bytes
-    records = sorted({layer.record_bytes for layer in plan.layers})
-    before = sorted({_kind(p.before) for layer in plan.layers for p in layer.projections})
-    after = sorted({_kind(p.after) for layer in plan.layers for p in layer.projections})
-    rows = (
-        ("source", f"{source.name} (experts: {', '.join(before)})"),
-        ("target", f"{out} (experts: {', '.join(after)})"),
-        ("layers", f"{len(plan.layers)}, of {source.dims.experts} experts each"),
-        ("one expert", f"{' or '.join(f'{size:,}' for size in records)} bytes"),
-        ("trunk", f"{plan.trunk_bytes:,} bytes ({_human(plan.trunk_bytes)})"),
-        ("experts", f"{plan.expert_bytes:,} bytes ({_human(plan.expert_bytes)})"),
-        *([("to fetch", _fetching(fetching))] if fetching.count else ()),
-        ("to write", f"{to_write:,} bytes ({_human(to_write)})"),
-        (
-            "free disk",
-            f"{free:,} bytes ({_human(free)})" + (", too little" if needed > free else ""),
-        ),
-    )
-    return "\n".join(f"{name:<12}{value}" for name, value in rows)
-
-
-def _fetching(fetching: Fetched) -> str:
-    return (
-        f"{fetching.count} files, {fetching.nbytes:,} bytes ({_human(fetching.nbytes)}); at once "
-        f"at most {fetching.most}, {fetching.most_bytes:,} bytes ({_human(fetching.most_bytes)})"
-    )
-
-
-def _kind(quant: Quant | None) -> str:
-    return f"{quant.bits} bits, groups of {quant.group_size}" if quant else "floats"
-
-
-def _human(nbytes: int) -> str:
-    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
 def _existing_parent(path: Path) -> Path:

@@ -196,7 +196,9 @@ def test_dry_run_fetches_headers_only(root, server, files, sizes, tmp_path, caps
     rows = capsys.readouterr().out.splitlines()
     (fetching,) = (row for row in rows if row.startswith("to fetch"))
     rows.remove(fetching)
-    assert rows[0].startswith(f"source      {NAME} (") and rows[1:-1] == local[1:-1]
+    assert rows[0].startswith(f"source      {NAME} (") and rows[1:-2] == local[1:-2]
+    took = r"time +about \d+ s to compute, 1 s to fetch at 100 MB/s, and what the disk takes"
+    assert re.fullmatch(took, rows[-1])
     assert fetching.startswith(f"to fetch    {len(files)} files, {sum(sizes.values()):,} bytes (")
     assert "; at once at most 2, " in fetching
     assert all(server.sent[name] <= hub.FIRST_BYTES for name in files)
