@@ -181,7 +181,9 @@ def test_the_good_matvec_passes(dtype):
 def test_every_mutation_of_the_matvec_is_caught(old, new):
     assert mutations.SOURCE.count(old) == 1
     source = mutations.SOURCE.replace(old, new)
-    found = caught(
-        lambda *a: mutations.matvec(*a, source=source), mutations.arrays(), mutations.reference
+    assert caught(
+        lambda *a: mutations.matvec(*a, source=source),
+        mutations.arrays(),
+        mutations.reference,
+        first=True,
     )
-    assert found

@@ -15,17 +15,22 @@ STATIC = {"rules": "rules", "compile": "types"}  # kinds that are found without 
 RUNNING = {mode: mode for mode in MODES if mode not in STATIC.values()}
 
 
-def caught(f: Callable[..., Any], arrays: Sequence[mx.array], reference: Any = None) -> Caught:
+def caught(
+    f: Callable[..., Any], arrays: Sequence[mx.array], reference: Any = None, first: bool = False
+) -> Caught:
     """Run f in every mode; return the kind of error of each mode that found one.
 
-    Without a reference, results are not compared. `rules` and `types` are credited only with what
-    they find without running, and alone with it, so that every mode is seen to work alone.
+    Without a reference, results are not compared. `first` stops at the first mode that found one.
+    `rules` and `types` are credited only with what they find without running, and alone with it,
+    so that every mode is seen to work alone.
     """
     found: Caught = {}
     for mode in MODES:
         kind = _kind(f, arrays, reference, mode, strict="types" not in found)
         if kind and STATIC.get(kind, RUNNING.get(mode)) == mode:
             found[mode] = kind
+            if first:
+                break
     return found
 
 

@@ -226,6 +226,11 @@ ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
 
 void __tsan_init() {}
 
+// What clang's stack protector calls when a function returns.
+void __wrap___stack_chk_fail() {
+  fail("out of bounds", HERE, 0, "writes past the end of a lane's own array");
+}
+
 void* __tsan_memcpy(void* to, const void* from, u64 size) {
   check(from, size, false, HERE);
   check(to, size, true, HERE);
