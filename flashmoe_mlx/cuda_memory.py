@@ -153,8 +153,8 @@ class CardReads:
         for piece, place, count in zip(pieces, places.tolist(), came, strict=True):
             if count == piece[2]:
                 for row in piece[3]:
-                    self._driver.copy(row.address, place, len(row), half.stream)
-                    place += len(row)
+                    self._driver.copy(row.address, place, row.nbytes, half.stream)
+                    place += row.nbytes
         return came
 
     def preadv(self, descriptor: int, rows: Sequence[CardRow], offset: int) -> int:
