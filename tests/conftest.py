@@ -9,6 +9,7 @@ import mlx_lm
 import pytest
 
 from flashmoe_mlx.convert import convert
+from flashmoe_mlx.custom_kernels import executor
 from flashmoe_mlx.layout import EXPERT_DIR, layer_file
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.names import FIELDS, layer_prefix
@@ -17,6 +18,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; set befo
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 FORMATS = ("packed4", "packed2", "linked", "unmodified")
+
+# What takes long goes first, so that no worker waits for the other in the end. The first two go to
+# one worker each, and compile for both: the CPU's kernels, and the bench's.
+FIRST = (
+    "test_cpu_kernels", "test_gpu_kernels", "test_exactness", "test_end_to_end",
+    "test_stock_tools", "test_gated_delta_kernels", "test_gpu_model", "test_metal_bench",
+    "test_attention_kernels", "test_calibrate", "test_memory", "test_resume", "test_convert",
+    "test_style", "test_doctor",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_here(tmp_path_factory):
+    """Compile the CPU's kernels in this process; that users' do so in another has its own test."""
+    marker = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "_marker", lambda formats: marker)
+        yield
 
 
 def text_config(model: Path) -> dict:

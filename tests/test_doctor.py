@@ -26,7 +26,8 @@ QUICK = ["--geometry", "tiny", "--sample-mib", "4"]
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """A cache directory of its own."""
+    """A cache directory of its own, where kernels have to be timed: shortly."""
+    monkeypatch.setattr(choice, "MOST_CALLS", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FLASHMOE_KERNELS", raising=False)
 
@@ -136,7 +137,6 @@ def test_bad_usage(capsys):
 def test_right_kernels_are_measured_afresh(capsys, monkeypatch):
     require_bench()
     gpu._build.cache_clear()
-    monkeypatch.setattr(choice, "MOST_CALLS", 1)
     trials = doctor.trials
     monkeypatch.setattr(doctor, "trials", lambda *a: [t for t in trials(*a) if t.op == "router"])
     with metal_on_cpu():
