@@ -1,5 +1,9 @@
 """Stream Qwen3.5 mixture-of-experts models from disk inside MLX and mlx-lm."""
 
+from .requirements import check_packages
+
+check_packages()  # before they are imported
+
 from mlx_lm import batch_generate, generate, stream_generate
 
 from .config import ModelArgs

@@ -7,15 +7,20 @@ from typing import Any
 from .bench_layers import PARTS
 from .errors import FlashMoEError
 
+PICTURES = (".png", ".svg", ".pdf")
+
 
 def check_plot(path: Path | None) -> None:
     """Refuse a picture that could not be drawn, before anything is measured.
 
     Raises:
-        FlashMoEError: matplotlib is not installed, or the directory does not exist.
+        FlashMoEError: it is no picture's name, matplotlib is not installed, or the directory does
+            not exist.
     """
     if path is None:
         return
+    if path.suffix not in PICTURES:
+        raise FlashMoEError(f"--plot {path}: not a picture. End it in {', '.join(PICTURES)}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise FlashMoEError(
             f"--plot {path}: matplotlib is not installed. Install it: "

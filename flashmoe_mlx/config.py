@@ -142,6 +142,13 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
             "config.json: no rope_theta, in rope_parameters or beside it. "
             "Restore the checkpoint's own config.json."
         )
+    check_entry("rope_theta", float, rope["rope_theta"])
+    check_entry("partial_rotary_factor", float, rope["partial_rotary_factor"])
+    if rope["partial_rotary_factor"] > 1:
+        raise FlashMoEError(
+            f"config.json: partial_rotary_factor = {rope['partial_rotary_factor']} is more than "
+            "the whole head. Restore the checkpoint's own config.json."
+        )
     return rope
 
 

@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx_lm import stream_generate
@@ -15,6 +16,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .errors import FlashMoEError
 from .loader import BUNDLED_MODEL, load
 from .memory import peak_bytes
+from .options import chat_options, check_options
+
+INTERRUPTED = 130
+OUT_OF_MEMORY = "[malloc", "out of memory", "insufficient memory"  # MLX's, by back-end
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,20 +50,42 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; bad input ends with one line on stderr and exit code 2."""
+    """Run the command.
+
+    Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130.
+    """
     args = build_parser().parse_args(argv)
     try:
         run(args)
     except FlashMoEError as error:
-        print(f"flashmoe-generate: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+            raise
+        _fail(
+            f"memory is short ({error}). Give a smaller --expert-cache, --prefill-step-size or "
+            "--max-kv-size."
+        )
+    except KeyboardInterrupt:
+        print("\nflashmoe-generate: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # who reads the output has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether MLX was refused memory."""
+    return any(words in str(error).lower() for words in OUT_OF_MEMORY)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"flashmoe-generate: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, print the text as it comes, then the figures."""
-    if args.draft_model or args.image:
-        flag = "--draft-model" if args.draft_model else "--image"
-        raise FlashMoEError(f"{flag} is not supported for streamed models; leave it out.")
+    check_options(args)
     if args.seed is not None:
         mx.random.seed(args.seed)
     cache, metadata = read_prompt_cache(args)
@@ -70,11 +97,21 @@ def run(args: argparse.Namespace) -> None:
         experts_per_token=args.experts_per_token,
         tokenizer_config=json.loads(metadata.get("tokenizer_config", "{}"))
         | ({"trust_remote_code": True} if args.trust_remote_code else {}),
-        model_config={"quantize_activations": args.quantize_activations},
         adapter_path=args.adapter_path,
     )
-    for token in args.extra_eos_token:
-        tokenizer.add_eos_token(token)
+    if args.top_k >= model.args.vocab_size:
+        raise FlashMoEError(
+            f"--top-k {args.top_k}: the model has {model.args.vocab_size} tokens. Give fewer."
+        )
+    if cache is not None and len(cache) != len(model.layers):
+        raise FlashMoEError(
+            f"--prompt-cache-file {args.prompt_cache_file}: made by a model of {len(cache)} "
+            f"layers, but this one has {len(model.layers)}. Make it anew with mlx_lm.cache_prompt."
+        )
+    add_eos_tokens(tokenizer, args.extra_eos_token)
+    prompt = encode_prompt(args, tokenizer, cached=cache is not None)
+    if not prompt:
+        raise FlashMoEError("--prompt is empty, and there is no chat template. Give some text.")
     sampler = make_sampler(
         args.temp,
         args.top_p,
@@ -89,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     for response in stream_generate(
         model,
         tokenizer,
-        encode_prompt(args, tokenizer, cached=cache is not None),
+        prompt,
         max_tokens=args.max_tokens,
         sampler=sampler,
         max_kv_size=args.max_kv_size,
@@ -108,11 +145,34 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(model.expert_stats().as_dict()))
 
 
+def add_eos_tokens(tokenizer: TokenizerWrapper, tokens: list[str]) -> None:
+    """Have each of some tokens end the text.
+
+    Raises:
+        FlashMoEError: the tokenizer has no such token.
+    """
+    for token in tokens:
+        try:
+            tokenizer.add_eos_token(token)
+        except ValueError as error:
+            raise FlashMoEError(
+                f"--extra-eos-token {token!r}: the model has no such token. Give one as it stands "
+                "in tokenizer.json, or its number."
+            ) from error
+
+
 def read_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, str]]:
     """Load `--prompt-cache-file`, if given, and check that it fits the other flags."""
     if args.prompt_cache_file is None:
         return None, {}
-    cache, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+    try:
+        cache, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
+        metadata["model"], json.loads(metadata.get("tokenizer_config", "{}"))
+    except Exception as error:  # whatever a foreign file makes of it
+        raise FlashMoEError(
+            f"--prompt-cache-file {args.prompt_cache_file}: cannot be read as a prompt cache "
+            f"({type(error).__name__}: {error}). Make one with mlx_lm.cache_prompt."
+        ) from error
     if args.model not in (None, metadata["model"]):
         raise FlashMoEError(
             f"--model {args.model}: {args.prompt_cache_file} was made with "
@@ -136,10 +196,10 @@ def encode_prompt(
     With a prompt cache, only what follows the cached prefix is encoded.
     """
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = _read_stdin() if prompt == "-" else prompt
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return tokenizer.encode(prompt)
-    options = json.loads(args.chat_template_config) if args.chat_template_config else {}
+    options = chat_options(args.chat_template_config)
     prefill = args.prefill_response
 
     def render(content: str) -> str:
@@ -156,10 +216,25 @@ def encode_prompt(
             **options,
         )
 
-    text = render(prompt)
+    try:
+        text = render(prompt)
+    except Exception as error:  # of the template's language, or of Python
+        raise FlashMoEError(
+            f"the chat template fails with --chat-template-config {args.chat_template_config} "
+            f"({type(error).__name__}: {error}). Change it, or give --ignore-chat-template."
+        ) from error
     if cached:
         text = text[render("<query>").index("<query>") :]
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise FlashMoEError(
+            f"--prompt -: standard input is not text ({error}). Give UTF-8."
+        ) from error
 
 
 def report(model: Any, response: Any) -> None:

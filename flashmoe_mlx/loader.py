@@ -1,6 +1,7 @@
 """From a directory to a model: `bind` for stock mlx-lm's `model_file`, `load` for Python."""
 
 import atexit
+import glob
 import json
 import sys
 from collections.abc import Iterator
@@ -155,14 +156,22 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
                 f"deliver it ({type(error).__name__}: {str(error).splitlines()[0]})."
             ) from error
     try:
-        json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text())
     except OSError:
         raise FlashMoEError(f"{path}: no config.json. Give the directory of a model.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FlashMoEError(
             f"{path / 'config.json'}: not JSON ({error}). Restore the checkpoint's own."
         ) from error
+    if not isinstance(config, dict):
+        raise FlashMoEError(
+            f"{path / 'config.json'}: not an object in JSON. Restore the checkpoint's own."
+        )
     weight_files(path)
+    if glob.has_magic(str(path)):
+        raise FlashMoEError(
+            f"{path}: mlx-lm reads no directory with *, ? or [ in its name. Rename it."
+        )
     return path
 
 
@@ -203,6 +212,7 @@ def load(
         FlashMoEError: something is missing, damaged, of another kind or out of range.
     """
     path = find_model(path_or_hub_id, revision)
+    checkpoint_headers(path)  # before MLX reads them, which says less about a damaged file
     classes = bound_classes(
         path,
         expert_cache=expert_cache,
@@ -242,8 +252,12 @@ def _named(place: str | Path, fault: str, remedy: str) -> Iterator[None]:
         yield
     except FlashMoEError:
         raise
+    except RuntimeError as error:
+        if not str(error).startswith(("[load", "[read")):  # MLX's, about files
+            raise
+        raise FlashMoEError(f"{place}: a file cannot be read ({error}). {remedy}.") from error
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        lines = str(error).strip().splitlines() or ["no reason given"]
+        reason = " ".join(str(error).split()[:40])
         raise FlashMoEError(
-            f"{place}: {fault} ({type(error).__name__}: {lines[0]}). {remedy}."
+            f"{place}: {fault} ({type(error).__name__}: {reason}). {remedy}."
         ) from error

@@ -1,9 +1,11 @@
 """How fast experts come from a disk: record-sized random reads by several threads."""
 
 import contextlib
+import errno
 import mmap
 import os
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -89,9 +91,12 @@ def scratch_ranges(
     """Write a temporary file of random bytes and cut it into records, in random order.
 
     Raises:
-        OSError: the directory cannot be written, or is full.
+        OSError: the directory cannot be written, or the file would take over half of what is free.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if sample > (free := shutil.disk_usage(directory).free) / 2:
+        text = f"{sample >> 20} MiB are asked for, and {free >> 20} are free"
+        raise OSError(errno.ENOSPC, text, str(directory))
     block = os.urandom(record)
     offsets = list(range(0, sample // record * record, record))
     with tempfile.NamedTemporaryFile(dir=directory, prefix="read-speed-") as file:

@@ -82,12 +82,14 @@ class Recipe:
             raise FlashMoEError(f"geometry {self.geometry!r} is unknown. Choose from {known}.")
         if self.bits not in (4, 2):
             raise FlashMoEError(f"bits = {self.bits}: experts are made with 4 or 2. Choose one.")
-        for name, value, least, why in (
-            ("layers", self.layers, 2, "so that both kinds of attention occur"),
-            ("vocabulary", self.vocabulary, LEAST_VOCABULARY, "the tokenizer's own tokens"),
+        for name, value, least, most, why in (
+            ("layers", self.layers, 2, 1000, "so that both kinds of attention occur"),
+            ("vocabulary", self.vocabulary, LEAST_VOCABULARY, 10**7, "the tokenizer's own tokens"),
         ):
             if value < least:
                 raise FlashMoEError(f"{name} = {value} is too few: give at least {least}, {why}.")
+            if value > most:
+                raise FlashMoEError(f"{name} = {value} is too many: give at most {most}.")
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -327,13 +328,13 @@ def no_thread(files: Files, moment: int, rng: random.Random) -> Planted:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep still about exceptions that reach weak references' callbacks."""
-    import sys
-
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+def ignored() -> Iterator[list[str]]:
+    """Collect where exceptions were raised that Python ignores: in finalizers and their like."""
+    found: list[str] = []
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda what: found.append(f"{what.exc_value!r} in {what.object}")
     try:
-        yield
+        yield found
     finally:
         sys.unraisablehook = hook
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_kinds import FAULTS, Fault, Files, quiet
+from fault_kinds import FAULTS, Fault, Files, ignored
 from mlx_lm import stream_generate
 
 from flashmoe_mlx import load
@@ -86,6 +86,7 @@ class Row:
         named: of these, ended as they should: with the right error, or with none.
         wrong: runs with a token that a clean one does not give.
         usable: times that a whole run afterwards was right.
+        lost: more of them, which Python raised in a finalizer and ignored.
         held: descriptors, Python's threads and the system's, before and after.
         messages: what was said, whatever the numbers.
     """
@@ -95,6 +96,7 @@ class Row:
     named: int = 0
     wrong: int = 0
     usable: int = 0
+    lost: int = 0
     held: tuple[tuple[int, int, int], tuple[int, int, int]] = ((0, 0, 0), (0, 0, 0))
     messages: set[str] = field(default_factory=set)
 
@@ -117,11 +119,10 @@ def table_row(stage: Scene, fault: Fault, times: int, rng: random.Random) -> Row
     """Have a fault happen so many times."""
     row, before = Row(fault), held()
     reads = 100 * len(stage.model.layers) if fault.loads else stage.reads  # all experts, or these
-    with quiet():
-        for _ in range(20 * times):  # a moment that never came does not count
-            if row.injected == times:
-                break
-            strike(stage, fault, rng.randrange(reads), rng, row)
+    for _ in range(20 * times):  # a moment that never came does not count
+        if row.injected == times:
+            break
+        strike(stage, fault, rng.randrange(reads), rng, row)
     row.held = before, held()
     return row
 
@@ -131,7 +132,7 @@ def strike(stage: Scene, fault: Fault, moment: int, rng: random.Random, row: Row
     tokens: list[int] = []
     error: BaseException | None = None
     try:
-        with fault.plant(stage.files, moment, rng) as planted:
+        with ignored() as lost, fault.plant(stage.files, moment, rng) as planted:
             if fault.loads:
                 load(stage.directory, expert_cache="1GiB")[0].close()
             else:
@@ -140,6 +141,10 @@ def strike(stage: Scene, fault: Fault, moment: int, rng: random.Random, row: Row
         error = reason.with_traceback(None)
     stage.files.restore()
     if not planted.struck:
+        return
+    if error is None and lost and tokens == stage.clean:
+        row.lost += 1
+        row.messages.update(lost)
         return
     row.injected += 1
     row.named += as_expected(fault, error)
@@ -178,9 +183,10 @@ def line(row: Row) -> str:
     """Return a row for people."""
     before, after = (f"{fds}, {threads}, {tasks}" for fds, threads, tasks in row.held)
     kept = before if before == after else f"{before} -> {after}"
+    lost = f"  ({row.lost} more were lost in a finalizer)" if row.lost else ""
     return (
         f"{row.fault.name:30} {row.injected:8} {row.named:8} {row.wrong:6} {row.usable:7}  {kept}"
-        f"{'' if row.well else '  WRONG'}"
+        f"{lost}{'' if row.well else '  WRONG'}"
     )
 
 

@@ -1,0 +1,244 @@
+"""Bad input, command by command: what is given, and what the one sentence must say.
+
+`{bundled}`, `{packed}` and `{out}` stand for the bundled model, for a conversion of it, and for a
+directory that does not exist.
+"""
+
+GENERATE = [
+    ("--max-tokens 0", "--max-tokens 0 is out of range. Give 1 or more, or -1 for no limit."),
+    ("--max-tokens many", "argument --max-tokens/-m: invalid int value: 'many'"),
+    ("--temp -0.5", "--temp -0.5 is out of range. Give 0 (the likeliest token) or more."),
+    ("--temp nan", "--temp nan is out of range."),
+    ("--top-p 1.5", "--top-p 1.5 is out of range. Give a probability from 0 to 1."),
+    ("--min-p -1", "--min-p -1.0 is out of range."),
+    ("--top-k -3", "--top-k -3 is out of range. Give 1 or more tokens, or 0 for all."),
+    ("--top-k 9999999", "--top-k 9999999: the model has 4096 tokens. Give fewer."),
+    ("--xtc-probability 2", "--xtc-probability 2.0 is out of range."),
+    (
+        "--xtc-threshold 0.7",
+        "--xtc-threshold 0.7 is out of range. Give a probability from 0 to 0.5",
+    ),
+    ("--min-tokens-to-keep 0", "--min-tokens-to-keep 0 is out of range. Give 1 or more."),
+    ("--seed -1", "--seed -1 is out of range. Give a whole number from 0 to 18446744073709551615."),
+    ("--seed 18446744073709551616", "--seed 18446744073709551616 is out of range."),
+    ("--max-kv-size 0", "--max-kv-size 0 is out of range. Give 8 or more tokens"),
+    ("--prefill-step-size 0", "--prefill-step-size 0 is out of range. Give 1 or more tokens."),
+    ("--kv-bits 7", "--kv-bits 7 is out of range. Give 2, 3, 4, 5, 6 or 8."),
+    ("--kv-bits 4 --kv-group-size 48", "--kv-group-size 48 is out of range. Give 32, 64 or 128."),
+    ("--kv-bits 8 --quantized-kv-start -1", "--quantized-kv-start -1 is out of range."),
+    ("--extra-eos-token <nosuch>", "--extra-eos-token '<nosuch>': the model has no such token."),
+    ("--chat-template-config {", "--chat-template-config {: not JSON ("),
+    ("--chat-template-config [1]", "--chat-template-config [1]: not an object."),
+    ('--chat-template-config {"messages":1}', "the chat template fails with --chat-template-conf"),
+    ("--prompt-cache-file {out}.safetensors", "cannot be read as a prompt cache (RuntimeError: ["),
+    ("--prompt-cache-file {bundled}/model.safetensors", "cannot be read as a prompt cache ("),
+    (
+        "--adapter-path {out}",
+        "out: no adapter_config.json there. Give a directory that mlx_lm.lora",
+    ),
+    ("--adapter-path {bundled}", "bundled: no adapter_config.json there."),
+    ("--prompt= --ignore-chat-template", "--prompt is empty, and there is no chat template."),
+    ("--quantize-activations", "--quantize-activations is not supported for streamed models;"),
+    ("--draft-model x", "--draft-model is not supported for streamed models; leave it out."),
+    ("--image x.png", "--image is not supported for streamed models; leave it out."),
+    ("--model=", "--model is empty. Give a directory, or a name on the Hub."),
+    ("--model {out}", "out: not a directory here, and the Hugging Face Hub did not deliver it ("),
+    (
+        "--model {bundled}/config.json",
+        "config.json: no config.json. Give the directory of a model.",
+    ),
+    ("--expert-cache lots", "expert_cache = 'lots' is not a size. Write bytes or a unit, such as"),
+    (
+        "--expert-cache 12",
+        "expert_cache = 12 bytes holds 0 experts per layer, but each token uses 4",
+    ),
+    ("--io-threads 0", "io_threads = '0' is not a whole number of at least 1."),
+    ("--io-threads 4096", "io_threads = 4096 is too many. Give at most 1024."),
+    ("--io-mode fast", "io_mode = 'fast' is not one of auto, buffered, direct."),
+    (
+        "--experts-per-token 101",
+        "experts_per_token = 101, but the model has 100 experts per layer.",
+    ),
+    ("--experts-per-token 1.5", "experts_per_token = '1.5' is not a whole number of at least 1."),
+    ("--experts-per-token", "argument --experts-per-token: expected one argument"),
+    ("--expert-cash 1GiB", "unrecognized arguments: --expert-cash 1GiB"),
+]
+
+CONVERT = [
+    ("", "the following arguments are required: --hf-path/--model"),
+    ("--hf-path {out}", "out: not a directory. Give a checkpoint's directory, or its name on the"),
+    ("--hf-path {bundled}/config.json", "config.json: not a directory. Give a checkpoint's direc"),
+    ("--hf-path {bundled} --mlx-path {packed}", "packed: exists already. Delete it, or give"),
+    (
+        "--hf-path {bundled} --mlx-path {packed}/config.json/x",
+        "cannot be written (Not a directory)",
+    ),
+    ("--hf-path {bundled} --mlx-path {out} -q --q-bits 7", "--q-bits 7: expected one of 2, 3, 4,"),
+    (
+        "--hf-path {bundled} --mlx-path {out} -q --q-bits four",
+        "argument --q-bits: invalid int valu",
+    ),
+    (
+        "--hf-path {bundled} --mlx-path {out} -q --q-group-size 48",
+        "--q-group-size 48: expected one",
+    ),
+    ("--hf-path {bundled} --mlx-path {out} -q --q-method best", "argument --q-method: invalid cho"),
+    (
+        "--hf-path {bundled} --mlx-path {out} -q --calibrate {out}",
+        "out: cannot be read as a text (",
+    ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --dtype int8",
+        "argument --dtype: invalid choice: 'int8'",
+    ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --dtype float16",
+        "--dtype float16: the source is quant",
+    ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --revision x",
+        "--revision x has no effect on the local",
+    ),
+    ("--hf-path {bundled} --mlx-path {out} --link -q", "--link copies nothing, so -q and --dtype"),
+    (
+        "--hf-path {packed} --mlx-path {out} --link",
+        "--link needs an MLX checkpoint with stacked exp",
+    ),
+    ("verify", "the following arguments are required: DIR"),
+    ("verify {out}", "out: not a directory. Give one that flashmoe-convert wrote."),
+    (
+        "verify {bundled}",
+        "bundled: unfinished conversion (manifest.json is written last and is mis",
+    ),
+    (
+        "verify {packed} --repair",
+        "--repair and --hf-path SOURCE go together. Give both, or neither.",
+    ),
+    ("verify {packed} --hf-path x", "--repair and --hf-path SOURCE go together."),
+]
+
+BENCH = [
+    ("", "the following arguments are required: WHAT"),
+    ("speed", "argument WHAT: invalid choice: 'speed'"),
+    ("io --record 5000", "--record 5000 is not a multiple of 12288 from 36864 on"),
+    ("io --threads 0", "--threads 0 measures nothing. Give at least 1."),
+    ("io --sample-mib 0", "--sample-mib 0 measures nothing. Give at least 1."),
+    ("io --sample-mib 999999999", "1999999998 MiB are asked for, and "),
+    ("io --rounds -1", "--rounds -1 measures nothing. Give at least 1."),
+    (
+        "io --dir {bundled}/config.json",
+        "config.json: cannot be written (File exists). Give another",
+    ),
+    (
+        "io --model {bundled}/config.json",
+        "config.json: no config.json. Give the directory of a mod",
+    ),
+    ("decode --geometry 9b", "argument --geometry: invalid choice: '9b'"),
+    ("decode --layers 0", "layers = 0 is too few: give at least 2"),
+    ("decode --layers 100000", "layers = 100000 is too many: give at most 1000."),
+    ("decode --vocabulary 0", "vocabulary = 0 is too few: give at least 259"),
+    ("decode --bits 3", "bits = 3: experts are made with 4 or 2. Choose one."),
+    ("decode --tokens 0", "--tokens 0 measures nothing. Give at least 1."),
+    ("decode --runs 0", "--runs 0 measures nothing. Give at least 1."),
+    ("decode --plot {out}/x.png", "out is not a directory."),
+    ("decode --plot x.gifs", "--plot x.gifs: not a picture. End it in .png, .svg, .pdf."),
+    ("prefill --chunk 0", "--chunk 0 measures nothing. Give at least 1."),
+    ("batch --batch 0", "--batch 0 measures nothing. Give at least 1."),
+    ("kernels --op sum", "--op sum is not among what can be measured: dequant_matvec"),
+    ("kernels --bits 7", "--bits 7 is not among what can be measured: 2, 4, 8."),
+    ("kernels --top-k 0", "--top-k 0 is not among what can be measured: 1 to 32."),
+    ("kernels --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+]
+
+DOCTOR = [
+    ("{out}", "out: not a directory. Give the directory of a model."),
+    ("{bundled}/config.json", "config.json: not a directory. Give the directory of a model."),
+    ("--geometry 9b", "argument --geometry: invalid choice: '9b'"),
+    ("--sample-mib 1", "--sample-mib 1 is less than one expert. Give 2."),
+]
+
+PLAN = [
+    ("", "--model is missing. Give 397b, 122b, 35b, or a directory."),
+    ("--model 397b", "--ram and --ssd and --memory-bandwidth not given. Give it, or a --machine"),
+    ("--model 1b --machine m3-max-48", "--model 1b: no readable config.json there (No such file"),
+    ("--model 397b --machine pdp-11", "--machine pdp-11 is not known. Choose among m1-pro-16"),
+    ("--model 397b --machine m3-max-48 --bits 3", "--bits 3 is not known. Choose among 4, 2."),
+    ("--model 397b --machine m3-max-48 --top-k 0", "--top-k = 0, but the model has 512 experts"),
+    ("--model 397b --machine m3-max-48 --ram much", "--ram much is not a size. Give bytes or a un"),
+    ("--model 397b --machine m3-max-48 --ram 1GB", "--ram 1GB is too little: trunk, one token's"),
+    ("--model 397b --machine m3-max-48 --ssd 0", "--ssd 0 is no rate. Give GB/s, such as 5."),
+    ("--model 397b --machine m3-max-48 --ssd nan", "--ssd nan is no rate."),
+    (
+        "--model 397b --machine m3-max-48 --cache 900GB",
+        "--cache 900GB does not fit: one token's ex",
+    ),
+    ("--model 397b --machine m3-max-48 --cache auto", "--cache auto is not a size."),
+    ("--model 397b --machine m3-max-48 --prompt 0", "--prompt 0 is no number of tokens. Give 1 or"),
+    ("--model 397b --machine m3-max-48 --engine x", "--engine x is not known. Choose among"),
+]
+
+VARIABLES = [
+    ("EXPERT_CACHE", "lots", "FLASHMOE_EXPERT_CACHE = 'lots' is not a size."),
+    ("IO_THREADS", "-2", "FLASHMOE_IO_THREADS = '-2' is not a whole number of at least 1."),
+    ("IO_MODE", "fast", "FLASHMOE_IO_MODE = 'fast' is not one of auto, buffered, direct."),
+    (
+        "EXPERTS_PER_TOKEN",
+        "101",
+        "experts_per_token = 101, but the model has 100 experts per layer",
+    ),
+    ("STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' is not a switch. Write 1 or 0."),
+]
+
+# Entries of config.json: of its text_config, or beside it; None takes one away.
+CONFIG = [
+    ("text", {"hidden_size": "192"}, "hidden_size = '192' is not a whole number of at least 1."),
+    (
+        "text",
+        {"num_hidden_layers": 0},
+        "num_hidden_layers = 0 is not a whole number of at least 1.",
+    ),
+    ("text", {"num_attention_heads": 2.5}, "num_attention_heads = 2.5 is not a whole number"),
+    ("text", {"full_attention_interval": 0}, "full_attention_interval = 0 is not a whole number"),
+    ("text", {"rms_norm_eps": "x"}, "rms_norm_eps = 'x' is not a number above 0."),
+    ("text", {"norm_topk_prob": "yes"}, "norm_topk_prob = 'yes' is not true or false."),
+    ("text", {"layer_types": "all"}, "layer_types = 'all' is not a list."),
+    ("text", {"rope_parameters": [1]}, "rope_parameters = [1] is not an object."),
+    ("text", {"rope_parameters": {"rope_theta": "x"}}, "rope_theta = 'x' is not a number above 0."),
+    (
+        "text",
+        {"rope_parameters": {"rope_theta": 1, "partial_rotary_factor": 2}},
+        "partial_rotary_factor = 2 is more than the whole head.",
+    ),
+    ("text", {"num_experts": None}, "config.json: no num_experts. Restore the checkpoint's own"),
+    ("text", {"num_experts": 50}, "has shape [100, 64, 48], expected 50 experts x rows x columns."),
+    ("text", {"num_experts_per_tok": 0}, "num_experts_per_tok = 0 is not a whole number of at"),
+    (
+        "text",
+        {"moe_intermediate_size": 96},
+        "layer 0 gate_proj has 64 rows, but config.json says 96",
+    ),
+    (
+        "text",
+        {"vocab_size": 7},
+        "its weights do not fit its config.json (ValueError: Expected shape",
+    ),
+    (
+        "text",
+        {"num_hidden_layers": 3},
+        "its weights do not fit its config.json (ValueError: Receive",
+    ),
+    ("top", {"text_config": [1]}, "text_config = [1] is not an object in JSON."),
+    ("top", {"quantization": "4-bit"}, "quantization = '4-bit' is not an object."),
+    (
+        "top",
+        {"model_type": "qwen3_moe"},
+        "model_type 'qwen3_moe' cannot be streamed; supported are",
+    ),
+    ("top", {"model_type": None}, "model_type None cannot be streamed; supported are qwen3_5_moe"),
+    ("top", {"flashmoe": [1]}, "flashmoe = [1] is not an object."),
+    ("top", {"flashmoe": {"expert_cach": 1}}, '"flashmoe": no setting is called expert_cach. Choo'),
+    ("top", {"flashmoe": {"expert_cache": "x"}}, "expert_cache = 'x' is not a size."),
+    ("top", {"flashmoe": {"io_threads": -1}}, '"flashmoe": io_threads = -1 is not a whole number'),
+    ("top", {"flashmoe": {"io_mode": 3}}, '"flashmoe": io_mode = 3 is not one of auto, buffered'),
+    ("top", {"flashmoe": {"stats": "maybe"}}, "\"flashmoe\": stats = 'maybe' is not a switch."),
+]
