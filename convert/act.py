@@ -114,13 +114,14 @@ def write_layer(
     return file.entry() | _records(plan, file) if file.whole else file.begun()
 
 
-def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> None:
-    """Write one expert's bytes, in pieces that follow one another."""
+def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> str:
+    """Write one expert's bytes, in pieces that follow one another, and return their checksum."""
     first, start = f"experts.{expert}.{FIELDS[0]}", 0
     for part in record:
         data = as_buffer(part)
         file.write(first, data, start)
         start += data.nbytes
+    return as_text(joined(file.checksums(first, len(FIELDS))))
 
 
 def _records(plan: LayerPlan, file: TensorFile) -> Entry:

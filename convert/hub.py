@@ -116,10 +116,10 @@ class Repo:
             "GET", url, headers=headers, timeout=timeout, max_retries=0
         ) as response:
             hf_raise_for_status(response)
-            if response.status_code != 206 and start:
-                raise OSError("the server does not know byte ranges")
+            skip = start if response.status_code == 200 else 0  # it does not know ranges
             for chunk in response.iter_bytes():
-                content += chunk
+                content += chunk[skip:]
+                skip = max(0, skip - len(chunk))
                 if len(content) >= end - start:
                     break
         if len(content) < end - start:

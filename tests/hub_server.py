@@ -7,6 +7,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -22,10 +23,11 @@ def commit(letter: str) -> str:
 
 @dataclass
 class Fault:
-    """What goes wrong the next time that a file is asked for: "status", "drop", "bytes", "etag".
+    """What goes wrong the next time that a file is asked for.
 
-    `value`: the status; bytes to send before the connection is dropped; the content, or the ETag,
-    in place of the right one.
+    By kind, `value` is: "status": which; "drop": bytes to send before the connection is dropped;
+    "bytes", "etag": what comes in place of the right one; "plain": anything, and byte ranges are
+    ignored.
     """
 
     kind: str
@@ -145,8 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._directory(name, revision)
         if not found or not (found[1] / file).is_file():
             return self._refuse(404)
+        if self._fault(file, "plain"):
+            del self.headers["Range"]
         content = (found[1] / file).read_bytes()
-        etag = self._fault(file, "etag") or hashlib.sha256(content).hexdigest()
+        etag = self._fault(file, "etag") or _sha256(found[1] / file)
         content = self._fault(file, "bytes") or content
         start, end = self._range(len(content))
         self.send_response(206 if "Range" in self.headers else 200)
@@ -180,12 +184,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _entry(path: Path, directory: Path) -> dict[str, Any]:
     """A file's entry in the Hub's list: large ones have a SHA-256, small ones git's SHA-1."""
-    data = path.read_bytes()
-    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-    entry = {
-        "rfilename": path.relative_to(directory).as_posix(), "size": len(data), "blobId": blob,
-    }  # fmt: skip
+    name, size = path.relative_to(directory).as_posix(), path.stat().st_size
     if path.suffix == ".safetensors":
-        sha256 = hashlib.sha256(data).hexdigest()
-        entry["lfs"] = {"sha256": sha256, "oid": sha256, "size": len(data), "pointerSize": 134}
-    return entry
+        lfs = {"sha256": _sha256(path), "oid": _sha256(path), "size": size, "pointerSize": 134}
+        return {"rfilename": name, "size": size, "blobId": "0" * 40, "lfs": lfs}
+    blob = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
+    return {"rfilename": name, "size": size, "blobId": blob}
+
+
+@cache
+def _sha256(path: Path) -> str:
+    """Of a file that does not change while it is served."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
