@@ -60,10 +60,6 @@ class ModelArgs:
         Raises:
             FlashMoEError: another model type, a missing key, or sizes that contradict.
         """
-        if not isinstance(params, Mapping):
-            raise FlashMoEError(
-                "config.json: not an object in JSON. Restore the checkpoint's own config.json."
-            )
         if (model_type := params.get("model_type")) not in MODEL_TYPES:
             raise FlashMoEError(
                 f"config.json: model_type {model_type!r} cannot be streamed; supported are "
@@ -73,7 +69,7 @@ class ModelArgs:
         text = params.get("text_config", params)
         if not isinstance(text, Mapping):
             raise FlashMoEError(
-                f"config.json: text_config = {text!r} is not an object in JSON. "
+                f"config.json: text_config = {text!r} is not a JSON object. "
                 "Restore the checkpoint's own config.json."
             )
         values = {**text, **own}

@@ -165,7 +165,7 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         ) from error
     if not isinstance(config, dict):
         raise FlashMoEError(
-            f"{path / 'config.json'}: not an object in JSON. Restore the checkpoint's own."
+            f"{path / 'config.json'}: not a JSON object. Restore the checkpoint's own."
         )
     weight_files(path)
     if glob.has_magic(str(path)):

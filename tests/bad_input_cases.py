@@ -227,7 +227,7 @@ CONFIG = [
         {"num_hidden_layers": 3},
         "its weights do not fit its config.json (ValueError: Receive",
     ),
-    ("top", {"text_config": [1]}, "text_config = [1] is not an object in JSON."),
+    ("top", {"text_config": [1]}, "text_config = [1] is not a JSON object."),
     ("top", {"quantization": "4-bit"}, "quantization = '4-bit' is not an object."),
     (
         "top",

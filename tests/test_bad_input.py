@@ -95,7 +95,7 @@ def test_config(place, change, message, tmp_path, capsys):
     ("name", "content", "message"),
     [
         ("config.json", "", r"config\.json: not JSON \(Expecting value"),
-        ("config.json", "[1]", r"config\.json: not an object in JSON\."),
+        ("config.json", "[1]", r"config\.json: not a JSON object\."),
         ("config.json", "[" * 100_000, r"config\.json: not JSON \(maximum recursion depth"),
         ("tokenizer.json", "{", r"model: its tokenizer cannot be loaded \("),
         ("tokenizer_config.json", "[", r"model: its tokenizer cannot be loaded \("),
