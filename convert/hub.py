@@ -140,7 +140,7 @@ class Repo:
                 raise cause from error
             raise FlashMoEError(
                 f"{self.name}: the Hugging Face Hub did not deliver {name} of commit "
-                f"{self.commit} ({reason(error)}). Check the network, and try again."
+                f"{self.commit} ({reason(error)}). Check the network."
             ) from error
 
 
@@ -163,7 +163,7 @@ def find_repo(name: str, revision: str | None) -> Repo:
 def _remote_file(file: Any) -> RemoteFile | None:
     """Return one entry of the Hub's list, or None if no conversion needs that file."""
     *folder, name = file.rfilename.split("/")
-    if folder not in ([], [EXPERT_DIR]) or not any(fnmatch(name, p) for p in patterns(folder)):
+    if folder not in ([], [EXPERT_DIR]) or not any(fnmatch(name, p) for p in _patterns(folder)):
         return None
     checksum = file.lfs.sha256 if file.lfs else file.blob_id
     if type(file.size) is not int or len(checksum or "") not in (40, 64):
@@ -171,8 +171,7 @@ def _remote_file(file: Any) -> RemoteFile | None:
     return RemoteFile(file.rfilename, file.size, checksum)
 
 
-def patterns(folder: list[str]) -> tuple[str, ...]:
-    """Return what to take from a folder of a repository."""
+def _patterns(folder: list[str]) -> tuple[str, ...]:
     return ("*.json", "*" + WEIGHTS) if folder else PATTERNS
 
 
