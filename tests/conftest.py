@@ -1,7 +1,9 @@
 """Model directories that the tests share: the bundled model and what convert makes of it."""
 
+import fcntl
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -71,13 +73,29 @@ def unpack(packed: Path, out: Path) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """Map each format to a streamable directory made from the bundled model."""
-    base = tmp_path_factory.mktemp("models")
+def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a directory that one worker makes for all of a run; nobody may write to it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / name).exists():
+            (base / f"{name}.tmp").mkdir()
+            make(base / f"{name}.tmp")
+            (base / f"{name}.tmp").rename(base / name)
+    return base / name
+
+
+def convert_bundled(base: Path) -> None:
     convert(BUNDLED_MODEL, base / "packed4", quantize=True, q_bits=4, q_group_size=64)
     convert(BUNDLED_MODEL, base / "packed2", quantize=True, q_bits=2, q_group_size=64)
     convert(BUNDLED_MODEL, base / "linked", link=True)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Map each format to a streamable directory made from the bundled model."""
+    base = made_once(tmp_path_factory, "models", convert_bundled)
     return {name: base / name for name in FORMATS[:3]} | {"unmodified": BUNDLED_MODEL}
 
 

@@ -16,7 +16,7 @@ import mlx_lm
 import pytest
 from mlx_lm.perplexity import eval_ppl
 
-from flashmoe_mlx import load
+from flashmoe_mlx import FlashMoEError, load
 from flashmoe_mlx.layout import open_layout
 
 QUESTION = "What is a package?"
@@ -70,16 +70,15 @@ def test_generate(name, models, load_stock):
 
 
 def test_settings_in_config_json_count(models, tmp_path):
-    """A copy of the directory (symlinks) whose config.json asks for the smallest cache."""
+    """A copy of the directory (symlinks) whose config.json asks for too small a cache."""
     for entry in models["packed4"].iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").unlink()
     config["flashmoe"]["expert_cache"] = 1000
     (tmp_path / "config.json").write_text(json.dumps(config))
-    result = tool("generate", "--model", str(tmp_path), "--trust-remote-code", "-m", "2")
-    assert result.returncode != 0
-    assert "expert_cache = 1000 bytes holds 0 experts per layer" in result.stderr
+    with pytest.raises(FlashMoEError, match="= 1000 bytes holds 0 experts per layer"):
+        mlx_lm.load(str(tmp_path), trust_remote_code=True)
 
 
 def test_cache_prompt(packed, tmp_path):
