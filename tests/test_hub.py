@@ -431,9 +431,7 @@ def test_killed_anywhere(root, server, tmp_path):
         print(call, out, file=process.stdin, flush=True)
         return process.stdout.readline().strip()
 
-    calls = killed_at(10**9, tmp_path / "count").split()
-    assert_same(root, tmp_path / "count")
-    for point in random.Random(5).sample(range(40, len(calls) * 4 // 5), 3):
+    for point in random.Random(5).sample(range(40, 700), 3):  # of nearly a thousand
         out = tmp_path / f"killed-at-{point}"
         assert killed_at(point, out) == str(int(signal.SIGKILL))
         assert not (out / MANIFEST).exists()
