@@ -319,7 +319,7 @@ def plan_cache(
         apart: the banks lie in a GPU's own memory, which the page cache has no use for.
 
     Raises:
-        FlashMoEError: the size given holds less than one token's working set.
+        FlashMoEError: the size given holds less than one token's working set, or does not fit.
     """
     experts = layout.layers[0].num_experts
     per_slot = layout.token_bytes
@@ -327,6 +327,11 @@ def plan_cache(
     whole = CachePlan(experts, experts * per_slot, "all experts fit in memory", io)
     slots = asked_slots(expert_cache, layout, top_k)
     if slots is not None:
+        if slots * per_slot > available:
+            raise FlashMoEError(
+                f"expert_cache = {expert_cache} bytes takes {slots * per_slot} bytes of memory, "
+                f"but {available} are available. Give less, or auto."
+            )
         return CachePlan(slots, slots * per_slot, "as asked", io)
     comfort = 0.7 * available - trunk_bytes
     if whole.nbytes <= comfort:

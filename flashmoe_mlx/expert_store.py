@@ -102,6 +102,7 @@ class Pending:
         layer: decoder layer.
         experts: ids, as asked for.
         slots: where they lie, or will; their bytes are whole when `wait` has returned.
+        released: whether its slots may be given to others though it lives.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Pending:
         self.layer = layer
         self.experts = experts
         self.slots = slots
+        self.released = False
         self._store = store
         self._arrivals: list[Arrival] = []
         self._batch: Batch | None = None
@@ -136,7 +138,7 @@ class Pending:
 
     def release(self) -> None:
         """Let others have the slots once they are at rest, as if it lived no more."""
-        self._store._pending[self.layer].discard(self)
+        self.released = True
 
 
 class ExpertStore:
@@ -166,7 +168,8 @@ class ExpertStore:
         self.stats = ExpertStats()
         paths = {f.file for layer in layout.layers for f in layer.fields}
         self.banks: list[Bank] = []
-        self._pending: list[weakref.WeakSet[Pending]] = [weakref.WeakSet() for _ in layout.layers]
+        # References that call nothing when a request dies: Ctrl-C would be lost in there.
+        self._pending: list[list[weakref.ref[Pending]]] = [[] for _ in layout.layers]
         self._consumers: list[Consumer] = []
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -280,8 +283,13 @@ class ExpertStore:
             if bank.arriving:
                 pending._arrivals = [bank.arriving[e][1] for e in experts if e in bank.arriving]
                 pending._arrivals.reverse()  # the last is over last: fewer times to wake up
-            self._pending[layer].add(pending)
+            self._pending[layer] = [weakref.ref(p) for p in (*self._living(layer), pending)]
         return pending
+
+    def _living(self, layer: int) -> list[Pending]:
+        """Return the requests whose slots must stay theirs."""
+        found = (reference() for reference in self._pending[layer])
+        return [pending for pending in found if pending and not pending.released]
 
     def _check_usable(self) -> None:
         if not self._finalizer.alive:
@@ -295,7 +303,7 @@ class ExpertStore:
     def _bring(self, layer: int, missing: Sequence[int], keep: set[int]) -> Batch:
         """Take slots for experts and begin to read them, in the order of the file."""
         bank = self.banks[layer]
-        slots = self._slots(layer, missing, keep.union(*(p.experts for p in self._pending[layer])))
+        slots = self._slots(layer, missing, keep.union(*(p.experts for p in self._living(layer))))
         self._evaluate([held for held in self._consumers if held.reads(layer, slots)])
         parts = self._parts(bank, len(missing))
         brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]

@@ -88,7 +88,12 @@ def test_bad_variables_are_named(monkeypatch, variable, value, message):
 def test_cache_as_asked():
     plan = plan_cache(2 * 10 * 5 + 7, layout_of(8, 10), 3, 0, 10**9)
     assert (plan.slots, plan.nbytes) == (5, 100)
-    assert plan_cache(10**9, layout_of(8, 10), 3, 0, 0).slots == 8
+    assert plan_cache(10**9, layout_of(8, 10), 3, 0, 160).slots == 8
+
+
+def test_cache_above_the_memory_is_refused():
+    with pytest.raises(FlashMoEError, match=r"takes 160 bytes of memory, but 159 are available"):
+        plan_cache(10**9, layout_of(8, 10), 3, 0, 159)
 
 
 def test_cache_below_one_tokens_experts_is_refused():
