@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from fault_kinds import FAULTS
+from fault_server import Row, failed_alone, failed_batch, running
 from faults import HEADER, line, scene, table_row
 
 from flashmoe_mlx import expert_store
@@ -33,6 +34,17 @@ def row(stage, name: str, times: int, seed: int = 0):
 def test_fault(stage, name):
     found = row(stage, name, times=1)
     assert found.well, f"\n{HEADER}\n{line(found)}\n" + "\n".join(found.messages)
+
+
+def test_server(stage, tmp_path):
+    """A request by itself fails and the next one is answered; after a batch /health says so."""
+    alone, batch = Row("alone"), Row("batch")
+    with running(stage.directory, tmp_path) as server:
+        clean = "".join(server.ask(seed=1))
+        assert clean == "".join(server.ask())
+        failed_alone(server, clean, alone, random.Random(0))
+        failed_batch(server, clean, batch, random.Random(0))
+    assert clean and alone.well and batch.well, f"\n{alone}\n{batch}"
 
 
 def test_the_table_sees_leaks(stage, monkeypatch):

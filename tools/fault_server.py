@@ -1,0 +1,232 @@
+"""Faults of a running `mlx_lm.server`: SIGTERM in mid-answer, and a disk that fails.
+
+    python tools/fault_server.py MODEL [--times 100] [--seed 0]
+
+MODEL is a directory that flashmoe-convert wrote. Each round starts the stock server in a process of
+its own, and asks it over HTTP, streamed. What came until then must be the beginning of what the
+server answers undisturbed. Exit code 1 if a row of the table is not as it should be.
+
+* SIGTERM: the process ends by it, and at once.
+* EIO, a request with a seed: the answer breaks off, the server's log names file and reason, and the
+  same request made again is answered whole.
+* EIO, requests that are batched: the same, but stock mlx-lm's thread that generates has died;
+  /health says 503 from then on, and whoever supervises the server has to start it again.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+QUESTION = {"messages": [{"role": "user", "content": "What is a library?"}]}
+ASKED = {"max_tokens": 16, "temperature": 0, "stream": True}
+NAMED = r"layer_\d+\.safetensors: reading an expert .* \(Input/output error\)"
+
+# The stock server with one difference: after SIGUSR1 the nth read fails; n is in a file.
+SERVER = """
+import errno, os, signal, sys
+preadv, left = os.preadv, []
+def failing(*args):
+    if left:
+        left[0] -= 1
+        if left[0] < 0:
+            left.clear()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return preadv(*args)
+os.preadv = failing
+note = sys.argv.pop(1)
+signal.signal(signal.SIGUSR1, lambda *_: left.append(int(open(note).read())))
+from mlx_lm.server import main
+main()
+"""
+
+
+@dataclass
+class Row:
+    """What became of one fault, so many times; `usable` counts what the row promises after it."""
+
+    name: str
+    injected: int = 0
+    named: int = 0
+    wrong: int = 0
+    usable: int = 0
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.name:36} {self.injected:8} {self.named:8} {self.wrong:6} {self.usable:7}"
+            f"{'' if self.well else '  WRONG'}"
+        )
+
+    @property
+    def well(self) -> bool:
+        """Say whether nothing is to be complained of."""
+        return self.injected == self.named == self.usable > 0 and not self.wrong
+
+
+class Server:
+    """A server in a process of its own, and its log."""
+
+    def __init__(self, model: Path, work: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.note, self.log = work / "reads", work / "log"
+        command = ["--model", str(model), "--trust-remote-code", "--port", str(self.port)]
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1", "FLASHMOE_EXPERT_CACHE": "1440000",
+        }  # fmt: skip
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVER, str(self.note), *command],
+                stdout=log, stderr=log, env=environment,
+            )  # fmt: skip
+
+    def wait(self) -> None:
+        """Return when it answers.
+
+        Raises:
+            SystemExit: it ended instead; its log is shown.
+        """
+        while self.health() is None:
+            if self.process.poll() is not None:
+                raise SystemExit(self.log.read_text())
+            time.sleep(0.05)
+
+    def health(self) -> int | None:
+        """Return the status of /health, None if nobody answers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status
+        except OSError:
+            return None
+        finally:
+            connection.close()
+
+    def ask(self, **more: Any) -> Iterator[str]:
+        """Yield an answer's pieces as they come, however the connection ends."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = json.dumps(QUESTION | ASKED | more)
+        try:
+            connection.request(
+                "POST", "/v1/chat/completions", body, {"Content-Type": "application/json"}
+            )
+            for line in connection.getresponse():
+                if line.startswith(b"data: {"):
+                    delta = json.loads(line[6:])["choices"][0]["delta"]
+                    yield delta.get("content") or ""
+        except (OSError, http.client.HTTPException):
+            return
+        finally:
+            connection.close()
+
+    def fail_at(self, read: int) -> None:
+        """Have the read fail that comes so many reads from now."""
+        self.note.write_text(str(read))
+        self.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.05)
+
+    def end(self) -> int:
+        """End it by SIGTERM, if it runs, and return its exit code."""
+        self.process.terminate()
+        return self.process.wait(timeout=10)
+
+
+@contextmanager
+def running(model: Path, work: Path) -> Iterator[Server]:
+    """Run a server while the block runs."""
+    server = Server(model, work)
+    try:
+        server.wait()
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+def terminated(model: Path, work: Path, clean: str, row: Row, rng: random.Random) -> None:
+    """End a server in mid-answer."""
+    with running(model, work) as server:
+        pieces, when = "", rng.randrange(8)
+        for number, piece in enumerate(server.ask()):
+            pieces += piece
+            if number == when:
+                row.injected += 1
+                row.named += server.end() == -signal.SIGTERM
+        row.wrong += not clean.startswith(pieces)
+        row.usable += server.health() is None  # the port is free again
+
+
+def failed_alone(server: Server, clean: str, row: Row, rng: random.Random) -> None:
+    """Have a read fail in a request that the server serves by itself."""
+    before = server.log.stat().st_size
+    server.fail_at(rng.randrange(100))
+    pieces = clean
+    while pieces == clean:  # its moment may come in the next one
+        pieces = "".join(server.ask(seed=1))
+    row.injected += 1
+    row.named += bool(re.search(NAMED, server.log.read_text()[before:]))
+    row.wrong += not clean.startswith(pieces)
+    row.usable += "".join(server.ask(seed=1)) == clean and server.health() == 200
+
+
+def failed_batch(server: Server, clean: str, row: Row, rng: random.Random) -> None:
+    """Have a read fail in a batch, and end the server."""
+    server.fail_at(rng.randrange(60))
+    pieces = "".join(server.ask())
+    row.injected += 1
+    row.named += bool(re.search(NAMED, server.log.read_text()))
+    row.wrong += not clean.startswith(pieces)
+    row.usable += server.health() == 503 and server.end() == -signal.SIGTERM
+
+
+def clean_answers(model: Path, work: Path) -> tuple[str, str]:
+    """Return what an undisturbed server answers: in a batch, and by itself."""
+    with running(model, work) as server:
+        return "".join(server.ask()), "".join(server.ask(seed=1))
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="a directory that flashmoe-convert wrote")
+    parser.add_argument("--times", type=int, default=100, help="of each fault (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    rows = [Row("SIGTERM in mid-answer"), Row("EIO, a request with a seed"), Row("EIO in a batch")]
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        batch, alone = clean_answers(args.model, work)
+        print(f"{'fault':36} {'injected':>8} {'as named':>8} {'wrong':>6} {'usable':>7}")
+        for _ in range(args.times):
+            terminated(args.model, work, batch, rows[0], rng)
+        print(rows[0], flush=True)
+        with running(args.model, work) as server:
+            for _ in range(args.times):
+                failed_alone(server, alone, rows[1], rng)
+        print(rows[1], flush=True)
+        for _ in range(args.times):
+            with running(args.model, work) as server:
+                failed_batch(server, batch, rows[2], rng)
+        print(rows[2])
+    sys.exit(not all(row.well for row in rows))
+
+
+if __name__ == "__main__":
+    main()
