@@ -269,11 +269,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.mlp = SparseMoeBlock(args, layer, store)
 
-    def __call__(self, h: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        """Map the residual stream `[B, T, H]` to `[B, T, H]`."""
+    def __call__(
+        self, h: mx.array, mask: Any = None, cache: Any = None, rows: mx.array | None = None
+    ) -> mx.array:
+        """Map the residual stream `[B, T, H]` to `[B, T, H]`; `rows` `[B, T]`: not padding."""
         mixer = self.linear_attn if self.is_linear else self.self_attn
         h = mixer(h, self.input_layernorm, mask, cache)
-        return self.mlp(h, self.post_attention_layernorm)
+        return self.mlp(h, self.post_attention_layernorm, rows)
 
 
 class Decoder(nn.Module):
@@ -300,7 +302,7 @@ class Decoder(nn.Module):
             if layer.is_linear not in masks:
                 make_mask = create_ssm_mask if layer.is_linear else create_attention_mask
                 masks[layer.is_linear] = make_mask(h, c)
-            h = layer(h, masks[layer.is_linear], c)
+            h = layer(h, masks[layer.is_linear], c, masks.get(True))
         return self.norm(h)
 
 

@@ -221,6 +221,14 @@ def _groups(experts: list[int], size: int) -> list[list[int]]:
     return [experts[i : i + size] for i in range(0, len(experts), size)] if experts else []
 
 
+def _of_real_rows(ids: mx.array, rows: mx.array | None) -> mx.array:
+    """Let padding ask for the experts `[..., K]` of some row that is none."""
+    if rows is None:
+        return ids
+    some = ids.reshape(-1, ids.shape[-1])[mx.argmax(rows.reshape(-1))]
+    return mx.where(rows[..., None], ids, some)
+
+
 class SparseMoeBlock(nn.Module):
     """Router, routed experts and shared expert of one layer."""
 
@@ -240,10 +248,14 @@ class SparseMoeBlock(nn.Module):
             else StreamedExperts(args, layer, store)
         )
 
-    def __call__(self, h: mx.array, norm: nn.RMSNorm) -> mx.array:
-        """Map the residual stream `[B, T, H]` to `[B, T, H]`: h + block(norm(h))."""
+    def __call__(self, h: mx.array, norm: nn.RMSNorm, rows: mx.array | None = None) -> mx.array:
+        """Map the residual stream `[B, T, H]` to `[B, T, H]`: h + block(norm(h)).
+
+        Where `rows` `[B, T]` is False there is padding, for which no expert is read, and what comes
+        out means nothing.
+        """
         known = self._step.ready(h)
-        if (known or on_gpu(h)) and (y := self._by_kernels(h, norm, known)) is not None:
+        if (known or on_gpu(h)) and (y := self._by_kernels(h, norm, known, rows)) is not None:
             return y
         if (steps := cpu_steps(h)) and (y := self._by_cpu(steps, h, norm)) is not None:
             return y
@@ -252,6 +264,7 @@ class SparseMoeBlock(nn.Module):
         probabilities = mx.softmax(logits, axis=-1, precise=True)
         indices = mx.argpartition(probabilities, kth=-self.top_k, axis=-1)[..., -self.top_k :]
         scores = mx.take_along_axis(probabilities, indices, axis=-1)
+        indices = _of_real_rows(indices, rows)
         if self.norm_topk_prob:
             scores = scores / scores.sum(axis=-1, keepdims=True)
         shared = mx.sigmoid(shared_gate) * self.shared_expert(x)
@@ -271,14 +284,16 @@ class SparseMoeBlock(nn.Module):
             h, self.gate, self.shared_expert_gate, shared, banks, norm, *choice, waves
         )
 
-    def _by_kernels(self, h: mx.array, norm: nn.RMSNorm, known: bool) -> mx.array | None:
+    def _by_kernels(
+        self, h: mx.array, norm: nn.RMSNorm, known: bool, rows: mx.array | None
+    ) -> mx.array | None:
         """Run the block in four launches, or return None if kernels cannot or should not."""
         functions = self._step.functions if known else self._functions(h, norm)
         if functions is None:
             return None
         choose, run = functions
         ids, scores, gate = choose(h)
-        slots = self.switch_mlp.slots(ids)
+        slots = self.switch_mlp.slots(_of_real_rows(ids, rows))
         if slots is None:
             return None
         y: mx.array = run(h, slots, scores, gate)
