@@ -30,6 +30,11 @@ class Codes(NamedTuple):
     scales: mx.array
     biases: mx.array
 
+    def restored(self, quant: Quant) -> mx.array:
+        """Return float32 `[..., rows, columns]`, not rounded to the dtype of the scales."""
+        wide = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
+        return mx.dequantize(self.codes, *wide, quant.group_size, quant.bits)
+
 
 def fit(
     weights: mx.array, quant: Quant, dtype: mx.Dtype, importance: mx.array | None = None

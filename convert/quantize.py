@@ -31,17 +31,6 @@ def quantize(weights: mx.array, quant: Quant) -> Codes:
     return Codes(*mx.quantize(weights, quant.group_size, quant.bits))
 
 
-def dequantize(codes: mx.array, scales: mx.array, biases: mx.array, quant: Quant) -> mx.array:
-    """Return float32 `[..., rows, columns]`, not rounded to the dtype of the scales."""
-    return mx.dequantize(
-        codes,
-        scales.astype(mx.float32),
-        biases.astype(mx.float32),
-        quant.group_size,
-        quant.bits,
-    )
-
-
 def encode_floats(
     matrices: Sequence[tuple[Bytes, str]], plan: LayerPlan, streams: Iterator[mx.Stream]
 ) -> list[Part]:
@@ -108,10 +97,8 @@ def _cut(record: Bytes, specs: Sequence[Spec]) -> list[Bytes]:
 def _restored(pieces: list[Bytes], specs: Sequence[Spec], projection: Projection) -> mx.array:
     """Return a projection's weights as float32."""
     assert projection.before
-    codes, scales, biases = (
-        as_array(data, spec.dtype, spec.shape) for data, spec in zip(pieces, specs, strict=True)
-    )
-    return dequantize(codes, scales, biases, projection.before)
+    arrays = (as_array(data, s.dtype, s.shape) for data, s in zip(pieces, specs, strict=True))
+    return Codes(*arrays).restored(projection.before)
 
 
 def _quantize(weights: mx.array, projection: Projection) -> Codes:

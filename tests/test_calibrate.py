@@ -61,8 +61,14 @@ def test_inputs_and_experts_are_stocks(seen, monkeypatch, expert_cache):
         assert (np.sort(found.experts) == np.sort(experts)).all()
         expert = int(experts[3, 0])
         places = [t for t in range(len(TOKENS)) if expert in experts[t]]
-        assert np.array_equal(found.rows(expert), found.inputs[places])
-        assert found.rows(-1).shape == (0, inputs.shape[-1])
+        rows, scores = found.rows(expert)
+        assert np.array_equal(rows, found.inputs[places])
+        assert scores[0] == found.scores[places[0]][found.experts[places[0]] == expert]
+        assert found.rows(-1)[0].shape == (0, inputs.shape[-1])
+        gate = model.layers[number].mlp.gate
+        logits = np.array(gate(mx.array(found.inputs)))
+        odds = np.exp(np.take_along_axis(logits, found.experts, 1).astype(np.float64))
+        assert np.allclose(found.scores, odds / odds.sum(1, keepdims=True), rtol=1e-3)
     model.close()
 
 
@@ -84,15 +90,16 @@ def expert():
     inputs = rng.normal(size=(400, 16)) @ rng.normal(size=(16, HIDDEN)) / 4
     inputs += 0.1 * rng.normal(size=inputs.shape)
     experts = np.stack([np.arange(400) % 2, np.full(400, 2)], axis=1).astype(np.int32)
-    return matrices, LayerInputs(inputs.astype(np.float32), experts)
+    scores = rng.uniform(0.2, 0.8, size=experts.shape).astype(np.float32)
+    return matrices, LayerInputs(inputs.astype(np.float32), experts, scores)
 
 
 def output_error(seen, matrices, found):
     new = [mx.dequantize(*(x.astype(mx.float32) if i else x for i, x in enumerate(codes)), 64, 2)
            for codes in found]  # fmt: skip
-    x = mx.array(seen.rows(1))
+    x, scores = map(mx.array, seen.rows(1))
     exact, ours = (reference.expert_mlp(x, *three) for three in (matrices, new))
-    return ((exact - ours) ** 2).mean().item()
+    return ((scores[:, None] * (exact - ours)) ** 2).mean().item()
 
 
 def plans():
@@ -114,7 +121,7 @@ def test_an_experts_output_comes_out_better(expert):
 def test_an_expert_that_saw_nothing_is_quantised_for_its_layer(expert, layer_sees):
     matrices, seen = expert
     if layer_sees == "one token":
-        seen = LayerInputs(seen.inputs[:1], seen.experts[:1])
+        seen = LayerInputs(seen.inputs[:1], seen.experts[:1], seen.scores[:1])
     for codes, matrix in zip(seen.quantize(7, matrices, plans()), matrices, strict=True):
         assert codes.codes.shape == (matrix.shape[0], matrix.shape[1] // 16)
         assert mx.isfinite(codes.scales).all() and mx.isfinite(codes.biases).all()

@@ -52,8 +52,9 @@ def test_inputs_that_do_not_vary_together_leave_nothing_to_make_up(case):
     weights, _ = case
     quant, plain = Quant(2, 64), np.broadcast_to(np.eye(COLUMNS), (EXPERTS, COLUMNS, COLUMNS))
     found = quantize_for(weights, plain.astype(np.float32), quant, mx.bfloat16)
-    for a, b in zip(found, fit(mx.array(weights), quant, mx.bfloat16), strict=True):
-        assert mx.array_equal(a, b)
+    alone = fit(mx.array(weights), quant, mx.bfloat16)
+    ours, theirs = (((restored(x, quant) - weights) ** 2).sum(-1) for x in (found, alone))
+    assert (ours <= theirs * 1.000001).all() and (ours > 0.9 * theirs).all()
 
 
 def test_each_expert_has_inputs_of_its_own(case):
