@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +36,8 @@ class LayerTime:
         asked: experts asked for, once a step.
         hits: of these, those that were resident.
         distinct: different experts asked for, added up over the steps.
+        bytes_read: bytes that came into the bank.
+        steps: times that the layer ran.
     """
 
     kind: str
@@ -45,6 +48,8 @@ class LayerTime:
     asked: int = 0
     hits: int = 0
     distinct: int = 0
+    bytes_read: int = 0
+    steps: int = 0
 
     def clear(self) -> None:
         """Set all figures to zero."""
@@ -67,26 +72,29 @@ class LayerTime:
         return {"kind": self.kind, **times, **counts, "hit_rate": self.hit_rate}
 
 
+Pick = Callable[[mx.array], LayerTime]  # where to count what is done for hidden states [B, T, H]
+
+
 class _Attention:
     """Stands in for a layer's mixer."""
 
-    def __init__(self, module: Callable[..., Any], times: LayerTime) -> None:
-        self._module, self._times = module, times
+    def __init__(self, module: Callable[..., Any], pick: Pick) -> None:
+        self._module, self._pick = module, pick
 
     def __call__(self, h: mx.array, *rest: Any) -> Any:
         mx.eval(h)
         start = time.perf_counter()
         y = self._module(h, *rest)
         mx.eval(y)
-        self._times.attention += time.perf_counter() - start
+        self._pick(h).attention += time.perf_counter() - start
         return y
 
 
 class _Experts:
     """Stands in for a layer's mixture of experts; `asked` hears of each request in between."""
 
-    def __init__(self, module: Callable[..., Any], times: LayerTime, store: ExpertStore) -> None:
-        self._module, self._times, self._store = module, times, store
+    def __init__(self, module: Callable[..., Any], pick: Pick, store: ExpertStore) -> None:
+        self._module, self._pick, self._store = module, pick, store
         self._first: float | None = None
         self._ids: set[int] = set()
 
@@ -102,7 +110,7 @@ class _Experts:
         start = time.perf_counter()
         y = self._module(h, *rest)
         mx.eval(y)
-        seconds, after, times = time.perf_counter() - start, self._store.stats, self._times
+        seconds, after, times = time.perf_counter() - start, self._store.stats, self._pick(h)
         router = self._first - start if self._first else 0.0
         read = after.seconds_waited - before.seconds_waited
         times.router += router
@@ -111,13 +119,23 @@ class _Experts:
         times.asked += after.asked - before.asked
         times.hits += after.hits - before.hits
         times.distinct += len(self._ids)
+        times.bytes_read += after.bytes_read - before.bytes_read
+        times.steps += 1
         return y
 
 
 @contextmanager
-def timed_layers(model: Model, store: ExpertStore) -> Iterator[list[LayerTime]]:
-    """Time the layers' parts while the block runs; the model is then as it was before."""
-    found = [LayerTime("linear" if layer.is_linear else "full") for layer in model.layers]
+def timed_layers(
+    model: Model, store: ExpertStore, prompt: list[LayerTime] | None = None
+) -> Iterator[list[LayerTime]]:
+    """Time the layers' parts while the block runs; the model is then as it was before.
+
+    Args:
+        model: ours.
+        store: its experts.
+        prompt: one for each layer; where to count steps of more than one token, if apart.
+    """
+    found = untimed(model)
     originals, proxies = [], list[_Experts]()
     request = store.request
 
@@ -125,11 +143,12 @@ def timed_layers(model: Model, store: ExpertStore) -> Iterator[list[LayerTime]]:
         proxies[layer].asked(experts)
         return request(layer, experts)
 
-    for layer, times in zip(model.layers, found, strict=True):
+    for layer, several, single in zip(model.layers, prompt or found, found, strict=True):
         name = _mixer(layer)
         originals.append((layer, name, layer[name], layer.mlp))
-        proxies.append(_Experts(layer.mlp, times, store))
-        setattr(layer, name, _Attention(layer[name], times))
+        pick = partial(_pick, several, single)
+        proxies.append(_Experts(layer.mlp, pick, store))
+        setattr(layer, name, _Attention(layer[name], pick))
         setattr(layer, "mlp", proxies[-1])  # noqa: B010
     store.request = watched  # type: ignore[method-assign]
     try:
@@ -139,6 +158,15 @@ def timed_layers(model: Model, store: ExpertStore) -> Iterator[list[LayerTime]]:
         for layer, name, mixer, mlp in originals:
             setattr(layer, name, mixer)
             layer.mlp = mlp
+
+
+def untimed(model: Model) -> list[LayerTime]:
+    """Return figures of zero for each layer."""
+    return [LayerTime("linear" if layer.is_linear else "full") for layer in model.layers]
+
+
+def _pick(several: LayerTime, single: LayerTime, h: mx.array) -> LayerTime:
+    return several if h.shape[1] > 1 else single
 
 
 def _mixer(layer: DecoderLayer) -> str:
@@ -176,18 +204,25 @@ def print_layers(layers: list[LayerTime], steps: int, seconds: float, usual: flo
         "layers, in a profiling pass that waits for each part "
         f"({seconds / usual:.2f} times a run's time); milliseconds per step"
     )
-    print(f"{'layer':>5} {'kind':>6} " + " ".join(f"{p:>9}" for p in PARTS) + "    total   hits")
-    for number, layer in enumerate(layers):
-        print(_row(str(number), layer, steps))
-    total = LayerTime("")
-    for name in (*PARTS, "asked", "hits"):
-        setattr(total, name, sum(getattr(layer, name) for layer in layers))
-    print(_row("all", total, steps))
+    total = print_rows(layers, steps)
     rest = (seconds - total.seconds) / steps * 1e3
     print(f"embedding, head, sampling and the rest: {rest:.3f} ms", flush=True)
 
 
+def print_rows(layers: list[LayerTime], steps: int) -> LayerTime:
+    """Print a line for each layer and one for all, and return that."""
+    parts = " ".join(f"{part:>9}" for part in PARTS)
+    print(f"{'layer':>5} {'kind':>6} {parts}    total   hits  MB/step")
+    for number, layer in enumerate(layers):
+        print(_row(str(number), layer, steps))
+    total = LayerTime("")
+    for name in (*PARTS, "asked", "hits", "bytes_read"):
+        setattr(total, name, sum(getattr(layer, name) for layer in layers))
+    print(_row("all", total, steps))
+    return total
+
+
 def _row(name: str, layer: LayerTime, steps: int) -> str:
     parts = " ".join(f"{getattr(layer, part) / steps * 1e3:9.3f}" for part in PARTS)
-    total = layer.seconds / steps * 1e3
-    return f"{name:>5} {layer.kind:>6} {parts} {total:8.3f} {layer.hit_rate:6.1%}"
+    total, mb = layer.seconds / steps * 1e3, layer.bytes_read / steps / 1e6
+    return f"{name:>5} {layer.kind:>6} {parts} {total:8.3f} {layer.hit_rate:6.1%} {mb:8.2f}"

@@ -37,15 +37,20 @@ def plot(path: Path | None, layers: list[dict[str, Any]], title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(6, len(layers) / 4), 4), layout="constrained")
-    axes = figure.subplots()
+    draw_layers(figure, figure.subplots(), layers, title)
+    figure.savefig(path, dpi=150)
+
+
+def draw_layers(figure: Any, axes: Any, layers: list[dict[str, Any]], title: str) -> None:
+    """Draw each layer's time by its parts, and its hit rate, with a legend for the figure."""
     bottom = [0.0] * len(layers)
     for part in PARTS:
         heights = [layer[f"{part}_ms"] for layer in layers]
         axes.bar(range(len(layers)), heights, bottom=bottom, label=part)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set(xlabel="layer", ylabel="ms per step", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     rates = axes.twinx()
     rates.plot([100 * layer["hit_rate"] for layer in layers], "k.-", label="hits")
     rates.set(ylabel="hits in the bank, %", ylim=(0, 105))
     figure.legend(loc="outside lower center", ncols=len(PARTS) + 1)
-    figure.savefig(path, dpi=150)

@@ -4,6 +4,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -13,10 +16,13 @@ from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .bench_plot import check_plot
 from .errors import FlashMoEError
+from .live import Live
 from .loader import BUNDLED_MODEL, load
 from .memory import peak_bytes
 from .options import chat_options, check_options
+from .run_stats import RunStats
 
 INTERRUPTED = 130
 OUT_OF_MEMORY = "[malloc", "out of memory", "insufficient memory"  # MLX's, by back-end
@@ -41,8 +47,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--experts-per-token", help="Top-k to use instead of the checkpoint's own (default: its)"
     )
     group.add_argument(
-        "--stats", action="store_true", help="Also print the expert counters as one JSON line"
+        "--stats", action="store_true",
+        help="Also print what each phase and each layer took (slower: each part is waited for)",
+    )  # fmt: skip
+    group.add_argument(
+        "--stats-json", type=Path, metavar="FILE", help="Write the same, and more, as JSON"
     )
+    group.add_argument(
+        "--plot", type=Path, metavar="FILE.png",
+        help="Draw the layers' times and hit rates, and tokens per second over time",
+    )  # fmt: skip
+    group.add_argument(
+        "--live", action="store_true",
+        help="Show tokens per second, the disk's GB/s and the hit rate while text comes",
+    )  # fmt: skip
     for action in parser._actions:
         if action.dest == "model":
             action.help = "A model directory or Hugging Face repo (default: the bundled model)"
@@ -86,6 +104,7 @@ def _fail(message: str) -> NoReturn:
 def run(args: argparse.Namespace) -> None:
     """Load the model, print the text as it comes, then the figures."""
     check_options(args)
+    check_plot(args.plot)
     if args.seed is not None:
         mx.random.seed(args.seed)
     cache, metadata = read_prompt_cache(args)
@@ -122,8 +141,7 @@ def run(args: argparse.Namespace) -> None:
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
-    response = None
-    for response in stream_generate(
+    responses = stream_generate(
         model,
         tokenizer,
         prompt,
@@ -135,14 +153,45 @@ def run(args: argparse.Namespace) -> None:
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
         quantized_kv_start=args.quantized_kv_start,
-    ):
-        print(response.text, end="", flush=True)
+    )
+    watched = bool(args.stats or args.stats_json or args.plot)
+    stats, live = RunStats(model) if watched else None, Live(model.expert_stats())
+    with ExitStack() as stack:
+        if stats:
+            stack.enter_context(stats.watching())
+        if args.live:
+            stack.enter_context(live.shown())
+        response = print_text(model, responses, stats, live if args.live else None)
     print()
     if args.verbose and response is not None:
         print("=" * 10)
         report(model, response)
+    if stats:
+        tell(stats, args)
+
+
+def print_text(
+    model: Any, responses: Iterator[Any], stats: RunStats | None, live: Live | None
+) -> Any:
+    """Print a text as it comes, and return the last response."""
+    response = None
+    for response in responses:
+        print(response.text, end="", flush=True)
+        if stats:
+            stats.note(response.prompt_tokens)
+        if live:
+            live.update(model.expert_stats())
+    return response
+
+
+def tell(stats: RunStats, args: argparse.Namespace) -> None:
+    """Print, write and draw what a run took, as the flags ask."""
     if args.stats:
-        print(json.dumps(model.expert_stats().as_dict()))
+        stats.print()
+    if args.stats_json:
+        stats.save(args.stats_json)
+    if args.plot:
+        stats.plot(args.plot)
 
 
 def add_eos_tokens(tokenizer: TokenizerWrapper, tokens: list[str]) -> None:

@@ -52,6 +52,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise FlashMoEError("--model is empty. Give a directory, or a name on the Hub.")
     if args.adapter_path is not None:
         _check_adapters(Path(args.adapter_path))
+    if args.stats_json is not None and not (folder := args.stats_json.absolute().parent).is_dir():
+        raise FlashMoEError(f"--stats-json {args.stats_json}: {folder} is not a directory.")
     chat_options(args.chat_template_config)
 
 
