@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> None:
     except FlashMoEError as error:
         print(f"flashmoe-bench: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nflashmoe-bench: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     except FlashMoEError as error:
         print(f"flashmoe-doctor: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nflashmoe-doctor: interrupted", file=sys.stderr)
+        sys.exit(130)
     print(json.dumps(findings) if args.json else render(findings))
     sys.exit(0 if findings["ok"] else 1)
 

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -200,15 +202,33 @@ def test_packages_missing(monkeypatch):
         requirements.check_packages()
 
 
-def test_ctrl_c(capsys, monkeypatch):
-    def run(args):
+@pytest.mark.parametrize(
+    ("command", "module", "work", "arguments"),
+    [
+        ("generate", generate, "run", []),
+        ("bench", bench.bench_io, "_check", ["io"]),
+        ("doctor", doctor, "examine_all", []),
+    ],
+)
+def test_ctrl_c(command, module, work, arguments, capsys, monkeypatch):
+    def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "run", run)
+    monkeypatch.setattr(module, work, interrupted)
     with pytest.raises(SystemExit) as ended:
-        generate.main([])
+        COMMANDS[command][0](arguments)
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "\nflashmoe-generate: interrupted\n"
+    assert capsys.readouterr().err == f"\nflashmoe-{command}: interrupted\n"
+
+
+def test_a_reader_that_goes_away():
+    """As `head` does: no traceback, neither then nor at exit."""
+    code = "from flashmoe_mlx.generate import main; main(['-m', '40', '--prompt', 'Hello'])"
+    ours, theirs = os.pipe()
+    os.close(ours)
+    done = subprocess.run([sys.executable, "-c", code], stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
 
 
 def test_no_memory(capsys, monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from fault_kinds import FAULTS
 from fault_server import Row, failed_alone, failed_batch, running
+from fault_table import FAULTS
 from faults import HEADER, line, scene, table_row
 
 from flashmoe_mlx import expert_store

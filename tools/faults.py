@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_kinds import FAULTS, Fault, Files, ignored
+from fault_kinds import Fault, Files, ignored
+from fault_table import FAULTS
 from mlx_lm import stream_generate
 
 from flashmoe_mlx import load

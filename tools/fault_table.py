@@ -1,0 +1,53 @@
+"""The rows of the table that `tools/faults.py` prints."""
+
+import errno
+
+from fault_kinds import (
+    Fault,
+    deleted,
+    disk_error,
+    end_of_file,
+    half_then_error,
+    interrupt,
+    late,
+    no_memory_to_compute,
+    no_memory_to_load,
+    no_thread,
+    raised,
+    replaced,
+    stuttering,
+    terminate,
+    thread_killed,
+    truncated,
+)  # fmt: skip
+
+FAULTS = (
+    Fault("EIO", r"layer_\d+\.safetensors: reading .* \(Input/output error\).*Check the disk",
+          disk_error(errno.EIO)),
+    Fault("EIO in the rest of a read", r"\(Input/output error\)", half_then_error),
+    Fault("ENODEV from then on", r"\(No such device\).*connect it again",
+          disk_error(errno.ENODEV, lasting=True)),
+    Fault("ENOMEM", r"\(Cannot allocate memory\).*smaller expert_cache", disk_error(errno.ENOMEM)),
+    Fault("MemoryError in a read", r"layer_\d+\.safetensors: .*MemoryError.*smaller expert_cache",
+          raised(MemoryError)),
+    Fault("a reader thread is ended", r"layer_\d+\.safetensors: .*broken off \(SystemExit",
+          thread_killed),
+    Fault("end of file in a read", r"layer_\d+\.safetensors: ends at byte .* cut short",
+          end_of_file),
+    Fault("file truncated in place", r"layer_\d+\.safetensors: ends at byte .* cut short",
+          truncated),
+    Fault("files replaced by others", None, replaced),
+    Fault("files deleted", None, deleted),
+    Fault("short and interrupted reads", None, stuttering),
+    Fault("reads late, in any order", None, late),
+    Fault("MLX gets no memory", r"Unable to allocate", no_memory_to_compute, kind="RuntimeError"),
+    Fault("SIGINT", "", interrupt, kind="KeyboardInterrupt"),
+    Fault("SIGTERM, its handler raises", "signal 15", terminate, kind="SystemExit"),
+    Fault("load: EIO", r"layer_\d+\.safetensors: reading .* \(Input/output error\)",
+          disk_error(errno.EIO), loads=True),
+    Fault("load: file truncated", r"layer_\d+\.safetensors: ends at byte", truncated, loads=True),
+    Fault("load: no memory", r"the expert cache takes \d+ bytes.*ulimit", no_memory_to_load,
+          loads=True),
+    Fault("load: no threads", r"io_threads = 8: the system started \d", no_thread, loads=True),
+    Fault("load: SIGINT", "", interrupt, loads=True, kind="KeyboardInterrupt"),
+)  # fmt: skip
