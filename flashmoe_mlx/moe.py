@@ -25,6 +25,7 @@ from .expert_store import ExpertStore, Pending
 from .layout import quantisation
 from .names import PROJECTIONS
 
+PAIRS_AT_ONCE = 2048  # of token and expert, on a CPU; what they make takes 60 MB at 35B size
 Step = Callable[..., Any]
 
 
@@ -187,11 +188,14 @@ class StreamedExperts(nn.Module):
         outputs, orders = [], []
         for places, slots in self.waves(ids):
             order = ascending(slots)
+            if at_once is not None:
+                for part in np.split(order, range(PAIRS_AT_ONCE, len(order), PAIRS_AT_ONCE)):
+                    pairs = places[part]
+                    tokens = pairs // indices.shape[-1]
+                    at_once[pairs] = expert_mlp(rows, tokens, slots[part], *self._banks)
+                continue
             pairs = places[order]
             y = expert_mlp(rows, pairs // indices.shape[-1], slots[order], *self._banks)
-            if at_once is not None:  # it is computed already
-                at_once[pairs] = y
-                continue
             self.hold(y, slots)
             mx.async_eval(y)
             outputs.append(y)
