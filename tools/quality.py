@@ -1,19 +1,25 @@
 """Quality of a model by the bits of its experts and the way they were found: the table of README.
 
-    python tools/quality.py [--limit 40] [--cases]
+    python tools/quality.py [--only "2 bits"] [--top-k 4 2] [--cases 100]
 
-Converts the bundled model (8 bits, the master) and measures, on text and dialogues that neither its
-training nor the calibration saw: perplexity, the mean Kullback-Leibler divergence of the next
-token's distribution from the master's, and with --cases the shares of right tool calls and JSON
-answers. Its calibration text is made here: dialogues as in training, and English from this
-project's documents.
+Converts the bundled model and measures, on text and dialogues that neither its training nor the
+calibration saw: perplexity, the mean Kullback-Leibler divergence of the next token's distribution
+from the master's, and with --cases the shares of answers with valid JSON and with exactly the right
+tool calls, greedily generated. The master is the model as it is bundled: 8 bits, top-4. There is no
+better truth of it, since its bfloat16 weights were not kept.
+
+Its calibration text is made here: dialogues as in training, and English from this project's
+documents and the docstrings of Python's standard library. Held-out text and cases are files of
+tools/bundled_model: documents of Debian packages and names that neither training nor this text had.
 """
 
 import argparse
+import ast
 import json
 import random
 import re
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,15 +35,19 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "bundled_model"))
 
 from dialogues import Generator  # noqa: E402
-from evaluate import evaluate, read_cases  # noqa: E402
+from evaluate import judge, read_cases  # noqa: E402
 
-from flashmoe_mlx import load  # noqa: E402
+from flashmoe_mlx import batch_generate, load  # noqa: E402
 from flashmoe_mlx.convert import convert  # noqa: E402
+from flashmoe_mlx.layout import open_layout  # noqa: E402
 from flashmoe_mlx.loader import BUNDLED_MODEL  # noqa: E402
 
+HELD_OUT = HERE / "bundled_model" / "heldout.txt"
 WINDOW, WINDOWS, CHATS = 512, 8, 40
 DIALOGUES, SEED = 150, 77  # of the calibration
+MOST_TOKENS = 400  # of an answer
 DOCUMENTS = "README.md", "docs/experiments.md", "docs/plan.md"
+CHARACTERS = 150_000  # of docstrings
 VARIANTS: dict[str, dict[str, Any]] = {
     "8 bits (master)": {},
     "4 bits, min-max": {"q_bits": 4, "q_method": "min-max"},
@@ -46,8 +56,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "2 bits, min-max": {"q_bits": 2, "q_method": "min-max"},
     "2 bits, least squares": {"q_bits": 2, "q_method": "least-squares"},
     "2 bits, calibrated": {"q_bits": 2, "calibrate": True},
+    "2/2/4 bits, least squares": {"quant_predicate": "mixed_2_2_4"},
+    "2/2/4 bits, calibrated": {"quant_predicate": "mixed_2_2_4", "calibrate": True},
 }
 
+TRUST = {"trust_remote_code": True}
 Floats = npt.NDArray[np.float32]
 
 
@@ -59,8 +72,31 @@ class Text:
     chats: list[list[int]]
 
 
+def runs(text: str) -> set[tuple[str, ...]]:
+    """Return every twelve words in a row."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return set(zip(*(words[i:] for i in range(12)), strict=False))
+
+
+def docstrings() -> Iterator[str]:
+    """Yield docstrings of Python's standard library that the held-out text does not quote."""
+    quoted = runs(HELD_OUT.read_text())
+    found = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                found.append(ast.get_docstring(node) or "")
+    found = [text for text in found if len(text) > 200]
+    random.Random(SEED).shuffle(found)
+    left = CHARACTERS
+    for text in found:
+        if len(text) <= left and not runs(text) & quoted:
+            left -= len(text)
+            yield text
+
+
 def calibration_text(tokenizer: Any) -> str:
-    """Return dialogues like those of the training, and documents."""
+    """Return dialogues like those of the training, and English."""
     documents = [(HERE.parent / name).read_text() for name in DOCUMENTS]
     words = sorted(set(re.findall(r"[a-z]{4,9}", " ".join(documents))))
     random.Random(SEED).shuffle(words)
@@ -71,12 +107,12 @@ def calibration_text(tokenizer: Any) -> str:
         chats.append(tokenizer.apply_chat_template(dialogue["messages"], **options))
         if len(chats) == DIALOGUES:
             break
-    return "\n".join([*chats, *documents])
+    return "\n".join([*chats, *documents, *docstrings()])
 
 
 def held_out(tokenizer: Any) -> Text:
     """Return what to measure on."""
-    text = (HERE / "bundled_model" / "heldout.txt").read_text()
+    text = HELD_OUT.read_text()
     tokens = tokenizer.encode(text, add_special_tokens=False)
     windows = [tokens[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(WINDOWS)]
     cases = read_cases(HERE / "bundled_model" / "heldout.jsonl", None, CHATS // 4)
@@ -110,34 +146,68 @@ def compare(model: Any, text: Text, master: list[Floats]) -> dict[str, float]:
     }
 
 
+def shares(model: Any, tokenizer: Any, limit: int) -> dict[str, float]:
+    """Return the shares of right answers to the first `limit` held-out cases of each kind."""
+    cases = read_cases(HERE / "bundled_model" / "heldout.jsonl", ["tool", "json"], limit)
+    prompts = [
+        tokenizer.apply_chat_template(c["messages"], tools=c["tools"], add_generation_prompt=True)
+        for c in cases
+    ]
+    texts = batch_generate(model, tokenizer, prompts, max_tokens=MOST_TOKENS).texts
+    verdicts: dict[str, list[bool]] = {}
+    for case, text in zip(cases, texts, strict=True):
+        for name, right in judge(tokenizer, case, text).items():
+            verdicts.setdefault(name, []).append(right)
+    return {name: sum(rights) / len(rights) for name, rights in verdicts.items()}
+
+
+def variant(options: dict[str, Any], scratch: Path) -> Path:
+    """Return the directory of a variant, which is made unless it is there."""
+    if not options:
+        return BUNDLED_MODEL
+    path = scratch / "_".join(map(str, options.values())).replace("-", "_")
+    if not path.exists():
+        if options.get("calibrate"):
+            options = options | {"calibrate": scratch / "text"}
+        convert(BUNDLED_MODEL, path, quantize=True, **options)
+    return path
+
+
+def measure(
+    path: Path, top_k: int, text: Text, master: list[Floats], cases: int
+) -> dict[str, float]:
+    """Return every figure of one directory at one K; sizes are those of its experts."""
+    model, tokenizer = load(path, experts_per_token=top_k, tokenizer_config=TRUST)
+    layout = open_layout(path, model.args.num_hidden_layers, model.args.num_experts)
+    figures = {"K": top_k, "MB": layout.total_bytes / 1e6} | compare(model, text, master)
+    if cases:
+        figures |= shares(model, tokenizer, cases)
+    model.close()
+    return figures
+
+
 def main() -> None:
-    """Print one row per variant, then one JSON line."""
+    """Print one row per variant and K, then one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--cases", action="store_true", help="also have it answer the held-out cases"
-    )
-    parser.add_argument("--limit", type=int, default=1000, help="cases of each kind")
+    add = parser.add_argument
+    add("--cases", type=int, default=0, help="held-out cases of each kind to answer (default: 0)")
+    add("--top-k", type=int, nargs="+", default=[4], help="experts per token (default: 4)")
+    add("--only", default="", help="variants whose names contain this")
     args = parser.parse_args()
-    rows, master = {}, []
+    rows: dict[str, list[dict[str, float]]] = {}
+    model, tokenizer = load(BUNDLED_MODEL, tokenizer_config=TRUST)
+    text = held_out(tokenizer)
+    master = list(distributions(model, text))
+    model.close()
     with tempfile.TemporaryDirectory() as scratch:
-        for number, (name, options) in enumerate(VARIANTS.items()):
-            path = Path(scratch) / str(number) if options else BUNDLED_MODEL
-            if options.get("calibrate"):
-                options = options | {"calibrate": f"{scratch}/text"}
-            if options:
-                convert(BUNDLED_MODEL, path, quantize=True, **options)
-            model, tokenizer = load(path, tokenizer_config={"trust_remote_code": True})
-            if not master:
-                text = held_out(tokenizer)
-                master = list(distributions(model, text))
-                Path(scratch, "text").write_text(calibration_text(tokenizer))
-            rows[name] = compare(model, text, master)
-            size = sum(f.stat().st_size for f in path.glob("*experts/*.safetensors"))
-            model.close()
-            if args.cases:
-                rows[name] |= evaluate(str(path), None, args.limit, 0)
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in rows[name].items())
-            print(f"{name:<24}{size / 1e6:6.1f} MB  {shown}", flush=True)
+        Path(scratch, "text").write_text(calibration_text(tokenizer))
+        for name in [name for name in VARIANTS if args.only in name]:
+            path = variant(VARIANTS[name], Path(scratch))
+            rows[name] = []
+            for top_k in args.top_k:
+                rows[name].append(measure(path, top_k, text, master, args.cases))
+                shown = "  ".join(f"{key} {value:.4g}" for key, value in rows[name][-1].items())
+                print(f"{name:<26}{shown}", flush=True)
     print(json.dumps(rows))
 
 
