@@ -143,7 +143,7 @@ def strike(stage: Scene, fault: Fault, moment: int, rng: random.Random, row: Row
     stage.files.restore()
     if not planted.struck:
         return
-    if error is None and lost and tokens == stage.clean:
+    if error is None and lost and (fault.loads or tokens == stage.clean):
         row.lost += 1
         row.messages.update(lost)
         return
