@@ -1,0 +1,95 @@
+"""The scripts of docs/examples run as they stand, each in a process of its own."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flashmoe_mlx import generate, load
+from flashmoe_mlx.loader import BUNDLED_MODEL
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+QUESTION = [{"role": "user", "content": "What is a library?"}]
+MOST_LINES = 40
+
+
+def run(script: str, *args: str) -> str:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *args],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def answer() -> str:
+    """What the bundled model says, asked by this package in this process."""
+    model, tokenizer = load(BUNDLED_MODEL)
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
+    text = generate(model, tokenizer, prompt, max_tokens=64)
+    model.close()
+    return text
+
+
+def test_all_are_short_and_tested():
+    scripts = {path.name: path.read_text() for path in EXAMPLES.glob("*.py")}
+    assert all(text.count("\n") < MOST_LINES for text in scripts.values())
+    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
+    assert tested == scripts.keys()
+
+
+def test_stream(answer):
+    text, figures = run("stream.py").splitlines()
+    assert text == answer
+    assert re.fullmatch(r"[\d.]+ tokens/s; Experts: \d+ asked, .*", figures)
+
+
+def test_batch(answer):
+    first, second, third, figures = run("batch.py").splitlines()
+    assert first == f"What is a library? {answer.strip()}"
+    assert second.startswith("What is a disk? ") and third.startswith("What is a token? ")
+    assert figures.startswith("Experts: ")
+
+
+def test_convert_and_run(tmp_path):
+    output = run("convert_and_run.py", str(BUNDLED_MODEL), str(tmp_path / "model"))
+    assert "Expert cache: 2 MiB, 25 experts per layer (as asked)" in output
+    assert (tmp_path / "model" / "model_experts" / "manifest.json").exists()
+    assert re.search(r"\.\d% hits, [1-9][\d.]* MB in [1-9]\d* reads", output)  # it streamed
+
+
+@pytest.fixture
+def server(models, tmp_path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_lm", "server", "--model", str(models["packed4"]),
+         "--trust-remote-code", "--port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)},
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            assert process.poll() is None
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_tool_call(server):
+    assert run("tool_call.py", server) == "create_file {'path': 'notes.txt'}\n"
