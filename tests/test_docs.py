@@ -122,3 +122,24 @@ def test_modules():
         for path in (ROOT / folder).rglob(kind)
     ]
     assert sorted(named) == sorted(there)
+
+
+def test_messages_of_troubleshooting_are_the_programs():
+    sources = (
+        path.read_text(encoding="utf-8") for f in FOLDERS for path in (ROOT / f).glob("*.py")
+    )
+    said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # literals that go on on the next line
+    rows = re.findall(r"^\| `([^`]+)` \|", text("docs/troubleshooting.md"), re.M)
+    assert len(rows) > 10
+    for message in rows:
+        for part in re.split(r" ?\.\.\. ?|\(manifest\.json|\(Input/output error\)", message):
+            assert part.strip() in said, part
+
+
+def test_predictions_are_those_of_the_plan(capsys):
+    quoted = re.findall(r"^decode .*$", text("docs/models.md"), re.M)
+    plan.main(["--check"])
+    assert capsys.readouterr().out.splitlines()[-1] in text("docs/models.md")
+    for model, line in zip(("397b", "122b", "35b"), quoted, strict=True):
+        plan.main(f"--model {model} --bits 4 --top-k 4 --machine m3-max-48".split())
+        assert line in capsys.readouterr().out
