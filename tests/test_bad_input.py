@@ -17,7 +17,7 @@ from flashmoe_mlx import FlashMoEError, bench, doctor, load, plan, requirements
 from flashmoe_mlx.convert import cli, convert
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
-generate = importlib.import_module("flashmoe_mlx.generate")  # not the function of that name
+generate = importlib.import_module("flashmoe_mlx.generate_cli")
 COMMANDS = {
     "generate": (generate.main, GENERATE),
     "convert": (lambda arguments: sys.exit(cli.main(arguments)), CONVERT),
@@ -223,7 +223,7 @@ def test_ctrl_c(command, module, work, arguments, capsys, monkeypatch):
 
 def test_a_reader_that_goes_away():
     """As `head` does: no traceback, neither then nor at exit."""
-    code = "from flashmoe_mlx.generate import main; main(['-m', '40', '--prompt', 'Hello'])"
+    code = "from flashmoe_mlx.generate_cli import main; main(['-m', '40', '--prompt', 'Hello'])"
     ours, theirs = os.pipe()
     os.close(ours)
     done = subprocess.run([sys.executable, "-c", code], stdout=theirs, stderr=subprocess.PIPE)

@@ -11,7 +11,7 @@ from mlx_lm import server
 
 from flashmoe_mlx import bench, doctor, plan
 from flashmoe_mlx.convert import cli
-from flashmoe_mlx.generate import build_parser as generate_parser
+from flashmoe_mlx.generate_cli import build_parser as generate_parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(

@@ -10,7 +10,7 @@ import pytest
 
 from flashmoe_mlx import FlashMoEError, load
 from flashmoe_mlx.custom_kernels import executor
-from flashmoe_mlx.generate import main
+from flashmoe_mlx.generate_cli import main
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_command_line(args, message, capsys, monkeypatch):
 
 
 def test_no_traceback_from_the_command():
-    command = [sys.executable, "-m", "flashmoe_mlx.generate", "--expert-cache", "1"]
+    command = [sys.executable, "-m", "flashmoe_mlx.generate_cli", "--expert-cache", "1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     message = "expert_cache = 1 bytes holds 0 experts"

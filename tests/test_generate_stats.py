@@ -16,7 +16,7 @@ from flashmoe_mlx.expert_store import ExpertStats
 from flashmoe_mlx.live import Live, line_of
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
-generate = importlib.import_module("flashmoe_mlx.generate")
+generate = importlib.import_module("flashmoe_mlx.generate_cli")
 TOKENS, LAYERS, TOP_K = 6, 4, 4
 ARGUMENTS = ["--prompt", "What is a library?", "-m", str(TOKENS), "--expert-cache", "1500KiB"]
 

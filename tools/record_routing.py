@@ -52,9 +52,9 @@ class Recorder:
             SparseMoeBlock.__call__, StreamedExperts.waves, StreamedExperts.slots
         )  # fmt: skip
 
-        def watched_block(this: SparseMoeBlock, h: mx.array, norm: Any) -> mx.array:
+        def watched_block(this: SparseMoeBlock, h: mx.array, *others: Any) -> mx.array:
             number = self._number[id(this)]
-            y = block(this, h, norm)
+            y = block(this, h, *others)
             if number + 1 < len(self._layers):
                 self._before[number] = self._guess(number + 1, h)
                 self._after[number] = self._guess(number + 1, y)
