@@ -16,7 +16,7 @@ from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_
 
 OWN_CHECKSUM = "manifest_checksum"
 MODEL_FILE = "flashmoe_model.py"
-SHIM = "from flashmoe_mlx.loader import bind\nModel, ModelArgs = bind(__file__)\n"
+SHIM = "from flashmoe_mlx.loader import bind\n\nModel, ModelArgs = bind(__file__)\n"
 COPIED = (
     "tokenizer*", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.jsonl", "LICENSE*",
 )  # fmt: skip
