@@ -400,7 +400,7 @@ def test_manifest_and_shim(root, tmp_path):
             record = data[span.offset : span.offset + packed.record_bytes]
             assert checksum == f"{zlib.crc32(record):08x}"
     assert (out / "flashmoe_model.py").read_text() == (
-        "from flashmoe_mlx.loader import bind\nModel, ModelArgs = bind(__file__)\n"
+        "from flashmoe_mlx.loader import bind\n\nModel, ModelArgs = bind(__file__)\n"
     )
     assert read(out / "config.json")["flashmoe"] == {"format_version": 1}
     assert not list(out.rglob("*.tmp"))
