@@ -91,7 +91,8 @@ def verify_parser() -> argparse.ArgumentParser:
     """Return the parser of `flashmoe-convert verify`."""
     result = argparse.ArgumentParser(
         prog="flashmoe-convert verify",
-        description="Compare every byte of a converted directory with its manifest's checksums. "
+        description="Compare every byte of a converted directory with its manifest's checksums, "
+        "except README.md, the model card, which is for editing. "
         "Exit code 0: equal, 1: something differs, 2: it cannot be told.",
     )
     add = result.add_argument

@@ -23,6 +23,7 @@ PATTERNS = (
     "*.txt", "*.jsonl", "*.jinja",
 )  # fmt: skip
 WEIGHTS = ".safetensors"
+CARD = "README.md"  # of which the front matter goes into the card of what is made
 HALF = ".half"  # after the name of a file that a killed run began to download
 PIECE_BYTES = 16 << 20
 FIRST_BYTES = 1 << 14  # of a file, asked for at once: most headers fit
@@ -172,7 +173,7 @@ def _remote_file(file: Any) -> RemoteFile | None:
 
 
 def _patterns(folder: list[str]) -> tuple[str, ...]:
-    return ("*.json", "*" + WEIGHTS) if folder else PATTERNS
+    return ("*.json", "*" + WEIGHTS) if folder else (*PATTERNS, CARD)
 
 
 def checksum_of(path: Path, digits: int) -> str:

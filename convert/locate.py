@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashmoe_mlx.convert.hub import PATTERNS, WEIGHTS, Repo, find_repo, reason
+from flashmoe_mlx.convert.hub import CARD, PATTERNS, WEIGHTS, Repo, find_repo, reason
 from flashmoe_mlx.convert.source import INDEX
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
@@ -78,6 +78,8 @@ def located(
 
 
 def _from_hub(name: str, revision: str | None, folder: Path, plan_only: bool, whole: bool) -> Found:
+    from huggingface_hub import hf_hub_download  # slow to import, seldom needed
+
     if whole:
         return _snapshot(name, revision)
     try:
@@ -87,8 +89,10 @@ def _from_hub(name: str, revision: str | None, folder: Path, plan_only: bool, wh
             return _snapshot(name, revision, local_files_only=True)
         except Exception:
             raise error from None
-    cached = [repo.cached(file) for file in repo.files]
+    cached = [repo.cached(file) for file in repo.files if file != CARD]
     if all(cached) and (config := repo.cached("config.json")):
+        if CARD in repo.files and not repo.cached(CARD):  # mlx-lm leaves it out
+            hf_hub_download(name, CARD, revision=repo.commit)
         return Found(config.parent, repo.commit)
     return _outlined(repo, folder, plan_only)
 
@@ -97,7 +101,10 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool = False) -
     from huggingface_hub import snapshot_download  # slow to import, seldom needed
 
     path = snapshot_download(
-        name, revision=revision, allow_patterns=list(PATTERNS), local_files_only=local_files_only
+        name,
+        revision=revision,
+        allow_patterns=[*PATTERNS, CARD],
+        local_files_only=local_files_only,
     )
     return Found(Path(path), Path(path).name)
 

@@ -15,6 +15,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from flashmoe_mlx.convert.calibrate import Calibration
+from flashmoe_mlx.convert.card import CARD, model_card
 from flashmoe_mlx.convert.checksum import as_text
 from flashmoe_mlx.convert.describe import describe, describe_time, human
 from flashmoe_mlx.convert.journal import (
@@ -47,7 +48,7 @@ from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.shards import Shards
 from flashmoe_mlx.convert.source import Source, open_source
 from flashmoe_mlx.convert.steps import fetched, plan_steps
-from flashmoe_mlx.convert.write import link_file
+from flashmoe_mlx.convert.write import link_file, write_file
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
 from flashmoe_mlx.loader import load
@@ -115,6 +116,7 @@ def _convert(
     plan = build_plan(source, options)
     if link:
         _check_linkable(source)
+    card = b"" if link else model_card(source, plan, options, tools())
     text = _read_text(options.calibrate) if options.calibrate else None
     begun = _begun(source, options, link)
     if text is not None:
@@ -149,6 +151,7 @@ def _convert(
         else:
             with _calibration(source, text) as calibration:
                 content = _write(source, shards, plan, out, begun, done, calibration)
+            write_file(out / CARD, card)
         write_manifest(out, content)
         remove_journal(out)
 
@@ -260,8 +263,7 @@ def _write(
     shards.remove()
     trunk = {file.name: done[place(file)] for file in plan.trunk}
     return {
-        "source": begun["source"],
-        "options": begun["options"],
+        **public(begun),
         "tools": begun["tools"],
         "num_experts": source.dims.experts,
         "layers": [done[place(layer)] for layer in plan.layers],
@@ -277,10 +279,20 @@ def _bar(plan: Plan, done: Entries) -> Any:
 
 
 def origin(source: Source) -> dict[str, str]:
-    """Return where a source came from, for the manifest."""
+    """Return where a source came from."""
     if source.revision:
         return {"repo": source.name, "revision": source.revision}
     return {"path": str(source.directory.resolve())}
+
+
+def public(begun: Begun) -> dict[str, dict[str, Any]]:
+    """Return source and options for the manifest, which may be published: no path but its end."""
+    source, options = dict(begun["source"]), dict(begun["options"])
+    if "path" in source:
+        source["path"] = Path(source["path"]).name
+    if options["calibrate"]:
+        options["calibrate"] = Path(options["calibrate"]).name
+    return {"source": source, "options": options}
 
 
 def _check_linkable(source: Source) -> None:

@@ -143,11 +143,21 @@ def sizes(root: Path, files: list[str]) -> dict[str, int]:
 def assert_same(root: Path, out: Path) -> None:
     """Equal to the conversion of the directory in all but its name."""
     made, whole = contents(out), contents(root / "whole")
+    assert made.pop("README.md") == hub_card(whole.pop("README.md"))
     old, new = (json.loads(c.pop(MANIFEST)) for c in (whole, made))
     assert made == whole
     assert new.pop("source") == {"repo": NAME, "revision": commit("a")} and old.pop("source")
     assert new.pop("manifest_checksum") and old.pop("manifest_checksum")
     assert new == old
+
+
+def hub_card(card: bytes) -> bytes:
+    """The card of the conversion of a directory, as it is if the checkpoint comes from the Hub."""
+    link = f"[{NAME}](https://huggingface.co/{NAME}) in a form"
+    text = card.decode().replace("\nchain in a form", f"\n{link}")
+    text = text.replace("made from | chain", f"made from | {NAME} at {commit('a')}")
+    text = text.replace("--hf-path chain", f"--hf-path {NAME} --revision {commit('a')}")
+    return text.replace("---\n", f"---\nbase_model: {NAME}\n", 1).encode()
 
 
 def on_disk(folder: Path) -> int:
@@ -238,8 +248,25 @@ def test_quantised_sources(root, server, tmp_path):
         convert(source, local, quantize=name == "packed", q_bits={"packed": 8}.get(name))
         convert(f"owner/{name}", out, quantize=name == "packed", q_bits={"packed": 8}.get(name))
         made, expected = contents(out), contents(local)
-        assert made.pop(MANIFEST) and expected.pop(MANIFEST)
+        for differs in (MANIFEST, "README.md"):
+            assert made.pop(differs) != expected.pop(differs)
         assert made == expected
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_model_card_comes_along(root, server, tmp_path, cached):
+    """Of its front matter the licence is kept. mlx-lm leaves it out of the cache."""
+    shutil.copytree(root / "chain", tmp_path / "chain")
+    (tmp_path / "chain/README.md").write_text("---\nlicense: mit\nbase_model: other/x\n---\n# It")
+    server.add(NAME, tmp_path / "chain")
+    if cached:
+        snapshot_download(NAME, allow_patterns=list(hub.PATTERNS))
+        server.reset()
+    convert(NAME, tmp_path / "out", quantize=True)
+    assert set(server.sent) == {"README.md"} or not cached
+    assert server.asked["README.md"] == 1
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {NAME}\nlibrary_name: mlx\nlicense: mit\n")
 
 
 def test_what_the_cache_has_is_used_and_stays(root, server, files, tmp_path, monkeypatch):
