@@ -8,11 +8,14 @@ from mlx_lm import batch_generate, generate, stream_generate
 
 from .config import ModelArgs
 from .errors import FlashMoEError
-from .loader import load
+from .expert_store import ExpertStats
+from .loader import BUNDLED_MODEL, load
 from .model import Model
 
 __version__ = "0.1.0"
 __all__ = [
+    "BUNDLED_MODEL",
+    "ExpertStats",
     "FlashMoEError",
     "Model",
     "ModelArgs",

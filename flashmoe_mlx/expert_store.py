@@ -103,6 +103,7 @@ class Pending:
         experts: ids, as asked for.
         slots: where they lie, or will; their bytes are whole when `wait` has returned.
         released: whether its slots may be given to others though it lives.
+        thread: which one asked.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Pending:
         self.experts = experts
         self.slots = slots
         self.released = False
+        self.thread = threading.get_ident()
         self._store = store
         self._arrivals: list[Arrival] = []
         self._batch: Batch | None = None
@@ -269,7 +271,7 @@ class ExpertStore:
         """
         bank = self.banks[layer]
         with self._lock:
-            self._check_usable()
+            self.check_usable()
             self._settle(bank, experts)
             missing = bank.absent(experts)
             self.stats.asked += len(experts)
@@ -291,7 +293,12 @@ class ExpertStore:
         found = (reference() for reference in self._pending[layer])
         return [pending for pending in found if pending and not pending.released]
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Refuse a store that was closed, or that another process opened.
+
+        Raises:
+            FlashMoEError: it was.
+        """
         if not self._finalizer.alive:
             raise FlashMoEError("this model was closed; load it again.")
         if os.getpid() != self._process:
@@ -322,6 +329,11 @@ class ExpertStore:
                 arrival.wait()
             self._settle(bank)
             slots = bank.choose(missing, keep)
+        if slots is None and any(p.thread != threading.get_ident() for p in self._living(layer)):
+            raise FlashMoEError(
+                f"layer {layer}: this model computes in another thread as well, and a bank of "
+                f"{len(bank)} slots has no room for both. Let one generation at a time use it."
+            )
         if slots is None:
             raise FlashMoEError(
                 f"layer {layer}: {len(missing)} more experts do not fit into a bank of {len(bank)} "

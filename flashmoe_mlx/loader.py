@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
@@ -187,7 +186,7 @@ def load(
     lazy: bool = False,
     revision: str | None = None,
     io_mode: str | None = None,
-) -> tuple[nn.Module, TokenizerWrapper]:
+) -> tuple[Model, TokenizerWrapper]:
     """Load a model whose experts stream from disk, and its tokenizer.
 
     Args:
@@ -200,13 +199,14 @@ def load(
         tokenizer_config: extra arguments for the tokenizer.
         model_config: entries that replace those of config.json.
         adapter_path: LoRA adapters to apply.
-        lazy: leave the trunk unread until it is used.
+        lazy: leave the trunk unread until it is used, which must be in the thread that loads.
         revision: branch, tag or commit on the Hub.
         io_mode: "buffered" reads experts through the page cache, "direct" past it; "auto" (the
             default) reads past it where it could hold few of them.
 
     Returns:
-        (model, tokenizer), for mlx_lm's and this package's `generate` functions.
+        (model, tokenizer), for mlx_lm's and this package's `generate` functions. `model.close()`,
+        or the end of `with model:`, closes its files and stops its threads.
 
     Raises:
         FlashMoEError: something is missing, damaged, of another kind or out of range.

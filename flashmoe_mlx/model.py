@@ -31,7 +31,8 @@ from .custom_kernels.gated_delta import Heads, MixerWeights, mix
 from .custom_kernels.linear import join, joined, linear
 from .custom_kernels.mixer import mix_joined
 from .custom_kernels.traced import Traced
-from .expert_store import ExpertStats, ExpertStore
+from .expert_store import ExpertStore
+from .lifetime import StreamedModule
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
 
@@ -347,7 +348,7 @@ class LanguageModel(nn.Module):
         return linear(h, self.lm_head)[0] if h.shape[1] == 1 else self.lm_head(h)
 
 
-class Model(nn.Module):
+class Model(StreamedModule):
     """A Qwen3.5 MoE language model.
 
     With an `ExpertStore` the routed experts stream from disk; without one they are ordinary
@@ -356,10 +357,9 @@ class Model(nn.Module):
 
     def __init__(self, args: ModelArgs, store: ExpertStore | None = None) -> None:
         """Make the model; weights come later, through `sanitize` and `load_weights`."""
-        super().__init__()
+        super().__init__(store)
         self.args = args
         self.model_type = args.model_type
-        self._store = store
         self.language_model = LanguageModel(args, store)
 
     def __call__(
@@ -368,7 +368,12 @@ class Model(nn.Module):
         cache: list[Any] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """Map token ids `[B, T]` to logits `[B, T, V]`."""
+        """Map token ids `[B, T]` to logits `[B, T, V]`.
+
+        Raises:
+            FlashMoEError: the model was closed, or its experts cannot be read.
+        """
+        self.check_usable()
         return self.language_model(inputs, cache, input_embeddings)
 
     @property
@@ -388,19 +393,6 @@ class Model(nn.Module):
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Bring a checkpoint's tensors into this model's names and shapes."""
         return sanitize(weights, self.args, streamed=self._store is not None)
-
-    def expert_stats(self) -> ExpertStats:
-        """Return the live counters of the expert store; all zero if experts are resident."""
-        return self._store.stats if self._store else ExpertStats()
-
-    def expert_cache(self) -> str:
-        """Say in one line how large the expert cache is, and why."""
-        return str(self._store.plan) if self._store else "Expert cache: all experts are resident"
-
-    def close(self) -> None:
-        """Close the expert files and stop the reader threads."""
-        if self._store:
-            self._store.close()
 
     @property
     def quant_predicate(self) -> Any:
