@@ -181,7 +181,10 @@ def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
 def _check_index(directory: Path, headers: dict[str, Place]) -> None:
     """Check that every needed tensor of the index is there: a download may lack a shard."""
     try:
-        index = json.loads((directory / INDEX).read_text())["weight_map"]
+        path = directory / INDEX
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise ValueError("not a regular file")
+        index = json.loads(path.read_text())["weight_map"]
         wanted = {name: str(file) for name, file in index.items() if canonical(name)}
         for name, file in index.items():
             if not isinstance(file, str) or "/" in file or "\\" in file or file == "..":

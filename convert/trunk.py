@@ -16,7 +16,7 @@ ROUTER_QUANT = Quant(8, 64)
 def plan_trunk(source: Source, default: Quant | None, dtype: str | None) -> list[TrunkTensor]:
     """Plan the trunk; with `default` None its tensors keep dtype and quantisation."""
     # As in mlx-lm, one look at the whole checkpoint decides: Hugging Face's conv1d is [C, 1, 4].
-    raw = any("conv1d.weight" in n and t.shape[-1] != 1 for n, (_, t) in source.trunk.items())
+    raw = any("conv1d.weight" in n and t.shape[-1:] != (1,) for n, (_, t) in source.trunk.items())
     ordered = sorted(source.trunk.items(), key=lambda item: (item[1][0], item[1][1].offset))
     return [_trunk_tensor(name, place, raw, default, dtype) for name, place in ordered]
 
@@ -32,7 +32,12 @@ def _trunk_tensor(
             "Start from the bfloat16 checkpoint, or from an MLX one."
         )
     shape: tuple[int, ...] = info.shape
-    if "conv1d.weight" in name and shape[-1] != 1:
+    if 0 in shape:
+        raise FlashMoEError(
+            f"{place[0]}: {name} has shape {list(shape)}, so it has no elements. Download the "
+            "checkpoint again."
+        )
+    if "conv1d.weight" in name and shape[-1:] != (1,):
         if len(shape) != 3 or shape[1] != 1:
             raise FlashMoEError(
                 f"{place[0]}: {name} has shape {list(shape)}, expected [channels, 1, kernel]. "

@@ -234,6 +234,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         FlashMoEError: it is missing (the conversion did not finish), damaged, or too new.
     """
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise ValueError("not a regular file")
         manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise FlashMoEError(

@@ -1,0 +1,164 @@
+"""What the trials of flashmoe-convert work on: checkpoints, a local Hub, commands, comparisons."""
+
+import contextlib
+import filecmp
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from make_synthetic import make_synthetic
+
+from flashmoe_mlx.convert.journal import JOURNAL
+from flashmoe_mlx.convert.shards import FOLDER
+from flashmoe_mlx.convert.verify import verify
+from flashmoe_mlx.convert.write import TEMPORARY
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
+
+TOOLS = Path(__file__).parent
+sys.path.insert(0, str(TOOLS.parent / "tests"))
+
+from hub_server import HubServer  # noqa: E402
+
+REPO = "owner/model"
+JOURNAL_PLACE, MANIFEST_PLACE = f"{EXPERT_DIR}/{JOURNAL}", f"{EXPERT_DIR}/{MANIFEST}"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A command of flashmoe-convert, but for its output.
+
+    Attributes:
+        source: a checkpoint's directory.
+        arguments: everything but --mlx-path.
+        environment: of the process.
+    """
+
+    source: Path
+    arguments: tuple[str, ...]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self, out: Path, **strike: Any) -> "subprocess.Popen[str]":
+        """Start it, to be killed as `tools/convert_strike.py` says."""
+        return self.command(*self.arguments, "--mlx-path", str(out), **strike)
+
+    def command(self, *arguments: str, **strike: Any) -> "subprocess.Popen[str]":
+        """Start flashmoe-convert with any arguments."""
+        script = str(TOOLS / "convert_strike.py")
+        return subprocess.Popen(
+            [sys.executable, script, json.dumps(strike), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | self.environment,
+        )  # fmt: skip
+
+
+def result(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Wait, and return the exit code and the last line of what was printed."""
+    lines = process.communicate()[0].strip().splitlines() or [""]
+    return process.returncode, lines[-1]
+
+
+@contextlib.contextmanager
+def conversion(
+    work: Path, geometry: str, layers: int, fmt: str, shard: int, hub: bool
+) -> Iterator[Conversion]:
+    """Make a checkpoint under `work`, or find it there, and serve it as a Hub would if asked to."""
+    source = work / f"source-{geometry}-{layers}-{fmt}"
+    if not (source / "tokenizer_config.json").exists():
+        make_synthetic(source, geometry, layers, 4096, fmt=fmt, max_shard=shard)
+    options = ("-q",) if fmt == "hf" else ()
+    if not hub:
+        yield Conversion(source, ("--hf-path", str(source), *options))
+        return
+    (work / "tmp").mkdir(exist_ok=True)
+    with HubServer() as server:
+        server.add(REPO, source)
+        environment = {
+            "HF_ENDPOINT": server.url, "HF_HUB_CACHE": str(work / "cache"), "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TMPDIR": str(work / "tmp"),
+        }  # fmt: skip
+        yield Conversion(source, ("--hf-path", REPO, *options), environment)
+
+
+def files(directory: Path) -> list[str]:
+    """Return every file below a directory, relative to it."""
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(path.relative_to(directory).as_posix() for path in found)
+
+
+def differences(made: Path, expected: Path) -> list[str]:
+    """Return the files that are in one directory only, or differ in a byte."""
+    names = set(files(made)) | set(files(expected))
+    return [name for name in sorted(names) if not _same(made / name, expected / name)]
+
+
+def _same(left: Path, right: Path) -> bool:
+    return left.is_file() and right.is_file() and filecmp.cmp(left, right, shallow=False)
+
+
+def pretends(out: Path, whole: Path) -> list[str]:
+    """Return what is wrong with an unfinished directory: it must not look finished anywhere.
+
+    Every file under a final name has its final bytes, and without a manifest nothing verifies.
+    """
+    if not out.exists():
+        return []
+    done = [name for name in files(out) if not _is_passing(name)]
+    wrong = [f"{name} is not whole" for name in done if not _same(out / name, whole / name)]
+    if (out / MANIFEST_PLACE).exists():
+        missing = set(files(whole)) - set(done)
+        return wrong + [f"the manifest is there without {name}" for name in sorted(missing)]
+    with contextlib.suppress(FlashMoEError):
+        verify(out)
+        wrong.append("it verifies without a manifest")
+    return wrong
+
+
+def _is_passing(name: str) -> bool:
+    """Say whether a file is there only while a conversion is unfinished."""
+    return name.endswith(TEMPORARY) or name.startswith(f"{FOLDER}/") or name == JOURNAL_PLACE
+
+
+def is_whole(out: Path) -> bool:
+    """Say whether a conversion has ended, as a user would find out."""
+    return (out / MANIFEST_PLACE).exists() and not (out / JOURNAL_PLACE).exists()
+
+
+def on_disk(folder: Path) -> int:
+    """Return the bytes that files below a folder, which come and go meanwhile, take on disk."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += 512 * path.lstat().st_blocks if path.is_file() else 0
+    return total
+
+
+@contextlib.contextmanager
+def watched(folder: Path, seconds: float = 0.01) -> Iterator[list[int]]:
+    """Measure again and again what a folder takes on disk; yield a list whose item is the most."""
+    most, ended = [0], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(seconds):
+            most[0] = max(most[0], on_disk(folder))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    """Wait until a path exists, or a process has ended."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.002)

@@ -1,0 +1,122 @@
+"""Run flashmoe-convert in this process, and kill it at its n-th call to the system.
+
+    python tools/convert_strike.py '{"point": 17, "when": "amid", "power": 5}' ARGUMENTS
+
+`tools/convert_trials.py` starts it. The JSON has:
+
+* `point`: which call of those below, from 0; -1 for none;
+* `when`: "before" it, "after" it, or "amid" it: with half of a write done;
+* `power`: a seed, for a loss of power instead of a mere SIGKILL: of the bytes that were written and
+  not synced some are zeros afterwards, or the file ends before them;
+* `log`: a file for the calls that were made: name and time of each, as a JSON list.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flashmoe_mlx.convert.cli import main
+
+CALLS = "open", "pwrite", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir"
+REAL = {name: getattr(os, name) for name in (*CALLS, "close")}
+
+
+class Strike:
+    """Counts calls, knows what is not on the disk yet, and strikes."""
+
+    def __init__(
+        self, point: int = -1, when: str = "before", power: int | None = None, log: str = ""
+    ) -> None:
+        """Take the place of the system's calls."""
+        self.calls: list[tuple[str, float]] = []
+        self._point, self._when, self._power, self._log = point, when, power, log
+        self._lock = threading.Lock()
+        self._begun = time.monotonic()
+        self._unsynced: dict[str, list[tuple[int, int]]] = {}  # by path: (offset, bytes)
+        for name in CALLS:
+            setattr(os, name, self._call(name))
+
+    def _call(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self._lock:
+                mine = len(self.calls)
+                self.calls.append((name, time.monotonic() - self._begun))
+            if mine == self._point:
+                self._strike(name, *arguments, **options)
+            return self._noted(name, *arguments, **options)
+
+        return call
+
+    def _noted(self, name: str, *arguments: Any, **options: Any) -> Any:
+        """Do it, and note what is on the disk then."""
+        if name == "pwrite":
+            written = REAL[name](*arguments)
+            self._unsynced.setdefault(_path(arguments[0]), []).append((arguments[2], written))
+            return written
+        if name == "fsync":
+            path = _path(arguments[0])
+            before = len(self._unsynced.get(path, []))  # what comes meanwhile may not be synced
+            REAL[name](*arguments)
+            self._unsynced[path] = self._unsynced.get(path, [])[before:]
+            return None
+        result = REAL[name](*arguments, **options)
+        if name in ("replace", "rename"):
+            self._unsynced[_absolute(arguments[1])] = self._unsynced.pop(
+                _absolute(arguments[0]), []
+            )
+        elif name == "unlink" and not options:
+            self._unsynced.pop(_absolute(arguments[0]), None)
+        return result
+
+    def _strike(self, name: str, *arguments: Any, **options: Any) -> None:
+        try:
+            if self._when == "amid" and name == "pwrite":
+                file, data, offset = arguments
+                self._noted(name, file, memoryview(data).cast("B")[: len(data) // 2], offset)
+            elif self._when != "before":
+                self._noted(name, *arguments, **options)
+            if self._power is not None:
+                self._lose(random.Random(self._power))
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _lose(self, chances: random.Random) -> None:
+        """Spoil what was written and not synced, as a loss of power may."""
+        for path, ranges in self._unsynced.items():
+            if not ranges or not os.path.exists(path):
+                continue
+            if chances.random() < 0.3:
+                os.truncate(path, min(offset for offset, _ in ranges))
+                continue
+            file = REAL["open"](path, os.O_WRONLY)
+            for offset, nbytes in ranges:
+                if chances.random() < 0.5:
+                    REAL["pwrite"](file, bytes(nbytes), offset)
+            REAL["close"](file)
+
+    def close(self) -> None:
+        """Write the log."""
+        if self._log:
+            Path(self._log).write_text(json.dumps(self.calls))
+
+
+def _path(file: int) -> str:
+    return os.readlink(f"/proc/self/fd/{file}")
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    return os.path.realpath(os.fspath(path))
+
+
+if __name__ == "__main__":
+    strike = Strike(**json.loads(sys.argv[1]))
+    code = main(sys.argv[2:])
+    strike.close()
+    sys.exit(code)

@@ -1,0 +1,202 @@
+"""Trials of flashmoe-convert: killed at any moment, damaged on disk, without room, lied to.
+
+    python tools/convert_trials.py kill [--runs 20] [--hub] [--format hf] [--geometry 35b ...]
+    python tools/convert_trials.py repair [--runs 20]
+    python tools/convert_trials.py flip [--times 12]
+    python tools/convert_trials.py full-disk [--runs 10] [--hub]
+    python tools/convert_trials.py fuzz [--minutes 10]
+
+Each prints what it did and what was wrong, and its exit code is 1 if anything was. `full-disk`
+mounts a small file system, for which it must be root. Linux.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from convert_damage import damaged_everywhere, spoil
+from convert_full_disk import full_disks
+from convert_fuzz import fuzz
+from convert_scenes import (
+    Conversion,
+    conversion,
+    differences,
+    files,
+    is_whole,
+    on_disk,
+    pretends,
+    result,
+    wait_for,
+    watched,
+)  # fmt: skip
+from make_synthetic import parse_size
+
+MODES = "time", "before", "amid", "after", "power"
+Calls = list[tuple[str, float]]
+
+
+def undisturbed(work: Path, made_by: Conversion) -> tuple[Path, Calls]:
+    """Convert without a fault; return the directory, and every call that it took."""
+    out, log = work / "whole", work / "calls.json"
+    shutil.rmtree(out, ignore_errors=True)
+    with watched(out) as most:
+        code, line = result(made_by.start(out, log=str(log)))
+    if code:
+        raise SystemExit(f"the undisturbed conversion failed: {line}")
+    calls: Calls = [(name, when) for name, when in json.loads(log.read_text())]
+    shards = sorted(path.stat().st_size for path in made_by.source.glob("*.safetensors"))
+    print(
+        f"undisturbed: {on_disk(out):,} bytes in {len(files(out))} files, {len(calls)} calls "
+        f"{dict(Counter(name for name, _ in calls))}; at most {most[0]:,} bytes on disk "
+        f"(source: {len(shards)} shards, the two largest {sum(shards[-2:]):,} bytes)",
+        flush=True,
+    )
+    return out, calls
+
+
+def strike_of(mode: str, calls: Calls, chances: random.Random) -> dict[str, Any]:
+    """Choose a call to the system: a kind first, since most calls are of few kinds."""
+    kind = "pwrite" if mode == "amid" else chances.choice(sorted({name for name, _ in calls}))
+    point = chances.choice([place for place, (name, _) in enumerate(calls) if name == kind])
+    if mode == "power":
+        when = chances.choice(("before", "after", "amid"))
+        return {"point": point, "when": when, "power": chances.randrange(1 << 30)}
+    return {"point": point, "when": mode}
+
+
+def killed(
+    made_by: Conversion, out: Path, mode: str, calls: Calls, chances: random.Random
+) -> tuple[int, str]:
+    """Run the command, kill it, and return its exit code and what was done."""
+    if mode != "time":
+        strike = strike_of(mode, calls, chances)
+        what = f"{mode} call {strike['point']} {calls[strike['point']][0]}"
+        return result(made_by.start(out, **strike))[0], what
+    first = next((when for name, when in calls if name == "mkdir"), calls[0][1])
+    delay = chances.uniform(0, calls[-1][1] - first)
+    process = made_by.start(out)
+    wait_for(out, process)
+    time.sleep(delay)
+    process.kill()
+    return result(process)[0], f"after {delay:.2f} s"
+
+
+def kill_and_resume(
+    made_by: Conversion, whole: Path, out: Path, calls: Calls, mode: str, chances: random.Random
+) -> tuple[list[str], list[str]]:
+    """Kill a conversion, maybe its successors too, and let the last one end; what, and wrong."""
+    shutil.rmtree(out, ignore_errors=True)
+    did: list[str] = []
+    wrong: list[str] = []
+    for number in range(1 + chances.choice((0, 0, 1, 2))):
+        code, what = killed(
+            made_by, out, mode if not number else chances.choice(MODES), calls, chances
+        )
+        if code == -signal.SIGKILL:
+            did.append(what)
+        elif code:
+            wrong.append(f"exit code {code} instead of going on, {what}")
+        wrong += pretends(out, whole)
+        if is_whole(out):
+            break
+    if not is_whole(out):
+        code, line = result(made_by.start(out))
+        wrong += [f"exit code {code}: {line}"] if code else []
+    return did, wrong + [f"{name} differs at the end" for name in differences(out, whole)]
+
+
+def kill(work: Path, made_by: Conversion, runs: int, seed: int) -> int:
+    """Kill conversions at random moments; return how many did not end as they should."""
+    whole, calls = undisturbed(work, made_by)
+    kills = bad = 0
+    for run in range(runs):
+        mode = MODES[run % len(MODES)]
+        chances = random.Random(f"{seed} {run}")
+        did, wrong = kill_and_resume(made_by, whole, work / "out", calls, mode, chances)
+        kills, bad = kills + len(did), bad + bool(wrong)
+        print(f"run {run:3}: killed {len(did)}x ({'; '.join(did)}): {_verdict(wrong)}", flush=True)
+    print(f"{runs} runs, {kills} kills: {runs - bad} ended with the bytes of an undisturbed run")
+    return bad
+
+
+def _verdict(wrong: list[str]) -> str:
+    return "WRONG: " + "; ".join(wrong) if wrong else "identical"
+
+
+def repair(work: Path, made_by: Conversion, runs: int, seed: int) -> int:
+    """Kill repairs of damaged directories; return how many did not end as they should."""
+    whole, _ = undisturbed(work, made_by)
+    source = made_by.arguments[made_by.arguments.index("--hf-path") + 1]
+    out, bad, kills = work / "out", 0, 0
+    command = "verify", str(out), "--repair", "--hf-path", source
+    for run in range(runs):
+        chances = random.Random(f"{seed} {run}")
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(whole, out)
+        for name in chances.sample([n for n in files(out) if "manifest" not in n], 5):
+            spoil(out / name, chances)
+        code, did = -signal.SIGKILL, 0
+        while code == -signal.SIGKILL:
+            strike = {"point": chances.randrange(60), "when": chances.choice(MODES[1:4])}
+            code, line = result(made_by.command(*command, **strike))
+            did += code == -signal.SIGKILL
+        wrong = [f"exit code {code}: {line}"] if code else []
+        wrong += [f"{name} differs at the end" for name in differences(out, whole)]
+        kills, bad = kills + did, bad + bool(wrong)
+        print(f"run {run:3}: killed {did}x: {_verdict(wrong)}", flush=True)
+    print(f"{runs} repairs, {kills} kills: {runs - bad} ended with every byte as it was written")
+    return bad
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    trials = parser.add_subparsers(dest="trial", required=True)
+    for name in ("kill", "repair", "flip", "full-disk", "fuzz"):
+        add = trials.add_parser(name).add_argument
+        add("--seed", type=int, default=0)
+        add("--work", type=Path, help="an empty directory to work in (default: a temporary one)")
+        if name == "fuzz":
+            add("--minutes", type=float, default=10)
+            continue
+        add("--times", type=int, default=12, help="of each damage to each file (flip)")
+        add("--runs", type=int, default=20)
+        add("--hub", action="store_true", help="convert from a local Hub server")
+        add("--format", default="mlx", choices=("mlx", "hf"), help="of the source: 4 bits or bf16")
+        add("--geometry", default="tiny", choices=("tiny", "35b"))
+        add("--layers", type=int, default=4)
+        add("--shard", type=parse_size, default=1 << 18, metavar="SIZE", help="of the source")
+    return parser
+
+
+def run(args: argparse.Namespace, work: Path) -> int:
+    """Run one trial and return how much was wrong."""
+    if args.trial == "fuzz":
+        return fuzz(work, args.minutes, args.seed)
+    scene = conversion(work, args.geometry, args.layers, args.format, args.shard, args.hub)
+    with scene as made_by:
+        if args.trial == "flip":
+            return damaged_everywhere(work, undisturbed(work, made_by)[0], args.times, args.seed)
+        if args.trial == "full-disk":
+            return full_disks(work, made_by, undisturbed(work, made_by)[0], args.runs, args.seed)
+        return (kill if args.trial == "kill" else repair)(work, made_by, args.runs, args.seed)
+
+
+def main() -> None:
+    """Run the command."""
+    args = build_parser().parse_args()
+    with tempfile.TemporaryDirectory(prefix="convert-trials-", dir=args.work) as work:
+        bad = run(args, Path(work))
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()
