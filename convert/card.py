@@ -16,7 +16,7 @@ from flashmoe_mlx.convert.parts import Options, Plan, flags
 from flashmoe_mlx.convert.source import Source
 from flashmoe_mlx.errors import FlashMoEError
 
-PLACE = "DIR"  # how a card calls the directory that it lies in, if it is not on the Hub
+PLACE = "DIR"  # how a card calls its directory; an uploaded one has the repository's name
 # Of the source's card. What was measured with the source's weights is left behind.
 KEPT = (
     "base_model", "datasets", "language", "license", "license_link", "license_name", "tags",
@@ -25,7 +25,7 @@ TAGS = "mlx", "flashmoe"
 PLAIN = str | int | float | bool | None
 
 TEXT = """
-# {title}
+# {title}, experts on disk
 
 {source} in a form whose routed experts stay on the SSD and are read as they are needed, so that
 the model may be larger than memory. Stock [mlx-lm](https://github.com/ml-explore/mlx-lm) runs it
@@ -56,7 +56,7 @@ Made by flashmoe-mlx {version} ({tools}) with
 """
 
 
-def model_card(source: Source, plan: Plan, options: Options, tools: str, repo: str = "") -> bytes:
+def model_card(source: Source, plan: Plan, options: Options, tools: str) -> bytes:
     """Return the card.
 
     Args:
@@ -64,7 +64,6 @@ def model_card(source: Source, plan: Plan, options: Options, tools: str, repo: s
         plan: the conversion.
         options: what the user asked for.
         tools: what quantises.
-        repo: the name on the Hub, if it is to lie there.
 
     Raises:
         FlashMoEError: the source's card has a front matter that is none.
@@ -77,31 +76,17 @@ def model_card(source: Source, plan: Plan, options: Options, tools: str, repo: s
     if source.revision:
         kept["base_model"] = source.name
     data = ModelCardData(**kept, library_name="mlx", pipeline_tag="text-generation", tags=tags)
-    text = TEXT.format(**_facts(source, plan, options), tools=tools, **_names(source, repo))
+    text = TEXT.format(**_facts(source, plan, options), tools=tools)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")).encode()
 
 
-def is_own(text: bytes, source: Source, plan: Plan, options: Options, tools: str) -> bool:
-    """Say whether a card is as `model_card` made it, for a directory or for whatever repository."""
-    _, _, rest = text.partition(b"--model ")
-    repo = rest.split(b" ", 1)[0].decode(errors="replace")
-    return text == model_card(source, plan, options, tools, "" if repo == PLACE else repo)
-
-
-def _names(source: Source, repo: str) -> dict[str, str]:
-    name = label(source)
-    return {
-        "title": repo or f"{name.rpartition('/')[2]}, experts on disk",
-        "place": repo or PLACE,
-        "source": f"[{name}](https://huggingface.co/{name})" if source.revision else name,
-    }
-
-
 def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
-    first, trunk = plan.layers[0], plan.config["quantization"]
+    name, first, trunk = label(source), plan.layers[0], plan.config["quantization"]
     records = sorted({layer.record_bytes for layer in plan.layers})
     return {
-        "origin": f"{label(source)}" + (f" at {source.revision}" if source.revision else ""),
+        "title": name.rpartition("/")[2],
+        "source": f"[{name}](https://huggingface.co/{name})" if source.revision else name,
+        "origin": name + (f" at {source.revision}" if source.revision else ""),
         "experts": _experts(plan, options),
         "count": first.experts,
         "layers": len(plan.layers),
@@ -110,6 +95,7 @@ def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
         "record": " or ".join(f"{size:,}" for size in records),
         "trunk": f"{trunk['bits']} bits, groups of {trunk['group_size']}",
         "trunk_bytes": human(plan.trunk_bytes),
+        "place": PLACE,
         "version": version("flashmoe-mlx"),
         "command": command(source, options),
     }

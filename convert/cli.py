@@ -10,6 +10,7 @@ from flashmoe_mlx.convert.plan import DTYPES
 from flashmoe_mlx.convert.recipes import RECIPES
 from flashmoe_mlx.convert.repair import repair
 from flashmoe_mlx.convert.run import convert
+from flashmoe_mlx.convert.upload import is_finished
 from flashmoe_mlx.convert.verify import summary, verify
 from flashmoe_mlx.errors import FlashMoEError
 
@@ -84,6 +85,11 @@ def parser() -> argparse.ArgumentParser:
         "--link", action="store_true",
         help="Stream from a quantised MLX checkpoint where it lies: symlinks, no copies.",
     )  # fmt: skip
+    add(
+        "--upload-repo", metavar="OWNER/NAME",
+        help="Upload the finished directory to this repository of the Hub, which is made, public, "
+        "if need be. Added to a command that finished before, it uploads what that made.",
+    )  # fmt: skip
     return result
 
 
@@ -141,11 +147,14 @@ def _convert(options: argparse.Namespace) -> int:
         print(f"flashmoe-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        out = options.mlx_path
-        advice = f"; the same command goes on, or delete {out}" if Path(out).exists() else ""
+        out = Path(options.mlx_path).expanduser()
+        advice = "; the same command goes on" if out.exists() else ""
+        advice += f", or delete {options.mlx_path}" if advice and not is_finished(out) else ""
         print(f"flashmoe-convert: interrupted{advice}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if not options.dry_run:
+    if options.upload_repo and not options.dry_run:
+        print(f"Uploaded: https://huggingface.co/{options.upload_repo}")
+    elif not options.dry_run:
         print(f"Done. Try: mlx_lm.generate --model {options.mlx_path} --trust-remote-code -p Hello")
     return 0
 

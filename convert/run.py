@@ -48,6 +48,7 @@ from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.shards import Shards
 from flashmoe_mlx.convert.source import Source, open_source
 from flashmoe_mlx.convert.steps import fetched, plan_steps
+from flashmoe_mlx.convert.upload import check_card, check_finished, check_repo, is_finished, upload
 from flashmoe_mlx.convert.write import link_file, write_file
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
@@ -68,6 +69,7 @@ def convert(
     dry_run: bool = False,
     link: bool = False,
     keep_source: bool = False,
+    upload_repo: str | None = None,
 ) -> None:
     """Convert a Qwen3.5 MoE checkpoint into a directory that streams its experts from disk.
 
@@ -89,6 +91,8 @@ def convert(
         keep_source: download a repository whole into the Hub's own cache, where it stays. Else its
             files are fetched one after the other, and deleted when nothing more needs them. (They
             stay with `link` and `calibrate`, which need them all.)
+        upload_repo: OWNER/NAME on the Hub, to upload the finished directory to. One that the same
+            call made before is uploaded as it is.
 
     Raises:
         FlashMoEError: the source, the options or the disk does not allow it. If it happens after
@@ -96,29 +100,67 @@ def convert(
             same call goes on with the files that are not finished.
     """
     out = Path(mlx_path).expanduser()
-    check_output(out)
+    if upload_repo is None or not is_finished(out):
+        check_output(out)
     if q_method not in (None, *METHODS):
         raise FlashMoEError(f"q_method = {q_method!r} is none of {', '.join(METHODS)}.")
     text = None if calibrate is None else str(Path(calibrate).expanduser())
     options = Options(quantize, q_bits, q_group_size, dtype, q_method, text, quant_predicate)
     if link and options != Options():
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
+    if upload_repo is not None:
+        if link:
+            raise FlashMoEError(
+                f"--upload-repo {upload_repo}: with --link there is nothing to upload but links to "
+                "files of this machine. Drop --link."
+            )
+        check_repo(upload_repo)
     whole = keep_source or link or text is not None
     with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
         source = open_source(found.directory, str(hf_path), found.commit)
         shards = Shards(Found(found.directory) if whole else found, out)
-        _convert(source, shards, options, out, dry_run, link)
+        _convert(source, shards, options, out, dry_run, link, upload_repo)
 
 
 def _convert(
-    source: Source, shards: Shards, options: Options, out: Path, dry_run: bool, link: bool
+    source: Source,
+    shards: Shards,
+    options: Options,
+    out: Path,
+    dry_run: bool,
+    link: bool,
+    repo: str | None,
 ) -> None:
     plan = build_plan(source, options)
     if link:
         _check_linkable(source)
     card = b"" if link else model_card(source, plan, options, tools())
-    text = _read_text(options.calibrate) if options.calibrate else None
     begun = _begun(source, options, link)
+    if repo:
+        check_card(repo, card)
+    if repo and is_finished(out):
+        check_finished(out, public(begun))
+    else:
+        _make(source, shards, plan, options, out, dry_run, begun, card)
+    if repo and dry_run:
+        print(f"to upload   {repo}")
+    elif repo:
+        upload(out, repo, card)
+
+
+def _make(
+    source: Source,
+    shards: Shards,
+    plan: Plan,
+    options: Options,
+    out: Path,
+    dry_run: bool,
+    begun: Begun,
+    card: bytes,
+) -> None:
+    """Check what there is room for, and write what is missing; or say what would be written."""
+    link = begun["options"]["link"]
+    text = _read_text(options.calibrate) if options.calibrate else None
     if text is not None:
         begun["text"] = as_text(zlib.crc32(text.encode()))
     done = finished(out, plan, begun)

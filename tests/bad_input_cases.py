@@ -104,6 +104,22 @@ CONVERT = [
         "--hf-path {packed} --mlx-path {out} --link",
         "--link needs an MLX checkpoint with stacked exp",
     ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --upload-repo a/b/c",
+        "--upload-repo a/b/c: not the name of a repository. Give OWNER/NAME, of letters, digits, a",
+    ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --upload-repo owner/na--me",
+        "--upload-repo owner/na--me: not the name of a repository.",
+    ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --upload-repo name",
+        "--upload-repo name: not the name of a repository. Give OWNER/NAME",
+    ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --link --upload-repo a/b",
+        "--upload-repo a/b: with --link there is nothing to upload but links to files of this mac",
+    ),
     ("verify", "the following arguments are required: DIR"),
     ("verify {out}", "out: not a directory. Give one that flashmoe-convert wrote."),
     (
