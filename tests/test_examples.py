@@ -2,15 +2,16 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from stock_server import StockServer
 
 from flashmoe_mlx import generate, load
 from flashmoe_mlx.loader import BUNDLED_MODEL
@@ -68,27 +69,8 @@ def test_convert_and_run(tmp_path):
 
 @pytest.fixture
 def server(models, tmp_path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_lm", "server", "--model", str(models["packed4"]),
-         "--trust-remote-code", "--port", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)},
-    )  # fmt: skip
-    try:
-        for _ in range(600):
-            assert process.poll() is None
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
+    with StockServer(models["packed4"], tmp_path / "log") as server:
+        yield server.address
 
 
 def test_tool_call(server):

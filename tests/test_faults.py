@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-from fault_server import Row, failed_alone, failed_batch, running
+from fault_server import Row, Server, failed_alone, failed_batch
 from fault_table import FAULTS
 from faults import HEADER, line, scene, table_row
 
@@ -39,9 +39,9 @@ def test_fault(stage, name):
 def test_server(stage, tmp_path):
     """A request by itself fails and the next one is answered; after a batch /health says so."""
     alone, batch = Row("alone"), Row("batch")
-    with running(stage.directory, tmp_path) as server:
-        clean = "".join(server.ask(seed=1))
-        assert clean == "".join(server.ask())
+    with Server(stage.directory, tmp_path) as server:
+        clean = "".join(server.pieces(seed=1))
+        assert clean == "".join(server.pieces())
         failed_alone(server, clean, alone, random.Random(0))
         failed_batch(server, clean, batch, random.Random(0))
     assert clean and alone.well and batch.well, f"\n{alone}\n{batch}"

@@ -2,13 +2,11 @@
 
 import json
 import os
+import pty
 import re
-import socket
+import select
 import subprocess
 import sys
-import time
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -37,16 +35,6 @@ def tool(name: str, *args: str, stdin: str = "", **env: str) -> subprocess.Compl
 @pytest.fixture(scope="module")
 def packed(models) -> str:
     return str(models["packed4"])
-
-
-@pytest.fixture(scope="module")
-def expected(load_stock) -> str:
-    """What stock answers with everything in memory, in float32."""
-    model, tokenizer = load_stock("packed4")
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True
-    )
-    return mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
 
 
 def between_rules(output: str) -> str:
@@ -101,6 +89,80 @@ def test_chat(packed):
     assert result.stdout.rstrip().endswith("bye\x1b[0m")
 
 
+class Terminal:
+    """A command in a terminal of its own, and all that it has shown."""
+
+    def __init__(self, *command: str, **env: str) -> None:
+        self.end, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "TERM": "xterm"} | env,
+        )  # fmt: skip
+        os.close(theirs)
+        self.shown = ""
+
+    def read(self) -> bool:
+        """Add what comes next; False if the command has closed its terminal."""
+        assert select.select([self.end], [], [], 120)[0], self.shown
+        try:
+            data = os.read(self.end, 65536)
+        except OSError:  # as Linux says it
+            data = b""
+        self.shown += data.decode(errors="replace")
+        return bool(data)
+
+    def read_until(self, mark: str, times: int = 1) -> None:
+        while self.shown.count(mark) < times:
+            assert self.read(), self.shown
+
+    def type(self, line: str) -> None:
+        os.write(self.end, f"{line}\n".encode())
+
+    def wait(self) -> int:
+        """Read what is left, and return the exit code."""
+        while self.read():
+            pass
+        os.close(self.end)
+        return self.process.wait(30)
+
+
+def test_chat_in_a_terminal(packed):
+    terminal = Terminal(
+        "mlx_lm", "chat", "--model", packed, "--trust-remote-code", "--max-tokens", "12",
+        FLASHMOE_EXPERT_CACHE="2MiB",
+    )  # fmt: skip
+    for number, line in enumerate((QUESTION, "Why?"), 1):
+        terminal.read_until("›", number)
+        before = len(terminal.shown)
+        terminal.type(line)
+        terminal.read_until("›", number + 1)
+        echo, answer = terminal.shown[before:].split("\n", 1)
+        assert line in echo and re.search(r"\w+ \w+ \w+", answer), terminal.shown
+    terminal.type("q")
+    assert terminal.wait() == 0, terminal.shown
+    assert "bye" in terminal.shown and "Traceback" not in terminal.shown
+
+
+def test_flashmoe_generate_in_a_terminal(packed):
+    """Text comes before the figures do, and equals what is written to a pipe."""
+    asked = ["--model", packed, "--prompt", "Tell me a long story about a king.", "-m", "100"]
+    terminal = Terminal("flashmoe_mlx.generate_cli", *asked)
+    while not re.search(r"[a-z]", terminal.shown):
+        assert terminal.read(), terminal.shown
+    assert "=====" not in terminal.shown
+    assert terminal.wait() == 0, terminal.shown
+    text, figures = terminal.shown.replace("\r\n", "\n").split("==========\n")
+    piped = subprocess.run(
+        [sys.executable, "-m", "flashmoe_mlx.generate_cli", *asked],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert text == piped.stdout.split("==========\n")[0]
+    assert [line.split(":")[0] for line in figures.splitlines()] == [
+        "Prompt", "Generation", "Experts", "Expert cache", "Peak memory",
+    ]  # fmt: skip
+
+
 def test_benchmark(packed):
     result = tool(
         "benchmark", "--model", packed, "--trust-remote-code", "-p", "40", "-g", "8", "-n", "1"
@@ -116,61 +178,6 @@ def test_perplexity(packed, load_stock):
     data = mx.array(tokenizer.encode(text)[:192]).reshape(3, 64)
     ours, theirs = eval_ppl(model, data, batch_size=2), eval_ppl(stock, data, batch_size=2)
     assert ours == pytest.approx(theirs, rel=1e-5)
-
-
-@pytest.fixture(scope="module")
-def server(packed, tmp_path_factory):
-    """A running mlx_lm.server; yields its address."""
-    hub = tmp_path_factory.mktemp("hub")  # the server fails to list models if there is none
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlx_lm", "server", "--model", packed, "--trust-remote-code",
-         "--port", str(port)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub)},
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            assert process.poll() is None, process.stdout.read()
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=5).read()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def ask(address: str, question: str, tokens: int = 24) -> str:
-    body = {
-        "messages": [{"role": "user", "content": question}],
-        "max_tokens": tokens,
-        "temperature": 0,
-    }
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as reply:
-        return json.load(reply)["choices"][0]["message"]["content"]
-
-
-def test_server_answers(server, expected):
-    assert ask(server, QUESTION) == expected.strip()
-
-
-def test_server_answers_eight_at_once_as_it_answers_one(server):
-    words = "disk", "expert", "library", "token", "file", "memory", "layer", "cache"
-    questions = [f"What does the word {w} mean?" for w in words]
-    alone = [ask(server, q) for q in questions]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda q: ask(server, q), questions)) == alone
 
 
 def half_of_the_experts(path: str) -> int:
@@ -198,8 +205,3 @@ def test_rows_of_a_batch_share_reads(packed):
     texts, asked, _ = use(prompts)
     assert texts == [text for (text,), _, _ in alone]
     assert asked < 0.9 * sum(asked for _, asked, _ in alone)
-
-
-def test_server_lists_the_model(server, packed):
-    with urllib.request.urlopen(f"{server}/v1/models", timeout=30) as reply:
-        assert packed in [m["id"] for m in json.load(reply)["data"]]

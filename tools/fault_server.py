@@ -15,24 +15,22 @@ server answers undisturbed. Exit code 1 if a row of the table is not as it shoul
 
 import argparse
 import http.client
-import json
-import os
 import random
 import re
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stock_server import StockServer
+
 QUESTION = {"messages": [{"role": "user", "content": "What is a library?"}]}
-ASKED = {"max_tokens": 16, "temperature": 0, "stream": True}
+ASKED = {"max_tokens": 16, "temperature": 0}
 NAMED = r"layer_\d+\.safetensors: reading an expert .* \(Input/output error\)"
 
 # The stock server with one difference: after SIGUSR1 the nth read fails; n is in a file.
@@ -77,62 +75,23 @@ class Row:
         return self.injected == self.named == self.usable > 0 and not self.wrong
 
 
-class Server:
-    """A server in a process of its own, and its log."""
+class Server(StockServer):
+    """A server with an expert cache of 9 of 100 experts, whose reads can be made to fail."""
 
     def __init__(self, model: Path, work: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.note, self.log = work / "reads", work / "log"
-        command = ["--model", str(model), "--trust-remote-code", "--port", str(self.port)]
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1", "FLASHMOE_EXPERT_CACHE": "1440000",
-        }  # fmt: skip
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVER, str(self.note), *command],
-                stdout=log, stderr=log, env=environment,
-            )  # fmt: skip
+        self.note = work / "reads"
+        super().__init__(
+            model,
+            work / "log",
+            settings={"FLASHMOE_EXPERT_CACHE": "1440000"},
+            program=("-c", SERVER, str(self.note)),
+        )
 
-    def wait(self) -> None:
-        """Return when it answers.
-
-        Raises:
-            SystemExit: it ended instead; its log is shown.
-        """
-        while self.health() is None:
-            if self.process.poll() is not None:
-                raise SystemExit(self.log.read_text())
-            time.sleep(0.05)
-
-    def health(self) -> int | None:
-        """Return the status of /health, None if nobody answers."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status
-        except OSError:
-            return None
-        finally:
-            connection.close()
-
-    def ask(self, **more: Any) -> Iterator[str]:
+    def pieces(self, **more: Any) -> Iterator[str]:
         """Yield an answer's pieces as they come, however the connection ends."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        body = json.dumps(QUESTION | ASKED | more)
-        try:
-            connection.request(
-                "POST", "/v1/chat/completions", body, {"Content-Type": "application/json"}
-            )
-            for line in connection.getresponse():
-                if line.startswith(b"data: {"):
-                    delta = json.loads(line[6:])["choices"][0]["delta"]
-                    yield delta.get("content") or ""
-        except (OSError, http.client.HTTPException):
-            return
-        finally:
-            connection.close()
+        with suppress(OSError, http.client.HTTPException):
+            for chunk in self.stream(QUESTION | ASKED | more):
+                yield chunk["choices"][0]["delta"].get("content") or ""
 
     def fail_at(self, read: int) -> None:
         """Have the read fail that comes so many reads from now."""
@@ -146,24 +105,11 @@ class Server:
         return self.process.wait(timeout=10)
 
 
-@contextmanager
-def running(model: Path, work: Path) -> Iterator[Server]:
-    """Run a server while the block runs."""
-    server = Server(model, work)
-    try:
-        server.wait()
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.wait()
-
-
 def terminated(model: Path, work: Path, clean: str, row: Row, rng: random.Random) -> None:
     """End a server in mid-answer."""
-    with running(model, work) as server:
+    with Server(model, work) as server:
         pieces, when = "", rng.randrange(8)
-        for number, piece in enumerate(server.ask()):
+        for number, piece in enumerate(server.pieces()):
             pieces += piece
             if number == when:
                 row.injected += 1
@@ -178,17 +124,17 @@ def failed_alone(server: Server, clean: str, row: Row, rng: random.Random) -> No
     server.fail_at(rng.randrange(100))
     pieces = clean
     while pieces == clean:  # its moment may come in the next one
-        pieces = "".join(server.ask(seed=1))
+        pieces = "".join(server.pieces(seed=1))
     row.injected += 1
     row.named += bool(re.search(NAMED, server.log.read_text()[before:]))
     row.wrong += not clean.startswith(pieces)
-    row.usable += "".join(server.ask(seed=1)) == clean and server.health() == 200
+    row.usable += "".join(server.pieces(seed=1)) == clean and server.health() == 200
 
 
 def failed_batch(server: Server, clean: str, row: Row, rng: random.Random) -> None:
     """Have a read fail in a batch, and end the server."""
     server.fail_at(rng.randrange(60))
-    pieces = "".join(server.ask())
+    pieces = "".join(server.pieces())
     row.injected += 1
     row.named += bool(re.search(NAMED, server.log.read_text()))
     row.wrong += not clean.startswith(pieces)
@@ -197,8 +143,8 @@ def failed_batch(server: Server, clean: str, row: Row, rng: random.Random) -> No
 
 def clean_answers(model: Path, work: Path) -> tuple[str, str]:
     """Return what an undisturbed server answers: in a batch, and by itself."""
-    with running(model, work) as server:
-        return "".join(server.ask()), "".join(server.ask(seed=1))
+    with Server(model, work) as server:
+        return "".join(server.pieces()), "".join(server.pieces(seed=1))
 
 
 def main() -> None:
@@ -218,12 +164,12 @@ def main() -> None:
             if rows[0].injected < args.times:
                 terminated(args.model, work, batch, rows[0], rng)
         print(rows[0], flush=True)
-        with running(args.model, work) as server:
+        with Server(args.model, work) as server:
             for _ in range(args.times):
                 failed_alone(server, alone, rows[1], rng)
         print(rows[1], flush=True)
         for _ in range(args.times):
-            with running(args.model, work) as server:
+            with Server(args.model, work) as server:
                 failed_batch(server, batch, rows[2], rng)
         print(rows[2])
     sys.exit(not all(row.well for row in rows))

@@ -1,0 +1,135 @@
+"""Stock `mlx_lm.server` serves a converted directory, experts streamed, as clients need it."""
+
+import json
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx_lm
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+from serve_load import Sample, load, requests, slope
+from stock_server import StockServer, Usage, answer, assembled
+
+CLIENTS = 16
+QUESTION = {
+    "messages": [{"role": "user", "content": "What is a package?"}],
+    "temperature": 0,
+    "max_tokens": 24,
+}
+NO_END = {"max_tokens": 100_000, "logit_bias": {"4087": -100, "4089": -100}}  # of text, of a turn
+
+
+@pytest.fixture(scope="module")
+def server(models, tmp_path_factory) -> Iterator[StockServer]:
+    """A running server whose expert cache holds a quarter of the experts."""
+    folder = tmp_path_factory.mktemp("server")
+    settings = {
+        "FLASHMOE_EXPERT_CACHE": "2MiB",
+        "HF_HUB_CACHE": str(folder),  # the server fails to list models if there is none
+    }
+    with StockServer(models["packed4"], folder / "log", settings=settings) as server:
+        server.patience = 120
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, dict]:
+    """A held-out request of each kind."""
+    kinds = "tool", "json", "result", "no_tool"
+    return dict(zip(kinds, requests(dict.fromkeys(kinds, 1)), strict=True))
+
+
+def test_answers_as_stock(server, load_stock):
+    """The server's answer is what stock gives with everything in memory, in float32."""
+    model, tokenizer = load_stock("packed4")
+    prompt = tokenizer.apply_chat_template(QUESTION["messages"], add_generation_prompt=True)
+    expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
+    assert answer(server.ask(QUESTION))[0] == expected.strip()
+
+
+def test_lists_the_model(server, models):
+    with urllib.request.urlopen(f"{server.address}/v1/models", timeout=30) as reply:
+        assert str(models["packed4"]) in [m["id"] for m in json.load(reply)["data"]]
+
+
+def test_tool_call_streamed_or_not(server, cases):
+    text, calls, reason = whole = answer(server.ask(cases["tool"]))
+    assert reason == "tool_calls" and not text
+    ((name, arguments),) = calls
+    (offered,) = [
+        tool["function"] for tool in cases["tool"]["tools"] if tool["function"]["name"] == name
+    ]
+    assert arguments.keys() <= offered["parameters"]["properties"].keys()
+    assert set(offered["parameters"]["required"]) <= arguments.keys()
+    assert assembled(server.stream(cases["tool"])) == whole
+
+
+def test_text_streamed_or_not(server, cases):
+    text, calls, reason = whole = answer(server.ask(cases["result"]))
+    assert text and not calls and reason == "stop"
+    assert assembled(server.stream(cases["result"])) == whole
+
+
+def test_json(server, cases):
+    value = json.loads(answer(server.ask(cases["json"]))[0])
+    header = cases["json"]["messages"][0]["content"].splitlines()[1].split(" | ")
+    assert [list(row) for row in value] == [header] * 4
+
+
+def test_a_later_turn_finds_the_earlier_in_the_cache(server):
+    def cached(reply: dict) -> int:
+        return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    first = server.ask(QUESTION)
+    said = [first["choices"][0]["message"], {"role": "user", "content": "And what is a disk?"}]
+    second = QUESTION | {"messages": QUESTION["messages"] + said}
+    reply = server.ask(second)
+    assert first["usage"]["total_tokens"] - 4 < cached(reply) < reply["usage"]["prompt_tokens"]
+    assert answer(server.ask(second)) == answer(reply)
+
+
+def test_a_closed_stream_stops_and_others_go_on(server):
+    alone = answer(server.ask(QUESTION))
+    stream = server.stream(QUESTION | NO_END)
+    assert len([next(stream) for _ in range(10)]) == 10
+    assert answer(server.ask(QUESTION)) == alone  # in a batch with it
+    stream.close()
+    # A request with a seed is served when no other is left: hours later, if that one went on.
+    assert answer(server.ask(QUESTION | {"seed": 1})) == alone
+    assert server.health() == 200
+
+
+def test_16_clients_get_what_one_gets(server):
+    bodies = requests({"tool": 1, "json": 12, "no_tool": 3}, most_tokens=12)
+    alone = [answer(server.ask(body)) for body in bodies]
+    assert len(bodies) == CLIENTS and len({text for text, _, _ in alone}) > CLIENTS / 2
+
+    def ask(body: dict) -> object:
+        return answer(server.ask(body))
+
+    outcome = load(ask, bodies, alone, CLIENTS, iter([*range(CLIENTS)] * 2))
+    assert (outcome.asked, outcome.errors, outcome.differing) == (2 * CLIENTS, [], [])
+
+
+def test_load_counts_what_is_wrong():
+    def ask(body: dict) -> str:
+        if body["n"] == 1:
+            raise OSError("closed")
+        return "right" if body["n"] else "wrong"
+
+    bodies = [{"n": n} for n in range(4)]
+    outcome = load(ask, bodies, ["right"] * 4, clients=2, work=iter(range(4)))
+    assert outcome.asked == 4 and outcome.differing == [0]
+    assert outcome.errors == ["request 1: OSError('closed')"]
+
+
+def test_slope():
+    """100 MiB that grow by 60 an hour, with noise of 1 MiB."""
+    samples = [Sample(5.0 * n, Usage(100 + n / 12 + n % 2, 8, 4, 0.0, 0)) for n in range(96)]
+    growth, error = slope(samples)
+    assert growth == pytest.approx(60, abs=error)
+    assert 2 < error < 10

@@ -1,0 +1,130 @@
+"""Load for a server: many clients, answers compared with those to one client, memory watched."""
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from stock_server import StockServer, Usage
+
+HELD_OUT = Path(__file__).parent / "bundled_model" / "heldout.jsonl"
+MIX = {"tool": 40, "json": 30, "result": 15, "no_tool": 15}  # of 100 requests
+
+Body = dict[str, Any]
+Ask = Callable[[Body], object]
+
+
+def requests(mix: dict[str, int] = MIX, most_tokens: int = 200) -> list[Body]:
+    """Return different requests, greedy: tool calls, JSON, tool results, plain questions.
+
+    They are held-out cases of the bundled model. Kinds follow one another in turn.
+    """
+    cases = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    kinds = [[case for case in cases if case["kind"] == kind][:n] for kind, n in mix.items()]
+    spread = [case for group in itertools.zip_longest(*kinds) for case in group if case]
+    tools = ({"tools": case["tools"]} if case["tools"] else {} for case in spread)
+    return [
+        {"messages": case["messages"], "temperature": 0, "max_tokens": most_tokens} | more
+        for case, more in zip(spread, tools, strict=True)
+    ]
+
+
+@dataclass
+class Sample:
+    """What the server used at a moment."""
+
+    seconds: float
+    usage: Usage
+
+
+@dataclass
+class Outcome:
+    """What became of many requests."""
+
+    asked: int = 0
+    errors: list[str] = field(default_factory=list)
+    differing: list[int] = field(default_factory=list)  # places of requests
+    seconds: float = 0.0
+    samples: list[Sample] = field(default_factory=list)
+
+
+def load(
+    ask: Ask, bodies: Sequence[Body], expected: Sequence[object], clients: int, work: Iterator[int]
+) -> Outcome:
+    """Have clients make requests at the same time until `work`, places in `bodies`, ends."""
+    outcome, lock = Outcome(), threading.Lock()
+
+    def next_place() -> int | None:
+        with lock:
+            return next(work, None)
+
+    def client() -> None:
+        while (place := next_place()) is not None:
+            try:
+                right = ask(bodies[place]) == expected[place]
+            except Exception as error:  # whatever it is, it is counted
+                outcome.errors.append(f"request {place}: {error!r}")
+            else:
+                if not right:
+                    outcome.differing.append(place)
+            with lock:
+                outcome.asked += 1
+
+    start = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        for done in [pool.submit(client) for _ in range(clients)]:
+            done.result()
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+def until(stop: threading.Event, count: int) -> Iterator[int]:
+    """Yield places 0 to count - 1 again and again until the event is set."""
+    for place in itertools.cycle(range(count)):
+        if stop.is_set():
+            return
+        yield place
+
+
+def watched_load(
+    server: StockServer, ask: Ask, bodies: Sequence[Body], expected: Sequence[object],
+    clients: int, seconds: float, every: float = 5.0,
+) -> Outcome:  # fmt: skip
+    """Load a server for some time, and sample what it uses."""
+    stop, samples = threading.Event(), []
+
+    def sample() -> None:
+        start = time.monotonic()
+        for turn in itertools.count():
+            now = time.monotonic() - start
+            samples.append(Sample(now, server.usage()))
+            if now >= seconds:
+                stop.set()
+                return
+            time.sleep(max(0.0, (turn + 1) * every - (time.monotonic() - start)))
+
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    outcome = load(ask, bodies, expected, clients, until(stop, len(bodies)))
+    watcher.join()
+    outcome.samples = samples
+    return outcome
+
+
+def slope(samples: Sequence[Sample]) -> tuple[float, float]:
+    """Return the growth of resident memory in MiB per hour by least squares, and its error.
+
+    The error is twice the standard error, for which samples count as independent.
+    """
+    hours = np.array([s.seconds for s in samples]) / 3600
+    rss = np.array([s.usage.rss for s in samples])
+    (growth, _), covariance = np.polyfit(hours, rss, 1, cov="unscaled")
+    residual = rss - np.polyval(np.polyfit(hours, rss, 1), hours)
+    variance = float(residual @ residual) / (len(samples) - 2)
+    return float(growth), 2 * float(np.sqrt(covariance[0, 0] * variance))

@@ -1,0 +1,256 @@
+"""Use stock `mlx_lm.server` as its clients do, by the `openai` package, and record the session.
+
+    python tools/serve_session.py DIR --out docs/serving-session.md [--minutes 10]
+
+DIR is the bundled model as flashmoe-convert wrote it. Twice, with all experts in memory and with an
+expert cache that holds a quarter of them: tool calls, JSON, a chat whose second turn finds the
+first in the prompt cache, answers broken off, 16 clients whose answers are compared with those to
+one client, and load that goes on while the server's memory is sampled. What does not hold ends the
+tool with a message and exit code 1. Linux only.
+"""
+
+import argparse
+import contextlib
+import inspect
+import io
+import json
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+from openai import OpenAI
+from serve_load import Body, Outcome, load, requests, slope, watched_load
+from stock_server import StockServer, answer, assembled
+
+from flashmoe_mlx.machine import facts, versions
+
+CLIENTS, TIMES = 16, 2
+WARM_UP = 0.2  # of the sampled load; memory's slope is that of what follows
+QUESTION = "Create a file with path = notes.txt"
+TABLE = (
+    "Return this table as a JSON list of objects:\ntitle | price\nRed lamp | 12\nBlue chair | 40"
+)
+
+
+def chat(client: OpenAI, content: str | list[Any], **more: Any) -> Any:
+    """Ask greedily; `content` is a question or a whole conversation."""
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+    return client.chat.completions.create(
+        model="default_model", messages=messages, temperature=0, **({"max_tokens": 128} | more)
+    )
+
+
+PATH = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
+CREATE_FILE = {"name": "create_file", "description": "Create a file.", "parameters": PATH}
+TOOLS = [{"type": "function", "function": CREATE_FILE}]
+
+
+def a_tool_call(client: OpenAI, server: StockServer) -> None:
+    """A tool call, and the tool's result handed back."""
+    reply = chat(client, QUESTION, tools=TOOLS).choices[0]
+    call = reply.message.tool_calls[0]
+    print(reply.finish_reason, call.function.name, call.function.arguments)
+    assert call.function.name == "create_file"
+    assert json.loads(call.function.arguments) == {"path": "notes.txt"}
+    conversation = [
+        {"role": "user", "content": QUESTION},
+        reply.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": '{"path": "notes.txt", "size": 12}'},
+    ]
+    print(chat(client, conversation, tools=TOOLS).choices[0].message.content)
+
+
+def a_streamed_tool_call(client: OpenAI, server: StockServer) -> None:
+    """The same call in fragments, which together equal the whole."""
+    chunks = [c.model_dump() for c in chat(client, QUESTION, tools=TOOLS, stream=True)]
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        print(choice["delta"]["tool_calls"], choice["finish_reason"])
+    whole = chat(client, QUESTION, tools=TOOLS).model_dump()
+    assert assembled(chunks) == answer(whole)
+    print(assembled(chunks))
+
+
+def an_answer_in_json(client: OpenAI, server: StockServer) -> None:
+    """JSON because the prompt asks for it."""
+    value = json.loads(chat(client, TABLE).choices[0].message.content)
+    print(value)
+    assert value == [{"title": "Red lamp", "price": 12}, {"title": "Blue chair", "price": 40}]
+
+
+def a_chat_with_a_prompt_cache(client: OpenAI, server: StockServer) -> None:
+    """Later turns find the earlier ones in the server's prompt cache."""
+    conversation: list[Any] = []
+    for question in "What is a library?", "What is a disk?", "And what is a file?":
+        conversation.append({"role": "user", "content": question})
+        reply = chat(client, conversation)
+        text, usage = reply.choices[0].message.content, reply.usage
+        cached = usage.prompt_tokens_details.cached_tokens
+        print(f"{text}\n  {usage.prompt_tokens} prompt tokens, {cached} of them cached")
+        conversation.append({"role": "assistant", "content": text})
+    assert cached > 0
+
+
+def busy(server: StockServer, seconds: float = 1.0) -> tuple[float, float]:
+    """Return cores used and MB/s read over some time."""
+    before = server.usage()
+    time.sleep(seconds)
+    after = server.usage()
+    return (after.cpu - before.cpu) / seconds, (after.read - before.read) / 1e6 / seconds
+
+
+def an_answer_broken_off(client: OpenAI, server: StockServer) -> None:
+    """A client that closes a stream stops the server's work on it; others notice nothing."""
+    alone = chat(client, TABLE).choices[0].message.content
+    endless = {"max_tokens": 100_000, "logit_bias": {"4087": -100, "4089": -100}}  # no end of turn
+    stream = chat(client, "What is a library?", stream=True, **endless)
+    for _ in range(20):
+        next(stream)
+    print("streaming:      {:.2f} cores, {:.1f} MB/s read".format(*busy(server)))
+    assert chat(client, TABLE).choices[0].message.content == alone  # beside it
+    stream.close()
+    time.sleep(2)  # the server notices when it writes
+    cores, read = busy(server)
+    print(f"2 s after close: {cores:.2f} cores, {read:.1f} MB/s read")
+    assert cores < 0.1 and read < 0.1
+    assert chat(client, TABLE).choices[0].message.content == alone
+    print("the next answer is right")
+
+
+SCENES: list[Callable[[OpenAI, StockServer], None]] = [
+    a_tool_call,
+    a_streamed_tool_call,
+    an_answer_in_json,
+    a_chat_with_a_prompt_cache,
+    an_answer_broken_off,
+]
+
+
+def played(client: OpenAI, server: StockServer, sources: bool) -> Iterator[str]:
+    """Play the scenes and yield what is to be written about them."""
+    for scene in SCENES:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            scene(client, server)
+        head, body = inspect.getsource(scene).split('"""\n', 1)
+        title = head.split('"""')[1]
+        yield f"### {title.removesuffix('.')}\n"
+        if sources:
+            yield f"```python\n{textwrap.dedent(body)}```\n"
+        yield f"```\n{said.getvalue()}```\n"
+
+
+def asker(client: OpenAI) -> Callable[[Body], object]:
+    """Return a function that asks and gives text, tool calls and reason."""
+
+    def ask(body: Body) -> object:
+        reply = client.chat.completions.create(model="default_model", **body)
+        return answer(reply.model_dump())
+
+    return ask
+
+
+def fine(outcome: Outcome) -> str:
+    """Return a line on many requests.
+
+    Raises:
+        SystemExit: one of them failed, or its answer was another than one client's.
+    """
+    if outcome.errors or outcome.differing:
+        raise SystemExit(f"{outcome.errors[:3]} {outcome.differing[:20]}")
+    rate = outcome.asked / outcome.seconds
+    return f"{outcome.asked} requests, no error, all answers equal; {rate:.2f} requests/s"
+
+
+def memory_table(outcome: Outcome, minutes: float) -> Iterator[str]:
+    """Yield the samples, ten of them, and the slope of what follows the warm-up."""
+    samples = outcome.samples
+    yield "| minute | resident, MiB | descriptors | threads |\n|---|---|---|---|"
+    for sample in samples[:: max(1, len(samples) // 10)]:
+        u = sample.usage
+        yield f"| {sample.seconds / 60:.1f} | {u.rss:.1f} | {u.descriptors} | {u.threads} |"
+    warm = [s for s in samples if s.seconds >= WARM_UP * minutes * 60]
+    growth, error = slope(warm)
+    rss = [s.usage.rss for s in warm]
+    yield (
+        f"\nThe last {minutes * (1 - WARM_UP):g} minutes, {len(warm)} samples: {min(rss):.1f} to "
+        f"{max(rss):.1f} MiB; slope {growth:+.1f} MiB an hour, twice its standard error "
+        f"{error:.1f}."
+    )
+
+
+def under_load(client: OpenAI, server: StockServer, minutes: float) -> Iterator[str]:
+    """Yield what is to be written about many clients."""
+    ask, bodies = asker(client), requests()
+    start = time.monotonic()
+    alone = [ask(body) for body in bodies]
+    rate = len(bodies) / (time.monotonic() - start)
+    yield f"### {CLIENTS} clients at once\n"
+    yield f"* One client: {len(bodies)} different requests in turn, {rate:.2f} requests/s."
+    places = iter([*range(len(bodies))] * TIMES)
+    yield f"* {CLIENTS} clients: {fine(load(ask, bodies, alone, CLIENTS, places))}."
+    watched = watched_load(server, ask, bodies, alone, CLIENTS, 60 * minutes)
+    yield f"* {CLIENTS} clients for {minutes:g} minutes: {fine(watched)}.\n"
+    yield from memory_table(watched, minutes)
+
+
+def session(model: Path, cache: str, minutes: float, sources: bool) -> Iterator[str]:
+    """Yield what is to be written about one server."""
+    settings = {"FLASHMOE_EXPERT_CACHE": cache}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        StockServer(model, Path(folder) / "log", settings=settings) as server,
+        OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        chat(client, "Hello", max_tokens=4)  # loads the model
+        yield f"## FLASHMOE_EXPERT_CACHE={cache}\n"
+        yield from played(client, server, sources)
+        before = server.usage()
+        yield from under_load(client, server, minutes)
+        read = (server.usage().read - before.read) / 1e9
+        yield f"\nRead meanwhile: {read:.2f} GB. /health said {server.health()} in the end.\n"
+
+
+HEADER = """# A recorded session
+
+Written by `tools/serve_session.py`; do not edit. The bundled model, made 4-bit by flashmoe-convert,
+run by `mlx_lm.server --model DIR --trust-remote-code` and asked by the `openai` package, as any of
+its clients does. Each block of code is what ran, the block below it is what it printed; `chat` asks
+with temperature 0, for 128 tokens at most.
+"""
+
+
+def machine() -> str:
+    """Return what all this ran on."""
+    here = facts()
+    vectors = "AVX-512" if "avx512f" in Path("/proc/cpuinfo").read_text() else "AVX2"
+    return (
+        f"{here['cores']} cores, {vectors}, Linux, no GPU; Python {here['python']}, "
+        f"{versions(here)}, openai {openai.__version__}."
+    )
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="the bundled model, converted")
+    parser.add_argument("--out", type=Path, help="Markdown file (default: standard output)")
+    parser.add_argument("--minutes", type=float, default=10, help="of sampled load (default: 10)")
+    parser.add_argument("--expert-caches", nargs="+", default=["auto", "2MiB"],
+                        help="a server for each (default: auto 2MiB)")  # fmt: skip
+    args = parser.parse_args()
+    parts = [HEADER, machine() + "\n"]
+    for number, cache in enumerate(args.expert_caches):
+        for part in session(args.model, cache, args.minutes, sources=not number):
+            print(part, flush=True, file=sys.stderr)
+            parts.append(part)
+    (args.out.write_text if args.out else print)("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()
