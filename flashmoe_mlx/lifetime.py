@@ -59,16 +59,16 @@ class StreamedModule(nn.Module):
 
     def __copy__(self) -> Self:
         """Return a module that shares weights and store."""
-        return self._twin(dict(self), vars(self))
+        return self._twin(dict(self), self.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a module with weights of its own that shares the store."""
-        return self._twin(copy.deepcopy(dict(self), memo), copy.deepcopy(vars(self), memo))
+        return self._twin(copy.deepcopy(dict(self), memo), copy.deepcopy(self.__dict__, memo))
 
     def _twin(self, parameters: dict[str, Any], others: dict[str, Any]) -> Self:
         twin = type(self).__new__(type(self))
         dict.update(twin, parameters)  # nn.Module's own `update` means something else
-        vars(twin).update(others)
+        twin.__dict__.update(others)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
