@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,12 +22,12 @@ QUESTION = [{"role": "user", "content": "What is a library?"}]
 MOST_LINES = 40
 
 
-def run(script: str, *args: str) -> str:
+def run(script: str, *args: str, code: int = 0) -> str:
     result = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *args],
         capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == code, result.stderr
     return result.stdout
 
 
@@ -75,3 +76,33 @@ def server(models, tmp_path) -> Iterator[str]:
 
 def test_tool_call(server):
     assert run("tool_call.py", server) == "create_file {'path': 'notes.txt'}\n"
+
+
+# Answers /health by 200 and then by 503.
+FAILING = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    codes = [200, 503]
+    def do_GET(self):
+        code = self.codes.pop(0)
+        print(code, flush=True)
+        self.send_response(code)
+        self.end_headers()
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_watched_server(port):
+    """It ends with 1 at the first 503, and with the server's own code if that ends."""
+    url = f"http://127.0.0.1:{port}/health"
+    server = [sys.executable, "-c", FAILING, str(port)]
+    assert run("watched_server.py", url, *server, code=1) == "200\n503\n"
+    assert run("watched_server.py", url, sys.executable, "-c", "exit(7)", code=7) == ""
