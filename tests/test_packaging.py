@@ -1,6 +1,7 @@
 """What is shipped: wheel and sdist hold every file of the source tree, and no private ones."""
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -64,6 +65,18 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+# Strict, but for what mlx-lm does not annotate; what types of others do not matter is not read.
+MYPY = """
+[mypy]
+strict = true
+follow_imports = silent
+untyped_calls_exclude = mlx_lm
+[mypy-transformers.*,huggingface_hub.*,numba.*,llvmlite.*,safetensors.*,numpy.*,tqdm.*]
+follow_imports = skip
+ignore_missing_imports = true
+"""
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
     return copy_sources(tmp_path_factory.mktemp("build") / "source")
@@ -85,6 +98,28 @@ def test_wheel_has_a_licence_and_the_readme(wheel):
     name = next(name for name in wheel if name.endswith(".dist-info/METADATA"))
     assert any(name.endswith("/licenses/LICENSE") for name in wheel)
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in wheel[name].decode()
+
+
+def test_types_reach_users(wheel, tmp_path):
+    """The script of docs/python-api.md passes mypy --strict with the wheel, and a mistake fails."""
+    for name, data in wheel.items():
+        path = tmp_path / "wheel" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    page = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
+    script = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.S | re.M))
+    wrong = "cache: int = model.expert_cache()\n"
+    (tmp_path / "user.py").write_text(script + wrong, encoding="utf-8")
+    (tmp_path / "mypy.ini").write_text(MYPY, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "user.py"]
+    found = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"MYPYPATH": str(tmp_path / "wheel")},
+    )  # fmt: skip
+    first, last = found.stdout.splitlines()
+    line = script.count("\n") + 1
+    assert first.startswith(f"user.py:{line}: error: Incompatible types in assignment"), first
+    assert last == "Found 1 error in 1 file (checked 1 source file)"
 
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
