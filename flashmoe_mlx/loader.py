@@ -152,7 +152,9 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         except Exception as error:
             raise FlashMoEError(
                 f"{path_or_hub_id}: not a directory here, and the Hugging Face Hub did not "
-                f"deliver it ({type(error).__name__}: {str(error).splitlines()[0]})."
+                f"deliver it ({type(error).__name__}: {str(error).splitlines()[0]}). Check the "
+                "name, the revision and the network; a private or gated repository needs "
+                "`hf auth login`."
             ) from error
     try:
         config = json.loads((path / "config.json").read_text())
