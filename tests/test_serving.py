@@ -1,6 +1,7 @@
 """Stock `mlx_lm.server` serves a converted directory, experts streamed, as clients need it."""
 
 import json
+import re
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -8,12 +9,17 @@ from pathlib import Path
 
 import mlx_lm
 import pytest
+from mlx_lm import server as stock
+from mlx_lm import utils
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 from serve_load import Sample, load, requests, slope
 from stock_server import StockServer, Usage, answer, assembled
 
+from flashmoe_mlx.geometry import GEOMETRIES
+
+ROOT = Path(__file__).parents[1]
 CLIENTS = 16
 QUESTION = {
     "messages": [{"role": "user", "content": "What is a package?"}],
@@ -133,3 +139,33 @@ def test_slope():
     growth, error = slope(samples)
     assert growth == pytest.approx(60, abs=error)
     assert 2 < error < 10
+
+
+def test_what_troubleshooting_quotes_of_mlx_lm_is_there():
+    said = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", Path(module.__file__).read_text()) for module in (stock, utils)
+    )
+    text = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
+    for message in (
+        "requires importing and running a custom module (",
+        "tool text was likely truncated mid-generation",
+        "Received tools but model does not support tool calling",
+        "generation thread died",
+    ):
+        assert message in said and message in text
+
+
+def test_the_size_of_a_state():
+    """The table of docs/serving.md: float32 states, and keys and values in bfloat16."""
+    rows = (ROOT / "docs" / "serving.md").read_text()
+    models = [GEOMETRIES[name] for name in ("397b", "122b", "35b")]
+    fixed = [
+        g.num_hidden_layers * 3 // 4
+        * g.linear_num_value_heads * g.linear_value_head_dim * g.linear_key_head_dim * 4 / 1e6
+        for g in models
+    ]  # fmt: skip
+    growing = [
+        g.num_hidden_layers // 4 * 2 * g.num_key_value_heads * g.head_dim * 2 / 1e3 for g in models
+    ]
+    for sizes in fixed, growing:
+        assert " | ".join(f"{size:.0f}" for size in sizes) in rows
