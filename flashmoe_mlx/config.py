@@ -183,6 +183,7 @@ class StreamConfig:
         io_mode: "buffered" reads through the page cache, "direct" reads past it, or "auto".
         experts_per_token: top-k to use instead of the checkpoint's own, or None.
         stats: print the counters at exit.
+        verify: compare every expert with its checksum when it has been read.
     """
 
     expert_cache: int | str = "auto"
@@ -190,6 +191,7 @@ class StreamConfig:
     experts_per_token: int | None = None
     stats: bool = False
     io_mode: str = "auto"
+    verify: bool = False
 
     @classmethod
     def resolve(cls, from_config: Mapping[str, Any], **explicit: Any) -> Self:
@@ -230,7 +232,7 @@ def _read_setting(setting: str, value: Any, source: str) -> Any:
         if value in IO_MODES:
             return value
         raise FlashMoEError(f"{source} = {value!r} is not one of {', '.join(IO_MODES)}.")
-    if setting == "stats":
+    if setting in ("stats", "verify"):
         if str(value).lower() in ("0", "false", "1", "true"):
             return str(value).lower() in ("1", "true")
         raise FlashMoEError(f"{source} = {value!r} is not a switch. Write 1 or 0.")

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from .errors import FlashMoEError
 from .io_mode import open_expert_file
 from .layout import ExpertLayout
 from .reader import Arrival, Batch, Piece, Reader
+from .record_checks import RecordChecks
 from .slot_bank import Bank, check_room
 from .unbroken import unbroken
 
@@ -150,7 +152,12 @@ class ExpertStore:
     """
 
     def __init__(
-        self, layout: ExpertLayout, plan: CachePlan, io_threads: int = 8, preload: bool = False
+        self,
+        layout: ExpertLayout,
+        plan: CachePlan,
+        io_threads: int = 8,
+        preload: bool = False,
+        checks: RecordChecks | None = None,
     ) -> None:
         """Open the expert files and allocate the banks.
 
@@ -159,6 +166,7 @@ class ExpertStore:
             plan: slots per layer, how to read, and why.
             io_threads: reader threads.
             preload: read all experts now, expert e into slot e, if the plan has slots for all.
+            checks: what to compare every expert with when it has been read.
 
         Raises:
             FlashMoEError: an expert file cannot be opened, or not be read to be preloaded, or the
@@ -167,6 +175,7 @@ class ExpertStore:
         check_room(plan.slots * layout.token_bytes)
         self.layout = layout
         self.plan = plan
+        self._checks = checks
         self.stats = ExpertStats()
         paths = {f.file for layer in layout.layers for f in layer.fields}
         self.banks: list[Bank] = []
@@ -317,6 +326,9 @@ class ExpertStore:
         batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place))
         for expert, slot, (arrival, _) in zip(missing, slots, brought, strict=True):
             bank.expect(expert, slot, arrival)
+            if self._checks:
+                rows: Any = bank.rows(slot)  # in this process's memory, or there were no checks
+                arrival.expect_check(partial(self._checks.compare, layer, expert, rows))
         self._reader.start(batch)
         return batch
 

@@ -47,6 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--experts-per-token", help="Top-k to use instead of the checkpoint's own (default: its)"
     )
     group.add_argument(
+        "--verify-reads", action="store_true",
+        help="Compare every expert with its checksum when it has been read (converted models)",
+    )  # fmt: skip
+    group.add_argument(
         "--stats", action="store_true",
         help="Also print what each phase and each layer took (slower: each part is waited for)",
     )  # fmt: skip
@@ -113,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
         expert_cache=args.expert_cache,
         io_threads=args.io_threads,
         io_mode=args.io_mode,
+        verify=args.verify_reads or None,
         experts_per_token=args.experts_per_token,
         tokenizer_config=json.loads(metadata.get("tokenizer_config", "{}"))
         | ({"trust_remote_code": True} if args.trust_remote_code else {}),

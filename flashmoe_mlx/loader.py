@@ -31,6 +31,7 @@ from .layout import (
 from .memory import available_bytes, card_bytes
 from .model import Model
 from .names import PROJECTIONS, is_expert
+from .record_checks import RecordChecks
 from .slot_bank import DTYPES
 
 Format = tuple[int, int, str]
@@ -81,6 +82,7 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         FlashMoEError: experts are missing or damaged, or the cache holds less than one token's.
     """
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
+    checks = RecordChecks(layout) if stream.verify else None
     trunk = trunk_tensors(directory)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
     formats = kernel_formats(trunk, args, layout)
@@ -102,7 +104,7 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     )
     if plan.slots == args.num_experts:
         plan = replace(plan, io=plan_load(stream.io_mode, layout, io))
-    store = ExpertStore(layout, plan, stream.io_threads, preload=True)
+    store = ExpertStore(layout, plan, stream.io_threads, preload=True, checks=checks)
     if stream.stats:
         print(f"[flashmoe] {plan}", file=sys.stderr)
         if store.stats.bytes_preloaded:
@@ -188,6 +190,7 @@ def load(
     lazy: bool = False,
     revision: str | None = None,
     io_mode: str | None = None,
+    verify: bool | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load a model whose experts stream from disk, and its tokenizer.
 
@@ -205,6 +208,8 @@ def load(
         revision: branch, tag or commit on the Hub.
         io_mode: "buffered" reads experts through the page cache, "direct" past it; "auto" (the
             default) reads past it where it could hold few of them.
+        verify: compare every expert with its checksum when it has been read, before it is used.
+            Needs a converted directory.
 
     Returns:
         (model, tokenizer), for mlx_lm's and this package's `generate` functions. `model.close()`,
@@ -221,6 +226,7 @@ def load(
         io_threads=io_threads,
         experts_per_token=experts_per_token,
         io_mode=io_mode,
+        verify=verify,
     )
     with _named(path, "its weights do not fit its config.json", "Restore the checkpoint's own"):
         model, config = load_model(

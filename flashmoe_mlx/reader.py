@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -25,20 +25,31 @@ class Arrival:
 
     Attributes:
         pieces: how many `preadv` calls bring them, if none returns early.
-        left: pieces that are not over yet.
+        left: pieces that are not over yet, and one more while the whole is to be checked.
         nbytes: bytes that came.
         error: why they are not all there; the first reason found.
     """
 
-    __slots__ = ("_over", "error", "left", "nbytes", "pieces")
+    __slots__ = ("_over", "check", "error", "left", "nbytes", "pieces")
 
     def __init__(self, pieces: int) -> None:
         """Expect so many pieces, at least one."""
         self.pieces = self.left = pieces
         self.nbytes = 0
         self.error: FlashMoEError | None = None
+        self.check: Callable[[], FlashMoEError | None] | None = None
         self._over = threading.Lock()  # held until it is over; a third of the cost of an Event
         self._over.acquire()
+
+    def expect_check(self, check: Callable[[], FlashMoEError | None]) -> None:
+        """Have the bytes checked when all are there; called before the first is read."""
+        self.check = check
+        self.left += 1
+
+    @property
+    def unchecked(self) -> bool:
+        """Say whether all bytes are there, and whoever brought the last has to check them now."""
+        return self.left == 1 and self.check is not None and not self.error
 
     @property
     def over(self) -> bool:
@@ -60,6 +71,8 @@ class Arrival:
         self.nbytes += nbytes
         self.error = self.error or error
         self.left -= 1
+        if self.left == 1 and self.check and self.error:  # there is nothing to check
+            self.left = 0
         if not self.left:
             self._over.release()
 
@@ -226,6 +239,19 @@ class Reader:
                 self._count_seconds()
                 self._in_flight -= 1
                 piece[-1].advance(done, error)
+                unchecked = piece[-1].unchecked
+            if unchecked:
+                self._check(piece[-1])
+
+    def _check(self, arrival: Arrival) -> None:
+        """Check bytes that are all there, and count that as over whatever happens."""
+        assert arrival.check
+        error: FlashMoEError | None = FlashMoEError("checking an expert was broken off. Retry.")
+        try:
+            error = arrival.check()
+        finally:
+            with self._lock:
+                arrival.advance(0, error)
 
     def _fill(self, piece: Piece) -> tuple[int, FlashMoEError | None]:
         """Return how much of a piece came, and why not all of it.

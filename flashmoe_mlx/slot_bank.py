@@ -159,6 +159,10 @@ class Bank:
                 offset += nbytes
         return cuts
 
+    def rows(self, slot: int) -> list[Row]:
+        """Return the bytes of a slot's nine tensors, in the order in which a file has them."""
+        return [self._row(slot, index) for index in range(len(self._views))]
+
     def _row(self, slot: int, index: int) -> Row:
         size = self.layout.fields[index].nbytes
         return self._views[index][slot * size : (slot + 1) * size]

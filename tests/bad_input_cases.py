@@ -56,6 +56,10 @@ GENERATE = [
     ("--io-threads 4096", "io_threads = 4096 is too many. Give at most 1024."),
     ("--io-mode fast", "io_mode = 'fast' is not one of auto, buffered, direct."),
     (
+        "--verify-reads --model {bundled}",
+        "bundled is no conversion, so its experts have no checksums. Convert it with flashmoe-con",
+    ),
+    (
         "--experts-per-token 101",
         "experts_per_token = 101, but the model has 100 experts per layer.",
     ),
@@ -202,6 +206,7 @@ VARIABLES = [
         "101",
         "experts_per_token = 101, but the model has 100 experts per layer",
     ),
+    ("VERIFY", "all", "FLASHMOE_VERIFY = 'all' is not a switch. Write 1 or 0."),
     ("STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' is not a switch. Write 1 or 0."),
 ]
 
@@ -256,5 +261,7 @@ CONFIG = [
     ("top", {"flashmoe": {"expert_cache": "x"}}, "expert_cache = 'x' is not a size."),
     ("top", {"flashmoe": {"io_threads": -1}}, '"flashmoe": io_threads = -1 is not a whole number'),
     ("top", {"flashmoe": {"io_mode": 3}}, '"flashmoe": io_mode = 3 is not one of auto, buffered'),
+    ("top", {"flashmoe": {"verify": 2}}, '"flashmoe": verify = 2 is not a switch. Write 1 or 0.'),
+    ("top", {"flashmoe": {"verify": True}}, "is no conversion, so its experts have no checksums."),
     ("top", {"flashmoe": {"stats": "maybe"}}, "\"flashmoe\": stats = 'maybe' is not a switch."),
 ]
