@@ -1,6 +1,7 @@
 """What the documents name exists: files, links, commands and their options, modules."""
 
 import argparse
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,8 +11,12 @@ import pytest
 from mlx_lm import server
 
 from flashmoe_mlx import bench, doctor, plan
+from flashmoe_mlx.config import StreamConfig
 from flashmoe_mlx.convert import cli
+from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.generate_cli import build_parser as generate_parser
+from flashmoe_mlx.generate_cli import main as generate_main
+from flashmoe_mlx.plan_model import SYSTEM_BYTES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -23,6 +28,7 @@ SPAN = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.S | re.M)
 # A path of this repository, with a folder of it in front.
 FILE = re.compile(r"(?:flashmoe_mlx|custom_kernels|convert|tools|tests|docs|\.ci)/[\w./*-]*")
+VALUES = {"buffered", "custom", "direct"}  # other values of a setting, in the table of settings
 FOLDERS = "flashmoe_mlx", "custom_kernels", "convert", "tools"
 PARSERS = {
     "flashmoe-generate": generate_parser,
@@ -136,10 +142,92 @@ def test_messages_of_troubleshooting_are_the_programs():
             assert part.strip() in said, part
 
 
-def test_predictions_are_those_of_the_plan(capsys):
-    quoted = re.findall(r"^decode .*$", text("docs/models.md"), re.M)
+def test_prediction_in_full_is_that_of_the_plan(capsys):
+    (quoted,) = re.findall(r"^decode .*$", text("docs/models.md"), re.M)
     plan.main(["--check"])
     assert capsys.readouterr().out.splitlines()[-1] in text("docs/models.md")
-    for model, line in zip(("397b", "122b", "35b"), quoted, strict=True):
-        plan.main(f"--model {model} --bits 4 --top-k 4 --machine m3-max-48".split())
-        assert line in capsys.readouterr().out
+    plan.main(["--model", "397b", "--bits", "4", "--top-k", "4", "--machine", "m3-max-48"])
+    assert quoted in capsys.readouterr().out
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    """Return the cells of tables whose upper left one is empty, row by row, headings first."""
+    found = re.findall(r"^(\| \|.*\n)\|[-|]+\|\n((?:\|.*\n)+)", markdown, re.M)
+    lines = [[heading, *body.splitlines()] for heading, body in found]
+    return [[[c.strip(" `") for c in row.strip()[1:-1].split("|")] for row in t] for t in lines]
+
+
+def planned(flags: str) -> dict:
+    return plan.plan(plan.build_parser().parse_args(flags.split()))
+
+
+def needs(model: str, bits: int) -> list[float]:
+    """Return GB: memory at least, memory for all experts, disk."""
+    found = planned(f"{model} --bits {bits} --machine m5-max-128")
+    trunk, experts, token = (found[f"{n}_bytes"] / 1e9 for n in ("trunk", "expert", "token"))
+    system = SYSTEM_BYTES / 1e9
+    return [system + trunk + token, system + trunk + experts, trunk + experts]
+
+
+def speed(flags: str) -> str:
+    """Return tokens/s and the cache in GB, as docs/models.md writes them."""
+    try:
+        found = planned(flags)
+    except FlashMoEError:
+        return "too small"
+    size = brief(found["chosen"]["bank"] / 1e9)
+    return (
+        f"{brief(found['decode_tokens_per_s'])} "
+        f"({'all' if found['chosen']['bank_hits'] == 1 else size})"
+    )
+
+
+def brief(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def test_tables_of_models_are_those_of_the_plan():
+    room, speeds = tables(text("docs/models.md"))
+    for column, model in enumerate(room[0][1:], 1):
+        expected = zip(needs(model, 4), needs(model, 2), strict=True)
+        cells = [f"{brief(four)} ({brief(two)}) GB" for four, two in expected]
+        assert [row[column] for row in room[1:]] == cells
+    for flags, *cells in speeds[1:]:
+        assert cells == [speed(f"{model} {flags}") for model in speeds[0][1:]], flags
+
+
+def test_sample_output_of_the_readme(capsys):
+    """All but the figures is what the command prints."""
+    (_, commands), (_, shown) = BLOCK.findall(text("README.md"))[:2]
+    command, *arguments = words(commands.split("&& .venv/bin/")[-1])
+    assert command == "flashmoe-generate"
+    generate_main(arguments)
+    assert without_figures(capsys.readouterr().out) == without_figures(shown)
+
+
+def without_figures(output: str) -> list[str]:
+    return re.sub(r"\d+(\.\d+)?", "0", output).splitlines()
+
+
+def test_settings_table_of_the_readme():
+    """Every setting is there in each of its three forms, and no other."""
+    body = re.search(
+        r"^\| `flashmoe-generate` \|.*\n\|[-|]+\n((?:\|.*\n)+)", text("README.md"), re.M
+    )
+    assert body
+    columns = [
+        " ".join(c)
+        for c in zip(*(row.split("|")[1:4] for row in body[1].splitlines()), strict=True)
+    ]
+    flags, variables, entries = (re.findall(r"(?<=`)[\w-]+", column) for column in columns)
+    streaming = next(g for g in generate_parser()._action_groups if g.title == "streaming")
+    assert sorted(set(flags) - VALUES) == sorted(
+        a.option_strings[0] for a in streaming._group_actions
+    )
+    fields = [field.name for field in dataclasses.fields(StreamConfig)]
+    assert sorted(entries) == sorted(fields)
+    sources = [
+        path.read_text(encoding="utf-8") for f in FOLDERS for path in (ROOT / f).glob("*.py")
+    ]
+    named = set(re.findall(r"\bFLASHMOE_[A-Z]\w*", "".join(sources)))
+    assert set(variables) - VALUES == named | {f"FLASHMOE_{name.upper()}" for name in fields}
