@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ HALF = ".half"  # after the name of a file that a killed run began to download
 PIECE_BYTES = 16 << 20
 FIRST_BYTES = 1 << 14  # of a file, asked for at once: most headers fit
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before another attempt
+LONGEST_WAIT = 300  # seconds; the Hub counts requests in windows of five minutes
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
@@ -151,9 +153,10 @@ def find_repo(name: str, revision: str | None) -> Repo:
     Raises:
         Exception: one of the client's many kinds.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
-    ask = partial(HfApi().model_info, name, revision=revision, files_metadata=True)
+    limit = constants.HF_HUB_DOWNLOAD_TIMEOUT  # of seconds without an answer; else there is none
+    ask = partial(HfApi().model_info, name, revision=revision, files_metadata=True, timeout=limit)
     info = patiently(name, ask, WAITS[:2])
     if not info.sha:
         raise OSError("no commit came")
@@ -193,9 +196,23 @@ def patiently(what: str, act: Callable[[], T], waits: tuple[float, ...] | None =
         except Exception as error:
             if _is_final(error):
                 raise
+            wait = max(wait, _asked_to_wait(error))
             tqdm.write(f"{what}: {reason(error)}; again in {wait:g} s", file=sys.stderr)
             time.sleep(wait)
     return act()
+
+
+def _asked_to_wait(error: Exception) -> float:
+    """Return for how many seconds a server wants to be left alone, as with 429 and 503."""
+    for cause in _causes(error):
+        headers = getattr(getattr(cause, "response", None), "headers", None) or {}
+        asked = (
+            headers.get("Retry-After", ""),
+            *re.findall(r"\bt=(\d+)", headers.get("RateLimit", "")),
+        )
+        if seconds := [int(text) for text in asked if re.fullmatch(r"\d{1,9}", text)]:
+            return float(min(max(seconds), LONGEST_WAIT))
+    return 0.0
 
 
 def _is_final(error: Exception) -> bool:

@@ -229,11 +229,28 @@ def data_bytes(plan: Plan, done: Entries) -> int:
     return total
 
 
-def leftover_bytes(out: Path, done: Entries) -> int:
-    """Return the bytes of files that were being written when a conversion was killed.
+def leftovers(out: Path, plan: Plan, done: Entries) -> list[Path]:
+    """Return the weight files, whole or NAME.tmp, that `finished` does not vouch for.
 
-    Those that it goes on with, by the entries of `finished`, are none.
+    They are what a killed conversion was writing, or had written and not put into the journal yet.
     """
-    kept = {out / (name + TEMPORARY) for name, entry in done.items() if "written" in entry}
-    found = (path.lstat() for path in out.rglob("*" + TEMPORARY) if path not in kept)
+    paths = []
+    for file in (*plan.trunk, *plan.layers):
+        path, entry = out / place(file), done.get(place(file))
+        if entry is None or "written" in entry:
+            paths.append(path)
+        if entry is None or "written" not in entry:
+            paths.append(path.with_name(path.name + TEMPORARY))
+    return [path for path in paths if os.path.lexists(path)]
+
+
+def leftover_bytes(out: Path, plan: Plan, done: Entries) -> int:
+    """Return the bytes on disk of leftovers."""
+    found = (path.lstat() for path in leftovers(out, plan, done))
     return sum(min(status.st_size, 512 * status.st_blocks) for status in found)
+
+
+def remove_leftovers(out: Path, plan: Plan, done: Entries) -> None:
+    """Delete leftovers, so that no file is on the disk twice while it is written anew."""
+    for path in leftovers(out, plan, done):
+        path.unlink()

@@ -27,6 +27,7 @@ from flashmoe_mlx.convert.journal import (
     leftover_bytes,
     locked,
     remove_journal,
+    remove_leftovers,
     write_journal,
 )  # fmt: skip
 from flashmoe_mlx.convert.locate import Found, located
@@ -168,7 +169,7 @@ def _make(
     steps = plan_steps(source, plan, done, frozenset(shards.sizes), shards.held())
     fetching = fetched(steps, shards.sizes, shards.held())
     needed = to_write + fetching.most_bytes
-    free = shutil.disk_usage(_existing_parent(out)).free + leftover_bytes(out, done)
+    free = shutil.disk_usage(_existing_parent(out)).free + leftover_bytes(out, plan, done)
     free += shards.nbytes()
     if dry_run:
         print(describe(source, plan, out, fetching, to_write, free))
@@ -188,6 +189,7 @@ def _make(
         done = finished(out, plan, begun)
         (out / EXPERT_DIR / MANIFEST).unlink(missing_ok=True)
         write_journal(out, begun, done)
+        remove_leftovers(out, plan, done)
         if link:
             content = _link(source, plan, out)
         else:

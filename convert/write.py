@@ -105,12 +105,20 @@ class TensorFile:
         """Write bytes from byte `start` of a tensor; they may run on into those that follow."""
         view = memoryview(data).cast("B")
         begin = self._header.starts[self._index[name]] + start
-        write_at(self._file, view, len(self._header.data) + begin)
+        self._write_at(view, len(self._header.data) + begin)
         self._account(view, begin)
         self._unsynced += view.nbytes
         if self._unsynced >= SYNC_BYTES and all(sync.done() for sync in self._syncs):
             self._syncs.append(self._syncer.submit(os.fsync, self._file))
             self._unsynced = 0
+
+    def _write_at(self, data: Buffer, offset: int) -> None:
+        try:
+            write_at(self._file, data, offset)
+        except OSError as error:  # which knows a descriptor only
+            place = f"{offset:,} of {self._header.file_bytes:,}"
+            error.filename = f"{self._temporary}, byte {place}"
+            raise
 
     def _account(self, view: memoryview, begin: int) -> None:
         """Carry on the checksums of the tensors that these bytes belong to."""
@@ -177,6 +185,9 @@ class TensorFile:
                 for sync in self._syncs:
                     sync.result()  # the system reports a failed write only once
                 self._finish()
+        except OSError as failure:
+            failure.filename = failure.filename or str(self._temporary)
+            raise
         finally:
             os.close(self._file)
             if not self._kept:
@@ -185,7 +196,7 @@ class TensorFile:
     def _finish(self) -> None:
         assert self.whole or self._visits, f"{self.path}: bytes are missing"
         if self.whole:
-            write_at(self._file, self._header.data, 0)
+            self._write_at(self._header.data, 0)
         os.fsync(self._file)
         self._kept = self._visits
         if self.whole:
@@ -250,6 +261,9 @@ def _durable(path: Path) -> Iterator[int]:
         yield file
         os.fsync(file)
         _publish(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(temporary)
+        raise
     finally:
         os.close(file)
         temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import select
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any, Self
 API = re.compile(r"/api/models/(\w+/\w+)(?:/(revision|tree)/(\w+))?$")
 RESOLVE = re.compile(r"/(\w+/\w+)/resolve/(\w+)/([\w./-]+)$")
 CHUNK = 1 << 15
+STALL_S = 20
 
 
 def commit(letter: str) -> str:
@@ -26,8 +28,9 @@ class Fault:
     """What goes wrong the next time that a file is asked for.
 
     By kind, `value` is: "status": which; "drop": bytes to send before the connection is dropped;
-    "bytes", "etag": what comes in place of the right one; "plain": anything, and byte ranges are
-    ignored.
+    "stall": bytes to send before nothing more comes; "bytes", "etag": what comes in place of the
+    right one; "plain": anything, and byte ranges are ignored; "busy": what a refusal with status
+    429 says in its headers.
     """
 
     kind: str
@@ -44,6 +47,7 @@ class HubServer(ThreadingHTTPServer):
         sent: bytes of content sent, by file.
         asked: how often a file's content was asked for.
         faults: what goes wrong with a file, in that order.
+        outwaited: how often a client waited for a stalled connection to the end, STALL_S.
         listener: hears of every piece of content that was sent: file, and bytes of it so far.
     """
 
@@ -55,6 +59,7 @@ class HubServer(ThreadingHTTPServer):
         self.main: dict[str, str] = {}
         self.listing: list[dict[str, Any]] = []  # entries to add to every list of files
         self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.outwaited = 0
         self.listener: Callable[[str, int], None] = lambda file, sent: None
         self.reset()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -103,8 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(404)
 
-    def _refuse(self, status: int) -> None:
+    def _refuse(self, status: int, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -121,7 +128,15 @@ class _Handler(BaseHTTPRequestHandler):
         directory = self.server.repos.get(name, {}).get(str(revision))
         return directory and (str(revision), directory)
 
+    def _stall(self) -> None:
+        """Send nothing until the client has gone."""
+        if not select.select([self.connection], [], [], STALL_S)[0]:
+            self.server.outwaited += 1
+        self.close_connection = True
+
     def _list(self, name: str, what: str | None, revision: str | None) -> None:
+        if self._fault(name, "stall") is not None:
+            return self._stall()
         if status := self._fault(name, "status"):
             return self._refuse(status)
         if not (found := self._directory(name, revision)):
@@ -144,6 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, name: str, revision: str, file: str, send: bool) -> None:
         if status := self._fault(file, "status"):
             return self._refuse(status)
+        if headers := self._fault(file, "busy"):
+            return self._refuse(429, headers)
+        if not send and self._fault(file, "stall") is not None:
+            return self._stall()
         found = self._directory(name, revision)
         if not found or not (found[1] / file).is_file():
             return self._refuse(404)
@@ -171,13 +190,16 @@ class _Handler(BaseHTTPRequestHandler):
         return int(match[1]), min(int(match[2] or size) + bool(match[2]), size)
 
     def _send(self, file: str, content: memoryview, start: int) -> None:
-        limit = self._fault(file, "drop")
+        stalled = self._fault(file, "stall")
+        limit = self._fault(file, "drop") if stalled is None else stalled
         stop = len(content) if limit is None else min(limit, len(content))
         for place in range(0, stop, CHUNK):
             piece = content[place : min(place + CHUNK, stop)]
             self.wfile.write(piece)
             self.server.sent[file] += len(piece)
             self.server.listener(file, start + place + len(piece))
+        if stalled is not None:
+            self._stall()
         if limit is not None:
             self.close_connection = True
 

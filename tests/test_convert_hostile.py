@@ -118,15 +118,25 @@ def test_tensors_without_bytes_are_fine(tmp_path):
     assert [info.nbytes for info in found.values()] == [0, 16, 0]
 
 
-def test_what_is_no_file_is_not_opened(hf):
+def test_what_is_no_file_is_not_opened(root, hf):
     """Opening a named pipe would wait for ever."""
     path = hf / "model-00002-of-00003.safetensors"
     path.unlink()
     os.mkfifo(path)
     refused(hf, r"model-00002-of-00003.safetensors: not a regular file")
-    (hf / "config.json").unlink()
-    os.mkfifo(hf / "config.json")
-    refused(hf, r"config.json: cannot be read \(not a regular file\)")
+    path.unlink()
+    shutil.copy(root / "hf" / path.name, path)
+    for name, match in (
+        (INDEX, r"index.json: damaged \(not a regular file\)"),
+        ("config.json", r"config.json: cannot be read \(not a regular file\)"),
+    ):
+        (hf / name).unlink()
+        os.mkfifo(hf / name)
+        refused(hf, match)
+    manifest = shutil.copytree(root / "stock", hf / "mlx") / "model_experts/manifest.json"
+    manifest.parent.mkdir()
+    os.mkfifo(manifest)
+    refused(hf / "mlx", r"manifest.json: damaged \(not a regular file\)", quantize=False)
 
 
 # --- which tensors -------------------------------------------------------------------------------
@@ -243,6 +253,23 @@ def test_the_largest_numbers_are_numbers(dtype, kind):
             check_finite(data, dtype, "x")
     check_finite(np.full(8, 255, np.uint8), "U32", "x")  # codes may be anything
     check_finite(np.empty(0, np.uint8), dtype, "x")
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize(
+    ("name", "shape", "match"),
+    [
+        ("layers.0.linear_attn.conv1d.weight", (), r"has shape \[\], expected \[channels, 1, kern"),
+        ("embed_tokens.weight", (0, 128), r"has shape \[0, 128\], so it has no elements. Download"),
+        ("layers.1.input_layernorm.weight", (0,), r"has shape \[0\], so it has no elements"),
+        ("norm.weight", (128, 0), r"has shape \[128, 0\], so it has no elements"),
+    ],
+)
+def test_tensors_without_elements_or_dimensions(root, tmp_path, quantize, name, shape, match):
+    name = f"language_model.model.{name}"
+    source = shutil.copytree(root / "stock", tmp_path / "mlx") if not quantize else single(tmp_path)
+    retyped(source, name, lambda value: mx.zeros(shape, mx.bfloat16))
+    refused(source, match, quantize)
 
 
 # --- config and links ----------------------------------------------------------------------------

@@ -319,6 +319,35 @@ def test_faults_that_pass(root, server, files, sizes, tmp_path, capfd):
     assert re.search(rf"{NAME}: {files[3]}: {len(data):,} bytes of checksum \w+ came, exp", told)
 
 
+def test_connections_that_stall(root, server, files, sizes, tmp_path, monkeypatch):
+    """Nobody waits for ever: for the list, a header, the ETag, or the rest of a file."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 0.3)
+    server.faults |= {
+        NAME: [Fault("stall", 0)],
+        files[0]: [Fault("stall", 0), Fault("stall", 0, "HEAD")],
+        files[1]: [Fault("stall", 5000), Fault("stall", sizes[files[1]] - 1000)],
+    }
+    convert(NAME, tmp_path / "out", quantize=True)
+    assert_same(root, tmp_path / "out")
+    assert not any(server.faults.values()) and not server.outwaited
+    assert server.sent[files[1]] == sizes[files[1]] + 5000 + hub.FIRST_BYTES  # no byte came twice
+
+
+def test_a_server_that_is_busy_says_for_how_long(root, server, files, tmp_path, monkeypatch):
+    waited: list[float] = []
+    monkeypatch.setattr(hub.time, "sleep", waited.append)
+    server.faults |= {
+        files[0]: [Fault("busy", {"Retry-After": "7"})],
+        files[1]: [Fault("busy", {"RateLimit": '"resolvers";r=0;t=123'})],
+        files[2]: [Fault("busy", {"Retry-After": "99999"})],
+        files[3]: [Fault("busy", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"})],
+    }
+    convert(NAME, tmp_path / "out", quantize=True, dry_run=True)
+    assert not any(server.faults.values())
+    assert sorted(waited) == [0, 7, 123, hub.LONGEST_WAIT]
+
+
 @pytest.mark.parametrize("kind", ["bytes", "status", "gone"])
 def test_faults_that_stay(root, server, files, tmp_path, kind):
     """The file is named, nothing wrong stays on disk, and the same command goes on later."""

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -298,6 +299,7 @@ def test_link_goes_on_too(root, tmp_path, monkeypatch):
 # --- no room -------------------------------------------------------------------------------------
 
 ROOM = 500_000
+LAYER_BYTES = 8 * 3 * 128 * 64 * 9 // 16
 
 
 @pytest.fixture
@@ -343,9 +345,8 @@ def test_full_disk(root, small_disk, monkeypatch, simulated):
     for _ in range(2):  # the second finds no more room than the first
         with pytest.raises(FlashMoEError) as error:
             convert(root / "hf", out, quantize=True)
-        assert "(No space left on device). Free some space. Run the same command" in str(
-            error.value
-        )
+        assert "(No space left on device). Free some space. Run the same" in str(error.value)
+        assert str(error.value).startswith(f"{out}/")
         assert_not_whole(out)
         assert not list(out.rglob("*.tmp"))
     assert read(out / JOURNAL)["files"]
@@ -355,11 +356,51 @@ def test_full_disk(root, small_disk, monkeypatch, simulated):
     assert contents(out) == contents(root / "whole")
 
 
+def test_the_message_names_file_and_byte(root, tmp_path, monkeypatch):
+    real = os.pwrite
+
+    def pwrite(file, data, offset):
+        if offset > 100_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data, offset)
+
+    monkeypatch.setattr(write.os, "pwrite", pwrite)
+    with pytest.raises(FlashMoEError) as error:
+        convert(root / "hf", tmp_path / "out", quantize=True)
+    assert re.match(
+        rf"{tmp_path}/out/\S+\.safetensors\.tmp, byte 1\d\d,\d{{3}} of \d\d\d,\d{{3}}: cannot be "
+        r"written \(No space left on device\)\. Free some space\. Run the same command again to go on",
+        str(error.value),
+    )
+
+
+def test_a_file_that_the_journal_does_not_know_yet_is_no_burden(root, half, monkeypatch):
+    """Killed between its rename and the journal's: it is not on the disk twice while made anew."""
+    content = read(half / JOURNAL)
+    del content["files"]["model_experts/layer_01.safetensors"]
+    (half / JOURNAL).write_text(json.dumps(content))
+    shutil.copy(half / "model_experts/layer_01.safetensors", half / "model_experts/x")
+    (half / "model_experts/x").rename(half / "model_experts/layer_03.safetensors.tmp")
+    monkeypatch.setattr(
+        run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, LAYER_BYTES)
+    )
+    real, before = run.write_weights, []
+
+    def write_weights(source, file, *rest):
+        before.append({path.name for path in (half / "model_experts").iterdir()})
+        return real(source, file, *rest)
+
+    monkeypatch.setattr(run, "write_weights", write_weights)
+    convert(root / "hf", half, quantize=True)
+    assert len(before) == 3 and before[0] == {"layer_00.safetensors", "unfinished.json"}
+    assert contents(half) == contents(root / "whole")
+
+
 def test_what_a_killed_run_was_writing_counts_as_free(root, half, monkeypatch, capsys):
     size = (half / "model_experts/layer_02.safetensors.tmp").stat().st_size
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
     convert(root / "hf", half, quantize=True, dry_run=True)
     text = capsys.readouterr().out
     assert size > 0 and f"free disk   {1000 + size:,} bytes" in text
-    left = 2 * 8 * 3 * 128 * 64 * 9 // 16  # two layers
+    left = 2 * LAYER_BYTES
     assert f"to write    {left:,} bytes" in text

@@ -18,8 +18,8 @@ INDEX = "model.safetensors.index.json"
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 8, 31, 64, 1 << 20, 1 << 31, 1 << 63, 1 << 64, 10**30, 1.5,
     -0.0, 1e300, float("nan"), float("inf"), "", "x", "..", "../../x", "/etc/passwd", "\0",
-    "\ud800", "a" * 5000, [], {}, [1], [[]], {"a": 1}, "F32", "BF16", "F16", "U32", "I32", "U8", "F64",
-    "BOOL", "model.safetensors", "layer_00.safetensors", "qwen3_5_moe", "affine", "mxfp4",
+    "\ud800", "a" * 5000, [], {}, [1], [[]], {"a": 1}, "F32", "BF16", "F16", "U32", "I32", "U8",
+    "F64", "BOOL", "model.safetensors", "layer_00.safetensors", "qwen3_5_moe", "affine", "mxfp4",
 )  # fmt: skip
 NAMES = (
     "../../x", "/x", "__metadata__", "", "\0", "\ud800", "x" * 1001, "mtp.norm.weight",

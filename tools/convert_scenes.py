@@ -147,7 +147,8 @@ def watched(folder: Path, seconds: float = 0.01) -> Iterator[list[int]]:
 
     def look() -> None:
         while not ended.wait(seconds):
-            most[0] = max(most[0], on_disk(folder))
+            with contextlib.suppress(OSError):  # a folder has gone
+                most[0] = max(most[0], on_disk(folder))
 
     thread = threading.Thread(target=look)
     thread.start()
