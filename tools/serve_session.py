@@ -20,6 +20,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import openai
@@ -177,10 +178,12 @@ def memory_table(outcome: Outcome, minutes: float) -> Iterator[str]:
     warm = [s for s in samples if s.seconds >= WARM_UP * minutes * 60]
     growth, error = slope(warm)
     rss = [s.usage.rss for s in warm]
+    half = len(rss) // 2
     yield (
-        f"\nThe last {minutes * (1 - WARM_UP):g} minutes, {len(warm)} samples: {min(rss):.1f} to "
-        f"{max(rss):.1f} MiB; slope {growth:+.1f} MiB an hour, twice its standard error "
-        f"{error:.1f}."
+        f"\nThe last {minutes * (1 - WARM_UP):g} minutes, {len(warm)} samples: {min(rss):.0f} to "
+        f"{max(rss):.0f} MiB, {mean(rss[:half]):.1f} in the mean of the first half, "
+        f"{mean(rss[half:]):.1f} in that of the second; slope {growth:+.0f} MiB an hour, twice its "
+        f"standard error {error:.0f}."
     )
 
 
@@ -212,8 +215,12 @@ def session(model: Path, cache: str, minutes: float, sources: bool) -> Iterator[
         yield from played(client, server, sources)
         before = server.usage()
         yield from under_load(client, server, minutes)
-        read = (server.usage().read - before.read) / 1e9
-        yield f"\nRead meanwhile: {read:.2f} GB. /health said {server.health()} in the end.\n"
+        after = server.usage()
+        yield (
+            f"\nRead meanwhile: {(after.read - before.read) / 1e9:.2f} GB. In the end /health said "
+            f"{server.health()}; {after.descriptors} descriptors and {after.threads} threads, "
+            f"{before.descriptors} and {before.threads} before the load.\n"
+        )
 
 
 HEADER = """# A recorded session
