@@ -1,0 +1,98 @@
+"""Install the wheel where no checkout is, and run every command there as a user would.
+
+    python tools/walk.py FOLDER
+
+FOLDER must not exist; it gets a virtual environment, a home and a working directory (1 GB). Each
+command runs in Python's development mode with warnings as errors; one that exits with another
+code than expected, or warns, ends the walk with its output. pip needs its index.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WARNED = re.compile(r"\w*Warning\b|Exception ignored|Traceback")
+API = """
+import flashmoe_mlx
+print(flashmoe_mlx.__file__)
+model, tokenizer = flashmoe_mlx.load("packed", expert_cache="1MiB")
+with model:
+    print(flashmoe_mlx.generate(model, tokenizer, "Hello", max_tokens=8))
+"""
+# What is ours runs with warnings as errors; stock mlx-lm's commands as they are.
+COMMANDS = (
+    "flashmoe-generate --prompt Hello --max-tokens 8",
+    "flashmoe-convert --hf-path {bundled} --mlx-path packed -q --q-bits 4 --dry-run",
+    "flashmoe-convert --hf-path {bundled} --mlx-path packed -q --q-bits 4",
+    "flashmoe-convert --hf-path {bundled} --mlx-path linked --link",
+    "flashmoe-convert verify packed",
+    "flashmoe-generate --model packed --prompt Hello --max-tokens 8 --expert-cache 1MiB --stats",
+    "flashmoe-doctor packed",
+    "flashmoe-doctor",
+    "flashmoe-bench io --model packed --rounds 2 --threads 1 8",
+    "flashmoe-bench kernels --geometry tiny",
+    "flashmoe-bench decode --geometry tiny --runs 1 --tokens 8",
+    "flashmoe-plan --model 397b --machine m3-max-48",
+    "flashmoe-plan --check",
+    "api.py",
+    "mlx_lm.generate --model packed --trust-remote-code --prompt Hello --max-tokens 8",
+    "mlx_lm.generate --model linked --trust-remote-code --prompt Hello --max-tokens 8",
+)
+
+
+def main() -> None:
+    """Build, install, and run all commands."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="a folder to make")
+    folder = parser.parse_args().folder.absolute()
+    here = folder / "here"
+    here.mkdir(parents=True)
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv/bin/python"
+    pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", folder, sources(folder)], check=True)
+    (wheel,) = folder.glob("*.whl")
+    extra = "" if sys.platform == "darwin" else "[cpu]"
+    subprocess.run([*pip, "install", f"{wheel}{extra}"], check=True)
+    (here / "api.py").write_text(API)
+    code = "from flashmoe_mlx import BUNDLED_MODEL as path; print(path)"
+    found = subprocess.run([python, "-c", code], cwd=here, capture_output=True, check=True)
+    for command in COMMANDS:
+        walk(folder, command.format(bundled=found.stdout.decode().strip()))
+
+
+def sources(folder: Path) -> Path:
+    """Copy the repository's files, so that nothing is built in the checkout."""
+    copy = folder / "source"
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    for name in names.stdout.decode().split("\0")[:-1]:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+    return copy
+
+
+def walk(folder: Path, command: str) -> None:
+    """Run one command, print its last line and its time, and exit if it is not well."""
+    name, *arguments = command.split()
+    script = folder / "venv/bin" / name if (folder / "venv/bin" / name).exists() else name
+    strict = [] if name.startswith("mlx_lm") else ["-X", "dev", "-W", "error"]
+    start = time.perf_counter()
+    result = subprocess.run(
+        [folder / "venv/bin/python", *strict, script, *arguments],
+        cwd=folder / "here", capture_output=True, text=True,
+        env={"HOME": str(folder), "PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    said = result.stdout + result.stderr
+    print(f"{time.perf_counter() - start:6.1f} s  {command}", flush=True)
+    if result.returncode or (strict and WARNED.search(said)):
+        sys.exit(f"exit code {result.returncode}\n{said}")
+
+
+if __name__ == "__main__":
+    main()
