@@ -21,7 +21,7 @@ from .errors import FlashMoEError
 from .live import Live
 from .loader import BUNDLED_MODEL, load
 from .memory import peak_bytes
-from .options import chat_options, check_options
+from .options import UNSUPPORTED, chat_options, check_options
 from .run_stats import RunStats
 
 INTERRUPTED = 130
@@ -66,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="Show tokens per second, the disk's GB/s and the hit rate while text comes",
     )  # fmt: skip
     for action in parser._actions:
+        if action.dest in (*UNSUPPORTED, "num_draft_tokens"):
+            action.help = argparse.SUPPRESS
         if action.dest == "model":
             action.help = "A model directory or Hugging Face repo (default: the bundled model)"
     return parser
