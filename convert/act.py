@@ -10,9 +10,10 @@ import mlx.core as mx
 from flashmoe_mlx.convert.calibrate import LayerInputs
 from flashmoe_mlx.convert.checksum import CHECKSUM as CHECKSUM
 from flashmoe_mlx.convert.checksum import as_text, joined
+from flashmoe_mlx.convert.codes import quantize
 from flashmoe_mlx.convert.experts import ExpertSteps
 from flashmoe_mlx.convert.parts import LayerPlan, TrunkFile, TrunkTensor
-from flashmoe_mlx.convert.quantize import Part, quantize
+from flashmoe_mlx.convert.quantize import Part
 from flashmoe_mlx.convert.read import (
     FLOATS,
     Bytes,
@@ -116,12 +117,21 @@ def write_layer(
 
 def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> str:
     """Write one expert's bytes, in pieces that follow one another, and return their checksum."""
-    first, start = f"experts.{expert}.{FIELDS[0]}", 0
-    for part in record:
-        data = as_buffer(part)
-        file.write(first, data, start)
-        start += data.nbytes
+    first = f"experts.{expert}.{FIELDS[0]}"
+    file.write(first, _end_to_end([as_buffer(part) for part in record]))
     return as_text(joined(file.checksums(first, len(FIELDS))))
+
+
+def _end_to_end(parts: Sequence[memoryview]) -> memoryview:
+    """Return parts as one, in memory that can be written past the page cache."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = Reader.buffer(sum(part.nbytes for part in parts)).data
+    start = 0
+    for part in parts:
+        joined[start : start + part.nbytes] = part.cast("B")
+        start += part.nbytes
+    return joined
 
 
 def _records(plan: LayerPlan, file: TensorFile) -> Entry:

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
+from flashmoe_mlx.convert.codes import Codes
 from flashmoe_mlx.convert.compensate import DAMPING, quantize_for
-from flashmoe_mlx.convert.fit import Codes
 from flashmoe_mlx.convert.parts import Projection
 from flashmoe_mlx.convert.read import FLOATS
 from flashmoe_mlx.errors import FlashMoEError

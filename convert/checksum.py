@@ -21,11 +21,28 @@ def joined(parts: Iterable[tuple[int, int]]) -> int:
     """
     total = 0
     for checksum, nbytes in parts:
-        total = _multiply(_shift(nbytes), total) ^ checksum
+        first, second, third, fourth = _tables(nbytes)
+        total = (
+            first[total & 255] ^ second[total >> 8 & 255] ^ third[total >> 16 & 255]
+            ^ fourth[total >> 24] ^ checksum
+        )  # fmt: skip
     return total
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(256)
+def _tables(nbytes: int) -> list[list[int]]:
+    """Return what x^(8 * nbytes) makes of each of a polynomial's four bytes, lowest first."""
+    factor = _shift(nbytes)
+    rows = [_multiply(factor, 1 << bit) for bit in range(32)]
+    tables = []
+    for byte in range(4):
+        table = [0]
+        for row in rows[8 * byte : 8 * byte + 8]:
+            table += [entry ^ row for entry in table]
+        tables.append(table)
+    return tables
+
+
 def _shift(nbytes: int) -> int:
     """Return x^(8 * nbytes) modulo the polynomial."""
     result, factor = _ONE, _BYTE

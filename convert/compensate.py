@@ -14,7 +14,8 @@ Pre-trained Transformers" (2022); scales fitted by least squares and the shared 
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.convert.fit import Codes, fit, pack
+from flashmoe_mlx.convert.codes import Codes
+from flashmoe_mlx.convert.fit import fit, pack
 from flashmoe_mlx.convert.parts import Quant
 from flashmoe_mlx.convert.refine import Fit, Floats, refine
 

@@ -10,30 +10,15 @@ Alternating least squares from several clipped ranges is common knowledge; round
 the codes are chosen is what keeps a 2-bit weight where it was meant to be.
 """
 
-import importlib.util
-from typing import NamedTuple
-
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx.convert.codes import Codes, has_numba, quantize
 from flashmoe_mlx.convert.parts import Quant
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the group's range
 STEPS = 8  # improvements from each start
 CHUNK = 1 << 22  # weights at a time: some thirty times as many bytes are in use
-
-
-class Codes(NamedTuple):
-    """A quantised matrix: packed uint32 `[..., rows, columns * bits / 32]`, and one per group."""
-
-    codes: mx.array
-    scales: mx.array
-    biases: mx.array
-
-    def restored(self, quant: Quant) -> mx.array:
-        """Return float32 `[..., rows, columns]`, not rounded to the dtype of the scales."""
-        wide = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
-        return mx.dequantize(self.codes, *wide, quant.group_size, quant.bits)
 
 
 def fit(
@@ -58,7 +43,7 @@ def fit(
         counts = mx.broadcast_to(importance.astype(mx.float32), weights.shape)
         counts = counts.reshape(rows.shape)
     size = max(1, CHUNK // quant.group_size)
-    fit_rows = _fit_on_cpu if _has_numba() else _fit_rows
+    fit_rows = _fit_on_cpu if has_numba() else _fit_rows
     parts = []
     for first in range(0, len(rows), size):
         some = counts if len(counts) == 1 else counts[first : first + size]
@@ -72,19 +57,13 @@ def fit(
     return Codes(packed, scales.reshape(groups), biases.reshape(groups))
 
 
-def _has_numba() -> bool:
-    """Say whether to search by numba: on a processor, where MLX's own ops take far longer."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return on_cpu and importlib.util.find_spec("numba") is not None
-
-
 def _fit_on_cpu(
     rows: mx.array, counts: mx.array, quant: Quant, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Do what `_fit_rows` does, by numba."""
     from flashmoe_mlx.convert.fit_cpu import KINDS, fit_groups
 
-    _, scales, biases = mx.quantize(rows, quant.group_size, quant.bits)
+    _, scales, biases = quantize(rows, quant)
     start = [np.array(x.astype(dtype).astype(mx.float32))[:, 0] for x in (scales, biases)]
     codes = np.empty(rows.shape, np.uint8)
     shares = np.array(STARTS, np.float32)
@@ -110,7 +89,7 @@ def _fit_rows(
         steps = (rows - biases) / mx.where(scales == 0, 1.0, scales)
         return mx.clip(mx.round(mx.where(scales == 0, 0.0, steps)), 0, most)
 
-    _, scales, biases = mx.quantize(rows, quant.group_size, quant.bits)
+    _, scales, biases = quantize(rows, quant)
     scales, biases = stored(scales), stored(biases)
     codes = nearest(scales, biases)
     best = codes, scales, biases, _error(rows, codes, scales, biases, weight)

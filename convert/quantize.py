@@ -7,28 +7,18 @@ from typing import TypeAlias
 import mlx.core as mx
 
 from flashmoe_mlx.convert.calibrate import LayerInputs
-from flashmoe_mlx.convert.fit import Codes, fit
+from flashmoe_mlx.convert.codes import Codes, quantize
+from flashmoe_mlx.convert.fit import fit
 from flashmoe_mlx.convert.parts import (
     LEAST_SQUARES,
     MIN_MAX,
     LayerPlan,
     Projection,
-    Quant,
     Spec,
 )
 from flashmoe_mlx.convert.read import FLOATS, Bytes, as_array
 
 Part: TypeAlias = mx.array | Bytes
-
-
-def quantize(weights: mx.array, quant: Quant) -> Codes:
-    """Quantise float `[..., rows, columns]` by each group's extremes, as mlx-lm does.
-
-    Returns:
-        Packed codes uint32 `[..., rows, columns * bits / 32]`; scales and biases
-        `[..., rows, columns / group]` in the dtype of the weights.
-    """
-    return Codes(*mx.quantize(weights, quant.group_size, quant.bits))
 
 
 def encode_floats(

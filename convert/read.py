@@ -28,6 +28,7 @@ _NOT_FINITE: dict[str, tuple[int, npt.DTypeLike, npt.DTypeLike]] = {
     "F16": (0x7C00, np.int16, np.uint16),
     "F32": (0x7F800000, np.int32, np.uint32),
 }
+PAGE = 4096  # what reads and writes past the page cache want to be multiples of
 _READ_LIMIT = 1 << 30  # Linux and macOS both stop a single read short of 2 GiB.
 
 
@@ -67,8 +68,10 @@ class Reader:
 
     @staticmethod
     def buffer(nbytes: int) -> Bytes:
-        """Return uninitialised memory, uint8 `[nbytes]`."""
-        return np.empty(nbytes, np.uint8)
+        """Return uninitialised memory, uint8 `[nbytes]`, that starts on a page."""
+        memory = np.empty(nbytes + PAGE, np.uint8)
+        start = -memory.ctypes.data % PAGE
+        return memory[start : start + nbytes]
 
     def read_into(self, file: Path, offset: int, buffer: Bytes) -> None:
         """Fill `buffer` (uint8, contiguous) from `offset`.

@@ -40,7 +40,7 @@ def errors(w, found, quant, importance=1.0) -> np.ndarray:
 @pytest.fixture(params=["numba", "mlx"])
 def executor(request, monkeypatch):
     """Search by numba, or by MLX's own ops as on a GPU."""
-    monkeypatch.setattr(module, "_has_numba", lambda: request.param == "numba")
+    monkeypatch.setattr(module, "has_numba", lambda: request.param == "numba")
 
 
 @pytest.mark.usefixtures("executor")
@@ -79,7 +79,7 @@ def test_numba_finds_what_mlx_finds(monkeypatch, dtype, weighted):
     importance = mx.abs(random(24, 256, seed=1)) if weighted else None
     found = []
     for numba in (True, False):
-        monkeypatch.setattr(module, "_has_numba", lambda numba=numba: numba)
+        monkeypatch.setattr(module, "has_numba", lambda numba=numba: numba)
         found.append(
             errors(
                 w,
