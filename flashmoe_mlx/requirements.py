@@ -1,8 +1,10 @@
-"""Whether the installed packages are as new as this one needs. Imports none of them."""
+"""Whether the installed packages are there and as new as this one needs. Imports MLX at most."""
 
+import importlib
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 from packaging.requirements import Requirement
 
@@ -12,22 +14,33 @@ NAME = "flashmoe-mlx"
 
 
 def check_packages() -> None:
-    """Compare what is installed with what this package's own metadata asks for.
+    """Compare what is installed with what this package's own metadata asks for, and try MLX.
 
     Pip does so when it installs, but not when another package is changed later.
 
     Raises:
-        FlashMoEError: a package is missing or too old; in one of our commands it is printed
-            instead, and the command exits with 2.
+        FlashMoEError: a package is missing, too old, or MLX has no part that computes; in one of
+            our commands it is printed instead, and the command exits with 2.
     """
     try:
         wanted = [Requirement(line) for line in metadata.requires(NAME) or ()]
     except metadata.PackageNotFoundError:  # a source tree that was not installed
         return
-    faults = [fault for each in wanted if (fault := _fault(each))]
-    if not faults:
-        return
-    error = FlashMoEError(f"{'; '.join(faults)}. Install them: pip install -U {NAME}")
+    faults = {each: fault for each in wanted if (fault := _fault(each))}
+    if faults:
+        names = " ".join(f'"{each.name}{each.specifier}"' for each in faults)
+        _refuse(f"{'; '.join(faults.values())}. Install them: pip install -U {names}")
+    try:
+        importlib.import_module("mlx.core")
+    except ImportError as error:  # on Linux without an extra of ours
+        _refuse(
+            f"MLX cannot be imported ({error}). Install what it computes with: "
+            'pip install "mlx[cpu]" numba, or with an NVIDIA GPU "mlx[cuda13]" or "mlx[cuda12]"'
+        )
+
+
+def _refuse(text: str) -> NoReturn:
+    error = FlashMoEError(text)
     command = Path(sys.argv[0]).name
     if command.startswith("flashmoe-") or command == "-m":
         print(f"{NAME if command == '-m' else command}: error: {error}", file=sys.stderr)

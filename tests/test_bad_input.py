@@ -178,7 +178,10 @@ def test_packages_too_old(command, monkeypatch, capsys):
     old = {"mlx-lm": "0.20.1"}
     monkeypatch.setattr(metadata, "version", lambda name: old.get(name) or real(name))
     monkeypatch.setattr(sys, "argv", [command])
-    expected = r"mlx-lm 0\.20\.1 is installed, but >=[0-9.]+ is needed\. Install them: pip install"
+    expected = (
+        r"mlx-lm 0\.20\.1 is installed, but (>=[0-9.]+) is needed\. Install them: "
+        r'pip install -U "mlx-lm\1"'
+    )
     if command == "python":
         with pytest.raises(FlashMoEError, match=expected):
             requirements.check_packages()
@@ -200,6 +203,22 @@ def test_packages_missing(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["python"])
     with pytest.raises(FlashMoEError, match=r"numpy is not installed, but any version is needed"):
         requirements.check_packages()
+
+
+def test_mlx_without_a_backend(tmp_path):
+    """As pip leaves it on Linux where no extra was asked for."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx/core.py").write_text("raise ImportError('libmlx.so: cannot open')")
+    result = subprocess.run(
+        [sys.executable, "-m", "flashmoe_mlx.plan", "--check"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(
+        "flashmoe-mlx: error: MLX cannot be imported (libmlx.so: cannot open). Install what it "
+        'computes with: pip install "mlx[cpu]" numba'
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from flashmoe_mlx.convert import cli
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.generate_cli import build_parser as generate_parser
 from flashmoe_mlx.generate_cli import main as generate_main
+from flashmoe_mlx.options import UNSUPPORTED
 from flashmoe_mlx.plan_model import SYSTEM_BYTES
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +195,12 @@ def test_tables_of_models_are_those_of_the_plan():
         assert [row[column] for row in room[1:]] == cells
     for flags, *cells in speeds[1:]:
         assert cells == [speed(f"{model} {flags}") for model in speeds[0][1:]], flags
+
+
+def test_help_offers_nothing_that_is_refused():
+    for name in UNSUPPORTED:
+        assert f"--{name.replace('_', '-')}" in generate_parser()._option_string_actions
+        assert f"--{name.replace('_', '-')}" not in generate_parser().format_help()
 
 
 def test_sample_output_of_the_readme(capsys):
