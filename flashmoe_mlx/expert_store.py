@@ -1,4 +1,4 @@
-"""Experts in memory: requests that bring experts, and the counters.
+"""Experts in memory: requests that bring experts.
 
 The store knows nothing of models: it maps (layer, expert ids) to slots of the layer's bank.
 """
@@ -9,7 +9,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import mlx.core as mx
 from .config import CachePlan
 from .cuda_memory import card_reads
 from .errors import FlashMoEError
+from .expert_stats import ExpertStats as ExpertStats
 from .io_mode import open_expert_file
 from .layout import ExpertLayout
 from .reader import Arrival, Batch, Piece, Reader
@@ -29,56 +29,6 @@ from .unbroken import unbroken
 KEPT_CONSUMERS = 2  # one for each half of a bank
 LEAST_PIECE = 256 << 10  # bytes; cutting a record finer costs more than it gains
 LAYERS_AHEAD = 2  # that are read while memory for the next is allocated
-
-
-@dataclass
-class ExpertStats:
-    """Counters since the store was opened or reset.
-
-    Attributes:
-        asked: experts asked for, counted once per layer and step.
-        hits: of these, experts that were resident already, or on their way.
-        reads: byte ranges read.
-        bytes_read: bytes that `preadv` delivered from the expert files, or from the page cache.
-        seconds_waited: time that the caller waited for reads.
-        seconds_reading: time during which at least one read was in flight.
-        bytes_preloaded: bytes read when the store was opened, because the banks hold all experts.
-            No other counter knows of them: nobody had asked for these experts.
-        seconds_preloading: what that took, with the allocation of the banks.
-    """
-
-    asked: int = 0
-    hits: int = 0
-    reads: int = 0
-    bytes_read: int = 0
-    seconds_waited: float = 0.0
-    seconds_reading: float = 0.0
-    bytes_preloaded: int = 0
-    seconds_preloading: float = 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the experts asked for that were resident, 0 to 1."""
-        return self.hits / self.asked if self.asked else 0.0
-
-    def as_dict(self) -> dict[str, float]:
-        """Return the counters and the hit rate as plain numbers."""
-        return {**asdict(self), "hit_rate": self.hit_rate}
-
-    def __str__(self) -> str:
-        """One line for people."""
-        speed = self.bytes_read / self.seconds_reading / 1e9 if self.seconds_reading else 0.0
-        return (
-            f"Experts: {self.asked} asked, {self.hit_rate:.1%} hits, "
-            f"{self.bytes_read / 1e6:.1f} MB in {self.reads} reads, "
-            f"{speed:.2f} GB/s while reading, waited {self.seconds_waited:.3f} s"
-            + (f"; {self.preloaded}" if self.bytes_preloaded else "")
-        )
-
-    @property
-    def preloaded(self) -> str:
-        """A few words for people on what was read at load."""
-        return f"{self.bytes_preloaded / 1e6:.1f} MB at load in {self.seconds_preloading:.2f} s"
 
 
 class Consumer(NamedTuple):
