@@ -51,13 +51,15 @@ def check_repo(repo: str) -> None:
 
 
 def _check_rights(repo: str, owner: str, user: dict[str, Any]) -> None:
-    name = user.get("name")
+    name, role = user.get("name"), user.get("auth", {}).get("accessToken", {}).get("role")
+    if role not in ("read", "write"):  # one of fine grain, of which only the Hub knows the rights
+        return
     if owner not in (name, *(org.get("name") for org in user.get("orgs", ()))):
         raise FlashMoEError(
             f"--upload-repo {repo}: the token is {name}'s, who is not a member of {owner}. Give "
             f"{name}/NAME, or another token."
         )
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    if role == "read":
         raise FlashMoEError(
             f"--upload-repo {repo}: the token may only read. Make one that may write, at "
             "https://huggingface.co/settings/tokens."

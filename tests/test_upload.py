@@ -167,6 +167,12 @@ def test_tokens(root, server, tmp_path, capsys, monkeypatch, token, user, messag
     assert not (tmp_path / "out").exists() and not server.repos
 
 
+def test_the_hub_judges_tokens_of_fine_grain(root, server, tmp_path):
+    server.user = USER | {"orgs": [], "auth": {"accessToken": {"role": "fineGrained"}}}
+    convert(root / "stock", tmp_path / "out", upload_repo="team/tiny")
+    assert_uploaded(server, tmp_path / "out", "team/tiny")
+
+
 def test_a_hub_that_cannot_be_reached(root, server, tmp_path, capsys):
     server.refuse = {"/api/whoami": [0] * 99}
     line = refused(capsys, command(root, tmp_path / "out"))
