@@ -111,8 +111,12 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
     wanted = json.dumps(sorted(formats))
     marker = _marker(wanted)
     if not marker.exists():
-        text = "compiling CPU kernels, once on this machine: a minute or two"
-        print(f"[flashmoe] {text}", file=sys.stderr, flush=True)
+        print(
+            "[flashmoe] compiling CPU kernels, once on this machine for models of these bits: "
+            "a minute or two",
+            file=sys.stderr,
+            flush=True,
+        )
         code = f"from {__name__} import compile_all; compile_all({wanted!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True)
         with contextlib.suppress(OSError):  # a read-only home compiles again next time
