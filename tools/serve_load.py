@@ -14,18 +14,19 @@ import numpy as np
 from stock_server import StockServer, Usage
 
 HELD_OUT = Path(__file__).parent / "bundled_model" / "heldout.jsonl"
-MIX = {"tool": 40, "json": 30, "result": 15, "no_tool": 15}  # of 100 requests
+MIX = {"tool": 12, "json": 14, "result": 6, "no_tool": 8}
 
 Body = dict[str, Any]
 Ask = Callable[[Body], object]
 
 
-def requests(mix: dict[str, int] = MIX, most_tokens: int = 200) -> list[Body]:
+def requests(mix: dict[str, int] = MIX, most_tokens: int = 100) -> list[Body]:
     """Return different requests, greedy: tool calls, JSON, tool results, plain questions.
 
-    They are held-out cases of the bundled model. Kinds follow one another in turn.
+    They are the shortest of the bundled model's held-out cases. Kinds follow one another in turn.
     """
-    cases = [json.loads(line) for line in HELD_OUT.read_text(encoding="utf-8").splitlines()]
+    lines = sorted(HELD_OUT.read_text(encoding="utf-8").splitlines(), key=len)
+    cases = [json.loads(line) for line in lines]
     kinds = [[case for case in cases if case["kind"] == kind][:n] for kind, n in mix.items()]
     spread = [case for group in itertools.zip_longest(*kinds) for case in group if case]
     tools = ({"tools": case["tools"]} if case["tools"] else {} for case in spread)

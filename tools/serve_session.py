@@ -2,11 +2,11 @@
 
     python tools/serve_session.py DIR --out docs/serving-session.md [--minutes 10]
 
-DIR is the bundled model as flashmoe-convert wrote it. Twice, with all experts in memory and with an
-expert cache that holds a quarter of them: tool calls, JSON, a chat whose second turn finds the
-first in the prompt cache, answers broken off, 16 clients whose answers are compared with those to
-one client, and load that goes on while the server's memory is sampled. What does not hold ends the
-tool with a message and exit code 1. Linux only.
+DIR is the bundled model as flashmoe-convert wrote it. Two servers, one with all experts in memory
+and one whose expert cache holds a quarter of them: tool calls, JSON, a chat whose second turn finds
+the first in the prompt cache, answers broken off, 16 clients whose answers are compared with those
+to one client, and load that goes on while the server's memory is sampled. What does not hold ends
+the tool with a message and exit code 1. Linux only.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,7 +32,9 @@ from stock_server import StockServer, answer, assembled
 
 from flashmoe_mlx.machine import facts, versions
 
-CLIENTS, TIMES = 16, 2
+CLIENTS, TIMES = 16, 5
+# Large arrays by mmap, so that what is freed goes back to the system; see docs/serving.md.
+SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 WARM_UP = 0.2  # of the sampled load; memory's slope is that of what follows
 QUESTION = "Create a file with path = notes.txt"
 TABLE = (
@@ -193,7 +197,6 @@ def under_load(client: OpenAI, server: StockServer, minutes: float) -> Iterator[
     start = time.monotonic()
     alone = [ask(body) for body in bodies]
     rate = len(bodies) / (time.monotonic() - start)
-    yield f"### {CLIENTS} clients at once\n"
     yield f"* One client: {len(bodies)} different requests in turn, {rate:.2f} requests/s."
     places = iter([*range(len(bodies))] * TIMES)
     yield f"* {CLIENTS} clients: {fine(load(ask, bodies, alone, CLIENTS, places))}."
@@ -202,25 +205,36 @@ def under_load(client: OpenAI, server: StockServer, minutes: float) -> Iterator[
     yield from memory_table(watched, minutes)
 
 
-def session(model: Path, cache: str, minutes: float, sources: bool) -> Iterator[str]:
-    """Yield what is to be written about one server."""
-    settings = {"FLASHMOE_EXPERT_CACHE": cache}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        StockServer(model, Path(folder) / "log", settings=settings) as server,
-        OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client,
-    ):
+def loaded(client: OpenAI, server: StockServer, minutes: float) -> Iterator[str]:
+    """Yield what is to be written about load, and what the server used before and after it."""
+    before = server.usage()
+    yield from under_load(client, server, minutes)
+    after = server.usage()
+    yield (
+        f"\nRead meanwhile: {(after.read - before.read) / 1e9:.2f} GB. In the end /health said "
+        f"{server.health()}; {after.descriptors} descriptors and {after.threads} threads, "
+        f"{before.descriptors} and {before.threads} before the load.\n"
+    )
+
+
+def sessions(model: Path, caches: list[str], minutes: float, stack: ExitStack) -> Iterator[str]:
+    """Yield what is to be written: the scenes server by server, then load for all at once."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    parties = []
+    for cache in caches:
+        settings = SETTINGS | {"FLASHMOE_EXPERT_CACHE": cache}
+        server = stack.enter_context(StockServer(model, folder / f"log {cache}", settings=settings))
+        client = OpenAI(base_url=f"{server.address}/v1", api_key="none")
+        parties.append((stack.enter_context(client), server))
         chat(client, "Hello", max_tokens=4)  # loads the model
+    for number, (cache, party) in enumerate(zip(caches, parties, strict=True)):
         yield f"## FLASHMOE_EXPERT_CACHE={cache}\n"
-        yield from played(client, server, sources)
-        before = server.usage()
-        yield from under_load(client, server, minutes)
-        after = server.usage()
-        yield (
-            f"\nRead meanwhile: {(after.read - before.read) / 1e9:.2f} GB. In the end /health said "
-            f"{server.health()}; {after.descriptors} descriptors and {after.threads} threads, "
-            f"{before.descriptors} and {before.threads} before the load.\n"
-        )
+        yield from played(*party, sources=not number)
+    with ThreadPoolExecutor() as pool:
+        work = [pool.submit(lambda party: [*loaded(*party, minutes)], party) for party in parties]
+        for cache, job in zip(caches, work, strict=True):
+            yield f"## {CLIENTS} clients at once, FLASHMOE_EXPERT_CACHE={cache}\n"
+            yield from job.result()
 
 
 HEADER = """# A recorded session
@@ -228,7 +242,9 @@ HEADER = """# A recorded session
 Written by `tools/serve_session.py`; do not edit. The bundled model, made 4-bit by flashmoe-convert,
 run by `mlx_lm.server --model DIR --trust-remote-code` and asked by the `openai` package, as any of
 its clients does. Each block of code is what ran, the block below it is what it printed; `chat` asks
-with temperature 0, for 128 tokens at most.
+with temperature 0, for 128 tokens at most. Two servers, one with all experts in memory and one with
+a quarter of them, are loaded at the same time, beside whatever else ran on the machine: look at the
+memory, not at the speed. Both run with `MALLOC_MMAP_THRESHOLD_=131072`.
 """
 
 
@@ -252,8 +268,8 @@ def main() -> None:
                         help="a server for each (default: auto 2MiB)")  # fmt: skip
     args = parser.parse_args()
     parts = [HEADER, machine() + "\n"]
-    for number, cache in enumerate(args.expert_caches):
-        for part in session(args.model, cache, args.minutes, sources=not number):
+    with ExitStack() as stack:
+        for part in sessions(args.model, args.expert_caches, args.minutes, stack):
             print(part, flush=True, file=sys.stderr)
             parts.append(part)
     (args.out.write_text if args.out else print)("\n".join(parts))

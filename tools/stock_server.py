@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -93,21 +95,36 @@ class StockServer:
             except OSError:
                 return None
 
-    def _post(self, body: dict[str, Any], path: str) -> http.client.HTTPConnection:
+    @contextmanager
+    def _post(self, body: dict[str, Any], path: str) -> Iterator[http.client.HTTPResponse]:
+        """Send a request; again, as the openai client does, if the connection was not accepted.
+
+        The server's queue of new connections has five places, and the system resets the others.
+        """
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.patience)
         header = {"Content-Type": "application/json"}
-        connection.request("POST", f"/v1/{path}", json.dumps(body), header)
-        return connection
+        with closing(connection):
+            for left in reversed(range(ATTEMPTS)):
+                try:
+                    connection.request("POST", f"/v1/{path}", json.dumps(body), header)
+                    response = connection.getresponse()
+                    break
+                except ConnectionResetError as error:
+                    connection.close()
+                    if not left or isinstance(error, http.client.RemoteDisconnected):
+                        raise
+                    time.sleep(0.5)
+            yield response
 
     def ask(self, body: dict[str, Any], path: str = "chat/completions") -> dict[str, Any]:
         """Return the reply to a request, as JSON values."""
-        with closing(self._post(body, path)) as connection:
-            return json.load(connection.getresponse())
+        with self._post(body, path) as response:
+            return json.load(response)
 
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield a chat's chunks as they come; closing the iterator closes the connection."""
-        with closing(self._post(body | {"stream": True}, "chat/completions")) as connection:
-            for line in connection.getresponse():
+        with self._post(body | {"stream": True}, "chat/completions") as response:
+            for line in response:
                 if line.startswith(b"data: {"):
                     yield json.loads(line[6:])
 
