@@ -218,6 +218,10 @@ def load(
     Raises:
         FlashMoEError: something is missing, damaged, of another kind or out of range.
     """
+    if adapter_path is not None and not Path(adapter_path).is_dir():
+        raise FlashMoEError(
+            f"adapter_path = {adapter_path!r} is not a directory. Give one that mlx_lm.lora wrote."
+        )
     path = find_model(path_or_hub_id, revision)
     checkpoint_headers(path)  # before MLX reads them, which says less about a damaged file
     classes = bound_classes(

@@ -159,7 +159,8 @@ def test_a_name_that_mlx_lm_takes_for_a_pattern(tmp_path):
         ({"io_threads": 2.5}, "io_threads = 2.5 is not a whole number"),
         ({"io_mode": "fast"}, "io_mode = 'fast' is not one of"),
         ({"experts_per_token": "four"}, "experts_per_token = 'four' is not a whole number"),
-        ({"adapter_path": "nowhere"}, "nowhere: adapters that do not fit this model (FileNotFound"),
+        ({"adapter_path": "nowhere"}, "adapter_path = 'nowhere' is not a directory. Give one"),
+        ({"adapter_path": "."}, ".: adapters that do not fit this model (FileNotFoundError"),
         ({"model_config": {"vocab_size": 3}}, None),
     ],
 )
