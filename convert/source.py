@@ -9,6 +9,7 @@ from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import (
     EXPERT_DIR,
     ITEM_SIZE,
+    MAX_NAME,
     ExpertLayout,
     TensorInfo,
     checkpoint_headers,
@@ -125,10 +126,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     for model_type in types:
         if model_type not in MODEL_TYPES:
             raise FlashMoEError(
-                f"{path}: model_type {model_type!r} is not supported; only "
+                f"{path}: model_type {_shown(model_type)} is not supported; only "
                 f"{' and '.join(MODEL_TYPES)} are. Convert other models with mlx_lm.convert."
             )
     return config
+
+
+def _shown(value: object) -> str:
+    """Return a value as an error shows it: its beginning, if it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def _dims(path: Path, config: dict[str, Any]) -> Dims:
@@ -140,7 +147,7 @@ def _dims(path: Path, config: dict[str, Any]) -> Dims:
     for key in keys:
         if type(text.get(key)) is not int or text[key] < 1:
             raise FlashMoEError(
-                f"{path}: {key} is {text.get(key)!r}, expected a positive integer. "
+                f"{path}: {key} is {_shown(text.get(key))}, expected a positive integer. "
                 "Restore the config.json that belongs to this checkpoint."
             )
     layers, experts, top_k, hidden, intermediate = (int(text[key]) for key in keys)
@@ -161,19 +168,19 @@ def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
         for key in ("quantization", "quantization_config"):
             if not isinstance(entry.get(key) or {}, dict):
                 raise FlashMoEError(
-                    f"{path}: {key} is {entry[key]!r}, expected an object. "
+                    f"{path}: {key} is {_shown(entry[key])}, expected an object. "
                     "Restore the config.json that belongs to this checkpoint."
                 )
         method = (entry.get("quantization_config") or {}).get("quant_method")
         if method and "quantization" not in config:
             raise FlashMoEError(
-                f"{path}: the checkpoint is quantised with {method!r}, which cannot be converted. "
-                "Start from the bfloat16 checkpoint, or from an MLX one."
+                f"{path}: the checkpoint is quantised with {_shown(method)}, which cannot be "
+                "converted. Start from the bfloat16 checkpoint, or from an MLX one."
             )
     mode = (config.get("quantization") or {}).get("mode", "affine")
     if mode != "affine":
         raise FlashMoEError(
-            f"{path}: quantisation mode {mode!r} cannot be converted; only 'affine' can. "
+            f"{path}: quantisation mode {_shown(mode)} cannot be converted; only 'affine' can. "
             "Start from the bfloat16 checkpoint, or from an affine MLX one."
         )
 
@@ -185,10 +192,12 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
         if path.exists() and not path.is_file():  # to open a pipe would wait for ever
             raise ValueError("not a regular file")
         index = json.loads(path.read_text())["weight_map"]
-        wanted = {name: str(file) for name, file in index.items() if canonical(name)}
         for name, file in index.items():
+            if len(name) > MAX_NAME:
+                raise ValueError(f"{name[:40]!r}... is a name of {len(name)} characters")
             if not isinstance(file, str) or "/" in file or "\\" in file or file == "..":
-                raise ValueError(f"{name} lies in {file!r}, which is no file of the directory")
+                raise ValueError(f"{name} lies in {_shown(file)}, which is no file here")
+        wanted = {name: str(file) for name, file in index.items() if canonical(name)}
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -198,8 +207,8 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
     for name, file in wanted.items():
         if name not in headers:
             raise FlashMoEError(
-                f"{directory}: {INDEX} promises {name} in {file}, which is not there. "
-                f"Download {file} again."
+                f"{directory}: {INDEX} promises {name} in {file[:300]}, which is not there. "
+                f"Download {file[:300]} again."
             )
 
 

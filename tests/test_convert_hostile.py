@@ -49,8 +49,9 @@ def hf(root: Path, tmp_path: Path) -> Path:
 def refused(source: Path, match: str, quantize: bool = True) -> None:
     """A conversion is refused, and leaves no manifest."""
     out = source.with_name("out")
-    with pytest.raises(FlashMoEError, match=match):
+    with pytest.raises(FlashMoEError, match=match) as error:
         convert(source, out, quantize=quantize)
+    assert len(str(error.value)) < 2000
     assert not (out / "model_experts/manifest.json").exists()
 
 
@@ -164,6 +165,27 @@ def test_index_that_leads_elsewhere(hf, file):
     index["weight_map"]["lm_head.weight"] = file
     (hf / INDEX).write_text(json.dumps(index))
     refused(hf, r"index.json: damaged \(lm_head.weight lies in .*Download it again")
+
+
+def test_long_names_and_values_are_cut(hf):
+    """An error is a sentence, whatever it quotes."""
+    index, config = read(hf / INDEX), read(hf / "config.json")
+    layer = "model.language_model.layers." + "9" * 5000
+    for change, match in (
+        (
+            {layer: "model.safetensors"},
+            r"damaged \('model.language_model.lay.*of 5028 characters\)",
+        ),
+        (
+            {"lm_head.weight": "../" * 5000},
+            r"lies in '\.\./.*\.\.\. \(15002 characters\), which is no f",
+        ),
+        ({"lm_head.weight.scales": "x" * 5000}, r"promises lm_head.weight.scales in x{300}, which"),
+    ):
+        (hf / INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | change}))
+        refused(hf, match)
+    (hf / "config.json").write_text(json.dumps(config | {"model_type": "a" * 5000}))
+    refused(hf, r"model_type 'a{79}\.\.\. \(5002 characters\) is not supported")
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[]", '{"weight_map": []}', "{"])

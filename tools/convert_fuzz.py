@@ -63,7 +63,10 @@ class Guard:
         if event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITES:
             self._check(event, arguments[0])
         elif event in CHANGES and -1 in arguments[1:]:  # no dir_fd
-            for path in arguments[event in ("os.symlink", "os.link") : 1 + (event == "os.rename")]:
+            first, last = {"os.rename": (0, 2), "os.symlink": (1, 2), "os.link": (1, 2)}.get(
+                event, (0, 1)
+            )
+            for path in arguments[first:last]:
                 self._check(event, path)
 
     def _check(self, event: str, path: Any) -> None:

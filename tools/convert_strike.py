@@ -39,6 +39,7 @@ class Strike:
         self._point, self._when, self._power, self._log = point, when, power, log
         self._lock = threading.Lock()
         self._begun = time.monotonic()
+        self._paths: dict[int, str] = {}  # of open files
         self._unsynced: dict[str, list[tuple[int, int]]] = {}  # by path: (offset, bytes)
         for name in CALLS:
             setattr(os, name, self._call(name))
@@ -58,19 +59,23 @@ class Strike:
         """Do it, and note what is on the disk then."""
         if name == "pwrite":
             written = REAL[name](*arguments)
-            self._unsynced.setdefault(_path(arguments[0]), []).append((arguments[2], written))
+            self._unsynced.setdefault(self._paths.get(arguments[0], "?"), []).append(
+                (arguments[2], written)
+            )
             return written
         if name == "fsync":
-            path = _path(arguments[0])
+            path = self._paths.get(arguments[0], "?")
             before = len(self._unsynced.get(path, []))  # what comes meanwhile may not be synced
             REAL[name](*arguments)
             self._unsynced[path] = self._unsynced.get(path, [])[before:]
             return None
         result = REAL[name](*arguments, **options)
-        if name in ("replace", "rename"):
-            self._unsynced[_absolute(arguments[1])] = self._unsynced.pop(
-                _absolute(arguments[0]), []
-            )
+        if name == "open":
+            self._paths[result] = _absolute(arguments[0])
+        elif name in ("replace", "rename"):
+            old, new = map(_absolute, arguments[:2])
+            self._unsynced[new] = self._unsynced.pop(old, [])
+            self._paths = {file: new if p == old else p for file, p in self._paths.items()}
         elif name == "unlink" and not options:
             self._unsynced.pop(_absolute(arguments[0]), None)
         return result
@@ -105,10 +110,6 @@ class Strike:
         """Write the log."""
         if self._log:
             Path(self._log).write_text(json.dumps(self.calls))
-
-
-def _path(file: int) -> str:
-    return os.readlink(f"/proc/self/fd/{file}")
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:
