@@ -35,13 +35,13 @@ NAMES = (
 
 def weight_file(source: Path, chances: random.Random) -> Path:
     """Choose a safetensors file."""
-    return chances.choice(sorted(source.rglob("*.safetensors")))
+    return chances.choice([p for p in sorted(source.rglob("*.safetensors")) if p.is_file()])
 
 
 def json_file(source: Path, chances: random.Random) -> Path:
     """Choose a JSON file that a plan reads."""
     names = ("config.json", "config.json", INDEX, f"{EXPERT_DIR}/manifest.json")
-    return chances.choice([source / name for name in names if (source / name).exists()])
+    return chances.choice([source / name for name in names if (source / name).is_file()])
 
 
 def read_raw(path: Path) -> tuple[bytes, bytes]:

@@ -22,10 +22,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from convert_damage import damaged_everywhere, spoil
+from convert_damage import CARD, damaged_everywhere, spoil
 from convert_full_disk import full_disks
 from convert_fuzz import fuzz
 from convert_scenes import (
+    MANIFEST_PLACE,
     Conversion,
     conversion,
     differences,
@@ -141,7 +142,7 @@ def repair(work: Path, made_by: Conversion, runs: int, seed: int) -> int:
         chances = random.Random(f"{seed} {run}")
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(whole, out)
-        for name in chances.sample([n for n in files(out) if "manifest" not in n], 5):
+        for name in chances.sample([n for n in files(out) if n not in (CARD, MANIFEST_PLACE)], 5):
             spoil(out / name, chances)
         did = 0
         for _ in range(chances.choice((1, 2, 3))):
