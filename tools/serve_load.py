@@ -121,11 +121,12 @@ def watched_load(
 def slope(samples: Sequence[Sample]) -> tuple[float, float]:
     """Return the growth of resident memory in MiB per hour by least squares, and its error.
 
-    The error is twice the standard error, for which samples count as independent.
+    The error is twice the standard error, greater where neighbouring samples are alike.
     """
     hours = np.array([s.seconds for s in samples]) / 3600
     rss = np.array([s.usage.rss for s in samples])
-    (growth, _), covariance = np.polyfit(hours, rss, 1, cov="unscaled")
-    residual = rss - np.polyval(np.polyfit(hours, rss, 1), hours)
-    variance = float(residual @ residual) / (len(samples) - 2)
-    return float(growth), 2 * float(np.sqrt(covariance[0, 0] * variance))
+    line = np.polyfit(hours, rss, 1)
+    residual = rss - np.polyval(line, hours)
+    variance = residual @ residual / (len(samples) - 2) / ((hours - hours.mean()) ** 2).sum()
+    alike = max(0.0, residual[1:] @ residual[:-1] / (residual @ residual))
+    return float(line[0]), 2 * float(np.sqrt(variance * (1 + alike) / (1 - alike)))
