@@ -160,7 +160,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 # anything in the parent, so that forks are safe.
 KILLER = """
 import os, signal, sys, threading
-from flashmoe_mlx.convert import convert
+from flashmoe_mlx.convert import convert, min_max_cpu  # so that forks need not load numba
 
 calls, last, lock = [], 0, threading.Lock()
 
