@@ -185,8 +185,10 @@ def _tensor(name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
         raise ValueError(f"tensor {name[:40]!r}... has a name of {len(name)} characters")
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if any(type(number) is not int for number in (begin, end, *shape)):
-        raise ValueError(f"tensor {name!r} has a shape or offsets that are not whole numbers")
+    if any(type(n) is not int or n.bit_length() > 63 for n in (begin, end, *shape)):
+        raise ValueError(
+            f"tensor {name!r} has a shape or offsets that are not whole numbers below 2^63"
+        )
     if entry["dtype"] not in ITEM_SIZE:
         raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
     nbytes = math.prod(shape) * ITEM_SIZE[entry["dtype"]]

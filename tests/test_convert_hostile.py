@@ -84,6 +84,7 @@ HEADERS = {
     "truth for one": ({"a": tensor(0, 16, shape=[16, True])}, "'a' has a shape or offsets that"),
     "text": ({"a": tensor(0, 16, shape=["16"])}, "'a' has a shape or offsets that are not whole"),
     "infinity": ({"a": tensor(0, float("inf"), shape=[16])}, "'a' has a shape or offsets"),
+    "thousands of digits": ({"a": tensor(10**4000, 16, shape=[16])}, "numbers below 2.63"),
     "dtype": ({"a": tensor(0, 16, "X7")}, "'a' has the unknown dtype 'X7'"),
     "dtype of another type": ({"a": tensor(0, 16, [])}, "damaged safetensors header"),
     "long name": ({"layers." + "9" * 5000: tensor(0, 16)}, "has a name of 5007 characters"),
