@@ -42,12 +42,19 @@ class ExpertSteps:
         self._copied = all(projection.copied for projection in plan.projections)
 
     def batches(self, experts: Sequence[int]) -> list[Sequence[int]]:
-        """Cut experts into batches of a bounded size, of one expert at least."""
-        size = 1 if self._copied else max(1, BATCH_BYTES // self._float_bytes())
-        return [experts[start : start + size] for start in range(0, len(experts), size)]
+        """Cut experts into batches of neighbours, of a bounded size but one expert at least."""
+        most = max(1, BATCH_BYTES // self._float_bytes())
+        batches: list[list[int]] = []
+        for expert in experts:
+            if not batches or len(batches[-1]) == most or batches[-1][-1] != expert - 1:
+                batches.append([])
+            batches[-1].append(expert)
+        return list(batches)
 
     def _float_bytes(self) -> int:
-        """Return the bytes of one expert as the floats that it is, or is dequantised to."""
+        """Return the bytes of one expert: as it is copied, or as floats."""
+        if self._layout and self._copied:
+            return self._layout.record_bytes
         if self._before:
             return sum(4 * p.rows * p.columns for p in self._plan.projections)
         layer, names = self._plan.layer, [p.name for p in self._plan.projections]
@@ -55,11 +62,12 @@ class ExpertSteps:
 
     def load(self, batch: Sequence[int]) -> list[Loaded]:
         """Read the source bytes of some experts: one record each, or one entry a matrix."""
+        if self._layout:
+            records = read_records(self._reader, self._layout, batch)
+            return [[(record, "U8")] for record in records]
         return [self._load(expert) for expert in batch]
 
     def _load(self, expert: int) -> Loaded:
-        if self._layout:
-            return [(read_record(self._reader, self._layout, expert), "U8")]
         found = []
         for projection in self._plan.projections:
             matrix = self._source.matrices[self._plan.layer, expert, projection.name]
@@ -87,21 +95,34 @@ class ExpertSteps:
         return encode_floats(loaded, self._plan, streams)
 
 
-def read_record(reader: Reader, layout: LayerLayout, expert: int) -> Bytes:
-    """Read one quantised expert: its nine tensors end to end, whatever lies between them."""
-    spans = layout.spans(expert)
-    sizes = [sum(f.nbytes for f in layout.fields[span.first : span.last]) for span in spans]
-    record = reader.buffer(sum(sizes))
+def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) -> list[Bytes]:
+    """Read quantised experts that follow one another: each one's nine tensors end to end.
+
+    What lies together in a file is read together.
+    """
+    count, size = len(experts), layout.record_bytes
+    memory = reader.buffer(count * size).reshape(count, size)
     start = 0
-    for span, size in zip(spans, sizes, strict=True):
-        reader.read_into(span.file, span.offset, record[start : start + size])
-        start += size
-    start = 0
-    for field in layout.fields:
-        place = f"{field.file}: layer {layout.layer} expert {expert} {field.name}"
-        check_finite(record[start : start + field.nbytes], field.dtype, place)
-        start += field.nbytes
-    return record
+    for span in layout.spans(experts[0]):
+        fields = layout.fields[span.first : span.last]
+        nbytes, stride = sum(field.nbytes for field in fields), fields[0].stride
+        if nbytes == size == stride:
+            reader.read_into(span.file, span.offset, memory.reshape(-1))
+        elif nbytes == stride:
+            together = reader.read(span.file, span.offset, count * nbytes)
+            memory[:, start : start + nbytes] = together.reshape(count, nbytes)
+        else:
+            for n in range(count):
+                part = memory[n, start : start + nbytes]
+                reader.read_into(span.file, span.offset + n * stride, part)
+        start += nbytes
+    for expert, record in zip(experts, memory, strict=True):
+        start = 0
+        for field in layout.fields:
+            place = f"{field.file}: layer {layout.layer} expert {expert} {field.name}"
+            check_finite(record[start : start + field.nbytes], field.dtype, place)
+            start += field.nbytes
+    return list(memory)
 
 
 _LOCAL = threading.local()  # as streams belong to the thread that made them

@@ -29,6 +29,7 @@ _NOT_FINITE: dict[str, tuple[int, npt.DTypeLike, npt.DTypeLike]] = {
     "F32": (0x7F800000, np.int32, np.uint32),
 }
 PAGE = 4096  # what reads and writes past the page cache want to be multiples of
+_PROBES = 16  # bytes of a file that the page cache is asked for
 _READ_LIMIT = 1 << 30  # Linux and macOS both stop a single read short of 2 GiB.
 
 
@@ -38,7 +39,7 @@ class Reader:
     def __init__(self, find: Callable[[Path], Path] | None = None) -> None:
         """Open nothing yet. `find` says where a file really is, if not in its place."""
         self._find = find or (lambda file: file)
-        self._files: dict[Path, int] = {}
+        self._files: dict[Path, tuple[int, bool]] = {}  # descriptors, and whether they are direct
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -58,7 +59,7 @@ class Reader:
     def close(self, file: Path) -> None:
         """Close one file, if it is open."""
         if file in self._files:
-            os.close(self._files.pop(file))
+            os.close(self._files.pop(file)[0])
 
     def read(self, file: Path, offset: int, nbytes: int) -> Bytes:
         """Return `nbytes` bytes from `offset`, as uint8 `[nbytes]`."""
@@ -79,25 +80,72 @@ class Reader:
         Raises:
             FlashMoEError: the file ends before the buffer is full, or cannot be read.
         """
+        descriptor, direct = self._open(file)
+        first = offset - offset % PAGE if direct else offset
+        nbytes = offset + buffer.size - first
+        memory = buffer
+        if direct and (first < offset or (buffer.ctypes.data | buffer.size) % PAGE):
+            memory = self.buffer(-(-nbytes // PAGE) * PAGE)
         done = 0
-        while done < buffer.size:
-            piece = buffer.data[done : done + _READ_LIMIT]
+        while done < nbytes:
+            piece = memory.data[done : done + _READ_LIMIT]
             try:
-                count = os.preadv(self._open(file), [piece], offset + done)
+                count = os.preadv(descriptor, [piece], first + done)
             except OSError as error:
                 raise FlashMoEError(f"{file}: cannot be read ({error.strerror}).") from error
-            if count == 0:
-                raise FlashMoEError(
-                    f"{file}: ends at byte {offset + done}, but its header promises "
-                    f"{buffer.size - done} more. Download it again."
-                )
             done += count
+            if done < nbytes and (count == 0 or (direct and done % PAGE)):
+                raise FlashMoEError(
+                    f"{file}: ends at byte {first + done}, but its header promises "
+                    f"{nbytes - done} more. Download it again."
+                )
+        if memory is not buffer:
+            buffer[:] = memory[offset - first : nbytes]
 
-    def _open(self, file: Path) -> int:
+    def _open(self, file: Path) -> tuple[int, bool]:
         with self._lock:
             if file not in self._files:
-                self._files[file] = os.open(self._find(file), os.O_RDONLY)
+                self._files[file] = _open_source(self._find(file))
             return self._files[file]
+
+
+def _open_source(path: Path) -> tuple[int, bool]:
+    """Open a file past the page cache, if that can be, and it holds little of the file.
+
+    Measured on Linux, buffered reads of a large checkpoint reach a third of a disk's speed.
+
+    Returns:
+        The descriptor, and whether it reads past the page cache: whole pages into whole pages.
+    """
+    buffered = os.open(path, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECT") or _is_cached(buffered):
+        return buffered, False
+    try:
+        direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return buffered, False
+    try:
+        os.preadv(direct, [Reader.buffer(PAGE).data], 0)
+    except OSError:
+        os.close(direct)
+        return buffered, False
+    os.close(buffered)
+    return direct, True
+
+
+def _is_cached(descriptor: int) -> bool:
+    """Whether the page cache seems to hold at least half of a file, or cannot be asked."""
+    size, found = os.fstat(descriptor).st_size, 0
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    for number in range(_PROBES):
+        try:
+            found += os.preadv(descriptor, [bytearray(1)], size * number // _PROBES, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        except OSError:  # a file system that cannot tell
+            return True
+    return 2 * found >= _PROBES
 
 
 def as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:

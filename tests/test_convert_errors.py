@@ -194,14 +194,14 @@ def test_failure_inside_a_file_leaves_no_file(root, tmp_path, monkeypatch):
     """A source that shrinks while it is read: the file in progress vanishes, .tmp included."""
     source = tmp_path / "mlx"
     shutil.copytree(root / "stock", source)
-    real = experts.read_record
+    real = experts.read_records
 
-    def read_record(reader, layout, expert):
-        if (layout.layer, expert) == (1, 5):
+    def read_records(reader, layout, batch):
+        if layout.layer == 1 and 5 in batch:
             os.truncate(source / "model.safetensors", 8)
-        return real(reader, layout, expert)
+        return real(reader, layout, batch)
 
-    monkeypatch.setattr(experts, "read_record", read_record)
+    monkeypatch.setattr(experts, "read_records", read_records)
     with pytest.raises(FlashMoEError, match=r"model.safetensors: ends at byte .* it again"):
         convert(str(source), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/model_experts").iterdir()}

@@ -178,12 +178,12 @@ def test_a_bad_sector(root, out, monkeypatch):
     """The expert that cannot be read is named, and all others are read."""
     real, inode = os.preadv, (out / LAYER).stat().st_ino
 
-    def preadv(file, buffers, offset):
+    def preadv(file, buffers, offset, *flags):
         size = sum(len(buffer) for buffer in buffers)
         bad = DATA + 4 * RECORD + 100
         if os.fstat(file).st_ino == inode and offset <= bad < offset + size:
             raise OSError(errno.EIO, "Input/output error")
-        return real(file, buffers, offset)
+        return real(file, buffers, offset, *flags)
 
     flip(out / LAYER, DATA + 7 * RECORD)
     monkeypatch.setattr(os, "preadv", preadv)
