@@ -112,14 +112,13 @@ def write_layer(
                 write_record(file, expert, record)
                 progress(plan.record_bytes)
     mx.clear_cache()
-    return file.entry() | _records(plan, file) if file.whole else file.begun()
+    return file.entry() | record_entry(plan, file) if file.whole else file.begun()
 
 
-def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> str:
-    """Write one expert's bytes, in pieces that follow one another, and return their checksum."""
-    first = f"experts.{expert}.{FIELDS[0]}"
-    file.write(first, _end_to_end([as_buffer(part) for part in record]))
-    return as_text(joined(file.checksums(first, len(FIELDS))))
+def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> None:
+    """Write one expert's bytes: its nine tensors, or pieces of them, one after the other."""
+    data = _end_to_end([as_buffer(part) for part in record])
+    file.write(f"experts.{expert}.{FIELDS[0]}", data)
 
 
 def _end_to_end(parts: Sequence[memoryview]) -> memoryview:
@@ -134,7 +133,7 @@ def _end_to_end(parts: Sequence[memoryview]) -> memoryview:
     return joined
 
 
-def _records(plan: LayerPlan, file: TensorFile) -> Entry:
+def record_entry(plan: LayerPlan, file: TensorFile) -> Entry:
     """Return the checksums of records, and of their tensors."""
     records, tensors = [], []
     for expert in range(plan.experts):

@@ -25,7 +25,7 @@ from flashmoe_mlx.convert.read import PAGE
 from flashmoe_mlx.layout import ITEM_SIZE
 
 SYNC_BYTES = 32 << 20  # sent to the disk while the next ones are made
-PENDING = 2  # writes past the page cache that wait for the disk
+PENDING = 2  # writes that wait for their turn
 BLOCK_BYTES = 1 << 20
 TEMPORARY = ".tmp"
 
@@ -98,9 +98,11 @@ class TensorFile:
             if checksum:
                 self._checksums[index] = int(checksum, 16)
                 self._ends[index] = self._header.starts[index + 1]
-        self._unsynced = 0
         self._pending: deque[Future[None]] = deque()
         self._thread = ThreadPoolExecutor(1)
+        self._unsynced = 0
+        self._sync: Future[None] | None = None
+        self._syncer = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
         """Create the temporary file, or open it again."""
@@ -112,24 +114,35 @@ class TensorFile:
         """Write bytes from byte `start` of a tensor; they may run on into those that follow."""
         view = memoryview(data).cast("B")
         begin = self._header.starts[self._index[name]] + start
-        self._send(view, len(self._header.data) + begin)
-        self._account(view, begin)
+        self._pending.append(self._thread.submit(self._take, view, begin))
+        while len(self._pending) > PENDING:
+            self._pending.popleft().result()
 
-    def _send(self, view: memoryview, offset: int) -> None:
-        """Write while the next bytes are made: whole pages past the page cache, where it can be.
+    def _take(self, view: memoryview, begin: int) -> None:
+        """Write, in a thread: whole pages past the page cache, where that is to be had.
 
         Other bytes are for the page cache, whose content is sent to the disk from time to time.
         """
+        offset = len(self._header.data) + begin
         if self._direct is not None and _is_paged(view, offset):
-            self._pending.append(self._thread.submit(self._write_past, view, offset))
+            self._write_past(view, offset)
         else:
             self._write_at(self._file, view, offset)
             self._unsynced += view.nbytes
-            if self._unsynced >= SYNC_BYTES and all(sent.done() for sent in self._pending):
-                self._pending.append(self._thread.submit(os.fsync, self._file))
+            if self._unsynced >= SYNC_BYTES and (self._sync is None or self._sync.done()):
+                self._await_sync()
+                self._sync = self._syncer.submit(os.fsync, self._file)
                 self._unsynced = 0
-        while len(self._pending) > PENDING or (self._pending and self._pending[0].done()):
-            self._pending.popleft().result()  # the system reports a failed write only once
+        self._account(view, begin)
+
+    def _await_sync(self) -> None:
+        if self._sync:
+            self._sync.result()  # the system reports a failed write only once
+
+    def _settle(self) -> None:
+        """Wait until all that was given is written."""
+        while self._pending:
+            self._pending.popleft().result()
 
     def _write_past(self, view: memoryview, offset: int) -> None:
         assert self._direct is not None
@@ -161,6 +174,7 @@ class TensorFile:
 
     def checksums(self, first: str, count: int) -> list[tuple[int, int]]:
         """Return (CRC-32, bytes) of some tensors that follow one another, from `first` on."""
+        self._settle()
         index, starts = self._index[first], self._header.starts
         return [
             (self._checksums[i], starts[i + 1] - starts[i]) for i in range(index, index + count)
@@ -169,10 +183,12 @@ class TensorFile:
     @property
     def whole(self) -> bool:
         """Whether every tensor is written."""
+        self._settle()
         return self._ends == self._header.starts[1:]
 
     def written(self) -> list[str]:
         """Return the checksum of every tensor that is written, and "" for the others."""
+        self._settle()
         starts = self._header.starts
         return [
             as_text(checksum) if end == starts[index + 1] else ""
@@ -208,10 +224,11 @@ class TensorFile:
     ) -> None:
         """Make the file durable and give it its name, or remove it after an error."""
         self._thread.shutdown()
+        self._syncer.shutdown()
         try:
             if error is None:
-                for sent in self._pending:
-                    sent.result()
+                self._settle()
+                self._await_sync()
                 self._finish()
         except OSError as failure:
             failure.filename = failure.filename or str(self._temporary)

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from .config import ModelArgs
-from .convert.act import CHECKSUM, write_record
+from .convert.act import CHECKSUM, record_entry, write_record
 from .convert.parts import LayerPlan, Options, Plan, Quant, Spec, TrunkTensor
 from .convert.plan import build_plan
 from .convert.run import MODEL_FILE, SHIM, write_index
@@ -210,12 +210,9 @@ def _write_layer(directory: Path, plan: LayerPlan, pools: "Pools") -> dict[str, 
     rng = _rng(plan.file)
     specs = ((spec.name, spec.dtype, spec.shape) for spec in plan.outputs())
     with TensorFile(directory / plan.file, specs, DATA_ALIGNMENT) as file:
-        records = [
+        for expert in range(plan.experts):
             write_record(file, expert, list(_record(plan, pools, rng)))
-            for expert in range(plan.experts)
-        ]
-    size = (directory / plan.file).stat().st_size
-    return {"file": plan.file, "size": size, "records": records}
+        return file.entry() | record_entry(plan, file)
 
 
 def _record(plan: LayerPlan, pools: "Pools", rng: np.random.Generator) -> Iterator[Words]:

@@ -33,15 +33,13 @@ def contents(directory):
 def test_flashmoe_convert_would_write_the_same_files(tiny, tmp_path):
     convert(tiny, tmp_path / "again")
     ours, theirs = contents(tiny), contents(tmp_path / "again")
+    del theirs["README.md"]  # a card that says what was converted
     assert ours.keys() == theirs.keys()
     manifests = [json.loads(x.pop(f"{EXPERT_DIR}/{MANIFEST}")) for x in (ours, theirs)]
     assert manifests[0].pop("source") == {
         "geometry": "tiny", "layers": 4, "vocabulary": 512, "bits": 4,
     }  # fmt: skip
     theirs_less = {key: manifests[1][key] for key in manifests[0]}
-    for entry in theirs_less["layers"]:
-        for key in ("checksum", "header", "field_bytes", "tensors"):
-            del entry[key]
     assert manifests[0] == theirs_less
     configs = [json.loads(x.pop("config.json")) for x in (ours, theirs)]
     assert configs[0] == configs[1]
