@@ -139,9 +139,9 @@ def timed_layers(
     originals, proxies = [], list[_Experts]()
     request = store.request
 
-    def watched(layer: int, experts: Sequence[int]) -> Pending:
+    def watched(layer: int, experts: Sequence[int], by_card: bool = False) -> Pending:
         proxies[layer].asked(experts)
-        return request(layer, experts)
+        return request(layer, experts, by_card)
 
     for layer, several, single in zip(model.layers, prompt or found, found, strict=True):
         name = _mixer(layer)

@@ -18,7 +18,8 @@ import numpy as np
 
 from .errors import FlashMoEError
 
-PORTABLE, NON_BLOCKING = 1, 1  # CU_MEMHOSTALLOC_PORTABLE, CU_STREAM_NON_BLOCKING of cuda.h
+# CU_MEMHOSTALLOC_PORTABLE, CU_STREAM_NON_BLOCKING, CU_MEMHOSTREGISTER_READ_ONLY of cuda.h
+PORTABLE, NON_BLOCKING, READ_ONLY = 1, 1, 8
 STAGE = 32 << 20  # bytes of page-locked memory, twice
 TURN = 4 << 20  # bytes to read before their copy begins
 
@@ -76,6 +77,24 @@ class Driver:
         self._call("cuCtxSetCurrent", self._context)
         self._call("cuStreamDestroy_v2", stream)
         self._call("cuMemFreeHost", ctypes.c_void_p(address))
+
+    def lock(self, address: int, nbytes: int) -> int:
+        """Lock pages of memory that is only read, and return their address for the card."""
+        here, there = ctypes.c_void_p(address), ctypes.c_uint64()
+        self._call("cuCtxSetCurrent", self._context)
+        self._call("cuMemHostRegister_v2", here, ctypes.c_size_t(nbytes), PORTABLE | READ_ONLY)
+        self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(there), here, 0)
+        return there.value
+
+    def unlock(self, address: int) -> None:
+        """Give back pages that `lock` locked."""
+        self._call("cuCtxSetCurrent", self._context)
+        self._call("cuMemHostUnregister", ctypes.c_void_p(address))
+
+    def finish(self) -> None:
+        """Return when the card has done all that it was given."""
+        self._call("cuCtxSetCurrent", self._context)
+        self._call("cuCtxSynchronize")
 
     def copy(self, to: int, source: int, nbytes: int, stream: ctypes.c_void_p) -> None:
         """Begin to copy page-locked memory to the card."""

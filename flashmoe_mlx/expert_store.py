@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .config import CachePlan
+from .cuda_mapped import map_files
 from .cuda_memory import card_reads
 from .errors import FlashMoEError
 from .expert_stats import ExpertStats as ExpertStats
@@ -138,7 +139,8 @@ class ExpertStore:
             files = _open_files(paths, plan.io.direct)
             names = {number: path for path, number in files.items()}
             try:
-                self._reader = Reader(names, io_threads, card_reads())
+                mapped = map_files(layout, plan, files)
+                self._reader = Reader(names, io_threads, card_reads(), mapped)
             except BaseException:
                 _close_files(files.values())
                 raise
@@ -211,9 +213,9 @@ class ExpertStore:
             FlashMoEError: a file is shorter than it was, or cannot be read. The bank then holds
                 what it held, less what was dropped to make room.
         """
-        return self.request(layer, experts).wait()
+        return self.request(layer, experts, by_card=True).wait()
 
-    def request(self, layer: int, experts: Sequence[int]) -> Pending:
+    def request(self, layer: int, experts: Sequence[int], by_card: bool = False) -> Pending:
         """Give experts slots and begin to read those that are missing; return at once.
 
         Consumers of the slots that are taken for this are evaluated first. Requests of the same
@@ -223,6 +225,8 @@ class ExpertStore:
             layer: decoder layer.
             experts: distinct expert ids, at most as many as there are slots that no other
                 `Pending` has.
+            by_card: they are all that is wanted of this layer now, so a GPU that can read the
+                files by itself does.
 
         Raises:
             FlashMoEError: the bank has too few slots, or the store was closed, or belongs to
@@ -231,6 +235,7 @@ class ExpertStore:
         bank = self.banks[layer]
         with self._lock:
             self.check_usable()
+            self._reader.follow()
             self._settle(bank, experts)
             missing = bank.absent(experts)
             self.stats.asked += len(experts)
@@ -238,7 +243,7 @@ class ExpertStore:
             batch = None
             if missing:
                 with unbroken():
-                    batch = self._bring(layer, missing, keep=set(experts))
+                    batch = self._bring(layer, missing, set(experts), by_card)
             pending = Pending(self, layer, experts, [bank.touch(e) for e in experts])
             pending._batch = batch
             if bank.arriving:
@@ -266,14 +271,14 @@ class ExpertStore:
                 "bring along; load it again in this one."
             )
 
-    def _bring(self, layer: int, missing: Sequence[int], keep: set[int]) -> Batch:
+    def _bring(self, layer: int, missing: Sequence[int], keep: set[int], by_card: bool) -> Batch:
         """Take slots for experts and begin to read them, in the order of the file."""
         bank = self.banks[layer]
         slots = self._slots(layer, missing, keep.union(*(p.experts for p in self._living(layer))))
         self._evaluate([held for held in self._consumers if held.reads(layer, slots)])
-        parts = self._parts(bank, len(missing))
+        parts = self._parts(bank, len(missing), by_card)
         brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
-        batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place))
+        batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place), by_card)
         for expert, slot, (arrival, _) in zip(missing, slots, brought, strict=True):
             bank.expect(expert, slot, arrival)
             if self._checks:
@@ -303,9 +308,9 @@ class ExpertStore:
             )
         return slots
 
-    def _parts(self, bank: Bank, experts: int) -> int:
+    def _parts(self, bank: Bank, experts: int, by_card: bool) -> int:
         """Return into how many pieces to cut each record, so that all threads have something."""
-        wanted = -(-self._reader.width // experts)
+        wanted = -(-self._reader.width(by_card) // experts)
         return max(1, min(wanted, bank.layout.record_bytes // LEAST_PIECE))
 
     def _evaluate(self, consumers: list[Consumer]) -> None:

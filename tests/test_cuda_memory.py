@@ -19,7 +19,17 @@ class LateDriver:
     """A card whose memory is ordinary memory, and which copies only when it is waited for."""
 
     def __init__(self):
-        self.begun, self.memory, self.copies = {}, {}, 0
+        self.begun, self.memory, self.copies, self.locked, self.finished = {}, {}, 0, {}, 0
+
+    def lock(self, address, nbytes):
+        self.locked[address] = nbytes
+        return address
+
+    def unlock(self, address):
+        del self.locked[address]
+
+    def finish(self):
+        self.finished += 1
 
     def allocate(self, nbytes):
         memory = np.full(nbytes, 0xEE, np.uint8)

@@ -137,3 +137,11 @@ def test_no_traceback_from_the_command():
     assert result.returncode == 2
     message = "expert_cache = 1 bytes holds 0 experts"
     assert result.stderr.startswith(f"flashmoe-generate: error: {message}")
+
+
+def test_a_message_that_a_file_made_too_long_keeps_its_beginning_and_its_end():
+    message = "config.json: model_type " + 100_000 * "x" + " cannot be streamed."
+    text = str(FlashMoEError(message))
+    assert len(text) < 1300 and text.startswith(message[:900]) and text.endswith(message[-300:])
+    assert "[98844 characters left out]" in text
+    assert str(FlashMoEError(1200 * "y")) == 1200 * "y"
