@@ -121,6 +121,22 @@ def moe_step(
     return None if block is None else mx.array(block(rows(h), waves)).reshape(h.shape)
 
 
+def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | None:
+    """Return what a router says of norm(h), `[B, experts]`.
+
+    Args:
+        h: `[B, 1, H]` float32.
+        router: to one logit per expert; quantised, or the answer is None.
+        norm: the norm before it.
+    """
+    if h.shape[1] != 1:
+        return None
+    group = _remember(norm, [router], lambda: Group(_matrix(router)))
+    if group is None:
+        return None
+    return project(rows(h), group, _float32(norm, norm.weight), norm.eps)[0]
+
+
 def matrices(weight: Sequence[mx.array], bits: int) -> Group:
     """Take codes `[rows, columns * bits / 32]`, scales and biases `[rows, groups]`."""
     codes, scales, biases = weight

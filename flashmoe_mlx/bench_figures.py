@@ -52,8 +52,11 @@ class Use:
 
     @property
     def needed(self) -> int:
-        """Bytes that had to come from the disk: missed by the banks, and by the page cache."""
-        missed = self.stats.bytes_read
+        """Bytes that had to come from the disk: missed by the banks, and by the page cache.
+
+        Those of wrong guesses did not have to.
+        """
+        missed = self.stats.bytes_read - self.stats.bytes_useless
         return missed if self.from_disk is None else min(missed, self.from_disk)
 
     def floor(self, bandwidths: list[float], compute: float) -> Floor:
@@ -105,6 +108,7 @@ def result(use: Use, tokens: int, floor: Floor) -> dict[str, Any]:
         "tokens_per_s": tokens / use.seconds,
         "hit_rate": stats.hit_rate,
         "bytes_per_token": stats.bytes_read / tokens,
+        "useless_bytes_per_token": stats.bytes_useless / tokens,
         "disk_bytes_per_token": None if use.from_disk is None else use.from_disk / tokens,
         "read_bytes_per_s": stats.bytes_read / stats.seconds_waited if stats.reads else None,
         "cpu_user_s": use.user,
@@ -116,13 +120,14 @@ def result(use: Use, tokens: int, floor: Floor) -> dict[str, Any]:
 
 
 HEADER = (
-    f"{'tok/s':>9} {'hits':>6} {'MB/token':>9} {'disk MB':>9} {'GB/s':>6} "
+    f"{'tok/s':>9} {'hits':>6} {'MB/token':>9} {'in vain':>8} {'disk MB':>9} {'GB/s':>6} "
     f"{'disk ms':>9} {'comp. ms':>9} {'share':>6} {'user ms':>8} {'sys ms':>7}  run"
 )
 LEGEND = (
-    "MB/token: read into the banks; disk MB: of which the disk delivered; GB/s: while waiting for "
-    "reads;\ndisk, comp. ms: a token's least time by the disk and by computing; share: of the "
-    "longer in the time taken;\nuser, sys ms: of all cores, in the program and in the kernel"
+    "MB/token: read into the banks; in vain: of wrong guesses; disk MB: what the disk delivered; "
+    "GB/s: while waiting for reads;\n"
+    "disk, comp. ms: a token's least time by the disk and by computing; share: of the longer in "
+    "the time taken;\nuser, sys ms: of all cores, in the program and in the kernel"
 )
 
 
@@ -131,6 +136,7 @@ def line(row: dict[str, Any], tokens: int, name: str) -> str:
     disk, speed = row["disk_bytes_per_token"], row["read_bytes_per_s"]
     return " ".join((
         f"{row['tokens_per_s']:9.2f} {row['hit_rate']:6.1%} {row['bytes_per_token'] / 1e6:9.2f}",
+        f"{row['useless_bytes_per_token'] / 1e6:8.2f}",
         f"{'-' if disk is None else f'{disk / 1e6:.2f}':>9}",
         f"{'-' if speed is None else f'{speed / 1e9:.2f}':>6}",
         f"{row['floor_disk_s'] / tokens * 1e3:9.2f} {row['floor_compute_s'] / tokens * 1e3:9.2f}",

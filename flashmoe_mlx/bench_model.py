@@ -35,6 +35,7 @@ from .expert_store import ExpertStore
 from .geometry import GEOMETRIES
 from .layout import ExpertLayout
 from .loader import load
+from .lookahead import MODES as LOOKAHEAD
 from .memory import available_bytes, cgroup_limit
 from .model import Model
 from .names import FIELDS, layer_prefix
@@ -60,6 +61,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, help="experts per token (default: the geometry's)")
     add("--expert-cache", help="memory for experts: 512MiB, 4GiB or auto (default: auto)")
     add("--io-threads", type=int, help="threads that read from disk (default: 8)")
+    add("--lookahead", choices=LOOKAHEAD, help="read experts early, on a guess (default: on)")
     add("--runs", type=int, default=3, help="runs of each, of which the median (default: 3)")
     add("--stock", action="store_true", help="also run stock mlx-lm on the same weights")
     where = f"where checkpoints are kept (default: {default_dir()})"
@@ -113,6 +115,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
         path,
         expert_cache=args.expert_cache,
         io_threads=args.io_threads,
+        lookahead=args.lookahead or (None if machine.on_gpu() else "on"),
         experts_per_token=args.top_k,
     )
     assert isinstance(model, Model) and model._store

@@ -10,6 +10,7 @@ from typing import Any, Self
 from .config_entries import check_entry, object_in
 from .errors import FlashMoEError
 from .layout import ExpertLayout
+from .lookahead import MODES as LOOKAHEAD
 
 PREFILL_CHUNK = 2048  # tokens that mlx-lm puts through the model at a time
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -184,6 +185,7 @@ class StreamConfig:
         experts_per_token: top-k to use instead of the checkpoint's own, or None.
         stats: print the counters at exit.
         verify: compare every expert with its checksum when it has been read.
+        lookahead: "on" reads experts early, on a guess, "off" does not; "auto" times both.
     """
 
     expert_cache: int | str = "auto"
@@ -192,6 +194,7 @@ class StreamConfig:
     stats: bool = False
     io_mode: str = "auto"
     verify: bool = False
+    lookahead: str = "auto"
 
     @classmethod
     def resolve(cls, from_config: Mapping[str, Any], **explicit: Any) -> Self:
@@ -228,10 +231,10 @@ class StreamConfig:
 def _read_setting(setting: str, value: Any, source: str) -> Any:
     if setting == "expert_cache":
         return parse_size(value, source)
-    if setting == "io_mode":
-        if value in IO_MODES:
+    if choices := {"io_mode": IO_MODES, "lookahead": LOOKAHEAD}.get(setting):
+        if value in choices:
             return value
-        raise FlashMoEError(f"{source} = {value!r} is not one of {', '.join(IO_MODES)}.")
+        raise FlashMoEError(f"{source} = {value!r} is not one of {', '.join(choices)}.")
     if setting in ("stats", "verify"):
         if str(value).lower() in ("0", "false", "1", "true"):
             return str(value).lower() in ("1", "true")

@@ -9,7 +9,7 @@ class ExpertStats:
 
     Attributes:
         asked: experts asked for, counted once per layer and step.
-        hits: of these, experts that were resident already, or on their way.
+        hits: of these, experts that were resident already, or on their way, and not by a guess.
         reads: byte ranges read.
         bytes_read: bytes that `preadv` delivered from the expert files, or from the page cache.
         seconds_waited: time that the caller waited for reads.
@@ -17,6 +17,8 @@ class ExpertStats:
         bytes_preloaded: bytes read when the store was opened, because the banks hold all experts.
             No other counter knows of them: nobody had asked for these experts.
         seconds_preloading: what that took, with the allocation of the banks.
+        early: experts asked for that were no hits, but on their way or there by a guess.
+        bytes_useless: bytes read of experts that had been guessed and were not asked for.
     """
 
     asked: int = 0
@@ -27,6 +29,8 @@ class ExpertStats:
     seconds_reading: float = 0.0
     bytes_preloaded: int = 0
     seconds_preloading: float = 0.0
+    early: int = 0
+    bytes_useless: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -44,8 +48,15 @@ class ExpertStats:
             f"Experts: {self.asked} asked, {self.hit_rate:.1%} hits, "
             f"{self.bytes_read / 1e6:.1f} MB in {self.reads} reads, "
             f"{speed:.2f} GB/s while reading, waited {self.seconds_waited:.3f} s"
+            + self._guesses
             + (f"; {self.preloaded}" if self.bytes_preloaded else "")
         )
+
+    @property
+    def _guesses(self) -> str:
+        if not (self.early or self.bytes_useless):
+            return ""
+        return f"; guessed: {self.early} in time, {self.bytes_useless / 1e6:.1f} MB in vain"
 
     @property
     def preloaded(self) -> str:

@@ -22,6 +22,7 @@ from .errors import FlashMoEError
 from .expert_stats import ExpertStats as ExpertStats
 from .io_mode import open_expert_file
 from .layout import ExpertLayout
+from .lookahead import Lookahead
 from .reader import Arrival, Batch, Piece, Reader
 from .record_checks import RecordChecks
 from .slot_bank import Bank, check_room
@@ -109,6 +110,7 @@ class ExpertStore:
         io_threads: int = 8,
         preload: bool = False,
         checks: RecordChecks | None = None,
+        lookahead: str = "off",
     ) -> None:
         """Open the expert files and allocate the banks.
 
@@ -118,6 +120,7 @@ class ExpertStore:
             io_threads: reader threads.
             preload: read all experts now, expert e into slot e, if the plan has slots for all.
             checks: what to compare every expert with when it has been read.
+            lookahead: whether to read what is guessed: "auto", "on" or "off".
 
         Raises:
             FlashMoEError: an expert file cannot be opened, or not be read to be preloaded, or the
@@ -127,11 +130,13 @@ class ExpertStore:
         self.layout = layout
         self.plan = plan
         self._checks = checks
+        self.lookahead = Lookahead(lookahead)
         self.stats = ExpertStats()
         paths = {f.file for layer in layout.layers for f in layer.fields}
         self.banks: list[Bank] = []
         # References that call nothing when a request dies: Ctrl-C would be lost in there.
         self._pending: list[list[weakref.ref[Pending]]] = [[] for _ in layout.layers]
+        self._guessed: list[dict[int, tuple[Batch, Arrival]]] = [{} for _ in layout.layers]
         self._consumers: list[Consumer] = []
         self._lock = threading.Lock()
         self._process = os.getpid()
@@ -239,7 +244,11 @@ class ExpertStore:
             self._settle(bank, experts)
             missing = bank.absent(experts)
             self.stats.asked += len(experts)
-            self.stats.hits += len(experts) - len(missing)
+            early = len(self._guessed[layer].keys() & set(experts) - set(missing))
+            self.stats.hits += len(experts) - len(missing) - early
+            self.stats.early += early
+            for expert in experts:
+                self._guessed[layer].pop(expert, None)
             batch = None
             if missing:
                 with unbroken():
@@ -251,6 +260,43 @@ class ExpertStore:
                 pending._arrivals.reverse()  # the last is over last: fewer times to wake up
             self._pending[layer] = [weakref.ref(p) for p in (*self._living(layer), pending)]
         return pending
+
+    def guess(self, layer: int, experts: Sequence[int]) -> None:
+        """Begin to read experts that will probably be asked for next; nothing waits for them.
+
+        Args:
+            layer: decoder layer.
+            experts: distinct expert ids; none is read if there are too few slots.
+
+        Raises:
+            FlashMoEError: the store was closed, or belongs to another process.
+        """
+        bank = self.banks[layer]
+        with self._lock:
+            self.check_usable()
+            self._settle(bank)
+            missing = bank.absent(experts)
+            kept = set(experts).union(*(p.experts for p in self._living(layer)))
+            if not missing or bank.choose(missing, kept) is None:
+                return
+            with unbroken():
+                batch = self._bring(layer, missing, set(experts), by_card=False)
+                for expert in missing:
+                    self._guessed[layer][expert] = batch, bank.arriving[expert][1]
+
+    def decide(self, layer: int, experts: Iterable[int]) -> None:
+        """Say what is asked for of a layer, in one request or several: other guesses were wrong."""
+        guessed = self._guessed[layer]
+        if not guessed:
+            return
+        with unbroken(), self._lock:
+            for expert in guessed.keys() - set(experts):
+                batch, arrival = guessed.pop(expert)
+                self._reader.drop(batch, {arrival})
+                if arrival.over and expert not in self.banks[layer].arriving:
+                    self.stats.bytes_useless += arrival.nbytes
+                else:  # counted when it is settled
+                    arrival.useless = True
 
     def _living(self, layer: int) -> list[Pending]:
         """Return the requests whose slots must stay theirs."""
@@ -346,6 +392,7 @@ class ExpertStore:
             for arrival in bank.settle():
                 self.stats.reads += arrival.pieces
                 self.stats.bytes_read += arrival.nbytes
+                self.stats.bytes_useless += arrival.useless * arrival.nbytes
             self.stats.seconds_reading += self._reader.take_seconds()
 
 

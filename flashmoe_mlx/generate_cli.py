@@ -44,6 +44,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="How to read: buffered, through the page cache; direct, past it; or auto (default)",
     )
     group.add_argument(
+        "--lookahead",
+        help="Read experts early, on a guess: on, off, or auto (default), which times both (CPU)",
+    )
+    group.add_argument(
         "--experts-per-token", help="Top-k to use instead of the checkpoint's own (default: its)"
     )
     group.add_argument(
@@ -120,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
         io_threads=args.io_threads,
         io_mode=args.io_mode,
         verify=args.verify_reads or None,
+        lookahead=args.lookahead,
         experts_per_token=args.experts_per_token,
         tokenizer_config=json.loads(metadata.get("tokenizer_config", "{}"))
         | ({"trust_remote_code": True} if args.trust_remote_code else {}),

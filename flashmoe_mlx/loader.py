@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .config import ModelArgs, StreamConfig, asked_slots, check_top_k, plan_cache
 from .custom_kernels.choice import check_cpu_kernels
-from .custom_kernels.executor import prepare
+from .custom_kernels.executor import cpu_steps, prepare
 from .errors import FlashMoEError
 from .expert_store import ExpertStore
 from .io_mode import plan_io, plan_load
@@ -82,6 +83,13 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         FlashMoEError: experts are missing or damaged, or the cache holds less than one token's.
     """
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
+    if cpu_steps(mx.zeros(1)) is None:
+        if stream.lookahead == "on":
+            raise FlashMoEError(
+                "lookahead = 'on': experts are guessed by this package's CPU kernels only, which "
+                "do not compute here. Choose auto, or off."
+            )
+        stream = replace(stream, lookahead="off")
     checks = RecordChecks(layout) if stream.verify else None
     trunk = trunk_tensors(directory)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
@@ -104,7 +112,9 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     )
     if plan.slots == args.num_experts:
         plan = replace(plan, io=plan_load(stream.io_mode, layout, io))
-    store = ExpertStore(layout, plan, stream.io_threads, preload=True, checks=checks)
+    store = ExpertStore(
+        layout, plan, stream.io_threads, preload=True, checks=checks, lookahead=stream.lookahead
+    )
     if stream.stats:
         print(f"[flashmoe] {plan}", file=sys.stderr)
         if store.stats.bytes_preloaded:
@@ -191,6 +201,7 @@ def load(
     revision: str | None = None,
     io_mode: str | None = None,
     verify: bool | None = None,
+    lookahead: str | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load a model whose experts stream from disk, and its tokenizer.
 
@@ -210,6 +221,8 @@ def load(
             default) reads past it where it could hold few of them.
         verify: compare every expert with its checksum when it has been read, before it is used.
             Needs a converted directory.
+        lookahead: on a CPU, "on" reads experts while the layer's attention is computed, on a guess;
+            "off" waits for the router; "auto" (the default) times both and goes on with the faster.
 
     Returns:
         (model, tokenizer), for mlx_lm's and this package's `generate` functions. `model.close()`,
@@ -231,6 +244,7 @@ def load(
         experts_per_token=experts_per_token,
         io_mode=io_mode,
         verify=verify,
+        lookahead=lookahead,
     )
     with _named(path, "its weights do not fit its config.json", "Restore the checkpoint's own"):
         model, config = load_model(

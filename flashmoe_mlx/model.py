@@ -304,6 +304,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [DecoderLayer(args, i, store) for i in range(args.num_hidden_layers)]
+        self._lookahead = store.lookahead if store else None
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(
@@ -316,11 +317,17 @@ class Decoder(nn.Module):
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         caches: list[Any] = cache if cache is not None else [None] * len(self.layers)
         masks: dict[bool, Any] = {}
-        for layer, c in zip(self.layers, caches, strict=True):
+        lookahead = self._lookahead if h.shape[1] == 1 else None
+        guesses = lookahead is not None and lookahead.begin()
+        for number, (layer, c) in enumerate(zip(self.layers, caches, strict=True)):
+            if guesses and number:
+                layer.mlp.guess(h, layer.post_attention_layernorm)
             if layer.is_linear not in masks:
                 make_mask = create_ssm_mask if layer.is_linear else create_attention_mask
                 masks[layer.is_linear] = make_mask(h, c)
             h = layer(h, masks[layer.is_linear], c, masks.get(True))
+        if lookahead is not None:
+            lookahead.end()
         return self.norm(h)
 
 

@@ -150,8 +150,10 @@ class StreamedExperts(nn.Module):
             places = np.flatnonzero(slots >= 0)
             return places, slots[places]
 
+        wanted, rows = np.unique(flat, return_counts=True)
+        self._store.decide(self._layer, wanted.tolist())
         try:
-            for wave in self._waves(*np.unique(flat, return_counts=True)):
+            for wave in self._waves(wanted, rows):
                 while len(wave) > room:
                     yield serve()
                     room += len(ahead.popleft().experts)
@@ -163,6 +165,10 @@ class StreamedExperts(nn.Module):
         finally:  # if it failed, whoever keeps the traceback keeps this frame
             for pending in ahead:
                 pending.release()
+
+    def guess(self, ids: np.ndarray) -> None:
+        """Begin to read experts `[..., K]` that are likely to be asked for next."""
+        self._store.guess(self._layer, np.unique(ids).tolist())
 
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
         """Keep the bank, or some slots of it, as they are until `consumer` is evaluated."""
@@ -214,6 +220,7 @@ class StreamedExperts(nn.Module):
         by_rows = experts[np.argsort(rows, kind="stable")].tolist()
         resident = set(bank.resident(by_rows))
         missing = [e for e in by_rows if e not in resident]
+        missing.sort(key=bank.arriving.__contains__, reverse=True)  # on their way: first
         most = len(bank) if len(experts) <= len(bank) else max(1, len(bank) // 2)
         half = min(most, -(-len(missing) // 2))
         waves = _groups([e for e in by_rows if e in resident], most) + _groups(missing, half)
@@ -277,6 +284,17 @@ class SparseMoeBlock(nn.Module):
         mx.async_eval(shared)
         routed = self.switch_mlp.mixture(x, indices, scores)
         return h + routed + shared
+
+    def guess(self, h: mx.array, norm: nn.RMSNorm) -> None:
+        """Begin to read the experts that the router picks for `[B, 1, H]`, if a CPU computes.
+
+        The layer before has made h; attention will add to it before the router is asked.
+        """
+        steps = cpu_steps(h)
+        logits = steps.router_logits(h, self.gate, norm) if steps else None
+        if logits is not None:
+            best = np.argpartition(logits, -self.top_k, axis=-1)[:, -self.top_k :]
+            self.switch_mlp.guess(best)
 
     def _by_cpu(self, steps: ModuleType, h: mx.array, norm: nn.RMSNorm) -> mx.array | None:
         """Run the block on one token per row, or return None if it is something else."""

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -29,15 +29,17 @@ class Arrival:
         left: pieces that are not over yet, and one more while the whole is to be checked.
         nbytes: bytes that came.
         error: why they are not all there; the first reason found.
+        useless: whether nobody wants them, as it turned out.
     """
 
-    __slots__ = ("_over", "check", "error", "left", "nbytes", "pieces")
+    __slots__ = ("_over", "check", "error", "left", "nbytes", "pieces", "useless")
 
     def __init__(self, pieces: int) -> None:
         """Expect so many pieces, at least one."""
         self.pieces = self.left = pieces
         self.nbytes = 0
         self.error: FlashMoEError | None = None
+        self.useless = False
         self.check: Callable[[], FlashMoEError | None] | None = None
         self._over = threading.Lock()  # held until it is over; a third of the cost of an Event
         self._over.acquire()
@@ -198,13 +200,25 @@ class Reader:
             while not interrupted and (piece := self._take(batch)):
                 self._read(piece)
 
-    def drop(self, batch: Batch) -> None:
-        """Give up what no thread has begun: it fails, once its other pieces are over."""
+    def drop(self, batch: Batch, unwanted: Set[Arrival] | None = None) -> None:
+        """Give up what no thread has begun: it fails, once its other pieces are over.
+
+        Args:
+            batch: pieces.
+            unwanted: give up only what belongs to these.
+        """
         error = FlashMoEError("reading was given up; load the model again.")
         with unbroken(), self._lock:
-            self._batches.discard(batch)
-            while batch.pieces:
-                batch.pieces.popleft()[-1].advance(0, error)
+            pieces, kept = batch.pieces, list[Piece]()
+            while pieces:
+                piece = pieces.popleft()
+                if unwanted is None or piece[-1] in unwanted:
+                    piece[-1].advance(0, error)
+                else:
+                    kept.append(piece)
+            pieces.extend(kept)
+            if not kept:
+                self._batches.discard(batch)
 
     def take_seconds(self) -> float:
         """Return for how long some read was in flight since this was last asked."""

@@ -126,3 +126,11 @@ def load_stock(stock_models):
         return loaded[path]
 
     return load
+
+
+@pytest.fixture
+def fresh_choice():
+    """Ask anew which kernels are wanted."""
+    executor._cpu_module.cache_clear()
+    yield
+    executor._cpu_module.cache_clear()

@@ -71,7 +71,8 @@ def test_decode_counts_what_it_reads(run):
         assert layer["hits"] < layer["asked"] == layer["distinct"]
         assert all(layer[part] > 0 for part in PARTS)
     missed = round(asked * (1 - result["hit_rate"]))
-    assert result["bytes_per_token"] == pytest.approx(missed * RECORD / 5)
+    useless = result["useless_bytes_per_token"]
+    assert result["bytes_per_token"] - useless == pytest.approx(missed * RECORD / 5)
     assert (result["slots"], result["top_k"], result["cold"]) == (SLOTS, 4, True)
     assert result["packages"]["mlx"] and result["peak_bytes"] > 0
     assert len(result["disk_bytes_per_s"]) == len(result["step_s"]) == 2
@@ -259,18 +260,19 @@ def test_the_median_run_is_one_that_was_measured():
 
 
 def test_columns_stand_under_their_titles():
-    use = Use(0.5, ExpertStats(4, 1, 3, 3_000_000, 0.001), 1_500_000, 0.4, 0.1)
+    stats = ExpertStats(4, 1, 3, 3_000_000, 0.001, bytes_useless=500_000)
+    use = Use(0.5, stats, 1_500_000, 0.4, 0.1)
     row = bench_figures.result(use, 1, bench_figures.Floor(0.1, 0.25))
     assert bench_figures.line(row, 1, "cold") == (
-        "     2.00  25.0%      3.00      1.50   3.00    100.00    250.00    50%   400.00"
+        "     2.00  25.0%      3.00     0.50      1.50   3.00    100.00    250.00    50%   400.00"
         "  100.00  cold"
     )
     assert bench_figures.HEADER == (
-        "    tok/s   hits  MB/token   disk MB   GB/s   disk ms  comp. ms  share  user ms"
+        "    tok/s   hits  MB/token  in vain   disk MB   GB/s   disk ms  comp. ms  share  user ms"
         "  sys ms  run"
     )
     unknown = bench_figures.line(row | {"disk_bytes_per_token": None}, 1, "warm")
-    assert unknown.split()[3] == "-"
+    assert unknown.split()[4] == "-"
 
 
 def test_published_figures_are_of_the_same_geometry_and_width():

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from flashmoe_mlx.custom_kernels import cpu, cpu_delta, executor, gated_delta, reference
+from flashmoe_mlx.custom_kernels import cpu, cpu_delta, gated_delta, reference
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels
 from flashmoe_mlx.custom_kernels.expert_mlp import Bank, expert_mlp
 from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, mix
@@ -177,14 +177,6 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env
     )
-
-
-@pytest.fixture
-def fresh_choice():
-    """Ask anew which kernels are wanted."""
-    executor._cpu_module.cache_clear()
-    yield
-    executor._cpu_module.cache_clear()
 
 
 def test_stock_ops_on_request(fresh_choice, monkeypatch):

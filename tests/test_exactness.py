@@ -85,9 +85,11 @@ def test_tokens_and_logits_equal_stock(name, bank, models, expected):
     model.close()
 
 
-def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, load_stock):
+@pytest.mark.parametrize("lookahead", ["off", "on"])
+def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, load_stock, lookahead):
     """1,000 tokens through banks of exactly top-k slots; bytes read are misses times a record."""
-    model, tokenizer = load(models["packed4"], expert_cache=bank_sizes(models["packed4"])["top-k"])
+    cache = bank_sizes(models["packed4"])["top-k"]
+    model, tokenizer = load(models["packed4"], expert_cache=cache, lookahead=lookahead)
     prompt = prompt_of(tokenizer, 300)
     tokens, logits = greedy(model, prompt, count=1000)
     stock_tokens, stock_logits = greedy(load_stock("packed4")[0], prompt, count=1000)
@@ -96,7 +98,9 @@ def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, load_stock
     stats, text = model.expert_stats(), text_config(models["packed4"])
     layout = open_layout(models["packed4"], text["num_hidden_layers"], text["num_experts"])
     assert stats.asked > 1000 * text["num_hidden_layers"] * text["num_experts_per_tok"]
-    assert stats.bytes_read == (stats.asked - stats.hits) * layout.layers[0].record_bytes
+    missed = (stats.asked - stats.hits) * layout.layers[0].record_bytes
+    assert stats.bytes_read == missed + stats.bytes_useless
+    assert (stats.early > 0) == (stats.bytes_useless > 0) == (lookahead == "on")
 
 
 def test_result_does_not_depend_on_the_bank(models):

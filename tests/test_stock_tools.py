@@ -188,7 +188,7 @@ def half_of_the_experts(path: str) -> int:
 
 def test_rows_of_a_batch_share_reads(packed):
     """Eight times the same request reads no byte more than one; other requests add their own."""
-    model, tokenizer = load(packed, expert_cache=half_of_the_experts(packed))
+    model, tokenizer = load(packed, expert_cache=half_of_the_experts(packed), lookahead="off")
     questions = [f"Tell me {n} things about disks." for n in range(8)]
     prompts = [tokenizer.encode(question) for question in questions]
 

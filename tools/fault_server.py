@@ -83,7 +83,7 @@ class Server(StockServer):
         super().__init__(
             model,
             work / "log",
-            settings={"FLASHMOE_EXPERT_CACHE": "1440000"},
+            settings={"FLASHMOE_EXPERT_CACHE": "1440000", "FLASHMOE_LOOKAHEAD": "off"},
             program=("-c", SERVER, str(self.note)),
         )
 

@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--sample", action="store_true", help="Draw them from the model.")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, lookahead="off")
     mx.random.seed(0)
     for number, (name, tokens) in enumerate(texts(tokenizer)):
         trace = record(model, name, tokens, args.prompt_tokens, args.tokens, args.sample)

@@ -93,6 +93,7 @@ class Replay:
         self.policy = policy
         self.layout = SimpleNamespace(layers=[SimpleNamespace(num_experts=experts)])
         self.banks = [self]
+        self.arriving: frozenset[int] = frozenset()
         self._waves = Waves(self)
         self._asked: weakref.WeakSet[Asked] = weakref.WeakSet()
         self._step = self._missed = 0
@@ -104,6 +105,9 @@ class Replay:
     def resident(self, experts: Sequence[int]) -> list[int]:
         """Return those in the bank."""
         return [e for e in experts if e in self.policy.held]
+
+    def decide(self, layer: int, experts: Sequence[int]) -> None:
+        """Do nothing: nothing was guessed."""
 
     def request(self, layer: int, experts: Sequence[int]) -> Asked:
         """Bring experts into the bank."""

@@ -1,0 +1,59 @@
+"""Whether to read experts before their router has chosen them, on a guess.
+
+The guess is what the next layer's router says of the residual stream as it leaves this layer. While
+the next layer's attention is computed, the experts arrive. Wrong guesses cost bytes, so in `auto`
+the steps of a generation are timed with and without, and what is faster goes on for a while.
+"""
+
+import statistics
+import time
+
+MODES = ("auto", "on", "off")
+BLOCK = 4  # steps that are timed together, the first of them not: its bank is the other way's
+BLOCKS = 8  # of each way in a trial
+TERM = 2000  # steps until the next trial
+WORTH = 0.98  # of the time without; less of a gain is noise, and bytes are not free
+
+
+class Lookahead:
+    """Says for each decoding step whether to guess, and learns from how long they take."""
+
+    def __init__(self, mode: str = "auto") -> None:
+        """Begin with a trial in "auto"; "on" and "off" stay as they are."""
+        self.mode = mode
+        self._pays = mode == "on"
+        self._left = 0
+        self._begin_trial()
+
+    def _begin_trial(self) -> None:
+        self._number = 0
+        self._seconds: tuple[list[float], list[float]] = [], []
+
+    def begin(self) -> bool:
+        """Say whether to guess in the step that begins now."""
+        self._start = time.perf_counter()
+        if self.mode != "auto" or self._left:
+            return self._pays
+        return bool(self._number // BLOCK % 2)
+
+    def end(self) -> None:
+        """Note that the step is over."""
+        if self.mode != "auto":
+            return
+        if self._left:
+            self._left -= 1
+            return
+        if self._number % BLOCK:
+            seconds = time.perf_counter() - self._start
+            self._seconds[self._number // BLOCK % 2].append(seconds)
+        self._number += 1
+        if self._number == 2 * BLOCK * BLOCKS:
+            without, with_guess = map(statistics.median, self._seconds)
+            self._pays, self._left = with_guess < WORTH * without, TERM
+            self._begin_trial()
+
+    def __str__(self) -> str:
+        """A few words for people."""
+        if self.mode != "auto":
+            return self.mode
+        return ("on" if self._pays else "off") + ", by trial" if self._left else "on trial"
