@@ -56,19 +56,24 @@ class Use:
 
         Those of wrong guesses did not have to.
         """
-        missed = self.stats.bytes_read - self.stats.bytes_useless
-        return missed if self.from_disk is None else min(missed, self.from_disk)
+        return min(self.stats.bytes_read - self.stats.bytes_useless, self._came)
+
+    @property
+    def _came(self) -> int:
+        """Bytes read that came from the disk."""
+        read = self.stats.bytes_read
+        return read if self.from_disk is None else min(read, self.from_disk)
 
     def floor(self, bandwidths: list[float], compute: float) -> Floor:
         """Return the run's floor.
 
         Args:
             bandwidths: of the disk, measured about the run; it counts at their median, or at what
-                the run itself got while it waited if that is more.
+                the run itself got while a read was in flight if that is more.
             compute: seconds of computing.
         """
-        waited = self.stats.seconds_waited
-        reached = self.needed / waited if waited else 0.0
+        reading = self.stats.seconds_reading
+        reached = self._came / reading if reading else 0.0
         return Floor(self.needed / max(statistics.median(bandwidths), reached), compute)
 
     def __sub__(self, before: "Use") -> "Use":

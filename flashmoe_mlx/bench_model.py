@@ -61,7 +61,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, help="experts per token (default: the geometry's)")
     add("--expert-cache", help="memory for experts: 512MiB, 4GiB or auto (default: auto)")
     add("--io-threads", type=int, help="threads that read from disk (default: 8)")
-    add("--lookahead", choices=LOOKAHEAD, help="read experts early, on a guess (default: on)")
+    text = "read experts early, on a guess (default: off)"
+    add("--lookahead", choices=LOOKAHEAD, default="off", help=text)
     add("--runs", type=int, default=3, help="runs of each, of which the median (default: 3)")
     add("--stock", action="store_true", help="also run stock mlx-lm on the same weights")
     where = f"where checkpoints are kept (default: {default_dir()})"
@@ -115,7 +116,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
         path,
         expert_cache=args.expert_cache,
         io_threads=args.io_threads,
-        lookahead=args.lookahead or (None if machine.on_gpu() else "on"),
+        lookahead=args.lookahead,
         experts_per_token=args.top_k,
     )
     assert isinstance(model, Model) and model._store

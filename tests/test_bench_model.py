@@ -206,11 +206,13 @@ def test_nothing_is_read_while_computing_is_timed(subject):
 
 
 def test_floor_is_the_longer_of_disk_and_computing():
-    stats = ExpertStats(asked=4, reads=4, bytes_read=4000, seconds_waited=2.0)
+    stats = ExpertStats(asked=4, reads=4, bytes_read=4000, seconds_waited=1.0, seconds_reading=2.0)
     use = Use(8.0, stats, 3000, 1.0, 0.5)
     assert use.needed == 3000 and replace(use, from_disk=None).needed == 4000
     assert replace(use, from_disk=9000).needed == 4000
-    # Probes at 1000 bytes/s; the run itself got 3000 bytes in the 2 seconds that it waited.
+    guessed = replace(use, stats=replace(stats, bytes_useless=1500))
+    assert guessed.needed == 2500 and guessed.floor([9.0], 0.0).disk == 2500 / 1500
+    # Probes at 1000 bytes/s; the run itself got 3000 bytes in the 2 seconds that it read.
     assert use.floor([500.0, 1000.0, 9000.0], 1.0).seconds == 2.0
     assert use.floor([500.0, 3000.0, 9000.0], 0.5).seconds == 1.0
     row = bench_figures.result(use, 2, use.floor([1000.0], 4.0))
