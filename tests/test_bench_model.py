@@ -217,7 +217,7 @@ def test_floor_is_the_longer_of_disk_and_computing():
     assert use.floor([500.0, 3000.0, 9000.0], 0.5).seconds == 1.0
     row = bench_figures.result(use, 2, use.floor([1000.0], 4.0))
     assert row["share_of_floor"] == 0.5 and row["tokens_per_s"] == 0.25
-    assert row["read_bytes_per_s"] == 2000
+    assert row["read_bytes_per_s"] == 4000
 
 
 def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, monkeypatch, capsys):
