@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterable
 
-CHECKSUM = "crc32"  # 4 GB/s where blake2b does 0.8: never slower than the disk
+CHECKSUM = "crc32"  # 2 GB/s and more a core, where blake2b does 0.8
 _POLYNOMIAL = 0xEDB88320
 _ONE, _BYTE = 1 << 31, 1 << 23  # x^0 and x^8: the highest bit is the lowest power
 
