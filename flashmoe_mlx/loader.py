@@ -119,7 +119,11 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         print(f"[flashmoe] {plan}", file=sys.stderr)
         if store.stats.bytes_preloaded:
             print(f"[flashmoe] Experts: {store.stats.preloaded}", file=sys.stderr)
-        atexit.register(lambda: print(f"[flashmoe] {store.stats}", file=sys.stderr))
+        atexit.register(
+            lambda: print(
+                f"[flashmoe] {store.stats}; lookahead: {store.lookahead}", file=sys.stderr
+            )
+        )
     return store
 
 

@@ -170,8 +170,8 @@ def free_bytes(weights: Weights, machine: Machine) -> float:
     if free < weights.token_bytes:
         need = SYSTEM_BYTES + weights.trunk + weights.token_bytes
         raise FlashMoEError(
-            f"a memory of {machine.memory / 1e9:g} GB (--ram) is too little: trunk, one token's experts and the "
-            f"system take {need / 1e9:.1f} GB. Take a smaller model, or fewer bits."
+            f"a memory of {machine.memory / 1e9:g} GB (--ram) is too little: trunk, one token's "
+            f"experts and the system take {need / 1e9:.1f} GB. Take a smaller model, or fewer bits."
         )
     return free
 

@@ -185,7 +185,10 @@ PLAN = [
     ("--model 397b --machine m3-max-48 --bits 3", "--bits 3 is not known. Choose among 4, 2."),
     ("--model 397b --machine m3-max-48 --top-k 0", "--top-k = 0, but the model has 512 experts"),
     ("--model 397b --machine m3-max-48 --ram much", "--ram much is not a size. Give bytes or a un"),
-    ("--model 397b --machine m3-max-48 --ram 1GB", "a memory of 1 GB (--ram) is too little: trunk, one token's"),
+    (
+        "--model 397b --machine m3-max-48 --ram 1GB",
+        "a memory of 1 GB (--ram) is too little: trunk, one token's",
+    ),
     ("--model 397b --machine m3-max-48 --ssd 0", "--ssd 0 is no rate. Give GB/s, such as 5."),
     ("--model 397b --machine m3-max-48 --ssd nan", "--ssd nan is no rate."),
     (

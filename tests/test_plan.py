@@ -185,7 +185,10 @@ def test_experts_of_mixed_bits_count_by_their_mean(tmp_path, capsys):
         ("--model 35b --machine m4-32 --top-k 300", "--top-k = 300, but the model has 256 exp"),
         ("--model 35b --machine m4-32 --ram lots", "--ram lots is not a size. Give bytes or a"),
         ("--model 35b --machine m4-32 --ram auto", "--ram auto is not a size. Give bytes or a"),
-        ("--model 397b --machine m4-32 --ram 8GB", "a memory of 8 GB (--ram) is too little: trunk, one token'"),
+        (
+            "--model 397b --machine m4-32 --ram 8GB",
+            "a memory of 8 GB (--ram) is too little: trunk, one token'",
+        ),
         ("--model 35b --machine m4-32 --ssd 0", "--ssd 0 is no rate. Give GB/s, such as 5."),
         ("--model 35b --machine m4-32 --ssd nan", "--ssd nan is no rate. Give GB/s, such as"),
         ("--model 35b --machine m4-32 --prompt 0", "--prompt 0 is no number of tokens. Give 1"),
