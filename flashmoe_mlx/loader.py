@@ -110,8 +110,9 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         args.activation_bytes,
         apart=card is not None,
     )
-    if plan.slots == args.num_experts:
+    if plan.slots == args.num_experts:  # nothing is read later
         plan = replace(plan, io=plan_load(stream.io_mode, layout, io))
+        stream = replace(stream, lookahead="off")
     store = ExpertStore(
         layout, plan, stream.io_threads, preload=True, checks=checks, lookahead=stream.lookahead
     )

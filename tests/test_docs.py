@@ -29,12 +29,7 @@ SPAN = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.S | re.M)
 # A path of this repository, with a folder of it in front.
 FILE = re.compile(r"(?:flashmoe_mlx|custom_kernels|convert|tools|tests|docs|\.ci)/[\w./*-]*")
-VALUES = {
-    "buffered",
-    "custom",
-    "direct",
-    "off",
-}  # other values of a setting, in the table of settings
+VALUES = {"buffered", "custom", "direct", "off"}  # of settings, in their table
 FOLDERS = "flashmoe_mlx", "custom_kernels", "convert", "tools"
 PARSERS = {
     "flashmoe-generate": generate_parser,
