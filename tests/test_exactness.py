@@ -1,6 +1,8 @@
 """Streaming changes nothing: tokens and logits equal stock mlx-lm's with everything in memory."""
 
 import copy
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -101,6 +103,21 @@ def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, load_stock
     missed = (stats.asked - stats.hits) * layout.layers[0].record_bytes
     assert stats.bytes_read == missed + stats.bytes_useless
     assert (stats.early > 0) == (stats.bytes_useless > 0) == (lookahead == "on")
+
+
+def test_the_tool_for_gpus_sees_what_differs(models, capsys):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+    from streamed_equals_resident import compare
+
+    resident, small, other = (
+        load(models["packed4"], expert_cache=cache, experts_per_token=k)[0]
+        for cache, k in ((None, None), (bank_sizes(models["packed4"])["top-k"], None), (None, 1))
+    )
+    assert compare(small, resident, [1, 40]) == 0
+    assert compare(other, resident, [3]) == 2
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "prompt of 1, run 1: equal"
+    assert said[-1].startswith("prompt of 3, run 2: rows [0, 1, 2, 3, 4, 5] differ, by ")
 
 
 def test_result_does_not_depend_on_the_bank(models):
