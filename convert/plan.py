@@ -131,7 +131,12 @@ def _target_dtype(source: Source, options: Options) -> str:
     text = source.config.get("text_config") or {}
     for entry in (source.config, text):
         for key in ("torch_dtype", "dtype"):
-            if options.dtype is None and (name := entry.get(key)) in DTYPES:
+            if not isinstance(name := entry.get(key, ""), str | None):
+                raise FlashMoEError(
+                    f"config.json: {key} = {name!r} is not the name of a dtype. Restore the "
+                    "checkpoint's own config.json."
+                )
+            if options.dtype is None and name in DTYPES:
                 return DTYPES[name]
     return DTYPES[options.dtype or "bfloat16"]
 

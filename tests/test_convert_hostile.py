@@ -315,6 +315,11 @@ def test_config_that_is_none(hf, text, match):
     ("change", "match"),
     [
         ({"quantization": "evil"}, r"config.json: quantization is 'evil', expected an object"),
+        ({"torch_dtype": {"a": 1}}, r"torch_dtype = \{'a': 1\} is not the name of a dtype"),
+        (
+            {"dtype": ["bfloat16"]},
+            r"config.json: dtype = \['bfloat16'\] is not the name of a dtype",
+        ),
         ({"quantization_config": [1]}, r"quantization_config is \[1\], expected an object"),
     ],
 )
