@@ -5,7 +5,6 @@ import os
 from types import SimpleNamespace
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from store_helpers import (
     EXPERTS,
@@ -17,12 +16,11 @@ from store_helpers import (
     make_store,
     record,
 )  # fmt: skip
-from test_cuda_memory import LateDriver
+from test_cuda_memory import LateDriver, put_banks_on, rows_of
 
-from flashmoe_mlx import cuda_mapped, expert_store, slot_bank
+from flashmoe_mlx import cuda_mapped
 from flashmoe_mlx.config import CachePlan, IoPlan
 from flashmoe_mlx.cuda_mapped import MappedFiles, map_files
-from flashmoe_mlx.cuda_memory import CardReads, CardRow
 from flashmoe_mlx.errors import FlashMoEError
 
 
@@ -55,17 +53,8 @@ class Card(LateDriver):
 @pytest.fixture
 def card(monkeypatch):
     """Put banks on a card that can read files."""
-    card = Card()
-    reads = CardReads(card)
-
-    def rows(arrays):
-        views = [np.frombuffer(memoryview(a).cast("B"), np.uint8) for a in arrays]
-        return [CardRow(view.ctypes.data, view.nbytes) for view in views]
-
-    for module in (slot_bank, expert_store):
-        monkeypatch.setattr(module, "card_reads", lambda: reads)
-    for module in (slot_bank, cuda_mapped):
-        monkeypatch.setattr(module, "card_rows", rows)
+    card = put_banks_on(Card(), monkeypatch)
+    monkeypatch.setattr(cuda_mapped, "card_rows", rows_of)
     monkeypatch.setattr(cuda_mapped, "uses_cuda", lambda: True)
     monkeypatch.setattr(cuda_mapped, "_driver", lambda: card)
     monkeypatch.setattr(cuda_mapped, "_copy", card.launch)

@@ -48,20 +48,24 @@ class LateDriver:
             self.copies += 1
 
 
-@pytest.fixture
-def driver(monkeypatch):
+def rows_of(arrays):
+    """Return where arrays lie in ordinary memory, as if it were a card's."""
+    views = [np.frombuffer(memoryview(a).cast("B"), np.uint8) for a in arrays]
+    return [CardRow(view.ctypes.data, view.nbytes) for view in views]
+
+
+def put_banks_on(driver, monkeypatch):
     """Put banks on a card; reads of a store go there."""
-    driver = LateDriver()
     reads = CardReads(driver)
-
-    def rows(arrays):
-        views = [np.frombuffer(memoryview(a).cast("B"), np.uint8) for a in arrays]
-        return [CardRow(view.ctypes.data, view.nbytes) for view in views]
-
     for module in (slot_bank, expert_store):
         monkeypatch.setattr(module, "card_reads", lambda: reads)
-    monkeypatch.setattr(slot_bank, "card_rows", rows)
+    monkeypatch.setattr(slot_bank, "card_rows", rows_of)
     return driver
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    return put_banks_on(LateDriver(), monkeypatch)
 
 
 @pytest.mark.parametrize("numba", [True, False])
