@@ -252,7 +252,8 @@ class ExpertStore:
             batch = None
             if missing:
                 with unbroken():
-                    batch = self._bring(layer, missing, set(experts), by_card)
+                    slots = self._slots(layer, missing, self._kept(layer, experts))
+                    batch = self._bring(layer, missing, slots, by_card)
             pending = Pending(self, layer, experts, [bank.touch(e) for e in experts])
             pending._batch = batch
             if bank.arriving:
@@ -276,11 +277,11 @@ class ExpertStore:
             self.check_usable()
             self._settle(bank)
             missing = bank.absent(experts)
-            kept = set(experts).union(*(p.experts for p in self._living(layer)))
-            if not missing or bank.choose(missing, kept) is None:
+            slots = bank.choose(missing, self._kept(layer, experts)) if missing else None
+            if slots is None:
                 return
             with unbroken():
-                batch = self._bring(layer, missing, set(experts), by_card=False)
+                batch = self._bring(layer, missing, slots, by_card=False)
                 for expert in missing:
                     self._guessed[layer][expert] = batch, bank.arriving[expert][1]
 
@@ -317,10 +318,15 @@ class ExpertStore:
                 "bring along; load it again in this one."
             )
 
-    def _bring(self, layer: int, missing: Sequence[int], keep: set[int], by_card: bool) -> Batch:
-        """Take slots for experts and begin to read them, in the order of the file."""
+    def _kept(self, layer: int, experts: Sequence[int]) -> set[int]:
+        """Return experts whose slots must stay theirs: these, and those of living requests."""
+        return set(experts).union(*(p.experts for p in self._living(layer)))
+
+    def _bring(
+        self, layer: int, missing: Sequence[int], slots: Sequence[int], by_card: bool
+    ) -> Batch:
+        """Put experts into slots that were chosen, beginning to read in the order of the file."""
         bank = self.banks[layer]
-        slots = self._slots(layer, missing, keep.union(*(p.experts for p in self._living(layer))))
         self._evaluate([held for held in self._consumers if held.reads(layer, slots)])
         parts = self._parts(bank, len(missing), by_card)
         brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]

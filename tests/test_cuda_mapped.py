@@ -15,7 +15,7 @@ from store_helpers import (
     contents,
     make_store,
     record,
-)  # fmt: skip
+)
 from test_cuda_memory import LateDriver, put_banks_on, rows_of
 
 from flashmoe_mlx import cuda_mapped
