@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import tau
+from threading import get_ident
 from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, scalar
+from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, SIMD, Kernel, scalar, settled
 from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES
 
 # Caches of at most so many keys are tried; beyond, one threadgroup per head is too few.
@@ -76,7 +77,7 @@ def prepare(
         norms: `[D]` weights of the queries' and the keys' RMS norm.
         eps: of both.
         base: of RoPE.
-        offset: `[1]` int32, the token's position.
+        offset: int32, its first element the token's position; see `integer`.
 
     Returns:
         queries `[B, Hq, D]` float32, scale folded in; keys `[B, Hk, 1, D]` in projected's dtype.
@@ -142,17 +143,21 @@ def attend(
     return y
 
 
-@lru_cache(maxsize=4)
 def integer(value: int) -> mx.array:
-    """Return `[1]` int32, made once per step and not once per layer."""
-    return mx.array([value], dtype=mx.int32)
+    """Return `[LEAST_ELEMENTS]` int32, all of one value, made once per step and not per layer."""
+    return _integer(value, get_ident())
+
+
+@lru_cache(maxsize=4)
+def _integer(value: int, thread: int) -> mx.array:
+    return mx.full(LEAST_ELEMENTS, value, dtype=mx.int32)
 
 
 @cache
 def turns(dims: int, base: float) -> mx.array:
     """Return `[dims / 2]` uint64: turns per position of each pair that RoPE turns, times 2^64."""
     speeds = [base ** (-2 * i / dims) / tau for i in range(dims // 2)]
-    return mx.array(np.array([round(speed * 2**64) for speed in speeds], np.uint64))
+    return settled(mx.array(np.array([round(speed * 2**64) for speed in speeds], np.uint64)))
 
 
 @dataclass(frozen=True)

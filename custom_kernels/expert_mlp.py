@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -12,19 +12,49 @@ from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.choice import prefers_custom
 from flashmoe_mlx.custom_kernels.dequantize import dequantize
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels, on_gpu
-from flashmoe_mlx.custom_kernels.gpu import rounds_products
+from flashmoe_mlx.custom_kernels.gpu import is_cuda, rounds_products
 from flashmoe_mlx.custom_kernels.linear import swiglu
 from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES, random_quantised
 
 DEQUANTISED_BYTES = 1 << 30  # of one projection's experts at a time
 LEAST_ROWS = 8  # per expert, below which it is quicker to multiply by the codes
+# Where MLX begins to multiply otherwise, and so to round otherwise: on NVIDIA's GPUs with so many
+# pairs of row and expert; on Apple's with so many for each slot of the bank, if told their order.
+LEAST_PAIRS, LEAST_PER_SLOT = 8, 4
 MOST_TRIED_ROWS = 64  # per expert
 
 
+class Routed(NamedTuple):
+    """How a layer's tokens were routed; what decides how to multiply.
+
+    Attributes:
+        pairs: of token and expert.
+        experts: distinct ones among them.
+        of: experts that the layer has.
+    """
+
+    pairs: int
+    experts: int
+    of: int
+
+
+def routed(ids: np.ndarray, of: int) -> Routed:
+    """Count pairs and experts in all expert ids of a layer of `of` experts."""
+    return Routed(ids.size, len(np.unique(ids)), of)
+
+
 def expert_mlp(
-    x: mx.array, tokens: np.ndarray, slots: np.ndarray, gate: Bank, up: Bank, down: Bank
+    x: mx.array,
+    tokens: np.ndarray,
+    slots: np.ndarray,
+    gate: Bank,
+    up: Bank,
+    down: Bank,
+    part_of: Routed,
 ) -> mx.array:
     """Run one expert per row: down(silu(gate x) * up x).
+
+    A row's result depends on the row and on `part_of`, and not on which other rows come along.
 
     Args:
         x: `[N, H]`.
@@ -33,6 +63,7 @@ def expert_mlp(
         gate: the gate projections.
         up: the up projections.
         down: the down projections.
+        part_of: all rows of the layer, if these are some of them.
 
     Returns:
         `[rows, H]` in x's dtype.
@@ -41,9 +72,9 @@ def expert_mlp(
     kernels = cpu_kernels(x)
     if kernels and all(kernels.supports(b.bits, b.group_size, b.scales) for b in banks):
         return mx.array(kernels.mlp(kernels.rows(x)[tokens], *(b.packed for b in banks), slots))
-    if on_gpu(x) and _wants_grouped(x, slots, banks):
+    if on_gpu(x) and _wants_grouped(x, part_of, banks):
         return _grouped(x, tokens, slots, banks)
-    return _gathered(x, tokens, slots, banks)
+    return _gathered(x, tokens, slots, banks, part_of)
 
 
 def ascending(slots: np.ndarray) -> np.ndarray:
@@ -60,9 +91,17 @@ def inverted(order: np.ndarray) -> np.ndarray:
 
 
 def _gathered(
-    x: mx.array, tokens: np.ndarray, slots: np.ndarray, banks: tuple[Bank, Bank, Bank]
+    x: mx.array,
+    tokens: np.ndarray,
+    slots: np.ndarray,
+    banks: tuple[Bank, Bank, Bank],
+    part_of: Routed,
 ) -> mx.array:
-    """Multiply row by row, by codes as they are."""
+    """Multiply row by row, by codes as they are; repeat the last until all parts go one way."""
+    in_order = not is_cuda() and part_of.pairs >= LEAST_PER_SLOT * max(part_of.of, 4)
+    least = LEAST_PER_SLOT * max(len(banks[0].codes), 4) if in_order else LEAST_PAIRS
+    padding = max(0, min(least, part_of.pairs) - len(slots))
+    slots = np.pad(slots, (0, padding), "edge")
     index = mx.array(slots.astype(np.uint32))
 
     def multiply(x: mx.array, bank: Bank) -> mx.array:
@@ -75,12 +114,13 @@ def _gathered(
             transpose=True,
             group_size=bank.group_size,
             bits=bank.bits,
-            sorted_indices=True,
+            sorted_indices=in_order,
         )
 
     gate, up, down = banks
-    rows = x[mx.array(tokens.astype(np.uint32))][:, None, :]
-    return multiply(swiglu(multiply(rows, gate), multiply(rows, up)), down).squeeze(1)
+    rows = x[mx.array(np.pad(tokens, (0, padding), "edge").astype(np.uint32))][:, None, :]
+    y = multiply(swiglu(multiply(rows, gate), multiply(rows, up)), down).squeeze(1)
+    return y[: len(tokens)] if padding else y
 
 
 def _grouped(
@@ -94,6 +134,8 @@ def _grouped(
     outputs: list[mx.array] = []
     done = 0
     for capacity, experts in _alike(counts, most):
+        if len(experts) == 1:  # a batch of one would be multiplied otherwise
+            experts = np.repeat(experts, 2)
         # What is left of a batch repeats the expert's last row.
         rows = np.minimum(np.arange(capacity), counts[experts, None] - 1) + starts[experts, None]
         where[rows] = done + np.arange(rows.size).reshape(rows.shape)
@@ -126,9 +168,9 @@ def _batched(
     return swiglu(rows @ gate, rows @ up) @ down
 
 
-def _wants_grouped(x: mx.array, slots: np.ndarray, banks: tuple[Bank, Bank, Bank]) -> bool:
+def _wants_grouped(x: mx.array, part_of: Routed, banks: tuple[Bank, Bank, Bank]) -> bool:
     """Say whether rows enough share an expert, and the way over dequantised weights is faster."""
-    rows = len(slots) // int(np.count_nonzero(np.diff(slots, prepend=-1)))
+    rows = part_of.pairs // part_of.experts
     if rows < LEAST_ROWS or rounds_products(x):
         return False
     gate, up, down = banks
@@ -205,7 +247,9 @@ class GroupedTrial:
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Multiply by mx.gather_qmm."""
-        return [_gathered(*self._arguments(inputs))]
+        all_rows = Routed(self.slots * self.rows, self.slots, self.slots)
+        x, tokens, slots, banks = self._arguments(inputs)
+        return [_gathered(x, tokens, slots, banks, all_rows)]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""

@@ -112,8 +112,9 @@ class ExpertsTrial:
         slots = mx.argsort(mx.random.uniform(shape=(rows, self.slots), key=keys[1]), axis=-1)
         slots = slots[:, : self.top_k].astype(mx.uint32)
         weights = mx.softmax(mx.random.normal((rows, self.top_k), key=keys[2]), axis=-1)
-        shared = mx.sigmoid(mx.random.normal((rows, 1), key=keys[3]))
-        arrays = [x, slots, weights.astype(dtype), shared.astype(dtype)]
+        # As the router leaves it: at the beginning of a larger array, see LEAST_ELEMENTS.
+        shared = mx.sigmoid(mx.random.normal((rows + 8, 1), key=keys[3]))
+        arrays = [x, slots, weights.astype(dtype), shared.astype(dtype)[:rows]]
         for key, (shape, bits) in zip(keys[4:], self._shapes, strict=True):
             scale_dtype = DTYPES[self.scale_dtype]
             arrays += random_quantised(key, shape, bits, self.group_size, scale_dtype)

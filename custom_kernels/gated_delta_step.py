@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.gpu import Kernel
+from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, Kernel, settled
 
 if TYPE_CHECKING:
     from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights
@@ -94,5 +94,5 @@ def vector(columns: int) -> int:
 
 @cache
 def epsilons(norm_eps: float, qk_eps: float) -> mx.array:
-    """Return `[2]` float32, once: a new array per launch would cost time."""
-    return mx.array([norm_eps, qk_eps])
+    """Return these two and zeros, `[LEAST_ELEMENTS]` float32, once per pair."""
+    return settled(mx.array([norm_eps, qk_eps, *[0.0] * (LEAST_ELEMENTS - 2)]))

@@ -10,6 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+# On CUDA MLX keeps arrays of up to 8 bytes in the host's memory, also what a kernel writes; each
+# threadgroup that looks into one waits for the bus. So what kernels read has four elements.
+LEAST_ELEMENTS = 4
 SIMD = 32  # lanes that step together: a simdgroup on Metal, a warp on CUDA
 Shape = tuple[int, ...]
 Triple = tuple[int, int, int]
@@ -32,8 +35,15 @@ def rounds_products(x: mx.array) -> bool:
 
 @functools.cache
 def scalar(value: float) -> mx.array:
-    """Return `[1]` float32, made once per value."""
-    return mx.array([value], dtype=mx.float32)
+    """Return `[LEAST_ELEMENTS]` float32, all of one value, made once."""
+    return settled(mx.full(LEAST_ELEMENTS, value, dtype=mx.float32))
+
+
+def settled(array: mx.array) -> mx.array:
+    """Return a copy that the GPU has made in its own memory; what the host makes lies in both."""
+    copy = mx.concatenate([array, array])[: array.shape[0]]
+    mx.eval(copy)  # for any thread
+    return copy
 
 
 @functools.cache

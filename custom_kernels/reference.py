@@ -7,6 +7,9 @@ token, Hk/Hv key and value heads, Dk/Dv their sizes; in full attention Hq query 
 import math
 
 import mlx.core as mx
+import numpy as np
+
+NONE = 0xFFFFFFFF  # no expert, no slot
 
 
 def dequantize(codes: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:
@@ -138,3 +141,39 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     keys, values = (mx.repeat(t, repeat, axis=1) for t in (keys, values))
     scores = (queries[:, :, None] * keys).sum(-1)
     return (mx.softmax(scores, axis=-1)[..., None] * values).sum(2)
+
+
+def choose_slots(
+    slot_of: mx.array, demand: mx.array, ids: mx.array, slots: int, half_life: int
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Give each expert that is asked for a slot: a free one, or that of one in little demand.
+
+    Args:
+        slot_of: `[experts]` uint32, the slot of each or NONE.
+        demand: `[experts]` float32, log2 of each one's uses, earlier ones counting less.
+        ids: `[..., K]` uint32, of which at most `slots` differ.
+        slots: of the bank.
+        half_life: uses of experts after which an earlier use counts half.
+
+    Returns:
+        slot_of and demand after that; the slots `[..., K]`; and `[ids, 2]` uint32, expert and slot
+        of those that are missing, in the order asked for, NONE behind the last.
+    """
+    where, scores, flat = np.array(slot_of), np.array(demand), np.array(ids).reshape(-1)
+    asked = list(dict.fromkeys(flat.tolist()))
+    missing = [e for e in asked if where[e] == NONE]
+    owner = {int(where[e]): e for e in np.flatnonzero(where != NONE).tolist()}
+    free = [s for s in range(slots) if s not in owner]
+    others = [s for s, e in owner.items() if e not in asked]
+    others.sort(key=lambda s: (scores[owner[s]], s))
+    givers = (free + others)[: len(missing)]
+    for slot in givers:
+        if slot in owner:
+            where[owner[slot]] = NONE
+    where[missing] = givers
+    scores -= np.float32(len(asked) / half_life)
+    scores[asked] = np.log2(1 + np.exp2(scores[asked]))
+    tasks = np.full((flat.size, 2), NONE, np.uint32)
+    tasks[: len(missing)] = list(zip(missing, givers, strict=True)) or np.empty((0, 2))
+    places = where[flat].reshape(ids.shape)
+    return mx.array(where), mx.array(scores), mx.array(places), mx.array(tasks)

@@ -49,3 +49,6 @@ if (lane == 0) {
   float gate = SHARED ? static_cast<float>(here[EXPERTS]) : 0.0f;
   shared[n] = 1.0f / (1.0f + metal::exp(-gate));
 }
+if (n == 0 && lane < SPARE) {  // `shared` has four elements at least
+  shared[4 - SPARE + lane] = 0.0f;
+}

@@ -6,7 +6,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel
+from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, SIMD, Kernel
 from flashmoe_mlx.custom_kernels.trial import DTYPES
 
 MAX_TOP_K = SIMD
@@ -29,18 +29,24 @@ def route(
         weight `[..., 1]` float32, sigmoid(gate).
     """
     *lead, width = logits.shape
+    tokens = logits.size // width
     ids, weights, gate = _kernel(
         [logits],
-        [((*lead, top_k), mx.uint32), ((*lead, top_k), mx.float32), ((*lead, 1), mx.float32)],
-        (logits.size // width, 1, 1),
+        [
+            ((*lead, top_k), mx.uint32),
+            ((*lead, top_k), mx.float32),
+            ((max(tokens, LEAST_ELEMENTS),), mx.float32),
+        ],
+        (tokens, 1, 1),
         SIMD,
         T=logits.dtype,
         EXPERTS=width - shared,
         K=top_k,
         RENORMALISE=renormalise,
         SHARED=shared,
+        SPARE=max(0, LEAST_ELEMENTS - tokens),
     )
-    return ids, weights, gate
+    return ids, weights, gate[:tokens].reshape(*lead, 1)
 
 
 def route_by_mlx(

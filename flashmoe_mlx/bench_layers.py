@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .bench_figures import Use
 from .bench_model import Subject
@@ -97,11 +98,16 @@ class _Experts:
         self._module, self._pick, self._store = module, pick, store
         self._first: float | None = None
         self._ids: set[int] = set()
+        self._brought = 0.0
 
     def asked(self, experts: Sequence[int]) -> None:
         """Note when the first experts are asked for, and which."""
         self._first = self._first or time.perf_counter()
         self._ids.update(experts)
+
+    def brought(self, seconds: float) -> None:
+        """Count time in which a GPU brought experts by itself."""
+        self._brought += seconds
 
     def guess(self, *args: Any) -> None:
         """Guess as the block does; that takes no part of the layer's time."""
@@ -109,14 +115,14 @@ class _Experts:
 
     def __call__(self, h: mx.array, *rest: Any) -> Any:
         mx.eval(h)
-        self._first, self._ids = None, set()
+        self._first, self._ids, self._brought = None, set(), 0.0
         before: ExpertStats = replace(self._store.stats)
         start = time.perf_counter()
         y = self._module(h, *rest)
         mx.eval(y)
         seconds, after, times = time.perf_counter() - start, self._store.stats, self._pick(h)
         router = self._first - start if self._first else 0.0
-        read = after.seconds_waited - before.seconds_waited
+        read = after.seconds_waited - before.seconds_waited + self._brought
         times.router += router
         times.read += read
         times.experts += seconds - router - read
@@ -141,11 +147,19 @@ def timed_layers(
     """
     found = untimed(model)
     originals, proxies = [], list[_Experts]()
-    request = store.request
+    request, bring = store.request, store.bring
 
-    def watched(layer: int, experts: Sequence[int], by_card: bool = False) -> Pending:
+    def watched(layer: int, experts: Sequence[int]) -> Pending:
         proxies[layer].asked(experts)
-        return request(layer, experts, by_card)
+        return request(layer, experts)
+
+    def brought(layer: int, ids: mx.array, earlier: mx.array) -> mx.array | None:
+        proxies[layer].asked(np.unique(np.array(ids)).tolist())
+        start = time.perf_counter()
+        if (there := bring(layer, ids, earlier)) is not None:
+            mx.eval(there)
+            proxies[layer].brought(time.perf_counter() - start)
+        return there
 
     for layer, several, single in zip(model.layers, prompt or found, found, strict=True):
         name = _mixer(layer)
@@ -154,11 +168,11 @@ def timed_layers(
         proxies.append(_Experts(layer.mlp, pick, store))
         setattr(layer, name, _Attention(layer[name], pick))
         setattr(layer, "mlp", proxies[-1])  # noqa: B010
-    store.request = watched  # type: ignore[method-assign]
+    store.request, store.bring = watched, brought  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        del store.request
+        del store.request, store.bring
         for layer, name, mixer, mlp in originals:
             setattr(layer, name, mixer)
             layer.mlp = mlp

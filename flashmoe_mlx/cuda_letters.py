@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from .cuda_memory import Driver, Staging, uses_cuda
+from .custom_kernels.gpu import LEAST_ELEMENTS, settled
 from .errors import FlashMoEError
 
 WORDS = 1024  # the longest letter
@@ -38,7 +39,9 @@ class Boxes(threading.local):
         self._memory = Staging(Driver(), 4 * WORDS * (1 + BOXES))
         self._words = np.frombuffer(self._memory.view, np.uint32).reshape(1 + BOXES, WORDS)
         starts = range(self._memory.address, self._memory.address + self._words.nbytes, 4 * WORDS)
-        self._places = [mx.array([start], dtype=mx.uint64) for start in starts]
+        self._places = [
+            settled(mx.full(LEAST_ELEMENTS, start, dtype=mx.uint64)) for start in starts
+        ]
         self._letters: list[mx.array | None] = [None] * (1 + BOXES)
         self._last = 0
 

@@ -1,13 +1,16 @@
-"""Experts that an NVIDIA GPU copies into its banks by itself, from where the page cache has them.
+"""Experts that an NVIDIA GPU brings into its banks by itself, from where the page cache has them.
 
 The expert files are mapped and their pages locked, so that the card reads them over the bus. No
-thread of the host touches the bytes, and no memory is taken but the page cache's. Decoding does
-that; the waves of a prompt are read by the host (`cuda_memory`).
+thread of the host touches the bytes, and no memory is taken but the page cache's. In decoding the
+card also knows which expert lies in which slot, and decides who gives way: nothing waits for the
+host, which prepares the next launches meanwhile. The waves of a prompt are read by the host
+(`cuda_memory`); then the bank's table goes there, and comes back with the next token.
 """
 
 import ctypes
 import functools
 import mmap
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,21 +20,36 @@ import mlx.core as mx
 import numpy as np
 
 from .config import CachePlan
-from .cuda_letters import to_device
-from .cuda_memory import CardRow, Driver, card_rows, uses_cuda
+from .cuda_memory import Driver, card_rows, uses_cuda
+from .custom_kernels import reference
+from .custom_kernels.expert_slots import NONE, Table, choose_slots
+from .custom_kernels.gpu import LEAST_ELEMENTS, settled
 from .errors import FlashMoEError
-from .layout import ExpertLayout
+from .layout import ExpertLayout, Field, LayerLayout
 from .memory import available_bytes
+from .slot_bank import DTYPES, HALF_LIFE, NEVER
 
 USEFUL_MEMORY = 0.7  # of what is available, at most; the pages of other programs have to leave
-LANES, GROUPS = 256, 4  # threads of a group, groups for each row of a bank
-TRIED = 1 << 16  # bytes that are copied and compared before it is relied on
+LANES, GROUPS = 256, 4  # threads of a group, groups for each tensor of an expert
 LOCKERS = 8  # threads that bring pages into memory and lock them
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux's mman.h
+TRIES, TRIED = 4, 8  # times that experts are asked for, and how many, before this is relied on
 
 COPY = """
-const uint64_t* task = reinterpret_cast<const uint64_t*>(tasks) + 3 * blockIdx.y;
-const uint64_t from = task[0], to = task[1], bytes = task[2];
+const uint32_t* task = tasks + 2 * (blockIdx.y / FIELDS);
+const uint64_t* field = fields + 4 * (blockIdx.y % FIELDS);
+if (blockIdx.x == 0 && blockIdx.y == 0)
+  for (int i = threadIdx.x; i < ASKED; i += blockDim.x) there[i] = slots[i];
+unsigned long long now, *times = const_cast<unsigned long long*>(
+    reinterpret_cast<const unsigned long long*>(clock));
+asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
+  times[2] += times[1] - times[0];
+  times[0] = times[1] = now;
+}
+if (task[0] == 0xffffffffu) return;
+const uint64_t bytes = field[3];
+const uint64_t from = field[0] + task[0] * field[1], to = field[2] + task[1] * bytes;
 const int step = gridDim.x * blockDim.x;
 int i = blockIdx.x * blockDim.x + threadIdx.x;
 if ((from | to | bytes) % 16 == 0) {
@@ -49,33 +67,27 @@ if ((from | to | bytes) % 16 == 0) {
   uint8_t* place = reinterpret_cast<uint8_t*>(to);
   for (; i < static_cast<int>(bytes); i += step) place[i] = source[i];
 }
-if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) out[0] = 1;
+__syncthreads();
+asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+if (threadIdx.x == 0) atomicMax(times + 1, now);
 """
 
 
 class MappedFiles:
-    """Files whose pages the card can read; what is copied out of them keeps MLX's order."""
+    """Files whose pages the card can read."""
 
-    width = 1  # pieces at a time: the card takes them all at once, whole ones best
-
-    def __init__(self, driver: Driver, files: dict[Path, int]) -> None:
+    def __init__(self, driver: Driver, paths: Sequence[Path]) -> None:
         """Map files and lock their pages, which brings them into the page cache.
-
-        Args:
-            driver: CUDA's.
-            files: paths, and the descriptors by which pieces will name them.
 
         Raises:
             FlashMoEError: one cannot be mapped, or not be locked.
         """
-        self._driver, self._stream = driver, None
-        self._last: mx.array | None = None
-        self._maps: dict[int, tuple[mmap.mmap, int]] = {}
-        self._known: dict[tuple[int, int], np.ndarray] = {}
+        self._driver = driver
+        self._maps: dict[Path, tuple[mmap.mmap, int]] = {}
         with ThreadPoolExecutor(LOCKERS) as pool:
-            jobs = [(number, pool.submit(self._lock, path)) for path, number in files.items()]
+            jobs = [(path, pool.submit(self._lock, path)) for path in paths]
         try:
-            self._maps = {n: job.result() for n, job in jobs if not job.exception()}
+            self._maps = {path: job.result() for path, job in jobs if not job.exception()}
             for _, job in jobs:
                 job.result()
         except BaseException:
@@ -95,55 +107,16 @@ class MappedFiles:
         )
         return pages, self._driver.lock(_address(pages), len(pages))
 
-    def read(self, pieces: Sequence[Any]) -> list[int]:
-        """Have the card copy pieces into their rows, and return how many bytes of each will come.
+    def address(self, field: Field, experts: int) -> int:
+        """Return where the card finds a tensor of expert 0, all experts of which are there.
 
-        What is evaluated later in the same stream finds them there.
+        Raises:
+            FlashMoEError: the file is shorter.
         """
-        came, tasks = [], []
-        for number, offset, nbytes, rows, _ in pieces:
-            pages, address = self._maps[number]
-            whole = offset + nbytes <= len(pages)
-            came.append(nbytes if whole else 0)
-            if whole:
-                tasks.append(
-                    self._tasks(rows, nbytes) + np.array([address + offset, 0, 0], np.uint64)
-                )
-        if tasks:
-            self._last = _copy(np.concatenate(tasks))
-            mx.async_eval(self._last)
-        return came
-
-    def _tasks(self, rows: Sequence[CardRow], nbytes: int) -> np.ndarray:
-        """Return what to copy into rows of together `nbytes`, from address 0: `[rows, 3]`."""
-        key = rows[0].address, nbytes  # a slot has the same rows each time
-        if key not in self._known:
-            sizes = np.array([len(row) for row in rows], np.uint64)
-            places = np.array([row.address for row in rows], np.uint64)
-            self._known[key] = np.stack([np.cumsum(sizes) - sizes, places, sizes], axis=1)
-        return self._known[key]
-
-    def wait(self) -> None:
-        """Return when the card has copied all that it was told to."""
-        if self._last is not None:
-            mx.eval(self._last)
-            self._last = None
-
-    def copies_right(self, path: Path, number: int) -> bool:
-        """Try it: have the card copy the beginning of a file, and look at what came."""
-        there = mx.zeros(min(TRIED, len(self._maps[number][0])), dtype=mx.uint8)
-        mx.eval(there)
-        self.read([(number, 0, there.size, card_rows([there]), None)])
-        self.wait()
-        with path.open("rb") as file:
-            return np.array(there).tobytes() == file.read(there.size)
-
-    def follow(self) -> None:
-        """Have what is computed from now on find all copies done, be it in another stream."""
-        here: Any = mx.default_stream(mx.default_device())
-        if self._stream is not None and here != self._stream:
-            self._driver.finish()
-        self._stream = here
+        pages, address = self._maps[field.file]
+        if field.offset + (experts - 1) * field.stride + field.nbytes > len(pages):
+            raise FlashMoEError(f"{field.file}: ends in the middle of an expert.")
+        return address + field.offset
 
     def close(self) -> None:
         """Wait for copies under way, and unlock the pages."""
@@ -154,29 +127,206 @@ class MappedFiles:
         self._maps = {}
 
 
-def map_files(layout: ExpertLayout, plan: CachePlan, files: dict[Path, int]) -> MappedFiles | None:
-    """Return expert files as the card can read them, or None where that is no gain or no way.
+class CardBank:
+    """One layer's bank in decoding: which expert lies where is known on the card alone.
+
+    Attributes:
+        leads: whether the card's table is newer than the host's.
+        clock: nanoseconds, `[LEAST_ELEMENTS]` uint64: begin and end of the last copies, and how
+            long all before took. The card writes there.
+    """
+
+    def __init__(
+        self, mapped: MappedFiles, layout: LayerLayout, slots: int, arrays: Sequence[mx.array]
+    ) -> None:
+        """Note where experts lie in the files and where they go.
+
+        Args:
+            mapped: the files.
+            layout: the layer's experts.
+            slots: of the bank.
+            arrays: the bank's nine, `[slots, ...]`.
+
+        Raises:
+            FlashMoEError: a file is shorter than the layout says.
+        """
+        self._experts, self._slots = layout.num_experts, slots
+        self._fields = settled(
+            mx.array(
+                [
+                    (
+                        mapped.address(field, layout.num_experts),
+                        field.stride,
+                        row.address,
+                        field.nbytes,
+                    )
+                    for field, row in zip(layout.fields, card_rows(arrays), strict=True)
+                ],
+                mx.uint64,
+            )
+        )
+        self._table = Table(mx.array(0), mx.array(0), mx.zeros(LEAST_ELEMENTS, dtype=mx.uint32))
+        self._last: mx.array | None = None
+        self.clock = settled(mx.zeros(LEAST_ELEMENTS, dtype=mx.uint64))
+        mx.eval(self._table)
+        self.leads = False
+
+    @property
+    def counts(self) -> mx.array:
+        """Experts asked for and brought since this was made: the first two elements, uint32."""
+        return self._table.counts
+
+    def take(self, slot_of: np.ndarray, demand: np.ndarray) -> None:
+        """Go on from a table of the host's: `[experts]` uint32 slots or NONE, float32 log2 uses."""
+        arrays = settled(mx.array(slot_of)), settled(mx.array(demand))
+        self._table = Table(*arrays, self._table.counts)
+        self._last, self.leads = None, True
+
+    def give(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for all that was begun, and return the table; now the host may change it.
+
+        If a thread is gone that had begun something, nothing is known: the bank is empty then.
+        """
+        self.leads = False
+        try:
+            self.finish()
+            return np.array(self._table.slot_of), np.array(self._table.demand)
+        except RuntimeError:  # MLX evaluates in the thread that a stream belongs to
+            counts = settled(mx.zeros(LEAST_ELEMENTS, dtype=mx.uint32))
+            self._table, self._last = Table(*self._table[:2], counts), None
+            self.clock = settled(mx.zeros(LEAST_ELEMENTS, dtype=mx.uint64))
+            return np.full(self._experts, NONE, np.uint32), np.full(
+                self._experts, NEVER, np.float32
+            )
+
+    def finish(self) -> None:
+        """Wait for all that was begun."""
+        mx.eval(self._table, [] if self._last is None else self._last)
+
+    def bring(self, ids: mx.array, earlier: mx.array) -> mx.array:
+        """Return the slots of experts `[..., K]`, whose bytes are there when they are computed.
+
+        Args:
+            ids: uint32, of which at most as many differ as there are slots.
+            earlier: any array that is computed before.
+        """
+        earlier = earlier if self._last is None else self._last
+        *table, there = _bring(self._slots)(*self._table, ids, earlier, self._fields, self.clock)
+        self._table, self._last = Table(*table), there
+        return there
+
+    def hold(self, consumer: mx.array) -> None:
+        """Bring nothing more before `consumer`, which reads the bank, is computed."""
+        self._last = consumer
+
+
+class CardBanks:
+    """The banks of all layers, and the files they are filled from."""
+
+    def __init__(self, mapped: MappedFiles, banks: Sequence[CardBank]) -> None:
+        """Bind banks to the files that they are filled from."""
+        self._mapped, self.of_layer = mapped, banks
+        self._seen = np.zeros((len(banks), 3), np.uint64)
+
+    def counted(self) -> np.ndarray:
+        """Return what was counted since this was last called, `[layers, 3]` uint64.
+
+        Experts asked for, experts brought, nanoseconds in which they came.
+        """
+        try:
+            clocks = np.array(mx.stack([bank.clock for bank in self.of_layer]))
+            counts = np.array(mx.stack([bank.counts for bank in self.of_layer]))
+        except RuntimeError:  # begun by another thread, in which MLX has to evaluate it
+            return np.zeros_like(self._seen)
+        begin, end, before = clocks.T[:3]
+        now = np.stack([*counts.T[:2].astype(np.uint64), before + end - begin], axis=1)
+        # A layer that was emptied counts from 0 again.
+        seen = np.where((now < self._seen).any(axis=1, keepdims=True), 0, self._seen)
+        self._seen = now
+        return now - seen
+
+    def close(self) -> None:
+        """Wait for what is under way, and give the files back."""
+        for bank in self.of_layer:
+            bank.give()
+        self._mapped.close()
+
+
+@functools.cache
+def _bring(slots: int) -> Any:
+    """Return the two launches of `CardBank.bring`, prepared once."""
+
+    def bring(
+        slot_of: mx.array,
+        demand: mx.array,
+        counts: mx.array,
+        ids: mx.array,
+        earlier: mx.array,
+        fields: mx.array,
+        clock: mx.array,
+    ) -> tuple[mx.array, ...]:
+        table = Table(slot_of, demand, counts)
+        table, places, tasks = choose_slots(table, ids, earlier, slots, HALF_LIFE)
+        return *table, _copy(tasks, places, fields, clock)
+
+    return mx.compile(bring)
+
+
+def map_files(
+    layout: ExpertLayout, plan: CachePlan, banks: Sequence[Sequence[mx.array]]
+) -> CardBanks | None:
+    """Return banks that the card fills by itself, or None where that is no gain or no way.
 
     Args:
         layout: where the experts lie.
         plan: how large banks are. Those with room for all experts read each once.
-        files: paths, and descriptors.
+        banks: nine arrays per layer.
     """
     if not uses_cuda() or plan.io.direct or plan.slots == layout.layers[0].num_experts:
         return None
     if layout.total_bytes > USEFUL_MEMORY * available_bytes():
         return None
+    files = sorted({field.file for layer in layout.layers for field in layer.fields})
     try:
         mapped = MappedFiles(_driver(), files)
     except FlashMoEError:  # a driver, a file system or a limit that does not allow it
         return None
     try:
-        if files and mapped.copies_right(*next(iter(files.items()))):
-            return mapped
-    except RuntimeError:  # CUDA's compiler
+        if _works(mapped, layout.layers[0], plan.slots):
+            layers = zip(layout.layers, banks, strict=True)
+            return CardBanks(
+                mapped, [CardBank(mapped, layer, plan.slots, arrays) for layer, arrays in layers]
+            )
+    except (FlashMoEError, RuntimeError):  # a file cut short, which the host will name; a compiler
         pass
     mapped.close()
     return None
+
+
+def _works(mapped: MappedFiles, layout: LayerLayout, slots: int) -> bool:
+    """Try it: have the card fill a bank, and look at what came."""
+    arrays = [mx.zeros((slots, *field.shape), dtype=DTYPES[field.dtype]) for field in layout.fields]
+    mx.eval(arrays)
+    bank, rng = CardBank(mapped, layout, slots, arrays), np.random.default_rng(0)
+    experts = layout.num_experts
+    truth = mx.full(experts, NONE, dtype=mx.uint32), mx.full(experts, NEVER)
+    bank.take(*map(np.array, truth))
+    for _ in range(TRIES):
+        ids = mx.array(rng.permutation(experts)[: min(TRIED, slots)].astype(np.uint32))
+        *truth, expected, _ = reference.choose_slots(*truth, ids, slots, HALF_LIFE)
+        if not mx.array_equal(bank.bring(ids, arrays[1]), expected):
+            return False
+    return bool(np.array_equal(bank.give()[0], np.array(truth[0]))) and all(
+        np.array(array[int(slot)].view(mx.uint8)).tobytes() == _bytes_of(field, expert)
+        for expert, slot in enumerate(np.array(truth[0]).tolist())
+        if slot != NONE
+        for field, array in zip(layout.fields, arrays, strict=True)
+    )
+
+
+def _bytes_of(field: Field, expert: int) -> bytes:
+    with field.file.open("rb") as file:
+        return os.pread(file.fileno(), field.nbytes, field.offset + expert * field.stride)
 
 
 @functools.cache
@@ -193,20 +343,28 @@ def _address(pages: mmap.mmap) -> int:
     return int(np.frombuffer(pages, np.uint8).ctypes.data)
 
 
-def _copy(tasks: np.ndarray) -> mx.array:
-    """Return what is there once all bytes of `tasks` `[N, 3]` (from, to, bytes) are copied."""
-    (done,) = _kernel()(
-        inputs=[to_device(tasks.view(np.uint32))],
-        grid=(LANES * GROUPS, len(tasks), 1),
+def _copy(tasks: mx.array, slots: mx.array, fields: mx.array, clock: mx.array) -> mx.array:
+    """Return `slots`, once the bytes that `tasks` `[N, 2]` (expert, slot) asks for are there.
+
+    `fields` `[9, 4]` has, for each tensor: where expert 0 lies, the step to the next one, where
+    slot 0 lies, bytes. `clock` is written to: see `CardBank`.
+    """
+    (there,) = _kernel()(
+        inputs=[tasks, slots, fields, clock],
+        template=[("FIELDS", fields.shape[0]), ("ASKED", slots.size)],
+        grid=(LANES * GROUPS, fields.shape[0] * tasks.shape[0], 1),
         threadgroup=(LANES, 1, 1),
-        output_shapes=[(1,)],
+        output_shapes=[slots.shape],
         output_dtypes=[mx.uint32],
     )
-    return done
+    return there
 
 
 @functools.cache
 def _kernel() -> Any:
     return mx.fast.cuda_kernel(
-        name="flashmoe_copy", input_names=["tasks"], output_names=["out"], source=COPY
+        name="flashmoe_copy",
+        input_names=["tasks", "slots", "fields", "clock"],
+        output_names=["there"],
+        source=COPY,
     )

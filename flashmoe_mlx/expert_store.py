@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .config import CachePlan
-from .cuda_mapped import map_files
+from .cuda_mapped import CardBanks, map_files
 from .cuda_memory import card_reads
 from .errors import FlashMoEError
 from .expert_stats import ExpertStats as ExpertStats
@@ -131,7 +131,8 @@ class ExpertStore:
         self.plan = plan
         self._checks = checks
         self.lookahead = Lookahead(lookahead)
-        self.stats = ExpertStats()
+        self._stats = ExpertStats()
+        self._cards: CardBanks | None = None
         paths = {f.file for layer in layout.layers for f in layer.fields}
         self.banks: list[Bank] = []
         # References that call nothing when a request dies: Ctrl-C would be lost in there.
@@ -144,14 +145,17 @@ class ExpertStore:
             files = _open_files(paths, plan.io.direct)
             names = {number: path for path, number in files.items()}
             try:
-                mapped = map_files(layout, plan, files)
-                self._reader = Reader(names, io_threads, card_reads(), mapped)
+                self._reader = Reader(names, io_threads, card_reads())
             except BaseException:
                 _close_files(files.values())
                 raise
-            self._finalizer = weakref.finalize(self, _close, self._reader, [*names], self._process)
+            cards: list[CardBanks] = []
+            closing = self._reader, cards, [*names], self._process
+            self._finalizer = weakref.finalize(self, _close, *closing)
         try:
             self._fill(files, preload)
+            self._cards = map_files(layout, plan, [bank.arrays for bank in self.banks])
+            cards += [self._cards] if self._cards else []
         except BaseException:  # also Ctrl-C
             self.close()
             raise
@@ -167,14 +171,34 @@ class ExpertStore:
                 ahead.popleft().wait()
         for pending in ahead:
             pending.wait()
-        if nbytes := self.stats.bytes_read:
+        if nbytes := self._stats.bytes_read:
             seconds = time.perf_counter() - start
-            self.stats = ExpertStats(bytes_preloaded=nbytes, seconds_preloading=seconds)
+            self._stats = ExpertStats(bytes_preloaded=nbytes, seconds_preloading=seconds)
 
     def close(self) -> None:
         """Stop the reader threads and close the files. A closed store cannot fetch."""
         with self._lock:
+            self._count()
             self._finalizer()
+
+    @property
+    def stats(self) -> ExpertStats:
+        """What was asked for and read until now."""
+        with self._lock:
+            self._count()
+        return self._stats
+
+    def _count(self) -> None:
+        """Add what a GPU has brought by itself since this was last called."""
+        if self._cards and self._finalizer.alive:
+            for layer, (asked, brought, nanoseconds) in zip(
+                self.layout.layers, self._cards.counted().tolist(), strict=True
+            ):
+                self._stats.asked += asked
+                self._stats.hits += asked - brought
+                self._stats.reads += brought
+                self._stats.bytes_read += brought * layer.record_bytes
+                self._stats.seconds_reading += nanoseconds / 1e9
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertStore":
         """Share the store: it is a cache over files that do not change."""
@@ -203,6 +227,9 @@ class ExpertStore:
         if self.banks[layer].complete:
             return
         with self._lock:
+            if self._cards and self._cards.of_layer[layer].leads:
+                self._cards.of_layer[layer].hold(consumer)
+                return
             read = None if slots is None else frozenset(slots)
             self._consumers.append(Consumer(consumer, layer, read))
             self._evaluate(self._consumers[:-KEPT_CONSUMERS])
@@ -218,9 +245,35 @@ class ExpertStore:
             FlashMoEError: a file is shorter than it was, or cannot be read. The bank then holds
                 what it held, less what was dropped to make room.
         """
-        return self.request(layer, experts, by_card=True).wait()
+        return self.request(layer, experts).wait()
 
-    def request(self, layer: int, experts: Sequence[int], by_card: bool = False) -> Pending:
+    def bring(self, layer: int, ids: mx.array, earlier: mx.array) -> mx.array | None:
+        """Have the GPU itself make experts resident and find their slots, if it can.
+
+        Args:
+            layer: decoder layer.
+            ids: `[..., K]` uint32 expert ids, perhaps not computed yet.
+            earlier: any array that is computed before.
+
+        Returns:
+            The slots `[..., K]`; whoever reads them finds the bytes there. None if the host has to
+            do it, by `fetch`.
+        """
+        bank = self.banks[layer]
+        if not self._cards or ids.size > len(bank):
+            return None
+        with self._lock:
+            self.check_usable()
+            card = self._cards.of_layer[layer]
+            if not card.leads:
+                if self._living(layer):
+                    return None
+                self._rest(bank)
+                self._evaluate([held for held in self._consumers if held.layer == layer])
+                card.take(*bank.table())
+            return card.bring(ids, earlier)
+
+    def request(self, layer: int, experts: Sequence[int]) -> Pending:
         """Give experts slots and begin to read those that are missing; return at once.
 
         Consumers of the slots that are taken for this are evaluated first. Requests of the same
@@ -230,8 +283,6 @@ class ExpertStore:
             layer: decoder layer.
             experts: distinct expert ids, at most as many as there are slots that no other
                 `Pending` has.
-            by_card: they are all that is wanted of this layer now, so a GPU that can read the
-                files by itself does.
 
         Raises:
             FlashMoEError: the bank has too few slots, or the store was closed, or belongs to
@@ -240,20 +291,20 @@ class ExpertStore:
         bank = self.banks[layer]
         with self._lock:
             self.check_usable()
-            self._reader.follow()
+            self._recall(layer)
             self._settle(bank, experts)
             missing = bank.absent(experts)
-            self.stats.asked += len(experts)
+            self._stats.asked += len(experts)
             early = len(self._guessed[layer].keys() & set(experts) - set(missing))
-            self.stats.hits += len(experts) - len(missing) - early
-            self.stats.early += early
+            self._stats.hits += len(experts) - len(missing) - early
+            self._stats.early += early
             for expert in experts:
                 self._guessed[layer].pop(expert, None)
             batch = None
             if missing:
                 with unbroken():
                     slots = self._slots(layer, missing, self._kept(layer, experts))
-                    batch = self._bring(layer, missing, slots, by_card)
+                    batch = self._bring(layer, missing, slots)
             pending = Pending(self, layer, experts, [bank.touch(e) for e in experts])
             pending._batch = batch
             if bank.arriving:
@@ -281,12 +332,13 @@ class ExpertStore:
             if slots is None:
                 return
             with unbroken():
-                batch = self._bring(layer, missing, slots, by_card=False)
+                batch = self._bring(layer, missing, slots)
                 for expert in missing:
                     self._guessed[layer][expert] = batch, bank.arriving[expert][1]
 
     def decide(self, layer: int, experts: Iterable[int]) -> None:
         """Say what is asked for of a layer, in one request or several: other guesses were wrong."""
+        self._recall(layer)
         guessed = self._guessed[layer]
         if not guessed:
             return
@@ -295,7 +347,7 @@ class ExpertStore:
                 batch, arrival = guessed.pop(expert)
                 self._reader.drop(batch, {arrival})
                 if arrival.over and expert not in self.banks[layer].arriving:
-                    self.stats.bytes_useless += arrival.nbytes
+                    self._stats.bytes_useless += arrival.nbytes
                 else:  # counted when it is settled
                     arrival.useless = True
 
@@ -322,15 +374,13 @@ class ExpertStore:
         """Return experts whose slots must stay theirs: these, and those of living requests."""
         return set(experts).union(*(p.experts for p in self._living(layer)))
 
-    def _bring(
-        self, layer: int, missing: Sequence[int], slots: Sequence[int], by_card: bool
-    ) -> Batch:
+    def _bring(self, layer: int, missing: Sequence[int], slots: Sequence[int]) -> Batch:
         """Put experts into slots that were chosen, beginning to read in the order of the file."""
         bank = self.banks[layer]
         self._evaluate([held for held in self._consumers if held.reads(layer, slots)])
-        parts = self._parts(bank, len(missing), by_card)
+        parts = self._parts(bank, len(missing))
         brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
-        batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place), by_card)
+        batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place))
         for expert, slot, (arrival, _) in zip(missing, slots, brought, strict=True):
             bank.expect(expert, slot, arrival)
             if self._checks:
@@ -344,9 +394,7 @@ class ExpertStore:
         bank = self.banks[layer]
         slots = bank.choose(missing, keep)
         if slots is None and bank.arriving:
-            for _, arrival in bank.arriving.values():
-                arrival.wait()
-            self._settle(bank)
+            self._rest(bank)
             slots = bank.choose(missing, keep)
         if slots is None and any(p.thread != threading.get_ident() for p in self._living(layer)):
             raise FlashMoEError(
@@ -360,9 +408,9 @@ class ExpertStore:
             )
         return slots
 
-    def _parts(self, bank: Bank, experts: int, by_card: bool) -> int:
+    def _parts(self, bank: Bank, experts: int) -> int:
         """Return into how many pieces to cut each record, so that all threads have something."""
-        wanted = -(-self._reader.width(by_card) // experts)
+        wanted = -(-self._reader.width // experts)
         return max(1, min(wanted, bank.layout.record_bytes // LEAST_PIECE))
 
     def _evaluate(self, consumers: list[Consumer]) -> None:
@@ -387,7 +435,18 @@ class ExpertStore:
         finally:
             with unbroken(), self._lock:
                 self._settle(self.banks[layer])
-                self.stats.seconds_waited += time.perf_counter() - start
+                self._stats.seconds_waited += time.perf_counter() - start
+
+    def _rest(self, bank: Bank) -> None:
+        """Wait for all bytes that are on their way into a bank."""
+        for _, arrival in bank.arriving.values():
+            arrival.wait()
+        self._settle(bank)
+
+    def _recall(self, layer: int) -> None:
+        """Take a layer's table back from the card, if it has the newer one."""
+        if self._cards and self._cards.of_layer[layer].leads:
+            self.banks[layer].adopt(*self._cards.of_layer[layer].give())
 
     def _settle(self, bank: Bank, wanted: Iterable[int] = ()) -> None:
         """Take note of experts that have arrived, and of those wanted that never will."""
@@ -396,10 +455,10 @@ class ExpertStore:
                 if arrival.doomed:
                     arrival.wait()
             for arrival in bank.settle():
-                self.stats.reads += arrival.pieces
-                self.stats.bytes_read += arrival.nbytes
-                self.stats.bytes_useless += arrival.useless * arrival.nbytes
-            self.stats.seconds_reading += self._reader.take_seconds()
+                self._stats.reads += arrival.pieces
+                self._stats.bytes_read += arrival.nbytes
+                self._stats.bytes_useless += arrival.useless * arrival.nbytes
+            self._stats.seconds_reading += self._reader.take_seconds()
 
 
 def _place(piece: Piece) -> tuple[int, int]:
@@ -421,11 +480,13 @@ def _open_files(paths: set[Path], direct: bool) -> dict[Path, int]:
     return files
 
 
-def _close(reader: Reader, files: list[int], process: int) -> None:
+def _close(reader: Reader, cards: list[CardBanks], files: list[int], process: int) -> None:
     if threading.current_thread() in reader.threads:  # the garbage collector runs anywhere
-        threading.Thread(target=_close, args=(reader, files, process)).start()
+        threading.Thread(target=_close, args=(reader, cards, files, process)).start()
         return
     if os.getpid() == process:  # a fork has no reader threads, and perhaps locks that stay shut
+        for banks in cards:
+            banks.close()
         reader.close()
     _close_files(files)
 

@@ -192,7 +192,7 @@ def print_text(
         if stats:
             stats.note(response.prompt_tokens)
         if live:
-            live.update(model.expert_stats())
+            live.update(model.expert_stats)
     return response
 
 

@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -35,12 +35,13 @@ class Live:
         finally:
             self._write(f"\x1b7\x1b[r\x1b[{rows};1H\x1b[2K\x1b8")
 
-    def update(self, stats: ExpertStats) -> None:
-        """Count a token, and show the line if it is time."""
+    def update(self, count: Callable[[], ExpertStats]) -> None:
+        """Count a token, and show the line if it is time; `count` returns the counters now."""
         self._tokens += 1
         seconds = time.perf_counter() - self._then
         if seconds < self._interval:
             return
+        stats = count()
         line = line_of(self._tokens / seconds, self._stats, stats)
         if self._terminal:
             size = shutil.get_terminal_size()

@@ -14,7 +14,7 @@ from .config import ModelArgs
 from .cuda_letters import to_device, to_host
 from .custom_kernels.bank import Bank
 from .custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
-from .custom_kernels.expert_mlp import ascending, expert_mlp, inverted
+from .custom_kernels.expert_mlp import ascending, expert_mlp, inverted, routed
 from .custom_kernels.expert_trials import wanted
 from .custom_kernels.experts import expert_mlp_by_kernels
 from .custom_kernels.gpu import scalar
@@ -64,7 +64,7 @@ class ResidentExperts(SwitchGLU):
             known = self._known = arrays, banks
         return known[1]
 
-    def slots(self, ids: mx.array) -> mx.array:
+    def slots(self, ids: mx.array, x: mx.array) -> mx.array:
         """Return the slots of experts, which are their ids."""
         return ids
 
@@ -87,7 +87,8 @@ class ResidentExperts(SwitchGLU):
         ids = np.array(indices).reshape(-1)
         order = ascending(ids)
         rows = x.reshape(-1, x.shape[-1])
-        y = expert_mlp(rows, order // indices.shape[-1], ids[order], *banks)
+        tokens, all_rows = order // indices.shape[-1], routed(ids, len(banks[0].codes))
+        y = expert_mlp(rows, tokens, ids[order], *banks, all_rows)
         return y[mx.array(inverted(order))].reshape(*indices.shape, x.shape[-1])
 
 
@@ -113,14 +114,21 @@ class StreamedExperts(nn.Module):
         """Return gate, up and down."""
         return self._banks
 
-    def slots(self, ids: mx.array) -> mx.array | None:
+    def slots(self, ids: mx.array, x: mx.array) -> mx.array | None:
         """Make experts resident and return their slots, or None if the bank holds too few.
 
-        Waits for the ids, unless every expert is resident: then expert e lies in slot e.
+        Waits for the ids, unless every expert is resident: then expert e lies in slot e; or the
+        GPU can bring them by itself.
+
+        Args:
+            ids: `[..., K]`.
+            x: `[..., H]`, what they were chosen for.
         """
         bank = self._store.banks[self._layer]
         if bank.complete:
             return ids
+        if (there := self._store.bring(self._layer, ids, x)) is not None:
+            return there
         chosen, places = np.unique(to_host(ids), return_inverse=True)
         if len(chosen) > len(bank):
             return None
@@ -191,6 +199,7 @@ class StreamedExperts(nn.Module):
         ids = np.array(indices).reshape(-1)
         rows = x.reshape(-1, x.shape[-1])
         at_once = np.empty((ids.size, x.shape[-1]), np.float32) if cpu_kernels(x) else None
+        all_rows = routed(ids, self._store.layout.layers[self._layer].num_experts)
         outputs, orders = [], []
         for places, slots in self.waves(ids):
             order = ascending(slots)
@@ -198,10 +207,11 @@ class StreamedExperts(nn.Module):
                 for part in np.split(order, range(PAIRS_AT_ONCE, len(order), PAIRS_AT_ONCE)):
                     pairs = places[part]
                     tokens = pairs // indices.shape[-1]
-                    at_once[pairs] = expert_mlp(rows, tokens, slots[part], *self._banks)
+                    at_once[pairs] = expert_mlp(rows, tokens, slots[part], *self._banks, all_rows)
                 continue
             pairs = places[order]
-            y = expert_mlp(rows, pairs // indices.shape[-1], slots[order], *self._banks)
+            tokens = pairs // indices.shape[-1]
+            y = expert_mlp(rows, tokens, slots[order], *self._banks, all_rows)
             self.hold(y, slots)
             mx.async_eval(y)
             outputs.append(y)
@@ -315,7 +325,7 @@ class SparseMoeBlock(nn.Module):
             return None
         choose, run = functions
         ids, scores, gate = choose(h)
-        slots = self.switch_mlp.slots(_of_real_rows(ids, rows))
+        slots = self.switch_mlp.slots(_of_real_rows(ids, rows), h)
         if slots is None:
             return None
         y: mx.array = run(h, slots, scores, gate)

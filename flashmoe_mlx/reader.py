@@ -15,7 +15,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from .cuda_mapped import MappedFiles
 from .cuda_memory import CardReads, CardRow
 from .errors import FlashMoEError
 from .unbroken import unbroken
@@ -95,20 +94,16 @@ Piece = tuple[int, int, int, list[Row], Arrival]  # descriptor, offset, bytes, r
 class Batch:
     """Pieces that are asked for together, in the order to read them."""
 
-    def __init__(self, pieces: Iterable[Piece], by_card: bool = False) -> None:
-        """Collect pieces that nobody has begun; a GPU that can may fetch them by itself."""
-        self.pieces, self.by_card = deque(pieces), by_card
+    def __init__(self, pieces: Iterable[Piece]) -> None:
+        """Collect pieces that nobody has begun."""
+        self.pieces = deque(pieces)
 
 
 class Reader:
     """Threads that live as long as the files are open, and read pieces in the order given."""
 
     def __init__(
-        self,
-        names: Mapping[int, Path],
-        threads: int,
-        card: CardReads | None = None,
-        mapped: MappedFiles | None = None,
+        self, names: Mapping[int, Path], threads: int, card: CardReads | None = None
     ) -> None:
         """Start the threads.
 
@@ -116,13 +111,12 @@ class Reader:
             names: file descriptors, and what to call the files in errors.
             threads: how many.
             card: how to read, if rows lie in a GPU's own memory.
-            mapped: the same files, if that GPU can read them by itself; closed with the reader.
 
         Raises:
             FlashMoEError: the system does not give so many threads.
         """
         self._names = names
-        self._card, self._mapped = card, mapped
+        self._card = card
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._helping = threading.Lock()
@@ -144,33 +138,20 @@ class Reader:
                 "Give fewer, or raise its limit (ulimit -u)."
             ) from error
 
-    def width(self, by_card: bool = False) -> int:
-        """Return how many pieces are read at a time, by a GPU itself if it can and should."""
-        at_once = self._at_once(by_card)
-        return at_once.width if at_once else len(self.threads)
-
-    def _at_once(self, by_card: bool) -> CardReads | MappedFiles | None:
-        """Return what reads whole batches, if anything does."""
-        if by_card and self._mapped:
-            return self._mapped
-        return self._card if self._card and self._card.at_once else None
+    @property
+    def width(self) -> int:
+        """How many pieces are read at a time."""
+        return self._card.width if self._card and self._card.at_once else len(self.threads)
 
     def start(self, batch: Batch) -> None:
         """Have pieces read and return at once, or once those for a GPU's own memory are there."""
         self._batches.add(batch)
-        if self._mapped and not batch.by_card:
-            self._mapped.wait()  # others write into banks now
-        if at_once := self._at_once(batch.by_card):
-            self._read_at_once(batch, at_once)
+        if self._card and self._card.at_once:
+            self._read_at_once(batch, self._card)
         for _ in range(min(len(batch.pieces), len(self.threads))):
             self._queue.put(batch)
 
-    def follow(self) -> None:
-        """Have what is computed from now on find the bytes of all that was started and is over."""
-        if self._mapped:
-            self._mapped.follow()
-
-    def _read_at_once(self, batch: Batch, card: CardReads | MappedFiles) -> None:
+    def _read_at_once(self, batch: Batch, card: CardReads) -> None:
         """Read a batch for the card; pieces that do not come whole are left to the threads."""
         with self._lock:
             self._count_seconds()
@@ -237,8 +218,6 @@ class Reader:
             thread.join()
         with self._helping:
             pass
-        if self._mapped:
-            self._mapped.close()
 
     def _work(self) -> None:
         while batch := self._queue.get():

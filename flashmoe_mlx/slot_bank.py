@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from .cuda_memory import card_reads, card_rows
+from .custom_kernels.reference import NONE
 from .errors import FlashMoEError
 from .layout import LayerLayout
 from .reader import Arrival, Piece, Row, cut
@@ -21,6 +22,7 @@ from .reader import Arrival, Piece, Row, cut
 DTYPES = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 BLOCK = 4096  # bytes; direct reads want memory, places and lengths in whole blocks
 Cut = tuple[int, int, int, int, list[Row]]  # descriptor, offset of expert 0, step, bytes, rows
+NEVER = -1e30  # log2 of no uses, as a number
 HALF_LIFE = 128  # uses of a layer's experts, after which an earlier one counts half
 
 
@@ -45,6 +47,16 @@ class Demand:
     def ascending(self, experts: Iterable[int]) -> list[int]:
         """Return experts in the order in which to give them up."""
         return sorted(experts, key=self._score.__getitem__)
+
+    def scores(self) -> np.ndarray:
+        """Return log2 of each expert's uses as they count now, `[experts]` float32."""
+        now = self._uses / self._half_life
+        return np.maximum(np.array(self._score) - now, NEVER).astype(np.float32)
+
+    def adopt(self, scores: np.ndarray) -> None:
+        """Go on from what `scores` returned, perhaps of another's."""
+        now = self._uses / self._half_life
+        self._score = [-math.inf if s <= NEVER else now + s for s in scores.tolist()]
 
 
 class Bank:
@@ -87,6 +99,19 @@ class Bank:
         if self._slots < self.layout.num_experts:  # else none has to leave, ever
             self._demand.count(expert)
         return self.arriving[expert][0] if expert in self.arriving else self._slot_of[expert]
+
+    def table(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return each expert's slot or NONE, uint32, and log2 of its uses, float32: `[experts]`."""
+        slot_of = np.full(self.layout.num_experts, NONE, np.uint32)
+        slot_of[list(self._slot_of)] = list(self._slot_of.values())
+        return slot_of, self._demand.scores()
+
+    def adopt(self, slot_of: np.ndarray, scores: np.ndarray) -> None:
+        """Go on from a table like the one that `table` returns; nothing is on its way."""
+        self._slot_of = {e: int(slot_of[e]) for e in np.flatnonzero(slot_of != NONE).tolist()}
+        self._expert_in = {slot: e for e, slot in self._slot_of.items()}
+        self._free = dict.fromkeys(s for s in range(self._slots) if s not in self._expert_in)
+        self._demand.adopt(scores)
 
     @property
     def complete(self) -> bool:

@@ -1,49 +1,50 @@
-"""Files that a card copies from by itself: a card that copies only when it is waited for."""
+"""Banks that a card fills by itself: a card that copies only when it is waited for."""
 
 import ctypes
 import os
+import threading
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from store_helpers import (
-    EXPERTS,
-    RECORD,
-    assert_whole,
-    big_layout,
-    big_store,
-    contents,
-    make_store,
-    record,
-)
+from store_helpers import RECORD, contents, make_store, record
 from test_cuda_memory import LateDriver, put_banks_on, rows_of
 
 from flashmoe_mlx import cuda_mapped
 from flashmoe_mlx.config import CachePlan, IoPlan
 from flashmoe_mlx.cuda_mapped import MappedFiles, map_files
+from flashmoe_mlx.custom_kernels import reference
+from flashmoe_mlx.custom_kernels.expert_slots import NONE, Table
 from flashmoe_mlx.errors import FlashMoEError
+
+X = mx.zeros((1, 8))
 
 
 class Card(LateDriver):
-    """Its kernel copies late, too: when its result is evaluated, or all that it has is awaited."""
+    """Its two kernels, in the host's memory; bytes come late, when something is evaluated."""
 
     def __init__(self):
         super().__init__()
-        self.tasks, self.copied = [], 0
+        self.waiting, self.copied, self.earlier = [], 0, []
 
-    def launch(self, tasks):
-        self.tasks += tasks.tolist()
-        return mx.array([1])
+    def choose(self, table, ids, earlier, slots, half_life):
+        self.earlier.append(earlier)
+        slot_of, demand, places, tasks = reference.choose_slots(*table[:2], ids, slots, half_life)
+        counted = [len(set(ids.reshape(-1).tolist())), int((np.array(tasks)[:, 0] != NONE).sum())]
+        return Table(slot_of, demand, table.counts + mx.array([*counted, 0, 0])), places, tasks
+
+    def copy_late(self, tasks, slots, fields, clock):
+        for expert, slot in np.array(tasks).astype(np.int64).tolist():
+            for source, stride, place, nbytes in fields.tolist() if expert != NONE else ():
+                self.waiting.append((place + slot * nbytes, source + expert * stride, nbytes))
+        return slots + 0
 
     def catch_up(self):
-        for source, place, nbytes in self.tasks:
-            ctypes.memmove(place, source, nbytes)
-        self.copied += len(self.tasks)
-        self.tasks = []
-
-    def finish(self):
-        super().finish()
-        self.catch_up()
+        for copy in self.waiting:
+            ctypes.memmove(*copy)
+        self.copied += len(self.waiting)
+        self.waiting = []
 
     def eval(self, *arrays):
         self.catch_up()
@@ -57,69 +58,146 @@ def card(monkeypatch):
     monkeypatch.setattr(cuda_mapped, "card_rows", rows_of)
     monkeypatch.setattr(cuda_mapped, "uses_cuda", lambda: True)
     monkeypatch.setattr(cuda_mapped, "_driver", lambda: card)
-    monkeypatch.setattr(cuda_mapped, "_copy", card.launch)
+    monkeypatch.setattr(cuda_mapped, "_copy", card.copy_late)
+    monkeypatch.setattr(cuda_mapped, "choose_slots", card.choose)
     seen = SimpleNamespace(**{name: getattr(mx, name) for name in dir(mx)})
-    seen.eval, seen.async_eval = card.eval, lambda *arrays: None
+    seen.eval, seen.compile = card.eval, lambda function: function
     monkeypatch.setattr(cuda_mapped, "mx", seen)
-    return card
+    cuda_mapped._bring.cache_clear()
+    yield card
+    cuda_mapped._bring.cache_clear()
+
+
+def ids_of(*experts: int) -> mx.array:
+    return mx.array([experts], dtype=mx.uint32)
+
+
+def bring(store, card, layer: int, *experts: int) -> list[int]:
+    """Bring experts, and compare what is in their slots then."""
+    there = store.bring(layer, ids_of(*experts), X)
+    card.catch_up()
+    for expert, slot in zip(experts, there.reshape(-1).tolist(), strict=True):
+        assert contents(store, layer, slot) == record(layer, expert)
+    return there.reshape(-1).tolist()
 
 
 @pytest.mark.parametrize("scattered", [False, True])
-def test_what_a_step_asks_for_is_copied_by_the_card(tmp_path, card, scattered):
+def test_what_a_step_asks_for_is_brought_by_the_card(tmp_path, card, scattered):
     store = make_store(tmp_path, slots=3, scattered=scattered)
-    tried, card.copied = card.copied, 0
-    assert tried == 1 and len(card.locked) == 2  # files
-    for layer, experts in ((0, [2, 0, 1]), (1, [4]), (0, [3, 2]), (1, [1, 4, 0])):
-        slots = store.fetch(layer, experts)
-        card.catch_up()
-        for expert, slot in zip(experts, slots, strict=True):
-            assert contents(store, layer, slot) == record(layer, expert)
-    missed = store.stats.asked - store.stats.hits
-    assert missed == 7 and card.copied == 9 * missed and not card.copies
-    assert store.stats.bytes_read == missed * RECORD
+    card.copied = 0
+    assert len(card.locked) == 2  # files
+    for layer, *experts in ((0, 2, 0, 1), (1, 4), (0, 3, 2), (0, 2, 2, 3), (1, 1, 4, 0)):
+        bring(store, card, layer, *experts)
+    assert store.stats.asked == 11 and store.stats.hits == 11 - 7
+    assert store.stats.bytes_read == 7 * RECORD and card.copied == 7 * 9 and not card.copies
+    assert store.stats.asked == 11  # and not 22
     store.close()
-    assert not card.locked
+    assert not card.locked and store.stats.asked == 11
 
 
-def test_waves_are_read_by_the_host_behind_the_cards_copies(tmp_path, card):
-    sizes = [5 * 4096, 12, 400, 3 * 4096, 8, 8, 1 << 16, 4, 400]
-    store = big_store(big_layout(tmp_path, sizes), threads=2, slots=4)
-    store.fetch(0, [0, 1, 2, 3])
-    late = len(card.tasks)
+def test_host_and_card_go_on_from_each_others_table(tmp_path, card):
+    store = make_store(tmp_path, slots=3)
+    bring(store, card, 0, 0, 1, 2)
+    bring(store, card, 0, 2, 1)
+    slots = store.fetch(0, [1, 4])  # by the host; 0 was wanted least
+    assert [contents(store, 0, slot) for slot in slots] == [record(0, 1), record(0, 4)]
+    assert store.stats.bytes_read == 4 * RECORD
+    assert bring(store, card, 0, 4, 1, 2)[:2] == slots[::-1]
+    assert store.stats.bytes_read == 4 * RECORD
+    bring(store, card, 0, 7)
+    assert 7 not in store.banks[0].resident(range(10))  # the host's is old now
+    store.decide(0, [1])
+    assert 7 in store.banks[0].resident(range(10))
+    store.close()
+
+
+def test_the_hosts_reads_wait_for_the_cards_copies(tmp_path, card):
+    store = make_store(tmp_path, slots=3)
+    store.bring(0, ids_of(0, 1, 2), X)
+    assert card.waiting
     slots = store.request(0, [5, 6]).wait()
-    assert late == 4 * 9 and not card.tasks  # or they would land on top of 5 and 6
-    assert_whole(store, [5, 6], slots)
-    kept = store.banks[0].resident(range(EXPERTS))
-    assert_whole(store, kept, store.fetch(0, kept))
+    assert not card.waiting  # or they would land on top of 5 and 6
+    assert [contents(store, 0, slot) for slot in slots] == [record(0, 5), record(0, 6)]
     store.close()
 
 
-def test_a_file_cut_short_is_read_by_the_host_who_names_it(tmp_path, card):
+def test_nothing_is_brought_before_who_reads_the_bank_is_done(tmp_path, card):
     store = make_store(tmp_path, slots=3)
-    mapped, file = store._reader._mapped, store.layout.layers[1].fields[0].file
-    number = store._reader._names  # descriptors
-    (descriptor,) = [n for n, path in number.items() if path == file]
-    os.truncate(file, 4 * RECORD + 5)
-    pages, address = mapped._maps[descriptor]
-    mapped._maps[descriptor] = memoryview(pages)[: 4 * RECORD + 5], address  # mapped after that
-    with pytest.raises(FlashMoEError, match=f"{file.name}: ends at byte .* cut short"):
-        store.fetch(1, [4, 0])
-    (slot,) = store.fetch(1, [0])
-    card.catch_up()
-    assert contents(store, 1, slot) == record(1, 0)
-    mapped._maps[descriptor] = pages, address
+    del card.earlier[:]
+    first = store.bring(0, ids_of(0, 1, 2), X)
+    y = mx.zeros((1, 8))
+    store.hold(y, 0)
+    store.bring(0, ids_of(3), X)
+    third = store.bring(0, ids_of(4), X)  # whoever asked for 3 never used it
+    assert card.earlier[0] is X and card.earlier[1] is y
+    assert card.earlier[2] is not X and card.earlier[2].tolist() != third.tolist()
+    assert first.tolist() == [[0, 1, 2]]
+    read = mx.zeros(1)
+    store.fetch(0, [4])
+    store.hold(read, 0)
+    assert [held.array for held in store._consumers] == [read]
+    store.bring(0, ids_of(5), X)
+    assert not store._consumers and card.earlier[-1] is X
     store.close()
 
 
-def test_another_stream_finds_all_copies_done(tmp_path, card):
+def test_more_experts_than_slots_and_a_bank_in_use_are_the_hosts(tmp_path, card):
     store = make_store(tmp_path, slots=3)
-    store.fetch(0, [1])
-    before = card.finished
-    store.fetch(0, [1])
-    assert card.finished == before and card.tasks
-    with mx.stream(mx.new_stream(mx.cpu)):
-        store.fetch(0, [1])
-    assert card.finished == before + 1 and not card.tasks
+    assert store.bring(0, ids_of(0, 1, 2, 3), X) is None
+    pending = store.request(0, [1, 2])
+    pending.wait()
+    assert store.bring(0, ids_of(4), X) is None
+    pending.release()
+    bring(store, card, 0, 4, 1)
+    store.close()
+    with pytest.raises(FlashMoEError, match="closed"):
+        store.bring(0, ids_of(4), X)
+
+
+def test_a_bank_whose_thread_is_gone_is_empty(tmp_path, card, monkeypatch):
+    """MLX evaluates what a thread has begun in that thread alone."""
+    store = make_store(tmp_path, slots=3)
+    bring(store, card, 0, 1, 2)
+    assert store.stats.asked == 2
+    store.bring(0, ids_of(3), X)
+    there = cuda_mapped.mx
+
+    def no_stream(*arrays):
+        monkeypatch.setattr(there, "eval", card.eval)
+        raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
+
+    monkeypatch.setattr(there, "eval", no_stream)
+    card.waiting = []
+    (slot,) = store.fetch(0, [3])
+    assert contents(store, 0, slot) == record(0, 3)
+    assert store.banks[0].resident(range(10)) == [3]
+    bring(store, card, 0, 3, 1)
+    assert store.stats.bytes_read == (2 + 1 + 1) * RECORD and store.stats.asked == 2 + 1 + 2
+    store.close()
+
+
+def test_counters_that_another_thread_has_begun_come_later(tmp_path, card, monkeypatch):
+    store = make_store(tmp_path, slots=3)
+    bring(store, card, 0, 1, 2)
+    there, stack = cuda_mapped.mx, mx.stack
+
+    def no_stream(arrays):
+        raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
+
+    monkeypatch.setattr(there, "stack", no_stream)
+    assert store.stats.asked == 0
+    monkeypatch.setattr(there, "stack", stack)
+    assert store.stats.asked == 2
+    store.close()
+
+
+def test_it_works_in_another_thread(tmp_path, card):
+    store, found = make_store(tmp_path, slots=3), []
+    bring(store, card, 0, 1, 2)
+    thread = threading.Thread(target=lambda: found.extend(bring(store, card, 0, 2, 5)))
+    thread.start()
+    thread.join()
+    assert len(found) == 2
     store.close()
 
 
@@ -130,37 +208,71 @@ def test_only_where_it_helps_and_memory_has_room(
     tmp_path, card, monkeypatch, slots, direct, memory
 ):
     store = make_store(tmp_path, slots=3)
+    banks = [bank.arrays for bank in store.banks]
     monkeypatch.setattr(cuda_mapped, "available_bytes", lambda: memory)
     plan = CachePlan(slots, 0, "a test", IoPlan(direct, "a test"))
     locked = dict(card.locked)
-    assert map_files(store.layout, plan, {}) is None and card.locked == locked
+    assert map_files(store.layout, plan, banks) is None and card.locked == locked
     monkeypatch.setattr(cuda_mapped, "uses_cuda", lambda: False)
-    assert map_files(store.layout, CachePlan(3, 0, "a test"), {}) is None
+    assert map_files(store.layout, CachePlan(3, 0, "a test"), banks) is None
     store.close()
 
 
-@pytest.mark.parametrize("fault", ["lock", "wrong bytes", "no compiler"])
+@pytest.mark.parametrize(
+    "fault", ["lock", "wrong bytes", "wrong slots", "wrong table", "no compiler"]
+)
 def test_what_the_card_cannot_do_the_host_does(tmp_path, card, monkeypatch, fault):
     def locks_one(address, nbytes):
         if card.locked:
             raise FlashMoEError("CUDA's driver: cuMemHostRegister_v2 failed with error 801.")
         return LateDriver.lock(card, address, nbytes)
 
-    def compiles_nothing(tasks):
+    def compiles_nothing(*arrays):
         raise RuntimeError("nvrtc: no such option")
+
+    def wrong(part):
+        def choose(*arguments):
+            table, places, tasks = card.choose(*arguments)
+            if part == "wrong slots":
+                return table, (places + 1) % 3, tasks
+            return table._replace(slot_of=mx.roll(table.slot_of, 1)), places, tasks
+
+        return choose
 
     if fault == "lock":
         monkeypatch.setattr(card, "lock", locks_one)
         monkeypatch.setattr(cuda_mapped, "LOCKERS", 1)
     elif fault == "wrong bytes":
-        monkeypatch.setattr(card, "launch", None)
-        monkeypatch.setattr(cuda_mapped, "_copy", lambda tasks: mx.array([1]))
-    else:
+        monkeypatch.setattr(cuda_mapped, "_copy", lambda tasks, slots, *others: slots)
+    elif fault == "no compiler":
         monkeypatch.setattr(cuda_mapped, "_copy", compiles_nothing)
+    else:
+        monkeypatch.setattr(cuda_mapped, "choose_slots", wrong(fault))
     store = make_store(tmp_path, slots=3)
-    assert store._reader._mapped is None and not card.locked
+    assert store._cards is None and not card.locked
+    assert store.bring(1, ids_of(7), X) is None
     (slot,) = store.fetch(1, [7])
     assert contents(store, 1, slot) == record(1, 7)
+    store.close()
+
+
+def test_a_file_cut_short_before_is_left_to_the_host_who_names_it(tmp_path, card):
+    make_store(tmp_path, slots=3).close()
+    layout = make_store(tmp_path, slots=3).layout
+    mapped = MappedFiles(card, [layout.layers[0].fields[0].file])
+    field = layout.layers[0].fields[8]
+    assert mapped.address(field, 10) > 0
+    with pytest.raises(FlashMoEError, match=r"0\.bin: ends in the middle of an expert"):
+        mapped.address(field, 11)
+    mapped.close()
+
+
+def test_a_file_cut_short_later_is_still_in_memory(tmp_path, card):
+    """Its pages are locked; what the card reads is what was there."""
+    store = make_store(tmp_path, slots=3)
+    with pytest.raises(FlashMoEError, match=r"1\.bin: ends at byte .* cut short"):
+        os.truncate(store.layout.layers[1].fields[0].file, 4 * RECORD + 5)
+        store.fetch(1, [9])
     store.close()
 
 
@@ -168,4 +280,4 @@ def test_a_file_that_cannot_be_mapped_is_named(tmp_path, card):
     empty = tmp_path / "empty"
     empty.touch()
     with pytest.raises(FlashMoEError, match="empty: cannot be mapped"):
-        MappedFiles(card, {empty: 3})
+        MappedFiles(card, [empty])

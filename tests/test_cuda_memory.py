@@ -152,7 +152,7 @@ def letters(monkeypatch, driver):
     waiting = []
 
     def run(name, text, inputs, shape, words):
-        place = inputs[-1].item()
+        place = inputs[-1][0].item()
         there = np.ctypeslib.as_array((ctypes.c_uint32 * words).from_address(place))
         if name == "tell":
             there[:] = np.array(inputs[0]).reshape(-1)

@@ -117,10 +117,10 @@ def test_line():
 def test_lines_follow_one_another_where_there_is_no_terminal(capsys, monkeypatch):
     live = Live(ExpertStats())
     with live.shown():
-        live.update(ExpertStats())
+        live.update(lambda: ExpertStats())
         assert capsys.readouterr().err == ""
         monkeypatch.setattr(live, "_then", time.perf_counter() - 2)
-        live.update(ExpertStats(asked=4, hits=1))
+        live.update(lambda: ExpertStats(asked=4, hits=1))
     assert re.fullmatch(
         r"\[flashmoe\] [01]\.\d tokens/s, nothing read, 25\.0% hits\n", capsys.readouterr().err
     )
@@ -134,7 +134,7 @@ live = Live(ExpertStats())
 with live.shown():
     print("text", end="", flush=True)
     live._then -= 1
-    live.update(ExpertStats(asked=2, hits=1))
+    live.update(lambda: ExpertStats(asked=2, hits=1))
 """
 
 

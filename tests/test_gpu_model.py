@@ -382,7 +382,7 @@ def prepare_by_mlx(projected, heads, norms, eps, base, offset):
     queries, keys = (
         mx.fast.rope(
             mx.fast.rms_norm(x, weight, eps).transpose(0, 2, 1, 3), heads.rope_dims,
-            traditional=False, base=base, scale=1.0, offset=offset,
+            traditional=False, base=base, scale=1.0, offset=offset[0],
         )
         for x, weight in zip(parts, norms, strict=True)
     )  # fmt: skip
@@ -392,7 +392,7 @@ def prepare_by_mlx(projected, heads, norms, eps, base, offset):
 def attend_by_mlx(queries, projected, heads, keys, values, length):
     batch, slots = len(projected), mx.arange(keys.shape[2])
     y = mx.fast.scaled_dot_product_attention(
-        queries[:, :, None], keys, values, scale=1.0, mask=slots < length
+        queries[:, :, None], keys, values, scale=1.0, mask=slots < length[0]
     )
     gate = projected[..., : 2 * heads.queries * heads.dim].reshape(*y.shape[:2], -1)
     return (y[:, :, 0] * mx.sigmoid(gate[..., heads.dim :])).reshape(batch, 1, -1)

@@ -122,7 +122,7 @@ def test_an_error_in_one_piece_fails_its_expert_only(
 ):
     layout = big_layout(tmp_path, UNEQUAL)
     store, size, whole = big_store(layout, 6, slots=2), sum(UNEQUAL), os.preadv
-    store._parts = lambda bank, experts, by_card: 3
+    store._parts = lambda bank, experts: 3
     bad = [offset for *_, offset in _seams(store, expert=6)][1]
 
     def preadv(descriptor, rows, offset):
@@ -182,7 +182,7 @@ def test_experts_given_up_are_read_again_by_the_next_request(tmp_path, monkeypat
     """Records in three pieces, of which one is being read when Ctrl-C drops the others."""
     monkeypatch.setattr(expert_store, "LEAST_PIECE", 4096)
     store, gate = big_store(big_layout(tmp_path, UNEQUAL), 1, slots=4), Gate(monkeypatch)
-    store._parts = lambda bank, experts, by_card: 3
+    store._parts = lambda bank, experts: 3
     monkeypatch.setattr(store._reader, "help", lambda batch: None)
     ctrl_c(0.1)
     with pytest.raises(KeyboardInterrupt):
