@@ -101,8 +101,7 @@ def _gathered(
     in_order = not is_cuda() and part_of.pairs >= LEAST_PER_SLOT * max(part_of.of, 4)
     least = LEAST_PER_SLOT * max(len(banks[0].codes), 4) if in_order else LEAST_PAIRS
     padding = max(0, min(least, part_of.pairs) - len(slots))
-    slots = np.pad(slots, (0, padding), "edge")
-    index = mx.array(slots.astype(np.uint32))
+    index, places = _together(*(np.pad(a, (0, padding), "edge") for a in (slots, tokens)))
 
     def multiply(x: mx.array, bank: Bank) -> mx.array:
         return mx.gather_qmm(
@@ -118,7 +117,7 @@ def _gathered(
         )
 
     gate, up, down = banks
-    rows = x[mx.array(np.pad(tokens, (0, padding), "edge").astype(np.uint32))][:, None, :]
+    rows = x[places][:, None, :]
     y = multiply(swiglu(multiply(rows, gate), multiply(rows, up)), down).squeeze(1)
     return y[: len(tokens)] if padding else y
 
@@ -131,7 +130,7 @@ def _grouped(
     counts = np.diff(starts, append=len(slots))
     most = max(1, DEQUANTISED_BYTES // (banks[0].scales[0].size * banks[0].group_size * x.itemsize))
     where = np.empty(len(slots), np.uint32)
-    outputs: list[mx.array] = []
+    batches: list[np.ndarray] = []
     done = 0
     for capacity, experts in _alike(counts, most):
         if len(experts) == 1:  # a batch of one would be multiplied otherwise
@@ -140,10 +139,22 @@ def _grouped(
         rows = np.minimum(np.arange(capacity), counts[experts, None] - 1) + starts[experts, None]
         where[rows] = done + np.arange(rows.size).reshape(rows.shape)
         done += rows.size
-        y = _batched(x, tokens[rows], slots[starts[experts]], banks)
-        outputs.append(y.reshape(-1, x.shape[-1]))
+        batches += slots[starts[experts]], tokens[rows]
+    index, *batches_there = _together(where, *batches)
+    outputs = [
+        _batched(x, rows, some, banks).reshape(-1, x.shape[-1])
+        for some, rows in zip(batches_there[::2], batches_there[1::2], strict=True)
+    ]
     together = mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
-    return together[mx.array(where)]
+    return together[index]
+
+
+def _together(*indices: np.ndarray) -> list[mx.array]:
+    """Return integers as uint32 arrays, in one: CUDA takes long for each of the host's."""
+    ends = np.cumsum([a.size for a in indices])
+    whole = mx.array(np.concatenate([a.reshape(-1) for a in indices]).astype(np.uint32))
+    parts = mx.split(whole, ends[:-1].tolist())
+    return [part.reshape(a.shape) for part, a in zip(parts, indices, strict=True)]
 
 
 def _alike(counts: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -159,12 +170,11 @@ def _alike(counts: np.ndarray, most: int) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _batched(
-    x: mx.array, tokens: np.ndarray, slots: np.ndarray, banks: tuple[Bank, Bank, Bank]
+    x: mx.array, tokens: mx.array, slots: mx.array, banks: tuple[Bank, Bank, Bank]
 ) -> mx.array:
     """Run experts on `[experts, rows]` tokens each: `[experts, rows, H]`."""
-    index = mx.array(slots.astype(np.uint32))
-    gate, up, down = (dequantize(bank, index, x.dtype).swapaxes(-1, -2) for bank in banks)
-    rows = x[mx.array(tokens.astype(np.uint32))]
+    gate, up, down = (dequantize(bank, slots, x.dtype).swapaxes(-1, -2) for bank in banks)
+    rows = x[tokens]
     return swiglu(rows @ gate, rows @ up) @ down
 
 

@@ -45,7 +45,7 @@ def wanted(x: mx.array, banks: list[Bank], shared: list[Bank], top_k: int) -> bo
         shared[0].bits,
         tokens,
     )
-    return prefers_custom(trial) and prefers_custom(RouterTrial(slots, top_k, trial.dtype, tokens))
+    return prefers_custom(trial) and prefers_custom(RouterTrial(slots, top_k, "float32", tokens))
 
 
 @dataclass(frozen=True)

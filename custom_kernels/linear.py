@@ -46,7 +46,7 @@ def linear(
         residual: `[..., out]` to add, with one layer only.
     """
     if on_gpu(x) and (weight := join(layers)):
-        y = _by_gpu(x, weight, norm, residual)
+        y = _by_gpu(x, weight, norm, residual, x.dtype)
         return list(mx.split(y, weight.ends, axis=-1)) if weight.ends else [y]
     if (steps := cpu_steps(x)) and (step := steps.linear_step(x, layers, norm, residual)):
         return step
@@ -54,11 +54,19 @@ def linear(
     return outputs if residual is None else [residual + outputs[0]]
 
 
-def joined(x: mx.array, *layers: nn.Module, norm: nn.RMSNorm | None = None) -> mx.array:
-    """Apply linear layers to the same input: `[..., in]` to `[..., sum of out]`, side by side."""
+def joined(
+    x: mx.array,
+    *layers: nn.Module,
+    norm: nn.RMSNorm | None = None,
+    dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """Apply linear layers to the same input: `[..., in]` to `[..., sum of out]`, side by side.
+
+    The result has x's dtype unless another is given; a kernel rounds once, to that.
+    """
     if on_gpu(x) and (weight := join(layers)):
-        return _by_gpu(x, weight, norm, None)
-    return mx.concatenate(linear(x, *layers, norm=norm), axis=-1)
+        return _by_gpu(x, weight, norm, None, dtype or x.dtype)
+    return mx.concatenate(linear(x, *layers, norm=norm), axis=-1).astype(dtype or x.dtype)
 
 
 @dataclass(frozen=True)
@@ -123,7 +131,11 @@ def is_affine(layer: nn.Module) -> bool:
 
 
 def _by_gpu(
-    x: mx.array, weight: Joined, norm: nn.RMSNorm | None, residual: mx.array | None
+    x: mx.array,
+    weight: Joined,
+    norm: nn.RMSNorm | None,
+    residual: mx.array | None,
+    dtype: mx.Dtype,
 ) -> mx.array:
     bank, tokens = weight.bank, x.size // x.shape[-1]
     keeps = x.dtype in (bank.scales.dtype, mx.float32)  # else stock widens the result
@@ -131,7 +143,7 @@ def _by_gpu(
     if keeps and tokens <= MAX_TOKENS and prefers_custom(_trial(kind, bank, x, tokens)):
         arrays = bank.codes, bank.scales, bank.biases
         gain = None if norm is None else (norm.weight, scalar(norm.eps))
-        return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual)
+        return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual, dtype=dtype)
     if norm is not None:
         x = norm(x)
     tried = max((n for n in TRIED_TOKENS if n <= tokens), default=0)
@@ -140,7 +152,7 @@ def _by_gpu(
         y = matmul(x, bank)
     else:
         y = matmul_by_mlx(x, bank)
-    return y if residual is None else residual + y
+    return y.astype(dtype) if residual is None else residual + y
 
 
 def _trial(kind: Callable[..., T], bank: Bank, x: mx.array, tokens: int) -> T:

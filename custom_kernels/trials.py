@@ -44,7 +44,7 @@ def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[
     experts = sizes.hidden_size, sizes.moe_intermediate_size, slots, top_k, bits, GROUP_SIZE
     return [
         *dict.fromkeys(matvecs),
-        RouterTrial(sizes.num_experts, top_k, dtype),
+        RouterTrial(sizes.num_experts, top_k, "float32"),
         ExpertGateUpTrial(*experts, dtype, scales),
         ExpertDownTrial(*experts, dtype, scales),
         ExpertsTrial(*experts, dtype, scales),

@@ -3,14 +3,15 @@
 The expert files are mapped and their pages locked, so that the card reads them over the bus. No
 thread of the host touches the bytes, and no memory is taken but the page cache's. In decoding the
 card also knows which expert lies in which slot, and decides who gives way: nothing waits for the
-host, which prepares the next launches meanwhile. The waves of a prompt are read by the host
-(`cuda_memory`); then the bank's table goes there, and comes back with the next token.
+host, which prepares the next launches meanwhile. For the waves of a prompt the host decides; then
+the bank's table goes there, and comes back with the next token.
 """
 
 import ctypes
 import functools
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,37 +40,42 @@ COPY = """
 const uint32_t* task = tasks + 2 * (blockIdx.y / FIELDS);
 const uint64_t* field = fields + 4 * (blockIdx.y % FIELDS);
 if (blockIdx.x == 0 && blockIdx.y == 0)
-  for (int i = threadIdx.x; i < ASKED; i += blockDim.x) there[i] = slots[i];
+  for (int i = threadIdx.x; i < slots_shape[0]; i += blockDim.x) there[i] = slots[i];
 unsigned long long now, *times = const_cast<unsigned long long*>(
     reinterpret_cast<const unsigned long long*>(clock));
 asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
-  times[2] += times[1] - times[0];
-  times[0] = times[1] = now;
-}
-if (task[0] == 0xffffffffu) return;
-const uint64_t bytes = field[3];
-const uint64_t from = field[0] + task[0] * field[1], to = field[2] + task[1] * bytes;
-const int step = gridDim.x * blockDim.x;
-int i = blockIdx.x * blockDim.x + threadIdx.x;
-if ((from | to | bytes) % 16 == 0) {
-  const uint4* source = reinterpret_cast<const uint4*>(from);
-  uint4* place = reinterpret_cast<uint4*>(to);
-  const int count = bytes / 16;
-  for (; i + 7 * step < count; i += 8 * step) {
-    uint4 held[8];
-    _Pragma("unroll") for (int u = 0; u < 8; u++) held[u] = __ldcs(source + i + u * step);
-    _Pragma("unroll") for (int u = 0; u < 8; u++) place[i + u * step] = held[u];
+if (threadIdx.x == 0) atomicMin(times, now);
+if (task[0] != 0xffffffffu) {
+  const uint64_t bytes = field[3];
+  const uint64_t from = field[0] + task[0] * field[1], to = field[2] + task[1] * bytes;
+  const int step = gridDim.x * blockDim.x;
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if ((from | to | bytes) % 16 == 0) {
+    const uint4* source = reinterpret_cast<const uint4*>(from);
+    uint4* place = reinterpret_cast<uint4*>(to);
+    const int count = bytes / 16;
+    for (; i + 7 * step < count; i += 8 * step) {
+      uint4 held[8];
+      _Pragma("unroll") for (int u = 0; u < 8; u++) held[u] = __ldcs(source + i + u * step);
+      _Pragma("unroll") for (int u = 0; u < 8; u++) place[i + u * step] = held[u];
+    }
+    for (; i < count; i += step) place[i] = __ldcs(source + i);
+  } else {
+    const uint8_t* source = reinterpret_cast<const uint8_t*>(from);
+    uint8_t* place = reinterpret_cast<uint8_t*>(to);
+    for (; i < static_cast<int>(bytes); i += step) place[i] = source[i];
   }
-  for (; i < count; i += step) place[i] = __ldcs(source + i);
-} else {
-  const uint8_t* source = reinterpret_cast<const uint8_t*>(from);
-  uint8_t* place = reinterpret_cast<uint8_t*>(to);
-  for (; i < static_cast<int>(bytes); i += step) place[i] = source[i];
 }
 __syncthreads();
-asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-if (threadIdx.x == 0) atomicMax(times + 1, now);
+if (threadIdx.x == 0) {
+  __threadfence();
+  if (atomicAdd(times + 1, 1ull) + 1 == gridDim.x * gridDim.y) {  // the last group
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    times[2] += now - times[0];
+    times[0] = ~0ull;
+    times[1] = 0;
+  }
+}
 """
 
 
@@ -132,8 +138,8 @@ class CardBank:
 
     Attributes:
         leads: whether the card's table is newer than the host's.
-        clock: nanoseconds, `[LEAST_ELEMENTS]` uint64: begin and end of the last copies, and how
-            long all before took. The card writes there.
+        clock: `[LEAST_ELEMENTS]` uint64, where the card writes: when copies under way began, how
+            many groups of threads are done, and the nanoseconds that copies took so far.
     """
 
     def __init__(
@@ -167,7 +173,7 @@ class CardBank:
         )
         self._table = Table(mx.array(0), mx.array(0), mx.zeros(LEAST_ELEMENTS, dtype=mx.uint32))
         self._last: mx.array | None = None
-        self.clock = settled(mx.zeros(LEAST_ELEMENTS, dtype=mx.uint64))
+        self.clock = _new_clock()
         mx.eval(self._table)
         self.leads = False
 
@@ -194,7 +200,7 @@ class CardBank:
         except RuntimeError:  # MLX evaluates in the thread that a stream belongs to
             counts = settled(mx.zeros(LEAST_ELEMENTS, dtype=mx.uint32))
             self._table, self._last = Table(*self._table[:2], counts), None
-            self.clock = settled(mx.zeros(LEAST_ELEMENTS, dtype=mx.uint64))
+            self.clock = _new_clock()
             return np.full(self._experts, NONE, np.uint32), np.full(
                 self._experts, NEVER, np.float32
             )
@@ -215,6 +221,12 @@ class CardBank:
         self._table, self._last = Table(*table), there
         return there
 
+    def copy(self, experts: Sequence[int], slots: Sequence[int]) -> mx.array:
+        """Return an array that is computed once experts are in slots that the host chose."""
+        there = mx.array(np.array(slots, np.uint32))
+        tasks = mx.array(np.array([experts, slots], np.uint32).T)
+        return _copy(tasks, there, self._fields, self.clock)
+
     def hold(self, consumer: mx.array) -> None:
         """Bring nothing more before `consumer`, which reads the bank, is computed."""
         self._last = consumer
@@ -226,7 +238,18 @@ class CardBanks:
     def __init__(self, mapped: MappedFiles, banks: Sequence[CardBank]) -> None:
         """Bind banks to the files that they are filled from."""
         self._mapped, self.of_layer = mapped, banks
+        self._local = threading.local()
         self._seen = np.zeros((len(banks), 3), np.uint64)
+
+    def copy(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> None:
+        """Bring experts into slots, beside what the card computes, and return when they are there.
+
+        The bank's table stays as it is.
+        """
+        if not hasattr(self._local, "stream"):  # MLX's belong to threads
+            self._local.stream = mx.new_stream(mx.default_device())
+        with mx.stream(self._local.stream):
+            mx.eval(self.of_layer[layer].copy(experts, slots))
 
     def counted(self) -> np.ndarray:
         """Return what was counted since this was last called, `[layers, 3]` uint64.
@@ -238,8 +261,7 @@ class CardBanks:
             counts = np.array(mx.stack([bank.counts for bank in self.of_layer]))
         except RuntimeError:  # begun by another thread, in which MLX has to evaluate it
             return np.zeros_like(self._seen)
-        begin, end, before = clocks.T[:3]
-        now = np.stack([*counts.T[:2].astype(np.uint64), before + end - begin], axis=1)
+        now = np.stack([*counts.T[:2].astype(np.uint64), clocks[:, 2]], axis=1)
         # A layer that was emptied counts from 0 again.
         seen = np.where((now < self._seen).any(axis=1, keepdims=True), 0, self._seen)
         self._seen = now
@@ -329,6 +351,11 @@ def _bytes_of(field: Field, expert: int) -> bytes:
         return os.pread(file.fileno(), field.nbytes, field.offset + expert * field.stride)
 
 
+def _new_clock() -> mx.array:
+    values = [2**64 - 1, *[0] * (LEAST_ELEMENTS - 1)]
+    return settled(mx.array(np.array(values, np.uint64)))
+
+
 @functools.cache
 def _driver() -> Driver:
     return Driver()
@@ -350,14 +377,14 @@ def _copy(tasks: mx.array, slots: mx.array, fields: mx.array, clock: mx.array) -
     slot 0 lies, bytes. `clock` is written to: see `CardBank`.
     """
     (there,) = _kernel()(
-        inputs=[tasks, slots, fields, clock],
-        template=[("FIELDS", fields.shape[0]), ("ASKED", slots.size)],
+        inputs=[tasks, slots.reshape(-1), fields, clock],
+        template=[("FIELDS", fields.shape[0])],
         grid=(LANES * GROUPS, fields.shape[0] * tasks.shape[0], 1),
         threadgroup=(LANES, 1, 1),
-        output_shapes=[slots.shape],
+        output_shapes=[(slots.size,)],
         output_dtypes=[mx.uint32],
     )
-    return there
+    return there.reshape(slots.shape)
 
 
 @functools.cache

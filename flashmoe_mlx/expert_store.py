@@ -304,7 +304,7 @@ class ExpertStore:
             if missing:
                 with unbroken():
                     slots = self._slots(layer, missing, self._kept(layer, experts))
-                    batch = self._bring(layer, missing, slots)
+                    batch = self._read(layer, missing, slots)
             pending = Pending(self, layer, experts, [bank.touch(e) for e in experts])
             pending._batch = batch
             if bank.arriving:
@@ -332,7 +332,7 @@ class ExpertStore:
             if slots is None:
                 return
             with unbroken():
-                batch = self._bring(layer, missing, slots)
+                batch = self._read(layer, missing, slots)
                 for expert in missing:
                     self._guessed[layer][expert] = batch, bank.arriving[expert][1]
 
@@ -374,10 +374,12 @@ class ExpertStore:
         """Return experts whose slots must stay theirs: these, and those of living requests."""
         return set(experts).union(*(p.experts for p in self._living(layer)))
 
-    def _bring(self, layer: int, missing: Sequence[int], slots: Sequence[int]) -> Batch:
+    def _read(self, layer: int, missing: Sequence[int], slots: Sequence[int]) -> Batch:
         """Put experts into slots that were chosen, beginning to read in the order of the file."""
         bank = self.banks[layer]
         self._evaluate([held for held in self._consumers if held.reads(layer, slots)])
+        if self._cards:
+            return self._copy(self._cards, layer, missing, slots)
         parts = self._parts(bank, len(missing))
         brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
         batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place))
@@ -388,6 +390,24 @@ class ExpertStore:
                 arrival.expect_check(partial(self._checks.compare, layer, expert, rows))
         self._reader.start(batch)
         return batch
+
+    def _copy(
+        self, cards: CardBanks, layer: int, missing: Sequence[int], slots: Sequence[int]
+    ) -> Batch:
+        """Have the GPU put experts into slots, and return what is left to read: nothing."""
+        bank, start = self.banks[layer], time.perf_counter()
+        arrivals = [Arrival(1) for _ in missing]
+        for expert, slot, arrival in zip(missing, slots, arrivals, strict=True):
+            bank.expect(expert, slot, arrival)
+        try:
+            cards.copy(layer, missing, slots)
+            error = None
+        except RuntimeError as reason:
+            error = FlashMoEError(f"layer {layer}: the GPU could not copy experts ({reason}).")
+        for arrival in arrivals:
+            arrival.advance(0 if error else bank.layout.record_bytes, error)
+        self._stats.seconds_waited += time.perf_counter() - start
+        return Batch(())
 
     def _slots(self, layer: int, missing: Sequence[int], keep: set[int]) -> list[int]:
         """Choose slots, if need be after experts have arrived that nobody waits for."""

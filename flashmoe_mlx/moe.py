@@ -104,6 +104,7 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self._store = store
         self._layer = layer
+        self._complete = False  # once it is, a bank stays complete
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
         self._banks = []
         for index, projection in enumerate(PROJECTIONS):
@@ -125,7 +126,8 @@ class StreamedExperts(nn.Module):
             x: `[..., H]`, what they were chosen for.
         """
         bank = self._store.banks[self._layer]
-        if bank.complete:
+        if self._complete or bank.complete:
+            self._complete = True
             return ids
         if (there := self._store.bring(self._layer, ids, x)) is not None:
             return there
@@ -180,6 +182,8 @@ class StreamedExperts(nn.Module):
 
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
         """Keep the bank, or some slots of it, as they are until `consumer` is evaluated."""
+        if self._complete:  # nobody writes there any more
+            return
         self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
 
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
@@ -341,7 +345,9 @@ class SparseMoeBlock(nn.Module):
             return None
 
         def choose(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            logits = joined(h, self.gate, self.shared_expert_gate, norm=norm)
+            # In float32: a rounding that changes the choice is felt in every later layer.
+            gates = self.gate, self.shared_expert_gate
+            logits = joined(h, *gates, norm=norm, dtype=mx.float32)
             return route(logits, self.top_k, renormalise=self.norm_topk_prob, shared=True)
 
         def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:

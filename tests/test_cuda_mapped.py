@@ -1,7 +1,6 @@
 """Banks that a card fills by itself: a card that copies only when it is waited for."""
 
 import ctypes
-import os
 import threading
 from types import SimpleNamespace
 
@@ -111,7 +110,7 @@ def test_host_and_card_go_on_from_each_others_table(tmp_path, card):
     store.close()
 
 
-def test_the_hosts_reads_wait_for_the_cards_copies(tmp_path, card):
+def test_what_the_host_asks_for_waits_for_what_the_card_began(tmp_path, card):
     store = make_store(tmp_path, slots=3)
     store.bring(0, ids_of(0, 1, 2), X)
     assert card.waiting
@@ -267,12 +266,34 @@ def test_a_file_cut_short_before_is_left_to_the_host_who_names_it(tmp_path, card
     mapped.close()
 
 
-def test_a_file_cut_short_later_is_still_in_memory(tmp_path, card):
-    """Its pages are locked; what the card reads is what was there."""
+def test_waves_of_a_prompt_are_brought_by_the_card_too(tmp_path, card):
+    store = make_store(tmp_path, slots=4)
+    first, second = store.request(0, [1, 3]), store.request(0, [8, 9])
+    for pending in (first, second):
+        assert not card.waiting  # whole when `request` returns
+        for expert, slot in zip(pending.experts, pending.wait(), strict=True):
+            assert contents(store, 0, slot) == record(0, expert)
+    assert store.stats.bytes_read == 4 * RECORD and store.stats.reads == 4 and not card.copies
+    store.close()
+
+
+def test_a_copy_that_fails_leaves_the_bank_as_it_was_less_what_gave_way(
+    tmp_path, card, monkeypatch
+):
     store = make_store(tmp_path, slots=3)
-    with pytest.raises(FlashMoEError, match=r"1\.bin: ends at byte .* cut short"):
-        os.truncate(store.layout.layers[1].fields[0].file, 4 * RECORD + 5)
-        store.fetch(1, [9])
+    slots = store.fetch(0, [0, 1])
+
+    def fails(*arrays):
+        raise RuntimeError("cudaErrorIllegalAddress")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_mapped.mx, "eval", fails)
+        with pytest.raises(FlashMoEError, match=r"layer 0: the GPU could not copy.*IllegalAddr"):
+            store.fetch(0, [5])
+    assert store.banks[0].resident(range(10)) == [0, 1]
+    assert store.fetch(0, [0, 1]) == slots
+    (slot,) = store.fetch(0, [5])
+    assert contents(store, 0, slot) == record(0, 5)
     store.close()
 
 

@@ -66,7 +66,7 @@ def test_no_expert_is_multiplied_alone(banks, monkeypatch):
     batches, batched = [], expert_mlp._batched
 
     def spy(x, tokens, slots, banks):
-        batches.append(len(slots))
+        batches.append(slots.size)
         return batched(x, tokens, slots, banks)
 
     monkeypatch.setattr(expert_mlp, "_batched", spy)
