@@ -30,6 +30,8 @@ from .unbroken import unbroken
 
 KEPT_CONSUMERS = 2  # one for each half of a bank
 LEAST_PIECE = 256 << 10  # bytes; cutting a record finer costs more than it gains
+FAST = 3e9  # bytes per second; what comes faster is copied out of the page cache
+LATELY = 0.98  # what a read still counts for when the next one comes
 LAYERS_AHEAD = 2  # that are read while memory for the next is allocated
 
 
@@ -132,6 +134,7 @@ class ExpertStore:
         self._checks = checks
         self.lookahead = Lookahead(lookahead)
         self._stats = ExpertStats()
+        self._lately = 0.0, 0.0  # bytes and seconds of reads
         self._cards: CardBanks | None = None
         paths = {f.file for layer in layout.layers for f in layer.fields}
         self.banks: list[Bank] = []
@@ -313,6 +316,12 @@ class ExpertStore:
             self._pending[layer] = [weakref.ref(p) for p in (*self._living(layer), pending)]
         return pending
 
+    @property
+    def reads_compute(self) -> bool:
+        """Say whether reads take the time of the cores that compute, as they come from memory."""
+        nbytes, seconds = self._lately
+        return nbytes > FAST * seconds and mx.default_device() == mx.Device(mx.cpu)
+
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read experts that will probably be asked for next; nothing waits for them.
 
@@ -474,11 +483,15 @@ class ExpertStore:
             for _, arrival in (bank.arriving[e] for e in wanted if e in bank.arriving):
                 if arrival.doomed:
                     arrival.wait()
+            nbytes, seconds = 0, self._reader.take_seconds()
             for arrival in bank.settle():
+                nbytes += arrival.nbytes
                 self._stats.reads += arrival.pieces
                 self._stats.bytes_read += arrival.nbytes
                 self._stats.bytes_useless += arrival.useless * arrival.nbytes
-            self._stats.seconds_reading += self._reader.take_seconds()
+            self._stats.seconds_reading += seconds
+            before = (LATELY * past for past in self._lately)
+            self._lately = next(before) + nbytes, next(before) + seconds
 
 
 def _place(piece: Piece) -> tuple[int, int]:

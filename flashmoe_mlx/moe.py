@@ -25,6 +25,7 @@ from .expert_store import ExpertStore, Pending
 from .layout import quantisation
 from .names import PROJECTIONS
 
+FEW = 16  # missing experts, which are not worth a pause between the first half and the second
 PAIRS_AT_ONCE = 2048  # of token and expert, on a CPU; what they make takes 60 MB at 35B size
 Step = Callable[..., Any]
 
@@ -142,6 +143,7 @@ class StreamedExperts(nn.Module):
 
         Those that are resident come first, so that they are computed while others are read; of
         the others, those that most rows ask for come last and stay for the tokens that follow.
+        Where reading is the computing cores' work, all that fit come together.
         While one wave is computed the next ones are read, as far ahead as the bank has room.
 
         Yields:
@@ -231,12 +233,14 @@ class StreamedExperts(nn.Module):
     def _waves(self, experts: np.ndarray, rows: np.ndarray) -> list[list[int]]:
         """Split experts into groups of which two fit the bank: resident ones, then by rows."""
         bank = self._store.banks[self._layer]
+        if len(experts) <= len(bank) and self._store.reads_compute:
+            return [experts.tolist()]
         by_rows = experts[np.argsort(rows, kind="stable")].tolist()
         resident = set(bank.resident(by_rows))
         missing = [e for e in by_rows if e not in resident]
         missing.sort(key=bank.arriving.__contains__, reverse=True)  # on their way: first
         most = len(bank) if len(experts) <= len(bank) else max(1, len(bank) // 2)
-        half = min(most, -(-len(missing) // 2))
+        half = min(most, max(FEW, -(-len(missing) // 2)))
         waves = _groups([e for e in by_rows if e in resident], most) + _groups(missing, half)
         return [sorted(wave) for wave in waves]
 
