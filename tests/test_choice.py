@@ -278,7 +278,9 @@ def test_a_model_has_each_trial_once():
     for geometry in GEOMETRIES.values():
         found = trials(geometry, 2, "float16", 3)
         assert len(set(found)) == len(found)
-        assert all(trial.nbytes > 0 and trial.dtype == "float16" for trial in found)
+        assert all(trial.nbytes > 0 for trial in found)
+        others = {trial.op: trial.dtype for trial in found if trial.dtype != "float16"}
+        assert others == {"router": "float32"}
     assert label(SMALL) == "rows=24 columns=128 bits=4 group_size=64"
 
 

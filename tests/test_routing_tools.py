@@ -13,6 +13,7 @@ from record_routing import record
 from replay_routing import Guess, Trace, policies, predict, replay
 from store_helpers import make_store
 
+from flashmoe_mlx import expert_store
 from flashmoe_mlx.loader import BUNDLED_MODEL, load
 from flashmoe_mlx.slot_bank import HALF_LIFE, Demand
 
@@ -43,7 +44,8 @@ def test_nothing_beats_the_optimum_and_everything_fits_at_last(slots):
         assert missed(traces, EXPERTS, make) == missed(traces, EXPERTS, Belady), name
 
 
-def test_replay_misses_what_the_model_reads(tmp_path):
+def test_replay_misses_what_the_model_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(expert_store, "FAST", float("inf"))  # reads are waited for, as in a replay
     slots, prompt, decoded = 24, 30, 40
     model, tokenizer = load(BUNDLED_MODEL, expert_cache=slots * 4 * 39168, lookahead="off")
     assert model._store.plan.slots == slots

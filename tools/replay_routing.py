@@ -87,7 +87,9 @@ class Waves(StreamedExperts):
 
 
 class Replay:
-    """One layer's bank under a policy, in place of an `ExpertStore`."""
+    """One layer's bank under a policy, in place of an `ExpertStore` that waits for a disk."""
+
+    reads_compute = False
 
     def __init__(self, policy: Policy, experts: int) -> None:
         self.policy = policy
