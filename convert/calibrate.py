@@ -8,18 +8,20 @@ of other layers but their input.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
 from flashmoe_mlx.convert.codes import Codes
 from flashmoe_mlx.convert.compensate import DAMPING, quantize_for
 from flashmoe_mlx.convert.parts import Projection
 from flashmoe_mlx.convert.read import FLOATS
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.model import Decoder, DecoderLayer
+
+if TYPE_CHECKING:
+    from flashmoe_mlx.model import Decoder, DecoderLayer
 
 CHUNK = 2048  # tokens that are computed together, and see one another
 PRIOR = 64  # tokens of the layer that count among each expert's own
@@ -129,7 +131,7 @@ def _correction(seen: Floats, wanted: Floats) -> Floats:
 class Calibration:
     """A text on its way through a model."""
 
-    def __init__(self, model: Decoder, tokens: Sequence[int]) -> None:
+    def __init__(self, model: "Decoder", tokens: Sequence[int]) -> None:
         """Begin at the first layer.
 
         Args:
@@ -159,8 +161,10 @@ class Calibration:
         return LayerInputs(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 
-def _through(layer: DecoderLayer, h: mx.array) -> tuple[mx.array, ...]:
+def _through(layer: "DecoderLayer", h: mx.array) -> tuple[mx.array, ...]:
     """Return a layer's output, its experts' input `[1, T, H]`, choice and scores `[1, T, K]`."""
+    from mlx_lm.models.base import create_attention_mask, create_ssm_mask  # slow to import
+
     make_mask = create_ssm_mask if layer.is_linear else create_attention_mask
     mixer = layer.linear_attn if layer.is_linear else layer.self_attn
     h = mixer(h, layer.input_layernorm, make_mask(h, None), None)

@@ -53,7 +53,6 @@ from flashmoe_mlx.convert.upload import check_card, check_finished, check_repo, 
 from flashmoe_mlx.convert.write import link_file, write_file
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
-from flashmoe_mlx.loader import load
 
 
 def convert(
@@ -272,6 +271,8 @@ def _calibration(source: Source, text: str | None) -> Iterator[Calibration | Non
     if text is None:
         yield None
         return
+    from flashmoe_mlx.loader import load  # slow to import, seldom needed
+
     model, tokenizer = load(source.directory)
     try:
         yield Calibration(model.model, tokenizer.encode(text))

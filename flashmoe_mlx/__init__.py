@@ -1,16 +1,21 @@
 """Stream Qwen3.5 mixture-of-experts models from disk inside MLX and mlx-lm."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .requirements import check_packages
 
 check_packages()  # before they are imported
 
-from mlx_lm import batch_generate, generate, stream_generate
-
 from .config import ModelArgs
 from .errors import FlashMoEError
-from .expert_store import ExpertStats
-from .loader import BUNDLED_MODEL, load
-from .model import Model
+
+if TYPE_CHECKING:
+    from mlx_lm import batch_generate, generate, stream_generate
+
+    from .expert_store import ExpertStats
+    from .loader import BUNDLED_MODEL, load
+    from .model import Model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,3 +29,28 @@ __all__ = [
     "load",
     "stream_generate",
 ]
+
+# Where names come from that are imported when they are first asked for: mlx-lm brings transformers,
+# which takes longer than a small conversion.
+_LATER = {
+    "BUNDLED_MODEL": ".loader",
+    "ExpertStats": ".expert_store",
+    "Model": ".model",
+    "batch_generate": "mlx_lm",
+    "generate": "mlx_lm",
+    "load": ".loader",
+    "stream_generate": "mlx_lm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_LATER[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return all names, also those that are not imported yet."""
+    return sorted({*globals(), *__all__})

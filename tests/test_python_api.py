@@ -223,3 +223,21 @@ os.waitpid(child, 0)
 
 def test_bundled_model_is_a_directory():
     assert (BUNDLED_MODEL / "config.json").is_file()
+
+
+def test_a_conversion_imports_neither_mlx_lm_nor_transformers():
+    """They take two seconds, and from a cold disk more."""
+    code = (
+        "import sys, flashmoe_mlx.convert.cli; "
+        "print([m for m in ('mlx_lm', 'transformers', 'numba', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_public_names_come_when_they_are_asked_for():
+    assert set(flashmoe_mlx.__all__) <= set(dir(flashmoe_mlx))
+    for name in flashmoe_mlx.__all__:
+        assert getattr(flashmoe_mlx, name) is vars(flashmoe_mlx)[name]
+    with pytest.raises(AttributeError, match="'flashmoe_mlx' has no attribute 'lod'"):
+        flashmoe_mlx.lod  # noqa: B018
