@@ -138,6 +138,7 @@ class CardBank:
 
     Attributes:
         leads: whether the card's table is newer than the host's.
+        thread: the one that asked for experts last.
         clock: `[LEAST_ELEMENTS]` uint64, where the card writes: when copies under way began, how
             many groups of threads are done, and the nanoseconds that copies took so far.
     """
@@ -175,7 +176,7 @@ class CardBank:
         self._last: mx.array | None = None
         self.clock = _new_clock()
         mx.eval(self._table)
-        self.leads = False
+        self.leads, self.thread = False, 0
 
     @property
     def counts(self) -> mx.array:
@@ -218,7 +219,7 @@ class CardBank:
         """
         earlier = earlier if self._last is None else self._last
         *table, there = _bring(self._slots)(*self._table, ids, earlier, self._fields, self.clock)
-        self._table, self._last = Table(*table), there
+        self._table, self._last, self.thread = Table(*table), there, threading.get_ident()
         return there
 
     def copy(self, experts: Sequence[int], slots: Sequence[int]) -> mx.array:

@@ -187,13 +187,14 @@ class ExpertStore:
     @property
     def stats(self) -> ExpertStats:
         """What was asked for and read until now."""
-        with self._lock:
-            self._count()
+        if self._cards:
+            with self._lock:
+                self._count()
         return self._stats
 
     def _count(self) -> None:
         """Add what a GPU has brought by itself since this was last called."""
-        if self._cards and self._finalizer.alive:
+        if self._cards and self._finalizer.alive and os.getpid() == self._process:
             for layer, (asked, brought, nanoseconds) in zip(
                 self.layout.layers, self._cards.counted().tolist(), strict=True
             ):
@@ -268,6 +269,8 @@ class ExpertStore:
         with self._lock:
             self.check_usable()
             card = self._cards.of_layer[layer]
+            if card.thread != threading.get_ident():  # which alone evaluates what it has begun
+                self._recall(layer)
             if not card.leads:
                 if self._living(layer):
                     return None

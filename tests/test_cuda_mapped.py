@@ -1,6 +1,7 @@
 """Banks that a card fills by itself: a card that copies only when it is waited for."""
 
 import ctypes
+import os
 import threading
 from types import SimpleNamespace
 
@@ -31,7 +32,9 @@ class Card(LateDriver):
         self.earlier.append(earlier)
         slot_of, demand, places, tasks = reference.choose_slots(*table[:2], ids, slots, half_life)
         counted = [len(set(ids.reshape(-1).tolist())), int((np.array(tasks)[:, 0] != NONE).sum())]
-        return Table(slot_of, demand, table.counts + mx.array([*counted, 0, 0])), places, tasks
+        counts = table.counts + mx.array([*counted, 0, 0])
+        mx.eval(counts)  # as all that one kernel makes
+        return Table(slot_of, demand, counts), places, tasks
 
     def copy_late(self, tasks, slots, fields, clock):
         for expert, slot in np.array(tasks).astype(np.int64).tolist():
@@ -190,13 +193,27 @@ def test_counters_that_another_thread_has_begun_come_later(tmp_path, card, monke
     store.close()
 
 
-def test_it_works_in_another_thread(tmp_path, card):
+def test_another_thread_goes_on_from_what_is_done(tmp_path, card):
+    """It could not evaluate what the first has only begun."""
     store, found = make_store(tmp_path, slots=3), []
     bring(store, card, 0, 1, 2)
-    thread = threading.Thread(target=lambda: found.extend(bring(store, card, 0, 2, 5)))
+    store.bring(0, ids_of(2, 7), X)
+    card_bank, taken = store._cards.of_layer[0], []
+    take = card_bank.take
+    card_bank.take = lambda *table: taken.append(not card.waiting) or take(*table)
+    thread = threading.Thread(target=lambda: found.extend(bring(store, card, 0, 7, 5)))
     thread.start()
     thread.join()
-    assert len(found) == 2
+    assert len(found) == 2 and taken == [True] and store.stats.bytes_read == 4 * RECORD
+    store.close()
+
+
+def test_a_fork_counts_nothing(tmp_path, card, monkeypatch):
+    store = make_store(tmp_path, slots=3)
+    bring(store, card, 0, 1, 2)
+    monkeypatch.setattr(store, "_process", os.getpid() + 1)
+    assert store.stats.asked == 0
+    monkeypatch.undo()
     store.close()
 
 
