@@ -194,10 +194,9 @@ def test_counters_that_another_thread_has_begun_come_later(tmp_path, card, monke
 
 
 def test_another_thread_goes_on_from_what_is_done(tmp_path, card):
-    """It could not evaluate what the first has only begun."""
     store, found = make_store(tmp_path, slots=3), []
     bring(store, card, 0, 1, 2)
-    store.bring(0, ids_of(2, 7), X)
+    mx.eval(store.bring(0, ids_of(2, 7), X))  # the bytes are still on their way
     card_bank, taken = store._cards.of_layer[0], []
     take = card_bank.take
     card_bank.take = lambda *table: taken.append(not card.waiting) or take(*table)
@@ -319,3 +318,15 @@ def test_a_file_that_cannot_be_mapped_is_named(tmp_path, card):
     empty.touch()
     with pytest.raises(FlashMoEError, match="empty: cannot be mapped"):
         MappedFiles(card, [empty])
+
+
+def test_another_thread_begins_anew_where_the_first_has_only_begun(tmp_path, card):
+    """MLX evaluates in the thread that built a graph; what may be in the bank is not known."""
+    store, found = make_store(tmp_path, slots=3), []
+    store.bring(0, ids_of(2, 7), X)
+    card.waiting = []
+    thread = threading.Thread(target=lambda: found.extend(bring(store, card, 0, 7, 2)))
+    thread.start()
+    thread.join()
+    assert len(found) == 2 and store.stats.bytes_read == 2 * RECORD
+    store.close()
