@@ -115,7 +115,8 @@ def terminated(model: Path, work: Path, clean: str, row: Row, rng: random.Random
                 row.injected += 1
                 row.named += server.end() == -signal.SIGTERM
         row.wrong += not clean.startswith(pieces)
-        row.usable += server.process.poll() is not None and server.health() is None  # port is free
+        if server.process.poll() is not None:
+            row.usable += server.health() is None  # port is free
 
 
 def failed_alone(server: Server, clean: str, row: Row, rng: random.Random) -> None:
