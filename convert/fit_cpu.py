@@ -10,6 +10,10 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
+from flashmoe_mlx.custom_kernels.numba_cache import take_turns
+
+take_turns()
+
 Array = npt.NDArray[Any]
 BFLOAT, HALF, FULL = range(3)  # what scales and biases are stored as
 KINDS = {mx.bfloat16: BFLOAT, mx.float16: HALF, mx.float32: FULL}

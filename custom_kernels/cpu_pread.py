@@ -3,6 +3,10 @@
 import numpy as np
 from numba import njit, prange, types
 
+from flashmoe_mlx.custom_kernels.numba_cache import take_turns
+
+take_turns()
+
 _pread = types.ExternalFunction(
     "pread", types.intp(types.int32, types.uintp, types.uintp, types.int64)
 )

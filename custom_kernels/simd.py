@@ -13,6 +13,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from flashmoe_mlx.custom_kernels.numba_cache import take_turns
+
+take_turns()
+
 F32, I8, I32 = ir.FloatType(), ir.IntType(8), ir.IntType(32)
 PERMUTE = "llvm.x86.avx512.permvar.sf.512"  # picks 16 floats of 16 by the index's low 4 bits
 HAS_PERMUTE = bool(get_host_cpu_features().get("avx512f"))
