@@ -15,7 +15,6 @@ import numpy as np
 from numba import carray, config, njit, prange, set_num_threads, types
 
 from flashmoe_mlx.custom_kernels.cpu_call import Apart, caller
-from flashmoe_mlx.custom_kernels.numba_cache import take_turns
 from flashmoe_mlx.custom_kernels.simd import (
     HAS_PERMUTE,
     address,
@@ -27,8 +26,6 @@ from flashmoe_mlx.custom_kernels.simd import (
     octets,
     unsigned_shorts,
 )
-
-take_turns()
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)

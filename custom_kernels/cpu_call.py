@@ -12,10 +12,6 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flashmoe_mlx.custom_kernels.numba_cache import take_turns
-
-take_turns()
-
 
 class Apart:
     """A function of fixed types that is compiled when its address is asked for."""

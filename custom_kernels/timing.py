@@ -53,8 +53,9 @@ def chain(op: Op, sets: Sequence[list[mx.array]], calls: int) -> None:
     mx.eval(outputs)
 
 
-def _link(*inputs: mx.array) -> list[mx.array]:
-    return [inputs[0]]
+def _link(outputs: int) -> Op:
+    """Return an op that does nothing, and has as many outputs for `chain` to look at."""
+    return lambda *inputs: [inputs[0]] * outputs
 
 
 def fitting_calls(
@@ -81,7 +82,7 @@ def side_by_side(
     """Time ops in interleaved runs, so that a change of the machine's speed meets all of them.
 
     Args:
-        ops: what to time, in this order in each run.
+        ops: what to time, in this order in each run; all with as many outputs.
         sets: inputs, taken in turn by the calls of a chain.
         calls: length of a chain.
         runs: chains of each op, after one to warm up.
@@ -91,9 +92,10 @@ def side_by_side(
     Returns:
         Milliseconds per call of the typical run, less what linking two calls costs.
     """
+    link_alone = _link(len(ops[0](*sets[0])))
     taken: list[list[float]] = [[] for _ in range(len(ops) + 1)]
     for _ in range(runs + 1):
-        for op, times in zip((*ops, _link), taken, strict=True):
+        for op, times in zip((*ops, link_alone), taken, strict=True):
             start = clock()
             chain(op, sets, calls)
             times.append((clock() - start) * 1e3 / calls)

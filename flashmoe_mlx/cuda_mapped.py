@@ -196,7 +196,7 @@ class CardBank:
         """
         self.leads = False
         try:
-            self.finish()
+            mx.eval(self._table, [] if self._last is None else self._last)
             return np.array(self._table.slot_of), np.array(self._table.demand)
         except RuntimeError:  # MLX evaluates in the thread that a stream belongs to
             counts = settled(mx.zeros(LEAST_ELEMENTS, dtype=mx.uint32))
@@ -205,10 +205,6 @@ class CardBank:
             return np.full(self._experts, NONE, np.uint32), np.full(
                 self._experts, NEVER, np.float32
             )
-
-    def finish(self) -> None:
-        """Wait for all that was begun."""
-        mx.eval(self._table, [] if self._last is None else self._last)
 
     def bring(self, ids: mx.array, earlier: mx.array) -> mx.array:
         """Return the slots of experts `[..., K]`, whose bytes are there when they are computed.

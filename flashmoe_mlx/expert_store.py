@@ -493,8 +493,8 @@ class ExpertStore:
                 self._stats.bytes_read += arrival.nbytes
                 self._stats.bytes_useless += arrival.useless * arrival.nbytes
             self._stats.seconds_reading += seconds
-            before = (LATELY * past for past in self._lately)
-            self._lately = next(before) + nbytes, next(before) + seconds
+            bytes_before, seconds_before = self._lately
+            self._lately = LATELY * bytes_before + nbytes, LATELY * seconds_before + seconds
 
 
 def _place(piece: Piece) -> tuple[int, int]:

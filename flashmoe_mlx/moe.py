@@ -105,7 +105,6 @@ class StreamedExperts(nn.Module):
         super().__init__()
         self._store = store
         self._layer = layer
-        self._complete = False  # once it is, a bank stays complete
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
         self._banks = []
         for index, projection in enumerate(PROJECTIONS):
@@ -127,8 +126,7 @@ class StreamedExperts(nn.Module):
             x: `[..., H]`, what they were chosen for.
         """
         bank = self._store.banks[self._layer]
-        if self._complete or bank.complete:
-            self._complete = True
+        if bank.complete:
             return ids
         if (there := self._store.bring(self._layer, ids, x)) is not None:
             return there
@@ -150,8 +148,8 @@ class StreamedExperts(nn.Module):
             The flat places in `ids` whose experts are there now, and their slots. They stay
             until the next wave is asked for, or what was given to `hold` is evaluated.
         """
-        flat = ids.reshape(-1)
-        slot_of = np.full(self._store.layout.layers[self._layer].num_experts, -1, dtype=np.int64)
+        flat, experts = ids.reshape(-1), self._store.layout.layers[self._layer].num_experts
+        slot_of = np.full(experts, -1, dtype=np.int64)
         room = len(self._store.banks[self._layer])
         ahead: deque[Pending] = deque()
 
@@ -162,10 +160,11 @@ class StreamedExperts(nn.Module):
             places = np.flatnonzero(slots >= 0)
             return places, slots[places]
 
-        wanted, rows = np.unique(flat, return_counts=True)
+        counts = np.bincount(flat, minlength=experts)
+        wanted = np.flatnonzero(counts)
         self._store.decide(self._layer, wanted.tolist())
         try:
-            for wave in self._waves(wanted, rows):
+            for wave in self._waves(wanted, counts[wanted]):
                 while len(wave) > room:
                     yield serve()
                     room += len(ahead.popleft().experts)
@@ -184,8 +183,6 @@ class StreamedExperts(nn.Module):
 
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
         """Keep the bank, or some slots of it, as they are until `consumer` is evaluated."""
-        if self._complete:  # nobody writes there any more
-            return
         self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
 
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
