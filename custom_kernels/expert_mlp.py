@@ -84,8 +84,8 @@ def ascending(slots: np.ndarray) -> np.ndarray:
 
 
 def inverted(order: np.ndarray) -> np.ndarray:
-    """Return the permutation that undoes one."""
-    inverse = np.empty_like(order)
+    """Return the permutation that undoes one, uint32."""
+    inverse = np.empty(len(order), np.uint32)
     inverse[order] = np.arange(len(order))
     return inverse
 

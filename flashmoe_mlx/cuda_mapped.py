@@ -28,6 +28,7 @@ from .custom_kernels.gpu import LEAST_ELEMENTS, settled
 from .errors import FlashMoEError
 from .layout import ExpertLayout, Field, LayerLayout
 from .memory import available_bytes
+from .reader import Arrival
 from .slot_bank import DTYPES, HALF_LIFE, NEVER
 
 USEFUL_MEMORY = 0.7  # of what is available, at most; the pages of other programs have to leave
@@ -139,6 +140,7 @@ class CardBank:
     Attributes:
         leads: whether the card's table is newer than the host's.
         thread: the one that asked for experts last.
+        record_bytes: of an expert.
         clock: `[LEAST_ELEMENTS]` uint64, where the card writes: when copies under way began, how
             many groups of threads are done, and the nanoseconds that copies took so far.
     """
@@ -158,6 +160,7 @@ class CardBank:
             FlashMoEError: a file is shorter than the layout says.
         """
         self._experts, self._slots = layout.num_experts, slots
+        self.record_bytes = layout.record_bytes
         self._fields = settled(
             mx.array(
                 [
@@ -218,15 +221,42 @@ class CardBank:
         self._table, self._last, self.thread = Table(*table), there, threading.get_ident()
         return there
 
-    def copy(self, experts: Sequence[int], slots: Sequence[int]) -> mx.array:
+    def copy(
+        self, experts: Sequence[int], slots: Sequence[int], earlier: Sequence[mx.array]
+    ) -> mx.array:
         """Return an array that is computed once experts are in slots that the host chose."""
         there = mx.array(np.array(slots, np.uint32))
-        tasks = mx.array(np.array([experts, slots], np.uint32).T)
+        tasks = mx.array(np.stack([experts, slots], axis=1).astype(np.uint32))
+        if earlier:
+            tasks = mx.depends(tasks, earlier)
         return _copy(tasks, there, self._fields, self.clock)
 
     def hold(self, consumer: mx.array) -> None:
         """Bring nothing more before `consumer`, which reads the bank, is computed."""
         self._last = consumer
+
+
+class CardArrival(Arrival):
+    """An expert that the card brings; it is over when somebody has waited for it."""
+
+    __slots__ = ("_expected", "_there", "_turn")
+
+    def __init__(self, there: mx.array, nbytes: int) -> None:
+        """Expect so many bytes, which are there when an array is computed."""
+        super().__init__(1)
+        self._there, self._expected, self._turn = there, nbytes, threading.Lock()
+
+    def wait(self) -> None:
+        """Return when it is over."""
+        with self._turn:
+            if self.over:
+                return
+            error = None
+            try:
+                mx.eval(self._there)
+            except RuntimeError as reason:
+                error = _refusal(reason)
+            self.advance(0 if error else self._expected, error)
 
 
 class CardBanks:
@@ -238,15 +268,39 @@ class CardBanks:
         self._local = threading.local()
         self._seen = np.zeros((len(banks), 3), np.uint64)
 
-    def copy(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> None:
-        """Bring experts into slots, beside what the card computes, and return when they are there.
+    def copy(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        slots: Sequence[int],
+        earlier: Sequence[mx.array],
+    ) -> list[Arrival]:
+        """Begin to bring experts into slots, beside what the card computes; return at once.
 
         The bank's table stays as it is.
+
+        Args:
+            layer: decoder layer.
+            experts: ids.
+            slots: of the layer's bank, as many.
+            earlier: what reads these slots, and is computed before.
+
+        Returns:
+            The arrival of each.
+
+        Raises:
+            FlashMoEError: the card refuses.
         """
         if not hasattr(self._local, "stream"):  # MLX's belong to threads
             self._local.stream = mx.new_stream(mx.default_device())
-        with mx.stream(self._local.stream):
-            mx.eval(self.of_layer[layer].copy(experts, slots))
+        bank = self.of_layer[layer]
+        try:
+            with mx.stream(self._local.stream):
+                there = bank.copy(experts, slots, earlier)
+                mx.async_eval(there)
+        except RuntimeError as reason:
+            raise _refusal(reason) from reason
+        return [CardArrival(there, bank.record_bytes) for _ in experts]
 
     def counted(self) -> np.ndarray:
         """Return what was counted since this was last called, `[layers, 3]` uint64.
@@ -269,6 +323,10 @@ class CardBanks:
         for bank in self.of_layer:
             bank.give()
         self._mapped.close()
+
+
+def _refusal(reason: RuntimeError) -> FlashMoEError:
+    return FlashMoEError(f"the GPU could not copy experts ({reason}). Load the model again.")
 
 
 @functools.cache

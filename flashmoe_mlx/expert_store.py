@@ -389,9 +389,15 @@ class ExpertStore:
     def _read(self, layer: int, missing: Sequence[int], slots: Sequence[int]) -> Batch:
         """Put experts into slots that were chosen, beginning to read in the order of the file."""
         bank = self.banks[layer]
-        self._evaluate([held for held in self._consumers if held.reads(layer, slots)])
+        readers = [held for held in self._consumers if held.reads(layer, slots)]
         if self._cards:
-            return self._copy(self._cards, layer, missing, slots)
+            arrays = [held.array for held in readers]
+            arrivals = self._cards.copy(layer, missing, slots, arrays)
+            self._forget(readers)
+            for expert, slot, coming in zip(missing, slots, arrivals, strict=True):
+                bank.expect(expert, slot, coming)
+            return Batch(())
+        self._evaluate(readers)
         parts = self._parts(bank, len(missing))
         brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
         batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place))
@@ -402,24 +408,6 @@ class ExpertStore:
                 arrival.expect_check(partial(self._checks.compare, layer, expert, rows))
         self._reader.start(batch)
         return batch
-
-    def _copy(
-        self, cards: CardBanks, layer: int, missing: Sequence[int], slots: Sequence[int]
-    ) -> Batch:
-        """Have the GPU put experts into slots, and return what is left to read: nothing."""
-        bank, start = self.banks[layer], time.perf_counter()
-        arrivals = [Arrival(1) for _ in missing]
-        for expert, slot, arrival in zip(missing, slots, arrivals, strict=True):
-            bank.expect(expert, slot, arrival)
-        try:
-            cards.copy(layer, missing, slots)
-            error = None
-        except RuntimeError as reason:
-            error = FlashMoEError(f"layer {layer}: the GPU could not copy experts ({reason}).")
-        for arrival in arrivals:
-            arrival.advance(0 if error else bank.layout.record_bytes, error)
-        self._stats.seconds_waited += time.perf_counter() - start
-        return Batch(())
 
     def _slots(self, layer: int, missing: Sequence[int], keep: set[int]) -> list[int]:
         """Choose slots, if need be after experts have arrived that nobody waits for."""
@@ -449,8 +437,11 @@ class ExpertStore:
         """Evaluate consumers and forget them."""
         if consumers:
             mx.eval([consumer.array for consumer in consumers])
-            done = set(map(id, consumers))
-            self._consumers = [c for c in self._consumers if id(c) not in done]
+            self._forget(consumers)
+
+    def _forget(self, consumers: list[Consumer]) -> None:
+        done = set(map(id, consumers))
+        self._consumers = [c for c in self._consumers if id(c) not in done]
 
     def _wait(self, layer: int, batch: Batch | None, arrivals: list[Arrival]) -> None:
         """Read what no thread has begun, and wait for the rest."""

@@ -285,11 +285,41 @@ def test_a_file_cut_short_before_is_left_to_the_host_who_names_it(tmp_path, card
 def test_waves_of_a_prompt_are_brought_by_the_card_too(tmp_path, card):
     store = make_store(tmp_path, slots=4)
     first, second = store.request(0, [1, 3]), store.request(0, [8, 9])
+    assert len(card.waiting) == 4 * 9  # nobody has waited yet
     for pending in (first, second):
-        assert not card.waiting  # whole when `request` returns
         for expert, slot in zip(pending.experts, pending.wait(), strict=True):
             assert contents(store, 0, slot) == record(0, expert)
     assert store.stats.bytes_read == 4 * RECORD and store.stats.reads == 4 and not card.copies
+    store.close()
+
+
+def test_a_wave_that_nobody_waited_for_is_whole_before_its_slots_change_hands(tmp_path, card):
+    store = make_store(tmp_path, slots=3)
+    store.request(0, [1, 3]).release()
+    assert store.banks[0].arriving and card.waiting
+    bring(store, card, 0, 3, 5)
+    assert not store.banks[0].arriving and store.stats.bytes_read == 3 * RECORD
+    store.request(0, [7, 8, 9]).release()
+    slots = store.fetch(0, [0, 2])
+    assert [contents(store, 0, slot) for slot in slots] == [record(0, 0), record(0, 2)]
+    store.close()
+
+
+def test_the_card_copies_behind_what_reads_the_slots_and_the_host_does_not_wait(
+    tmp_path, card, monkeypatch
+):
+    store, seen = make_store(tmp_path, slots=3), []
+    y, other = mx.zeros(1), mx.ones(1)
+    store.hold(y, 0, store.fetch(0, [0, 1]))
+    store.hold(other, 1, store.fetch(1, [0]))
+    depends = lambda tasks, earlier: seen.append(earlier) or tasks  # noqa: E731
+    monkeypatch.setattr(cuda_mapped.mx, "depends", depends)
+    evaluated = []
+    monkeypatch.setattr(store, "_evaluate", lambda held: evaluated.extend(held))
+    store.request(0, [7, 8])
+    assert len(seen) == 1 and len(seen[0]) == 1 and seen[0][0] is y and not evaluated
+    assert [held.array for held in store._consumers] == [other]
+    monkeypatch.undo()
     store.close()
 
 
@@ -304,12 +334,27 @@ def test_a_copy_that_fails_leaves_the_bank_as_it_was_less_what_gave_way(
 
     with monkeypatch.context() as patch:
         patch.setattr(cuda_mapped.mx, "eval", fails)
-        with pytest.raises(FlashMoEError, match=r"layer 0: the GPU could not copy.*IllegalAddr"):
+        with pytest.raises(FlashMoEError, match=r"the GPU could not copy experts \(.*IllegalAddr"):
             store.fetch(0, [5])
     assert store.banks[0].resident(range(10)) == [0, 1]
     assert store.fetch(0, [0, 1]) == slots
     (slot,) = store.fetch(0, [5])
     assert contents(store, 0, slot) == record(0, 5)
+    store.close()
+
+
+def test_a_copy_that_cannot_be_begun_leaves_the_bank_as_it_was(tmp_path, card, monkeypatch):
+    store = make_store(tmp_path, slots=3)
+    slots = store.fetch(0, [0, 1, 2])
+
+    def fails(*arrays):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_mapped, "_copy", fails)
+        with pytest.raises(FlashMoEError, match=r"the GPU could not copy experts \(out of memory"):
+            store.request(0, [5])
+    assert store.fetch(0, [0, 1, 2]) == slots and store.stats.bytes_read == 3 * RECORD
     store.close()
 
 
