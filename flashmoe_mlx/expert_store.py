@@ -319,6 +319,17 @@ class ExpertStore:
             self._pending[layer] = [weakref.ref(p) for p in (*self._living(layer), pending)]
         return pending
 
+    def count_hits(self, experts: int) -> None:
+        """Count experts asked for of a bank that holds all: nothing has to be done for them.
+
+        Raises:
+            FlashMoEError: the store was closed, or belongs to another process.
+        """
+        with self._lock:
+            self.check_usable()
+            self._stats.asked += experts
+            self._stats.hits += experts
+
     @property
     def reads_compute(self) -> bool:
         """Say whether reads take the time of the cores that compute, as they come from memory."""

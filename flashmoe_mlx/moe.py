@@ -148,9 +148,15 @@ class StreamedExperts(nn.Module):
             The flat places in `ids` whose experts are there now, and their slots. They stay
             until the next wave is asked for, or what was given to `hold` is evaluated.
         """
-        flat, experts = ids.reshape(-1), self._store.layout.layers[self._layer].num_experts
-        slot_of = np.full(experts, -1, dtype=np.int64)
-        room = len(self._store.banks[self._layer])
+        flat, bank = ids.reshape(-1), self._store.banks[self._layer]
+        counts = np.bincount(flat, minlength=bank.layout.num_experts)
+        wanted = np.flatnonzero(counts)
+        if bank.complete:
+            self._store.count_hits(len(wanted))
+            yield np.arange(flat.size), flat.astype(np.int64)
+            return
+        slot_of = np.full(len(counts), -1, dtype=np.int64)
+        room = len(bank)
         ahead: deque[Pending] = deque()
 
         def serve() -> tuple[np.ndarray, np.ndarray]:
@@ -160,8 +166,6 @@ class StreamedExperts(nn.Module):
             places = np.flatnonzero(slots >= 0)
             return places, slots[places]
 
-        counts = np.bincount(flat, minlength=experts)
-        wanted = np.flatnonzero(counts)
         self._store.decide(self._layer, wanted.tolist())
         try:
             for wave in self._waves(wanted, counts[wanted]):

@@ -1,13 +1,18 @@
 """The matrix, expert and router kernels' text on the Metal bench, and that mistakes are noticed."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from metal_cpu import MODES, BenchError, metal_on_cpu, require_bench
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import gpu_parity
 
 from flashmoe_mlx.custom_kernels import choice, expert_mlp, experts, gpu, matvec, reference
 from flashmoe_mlx.custom_kernels.bank import Bank
@@ -617,3 +622,38 @@ def test_products_of_many_rows(dtype):
 def test_matvec_of_a_normalised_input(geometry, dtype):
     trial = NormedMatvecTrial(37, 384, 4, 64, dtype, scales_of(dtype, 64), tokens=3)
     check(case_of(trial), ("fast",))
+
+
+# ---- the tool for GPUs ---------------------------------------------------------------------------
+
+
+def first_of_each_op() -> dict:
+    found: dict = {}
+    for trial in [*gpu_parity.quantised(), *gpu_parity.others()]:
+        found.setdefault(trial.op, trial)
+    return found
+
+
+def test_the_tool_for_gpus_has_every_op_in_every_format():
+    formats = {(t.op, t.dtype, t.bits, t.group_size) for t in gpu_parity.quantised()}
+    ops = {op for op, *_ in formats}
+    for op in ops:
+        dtypes = 2 if op in {"grouped_experts", "dequantised_matmul"} else 3
+        assert len([f for f in formats if f[0] == op]) == dtypes * 9
+    assert {t.dtype for t in gpu_parity.others()} == set(DTYPES)
+    kernels = {path.stem for path in Path(gpu.__file__).parent.glob("*.metal")}
+    helpers = {"affine", "delta", "write", "naive_matvec", "expert_slots"}  # the last: no floats
+    names = {"attention_prepare": "attention_step"}
+    assert {names.get(k, k) for k in kernels - helpers} <= ops | {t.op for t in gpu_parity.others()}
+
+
+def test_the_tool_for_gpus_judges(monkeypatch):
+    with metal_on_cpu("fast"):
+        for trial in first_of_each_op().values():
+            assert gpu_parity.examine(trial)[1].ok, trial
+    read = gpu.read_text
+    wrong = read("affine.metal").replace("(biases[group]), sum", "(scales[group]), sum")
+    monkeypatch.setattr(gpu, "read_text", lambda name: wrong if "affine" in name else read(name))
+    gpu._build.cache_clear()
+    with metal_on_cpu("fast"):
+        assert not gpu_parity.examine(first_of_each_op()["expert_gate_up"])[1].ok
