@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
 
-API = re.compile(r"/api/models/(\w+/\w+)(?:/(revision|tree)/(\w+))?$")
-RESOLVE = re.compile(r"/(\w+/\w+)/resolve/(\w+)/([\w./-]+)$")
+API = re.compile(r"/api/models/([\w.-]+/[\w.-]+)(?:/(revision|tree)/(\w+))?$")
+RESOLVE = re.compile(r"/([\w.-]+/[\w.-]+)/resolve/(\w+)/([\w./-]+)$")
 CHUNK = 1 << 15
 STALL_S = 20
 

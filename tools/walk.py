@@ -2,21 +2,30 @@
 
     python tools/walk.py FOLDER
 
-FOLDER must not exist; it gets a virtual environment, a home and a working directory (1 GB). Each
+FOLDER must not exist; it gets a virtual environment, a home and a working directory (6 GB). Each
 command runs in Python's development mode with warnings as errors; one that exits with another
 code than expected, or warns, ends the walk with its output. pip needs its index.
+
+Then README's commands follow, pasted as they stand but for those that make the environment. The
+names on the Hub that they give are answered by a server here, which has the bundled model under
+each of them; SRC is that model too.
 """
 
 import argparse
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
+import urllib.request
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+SERVER = "http://127.0.0.1:8080"  # where mlx_lm.server listens unless told otherwise
 WARNED = re.compile(r"\w*Warning\b|Exception ignored|Traceback")
 API = """
 import flashmoe_mlx
@@ -63,8 +72,10 @@ def main() -> None:
     (here / "api.py").write_text(API)
     code = "from flashmoe_mlx import BUNDLED_MODEL as path; print(path)"
     found = subprocess.run([python, "-c", code], cwd=here, capture_output=True, check=True)
+    bundled = Path(found.stdout.decode().strip())
     for command in COMMANDS:
-        walk(folder, command.format(bundled=found.stdout.decode().strip()))
+        walk(folder, command.format(bundled=bundled))
+    walk_readme(folder, bundled)
 
 
 def sources(folder: Path) -> Path:
@@ -92,6 +103,76 @@ def walk(folder: Path, command: str) -> None:
     print(f"{time.perf_counter() - start:6.1f} s  {command}", flush=True)
     if result.returncode or (strict and WARNED.search(said)):
         sys.exit(f"exit code {result.returncode}\n{said}")
+
+
+def walk_readme(folder: Path, bundled: Path) -> None:
+    """Run the lines of README's blocks in their order, and exit if one is not well."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", readme, re.S)
+    commands = [
+        command
+        for language, text in blocks
+        for command in ([f"python -c {shlex.quote(text)}"] if language == "python" else lines(text))
+        if not command.startswith("python3 -m venv")
+    ]
+    here = folder / "readme"
+    here.mkdir()
+    (here / "SRC").symlink_to(bundled)
+    from hub_server import HubServer
+
+    with HubServer() as hub:
+        for name in set(re.findall(r"mlx-community/[\w.-]+", readme)):
+            hub.add(name, bundled)
+        path = f"{folder / 'venv/bin'}:{os.environ['PATH']}"
+        settings = {"HOME": str(folder), "PATH": path, "HF_ENDPOINT": hub.url}
+        for command in commands:
+            start = time.perf_counter()
+            run = serve if command.startswith("mlx_lm.server") else run_once
+            code, said = run(command, here, settings)
+            print(f"{time.perf_counter() - start:6.1f} s  {command.splitlines()[0]}", flush=True)
+            if code or "Traceback" in said:
+                sys.exit(f"exit code {code}\n{said}")
+
+
+def lines(block: str) -> list[str]:
+    """Return a block's commands; a shell takes them one by one, comments and all."""
+    return [line for line in block.splitlines() if line.strip()]
+
+
+def run_once(command: str, here: Path, settings: dict[str, str]) -> tuple[int, str]:
+    """Run a command to its end; return its exit code and what it said."""
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=here, env=settings, capture_output=True, text=True
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+def serve(command: str, here: Path, settings: dict[str, str]) -> tuple[int, str]:
+    """Run a server until it has answered one question; return 0 if it did."""
+    log = here / "server.log"
+    with open(log, "wb") as out:
+        server = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"], cwd=here, env=settings, stdout=out, stderr=out
+        )
+    body = {"messages": [{"role": "user", "content": "What is a library?"}], "max_tokens": 8}
+    request = urllib.request.Request(
+        f"{SERVER}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    reply = json.load(response)
+                return int(not reply["choices"][0]["message"]["content"]), log.read_text()
+            except OSError:
+                if server.poll() is not None:
+                    return server.returncode or 1, log.read_text()
+                time.sleep(0.2)
+    finally:
+        server.terminate()
+        server.wait(30)
 
 
 if __name__ == "__main__":
