@@ -257,6 +257,19 @@ class GatedDeltaNet(nn.Module):
         return linear(y, self.out_proj, residual=h)[0], past, state
 
 
+def _forget_padding(caches: list[Any]) -> None:
+    """Drop the left padding of GatedDeltaNet caches once it lies behind every row.
+
+    mlx-lm gives a batch such padding, of zeros, and counts it down with every token. Only the first
+    layer's is ever looked at, so that the others' graphs would grow until the batch is over; and
+    what comes with a mask takes the slower way.
+    """
+    padded = [c for c in caches if isinstance(c, ArraysCache) and c.left_padding is not None]
+    if padded and bool(mx.all(mx.concatenate([c.left_padding for c in padded]) <= 0)):
+        for cache in padded:
+            cache.left_padding = None
+
+
 class DecoderLayer(nn.Module):
     """Mixer (linear or full attention), then mixture of experts, each with its residual."""
 
@@ -316,6 +329,7 @@ class Decoder(nn.Module):
         """Map token ids `[B, T]` (or embeddings `[B, T, H]`) to hidden states `[B, T, H]`."""
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         caches: list[Any] = cache if cache is not None else [None] * len(self.layers)
+        _forget_padding(caches)
         masks: dict[bool, Any] = {}
         lookahead = self._lookahead if h.shape[1] == 1 else None
         guesses = lookahead is not None and lookahead.begin()

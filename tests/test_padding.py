@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import ArraysCache, BatchKVCache
 
 from flashmoe_mlx import load
@@ -64,3 +65,37 @@ def test_padding_asks_for_no_expert(model, chosen, side, prompts):
     assert chosen == wanted
     for one, other in zip(alone, together, strict=True):
         assert mx.abs(one - other).max().item() < 1e-4
+
+
+def paddings(caches) -> list:
+    return [c.left_padding for c in caches if isinstance(c, ArraysCache)]
+
+
+def test_left_padding_is_kept_until_it_is_behind_all_rows(model):
+    pads = [5, 0]
+    rows = mx.array([[0] * 5 + SHORT, LONG])
+    cache = [
+        kind if isinstance(kind, ArraysCache) else BatchKVCache(pads) for kind in model.make_cache()
+    ]
+    for kind in cache:
+        kind.left_padding = mx.array(pads)
+    expected = [model(mx.array([prompt]))[0, -1] for prompt in (SHORT, LONG)]
+    for start, left in ((0, [3, -2]), (2, [1, -4]), (4, [-1, -6])):
+        logits = model(rows[:, start : start + 2], cache=cache)
+        assert all(padding.tolist() == left for padding in paddings(cache))
+    logits = model(rows[:, 6:], cache=cache)
+    assert paddings(cache) == [None] * 3
+    assert mx.allclose(logits[:, -1], mx.stack(expected), atol=1e-4)
+
+
+def test_a_batch_that_others_join_keeps_nothing_of_past_tokens(model):
+    """mlx-lm counts padding down, token by token, as graphs that nobody evaluates."""
+    generator = BatchGenerator(model, max_tokens=1000)
+    generator.insert([LONG, LONG])
+    for joining in ([], [SHORT], [LONG], []):
+        if joining:
+            generator.insert(joining)
+        for _ in range(4):
+            generator.next()
+        assert paddings(generator._generation_batch.prompt_cache) == [None] * 3
+    assert len(generator._generation_batch) == 4
