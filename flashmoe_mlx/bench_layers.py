@@ -17,7 +17,8 @@ import numpy as np
 
 from .bench_figures import Use
 from .bench_model import Subject
-from .expert_store import ExpertStats, ExpertStore, Pending
+from .expert_requests import Pending
+from .expert_store import ExpertStats, ExpertStore
 from .model import DecoderLayer, Model
 
 PARTS = ("attention", "router", "read", "experts")

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
@@ -19,6 +19,7 @@ from .config import CachePlan
 from .cuda_mapped import CardBanks, map_files
 from .cuda_memory import card_reads
 from .errors import FlashMoEError
+from .expert_requests import Consumer, Pending
 from .expert_stats import ExpertStats as ExpertStats
 from .io_mode import open_expert_file
 from .layout import ExpertLayout
@@ -33,70 +34,6 @@ LEAST_PIECE = 256 << 10  # bytes; cutting a record finer costs more than it gain
 FAST = 3e9  # bytes per second; what comes faster is copied out of the page cache
 LATELY = 0.98  # what a read still counts for when the next one comes
 LAYERS_AHEAD = 2  # that are read while memory for the next is allocated
-
-
-class Consumer(NamedTuple):
-    """What was computed, perhaps not yet, from slots of a layer; None stands for all of them."""
-
-    array: mx.array
-    layer: int
-    slots: frozenset[int] | None
-
-    def reads(self, layer: int, slots: Iterable[int]) -> bool:
-        """Say whether it may read one of some slots."""
-        mine = self.slots is None or not self.slots.isdisjoint(slots)
-        return self.layer == layer and mine
-
-
-class Pending:
-    """Experts asked for, of which some may be on their way.
-
-    As long as it lives and has not failed, its slots are not given to other experts. Who drops
-    one that was not waited for loses nothing: its experts arrive all the same.
-
-    Attributes:
-        layer: decoder layer.
-        experts: ids, as asked for.
-        slots: where they lie, or will; their bytes are whole when `wait` has returned.
-        released: whether its slots may be given to others though it lives.
-        thread: which one asked.
-    """
-
-    def __init__(
-        self, store: "ExpertStore", layer: int, experts: Sequence[int], slots: list[int]
-    ) -> None:
-        """Remember what was asked; made by `ExpertStore.request`."""
-        self.layer = layer
-        self.experts = experts
-        self.slots = slots
-        self.released = False
-        self.thread = threading.get_ident()
-        self._store = store
-        self._arrivals: list[Arrival] = []
-        self._batch: Batch | None = None
-
-    def wait(self) -> list[int]:
-        """Return the slots when all bytes are there.
-
-        Raises:
-            FlashMoEError: a file is shorter than it was, or cannot be read, or the store was
-                closed. The bank then holds what it held, less what was dropped to make room.
-        """
-        try:
-            if self._arrivals:
-                self._store._wait(self.layer, self._batch, self._arrivals)
-                for arrival in self._arrivals:
-                    if arrival.error:
-                        raise arrival.error
-                self._arrivals, self._batch = [], None
-        except BaseException:  # also Ctrl-C
-            self.release()
-            raise
-        return self.slots
-
-    def release(self) -> None:
-        """Let others have the slots once they are at rest, as if it lived no more."""
-        self.released = True
 
 
 class ExpertStore:

@@ -21,7 +21,8 @@ from .custom_kernels.gpu import scalar
 from .custom_kernels.linear import arrays_of, join, joined, linear, mlp, same
 from .custom_kernels.router import route
 from .custom_kernels.traced import Traced
-from .expert_store import ExpertStore, Pending
+from .expert_requests import Pending
+from .expert_store import ExpertStore
 from .layout import quantisation
 from .names import PROJECTIONS
 

@@ -14,7 +14,8 @@ from store_helpers import EXPERTS, RECORD, Gate, contents, make_store, record
 
 from flashmoe_mlx.config import CachePlan
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.expert_store import ExpertStore, Pending
+from flashmoe_mlx.expert_requests import Pending
+from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.layout import Field, LayerLayout
 from flashmoe_mlx.names import FIELDS
 from flashmoe_mlx.reader import Reader
