@@ -148,11 +148,15 @@ def timed_layers(
     """
     found = untimed(model)
     originals, proxies = [], list[_Experts]()
-    request, bring = store.request, store.bring
+    request, bring, count_hits = store.request, store.bring, store.count_hits
 
     def watched(layer: int, experts: Sequence[int]) -> Pending:
         proxies[layer].asked(experts)
         return request(layer, experts)
+
+    def resident(layer: int, experts: Sequence[int]) -> None:
+        proxies[layer].asked(experts)
+        count_hits(layer, experts)
 
     def brought(layer: int, ids: mx.array, earlier: mx.array) -> mx.array | None:
         proxies[layer].asked(np.unique(np.array(ids)).tolist())
@@ -170,10 +174,11 @@ def timed_layers(
         setattr(layer, name, _Attention(layer[name], pick))
         setattr(layer, "mlp", proxies[-1])  # noqa: B010
     store.request, store.bring = watched, brought  # type: ignore[method-assign]
+    store.count_hits = resident  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        del store.request, store.bring
+        del store.request, store.bring, store.count_hits
         for layer, name, mixer, mlp in originals:
             setattr(layer, name, mixer)
             layer.mlp = mlp

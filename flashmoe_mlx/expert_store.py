@@ -256,16 +256,20 @@ class ExpertStore:
             self._pending[layer] = [weakref.ref(p) for p in (*self._living(layer), pending)]
         return pending
 
-    def count_hits(self, experts: int) -> None:
+    def count_hits(self, layer: int, experts: Sequence[int]) -> None:
         """Count experts asked for of a bank that holds all: nothing has to be done for them.
+
+        Args:
+            layer: decoder layer.
+            experts: distinct expert ids.
 
         Raises:
             FlashMoEError: the store was closed, or belongs to another process.
         """
         with self._lock:
             self.check_usable()
-            self._stats.asked += experts
-            self._stats.hits += experts
+            self._stats.asked += len(experts)
+            self._stats.hits += len(experts)
 
     @property
     def reads_compute(self) -> bool:

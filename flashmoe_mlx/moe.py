@@ -153,7 +153,7 @@ class StreamedExperts(nn.Module):
         counts = np.bincount(flat, minlength=bank.layout.num_experts)
         wanted = np.flatnonzero(counts)
         if bank.complete:
-            self._store.count_hits(len(wanted))
+            self._store.count_hits(self._layer, wanted.tolist())
             yield np.arange(flat.size), flat.astype(np.int64)
             return
         slot_of = np.full(len(counts), -1, dtype=np.int64)

@@ -125,6 +125,13 @@ def test_prefill_reads_each_expert_once_a_chunk(run):
     assert "prompt of 40 tokens, 16 at a time" in table
 
 
+def test_prompts_whose_experts_are_all_there_miss_none(run):
+    _, result = run("prefill", "--tokens", "24", "--chunk", "16")
+    for row in result["rows"]:
+        assert row["distinct"] > 4 * 16 and row["missing"] == 0 == row["theory_bytes"]
+        assert row["read_over_theory"] == 1
+
+
 def test_batches_share_experts(run):
     table, result = run("batch", "--batch", "1", "4", "--tokens", "4", "--expert-cache", SMALL_BANK)
     one, four = result["rows"]
