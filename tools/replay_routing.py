@@ -90,10 +90,11 @@ class Replay:
     """One layer's bank under a policy, in place of an `ExpertStore` that waits for a disk."""
 
     reads_compute = False
+    complete = False  # also where all experts fit: the policy hears of each use
 
     def __init__(self, policy: Policy, experts: int) -> None:
         self.policy = policy
-        self.layout = SimpleNamespace(layers=[SimpleNamespace(num_experts=experts)])
+        self.layout = SimpleNamespace(num_experts=experts)
         self.banks = [self]
         self.arriving: frozenset[int] = frozenset()
         self._waves = Waves(self)
