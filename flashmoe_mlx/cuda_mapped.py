@@ -239,12 +239,13 @@ class CardBank:
 class CardArrival(Arrival):
     """An expert that the card brings; it is over when somebody has waited for it."""
 
-    __slots__ = ("_expected", "_there", "_turn")
+    __slots__ = ("_expected", "_layer", "_there", "_turn")
 
-    def __init__(self, there: mx.array, nbytes: int) -> None:
-        """Expect so many bytes, which are there when an array is computed."""
+    def __init__(self, layer: int, there: mx.array, nbytes: int) -> None:
+        """Expect so many bytes of a layer, which are there when an array is computed."""
         super().__init__(1)
-        self._there, self._expected, self._turn = there, nbytes, threading.Lock()
+        self._layer, self._there, self._expected = layer, there, nbytes
+        self._turn = threading.Lock()
 
     def wait(self) -> None:
         """Return when it is over."""
@@ -255,7 +256,7 @@ class CardArrival(Arrival):
             try:
                 mx.eval(self._there)
             except RuntimeError as reason:
-                error = _refusal(reason)
+                error = _refusal(self._layer, reason)
             self.advance(0 if error else self._expected, error)
 
 
@@ -299,8 +300,8 @@ class CardBanks:
                 there = bank.copy(experts, slots, earlier)
                 mx.async_eval(there)
         except RuntimeError as reason:
-            raise _refusal(reason) from reason
-        return [CardArrival(there, bank.record_bytes) for _ in experts]
+            raise _refusal(layer, reason) from reason
+        return [CardArrival(layer, there, bank.record_bytes) for _ in experts]
 
     def counted(self) -> np.ndarray:
         """Return what was counted since this was last called, `[layers, 3]` uint64.
@@ -325,8 +326,10 @@ class CardBanks:
         self._mapped.close()
 
 
-def _refusal(reason: RuntimeError) -> FlashMoEError:
-    return FlashMoEError(f"the GPU could not copy experts ({reason}). Load the model again.")
+def _refusal(layer: int, reason: RuntimeError) -> FlashMoEError:
+    return FlashMoEError(
+        f"layer {layer}: the GPU could not copy experts ({reason}). Load the model again."
+    )
 
 
 @functools.cache

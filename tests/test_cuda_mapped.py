@@ -334,7 +334,7 @@ def test_a_copy_that_fails_leaves_the_bank_as_it_was_less_what_gave_way(
 
     with monkeypatch.context() as patch:
         patch.setattr(cuda_mapped.mx, "eval", fails)
-        with pytest.raises(FlashMoEError, match=r"the GPU could not copy experts \(.*IllegalAddr"):
+        with pytest.raises(FlashMoEError, match=r"layer 0: the GPU could not copy.*IllegalAddr"):
             store.fetch(0, [5])
     assert store.banks[0].resident(range(10)) == [0, 1]
     assert store.fetch(0, [0, 1]) == slots
@@ -352,7 +352,7 @@ def test_a_copy_that_cannot_be_begun_leaves_the_bank_as_it_was(tmp_path, card, m
 
     with monkeypatch.context() as patch:
         patch.setattr(cuda_mapped, "_copy", fails)
-        with pytest.raises(FlashMoEError, match=r"the GPU could not copy experts \(out of memory"):
+        with pytest.raises(FlashMoEError, match=r"layer 0: the GPU could not copy.*out of memory"):
             store.request(0, [5])
     assert store.fetch(0, [0, 1, 2]) == slots and store.stats.bytes_read == 3 * RECORD
     store.close()

@@ -19,12 +19,12 @@ import shlex
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 SERVER = "http://127.0.0.1:8080"  # where mlx_lm.server listens unless told otherwise
 WARNED = re.compile(r"\w*Warning\b|Exception ignored|Traceback")
 API = """
@@ -118,6 +118,7 @@ def walk_readme(folder: Path, bundled: Path) -> None:
     here = folder / "readme"
     here.mkdir()
     (here / "SRC").symlink_to(bundled)
+    sys.path.insert(0, str(ROOT / "tests"))
     from hub_server import HubServer
 
     with HubServer() as hub:
@@ -166,6 +167,8 @@ def serve(command: str, here: Path, settings: dict[str, str]) -> tuple[int, str]
                 with urllib.request.urlopen(request, timeout=60) as response:
                     reply = json.load(response)
                 return int(not reply["choices"][0]["message"]["content"]), log.read_text()
+            except urllib.error.HTTPError as error:  # it answered
+                return error.code, log.read_text()
             except OSError:
                 if server.poll() is not None:
                     return server.returncode or 1, log.read_text()
