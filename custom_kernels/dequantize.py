@@ -71,7 +71,7 @@ def matmul(x: mx.array, bank: Bank) -> mx.array:
     """Multiply many rows by one matrix, dequantised first: `[..., in]` to `[..., out]`."""
     arrays = bank.codes[None], bank.scales[None], bank.biases[None]
     whole = Bank(*arrays, bank.bits, bank.group_size)
-    return x @ dequantize(whole, mx.zeros(1, mx.uint32), x.dtype)[0].T
+    return x @ dequantize(whole, mx.zeros(1, mx.uint32), x.dtype).squeeze(0).T
 
 
 def matmul_by_mlx(x: mx.array, bank: Bank) -> mx.array:

@@ -177,3 +177,29 @@ def choose_slots(
     tasks[: len(missing)] = list(zip(missing, givers, strict=True)) or np.empty((0, 2))
     places = where[flat].reshape(ids.shape)
     return mx.array(where), mx.array(scores), mx.array(places), mx.array(tasks)
+
+
+def cut(slots: mx.array, of: int, rows: int, tiles: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Cut pairs of token and expert into tiles that have one slot each.
+
+    Args:
+        slots: `[pairs]` uint32, the slot of each pair's expert.
+        of: slots of the bank.
+        rows: of a tile.
+        tiles: as many at most.
+
+    Returns:
+        The pair in each row `[tiles, rows]`, 0 where there is none; the slot of each tile
+        `[tiles]`, ascending, the bank's last behind those in use; and the row of each pair
+        `[pairs]`.
+    """
+    flat = np.array(slots)
+    pair_in, slot_of = np.zeros((tiles, rows), np.uint32), np.full(tiles, of - 1, np.uint32)
+    places, used = np.empty(len(flat), np.uint32), 0
+    for slot in np.unique(flat):
+        mine = np.flatnonzero(flat == slot)
+        places[mine] = used * rows + np.arange(len(mine))
+        pair_in.reshape(-1)[places[mine]] = mine
+        slot_of[used : used + -(-len(mine) // rows)] = slot
+        used += -(-len(mine) // rows)
+    return mx.array(pair_in), mx.array(slot_of), mx.array(places)

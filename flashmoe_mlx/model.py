@@ -339,7 +339,11 @@ class Decoder(nn.Module):
             if layer.is_linear not in masks:
                 make_mask = create_ssm_mask if layer.is_linear else create_attention_mask
                 masks[layer.is_linear] = make_mask(h, c)
-            h = layer(h, masks[layer.is_linear], c, masks.get(True))
+            before, h = h, layer(h, masks[layer.is_linear], c, masks.get(True))
+            if h.shape[1] > 1 and on_gpu(h):
+                # One layer is computed while the next is prepared; more would take more memory.
+                mx.async_eval(h)
+                mx.eval(before)
         if lookahead is not None:
             lookahead.end()
         return self.norm(h)

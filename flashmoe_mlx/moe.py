@@ -13,8 +13,9 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 from .config import ModelArgs
 from .cuda_letters import to_device, to_host
 from .custom_kernels.bank import Bank
-from .custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
-from .custom_kernels.expert_mlp import ascending, expert_mlp, inverted, routed
+from .custom_kernels.executor import cpu_steps, on_gpu
+from .custom_kernels.expert_mlp import Banks, Routed, ascending, cpu_experts, expert_mlp
+from .custom_kernels.expert_tiles import combine
 from .custom_kernels.expert_trials import wanted
 from .custom_kernels.experts import expert_mlp_by_kernels
 from .custom_kernels.gpu import scalar
@@ -79,19 +80,9 @@ class ResidentExperts(SwitchGLU):
 
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
         """Run the chosen experts and add up what they give: `[..., H]` to `[..., H]`."""
+        if (banks := self.banks()) and on_gpu(x):
+            return _mixture_of_residents(x, indices, scores, banks)
         return (self(x, indices) * scores[..., None]).sum(axis=-2)
-
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Run the chosen experts: `[..., H]` and `[..., K]` ids to `[..., K, H]`."""
-        banks = self.banks()
-        if banks is None or not on_gpu(x):
-            return super().__call__(x, indices)
-        ids = np.array(indices).reshape(-1)
-        order = ascending(ids)
-        rows = x.reshape(-1, x.shape[-1])
-        tokens, all_rows = order // indices.shape[-1], routed(ids, len(banks[0].codes))
-        y = expert_mlp(rows, tokens, ids[order], *banks, all_rows)
-        return y[mx.array(inverted(order))].reshape(*indices.shape, x.shape[-1])
 
 
 class StreamedExperts(nn.Module):
@@ -194,7 +185,8 @@ class StreamedExperts(nn.Module):
         """Run the chosen experts and add up what they give.
 
         They come in waves, each read once however small the bank is. Every row is computed on its
-        own and added up in the router's order, so the result does not depend on the bank.
+        own and added up in the router's order, so the result does not depend on the bank. Where
+        the bank has all experts a GPU need not tell the host which ones were chosen.
 
         Args:
             x: `[..., H]` tokens.
@@ -204,33 +196,45 @@ class StreamedExperts(nn.Module):
         Returns:
             `[..., H]`.
         """
+        if kernels := cpu_experts(x, self._banks):
+            return self._mixture_by_cpu(kernels, x, indices, scores)
+        if self._store.banks[self._layer].complete:
+            return _mixture_of_residents(x, indices, scores, self._banks)
+        rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
         ids = np.array(indices).reshape(-1)
-        rows = x.reshape(-1, x.shape[-1])
-        at_once = np.empty((ids.size, x.shape[-1]), np.float32) if cpu_kernels(x) else None
-        all_rows = routed(ids, self._store.layout.layers[self._layer].num_experts)
-        outputs, orders = [], []
-        for places, slots in self.waves(ids):
-            order = ascending(slots)
-            if at_once is not None:
-                for part in np.split(order, range(PAIRS_AT_ONCE, len(order), PAIRS_AT_ONCE)):
-                    pairs = places[part]
-                    tokens = pairs // indices.shape[-1]
-                    at_once[pairs] = expert_mlp(rows, tokens, slots[part], *self._banks, all_rows)
-                continue
-            pairs = places[order]
-            tokens = pairs // indices.shape[-1]
-            y = expert_mlp(rows, tokens, slots[order], *self._banks, all_rows)
+        part_of = Routed(ids.size, self._store.layout.layers[self._layer].num_experts)
+        outputs, places, orders, done = [], [], [], 0
+        for pairs, slots in self.waves(ids):
+            tokens, where = mx.array(np.stack([pairs // top_k, slots]).astype(np.uint32))
+            y, there = expert_mlp(rows, tokens, where, self._banks, part_of)
             self.hold(y, slots)
-            mx.async_eval(y)
+            mx.async_eval(y, there)
             outputs.append(y)
+            places.append(there + done)
             orders.append(pairs)
-        if at_once is not None:
-            # By numpy: all outputs of a prompt are many, and MLX would copy them twice.
-            weights = np.array(scores.astype(mx.float32)).reshape(len(rows), 1, -1)
-            return mx.array(weights @ at_once.reshape(len(rows), -1, x.shape[-1])).reshape(x.shape)
-        inverse = mx.array(inverted(np.concatenate(orders)))
-        each = mx.concatenate(outputs)[inverse].reshape(*indices.shape, x.shape[-1])
-        return (each * scores[..., None]).sum(axis=-2)
+            done += len(y)
+        order = np.concatenate(orders)
+        inverse = np.empty(len(order), np.uint32)
+        inverse[order] = np.arange(len(order))
+        whole = mx.concatenate(places)[mx.array(inverse)].reshape(-1, top_k)
+        y = combine(mx.concatenate(outputs), whole, scores.reshape(-1, top_k))
+        return y.reshape(x.shape)
+
+    def _mixture_by_cpu(
+        self, kernels: ModuleType, x: mx.array, indices: mx.array, scores: mx.array
+    ) -> mx.array:
+        """Do what `mixture` does by the CPU's kernels, a part of a wave at a time."""
+        ids, top_k = np.array(indices).reshape(-1), indices.shape[-1]
+        rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [b.packed for b in self._banks]
+        outputs = np.empty((ids.size, x.shape[-1]), np.float32)
+        for pairs, slots in self.waves(ids):
+            order = ascending(slots)
+            for part in np.split(order, range(PAIRS_AT_ONCE, len(order), PAIRS_AT_ONCE)):
+                tokens = pairs[part] // top_k
+                outputs[pairs[part]] = kernels.mlp(rows[tokens], *packed, slots[part])
+        # By numpy: all outputs of a prompt are many, and MLX would copy them twice.
+        weights = np.array(scores.astype(mx.float32)).reshape(len(rows), 1, -1)
+        return mx.array(weights @ outputs.reshape(len(rows), top_k, -1)).reshape(x.shape)
 
     def _waves(self, experts: np.ndarray, rows: np.ndarray) -> list[list[int]]:
         """Split experts into groups of which two fit the bank: resident ones, then by rows."""
@@ -245,6 +249,18 @@ class StreamedExperts(nn.Module):
         half = min(most, max(FEW, -(-len(missing) // 2)))
         waves = _groups([e for e in by_rows if e in resident], most) + _groups(missing, half)
         return [sorted(wave) for wave in waves]
+
+
+def _mixture_of_residents(
+    x: mx.array, indices: mx.array, scores: mx.array, banks: Banks
+) -> mx.array:
+    """Run and add up experts that lie in the slots of their ids, without asking which they are."""
+    rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
+    slots = indices.reshape(-1)
+    tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
+    part_of = Routed(slots.size, len(banks[0].codes))
+    y, places = expert_mlp(rows, tokens, slots, banks, part_of)
+    return combine(y, places.reshape(-1, top_k), scores.reshape(-1, top_k)).reshape(x.shape)
 
 
 def _groups(experts: list[int], size: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ import pytest
 
 from flashmoe_mlx.custom_kernels import cpu, cpu_delta, gated_delta, reference
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels
-from flashmoe_mlx.custom_kernels.expert_mlp import Bank, expert_mlp, routed
+from flashmoe_mlx.custom_kernels.expert_mlp import Bank, cpu_experts
 from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, mix
 from flashmoe_mlx.custom_kernels.linear import linear
 from flashmoe_mlx.errors import FlashMoEError
@@ -83,7 +83,8 @@ def test_expert_mlp(bits, dtype):
     banks = [quantised(s, b, 32, dtype) for s, b in zip(shapes, bits, strict=True)]
     x, slots = random(9, 64), np.array([0, 0, 0, 0, 0, 2, 3, 3, 5])
     packed = [Bank(*t, b, 32) for t, b in zip(banks, bits, strict=True)]
-    ours = expert_mlp(x, np.arange(9), slots, *packed, routed(slots, 6))
+    kernels = cpu_experts(x, packed)
+    ours = mx.array(kernels.mlp(kernels.rows(x), *(b.packed for b in packed), slots))
     for i, slot in enumerate(slots.tolist()):
         weights = [
             reference.dequantize(*(t[slot] for t in bank), b)

@@ -4,12 +4,11 @@ MLX chooses kernels, which round differently, by how many rows it gets and how l
 """
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from flashmoe_mlx.custom_kernels import expert_mlp
 from flashmoe_mlx.custom_kernels.bank import Bank
-from flashmoe_mlx.custom_kernels.expert_mlp import Routed, _gathered, _grouped, routed
+from flashmoe_mlx.custom_kernels.expert_mlp import Routed, _gathered, _tile_rows
 
 SLOTS, HIDDEN, INNER = 6, 64, 96
 
@@ -28,6 +27,8 @@ def seen(monkeypatch):
     calls, multiply = [], mx.gather_qmm
 
     def spy(x, *arrays, **settings):
+        ids = settings["rhs_indices"].tolist()
+        assert ids == sorted(ids)
         calls.append((len(x), settings["sorted_indices"]))
         return multiply(x, *arrays, **settings)
 
@@ -35,47 +36,44 @@ def seen(monkeypatch):
     return calls
 
 
-def rows_of(slots: list[int]):
+def outputs(slots: list[int], banks, part_of: Routed) -> mx.array:
     x = mx.random.normal((40, HIDDEN), key=mx.random.key(2))
-    return x, np.arange(len(slots)), np.array(slots)
+    tokens = mx.arange(len(slots), dtype=mx.uint32)
+    y, places = _gathered(x, tokens, mx.array(slots, mx.uint32), banks, part_of)
+    return y[places]
 
 
 @pytest.mark.parametrize("cuda", [True, False])
 @pytest.mark.parametrize("part_of, in_order", [
-    (Routed(pairs=5, experts=5, of=SLOTS), False),
-    (Routed(pairs=23, experts=6, of=SLOTS), False),
-    (Routed(pairs=24, experts=6, of=SLOTS), True),
-    (Routed(pairs=900, experts=230, of=256), False),
-    (Routed(pairs=1024, experts=230, of=256), True),
+    (Routed(pairs=5, of=SLOTS), False),
+    (Routed(pairs=23, of=SLOTS), False),
+    (Routed(pairs=24, of=SLOTS), True),
+    (Routed(pairs=900, of=256), False),
+    (Routed(pairs=1024, of=256), True),
 ])  # fmt: skip
-@pytest.mark.parametrize("slots", [[3], [0, 0, 2, 5, 5], [0, 0, 1, 1, 1, 2, 3, 3, 4, 4]])
+@pytest.mark.parametrize("slots", [[3], [5, 0, 2, 0, 5], [4, 0, 1, 1, 3, 2, 0, 3, 1, 4]])
 def test_each_part_goes_the_way_of_the_whole(
     banks, seen, monkeypatch, slots, part_of, in_order, cuda
 ):
     monkeypatch.setattr(expert_mlp, "is_cuda", lambda: cuda)
-    x, tokens, slots = rows_of(slots)
-    y = _gathered(x, tokens, slots, banks, part_of)
+    y = outputs(slots, banks, part_of)
     least = 4 * SLOTS if in_order and not cuda else min(8, part_of.pairs)
     assert seen == 3 * [(max(len(slots), least), in_order and not cuda)]
-    assert y.shape == (len(slots), HIDDEN)
-    whole = _gathered(x, tokens, slots, banks, Routed(len(slots), 1, 1 << 20))
+    whole = outputs(slots, banks, Routed(len(slots), 1 << 20))
     assert mx.allclose(y, whole, rtol=1e-6, atol=1e-6)
 
 
-def test_no_expert_is_multiplied_alone(banks, monkeypatch):
-    batches, batched = [], expert_mlp._batched
-
-    def spy(x, tokens, slots, banks):
-        batches.append(slots.size)
-        return batched(x, tokens, slots, banks)
-
-    monkeypatch.setattr(expert_mlp, "_batched", spy)
-    x, tokens, slots = rows_of([0] * 20 + [2] * 3 + [4])
-    y = _grouped(x, tokens, slots, banks)
-    assert batches == [2, 2]
-    truth = _gathered(x, tokens, slots, banks, routed(slots, SLOTS))
-    assert mx.allclose(y, truth, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("slots", [[5, 0, 2, 0, 5], [3]])
+def test_each_row_has_its_own_expert(banks, slots):
+    y = outputs(slots, banks, Routed(len(slots), SLOTS))
+    for row, slot in enumerate(slots):
+        alone = outputs([slot] * (row + 1), banks, Routed(row + 1, SLOTS))[row]
+        assert mx.allclose(y[row], alone, rtol=1e-6, atol=1e-6)
 
 
-def test_what_is_counted():
-    assert routed(np.array([[5, 1], [5, 7]]), 9) == Routed(pairs=4, experts=3, of=9)
+@pytest.mark.parametrize("pairs, cuda, rows", [
+    (1, False, 32), (1 << 20, False, 32), (16383, True, 16), (16384, True, 64),
+])  # fmt: skip
+def test_tiles_are_as_high_as_mlx_multiplies_at_once(monkeypatch, pairs, cuda, rows):
+    monkeypatch.setattr(expert_mlp, "is_cuda", lambda: cuda)
+    assert _tile_rows(Routed(pairs, 256)) == rows

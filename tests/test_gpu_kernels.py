@@ -14,10 +14,9 @@ from metal_cpu import MODES, BenchError, metal_on_cpu, require_bench
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import gpu_parity
 
-from flashmoe_mlx.custom_kernels import choice, expert_mlp, experts, gpu, matvec, reference
+from flashmoe_mlx.custom_kernels import choice, experts, gpu, matvec, reference
 from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.dequantize import DequantizeTrial, MatmulTrial
-from flashmoe_mlx.custom_kernels.expert_mlp import GroupedTrial
 from flashmoe_mlx.custom_kernels.expert_trials import (
     ExpertDownTrial,
     ExpertGateUpTrial,
@@ -580,34 +579,6 @@ def always_ours(monkeypatch, tmp_path):
     choice.forget()
 
 
-@pytest.mark.usefixtures("always_ours")
-@pytest.mark.parametrize("per_batch", [0.5, 2, 3, 100])
-@pytest.mark.parametrize("bits, group_size", [(2, 64), (3, 32), (4, 128), (8, 64)])
-def test_grouped_experts_in_batches(monkeypatch, per_batch, bits, group_size):
-    """Also fewer rows than slots, so that some slots have none; 3 bits are left to MLX."""
-    monkeypatch.setattr(expert_mlp, "DEQUANTISED_BYTES", int(per_batch * 128 * 384 * 4))
-    for slots, rows in ((5, 9), (40, 1), (1, 1), (3, 40)):
-        types = "float32", "float32"
-        trial = GroupedTrial(384, 128, bits, group_size, *types, bits, slots, rows)
-        inputs = trial.inputs()
-        with metal_on_cpu("fast") as session:
-            outputs = trial.custom(*inputs)
-        assert bool(session.launches) == (bits != 3)
-        verify(outputs, trial.reference(*inputs), trial.stock(*inputs))
-
-
-@pytest.mark.parametrize("most", [1, 2, 100])
-def test_experts_with_as_many_rows_go_together(most):
-    counts = np.array([3, 8, 9, 16, 17, 900, 1])
-    parts = [(c, e.tolist()) for c, e in expert_mlp._alike(counts, most)]
-    assert sorted(e for _, some in parts for e in some) == list(range(7))
-    for capacity, some in parts:
-        assert len(some) <= most
-        assert max(counts[some]) <= capacity <= max(8, 2 * min(counts[some]))
-    if most == 100:
-        assert parts == [(8, [0, 1, 6]), (16, [2, 3]), (32, [4]), (1024, [5])]
-
-
 @dtype_cases
 @pytest.mark.usefixtures("always_ours")
 def test_products_of_many_rows(dtype):
@@ -638,12 +609,13 @@ def test_the_tool_for_gpus_has_every_op_in_every_format():
     formats = {(t.op, t.dtype, t.bits, t.group_size) for t in gpu_parity.quantised()}
     ops = {op for op, *_ in formats}
     for op in ops:
-        dtypes = 2 if op in {"grouped_experts", "dequantised_matmul"} else 3
+        dtypes = 2 if op == "dequantised_matmul" else 3
         assert len([f for f in formats if f[0] == op]) == dtypes * 9
     assert {t.dtype for t in gpu_parity.others()} == set(DTYPES)
     kernels = {path.stem for path in Path(gpu.__file__).parent.glob("*.metal")}
     helpers = {"affine", "delta", "write", "naive_matvec", "expert_slots"}  # the last: no floats
-    names = {"attention_prepare": "attention_step"}
+    tiles = dict.fromkeys(["expert_tiles", "take_rows"], "tiled_experts")
+    names = {"attention_prepare": "attention_step", **tiles}
     assert {names.get(k, k) for k in kernels - helpers} <= ops | {t.op for t in gpu_parity.others()}
 
 

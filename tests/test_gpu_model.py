@@ -21,7 +21,7 @@ from flashmoe_mlx import model as model_module
 from flashmoe_mlx.custom_kernels import attention_step, choice, executor, gpu
 from flashmoe_mlx.custom_kernels.linear import join, joined, linear
 from flashmoe_mlx.custom_kernels.traced import Traced
-from flashmoe_mlx.moe import ResidentExperts
+from flashmoe_mlx.moe import ResidentExperts, StreamedExperts
 from flashmoe_mlx.names import PROJECTIONS
 
 require_bench()
@@ -33,7 +33,9 @@ ATTENTION_KERNELS = {"attention_prepare", "attention_step"}
 STEP_KERNELS = ATTENTION_KERNELS | {
     "dequant_matvec", "router", "expert_gate_up", "expert_down_combine", "gated_delta_step"
 }  # fmt: skip
-PREFILL_KERNELS = {"gated_delta_prepare", "gated_delta_scan", "gated_delta_norm"}
+SCAN_KERNELS = {"gated_delta_prepare", "gated_delta_scan", "gated_delta_norm"}
+TILE_KERNELS = {"expert_tiles", "take_rows"}
+PREFILL_KERNELS = SCAN_KERNELS | TILE_KERNELS | {"expert_combine"}
 banks = pytest.mark.parametrize("bank", ["top-k", "all"])
 
 
@@ -133,7 +135,10 @@ def test_logits_equal_stock(open_model, by_stock, bank, capsys):
     with metal_on_cpu() as steps:
         rest = decode(model, prompt=[], cache=cache)
     assert differ(mx.concatenate([prompt, rest]), right) <= TOLERANCE
-    assert launched(prefill) == dict.fromkeys(PREFILL_KERNELS, LINEAR)
+    times = dict.fromkeys(SCAN_KERNELS, LINEAR) | {"expert_combine": LAYERS}
+    waves = launched(prefill)["expert_tiles"]
+    assert waves == LAYERS if bank == "all" else waves > LAYERS
+    assert launched(prefill) == times | dict.fromkeys(TILE_KERNELS, waves)
     # Projections in and out of each mixer, router of each layer; the head.
     times = {"gated_delta_step": LINEAR, "dequant_matvec": 3 * LAYERS + 1}
     times |= dict.fromkeys(ATTENTION_KERNELS, LAYERS - LINEAR)
@@ -187,7 +192,7 @@ def test_a_short_prompt_goes_through_the_kernels_of_steps(open_model, by_stock, 
         found = decode(model, PROMPT[:3], [])
     assert differ(found, right[:3]) <= TOLERANCE
     assert (launched(session)["expert_gate_up"] == LAYERS) == (bank == "all")
-    assert launched(session).keys() >= PREFILL_KERNELS | {"dequant_matvec", "router"}
+    assert launched(session).keys() >= SCAN_KERNELS | {"dequant_matvec", "router"}
 
 
 @banks
@@ -200,6 +205,18 @@ def test_steps_in_bfloat16(open_model, by_stock, bank):
     assert found.dtype == mx.bfloat16
     assert differ(found, right) <= 2 * differ(stock, right)
     assert launched(session).keys() == STEP_KERNELS | PREFILL_KERNELS
+
+
+def test_the_host_is_not_told_which_experts_a_prompt_needs_if_all_are_there(
+    open_model, monkeypatch
+):
+    """It would wait for each layer."""
+    model = open_model("all")
+    right = decode_on_bench(model)
+    monkeypatch.setattr(StreamedExperts, "waves", None)
+    with metal_on_cpu() as session:
+        assert mx.array_equal(decode(model), right)
+    assert launched(session)["expert_tiles"] == LAYERS
 
 
 def test_without_kernels_nothing_is_launched(open_model, monkeypatch):

@@ -19,7 +19,8 @@ from multiprocessing import get_context
 from flashmoe_mlx.custom_kernels import choice, gpu
 from flashmoe_mlx.custom_kernels.attention_step import AttentionStepTrial
 from flashmoe_mlx.custom_kernels.dequantize import DequantizeTrial, MatmulTrial
-from flashmoe_mlx.custom_kernels.expert_mlp import GroupedTrial
+from flashmoe_mlx.custom_kernels.expert_mlp import TiledTrial
+from flashmoe_mlx.custom_kernels.expert_tiles import CombineTrial
 from flashmoe_mlx.custom_kernels.expert_trials import (
     ExpertDownTrial,
     ExpertGateUpTrial,
@@ -49,16 +50,19 @@ def quantised() -> Iterator[Trial]:
         yield ExpertDownTrial(19, 384, *experts, shared_bits=bits, tokens=3)
         yield ExpertsTrial(384, 256, *experts, shared_bits=bits, tokens=2)
         yield DequantizeTrial(37, 384, bits, group, dtype, scales)
+        yield TiledTrial(384, 256, *kind, down_bits=bits, slots=5, rows=11)
         if dtype != "float32":  # where NVIDIA's GPUs round products, these are left to MLX
-            yield GroupedTrial(384, 256, *kind, down_bits=bits, slots=5, rows=11)
             yield MatmulTrial(37, 384, *kind, tokens=70)
 
 
 def others() -> Iterator[Trial]:
-    """Yield the trials of router, attention and GatedDeltaNet."""
+    """Yield the trials of router, sums of experts, attention and GatedDeltaNet."""
     for dtype in DTYPES:
         for experts, top_k in (16, 4), (33, 10), (100, 4), (256, 8), (512, 10):
             yield RouterTrial(experts, top_k, dtype, tokens=3)
+        for weights in DTYPES:
+            yield CombineTrial(384, 3, dtype, weights, tokens=5)
+            yield CombineTrial(2056, 8, dtype, weights)
         yield AttentionStepTrial(6, 2, 64, 16, dtype, batch=2, keys=301, position=70_000)
         yield AttentionStepTrial(16, 2, 256, 64, dtype, keys=257)
         yield AttentionStepTrial(3, 3, 128, 24, dtype, keys=1)
