@@ -14,41 +14,38 @@ from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, supports
 from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES, random_quantised
 
 LANES = 256
-_kernel = Kernel(
-    "dequantize", ("codes", "scales", "biases", "slots"), ("weights",), ("write.metal",)
-)
+_kernel = Kernel("dequantize", ("codes", "scales", "biases"), ("weights",), ("write.metal",))
 
 
-def dequantize(bank: Bank, slots: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Write out the matrices in some slots, by the faster of our kernel and MLX's op.
+def dequantize(bank: Bank, dtype: mx.Dtype) -> mx.array:
+    """Write out a matrix, by the faster of our kernel and MLX's op.
 
     Args:
-        bank: `[S, out, in]` weights.
-        slots: `[N]` uint32.
+        bank: `[out, in]` weights.
         dtype: of the result.
 
     Returns:
-        `[N, out, in]`.
+        `[out, in]`.
     """
-    _, rows, groups = bank.scales.shape
+    rows, groups = bank.scales.shape
     columns = groups * bank.group_size
     if supports(bank.bits, bank.group_size):
         trial = DequantizeTrial(
             rows, columns, bank.bits, bank.group_size, NAMES[dtype], NAMES[bank.scales.dtype]
         )
         if prefers_custom(trial):
-            return dequantize_by_kernel(bank, slots, dtype)
-    return dequantize_by_mlx(bank, slots, dtype)
+            return dequantize_by_kernel(bank, dtype)
+    return dequantize_by_mlx(bank, dtype)
 
 
-def dequantize_by_kernel(bank: Bank, slots: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Do what `dequantize` does, reading each matrix where it lies."""
-    _, rows, groups = bank.scales.shape
+def dequantize_by_kernel(bank: Bank, dtype: mx.Dtype) -> mx.array:
+    """Do what `dequantize` does in one launch."""
+    rows, groups = bank.scales.shape
     columns = groups * bank.group_size
     (weights,) = _kernel(
-        [bank.codes, bank.scales, bank.biases, slots],
-        [((slots.size, rows, columns), dtype)],
-        (-(-rows * columns // (8 * LANES)), slots.size, 1),
+        [bank.codes, bank.scales, bank.biases],
+        [((rows, columns), dtype)],
+        (-(-rows * columns // (8 * LANES)), 1, 1),
         LANES,
         T=dtype,
         S=bank.scales.dtype,
@@ -59,19 +56,18 @@ def dequantize_by_kernel(bank: Bank, slots: mx.array, dtype: mx.Dtype) -> mx.arr
     return weights
 
 
-def dequantize_by_mlx(bank: Bank, slots: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Do what `dequantize` does with MLX's own op, from copies of the codes."""
-    arrays = bank.codes[slots], bank.scales[slots], bank.biases[slots]
+def dequantize_by_mlx(bank: Bank, dtype: mx.Dtype) -> mx.array:
+    """Do what `dequantize` does with MLX's own op."""
+    scales, biases = bank.scales, bank.biases
     if dtype == mx.float32:  # else MLX computes in the scales' dtype and widens the result
-        arrays = arrays[0], arrays[1].astype(dtype), arrays[2].astype(dtype)
-    return mx.dequantize(*arrays, group_size=bank.group_size, bits=bank.bits, dtype=dtype)
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+    sizes = {"group_size": bank.group_size, "bits": bank.bits}
+    return mx.dequantize(bank.codes, scales, biases, **sizes, dtype=dtype)
 
 
 def matmul(x: mx.array, bank: Bank) -> mx.array:
     """Multiply many rows by one matrix, dequantised first: `[..., in]` to `[..., out]`."""
-    arrays = bank.codes[None], bank.scales[None], bank.biases[None]
-    whole = Bank(*arrays, bank.bits, bank.group_size)
-    return x @ dequantize(whole, mx.zeros(1, mx.uint32), x.dtype).squeeze(0).T
+    return x @ dequantize(bank, x.dtype).T
 
 
 def matmul_by_mlx(x: mx.array, bank: Bank) -> mx.array:
@@ -82,7 +78,7 @@ def matmul_by_mlx(x: mx.array, bank: Bank) -> mx.array:
 
 @dataclass(frozen=True)
 class DequantizeTrial:
-    """`dequantize` of some experts' matrices; see `trial.Trial`."""
+    """`dequantize` of one matrix; see `trial.Trial`."""
 
     op: ClassVar[str] = "dequantize"
     rows: int
@@ -91,41 +87,35 @@ class DequantizeTrial:
     group_size: int
     dtype: str
     scale_dtype: str
-    matrices: int = 8
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and biases read, and of weights written."""
         read = self.bits / 8 + 2 * DTYPES[self.scale_dtype].size / self.group_size
         per_weight = read + DTYPES[self.dtype].size
-        return int(self.matrices * self.rows * self.columns * per_weight)
+        return int(self.rows * self.columns * per_weight)
 
     def inputs(self, seed: int = 0) -> list[mx.array]:
-        """Make slots, codes, scales, biases; one matrix more than is used."""
-        shape = self.matrices + 1, self.rows, self.columns
-        scale_dtype = DTYPES[self.scale_dtype]
-        weights = random_quantised(
-            mx.random.key(seed), shape, self.bits, self.group_size, scale_dtype
-        )
-        arrays = [mx.arange(self.matrices, 0, -1, dtype=mx.uint32), *weights]
+        """Make codes, scales and biases."""
+        shape, dtype = (self.rows, self.columns), DTYPES[self.scale_dtype]
+        arrays = random_quantised(mx.random.key(seed), shape, self.bits, self.group_size, dtype)
         mx.eval(arrays)
         return arrays
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
-        return [dequantize_by_kernel(self._bank(inputs), inputs[0], DTYPES[self.dtype])]
+        return [dequantize_by_kernel(self._bank(inputs), DTYPES[self.dtype])]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by mx.dequantize."""
-        return [dequantize_by_mlx(self._bank(inputs), inputs[0], DTYPES[self.dtype])]
+        return [dequantize_by_mlx(self._bank(inputs), DTYPES[self.dtype])]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        slots, *weights = inputs
-        return [reference.dequantize(*(w[slots] for w in weights), self.bits)]
+        return [reference.dequantize(*inputs, self.bits)]
 
     def _bank(self, inputs: tuple[mx.array, ...]) -> Bank:
-        return Bank(*inputs[1:], self.bits, self.group_size)
+        return Bank(*inputs, self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
