@@ -14,6 +14,9 @@ import mlx_lm
 import pytest
 from mlx_lm.perplexity import eval_ppl
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import greedy_like_stock
+
 from flashmoe_mlx import FlashMoEError, load
 from flashmoe_mlx.layout import open_layout
 
@@ -206,3 +209,33 @@ def test_rows_of_a_batch_share_reads(packed):
     texts, asked, _ = use(prompts)
     assert texts == [text for (text,), _, _ in alone]
     assert asked < 0.9 * sum(asked for _, asked, _ in alone)
+
+
+# ---- the tool that counts equal tokens -----------------------------------------------------------
+
+
+def test_greedy_tokens_are_counted_and_gaps_told(monkeypatch, capsys):
+    monkeypatch.setattr(greedy_like_stock, "TEXTS", ("Once upon a time",))
+    monkeypatch.setattr(greedy_like_stock, "QUESTIONS", ("Who are you?",))
+    monkeypatch.setattr(sys, "argv", ["greedy_like_stock.py", "--tokens", "5"])
+    greedy_like_stock.main()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in said] == ["5 of 5 as stock"] * 2 + ["10 of 10"]
+
+
+class Fixed:
+    """A model that says the same of every token."""
+
+    def __init__(self, *logits: float) -> None:
+        self.logits = logits
+
+    def make_cache(self) -> None: ...
+
+    def __call__(self, fed: mx.array, cache: None) -> mx.array:
+        return mx.broadcast_to(mx.array(self.logits), (*fed.shape, len(self.logits)))
+
+
+def test_a_difference_has_the_gap_of_stocks_two_best():
+    stock = Fixed(1.0, 2.5, 2.25)
+    assert greedy_like_stock.differences(stock, Fixed(0, 1, 2), [1, 2], 3) == [0.25] * 3
+    assert greedy_like_stock.differences(stock, Fixed(0, 1, 0), [1, 2], 3) == []
