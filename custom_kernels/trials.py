@@ -4,6 +4,8 @@ from dataclasses import fields
 from typing import Any
 
 from flashmoe_mlx.custom_kernels.attention_step import AttentionStepTrial
+from flashmoe_mlx.custom_kernels.expert_mlp import TiledTrial
+from flashmoe_mlx.custom_kernels.expert_tiles import CombineTrial
 from flashmoe_mlx.custom_kernels.expert_trials import (
     ExpertDownTrial,
     ExpertGateUpTrial,
@@ -48,6 +50,8 @@ def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[
         ExpertGateUpTrial(*experts, dtype, scales),
         ExpertDownTrial(*experts, dtype, scales),
         ExpertsTrial(*experts, dtype, scales),
+        TiledTrial(*experts[:2], bits, GROUP_SIZE, dtype, scales, bits, slots=8, rows=8),
+        CombineTrial(sizes.hidden_size, top_k, dtype, dtype, tokens=TOKENS),
         AttentionStepTrial(*_attention(sizes), dtype),
         GatedDeltaStepTrial(*_heads(sizes), dtype, scales),
         GatedDeltaPrepareTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
