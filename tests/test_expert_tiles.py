@@ -205,3 +205,19 @@ def test_mlx_ops_add_up_what_the_kernel_does_not_take():
     assert not session.launches
     expected = [0.5 * outputs[1] + 2 * outputs[8], outputs[4] - outputs[0]]
     assert mx.allclose(y, mx.stack(expected))
+
+
+@pytest.mark.parametrize("file, old, new", [
+    ("expert_tiles", "tile_slots[tiles_before + t] = slot;", "tile_slots[tiles_before + t] = 0;"),
+    ("expert_tiles", "places[p] = place;", "places[p] = p;"),
+    ("take_rows", "tokens[rows[r]]", "tokens[r % 9]"),
+])  # fmt: skip
+def test_wrong_tiles_are_found_out_at_first_use(monkeypatch, capsys, file, old, new):
+    """And MLX's own products are used."""
+    read, text = gpu.read_text, gpu.read_text(f"{file}.metal")
+    assert text.count(old) == 1
+    wrong = text.replace(old, new)
+    monkeypatch.setattr(gpu, "read_text", lambda f: wrong if file in f else read(f))
+    with metal_on_cpu("fast"):
+        assert not choice.prefers_custom(TiledTrial(384, 128, 4, 64, *["float32"] * 2, 4, 5, 9))
+    assert "tiled_experts" in capsys.readouterr().err
