@@ -3,7 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_cpu import BenchError, metal_on_cpu, require_bench
+from kernel_helpers import complains, plant
+from metal_cpu import metal_on_cpu, require_bench
 
 from flashmoe_mlx.custom_kernels import choice, expert_mlp, expert_tiles, gpu, reference
 from flashmoe_mlx.custom_kernels.expert_mlp import TiledTrial
@@ -72,15 +73,13 @@ def test_pairs_are_cut_as_the_reference_does(mode, kind, pairs, of, rows):
     ("r = tiles_in_all * ROWS + lane", "r = tiles_in_all * ROWS + 1 + lane"),
 ])  # fmt: skip
 def test_a_mistake_in_cutting_is_caught(monkeypatch, old, new):
-    text = gpu.read_text("expert_tiles.metal")
-    assert text.count(old) == 1
-    monkeypatch.setattr(gpu, "read_text", lambda name: text.replace(old, new))
-    try:
+    plant(monkeypatch, "expert_tiles.metal", old, new)
+
+    def check() -> None:
         with metal_on_cpu("checked"):
-            right = agrees(random_slots(700, 20, "few"), 20, 16)
-    except BenchError:
-        right = False
-    assert not right
+            assert agrees(random_slots(700, 20, "few"), 20, 16)
+
+    assert complains(check)
 
 
 def test_a_prompt_of_another_length_compiles_nothing(monkeypatch):
@@ -134,16 +133,13 @@ def test_experts_are_added_up(dtype, weights, mode):
     ("size_t(n) * COLUMNS", "size_t(0) * COLUMNS"),
 ])  # fmt: skip
 def test_a_mistake_in_adding_up_is_caught(monkeypatch, old, new):
-    read, text = gpu.read_text, gpu.read_text("expert_combine.metal")
-    assert text.count(old) == 1
-    wrong = text.replace(old, new)
-    monkeypatch.setattr(gpu, "read_text", lambda f: wrong if "combine" in f else read(f))
-    try:
+    plant(monkeypatch, "expert_combine.metal", old, new)
+
+    def check() -> None:
         with metal_on_cpu("checked"):
-            right = choice.check(CombineTrial(1032, 3, "bfloat16", "float32", tokens=5)).ok
-    except BenchError:
-        right = False
-    assert not right
+            assert choice.check(CombineTrial(1032, 3, "bfloat16", "float32", tokens=5)).ok
+
+    assert complains(check)
 
 
 def taken(dtype: str, width: int = 1032) -> bool:
@@ -173,16 +169,13 @@ def test_rows_are_taken(dtype, mode):
     ("size_t(r) * COLUMNS", "size_t(0) * COLUMNS"),
 ])  # fmt: skip
 def test_a_mistake_in_taking_is_caught(monkeypatch, old, new):
-    read, text = gpu.read_text, gpu.read_text("take_rows.metal")
-    assert text.count(old) == 1
-    wrong = text.replace(old, new)
-    monkeypatch.setattr(gpu, "read_text", lambda f: wrong if "take" in f else read(f))
-    try:
+    plant(monkeypatch, "take_rows.metal", old, new)
+
+    def check() -> None:
         with metal_on_cpu("checked"):
-            right = taken("bfloat16")
-    except BenchError:
-        right = False
-    assert not right
+            assert taken("bfloat16")
+
+    assert complains(check)
 
 
 @pytest.mark.parametrize("nvidia", [False, True])
@@ -214,10 +207,7 @@ def test_mlx_ops_add_up_what_the_kernel_does_not_take():
 ])  # fmt: skip
 def test_wrong_tiles_are_found_out_at_first_use(monkeypatch, capsys, file, old, new):
     """And MLX's own products are used."""
-    read, text = gpu.read_text, gpu.read_text(f"{file}.metal")
-    assert text.count(old) == 1
-    wrong = text.replace(old, new)
-    monkeypatch.setattr(gpu, "read_text", lambda f: wrong if file in f else read(f))
+    plant(monkeypatch, f"{file}.metal", old, new)
     with metal_on_cpu("fast"):
         assert not choice.prefers_custom(TiledTrial(384, 128, 4, 64, *["float32"] * 2, 4, 5, 9))
     assert "tiled_experts" in capsys.readouterr().err

@@ -5,7 +5,8 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_cpu import MODES, BenchError, metal_on_cpu, require_bench
+from kernel_helpers import complains, plant
+from metal_cpu import MODES, metal_on_cpu, require_bench
 
 from flashmoe_mlx.custom_kernels import gpu
 from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights
@@ -63,16 +64,8 @@ def check(trial, modes=tuple(MODES), edit=None) -> None:
 
 def caught(trial, monkeypatch, file, old, new) -> bool:
     """Say whether an edit of a kernel's text makes the bench or the comparison complain."""
-    text = gpu.read_text(file)
-    assert text.count(old) == 1, text.count(old)
-    read = gpu.read_text
-    edited = text.replace(old, new)
-    monkeypatch.setattr(gpu, "read_text", lambda name: edited if name == file else read(name))
-    try:
-        check(trial, ("fast", "checked"))
-    except (AssertionError, BenchError):
-        return True
-    return False
+    plant(monkeypatch, file, old, new)
+    return complains(lambda: check(trial, ("fast", "checked")))
 
 
 @dtype_cases

@@ -9,7 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from metal_cpu import MODES, BenchError, metal_on_cpu, require_bench
+from kernel_helpers import complains, plant
+from metal_cpu import MODES, metal_on_cpu, require_bench
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import gpu_parity
@@ -107,16 +108,8 @@ def check(case: Case, modes=tuple(MODES)) -> None:
 
 def caught(case: Case, monkeypatch, file, old, new) -> bool:
     """Say whether an edit of a kernel's text makes the bench or the comparison complain."""
-    text = gpu.read_text(file)
-    assert text.count(old) == 1, text.count(old)
-    read = gpu.read_text
-    edited = text.replace(old, new)
-    monkeypatch.setattr(gpu, "read_text", lambda name: edited if name == file else read(name))
-    try:
-        check(case, FAST)
-    except (AssertionError, BenchError):
-        return True
-    return False
+    plant(monkeypatch, file, old, new)
+    return complains(lambda: check(case, FAST))
 
 
 def random(*shape, dtype="float32") -> mx.array:
@@ -624,9 +617,7 @@ def test_the_tool_for_gpus_judges(monkeypatch):
     with metal_on_cpu("fast"):
         for trial in first_of_each_op().values():
             assert gpu_parity.examine(trial)[1].ok, trial
-    read = gpu.read_text
-    wrong = read("affine.metal").replace("(biases[group]), sum", "(scales[group]), sum")
-    monkeypatch.setattr(gpu, "read_text", lambda name: wrong if "affine" in name else read(name))
+    plant(monkeypatch, "affine.metal", "(biases[group]), sum", "(scales[group]), sum")
     gpu._build.cache_clear()
     with metal_on_cpu("fast"):
         assert not gpu_parity.examine(first_of_each_op()["expert_gate_up"])[1].ok
