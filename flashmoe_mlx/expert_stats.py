@@ -8,7 +8,8 @@ class ExpertStats:
     """Counters since the store was opened or reset.
 
     Attributes:
-        asked: experts asked for, counted once per layer and step.
+        asked: experts asked for, counted once per layer and step; not where a GPU computes from
+            banks that hold all, because it does not tell the host.
         hits: of these, experts that were resident already, or on their way, and not by a guess.
         reads: byte ranges read.
         bytes_read: bytes that `preadv` delivered from the expert files, or from the page cache.

@@ -215,11 +215,9 @@ class StreamedExperts(nn.Module):
             places.append(there + done)
             orders.append(pairs)
             done += len(y)
-        order = np.concatenate(orders)
-        inverse = np.empty(len(order), np.uint32)
-        inverse[order] = np.arange(len(order))
-        whole = mx.concatenate(places)[mx.array(inverse)].reshape(-1, top_k)
-        y = combine(mx.concatenate(outputs), whole, scores.reshape(-1, top_k))
+        order, there = mx.array(np.concatenate(orders).astype(np.uint32)), mx.concatenate(places)
+        there = mx.put_along_axis(there, order, there, axis=0).reshape(-1, top_k)
+        y = combine(mx.concatenate(outputs), there, scores.reshape(-1, top_k))
         return y.reshape(x.shape)
 
     def _mixture_by_cpu(
