@@ -44,6 +44,8 @@ class ExpertStats:
 
     def __str__(self) -> str:
         """One line for people."""
+        if self.bytes_preloaded and not self.asked:
+            return f"Experts: all are resident, nothing is read; {self.preloaded}"
         speed = self.bytes_read / self.seconds_reading / 1e9 if self.seconds_reading else 0.0
         return (
             f"Experts: {self.asked} asked, {self.hit_rate:.1%} hits, "

@@ -75,9 +75,10 @@ class RunStats:
             f"{'MB':>9} {'reads':>6} {'GB/s':>6} {'waited s':>8}"
         )
         for name, row in self.phases().items():
+            hits = f"{row['hit_rate']:.1%}" if row["asked"] else "-"
             print(
                 f"{name:>10} {row['tokens']:6} {row['seconds']:8.3f} {row['tokens_per_s']:8.2f} "
-                f"{row['asked']:7} {row['hit_rate']:6.1%} {row['bytes_read'] / 1e6:9.1f} "
+                f"{row['asked']:7} {hits:>6} {row['bytes_read'] / 1e6:9.1f} "
                 f"{row['reads']:6} {row['bytes_per_s'] / 1e9:6.2f} {row['seconds_waited']:8.3f}"
             )
         for name, layers in zip(PHASES, (self.prompt, self.layers), strict=True):

@@ -15,6 +15,7 @@ from flashmoe_mlx import load
 from flashmoe_mlx.expert_store import ExpertStats
 from flashmoe_mlx.live import Live, line_of
 from flashmoe_mlx.loader import BUNDLED_MODEL
+from flashmoe_mlx.run_stats import RunStats
 
 generate = importlib.import_module("flashmoe_mlx.generate_cli")
 TOKENS, LAYERS, TOP_K = 6, 4, 4
@@ -112,6 +113,16 @@ def test_line():
     line = line_of(12.34, before, after)
     assert line == "[flashmoe] 12.3 tokens/s, 2.00 GB/s while reading, 75.0% hits"
     assert line_of(1, after, after) == "[flashmoe] 1.0 tokens/s, nothing read, 100.0% hits"
+
+
+def test_where_nobody_asks_no_share_of_hits_is_told(capsys):
+    model, _ = load(BUNDLED_MODEL)
+    said = str(ExpertStats(bytes_preloaded=2 * 10**6, seconds_preloading=0.5))
+    assert said == "Experts: all are resident, nothing is read; 2.0 MB at load in 0.50 s"
+    stats = RunStats(model)
+    stats.print()
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[4:6] for row in rows] == [["0", "-"]] * 2
 
 
 def test_lines_follow_one_another_where_there_is_no_terminal(capsys, monkeypatch):
