@@ -1,7 +1,6 @@
 """`flashmoe-generate`: mlx_lm.generate's flags, plus those that control streaming."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.generate import setup_arg_parser
-from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -22,6 +21,7 @@ from .live import Live
 from .loader import BUNDLED_MODEL, load
 from .memory import peak_bytes
 from .options import UNSUPPORTED, chat_options, check_options
+from .prompt_cache import check_fits, read_prompt_cache
 from .run_stats import RunStats
 
 INTERRUPTED = 130
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     check_plot(args.plot)
     if args.seed is not None:
         mx.random.seed(args.seed)
-    cache, metadata = read_prompt_cache(args)
+    cache, metadata = open_prompt_cache(args)
     model, tokenizer = load(
         args.model or metadata.get("model") or BUNDLED_MODEL,
         expert_cache=args.expert_cache,
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
         verify=args.verify_reads or None,
         lookahead=args.lookahead,
         experts_per_token=args.experts_per_token,
-        tokenizer_config=json.loads(metadata.get("tokenizer_config", "{}"))
+        tokenizer_config=metadata.get("tokenizer_config", {})
         | ({"trust_remote_code": True} if args.trust_remote_code else {}),
         adapter_path=args.adapter_path,
     )
@@ -134,11 +134,8 @@ def run(args: argparse.Namespace) -> None:
         raise FlashMoEError(
             f"--top-k {args.top_k}: the model has {model.args.vocab_size} tokens. Give fewer."
         )
-    if cache is not None and len(cache) != len(model.layers):
-        raise FlashMoEError(
-            f"--prompt-cache-file {args.prompt_cache_file}: made by a model of {len(cache)} "
-            f"layers, but this one has {len(model.layers)}. Make it anew with mlx_lm.cache_prompt."
-        )
+    if cache is not None:
+        check_fits(args.prompt_cache_file, cache, model)
     add_eos_tokens(tokenizer, args.extra_eos_token)
     prompt = encode_prompt(args, tokenizer, cached=cache is not None)
     if not prompt:
@@ -222,29 +219,27 @@ def add_eos_tokens(tokenizer: TokenizerWrapper, tokens: list[str]) -> None:
             ) from error
 
 
-def read_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, str]]:
-    """Load `--prompt-cache-file`, if given, and check that it fits the other flags."""
-    if args.prompt_cache_file is None:
+def open_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, Any]]:
+    """Read `--prompt-cache-file`, if given, and check that it fits the other flags."""
+    if (file := args.prompt_cache_file) is None:
         return None, {}
-    try:
-        cache, metadata = load_prompt_cache(args.prompt_cache_file, return_metadata=True)
-        metadata["model"], json.loads(metadata.get("tokenizer_config", "{}"))
-    except Exception as error:  # whatever a foreign file makes of it
-        raise FlashMoEError(
-            f"--prompt-cache-file {args.prompt_cache_file}: cannot be read as a prompt cache "
-            f"({type(error).__name__}: {error}). Make one with mlx_lm.cache_prompt."
-        ) from error
+    cache, metadata = read_prompt_cache(file)
     if args.model not in (None, metadata["model"]):
         raise FlashMoEError(
-            f"--model {args.model}: {args.prompt_cache_file} was made with "
-            f"{metadata['model']}. Give that model, or leave --model out."
+            f"--model {args.model}: {file} was made with {metadata['model']}. "
+            "Give that model, or leave --model out."
+        )
+    if args.model is None and args.trust_remote_code:
+        raise FlashMoEError(
+            f"--trust-remote-code would run the code of a model that only {file} names. If you "
+            f"trust it, give --model {metadata['model']} too."
         )
     for entry in cache:
         made_with = (entry.bits, entry.group_size) if isinstance(entry, QuantizedKVCache) else None
         if made_with and made_with != (args.kv_bits or entry.bits, args.kv_group_size):
             raise FlashMoEError(
                 f"--kv-bits {args.kv_bits} --kv-group-size {args.kv_group_size}: "
-                f"{args.prompt_cache_file} was made with {made_with[0]} and {made_with[1]}."
+                f"{file} was made with {made_with[0]} and {made_with[1]}."
             )
     return cache, metadata
 

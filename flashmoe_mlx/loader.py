@@ -265,7 +265,7 @@ def load(
                 model = load_adapters(model, adapter_path)
                 model.eval()
         # The bundled tokenizer's one class is part of this package.
-        trusted = {"trust_remote_code": True} if path == BUNDLED_MODEL else {}
+        trusted = {"trust_remote_code": path == BUNDLED_MODEL}  # or transformers asks on stdin
         with _named(path, "its tokenizer cannot be loaded", "Restore the checkpoint's own files"):
             tokenizer = load_tokenizer(
                 path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id")

@@ -16,6 +16,7 @@ from mlx_lm.models.base import (
 from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 
+from .cache_checks import Attending, Recurrent, check_caches
 from .config import ModelArgs
 from .custom_kernels import cpu_attention
 from .custom_kernels.attention_step import (
@@ -66,6 +67,7 @@ class Attention(nn.Module):
         )
         turned = self.rope.dims if type(self.rope) is nn.RoPE else 0
         self._heads = AttentionHeads(self.heads, self.kv_heads, self.head_dim, turned)
+        self._keeps = Attending(self.kv_heads, self.head_dim)
 
     def __call__(
         self, h: mx.array, norm: nn.RMSNorm, mask: Any = None, cache: Any = None
@@ -188,6 +190,7 @@ class GatedDeltaNet(nn.Module):
         values = heads.values * heads.value_dim
         width = 2 * heads.keys * heads.key_dim + values
         taps = args.linear_conv_kernel_dim
+        self._keeps = Recurrent((taps - 1, width), (heads.values, heads.value_dim, heads.key_dim))
         self.conv1d = nn.Conv1d(width, width, taps, groups=width, bias=False)
         self.in_proj_qkv = nn.Linear(args.hidden_size, width, bias=False)
         self.in_proj_z = nn.Linear(args.hidden_size, values, bias=False)
@@ -292,12 +295,17 @@ class DecoderLayer(nn.Module):
         h = self._mix(h, mask, cache)
         return self.mlp(h, self.post_attention_layernorm, rows)
 
+    @property
+    def mixer(self) -> "Attention | GatedDeltaNet":
+        """The layer's attention, of either kind."""
+        return self.linear_attn if self.is_linear else self.self_attn
+
     def _mix(self, h: mx.array, mask: Any, cache: Any) -> mx.array:
         """Run attention or GatedDeltaNet, on a CPU a part of a prompt at a time.
 
         What they make of 2,048 tokens takes 300 MB at 35B size, which a bank has more use for.
         """
-        mixer = self.linear_attn if self.is_linear else self.self_attn
+        mixer = self.mixer
         tokens, padded = h.shape[1], isinstance(mask, mx.array)
         if tokens <= MIXED_AT_ONCE or padded or cache is None or not cpu_kernels(h):
             return mixer(h, self.input_layernorm, mask, cache)
@@ -317,8 +325,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [DecoderLayer(args, i, store) for i in range(args.num_hidden_layers)]
+        self._keeps = [layer.mixer._keeps for layer in self.layers]
         self._lookahead = store.lookahead if store else None
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def check_caches(self, caches: list[Any], rows: int) -> None:
+        """Compare caches with the layers, for a prompt of so many rows.
+
+        Raises:
+            FlashMoEError: one does not fit its layer.
+        """
+        check_caches(caches, self._keeps, self.embed_tokens(mx.zeros((rows, 1), mx.int32)))
 
     def __call__(
         self,
@@ -329,6 +346,7 @@ class Decoder(nn.Module):
         """Map token ids `[B, T]` (or embeddings `[B, T, H]`) to hidden states `[B, T, H]`."""
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         caches: list[Any] = cache if cache is not None else [None] * len(self.layers)
+        check_caches(caches, self._keeps, h)
         _forget_padding(caches)
         masks: dict[bool, Any] = {}
         lookahead = self._lookahead if h.shape[1] == 1 else None
