@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import json
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -21,6 +23,10 @@ from flashmoe_mlx.generate_cli import main
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.prompt_cache import check_fits, read_prompt_cache
 from flashmoe_mlx.synthetic import Recipe, checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent / "stress"))
+
+import fuzz_caches
 
 PROMPT = mx.array([[3, 141, 59, 26, 5]])
 LINEAR, FULL = 0, 3  # a layer of each kind
@@ -286,3 +292,10 @@ def test_layers_that_hold_other_numbers_of_tokens_are_refused(tmp_path, model):
     file = saved(tmp_path / "c.safetensors", [*cache, short])
     with pytest.raises(FlashMoEError, match="its layers hold 3, 5 tokens"):
         read_prompt_cache(file)
+
+
+def test_random_changes_of_a_file_are_refused_or_go_on_as_stock_does(tmp_path):
+    """The first of the cases that `tests/stress/fuzz_caches.py` runs by the thousand."""
+    cases = fuzz_caches.Cases(tmp_path)
+    ended = [cases.run(seed) for seed in range(60)]
+    assert {"refused", "equal"} == set(ended)

@@ -68,7 +68,7 @@ def change_shape(file: File, rng: random.Random) -> None:
     elif kind == 3 and new:
         new.pop(rng.randrange(len(new)))
     else:
-        new = [-1 if rng.random() < 0.5 else 1 << rng.randrange(70)] + new[1:]
+        new = [-1 if rng.random() < 0.5 else 1 << rng.randrange(70), *new[1:]]
     whole = resize(new, SIZES[dtype])
     file[0][name] = dtype, new, whole if rng.random() < 0.8 else data
 
@@ -114,10 +114,10 @@ def set_integer(file: File, rng: random.Random) -> None:
 
 def change_metadata(file: File, rng: random.Random) -> None:
     values = [
-        "KVCache", "ArraysCache", "QuantizedKVCache", "RotatingKVCache", "ChunkedKVCache", "CacheList",
-        "load_prompt_cache", "", "none", "scalar", "string", "0.1", "3.2", "3.0", 5, None, [], "{",
-        '{"trust_remote_code": true}', '{"eos_token": []}', '{"eos_token": "x"}', "[]", "a/b", "/",
-        "../..", "\x00", "9" * 5000,
+        "KVCache", "ArraysCache", "QuantizedKVCache", "RotatingKVCache", "ChunkedKVCache",
+        "CacheList", "load_prompt_cache", "", "none", "scalar", "string", "0.1", "3.2", "3.0", 5,
+        None, [], "{", '{"trust_remote_code": true}', '{"eos_token": []}', '{"eos_token": "x"}',
+        "[]", "a/b", "/", "../..", "\x00", "9" * 5000,
     ]  # fmt: skip
     keys = [*file[1], "1.9", "1.99999999", "2.99999", "0", "1", "2", "3", "0.x", "0.model.x"]
     file[1][rng.choice(keys)] = rng.choice(values)
