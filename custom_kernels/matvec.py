@@ -10,6 +10,7 @@ from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.executor import cpu_steps
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda, scalar
 from flashmoe_mlx.custom_kernels.gpu import available as gpu_available
+from flashmoe_mlx.custom_kernels.shapes import expect, expect_quantised
 from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
 
 BITS = (2, 4, 8)
@@ -61,6 +62,10 @@ def dequant_matvec(
     Returns:
         `[..., rows]`.
     """
+    if norm is not None:
+        expect("the norm's weight", norm[0], x.shape[-1:])
+    if residual is not None:
+        expect("the residual", residual, (*x.shape[:-1], scales.shape[0]))
     gain, eps = norm or (x, x)
     arrays = [x, codes, scales, biases, gain, eps, x if residual is None else residual]
     flags = {"NORM": norm is not None, "RESIDUAL": residual is not None}
@@ -87,8 +92,10 @@ def naive_matvec(
 def _launch(
     kernel: Kernel, arrays: list[mx.array], bits: int, dtype: mx.Dtype, **flags: bool
 ) -> mx.array:
-    x, _, scales = arrays[:3]
+    x, codes, scales, biases = arrays[:4]
     rows, columns = scales.shape[0], x.shape[-1]
+    expect("codes", codes, (rows, columns * bits // 32))
+    expect_quantised("a matrix", codes, scales, biases, bits, columns // scales.shape[1])
     shape = geometry(columns, bits, cuda=is_cuda())
     (y,) = kernel(
         arrays,
