@@ -135,7 +135,7 @@ def attend(
     expect("queries", queries, (batch, heads.queries, heads.dim), mx.float32)
     expect("projections", projected, (batch, 1, heads.width))
     expect("the cache's keys", keys, (batch, heads.keys, keys.shape[2], heads.dim))
-    expect("the cache's values", values, keys.shape, keys.dtype)
+    expect("the cache's values", values, keys.shape)
     expect("the number of keys", length, length.shape, mx.int32)
     (y,) = _attend(
         [queries, projected, keys, values, length],

@@ -350,16 +350,16 @@ class Activations:
 
     def times(self, weight: Packed) -> Array:
         """Multiply each row by its matrix: `[rows, out]` float32."""
+        expect("activations", self._x, (len(self._x), weight.columns), np.float32)
+        slots, height = weight.codes.shape[:2]
+        for block in self._blocks:
+            expect_below("slots of experts", block.slots, slots)
+        weight.check_addresses()
         bits, group_size = weight.bits, weight.group_size
         if (bits, group_size) not in self._splits:
             self._splits[bits, group_size] = [
                 split(self._x[b.chosen], bits, group_size, b.rows) for b in self._blocks
             ]
-        slots, height = weight.codes.shape[:2]
-        expect("activations", self._x, (len(self._x), weight.columns), np.float32)
-        for block in self._blocks:
-            expect_below("slots of experts", block.slots, slots)
-        weight.check_addresses()
         out = np.empty((self._x.shape[0], height), np.float32)
         for block, (x, sums) in zip(self._blocks, self._splits[bits, group_size], strict=True):
             scattered = not isinstance(block.chosen, slice)
@@ -394,6 +394,8 @@ def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = 
         down: bank `[S, H, ...]`.
         slots: `[rows]`, ascending; None for banks of one.
     """
+    if slots is not None:
+        expect_below("slots of experts", slots, len(gate.codes))
     blocks = plan(x.shape[0], slots)
     activations = Activations(x, blocks)
     hidden, up_hidden = activations.times(gate), activations.times(up)

@@ -75,7 +75,7 @@ def take_rows(x: mx.array, tokens: mx.array, tiles: Tiles) -> mx.array:
     """
     hidden, rows = x.shape[-1], tiles.rows
     expect("tokens", x, (len(x), hidden))
-    expect("the token of each pair", tokens, tiles.places.shape, mx.uint32)
+    expect("the token of each pair", tokens, (tokens.size,), mx.uint32)
     if hidden % EIGHT:
         return x[tokens[rows]]
     (y,) = _take(

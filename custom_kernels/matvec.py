@@ -12,6 +12,7 @@ from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda, scalar
 from flashmoe_mlx.custom_kernels.gpu import available as gpu_available
 from flashmoe_mlx.custom_kernels.shapes import expect, expect_quantised
 from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
+from flashmoe_mlx.errors import FlashMoEError
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -94,8 +95,11 @@ def _launch(
 ) -> mx.array:
     x, codes, scales, biases = arrays[:4]
     rows, columns = scales.shape[0], x.shape[-1]
+    group = columns // scales.shape[1]
+    if group not in GROUP_SIZES:
+        raise FlashMoEError(f"groups of {group} columns, but this layer takes {GROUP_SIZES}.")
     expect("codes", codes, (rows, columns * bits // 32))
-    expect_quantised("a matrix", codes, scales, biases, bits, columns // scales.shape[1])
+    expect_quantised("a matrix", codes, scales, biases, bits, group)
     shape = geometry(columns, bits, cuda=is_cuda())
     (y,) = kernel(
         arrays,
@@ -108,7 +112,7 @@ def _launch(
         ROWS=rows,
         COLUMNS=columns,
         BITS=bits,
-        GROUP=columns // scales.shape[1],
+        GROUP=group,
         **shape,
         **flags,
     )

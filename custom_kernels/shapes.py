@@ -15,8 +15,7 @@ def expect(name: str, array: Any, shape: tuple[int, ...], dtype: Any = None) -> 
         FlashMoEError: it has another shape, or another dtype than the one given.
     """
     if array.shape != shape or (dtype is not None and array.dtype != dtype):
-        kind = "" if dtype is None else f" {array.dtype}"
-        wanted = "" if dtype is None else f" {_name(dtype)}"
+        kind, wanted = ("", "") if dtype is None else map(_name, (array.dtype, dtype))
         raise FlashMoEError(
             f"{name}: {list(array.shape)}{kind}, but this layer takes {list(shape)}{wanted}. "
             "Pass arrays of this model's own sizes; a cache is of use to the model that made it."
@@ -24,7 +23,7 @@ def expect(name: str, array: Any, shape: tuple[int, ...], dtype: Any = None) -> 
 
 
 def _name(dtype: Any) -> str:
-    return getattr(dtype, "__name__", str(dtype))
+    return " " + getattr(dtype, "__name__", str(dtype)).removeprefix("mlx.core.")
 
 
 def expect_count(name: str, number: int, most: int) -> None:
