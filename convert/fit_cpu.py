@@ -7,9 +7,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import intrinsic
 
+from flashmoe_mlx.custom_kernels.bounds import jit
 from flashmoe_mlx.custom_kernels.numba_cache import take_turns
 
 take_turns()
@@ -44,14 +45,14 @@ def _to_half(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
     return types.float32(value), codegen
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@jit(error_model="numpy")
 def _stored(x: Any, kind: int) -> Any:
     if kind == BFLOAT:
         return _to_bfloat(x)
     return _to_half(x) if kind == HALF else x
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@jit(fastmath=FAST, error_model="numpy")
 def _try(
     row: Array, weight: Array, scale: Any, bias: Any, most: Any, codes: Array
 ) -> tuple[Any, Any, Any, Any]:
@@ -70,7 +71,7 @@ def _try(
     return error, first, second, cross
 
 
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+@jit(parallel=True, error_model="numpy")
 def fit_groups(
     rows: Array, counts: Array, bits: int, kind: int, shares: Array, steps: int,
     codes: Array, scales: Array, biases: Array,

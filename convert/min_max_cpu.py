@@ -7,10 +7,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from flashmoe_mlx.custom_kernels.bounds import jit, within
 from flashmoe_mlx.custom_kernels.simd import F32, address, load
 
 Array = npt.NDArray[Any]
@@ -66,7 +67,7 @@ def _extreme(name: str) -> Any:
 _least, _greatest = _extreme("fmin"), _extreme("fmax")
 
 
-@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+@jit(parallel=True, error_model="numpy")
 def _quantize(
     words: Array, shift: int, bits: int, packed: Array, scales: Array, biases: Array
 ) -> None:
@@ -85,6 +86,7 @@ def _quantize(
                 row[i] = np.uint32(words[group, i]) << np.uint32(shift)
             low, high = np.float32(np.inf), np.float32(-np.inf)
             for i in range(0, size, LANES):
+                within("values", i, LANES, size)
                 some = address(values, i)
                 low, high = min(low, _least(some)), max(high, _greatest(some))
             below = abs(low) > abs(high)
@@ -103,7 +105,7 @@ def _quantize(
         _pack(codes.reshape(-1), bits, packed[first * each : end * each])
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@jit(error_model="numpy")
 def _pack(codes: Array, bits: int, packed: Array) -> None:
     """Join codes, uint8 each, to words, the first code lowest: pairs, pairs of pairs, and so on."""
     if bits == 8:

@@ -11,6 +11,7 @@ import numpy as np
 
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, SIMD, Kernel, scalar, settled
+from flashmoe_mlx.custom_kernels.shapes import expect
 from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES
 
 # Caches of at most so many keys are tried; beyond, one threadgroup per head is too few.
@@ -83,6 +84,10 @@ def prepare(
         queries `[B, Hq, D]` float32, scale folded in; keys `[B, Hk, 1, D]` in projected's dtype.
     """
     batch = projected.shape[0]
+    expect("projections", projected, (batch, 1, heads.width))
+    for norm in norms:
+        expect("the norm of queries and keys", norm, (heads.dim,))
+    expect("the offset", offset, offset.shape, mx.int32)
     queries, keys = _prepare(
         [projected, *norms, scalar(eps), turns(heads.rope_dims, base), offset],
         [
@@ -127,6 +132,11 @@ def attend(
         `[B, 1, Hq D]` in projected's dtype.
     """
     batch = projected.shape[0]
+    expect("queries", queries, (batch, heads.queries, heads.dim), mx.float32)
+    expect("projections", projected, (batch, 1, heads.width))
+    expect("the cache's keys", keys, (batch, heads.keys, keys.shape[2], heads.dim))
+    expect("the cache's values", values, keys.shape)
+    expect("the number of keys", length, length.shape, mx.int32)
     (y,) = _attend(
         [queries, projected, keys, values, length],
         [((batch, 1, heads.queries * heads.dim), projected.dtype)],

@@ -6,6 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels.shapes import expect, expect_quantised
+
 
 @dataclass(frozen=True)
 class Bank:
@@ -28,6 +30,20 @@ class Bank:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Bank":
         """Share the arrays: a store goes on writing experts into them."""
         return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[S, out, in]`, or `[out, in]`."""
+        return *self.scales.shape[:-1], self.scales.shape[-1] * self.group_size
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Compare the arrays with one another, and with the shape that a kernel takes.
+
+        Raises:
+            FlashMoEError: they do not belong together.
+        """
+        expect_quantised(name, self.codes, self.scales, self.biases, self.bits, self.group_size)
+        expect(name, self, shape)
 
     @cached_property
     def packed(self) -> Any:

@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
-from numba import carray, config, njit, prange, set_num_threads, types
+from numba import carray, config, prange, set_num_threads, types
 
+from flashmoe_mlx.custom_kernels.bounds import CHECKED, inside, jit, within
 from flashmoe_mlx.custom_kernels.cpu_call import Apart, caller
+from flashmoe_mlx.custom_kernels.shapes import expect, expect_below, expect_quantised
 from flashmoe_mlx.custom_kernels.simd import (
     HAS_PERMUTE,
     address,
@@ -26,6 +28,7 @@ from flashmoe_mlx.custom_kernels.simd import (
     octets,
     unsigned_shorts,
 )
+from flashmoe_mlx.errors import FlashMoEError
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -38,19 +41,17 @@ Array = np.ndarray[Any, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 F32_SCALES, BF16_SCALES, F16_SCALES = range(3)  # what numbers scales and biases are
 SCALE_TYPES = mx.float32, mx.bfloat16, mx.float16
-SERIAL: dict[str, Any] = {
-    "cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"
-}  # fmt: skip
+FAST: dict[str, Any] = {"fastmath": True, "error_model": "numpy"}
 
 
 def compiled(function: Function) -> Function:
     """Compile a function whose `prange` loops use all threads."""
-    return njit(parallel=True, **SERIAL)(function)
+    return jit(parallel=True, **FAST)(function)
 
 
 def serial(function: Function) -> Function:
     """Compile a function for use inside the parallel ones."""
-    return njit(**SERIAL)(function)
+    return jit(**FAST)(function)
 
 
 def use_threads(work: int) -> None:
@@ -83,11 +84,27 @@ class Packed:
 
     @cached_property
     def numbers(self) -> Array:
-        """What the kernels read: kind, three addresses, rows, bytes and groups of a row."""
-        arrays = self.codes, self.scales, self.biases
-        _, height, row_bytes = self.codes.shape
-        addresses = [array.ctypes.data for array in arrays]
-        return np.array([self.kind, *addresses, height, row_bytes, self.scales.shape[2]], np.int64)
+        """What the kernels read: kind, three addresses, rows, bytes and groups of a row, S."""
+        slots, height, row_bytes = self.codes.shape
+        addresses = [array.ctypes.data for array in self.arrays]
+        sizes = height, row_bytes, self.scales.shape[2], slots
+        return np.array([self.kind, *addresses, *sizes], np.int64)
+
+    @property
+    def arrays(self) -> tuple[Array, Array, Array]:
+        """Codes, scales and biases."""
+        return self.codes, self.scales, self.biases
+
+    @property
+    def columns(self) -> int:
+        """Columns of one matrix."""
+        return self.codes.shape[2] * 8 // self.bits
+
+    def check_addresses(self) -> None:
+        """Raise IndexError if the kernels would read elsewhere, in the mode that looks."""
+        if CHECKED:
+            for address, array in zip(self.numbers[1:4].tolist(), self.arrays, strict=True):
+                inside("a matrix", address, array.nbytes, array)
 
 
 def supports(bits: int, group_size: int, scales: mx.array) -> bool:
@@ -110,6 +127,7 @@ def rows(x: mx.array) -> Array:
 
 def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int) -> Packed:
     """View evaluated, row-contiguous MLX arrays; no byte is copied."""
+    expect_quantised("a matrix", codes, scales, biases, bits, group)
 
     def bank(array: Array) -> Array:
         return array.reshape(-1, *array.shape[-2:])
@@ -126,9 +144,11 @@ def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group
 
 def view(array: mx.array) -> Array:
     """View an evaluated row-contiguous MLX array; bfloat16 and float16 as uint16."""
+    memory = memoryview(array)  # type: ignore[arg-type]
+    if not memory.c_contiguous:
+        raise FlashMoEError(f"{list(array.shape)} is not row-contiguous: pass mx.contiguous of it.")
     if array.dtype in (mx.bfloat16, mx.float16):
-        flat = np.frombuffer(memoryview(array).cast("B"), np.uint16)  # type: ignore[arg-type]
-        return flat.reshape(array.shape)
+        return np.frombuffer(memory.cast("B"), np.uint16).reshape(array.shape)
     return np.asarray(array)
 
 
@@ -165,7 +185,7 @@ def widen(kind: int, source: int, place: int, out: Array) -> None:
 def _split(bits: int, lanes: int) -> Callable[..., None]:
     phases = 8 // bits
 
-    @njit(cache=True, nogil=True, fastmath=True)
+    @jit(fastmath=True)
     def split(x: Array, out: Array, sums: Array) -> None:
         count, columns = x.shape
         rows, groups = out.shape[3], sums.shape[1]
@@ -219,18 +239,22 @@ def _unit_of_work(bits: int, group_size: int, tile: int, rows: int) -> Apart:
     def unit(
         number: int, weight: Array, slots: Array, starts: Array, x: Array, sums: Array, out: Array
     ) -> None:
-        kind, codes, scales, biases, height, row_bytes, groups = (
-            weight[0], weight[1], weight[2], weight[3], weight[4], weight[5], weight[6]
+        kind, codes, scales, biases, height, row_bytes, groups, count = (
+            weight[0], weight[1], weight[2], weight[3], weight[4], weight[5], weight[6], weight[7]
         )  # fmt: skip
         units, block_size = (height + UNIT - 1) // UNIT, rows * row_bytes * 8 // bits
         run, top = number // units, number % units * UNIT
+        within("slots", slots[run], 1, count)
+        within("codes of a row", 0, groups * group_size * bits // 8, row_bytes)
         dots = np.empty((tile, rows), np.float32)
         wide = np.empty((2, tile, groups), np.float32)
         for row in range(top, min(height, top + UNIT), tile):
+            within("weight rows", row, tile, height)
             first = slots[run] * height + row
             widen(kind, scales, first * groups, wide[0].reshape(-1))
             widen(kind, biases, first * groups, wide[1].reshape(-1))
             for block in range(starts[run], starts[run + 1]):
+                within("activations", block * block_size, block_size, x.size)
                 dot_tile(
                     bits,
                     group_size,
@@ -250,7 +274,7 @@ def _unit_of_work(bits: int, group_size: int, tile: int, rows: int) -> Apart:
                             bias += wide[1, w, g] * sums[n, g]
                         out[n, row + w] = dots[w, r] + bias
 
-    return Apart(_UNIT, unit, **SERIAL)
+    return Apart(_UNIT, unit, **FAST)
 
 
 @compiled
@@ -326,12 +350,16 @@ class Activations:
 
     def times(self, weight: Packed) -> Array:
         """Multiply each row by its matrix: `[rows, out]` float32."""
+        expect("activations", self._x, (len(self._x), weight.columns), np.float32)
+        slots, height = weight.codes.shape[:2]
+        for block in self._blocks:
+            expect_below("slots of experts", block.slots, slots)
+        weight.check_addresses()
         bits, group_size = weight.bits, weight.group_size
         if (bits, group_size) not in self._splits:
             self._splits[bits, group_size] = [
                 split(self._x[b.chosen], bits, group_size, b.rows) for b in self._blocks
             ]
-        height = weight.codes.shape[1]
         out = np.empty((self._x.shape[0], height), np.float32)
         for block, (x, sums) in zip(self._blocks, self._splits[bits, group_size], strict=True):
             scattered = not isinstance(block.chosen, slice)
@@ -366,9 +394,12 @@ def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = 
         down: bank `[S, H, ...]`.
         slots: `[rows]`, ascending; None for banks of one.
     """
+    if slots is not None:
+        expect_below("slots of experts", slots, len(gate.codes))
     blocks = plan(x.shape[0], slots)
     activations = Activations(x, blocks)
     hidden, up_hidden = activations.times(gate), activations.times(up)
+    expect("gate and up", up_hidden, hidden.shape)
     use_threads(16 * hidden.size)
     _swiglu(hidden, up_hidden)
     return Activations(hidden, blocks).times(down)

@@ -7,6 +7,9 @@ against all keys at once.
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx.custom_kernels.shapes import expect, expect_count
+from flashmoe_mlx.errors import FlashMoEError
+
 MIN_TOKENS = 2  # two queries over 64 keys are 3 times as fast as by MLX; one is a decoding step
 BLOCK = 64  # queries: enough for BLAS, and few scores lie beyond the causal edge
 SCORES = 1 << 22  # of one block, 16 MiB in float32
@@ -30,8 +33,13 @@ def attention(
         `[B, Hq, T, Dv]` float32.
     """
     queries, keys, values = (np.asarray(x.astype(mx.float32)) for x in (q, k, v))
-    batch, heads, tokens, _ = queries.shape
+    batch, heads, tokens, dim = queries.shape
     kv_heads, length = keys.shape[1:3]
+    expect("the cache's keys", keys, (batch, kv_heads, length, dim))
+    expect("the cache's values", values, (batch, kv_heads, length, values.shape[-1]))
+    if not kv_heads or heads % kv_heads:
+        raise FlashMoEError(f"{heads} query heads are no multiple of {kv_heads} key heads.")
+    expect_count("queries of a prompt", tokens, length)
     causal = isinstance(mask, str)
     shape = batch, heads, tokens, length
     seen = _as_numpy(mask, shape) if isinstance(mask, mx.array) else None

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from flashmoe_mlx.custom_kernels.bounds import jit
 
 
 class Apart:
@@ -18,7 +20,7 @@ class Apart:
 
     def __init__(self, signature: Any, function: Callable[..., None], **options: Any) -> None:
         """Take a signature that returns nothing, and numba's options."""
-        self._signature, self._function = signature, njit(**options)(function)
+        self._signature, self._function = signature, jit(**options)(function)
 
     @cached_property
     def address(self) -> int:

@@ -12,6 +12,8 @@ from numba import prange
 
 from flashmoe_mlx.custom_kernels import gated_delta as gated_delta_ops
 from flashmoe_mlx.custom_kernels.cpu import Array, compiled, copy, use_threads
+from flashmoe_mlx.custom_kernels.shapes import expect
+from flashmoe_mlx.errors import FlashMoEError
 
 ROWS = 32  # rows of the state per unit of parallel work
 
@@ -102,6 +104,17 @@ def gated_delta(
     """Scan the gated delta rule; shapes as in `reference.gated_delta`, all float32."""
     if mask is None:
         mask = np.ones(q.shape[:2], np.bool_)
+    (batch, tokens, value_heads, value_dim), (key_heads, key_dim) = v.shape, k.shape[2:]
+    if not key_heads or value_heads % key_heads:
+        raise FlashMoEError(f"{value_heads} value heads are no multiple of {key_heads} key heads.")
+    expect("queries", q, (batch, tokens, key_heads, key_dim), np.float32)
+    expect("keys", k, q.shape, np.float32)
+    expect("values", v, v.shape, np.float32)
+    expect("decays", g, v.shape[:3], np.float32)
+    expect("strengths", beta, v.shape[:3], np.float32)
+    expect("the mask", mask, v.shape[:2], np.bool_)
+    shape = batch, value_heads, value_dim, key_dim
+    expect("a GatedDeltaNet layer's state", state, shape, np.float32)
     final, y = np.empty_like(state), np.empty_like(v)
     use_threads(2 * y.size * q.shape[-1])
     _scan(q, k, v, g, beta, mask, state, final, y)
@@ -119,6 +132,10 @@ def mix(
     mx.eval(arrays, fixed, mask)
     past, gates, strength, shift, before = (np.asarray(t) for t in arrays)
     conv, a_log, dt_bias, norm = (np.asarray(t) for t in fixed)
+    weights.check()
+    shape = batch, tokens + conv.shape[1] - 1, weights.channels
+    expect("the convolution's inputs", past, shape, np.float32)
+    expect("output gates", gates, (batch, tokens, heads.values * heads.value_dim), np.float32)
     q, k = (np.empty((batch, tokens, heads.keys, heads.key_dim), np.float32) for _ in range(2))
     v = np.empty((batch, tokens, heads.values, heads.value_dim), np.float32)
     use_threads(16 * past.size)

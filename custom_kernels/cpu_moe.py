@@ -28,6 +28,7 @@ from flashmoe_mlx.custom_kernels.cpu_rows import (
     rms_norm,
     run_unit,
 )
+from flashmoe_mlx.custom_kernels.shapes import expect, expect_below, expect_count
 
 # Places in the groups of matrices.
 ROUTER, SWITCH, SHARED_GATE, SHARED_UP = range(4)
@@ -163,6 +164,20 @@ class MoeBlock:
         self._all = Group(*experts, shared[2])
         self._norm, self._eps = norm, eps
         self._top_k, self._renormalise = top_k, renormalise
+        self._slots, inner, _ = experts[GATE].shape
+        hidden, extra = norm.size, shared[0].height
+        for name, matrix, shape in (
+            ("the router", router, (1, router.height, hidden)),
+            ("the shared expert's switch", switch, (1, 1, hidden)),
+            ("gate of the shared expert", shared[0], (1, extra, hidden)),
+            ("up of the shared expert", shared[1], (1, extra, hidden)),
+            ("down of the shared expert", shared[2], (1, hidden, extra)),
+            ("gate of the experts", experts[GATE], (self._slots, inner, hidden)),
+            ("up of the experts", experts[UP], (self._slots, inner, hidden)),
+            ("down of the experts", experts[DOWN], (self._slots, hidden, inner)),
+        ):
+            expect(name, matrix, shape)
+        expect_count("experts per token", top_k, router.height)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Share it: a copy would hold the addresses of arrays that it does not keep."""
@@ -171,6 +186,9 @@ class MoeBlock:
     def __call__(self, h: Array, waves: Waves) -> Array:
         """Map hidden states `[rows, H]` float32 to `h + moe(norm(h))`."""
         (batch, width), top_k = h.shape, self._top_k
+        expect("hidden states", h, (batch, self._norm.size), np.float32)
+        self._route.check_addresses()
+        self._all.check_addresses()
         x, switch = np.empty_like(h), np.empty(batch, np.float32)
         shared = np.empty((batch, self._route.heights[SHARED_GATE]), np.float32)
         ids, scores = np.empty((batch, top_k), np.int64), np.empty((batch, top_k), np.float32)
@@ -182,6 +200,8 @@ class MoeBlock:
         y = np.empty((batch * (top_k + 1), width), np.float32)
         inputs = self._all.numbers, self._inputs.forms, self._inputs.form_of
         for places, slots in waves(ids):
+            expect_below("places of experts", places, ids.size)
+            expect_below("slots of experts", slots, self._slots)
             if batch > 1:  # rows of one expert are computed together
                 order = np.argsort(slots, kind="stable")
                 places, slots = places[order], slots[order]

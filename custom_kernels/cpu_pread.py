@@ -1,9 +1,11 @@
 """Many reads at once, on all cores and without Python's lock: `pread` called from compiled code."""
 
 import numpy as np
-from numba import njit, prange, types
+from numba import prange, types
 
+from flashmoe_mlx.custom_kernels.bounds import jit
 from flashmoe_mlx.custom_kernels.numba_cache import take_turns
+from flashmoe_mlx.custom_kernels.shapes import expect
 
 take_turns()
 
@@ -12,7 +14,7 @@ _pread = types.ExternalFunction(
 )
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@jit(parallel=True)
 def _read(files, offsets, places, sizes, came):  # type: ignore[no-untyped-def]
     for i in prange(len(files)):
         done = 0
@@ -38,6 +40,9 @@ def pread_all(
     Returns:
         `[N]` int64 bytes that came; fewer than asked where a file ends early or cannot be read.
     """
+    ranges = zip(("offsets", "places", "sizes"), (offsets, places, sizes), strict=True)
+    for name, array in ranges:
+        expect(f"reads: {name}", array, files.shape)
     came = np.zeros(len(files), np.int64)
     _read(files, offsets, places, sizes, came)
     return came

@@ -8,14 +8,16 @@ weights; each one's results are those that it would have alone.
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numba import prange, types
 
+from flashmoe_mlx.custom_kernels.bounds import CHECKED, inside, within
 from flashmoe_mlx.custom_kernels.cpu import (
-    SERIAL,
+    FAST,
     UNIT,
     Array,
     compiled,
@@ -42,9 +44,10 @@ from flashmoe_mlx.custom_kernels.cpu_dot import (
     span_of,
     start_sums,
 )
+from flashmoe_mlx.custom_kernels.shapes import expect, expect_quantised
 from flashmoe_mlx.custom_kernels.simd import keep_apart, leading_power, magnitude
 
-CODES, SCALES, BIASES, BITS, GROUP, KIND, HEIGHT, COLUMNS, SPAN = range(9)
+CODES, SCALES, BIASES, BITS, GROUP, KIND, HEIGHT, COLUMNS, SPAN, SLOTS = range(10)
 LINE = 64  # bytes of a cache line
 LAST_BIT = np.float32(2.0 ** (2 - 2 * HALF_BITS))  # leaves a bit for the halves' signs
 # Bits of the largest activation: one outside has no float32 scale, and counts as 0 or as NaN.
@@ -81,12 +84,23 @@ class Matrix:
 
     @cached_property
     def numbers(self) -> Array:
-        """What the kernels read: three addresses, then the format and the sizes, `[9]` int64."""
-        arrays = self.codes, self.scales, self.biases
-        mx.eval(arrays)
-        addresses = [view(a).ctypes.data for a in arrays]
+        """What the kernels read: three addresses, then the format and the sizes, `[10]` int64."""
+        expect_quantised("a matrix", *self.arrays, self.bits, self.group_size)
+        mx.eval(self.arrays)
+        addresses = [view(a).ctypes.data for a in self.arrays]
         sizes = self.bits, self.group_size, scale_kind(self.scales), self.height, self.columns
-        return np.array([*addresses, *sizes, span_of(self.bits, self.group_size)], np.int64)
+        span = span_of(self.bits, self.group_size)
+        return np.array([*addresses, *sizes, span, self.shape[0]], np.int64)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slots, and rows and columns of one matrix."""
+        return prod(self.codes.shape[:-2]), self.height, self.columns
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Codes, scales and biases."""
+        return self.codes, self.scales, self.biases
 
 
 @serial
@@ -136,6 +150,8 @@ def cut(x: Array, matrix: Array, out: Array) -> None:
     """
     keep_apart()
     bits, group, columns = matrix[BITS], matrix[GROUP], matrix[COLUMNS]
+    within("activations", 0, columns, x.size)
+    within("a record", 0, columns + 2 * places(matrix), out.size)
     groups, own, block = columns // group, group * bits // 16, CUT * bits // 16
     whole, sums = groups - groups % matrix[SPAN], columns + places(matrix)
     out[columns + groups : sums + places(matrix)] = np.float32(0)
@@ -154,6 +170,8 @@ def cut(x: Array, matrix: Array, out: Array) -> None:
             word = g % span * own + n * block
             place = first + word // words * 2 * words * (16 // bits) + word % words
             source = start_of(x) + 4 * (g * group + n * CUT)
+            last = (32 // bits - 1) * words  # where the high halves of the last code in a word go
+            within("halves", place, last + CUT * bits // 16, 2 * columns)
             total += _cut(bits, source, inverse, start_of(out) + 2 * place, words)
         out[columns + g], out[sums + g] = scale, np.float32(total) * scale
         if largest >= HUGE:
@@ -191,6 +209,9 @@ def _sweep(bits: int, group: int) -> Any:
         keep_apart()
         height, rows, records = scales.shape[0], table.size, start_of(table)
         steps, row_bytes = columns // step_floats, columns * bits // 8
+        blocks = (steps + STEPS - 1) // STEPS
+        within("scales of a row", 0, blocks * STEPS * span, scales.shape[1])
+        within("sums", 0, height * rows * LANES, sums.size)
         row_scales, row_sums = scales.shape[1] * 4, rows * LANES * 4
         if rows == 1:  # a single record stays in the first cache as a whole
             for row in range(height):
@@ -288,10 +309,14 @@ def times_rows(matrix: Array, slot: int, first: int, last: int, table: Array, ou
     bits, group, columns, span = matrix[BITS], matrix[GROUP], matrix[COLUMNS], matrix[SPAN]
     height, rows, groups, width = last - first, table.size, columns // group, places(matrix)
     top, row_bytes = slot * matrix[HEIGHT] + first, columns * bits // 8
+    within("slots", slot, 1, matrix[SLOTS])
+    within("weight rows", first, height, matrix[HEIGHT])
+    within("rows at a time", 0, rows, MAX_ROWS)
     wide = np.empty((2, height, width), np.float32)
     _widened(matrix, SCALES, top, wide[0])
     _widened(matrix, BIASES, top, wide[1])
     chunks = (groups + LANES - 1) // LANES
+    within("biases of a row", 0, chunks * LANES, width)
     sums = new_records(height, rows * LANES).reshape(height, rows, LANES)
     place = start_of(sums)
     for row in range(height):
@@ -361,6 +386,8 @@ def add_job(
 @serial
 def _find(records: Array, first: int, sources: Array) -> Array:
     """Return the addresses of records."""
+    for source in sources:
+        within("records", first + source, 1, records.shape[0])
     return start_of(records) + (first + sources) * (4 * records.shape[1])
 
 
@@ -375,6 +402,8 @@ def _unit(
     job, matrix = jobs[n], matrices[jobs[n, FIRST]]
     top = (unit - job[UNITS]) * UNIT
     bottom = min(matrix[HEIGHT], top + UNIT)
+    within("numbers of a record", 0, matrix[COLUMNS] + 2 * places(matrix), records.shape[1])
+    within("sources", job[START], job[ROWS], sources.size)
     for row in range(job[START], job[START] + job[ROWS], MAX_ROWS):
         end = min(job[START] + job[ROWS], row + MAX_ROWS)
         y = np.empty((end - row, bottom - top), np.float32)
@@ -388,6 +417,7 @@ def _unit(
                     y[r, i] = silu(y[r, i]) * second[r, i]
         for r in range(end - row):
             place = job[PLACE] + targets[row + r] * matrix[HEIGHT]
+            within("outputs", place + top, bottom - top, out.size)
             copy(y[r], out[place + top : place + bottom])
 
 
@@ -395,7 +425,7 @@ _INTEGERS, _TABLE = types.int64[::1], types.int64[:, ::1]
 _UNIT = types.void(
     types.int64, _TABLE, _TABLE, types.float32[:, ::1], _INTEGERS, _INTEGERS, types.float32[::1]
 )
-UNIT_OF_WORK = Apart(_UNIT, _unit, **SERIAL)
+UNIT_OF_WORK = Apart(_UNIT, _unit, **FAST)
 run_unit = caller(_UNIT)  # takes UNIT_OF_WORK's address, and what `_unit` takes
 
 
@@ -434,6 +464,17 @@ class Group:
         """Share it: a copy would hold the addresses of arrays that it does not keep."""
         return self
 
+    def check_addresses(self) -> None:
+        """Raise IndexError if the kernels would read elsewhere, in the mode that looks."""
+        if not CHECKED:
+            return
+        for n, (matrix, row) in enumerate(zip(self.matrices, self.numbers.tolist(), strict=True)):
+            weights = row[SLOTS] * row[HEIGHT] * row[COLUMNS]
+            scales = weights // row[GROUP] * matrix.scales.itemsize
+            sizes = weights * row[BITS] // 8, scales, scales
+            for address, size, array in zip(row[: len(sizes)], sizes, matrix.arrays, strict=True):
+                inside(f"matrix {n}", address, size, view(array))
+
 
 NOTHING = np.zeros(0, np.float32)
 
@@ -447,6 +488,11 @@ def project(h: Array, group: Group, norm: Array = NOTHING, eps: float = 0.0) -> 
         norm: `[in]` weight of an RMS norm that comes first.
         eps: of that norm.
     """
+    for matrix in group.matrices:
+        expect("hidden states", h, (len(h), matrix.columns), np.float32)
+    if norm is not NOTHING:
+        expect("the norm's weight", norm, h.shape[1:])
+    group.check_addresses()
     ends = np.cumsum(group.heights) * len(h)
     out = np.empty(ends[-1], np.float32)
     use_threads(h.size * int(ends[-1]))

@@ -20,8 +20,10 @@ from flashmoe_mlx.custom_kernels.cpu_rows import (
     run_unit,
     silu,
 )
+from flashmoe_mlx.custom_kernels.shapes import expect
 
 QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # places in the group of matrices
+F32 = np.dtype(np.float32)
 
 
 @serial
@@ -152,10 +154,28 @@ class DeltaBlock:
         """
         self._inputs, self._all = Group(*inputs), Group(*inputs, out)
         self._in_norm = in_norm, in_eps
+        weights.check()
+        heads = weights.heads
+        self._past = weights.conv.shape[1] - 1, weights.channels
+        self._state = heads.values, heads.value_dim, heads.key_dim
+        self._check_projections(heads)
         self._matrices = self._all.numbers, self._inputs.forms, self._inputs.form_of
         tensors = weights.conv.squeeze(-1), weights.a_log, weights.dt_bias, weights.norm
         self._weights = [np.array(t).astype(np.float32) for t in tensors]
         self._eps = np.array([weights.norm_eps, weights.qk_eps], np.float32)
+
+    def _check_projections(self, heads: Any) -> None:
+        """Compare the projections with the heads that they serve."""
+        hidden, values = self._in_norm[0].size, heads.values * heads.value_dim
+        heights = self._past[1], values, heads.values, heads.values
+        shapes = [(1, height, hidden) for height in heights]
+        for name, matrix, shape in zip(
+            ("q, k and v", "z", "b", "a", "output"),
+            self._all.matrices,
+            [*shapes, (1, hidden, values)],
+            strict=True,
+        ):
+            expect(f"the projection of a GatedDeltaNet layer to {name}", matrix, shape)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Share it: a copy would hold the addresses of arrays that it does not keep."""
@@ -173,6 +193,12 @@ class DeltaBlock:
             new_past: where the new `past` goes.
             new_state: where the new state goes, apart from `state`.
         """
+        batch = len(h)
+        expect("hidden states", h, (batch, self._in_norm[0].size), F32)
+        for inputs, delta in ((past, state), (new_past, new_state)):
+            expect("a GatedDeltaNet layer's past inputs", inputs, (batch, *self._past), F32)
+            expect("a GatedDeltaNet layer's state", delta, (batch, *self._state), F32)
+        self._all.check_addresses()
         result = np.empty(h.size, np.float32)
         use_threads(ALL)
         _step(

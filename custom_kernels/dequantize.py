@@ -41,6 +41,7 @@ def dequantize(bank: Bank, dtype: mx.Dtype) -> mx.array:
 def dequantize_by_kernel(bank: Bank, dtype: mx.Dtype) -> mx.array:
     """Do what `dequantize` does in one launch."""
     rows, groups = bank.scales.shape
+    bank.check("a matrix", bank.shape)
     columns = groups * bank.group_size
     (weights,) = _kernel(
         [bank.codes, bank.scales, bank.biases],

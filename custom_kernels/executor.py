@@ -141,5 +141,6 @@ def _marker(formats: str) -> Path:
     here = Path(__file__).parent
     sources = [(f.name, f.stat().st_mtime_ns) for f in sorted(here.glob("*.py"))]
     versions = sys.version, importlib.metadata.version("numba"), os.environ.get("NUMBA_CACHE_DIR")
-    key = json.dumps([formats, str(here), sources, versions, platform.node()])
+    mode = os.environ.get("FLASHMOE_DEBUG_BOUNDS")  # see bounds.py
+    key = json.dumps([formats, str(here), sources, versions, mode, platform.node()])
     return cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]

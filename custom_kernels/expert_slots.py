@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, Kernel
 from flashmoe_mlx.custom_kernels.reference import NONE as NONE
+from flashmoe_mlx.custom_kernels.shapes import expect
 
 LANES = 256
 _kernel = Kernel(
@@ -46,6 +47,10 @@ def choose_slots(
         those whose bytes must come, NONE behind the last.
     """
     experts = table.slot_of.shape[0]
+    expect("the slot of each expert", table.slot_of, (experts,), mx.uint32)
+    expect("the uses of each expert", table.demand, (experts,), mx.float32)
+    expect("experts asked for and missing", table.counts, (LEAST_ELEMENTS,), mx.uint32)
+    expect("experts asked for", ids, ids.shape, mx.uint32)
     *after, places, tasks = _kernel(
         [*table, ids, earlier],
         [

@@ -8,6 +8,7 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels.choice import prefers_custom
 from flashmoe_mlx.custom_kernels.executor import on_gpu
 from flashmoe_mlx.custom_kernels.gpu import Kernel
+from flashmoe_mlx.custom_kernels.shapes import expect
 from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES
 
 TILES_LANES, LANES = 256, 128
@@ -47,6 +48,7 @@ def cut(slots: mx.array, of: int, rows: int) -> Tiles:
         rows: of a tile.
     """
     pairs = slots.size
+    expect("slots of experts", slots, (pairs,), mx.uint32)
     tiles = most_tiles(pairs, of, rows)
     counts = mx.zeros(of, mx.uint32).at[slots].add(mx.ones(pairs, mx.uint32))
     return Tiles(
@@ -72,6 +74,8 @@ def take_rows(x: mx.array, tokens: mx.array, tiles: Tiles) -> mx.array:
         tiles: of the pairs.
     """
     hidden, rows = x.shape[-1], tiles.rows
+    expect("tokens", x, (len(x), hidden))
+    expect("the token of each pair", tokens, (tokens.size,), mx.uint32)
     if hidden % EIGHT:
         return x[tokens[rows]]
     (y,) = _take(
@@ -106,6 +110,9 @@ def combine(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:
 def combine_by_kernel(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:
     """Do what `combine` does in one launch, with float32 sums."""
     (tokens, top_k), hidden = places.shape, outputs.shape[-1]
+    expect("outputs of experts", outputs, (len(outputs), hidden))
+    expect("places of outputs", places, (tokens, top_k), mx.uint32)
+    expect("weights of experts", weights, (tokens, top_k))
     (y,) = _combine(
         [outputs, places, weights],
         [((tokens, hidden), outputs.dtype)],

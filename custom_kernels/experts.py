@@ -8,6 +8,7 @@ from flashmoe_mlx.custom_kernels import matvec
 from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
 from flashmoe_mlx.custom_kernels.matvec import CHUNK
+from flashmoe_mlx.custom_kernels.shapes import expect
 
 WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # for NVIDIA's GPUs and many columns
 WIDE = 3072  # columns
@@ -66,6 +67,13 @@ def expert_gate_up(
     hidden, inner, top_k = x.shape[-1], gate.scales.shape[1], slots.shape[-1]
     others = shared or (gate, up)
     extra = others[0].scales.shape[0] if shared else 0
+    expect("slots of experts", slots, (*x.shape[:-1], top_k), mx.uint32)
+    for bank in (gate, up):
+        bank.check("gate and up of the experts", (len(gate.codes), inner, hidden))
+    for bank in shared or ():
+        bank.check("gate and up of the shared expert", (extra, hidden))
+    if norm is not None:
+        expect("the norm's weight", norm[0], (hidden,))
     cuda = is_cuda()
     chunk = WIDE_CHUNK if cuda and hidden >= WIDE else CHUNK
     split = min(4, max(1, hidden // (SIMD * chunk[gate.bits]))) if cuda else 1
@@ -116,7 +124,17 @@ def expert_down_combine(
     height, inner = down.scales.shape[1], down.scales.shape[2] * down.group_size
     top_k, width = slots.shape[-1], hidden.shape[-1]
     other, weight = shared or (down, weights)
-    extra = width - top_k * inner
+    extra, lead = width - top_k * inner, hidden.shape[:-1]
+    expect("slots of experts", slots, (*lead, top_k), mx.uint32)
+    expect("weights of experts", weights, (*lead, top_k))
+    down.check("down of the experts", (len(down.codes), height, inner))
+    if shared:
+        other.check("down of the shared expert", (height, extra))
+        expect("the shared expert's weight", weight, (*lead, 1))
+    else:
+        expect("hidden states of experts", hidden, (*lead, top_k * inner))
+    if residual is not None:
+        expect("the residual", residual, (*lead, height))
     split = max(1, inner // (SIMD * CHUNK[down.bits]))
     simdgroups = min(top_k + (extra > 0), MAX_SIMDGROUPS)
     arrays = [hidden, slots, weights, weight, hidden if residual is None else residual]

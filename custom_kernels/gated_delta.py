@@ -7,6 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels
+from flashmoe_mlx.custom_kernels.shapes import expect
+from flashmoe_mlx.errors import FlashMoEError
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,44 @@ class MixerWeights:
     norm: mx.array
     norm_eps: float
     qk_eps: float = 1e-6
+
+    @property
+    def channels(self) -> int:
+        """What the convolution runs over: q, k and v of all heads."""
+        heads = self.heads
+        return 2 * heads.keys * heads.key_dim + heads.values * heads.value_dim
+
+    @property
+    def projected(self) -> int:
+        """Columns of the projections side by side: qkv, z, b and a."""
+        return self.channels + self.heads.values * (self.heads.value_dim + 2)
+
+    def check(self) -> None:
+        """Compare the weights with the heads, by which the kernels index them.
+
+        Raises:
+            FlashMoEError: they do not belong together.
+        """
+        heads = self.heads
+        if heads.values % heads.keys:
+            raise FlashMoEError(
+                f"{heads.values} value heads are no multiple of {heads.keys} key heads."
+            )
+        expect("conv1d.weight", self.conv, (self.channels, self.conv.shape[1], 1))
+        expect("A_log", self.a_log, (heads.values,))
+        expect("dt_bias", self.dt_bias, (heads.values,))
+        expect("norm.weight", self.norm, (heads.value_dim,))
+
+    def check_cache(self, past: mx.array, state: mx.array, batch: int) -> None:
+        """Compare a layer's cache with the weights and the rows of a batch.
+
+        Raises:
+            FlashMoEError: it is another model's, or of other rows.
+        """
+        heads, taps = self.heads, self.conv.shape[1]
+        expect("a GatedDeltaNet layer's past inputs", past, (batch, taps - 1, self.channels))
+        shape = batch, heads.values, heads.value_dim, heads.key_dim
+        expect("a GatedDeltaNet layer's state", state, shape)
 
 
 @partial(mx.compile, shapeless=True)
@@ -110,6 +150,7 @@ def or_zeros(
         past = mx.zeros((batch, taps - 1, channels), dtype=dtype)
     if state is None:
         state = mx.zeros((batch, heads.values, heads.value_dim, heads.key_dim), dtype=mx.float32)
+    weights.check_cache(past, state, batch)
     return past, state
 
 

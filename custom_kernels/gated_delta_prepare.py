@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.gated_delta_step import check_heads, epsilons, head_constants
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel
+from flashmoe_mlx.custom_kernels.shapes import expect
 
 if TYPE_CHECKING:
     from flashmoe_mlx.custom_kernels.gated_delta import MixerWeights
@@ -44,6 +45,11 @@ def prepare(
     """
     heads, taps, (batch, length, _) = weights.heads, weights.conv.shape[1], projected.shape
     check_heads(heads, taps)
+    weights.check()
+    expect("projections", projected, (batch, length, weights.projected))
+    expect("past inputs", past, (batch, taps - 1, weights.channels))
+    if mask is not None:
+        expect("the mask", mask, (batch, length), mx.bool_)
     keys = batch, length, heads.keys, heads.key_dim
     values = batch, length, heads.values, heads.value_dim
     eps = epsilons(weights.norm_eps, weights.qk_eps)
@@ -82,6 +88,9 @@ def gated_norm(y: mx.array, projected: mx.array, weights: "MixerWeights") -> mx.
     """
     heads, (batch, length, _) = weights.heads, projected.shape
     check_heads(heads)
+    weights.check()
+    expect("projections", projected, (batch, length, weights.projected))
+    expect("the rule's outputs", y, (batch, length, heads.values, heads.value_dim))
     (out,) = _norm(
         [y, projected, weights.norm, epsilons(weights.norm_eps, weights.qk_eps)],
         [((batch, length, heads.values * heads.value_dim), projected.dtype)],

@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.gated_delta_step import LEAST_KEY_DIM, vector
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
+from flashmoe_mlx.custom_kernels.shapes import expect
 
 MOST_MEMORY = 24 << 10  # bytes of a threadgroup's memory; Metal has 32 KiB
 
@@ -72,6 +73,14 @@ def scan(
         raise ValueError(f"{value_heads} value heads are no multiple of {key_heads} key heads")
     if key_dim < LEAST_KEY_DIM:
         raise ValueError(f"key_dim {key_dim} is below {LEAST_KEY_DIM}: use MLX's ops")
+    expect("queries", q, (batch, tokens, key_heads, key_dim))
+    expect("keys", k, q.shape)
+    expect("decays", g, v.shape[:3])
+    expect("strengths", beta, v.shape[:3])
+    sizes = batch, value_heads, value_dim, key_dim
+    expect("a GatedDeltaNet layer's state", state, sizes, mx.float32)
+    if mask is not None:
+        expect("the mask", mask, (batch, tokens), mx.bool_)
     shape = shape or (CUDA_SHAPE if is_cuda() else SHAPE)
     lanes = SIMD * shape.simdgroups
     block = lanes // shape.row_lanes * shape.rows

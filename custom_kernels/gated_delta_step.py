@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, Kernel, settled
+from flashmoe_mlx.custom_kernels.shapes import expect
 
 if TYPE_CHECKING:
     from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights
@@ -49,9 +50,13 @@ def step(
     check_heads(heads, taps)
     if heads.value_dim > lanes:
         raise ValueError(f"value_dim {heads.value_dim} is more than {lanes} lanes: pass more lanes")
+    batch = projected.shape[0]
+    weights.check()
+    weights.check_cache(past, state, batch)
+    expect("projections", projected, (batch, 1, weights.projected))
+    expect("a GatedDeltaNet layer's state", state, state.shape, mx.float32)
     eps = epsilons(weights.norm_eps, weights.qk_eps)
     arrays = [projected, weights.conv, weights.a_log, weights.dt_bias, weights.norm, eps]
-    batch = projected.shape[0]
     y, past, state = _kernel(
         [*arrays, past, state],
         [

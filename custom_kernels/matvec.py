@@ -10,7 +10,9 @@ from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.executor import cpu_steps
 from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda, scalar
 from flashmoe_mlx.custom_kernels.gpu import available as gpu_available
+from flashmoe_mlx.custom_kernels.shapes import expect, expect_quantised
 from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
+from flashmoe_mlx.errors import FlashMoEError
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -61,6 +63,10 @@ def dequant_matvec(
     Returns:
         `[..., rows]`.
     """
+    if norm is not None:
+        expect("the norm's weight", norm[0], x.shape[-1:])
+    if residual is not None:
+        expect("the residual", residual, (*x.shape[:-1], scales.shape[0]))
     gain, eps = norm or (x, x)
     arrays = [x, codes, scales, biases, gain, eps, x if residual is None else residual]
     flags = {"NORM": norm is not None, "RESIDUAL": residual is not None}
@@ -87,8 +93,13 @@ def naive_matvec(
 def _launch(
     kernel: Kernel, arrays: list[mx.array], bits: int, dtype: mx.Dtype, **flags: bool
 ) -> mx.array:
-    x, _, scales = arrays[:3]
+    x, codes, scales, biases = arrays[:4]
     rows, columns = scales.shape[0], x.shape[-1]
+    group = columns // scales.shape[1]
+    if group not in GROUP_SIZES:
+        raise FlashMoEError(f"groups of {group} columns, but this layer takes {GROUP_SIZES}.")
+    expect("codes", codes, (rows, columns * bits // 32))
+    expect_quantised("a matrix", codes, scales, biases, bits, group)
     shape = geometry(columns, bits, cuda=is_cuda())
     (y,) = kernel(
         arrays,
@@ -101,7 +112,7 @@ def _launch(
         ROWS=rows,
         COLUMNS=columns,
         BITS=bits,
-        GROUP=columns // scales.shape[1],
+        GROUP=group,
         **shape,
         **flags,
     )

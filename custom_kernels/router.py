@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, SIMD, Kernel
+from flashmoe_mlx.custom_kernels.shapes import expect_count
 from flashmoe_mlx.custom_kernels.trial import DTYPES
 
 MAX_TOP_K = SIMD
@@ -30,6 +31,7 @@ def route(
     """
     *lead, width = logits.shape
     tokens = logits.size // width
+    expect_count("experts per token", top_k, min(MAX_TOP_K, width - shared))
     ids, weights, gate = _kernel(
         [logits],
         [

@@ -25,6 +25,7 @@ from .cuda_memory import Driver, card_rows, uses_cuda
 from .custom_kernels import reference
 from .custom_kernels.expert_slots import NONE, Table, choose_slots
 from .custom_kernels.gpu import LEAST_ELEMENTS, settled
+from .custom_kernels.shapes import expect, expect_below
 from .errors import FlashMoEError
 from .layout import ExpertLayout, Field, LayerLayout
 from .memory import available_bytes
@@ -161,6 +162,13 @@ class CardBank:
         """
         self._experts, self._slots = layout.num_experts, slots
         self.record_bytes = layout.record_bytes
+        rows = card_rows(arrays)
+        for field, row in zip(layout.fields, rows, strict=True):
+            if row.nbytes != slots * field.nbytes:
+                raise FlashMoEError(
+                    f"{field.file}: {slots} slots of {field.nbytes} bytes are not the "
+                    f"{row.nbytes} bytes of a bank."
+                )
         self._fields = settled(
             mx.array(
                 [
@@ -170,7 +178,7 @@ class CardBank:
                         row.address,
                         field.nbytes,
                     )
-                    for field, row in zip(layout.fields, card_rows(arrays), strict=True)
+                    for field, row in zip(layout.fields, rows, strict=True)
                 ],
                 mx.uint64,
             )
@@ -188,6 +196,8 @@ class CardBank:
 
     def take(self, slot_of: np.ndarray, demand: np.ndarray) -> None:
         """Go on from a table of the host's: `[experts]` uint32 slots or NONE, float32 log2 uses."""
+        for name, array in (("slots of experts", slot_of), ("uses of experts", demand)):
+            expect(name, array, (self._experts,))
         arrays = settled(mx.array(slot_of)), settled(mx.array(demand))
         self._table = Table(*arrays, self._table.counts)
         self._last, self.leads = None, True
@@ -225,6 +235,8 @@ class CardBank:
         self, experts: Sequence[int], slots: Sequence[int], earlier: Sequence[mx.array]
     ) -> mx.array:
         """Return an array that is computed once experts are in slots that the host chose."""
+        expect_below("experts", np.array(experts, np.int64), self._experts)
+        expect_below("slots", np.array(slots, np.int64), self._slots)
         there = mx.array(np.array(slots, np.uint32))
         tasks = mx.array(np.stack([experts, slots], axis=1).astype(np.uint32))
         if earlier:

@@ -145,6 +145,10 @@ class CardReads:
         """How many pieces `read` reads at a time."""
         return len(os.sched_getaffinity(0))
 
+    def takes(self, piece: Any) -> bool:
+        """Say whether `read` has room for a piece, and the piece for its bytes."""
+        return piece[2] <= STAGE and piece[2] == sum(map(len, piece[3]))
+
     def read(self, pieces: Sequence[Any]) -> list[int]:
         """Fill the rows of pieces on all cores, and return how many bytes of each came.
 
@@ -165,6 +169,11 @@ class CardReads:
     def _read_turn(self, half: Staging, pieces: Sequence[Any]) -> list[int]:
         """Read pieces into page-locked memory, and begin to copy those that are whole."""
         sizes = np.array([piece[2] for piece in pieces], np.int64)
+        if sizes.sum() > len(half.view):
+            raise FlashMoEError(
+                f"{sizes.sum()} bytes of experts do not fit into {len(half.view)} bytes of "
+                "page-locked memory."
+            )
         places = half.address + np.cumsum(sizes) - sizes
         files = np.array([piece[0] for piece in pieces], np.int32)
         offsets = np.array([piece[1] for piece in pieces], np.int64)

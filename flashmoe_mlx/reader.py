@@ -156,15 +156,17 @@ class Reader:
         with self._lock:
             self._count_seconds()
             self._in_flight += 1
-        pieces = list(batch.pieces)
+        pieces = list(filter(card.takes, batch.pieces))
+        others = [piece for piece in batch.pieces if not card.takes(piece)]
         try:
-            came = card.read(pieces)
+            came = card.read(pieces) if pieces else []
         except FlashMoEError:  # the threads will find out which file it is
             came = [0] * len(pieces)
         with self._lock:
             self._count_seconds()
             self._in_flight -= 1
             batch.pieces.clear()
+            batch.pieces.extend(others)
             for piece, count in zip(pieces, came, strict=True):
                 if count == piece[2]:
                     piece[-1].advance(count, None)
@@ -273,6 +275,11 @@ class Reader:
         `preadv` may return less than asked, so go on until all is there.
         """
         descriptor, offset, nbytes, rows, _ = piece
+        if (room := sum(map(len, rows))) != nbytes:
+            return 0, FlashMoEError(
+                f"{self._names[descriptor]}: {nbytes} bytes of an expert do not fit into {room} "
+                "bytes of memory. Load the model again."
+            )
         preadv: Any = self._card.preadv if self._card else os.preadv
         done = 0
         while done < nbytes:

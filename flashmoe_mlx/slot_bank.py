@@ -190,6 +190,8 @@ class Bank:
 
     def _row(self, slot: int, index: int) -> Row:
         size = self.layout.fields[index].nbytes
+        if not 0 <= slot < self._slots:
+            raise FlashMoEError(f"slot {slot} is not one of {self._slots}. Load the model again.")
         return self._views[index][slot * size : (slot + 1) * size]
 
 

@@ -95,6 +95,30 @@ def test_records_of_unequal_parts_and_more_than_the_page_locked_memory_holds(
     assert max(memory.nbytes for memory in driver.memory.values()) == 3 * sum(sizes) // 2
 
 
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+def test_a_record_larger_than_the_page_locked_memory(tmp_path, driver, monkeypatch, spare):
+    """The driver's memory is exactly as large as asked for: what is read past it hits others'."""
+    sizes = [4096, 12, 400, 4096, 8, 8, 4096, 4, 400]
+    monkeypatch.setattr(cuda_memory, "STAGE", sum(sizes) + spare)
+    reads, read = [], CardReads.read
+
+    def watched(this, pieces):
+        reads.extend(piece[2] for piece in pieces)
+        return read(this, pieces)
+
+    monkeypatch.setattr(CardReads, "read", watched)
+    store = big_store(big_layout(tmp_path, sizes), threads=2, slots=5)
+    assert_whole(store, [4, 3], store.fetch(0, [4, 3]))
+    assert reads == ([] if spare < 0 else 2 * [sum(sizes)])
+
+
+def test_page_locked_memory_is_not_written_past_its_end(driver):
+    reads, row = CardReads(driver), CardRow(0, 100)
+    half = cuda_memory.Staging(driver, 100)
+    with pytest.raises(FlashMoEError, match="101 bytes of experts do not fit into 100"):
+        reads._read_turn(half, [(0, 0, 100, [row], None), (0, 0, 1, [row], None)])
+
+
 @pytest.mark.parametrize("numba", [True, False])
 def test_a_file_cut_short_is_named_and_the_others_arrive(tmp_path, driver, monkeypatch, numba):
     monkeypatch.setattr(CardReads, "at_once", numba)

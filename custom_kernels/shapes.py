@@ -1,0 +1,71 @@
+"""Shapes and dtypes of what kernels are given, compared with the sizes by which they index."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.errors import FlashMoEError
+
+
+def expect(name: str, array: Any, shape: tuple[int, ...], dtype: Any = None) -> None:
+    """Compare an array, MLX's or NumPy's, with what a kernel takes.
+
+    Raises:
+        FlashMoEError: it has another shape, or another dtype than the one given.
+    """
+    if array.shape != shape or (dtype is not None and array.dtype != dtype):
+        kind, wanted = ("", "") if dtype is None else map(_name, (array.dtype, dtype))
+        raise FlashMoEError(
+            f"{name}: {list(array.shape)}{kind}, but this layer takes {list(shape)}{wanted}. "
+            "Pass arrays of this model's own sizes; a cache is of use to the model that made it."
+        )
+
+
+def _name(dtype: Any) -> str:
+    return " " + getattr(dtype, "__name__", str(dtype)).removeprefix("mlx.core.")
+
+
+def expect_count(name: str, number: int, most: int) -> None:
+    """Raise FlashMoEError unless a number is from 1 to `most`."""
+    if not 1 <= number <= most:
+        raise FlashMoEError(f"{name}: {number}, but this layer takes 1 to {most}.")
+
+
+def expect_below(name: str, numbers: np.ndarray, limit: int) -> None:
+    """Raise FlashMoEError unless numbers, int64, are places in something of `limit`."""
+    expect(name, numbers, (numbers.size,), np.int64)
+    # As unsigned numbers the negative ones are the largest: one pass finds both.
+    if numbers.size and numbers.view(np.uint64).max() >= limit:
+        wrong = numbers[(numbers < 0) | (numbers >= limit)][0]
+        raise FlashMoEError(
+            f"{name}: {wrong} is not one of 0 to {limit - 1}. Load the model again."
+        )
+
+
+def expect_quantised(
+    name: str, codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
+) -> None:
+    """Compare a quantised matrix, or a bank of them, with its format.
+
+    Args:
+        name: in errors.
+        codes: `[..., out, in * bits / 32]` uint32.
+        scales: `[..., out, groups]`.
+        biases: like `scales`.
+        bits: bits per weight.
+        group_size: columns per scale and bias.
+
+    Raises:
+        FlashMoEError: shapes or dtypes do not belong together.
+    """
+    *lead, words = codes.shape
+    expect(f"{name}: codes", codes, (*lead, words), mx.uint32)
+    groups = words * 32 // bits // group_size
+    expect(f"{name}: scales", scales, (*lead, groups))
+    expect(f"{name}: biases", biases, (*lead, groups), scales.dtype)
+    if groups * group_size * bits != words * 32:
+        raise FlashMoEError(
+            f"{name}: {words} words of codes are no whole groups of {group_size} columns of {bits} "
+            "bits. Convert the checkpoint again."
+        )
