@@ -35,7 +35,6 @@ from flashmoe_mlx.convert.output import MODEL_FILE as MODEL_FILE
 from flashmoe_mlx.convert.output import SHIM as SHIM
 from flashmoe_mlx.convert.output import (
     WRITTEN_ANEW,
-    copied_files,
     place,
     small_files,
     write_manifest,
@@ -48,6 +47,7 @@ from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.shards import Shards
 from flashmoe_mlx.convert.source import Source, open_source
+from flashmoe_mlx.convert.stamps import SourceChangedError, Stamps, source_files
 from flashmoe_mlx.convert.steps import fetched, plan_steps
 from flashmoe_mlx.convert.upload import check_card, check_finished, check_repo, is_finished, upload
 from flashmoe_mlx.convert.write import link_file, write_file
@@ -131,17 +131,18 @@ def _convert(
     link: bool,
     repo: str | None,
 ) -> None:
+    stamps = Stamps(shards.lasting(source_files(source)))
     plan = build_plan(source, options)
     if link:
         _check_linkable(source)
     card = b"" if link else model_card(source, plan, options, tools())
-    begun = _begun(source, options, link)
+    begun = _begun(source, options, link, stamps)
     if repo:
         check_card(repo, card)
     if repo and is_finished(out):
         check_finished(out, public(begun))
     else:
-        _make(source, shards, plan, options, out, dry_run, begun, card)
+        _make(source, shards, plan, options, out, dry_run, begun, card, stamps)
     if repo and dry_run:
         print(f"to upload   {repo}")
     elif repo:
@@ -157,6 +158,7 @@ def _make(
     dry_run: bool,
     begun: Begun,
     card: bytes,
+    stamps: Stamps,
 ) -> None:
     """Check what there is room for, and write what is missing; or say what would be written."""
     link = begun["options"]["link"]
@@ -193,47 +195,29 @@ def _make(
             content = _link(source, plan, out)
         else:
             with _calibration(source, text) as calibration:
-                content = _write(source, shards, plan, out, begun, done, calibration)
+                content = _write(source, shards, plan, out, begun, done, calibration, stamps)
             write_file(out / CARD, card)
+        stamps.check(out)
         write_manifest(out, content)
         remove_journal(out)
 
 
-def _begun(source: Source, options: Options, link: bool) -> Begun:
+def _begun(source: Source, options: Options, link: bool, stamps: Stamps) -> Begun:
     """Return what the bytes of the output depend on, for the journal.
 
     Of a source on the Hub the commit says everything, and a dry run has outlines of its files only.
     """
-    files = set() if source.revision else _source_files(source)
     return {
         "source": origin(source),
         "options": asdict(options) | {"link": link},
         "tools": tools(),
-        "files": {path.name: _stamp(path) for path in sorted(files)},
+        "files": {} if source.revision else stamps.named(source.directory),
     }
 
 
 def tools() -> str:
     """Return what quantises: two versions or devices may round in different ways."""
     return f"mlx {version('mlx')}, {mx.default_device().type.name}"
-
-
-def _stamp(path: Path) -> list[int]:
-    """Return size in bytes and time of change in nanoseconds."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
-
-
-def _source_files(source: Source) -> set[Path]:
-    """Return every file that a conversion reads."""
-    layers = source.layout.layers if source.layout else ()
-    return {
-        source.directory / "config.json",
-        *copied_files(source),
-        *(file for file, _ in source.trunk.values()),
-        *(matrix.file for matrix in source.matrices.values()),
-        *(field.file for layer in layers for field in layer.fields),
-    }
 
 
 def _existing_parent(path: Path) -> Path:
@@ -246,6 +230,8 @@ def _unfinished(out: Path) -> Iterator[None]:
     advice = f"Run the same command again to go on from here, or delete {out}."
     try:
         yield
+    except SourceChangedError:  # to go on would be no use
+        raise
     except FlashMoEError as error:
         raise FlashMoEError(f"{error} {advice}") from error
     except OSError as error:
@@ -288,6 +274,7 @@ def _write(
     begun: Begun,
     done: Entries,
     calibration: Calibration | None,
+    stamps: Stamps,
 ) -> dict[str, Any]:
     """Write everything that is not done but the manifest, and return the manifest's content."""
     small = {name: write_small(out / name, c) for name, c in small_files(source, plan).items()}
@@ -302,7 +289,9 @@ def _write(
             if calibration and isinstance(file, LayerPlan):
                 seen = calibration.layer(file.layer)
             visit = step.visit(done)
-            done[name] = write_weights(source, file, out, reader, bar.update, seen, visit)
+            with _unchanged(stamps, out):
+                entry = write_weights(source, file, out, reader, bar.update, seen, visit)
+            done[name] = entry
             write_journal(out, begun, done)
             shards.delete(step.spent, reader)
     shards.remove()
@@ -314,6 +303,17 @@ def _write(
         "layers": [done[place(layer)] for layer in plan.layers],
         "files": [entry for _, entry in sorted((small | trunk).items())],
     }
+
+
+@contextmanager
+def _unchanged(stamps: Stamps, out: Path) -> Iterator[None]:
+    """Check the source's stamps after a step, also where its files made the step fail."""
+    try:
+        yield
+    except (FlashMoEError, OSError):
+        stamps.check(out)
+        raise
+    stamps.check(out)
 
 
 def _bar(plan: Plan, done: Entries) -> Any:
