@@ -1,10 +1,12 @@
 """The command `flashmoe-convert`."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashmoe_mlx.convert.foreign_code import REMEDY, foreign_code
 from flashmoe_mlx.convert.parts import METHODS
 from flashmoe_mlx.convert.plan import DTYPES
 from flashmoe_mlx.convert.recipes import RECIPES
@@ -86,6 +88,11 @@ def parser() -> argparse.ArgumentParser:
         help="Stream from a quantised MLX checkpoint where it lies: symlinks, no copies.",
     )  # fmt: skip
     add(
+        "--no-remote-code", action="store_true",
+        help="Leave out the source's Python files and what names code in its configuration "
+        "(auto_map), which --trust-remote-code would run. Without it they go along unchanged.",
+    )  # fmt: skip
+    add(
         "--upload-repo", metavar="OWNER/NAME",
         help="Upload the finished directory to this repository of the Hub, which is made, public, "
         "if need be. Added to a command that finished before, it uploads what that made.",
@@ -155,8 +162,19 @@ def _convert(options: argparse.Namespace) -> int:
     if options.upload_repo and not options.dry_run:
         print(f"Uploaded: https://huggingface.co/{options.upload_repo}")
     elif not options.dry_run:
-        print(f"Done. Try: mlx_lm.generate --model {options.mlx_path} --trust-remote-code -p Hello")
+        print(done(options.hf_path, options.mlx_path))
     return 0
+
+
+def done(source: str, out: str) -> str:
+    """Say that a conversion is done and how to try it: with the flag if it runs our shim only."""
+    directory, place = Path(out).expanduser(), shlex.quote(out)
+    if not (code := foreign_code(directory, list(directory.iterdir()))):
+        return f"Done. Try: mlx_lm.generate --model {place} --trust-remote-code -p Hello"
+    return (
+        f"Done. Code of {source} went along: {code}. {REMEDY}.\n"
+        f"Try, without that flag: flashmoe-generate --model {place} -p Hello"
+    )
 
 
 if __name__ == "__main__":

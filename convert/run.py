@@ -6,7 +6,6 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flashmoe_mlx.convert.calibrate import Calibration
 from flashmoe_mlx.convert.card import CARD, model_card
 from flashmoe_mlx.convert.checksum import as_text
 from flashmoe_mlx.convert.describe import describe, describe_time, human
+from flashmoe_mlx.convert.hub import WEIGHTS
 from flashmoe_mlx.convert.journal import (
     Begun,
     Entries,
@@ -34,7 +34,6 @@ from flashmoe_mlx.convert.locate import Found, located
 from flashmoe_mlx.convert.output import MODEL_FILE as MODEL_FILE
 from flashmoe_mlx.convert.output import SHIM as SHIM
 from flashmoe_mlx.convert.output import (
-    WRITTEN_ANEW,
     place,
     small_files,
     write_manifest,
@@ -46,7 +45,7 @@ from flashmoe_mlx.convert.parts import METHODS, LayerPlan, Options, Plan
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.shards import Shards
-from flashmoe_mlx.convert.source import Source, open_source
+from flashmoe_mlx.convert.source import INDEX, Source, open_source
 from flashmoe_mlx.convert.stamps import SourceChangedError, Stamps, source_files
 from flashmoe_mlx.convert.steps import fetched, plan_steps
 from flashmoe_mlx.convert.upload import check_card, check_finished, check_repo, is_finished, upload
@@ -70,6 +69,7 @@ def convert(
     link: bool = False,
     keep_source: bool = False,
     upload_repo: str | None = None,
+    no_remote_code: bool = False,
 ) -> None:
     """Convert a Qwen3.5 MoE checkpoint into a directory that streams its experts from disk.
 
@@ -93,6 +93,8 @@ def convert(
             stay with `link` and `calibrate`, which need them all.)
         upload_repo: OWNER/NAME on the Hub, to upload the finished directory to. One that the same
             call made before is uploaded as it is.
+        no_remote_code: leave out Python files of the source, and what of its configuration names
+            code (`auto_map`), which `trust_remote_code` would run. Else they go along unchanged.
 
     Raises:
         FlashMoEError: the source, the options or the disk does not allow it. If it happens after
@@ -105,8 +107,10 @@ def convert(
     if q_method not in (None, *METHODS):
         raise FlashMoEError(f"q_method = {q_method!r} is none of {', '.join(METHODS)}.")
     text = None if calibrate is None else str(Path(calibrate).expanduser())
-    options = Options(quantize, q_bits, q_group_size, dtype, q_method, text, quant_predicate)
-    if link and options != Options():
+    options = Options(
+        quantize, q_bits, q_group_size, dtype, q_method, text, quant_predicate, no_remote_code
+    )
+    if link and options != Options(no_remote_code=no_remote_code):
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
     if upload_repo is not None:
         if link:
@@ -209,7 +213,7 @@ def _begun(source: Source, options: Options, link: bool, stamps: Stamps) -> Begu
     """
     return {
         "source": origin(source),
-        "options": asdict(options) | {"link": link},
+        "options": options.given() | {"link": link},
         "tools": tools(),
         "files": {} if source.revision else stamps.named(source.directory),
     }
@@ -310,8 +314,11 @@ def _unchanged(stamps: Stamps, out: Path) -> Iterator[None]:
     """Check the source's stamps after a step, also where its files made the step fail."""
     try:
         yield
-    except (FlashMoEError, OSError):
-        stamps.check(out)
+    except FlashMoEError as error:
+        try:
+            stamps.check(out)
+        except SourceChangedError as change:
+            raise SourceChangedError(f"{error} {change}") from error
         raise
     stamps.check(out)
 
@@ -351,9 +358,13 @@ def _check_linkable(source: Source) -> None:
 def _link(source: Source, plan: Plan, out: Path) -> dict[str, Any]:
     """Symlink the source's files, and return the manifest's content."""
     directory = source.directory.resolve()
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name not in WRITTEN_ANEW:
+    weights = (*directory.glob("*" + WEIGHTS), directory / INDEX, directory / CARD)
+    for path in sorted(weights):
+        if path.is_file():
             link_file(path, out / path.name)
-    for name in WRITTEN_ANEW:
-        write_small(out / name, small_files(source, plan)[name])
+    for name, content in small_files(source, plan).items():
+        if isinstance(content, Path):
+            link_file(directory / name, out / name)
+        elif name != INDEX:
+            write_small(out / name, content)
     return {"link": str(directory)}
