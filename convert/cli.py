@@ -94,8 +94,18 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--upload-repo", metavar="OWNER/NAME",
-        help="Upload the finished directory to this repository of the Hub, which is made, public, "
-        "if need be. Added to a command that finished before, it uploads what that made.",
+        help="Upload the finished directory to this repository of the Hub, which is made if need "
+        "be: what the manifest lists, and the model card. Added to a command that finished "
+        "before, it uploads what that made. Needs --private or --public.",
+    )  # fmt: skip
+    seen = result.add_mutually_exclusive_group()
+    seen.add_argument(
+        "--private", action="store_const", const=True,
+        help="With --upload-repo: only you, or your organisation, may see the repository.",
+    )  # fmt: skip
+    seen.add_argument(
+        "--public", dest="private", action="store_const", const=False,
+        help="With --upload-repo: everybody may see it.",
     )  # fmt: skip
     return result
 
@@ -159,22 +169,25 @@ def _convert(options: argparse.Namespace) -> int:
         advice += f", or delete {options.mlx_path}" if advice and not is_finished(out) else ""
         print(f"flashmoe-convert: interrupted{advice}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if options.upload_repo and not options.dry_run:
-        print(f"Uploaded: https://huggingface.co/{options.upload_repo}")
-    elif not options.dry_run:
-        print(done(options.hf_path, options.mlx_path))
+    if not options.dry_run:
+        print(*done(options.hf_path, options.mlx_path, options.upload_repo), sep="\n")
     return 0
 
 
-def done(source: str, out: str) -> str:
-    """Say that a conversion is done and how to try it: with the flag if it runs our shim only."""
+def done(source: str, out: str, repo: str | None) -> list[str]:
+    """Say that all is done, and how to try it: with the flag only if that runs just our shim."""
     directory, place = Path(out).expanduser(), shlex.quote(out)
-    if not (code := foreign_code(directory, list(directory.iterdir()))):
-        return f"Done. Try: mlx_lm.generate --model {place} --trust-remote-code -p Hello"
-    return (
-        f"Done. Code of {source} went along: {code}. {REMEDY}.\n"
-        f"Try, without that flag: flashmoe-generate --model {place} -p Hello"
-    )
+    code = foreign_code(directory, list(directory.iterdir()))
+    named = [f"Code of {source} went along: {code}. {REMEDY}."] if code else []
+    if repo:
+        return [f"Uploaded: https://huggingface.co/{repo}", *named]
+    if code:
+        return [
+            "Done.",
+            *named,
+            f"Try, without that flag: flashmoe-generate --model {place} -p Hello",
+        ]
+    return [f"Done. Try: mlx_lm.generate --model {place} --trust-remote-code -p Hello"]
 
 
 if __name__ == "__main__":

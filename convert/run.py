@@ -17,7 +17,6 @@ from flashmoe_mlx.convert.calibrate import Calibration
 from flashmoe_mlx.convert.card import CARD, model_card
 from flashmoe_mlx.convert.checksum import as_text
 from flashmoe_mlx.convert.describe import describe, describe_time, human
-from flashmoe_mlx.convert.hub import WEIGHTS
 from flashmoe_mlx.convert.journal import (
     Begun,
     Entries,
@@ -30,6 +29,7 @@ from flashmoe_mlx.convert.journal import (
     remove_leftovers,
     write_journal,
 )  # fmt: skip
+from flashmoe_mlx.convert.link import check_linkable, link_source
 from flashmoe_mlx.convert.locate import Found, located
 from flashmoe_mlx.convert.output import MODEL_FILE as MODEL_FILE
 from flashmoe_mlx.convert.output import SHIM as SHIM
@@ -45,11 +45,19 @@ from flashmoe_mlx.convert.parts import METHODS, LayerPlan, Options, Plan
 from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.shards import Shards
-from flashmoe_mlx.convert.source import INDEX, Source, open_source
+from flashmoe_mlx.convert.source import Source, open_source
 from flashmoe_mlx.convert.stamps import SourceChangedError, Stamps, source_files
 from flashmoe_mlx.convert.steps import fetched, plan_steps
-from flashmoe_mlx.convert.upload import check_card, check_finished, check_repo, is_finished, upload
-from flashmoe_mlx.convert.write import link_file, write_file
+from flashmoe_mlx.convert.upload import (
+    Destination,
+    card_of,
+    check_card,
+    check_finished,
+    check_repo,
+    is_finished,
+    upload,
+)  # fmt: skip
+from flashmoe_mlx.convert.write import write_file
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
 
@@ -70,6 +78,7 @@ def convert(
     keep_source: bool = False,
     upload_repo: str | None = None,
     no_remote_code: bool = False,
+    private: bool | None = None,
 ) -> None:
     """Convert a Qwen3.5 MoE checkpoint into a directory that streams its experts from disk.
 
@@ -95,6 +104,7 @@ def convert(
             call made before is uploaded as it is.
         no_remote_code: leave out Python files of the source, and what of its configuration names
             code (`auto_map`), which `trust_remote_code` would run. Else they go along unchanged.
+        private: whether `upload_repo` is for you or your organisation only; must be said.
 
     Raises:
         FlashMoEError: the source, the options or the disk does not allow it. If it happens after
@@ -102,6 +112,8 @@ def convert(
             same call goes on with the files that are not finished.
     """
     out = Path(mlx_path).expanduser()
+    if upload_repo is None and private is not None:
+        raise FlashMoEError("--private and --public are about --upload-repo. Add it, or drop them.")
     if upload_repo is None or not is_finished(out):
         check_output(out)
     if q_method not in (None, *METHODS):
@@ -112,18 +124,19 @@ def convert(
     )
     if link and options != Options(no_remote_code=no_remote_code):
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
+    to = None
     if upload_repo is not None:
         if link:
             raise FlashMoEError(
                 f"--upload-repo {upload_repo}: with --link there is nothing to upload but links to "
                 "files of this machine. Drop --link."
             )
-        check_repo(upload_repo)
+        to = check_repo(upload_repo, private)
     whole = keep_source or link or text is not None
     with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
         source = open_source(found.directory, str(hf_path), found.commit)
         shards = Shards(Found(found.directory) if whole else found, out)
-        _convert(source, shards, options, out, dry_run, link, upload_repo)
+        _convert(source, shards, options, out, dry_run, link, to)
 
 
 def _convert(
@@ -133,24 +146,24 @@ def _convert(
     out: Path,
     dry_run: bool,
     link: bool,
-    repo: str | None,
+    to: Destination | None,
 ) -> None:
     stamps = Stamps(shards.lasting(source_files(source)))
     plan = build_plan(source, options)
     if link:
-        _check_linkable(source)
+        check_linkable(source)
     card = b"" if link else model_card(source, plan, options, tools())
     begun = _begun(source, options, link, stamps)
-    if repo:
-        check_card(repo, card)
-    if repo and is_finished(out):
+    if to:
+        check_card(to.repo, card_of(out, card) if is_finished(out) else card)
+    if to and is_finished(out):
         check_finished(out, public(begun))
     else:
         _make(source, shards, plan, options, out, dry_run, begun, card, stamps)
-    if repo and dry_run:
-        print(f"to upload   {repo}")
-    elif repo:
-        upload(out, repo, card)
+    if to and dry_run:
+        print(f"to upload   {to}")
+    elif to:
+        upload(out, to, card)
 
 
 def _make(
@@ -196,7 +209,7 @@ def _make(
         write_journal(out, begun, done)
         remove_leftovers(out, plan, done)
         if link:
-            content = _link(source, plan, out)
+            content = link_source(source, plan, out)
         else:
             with _calibration(source, text) as calibration:
                 content = _write(source, shards, plan, out, begun, done, calibration, stamps)
@@ -345,26 +358,3 @@ def public(begun: Begun) -> dict[str, dict[str, Any]]:
     if options["calibrate"]:
         options["calibrate"] = Path(options["calibrate"]).name
     return {"source": source, "options": options}
-
-
-def _check_linkable(source: Source) -> None:
-    if source.layout is None or source.layout.kind != "stock":
-        raise FlashMoEError(
-            f"{source.directory}: --link needs an MLX checkpoint with stacked experts, and this is "
-            "a directory that flashmoe-convert wrote. Use it as it is."
-        )
-
-
-def _link(source: Source, plan: Plan, out: Path) -> dict[str, Any]:
-    """Symlink the source's files, and return the manifest's content."""
-    directory = source.directory.resolve()
-    weights = (*directory.glob("*" + WEIGHTS), directory / INDEX, directory / CARD)
-    for path in sorted(weights):
-        if path.is_file():
-            link_file(path, out / path.name)
-    for name, content in small_files(source, plan).items():
-        if isinstance(content, Path):
-            link_file(directory / name, out / name)
-        elif name != INDEX:
-            write_small(out / name, content)
-    return {"link": str(directory)}

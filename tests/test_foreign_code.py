@@ -74,7 +74,7 @@ def test_named_by_the_plan_the_end_and_the_card(source, tmp_path, capsys):
     assert main([*command, "--dry-run"]) == 0
     assert f"\ncode        of {source}: {NAMED}. {REMEDY}\n" in capsys.readouterr().out
     assert main(command) == 0
-    done = f"Done. Code of {source} went along: {NAMED}. {REMEDY}.\n"
+    done = f"Done.\nCode of {source} went along: {NAMED}. {REMEDY}.\n"
     attempt = f"Try, without that flag: flashmoe-generate --model {tmp_path / 'out'} -p Hello\n"
     assert capsys.readouterr().out == done + attempt
     card = (tmp_path / "out/README.md").read_text()

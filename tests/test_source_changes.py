@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from convert_helpers import contents, flip, write_checkpoints
 
-from flashmoe_mlx.convert import convert, run
+from flashmoe_mlx.convert import convert, link, run
 from flashmoe_mlx.errors import FlashMoEError
 
 MANIFEST = "model_experts/manifest.json"
@@ -122,14 +122,14 @@ def test_small_files(stock, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
 def test_the_source_of_links(stock, tmp_path, monkeypatch, name):
-    real = run.link_file
+    real = link.link_file
 
     def link_file(path, target):
         real(path, target)
         if target.name == "tokenizer_config.json":
             overwrite_in_secret(stock / name)
 
-    monkeypatch.setattr(run, "link_file", link_file)
+    monkeypatch.setattr(link, "link_file", link_file)
     refused(stock, tmp_path / "out", stock / name, link=True)
 
 
