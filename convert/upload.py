@@ -136,6 +136,7 @@ def _check_rights(repo: str, owner: str, name: str, role: str | None, owners: se
 def _check_seen(repo: str, private: bool) -> None:
     """Check that a repository that is there is as private as it is to be."""
     from huggingface_hub import HfApi
+
     try:
         with impatient():
             found = patiently(repo, partial(HfApi().model_info, repo), WAITS[:2]).private
