@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.convert.describe import human
+from flashmoe_mlx.convert.foreign_code import ForeignCode
 from flashmoe_mlx.convert.hub import CARD, reason
+from flashmoe_mlx.convert.output import brought_code
 from flashmoe_mlx.convert.parts import Options, Plan, flags
 from flashmoe_mlx.convert.source import Source
 from flashmoe_mlx.errors import FlashMoEError
@@ -45,8 +47,9 @@ mlx_lm.generate --model {place} --trust-remote-code --prompt "Hello"
 ```
 
 `--trust-remote-code` is needed because `config.json` names a two-line `flashmoe_model.py`, which
-loads flashmoe-mlx. `flashmoe-convert verify` compares every byte of a downloaded copy with its
-checksums.
+loads flashmoe-mlx. {code}
+
+`flashmoe-convert verify` compares every byte of a downloaded copy with its checksums.
 
 Made by flashmoe-mlx {version} ({tools}) with
 
@@ -96,9 +99,20 @@ def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
         "trunk": f"{trunk['bits']} bits, groups of {trunk['group_size']}",
         "trunk_bytes": human(plan.trunk_bytes),
         "place": PLACE,
+        "code": _code(brought_code(source, plan), name),
         "version": version("flashmoe-mlx"),
         "command": command(source, options),
     }
+
+
+def _code(code: ForeignCode, name: str) -> str:
+    """Say whose code the flag would run besides."""
+    if not code:
+        return "It runs no other code of this directory."
+    return (
+        f"**It would also run code of {name}:** {code}.\nRead that first. `flashmoe-generate` "
+        "without the flag runs none of it."
+    )
 
 
 def _experts(plan: Plan, options: Options) -> str:

@@ -1,10 +1,12 @@
 """The command `flashmoe-convert`."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashmoe_mlx.convert.foreign_code import REMEDY, foreign_code
 from flashmoe_mlx.convert.parts import METHODS
 from flashmoe_mlx.convert.plan import DTYPES
 from flashmoe_mlx.convert.recipes import RECIPES
@@ -86,9 +88,24 @@ def parser() -> argparse.ArgumentParser:
         help="Stream from a quantised MLX checkpoint where it lies: symlinks, no copies.",
     )  # fmt: skip
     add(
+        "--no-remote-code", action="store_true",
+        help="Leave out the source's Python files and what names code in its configuration "
+        "(auto_map), which --trust-remote-code would run. Without it they go along unchanged.",
+    )  # fmt: skip
+    add(
         "--upload-repo", metavar="OWNER/NAME",
-        help="Upload the finished directory to this repository of the Hub, which is made, public, "
-        "if need be. Added to a command that finished before, it uploads what that made.",
+        help="Upload the finished directory to this repository of the Hub, which is made if need "
+        "be: what the manifest lists, and the model card. Added to a command that finished "
+        "before, it uploads what that made. Needs --private or --public.",
+    )  # fmt: skip
+    seen = result.add_mutually_exclusive_group()
+    seen.add_argument(
+        "--private", action="store_const", const=True,
+        help="With --upload-repo: only you, or your organisation, may see the repository.",
+    )  # fmt: skip
+    seen.add_argument(
+        "--public", dest="private", action="store_const", const=False,
+        help="With --upload-repo: everybody may see it.",
     )  # fmt: skip
     return result
 
@@ -152,11 +169,25 @@ def _convert(options: argparse.Namespace) -> int:
         advice += f", or delete {options.mlx_path}" if advice and not is_finished(out) else ""
         print(f"flashmoe-convert: interrupted{advice}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if options.upload_repo and not options.dry_run:
-        print(f"Uploaded: https://huggingface.co/{options.upload_repo}")
-    elif not options.dry_run:
-        print(f"Done. Try: mlx_lm.generate --model {options.mlx_path} --trust-remote-code -p Hello")
+    if not options.dry_run:
+        print(*done(options.hf_path, options.mlx_path, options.upload_repo), sep="\n")
     return 0
+
+
+def done(source: str, out: str, repo: str | None) -> list[str]:
+    """Say that all is done, and how to try it: with the flag only if that runs just our shim."""
+    directory, place = Path(out).expanduser(), shlex.quote(out)
+    code = foreign_code(directory, list(directory.iterdir()))
+    named = [f"Code of {source} went along: {code}. {REMEDY}."] if code else []
+    if repo:
+        return [f"Uploaded: https://huggingface.co/{repo}", *named]
+    if code:
+        return [
+            "Done.",
+            *named,
+            f"Try, without that flag: flashmoe-generate --model {place} -p Hello",
+        ]
+    return [f"Done. Try: mlx_lm.generate --model {place} --trust-remote-code -p Hello"]
 
 
 if __name__ == "__main__":

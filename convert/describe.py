@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe_mlx.convert.experts import ExpertSteps, Loaded
+from flashmoe_mlx.convert.foreign_code import REMEDY
+from flashmoe_mlx.convert.output import brought_code
 from flashmoe_mlx.convert.parts import LayerPlan, Plan, Quant
 from flashmoe_mlx.convert.read import Bytes, Reader
 from flashmoe_mlx.convert.source import Source
@@ -27,6 +29,7 @@ def describe(
     after = sorted({_kind(p.after) for layer in plan.layers for p in layer.projections})
     trunk = sum(len(file.outputs) for file in plan.trunk)
     experts = sum(layer.experts for layer in plan.layers) * len(FIELDS)
+    code = brought_code(source, plan)
     rows = (
         ("source", f"{source.name} (experts: {', '.join(before)})"),
         ("target", f"{out} (experts: {', '.join(after)})"),
@@ -37,6 +40,7 @@ def describe(
             "experts",
             f"{plan.expert_bytes:,} bytes ({human(plan.expert_bytes)}), {experts:,} tensors",
         ),
+        *([("code", f"of {source.name}: {code}. {REMEDY}")] if code else ()),
         *([("to fetch", _fetching(fetching))] if fetching.count else ()),
         ("to write", f"{to_write:,} bytes ({human(to_write)})"),
         ("free disk", f"{free:,} bytes ({human(free)}){', too little' * (needed > free)}"),

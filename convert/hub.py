@@ -30,6 +30,7 @@ PIECE_BYTES = 16 << 20
 FIRST_BYTES = 1 << 14  # of a file, asked for at once: most headers fit
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before another attempt
 LONGEST_WAIT = 300  # seconds; the Hub counts requests in windows of five minutes
+MAX_REASON = 300  # characters of what a server says
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
@@ -139,7 +140,7 @@ class Repo:
         try:
             return patiently(f"{self.name}: {name}", act)
         except Exception as error:  # a dozen kinds: network, names, permissions, disk
-            for cause in filter(_is_full, _causes(error)):
+            for cause in filter(_is_full, causes(error)):
                 raise cause from error
             raise FlashMoEError(
                 f"{self.name}: the Hugging Face Hub did not deliver {name} of commit "
@@ -204,7 +205,7 @@ def patiently(what: str, act: Callable[[], T], waits: tuple[float, ...] | None =
 
 def _asked_to_wait(error: Exception) -> float:
     """Return for how many seconds a server wants to be left alone, as with 429 and 503."""
-    for cause in _causes(error):
+    for cause in causes(error):
         headers = getattr(getattr(cause, "response", None), "headers", None) or {}
         asked = (
             headers.get("Retry-After", ""),
@@ -221,8 +222,7 @@ def _is_final(error: Exception) -> bool:
 
     never = OfflineModeIsEnabled, HFValidationError
     return any(
-        isinstance(cause, never) or _is_full(cause) or _is_refusal(cause)
-        for cause in _causes(error)
+        isinstance(cause, never) or _is_full(cause) or _is_refusal(cause) for cause in causes(error)
     )
 
 
@@ -235,7 +235,7 @@ def _is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in FULL
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and what it came from."""
     while error:
         yield error
@@ -244,5 +244,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def reason(error: BaseException) -> str:
     """Return the first line of what an error came from, which says most."""
-    *_, first = _causes(error)
-    return (str(first).splitlines() or [type(first).__name__])[0]
+    *_, first = causes(error)
+    line = (str(first).splitlines() or [type(first).__name__])[0]
+    return "".join(c if c.isprintable() else "?" for c in line[:MAX_REASON])

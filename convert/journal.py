@@ -132,7 +132,7 @@ def _difference(key: str, before: Any, now: Any) -> str:
     if key == "files" and isinstance(before, dict):
         name = next(n for n in sorted({*before, *now}) if before.get(n) != now.get(n))
         was, is_ = before.get(name, "no such file"), now.get(name, "no such file")
-        return f"another {name} (size and time of change: {was}, now {is_})"
+        return f"another {name} (size and times: {was}, now {is_})"
     if isinstance(before, dict):
         show = flags if key == "options" else lambda values: " ".join(map(str, values.values()))
         before, now = show(before), show(now)

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from flashmoe_mlx.convert.foreign_code import CODE, CONFIGS
 from flashmoe_mlx.convert.hub import CARD, PATTERNS, WEIGHTS, Repo, find_repo, reason
 from flashmoe_mlx.convert.source import INDEX
 from flashmoe_mlx.errors import FlashMoEError
@@ -109,6 +111,11 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool = False) -
     return Found(Path(path), Path(path).name)
 
 
+def _is_planned_from(name: str) -> bool:
+    """Say whether a plan needs a file: the figures, and whose code would go along."""
+    return name in TO_PLAN or name.endswith(CODE) or fnmatchcase(name, CONFIGS)
+
+
 def _outlined(repo: Repo, folder: Path, plan_only: bool) -> Found:
     """Rebuild a repository with its weight files' headers, which cost kilobytes, only."""
 
@@ -119,7 +126,7 @@ def _outlined(repo: Repo, folder: Path, plan_only: bool) -> Found:
             with open(path, "wb") as outline:
                 outline.write(repo.header(name))
                 outline.truncate(repo.files[name].size)
-        elif name in TO_PLAN or not plan_only:
+        elif not plan_only or _is_planned_from(name):
             repo.download(name, folder)
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:

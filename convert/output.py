@@ -1,12 +1,21 @@
 """The files of a converted directory: which there are, what is in them, how each is written."""
 
 import zlib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.convert.act import Progress, Visit, write_layer, write_trunk
 from flashmoe_mlx.convert.calibrate import LayerInputs
 from flashmoe_mlx.convert.checksum import CHECKSUM, as_text
+from flashmoe_mlx.convert.foreign_code import (
+    CODE,
+    SHIM_NAME,
+    ForeignCode,
+    config_files,
+    foreign_code,
+    without_code,
+)  # fmt: skip
 from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.source import INDEX, Source
@@ -15,12 +24,14 @@ from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 
 OWN_CHECKSUM = "manifest_checksum"
-MODEL_FILE = "flashmoe_model.py"
+MODEL_FILE = SHIM_NAME
 SHIM = "from flashmoe_mlx.loader import bind\n\nModel, ModelArgs = bind(__file__)\n"
+# No pickles, whatever they are called: loading one runs what is in it.
 COPIED = (
-    "tokenizer*", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.jsonl", "LICENSE*",
+    "tokenizer*.py", "tokenization*.py", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken",
+    "*.jsonl", "LICENSE*",
 )  # fmt: skip
-WRITTEN_ANEW = ("config.json", MODEL_FILE)
+WRITTEN_ANEW = ("config.json", MODEL_FILE, INDEX)
 
 
 def place(file: TrunkFile | LayerPlan) -> str:
@@ -45,12 +56,29 @@ def write_weights(
 
 def small_files(source: Source, plan: Plan) -> dict[str, bytes | Path]:
     """Return every file that holds no weights by name: its bytes, or the file to copy."""
-    copied = {path.name: path for path in copied_files(source)}
-    return copied | {
+    return _copied(source, plan.remote_code) | {
         "config.json": json_bytes(dict(sorted(plan.config.items()))),
         MODEL_FILE: SHIM.encode(),
         INDEX: json_bytes(_index(plan)),
     }
+
+
+def _copied(source: Source, remote_code: bool) -> dict[str, bytes | Path]:
+    """Return the files to copy by name; without code, less what of it they name."""
+    found: dict[str, bytes | Path] = {path.name: path for path in copied_files(source)}
+    if remote_code:
+        return found
+    for path in set(config_files(source.directory)) & set(found.values()):
+        content = without_code(path)
+        found[path.name] = content if isinstance(content, Path) else json_bytes(content)
+    return {name: content for name, content in found.items() if not name.endswith(CODE)}
+
+
+def brought_code(source: Source, plan: Plan) -> ForeignCode:
+    """Return the code of others that goes along."""
+    if not plan.remote_code:
+        return ForeignCode()
+    return foreign_code(source.directory, copied_files(source))
 
 
 def write_small(path: Path, content: bytes | Path) -> Entry:
@@ -65,9 +93,12 @@ def copied_files(source: Source) -> list[Path]:
         FlashMoEError: one is a symlink out of the checkpoint: who publishes the result would
             publish a file of this machine.
     """
-    directory = source.directory
-    names = {path.name for pattern in COPIED for path in directory.glob(pattern) if path.is_file()}
-    paths = [directory / name for name in sorted(names - {*WRITTEN_ANEW, INDEX})]
+    model_file = source.config.get("model_file")
+    paths = [
+        path
+        for path in sorted(source.directory.iterdir())
+        if is_copied(path.name) and path.name != model_file and path.is_file()
+    ]
     for path in paths:
         if not any(path.resolve().is_relative_to(root) for root in _roots(source)):
             raise FlashMoEError(
@@ -75,6 +106,13 @@ def copied_files(source: Source) -> list[Path]:
                 "a copy of that file in its place."
             )
     return paths
+
+
+def is_copied(name: str) -> bool:
+    """Say whether a file of this name goes along with a conversion."""
+    hidden = name.startswith(".")
+    known = any(fnmatchcase(name, pattern) for pattern in COPIED)
+    return known and not hidden and name not in WRITTEN_ANEW
 
 
 def _roots(source: Source) -> list[Path]:

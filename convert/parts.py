@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flashmoe_mlx.convert.source import Place
@@ -20,6 +20,11 @@ class Options:
     method: str | None = None
     calibrate: str | None = None  # path of a text
     recipe: str | None = None  # a name in `recipes.RECIPES`
+    no_remote_code: bool = False
+
+    def given(self) -> dict[str, Any]:
+        """Return them for journal and manifest: what older ones do not know, only if it is set."""
+        return {k: v for k, v in asdict(self).items() if k != "no_remote_code" or v}
 
 
 MIN_MAX, LEAST_SQUARES = METHODS = "min-max", "least-squares"
@@ -27,7 +32,7 @@ MIN_MAX, LEAST_SQUARES = METHODS = "min-max", "least-squares"
 _FLAGS = {
     "quantize": "-q", "bits": "--q-bits", "group_size": "--q-group-size", "dtype": "--dtype",
     "method": "--q-method", "calibrate": "--calibrate", "recipe": "--quant-predicate",
-    "link": "--link",
+    "link": "--link", "no_remote_code": "--no-remote-code",
 }  # fmt: skip
 
 
@@ -164,6 +169,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     trunk: tuple[TrunkFile, ...]
     config: dict[str, Any]
+    remote_code: bool = True  # whether code that comes with the source goes along
 
     @property
     def expert_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flashmoe_mlx.convert.foreign_code import KEYS, SHIM_NAME, without
 from flashmoe_mlx.convert.parts import (
     LEAST_SQUARES,
     MIN_MAX,
@@ -56,12 +57,17 @@ def build_plan(source: Source, options: Options) -> Plan:
         )
         tensors = plan_trunk(source, target.trunk, dtype)
         entry = _new_quantisation(target.trunk, tensors, layers)
-    return Plan(layers, split_files(tensors, SHARD_BYTES), output_config(source.config, entry))
+    # No model code of the source's, at any depth; other code if it is wanted.
+    dropped = ("model_file", *(KEYS if options.no_remote_code else ()))
+    config = without(source.config, dropped, source.directory / "config.json")
+    config = output_config(config, entry)
+    trunk = split_files(tensors, SHARD_BYTES)
+    return Plan(layers, trunk, config, remote_code=not options.no_remote_code)
 
 
 def output_config(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
     """Return the config to write: the source's, its quantisation, and what makes it ours."""
-    extra = {"model_file": "flashmoe_model.py", "flashmoe": {"format_version": 1}}
+    extra = {"model_file": SHIM_NAME, "flashmoe": {"format_version": 1}}
     if entry:
         extra |= {"quantization": entry, "quantization_config": entry}
     return config | extra

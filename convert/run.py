@@ -6,7 +6,6 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,11 @@ from flashmoe_mlx.convert.journal import (
     remove_leftovers,
     write_journal,
 )  # fmt: skip
+from flashmoe_mlx.convert.link import check_linkable, link_source
 from flashmoe_mlx.convert.locate import Found, located
 from flashmoe_mlx.convert.output import MODEL_FILE as MODEL_FILE
 from flashmoe_mlx.convert.output import SHIM as SHIM
 from flashmoe_mlx.convert.output import (
-    WRITTEN_ANEW,
-    copied_files,
     place,
     small_files,
     write_manifest,
@@ -48,9 +46,18 @@ from flashmoe_mlx.convert.plan import build_plan
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.shards import Shards
 from flashmoe_mlx.convert.source import Source, open_source
+from flashmoe_mlx.convert.stamps import SourceChangedError, Stamps, source_files
 from flashmoe_mlx.convert.steps import fetched, plan_steps
-from flashmoe_mlx.convert.upload import check_card, check_finished, check_repo, is_finished, upload
-from flashmoe_mlx.convert.write import link_file, write_file
+from flashmoe_mlx.convert.upload import (
+    Destination,
+    card_of,
+    check_card,
+    check_finished,
+    check_repo,
+    is_finished,
+    upload,
+)  # fmt: skip
+from flashmoe_mlx.convert.write import write_file
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
 
@@ -70,6 +77,8 @@ def convert(
     link: bool = False,
     keep_source: bool = False,
     upload_repo: str | None = None,
+    no_remote_code: bool = False,
+    private: bool | None = None,
 ) -> None:
     """Convert a Qwen3.5 MoE checkpoint into a directory that streams its experts from disk.
 
@@ -93,6 +102,9 @@ def convert(
             stay with `link` and `calibrate`, which need them all.)
         upload_repo: OWNER/NAME on the Hub, to upload the finished directory to. One that the same
             call made before is uploaded as it is.
+        no_remote_code: leave out Python files of the source, and what of its configuration names
+            code (`auto_map`), which `trust_remote_code` would run. Else they go along unchanged.
+        private: whether `upload_repo` is for you or your organisation only; must be said.
 
     Raises:
         FlashMoEError: the source, the options or the disk does not allow it. If it happens after
@@ -100,26 +112,31 @@ def convert(
             same call goes on with the files that are not finished.
     """
     out = Path(mlx_path).expanduser()
+    if upload_repo is None and private is not None:
+        raise FlashMoEError("--private and --public are about --upload-repo. Add it, or drop them.")
     if upload_repo is None or not is_finished(out):
         check_output(out)
     if q_method not in (None, *METHODS):
         raise FlashMoEError(f"q_method = {q_method!r} is none of {', '.join(METHODS)}.")
     text = None if calibrate is None else str(Path(calibrate).expanduser())
-    options = Options(quantize, q_bits, q_group_size, dtype, q_method, text, quant_predicate)
-    if link and options != Options():
+    options = Options(
+        quantize, q_bits, q_group_size, dtype, q_method, text, quant_predicate, no_remote_code
+    )
+    if link and options != Options(no_remote_code=no_remote_code):
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
+    to = None
     if upload_repo is not None:
         if link:
             raise FlashMoEError(
                 f"--upload-repo {upload_repo}: with --link there is nothing to upload but links to "
                 "files of this machine. Drop --link."
             )
-        check_repo(upload_repo)
+        to = check_repo(upload_repo, private)
     whole = keep_source or link or text is not None
     with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
         source = open_source(found.directory, str(hf_path), found.commit)
         shards = Shards(Found(found.directory) if whole else found, out)
-        _convert(source, shards, options, out, dry_run, link, upload_repo)
+        _convert(source, shards, options, out, dry_run, link, to)
 
 
 def _convert(
@@ -129,23 +146,24 @@ def _convert(
     out: Path,
     dry_run: bool,
     link: bool,
-    repo: str | None,
+    to: Destination | None,
 ) -> None:
+    stamps = Stamps(shards.lasting(source_files(source)))
     plan = build_plan(source, options)
     if link:
-        _check_linkable(source)
+        check_linkable(source)
     card = b"" if link else model_card(source, plan, options, tools())
-    begun = _begun(source, options, link)
-    if repo:
-        check_card(repo, card)
-    if repo and is_finished(out):
+    begun = _begun(source, options, link, stamps)
+    if to:
+        check_card(to.repo, card_of(out, card) if is_finished(out) else card)
+    if to and is_finished(out):
         check_finished(out, public(begun))
     else:
-        _make(source, shards, plan, options, out, dry_run, begun, card)
-    if repo and dry_run:
-        print(f"to upload   {repo}")
-    elif repo:
-        upload(out, repo, card)
+        _make(source, shards, plan, options, out, dry_run, begun, card, stamps)
+    if to and dry_run:
+        print(f"to upload   {to}")
+    elif to:
+        upload(out, to, card)
 
 
 def _make(
@@ -157,6 +175,7 @@ def _make(
     dry_run: bool,
     begun: Begun,
     card: bytes,
+    stamps: Stamps,
 ) -> None:
     """Check what there is room for, and write what is missing; or say what would be written."""
     link = begun["options"]["link"]
@@ -190,50 +209,32 @@ def _make(
         write_journal(out, begun, done)
         remove_leftovers(out, plan, done)
         if link:
-            content = _link(source, plan, out)
+            content = link_source(source, plan, out)
         else:
             with _calibration(source, text) as calibration:
-                content = _write(source, shards, plan, out, begun, done, calibration)
+                content = _write(source, shards, plan, out, begun, done, calibration, stamps)
             write_file(out / CARD, card)
+        stamps.check(out)
         write_manifest(out, content)
         remove_journal(out)
 
 
-def _begun(source: Source, options: Options, link: bool) -> Begun:
+def _begun(source: Source, options: Options, link: bool, stamps: Stamps) -> Begun:
     """Return what the bytes of the output depend on, for the journal.
 
     Of a source on the Hub the commit says everything, and a dry run has outlines of its files only.
     """
-    files = set() if source.revision else _source_files(source)
     return {
         "source": origin(source),
-        "options": asdict(options) | {"link": link},
+        "options": options.given() | {"link": link},
         "tools": tools(),
-        "files": {path.name: _stamp(path) for path in sorted(files)},
+        "files": {} if source.revision else stamps.named(source.directory),
     }
 
 
 def tools() -> str:
     """Return what quantises: two versions or devices may round in different ways."""
     return f"mlx {version('mlx')}, {mx.default_device().type.name}"
-
-
-def _stamp(path: Path) -> list[int]:
-    """Return size in bytes and time of change in nanoseconds."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
-
-
-def _source_files(source: Source) -> set[Path]:
-    """Return every file that a conversion reads."""
-    layers = source.layout.layers if source.layout else ()
-    return {
-        source.directory / "config.json",
-        *copied_files(source),
-        *(file for file, _ in source.trunk.values()),
-        *(matrix.file for matrix in source.matrices.values()),
-        *(field.file for layer in layers for field in layer.fields),
-    }
 
 
 def _existing_parent(path: Path) -> Path:
@@ -246,6 +247,8 @@ def _unfinished(out: Path) -> Iterator[None]:
     advice = f"Run the same command again to go on from here, or delete {out}."
     try:
         yield
+    except SourceChangedError:  # to go on would be no use
+        raise
     except FlashMoEError as error:
         raise FlashMoEError(f"{error} {advice}") from error
     except OSError as error:
@@ -288,6 +291,7 @@ def _write(
     begun: Begun,
     done: Entries,
     calibration: Calibration | None,
+    stamps: Stamps,
 ) -> dict[str, Any]:
     """Write everything that is not done but the manifest, and return the manifest's content."""
     small = {name: write_small(out / name, c) for name, c in small_files(source, plan).items()}
@@ -302,7 +306,9 @@ def _write(
             if calibration and isinstance(file, LayerPlan):
                 seen = calibration.layer(file.layer)
             visit = step.visit(done)
-            done[name] = write_weights(source, file, out, reader, bar.update, seen, visit)
+            with _unchanged(stamps, out):
+                entry = write_weights(source, file, out, reader, bar.update, seen, visit)
+            done[name] = entry
             write_journal(out, begun, done)
             shards.delete(step.spent, reader)
     shards.remove()
@@ -314,6 +320,20 @@ def _write(
         "layers": [done[place(layer)] for layer in plan.layers],
         "files": [entry for _, entry in sorted((small | trunk).items())],
     }
+
+
+@contextmanager
+def _unchanged(stamps: Stamps, out: Path) -> Iterator[None]:
+    """Check the source's stamps after a step, also where its files made the step fail."""
+    try:
+        yield
+    except FlashMoEError as error:
+        try:
+            stamps.check(out)
+        except SourceChangedError as change:
+            raise SourceChangedError(f"{error} {change}") from error
+        raise
+    stamps.check(out)
 
 
 def _bar(plan: Plan, done: Entries) -> Any:
@@ -338,22 +358,3 @@ def public(begun: Begun) -> dict[str, dict[str, Any]]:
     if options["calibrate"]:
         options["calibrate"] = Path(options["calibrate"]).name
     return {"source": source, "options": options}
-
-
-def _check_linkable(source: Source) -> None:
-    if source.layout is None or source.layout.kind != "stock":
-        raise FlashMoEError(
-            f"{source.directory}: --link needs an MLX checkpoint with stacked experts, and this is "
-            "a directory that flashmoe-convert wrote. Use it as it is."
-        )
-
-
-def _link(source: Source, plan: Plan, out: Path) -> dict[str, Any]:
-    """Symlink the source's files, and return the manifest's content."""
-    directory = source.directory.resolve()
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name not in WRITTEN_ANEW:
-            link_file(path, out / path.name)
-    for name in WRITTEN_ANEW:
-        write_small(out / name, small_files(source, plan)[name])
-    return {"link": str(directory)}

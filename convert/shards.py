@@ -62,6 +62,12 @@ class Shards:
             return cached
         raise FlashMoEError(f"{self._repo.name}: {self._name(file)} has left the Hub's cache.")
 
+    def lasting(self, files: Iterable[Path]) -> set[Path]:
+        """Return where those files are that lie on this machine for all of the conversion."""
+        if self._repo is None:
+            return set(files)
+        return {path for file in files if (path := self._repo.cached(self._name(file)))}
+
     def fetch(self, files: Iterable[Path]) -> None:
         """Download files, or find them on disk; every byte is checked.
 

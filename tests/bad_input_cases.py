@@ -124,6 +124,18 @@ CONVERT = [
         "--hf-path {bundled} --mlx-path {out} --link --upload-repo a/b",
         "--upload-repo a/b: with --link there is nothing to upload but links to files of this mac",
     ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --upload-repo a/b",
+        "--upload-repo a/b: who may see it? Add --private (you, or your organisation) or --public",
+    ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --upload-repo a/b --private --public",
+        "argument --public: not allowed with argument --private",
+    ),
+    (
+        "--hf-path {bundled} --mlx-path {out} --private",
+        "--private and --public are about --upload-repo. Add it, or drop them.",
+    ),
     ("verify", "the following arguments are required: DIR"),
     ("verify {out}", "out: not a directory. Give one that flashmoe-convert wrote."),
     (

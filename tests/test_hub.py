@@ -212,8 +212,25 @@ def test_dry_run_fetches_headers_only(root, server, files, sizes, tmp_path, caps
     assert fetching.startswith(f"to fetch    {len(files)} files, {sum(sizes.values()):,} bytes (")
     assert "; at once at most 2, " in fetching
     assert all(server.sent[name] <= hub.FIRST_BYTES for name in files)
-    assert set(server.sent) - set(files) == {"config.json", "model.safetensors.index.json"}
+    assert set(server.sent) - set(files) == {
+        "config.json", "model.safetensors.index.json", "tokenizer_config.json",
+    }  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_names_code_that_it_did_not_run(root, server, files, tmp_path, capsys):
+    """Its modules, and those of other repositories that its configuration names."""
+    source = shutil.copytree(root / "chain", tmp_path / "code")
+    (source / "tokenizer_evil.py").write_text("raise SystemExit")
+    (source / "processor_config.json").write_text('{"auto_map": {"A": "owner/name--evil.P"}}')
+    server.add("owner/code", source)
+    convert("owner/code", tmp_path / "out", quantize=True, dry_run=True)
+    named = "tokenizer_evil.py, evil.py of owner/name. --trust-remote-code would run it;"
+    assert f"\ncode        of owner/code: {named}" in capsys.readouterr().out
+    assert all(server.sent[name] <= hub.FIRST_BYTES for name in files)
+    convert("owner/code", tmp_path / "out", quantize=True, no_remote_code=True)
+    assert [path.name for path in (tmp_path / "out").rglob("*.py")] == ["flashmoe_model.py"]
+    assert (tmp_path / "out/processor_config.json").read_bytes() == b"{}"
 
 
 @dataclass

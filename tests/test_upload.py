@@ -39,7 +39,8 @@ def server(tmp_path, monkeypatch) -> Iterator[UploadServer]:
 
 
 def command(root: Path, out: Path, *more: str) -> list[str]:
-    return ["--hf-path", str(root / "stock"), "--mlx-path", str(out), "--upload-repo", REPO, *more]
+    given = ["--hf-path", str(root / "stock"), "--mlx-path", str(out), "--upload-repo", REPO]
+    return [*given, *(() if {"--private", "--public"} & {*more} else ["--public"]), *more]
 
 
 def assert_uploaded(server: UploadServer, out: Path, repo: str = REPO) -> None:
@@ -77,7 +78,7 @@ def test_a_finished_conversion_is_uploaded_as_it_is(root, server, tmp_path, monk
     card = (out / "README.md").read_text() + "Mine.\n"
     (out / "README.md").write_text(card)
     monkeypatch.setattr(run, "write_weights", None)
-    convert(root / "stock", out, upload_repo="team/tiny")
+    convert(root / "stock", out, upload_repo="team/tiny", private=False)
     assert_uploaded(server, out, "team/tiny")
     assert server.repos["team/tiny"]["README.md"].endswith(b"Mine.\n")
     assert (out / "README.md").read_text() == card
@@ -108,7 +109,7 @@ def test_broken_off_and_gone_on_with(root, server, tmp_path, capsys, status, whe
 def test_a_fault_that_passes_is_not_seen(root, server, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     server.refuse = {"/put/": [0, 500], "/api/models/alice/tiny/commit/": [500, 0]}
-    convert(root / "stock", tmp_path / "out", upload_repo=REPO)
+    convert(root / "stock", tmp_path / "out", upload_repo=REPO, private=False)
     assert_uploaded(server, tmp_path / "out")
 
 
@@ -130,20 +131,20 @@ def test_nothing_is_uploaded_of_a_conversion_that_fails(root, server, tmp_path, 
 
     monkeypatch.setattr(run, "write_manifest", full)
     with pytest.raises(FlashMoEError, match="No space left"):
-        convert(root / "stock", tmp_path / "out", upload_repo=REPO)
+        convert(root / "stock", tmp_path / "out", upload_repo=REPO, private=False)
     assert not server.repos
 
 
 def test_uploaded_once_more(root, server, tmp_path):
-    convert(root / "stock", tmp_path / "out", upload_repo=REPO)
+    convert(root / "stock", tmp_path / "out", upload_repo=REPO, private=False)
     commits = len(server.commits)
-    convert(root / "stock", tmp_path / "out", upload_repo=REPO)
+    convert(root / "stock", tmp_path / "out", upload_repo=REPO, private=False)
     assert len(server.commits) == commits
 
 
 def test_dry_run(root, server, tmp_path, capsys):
     assert main(command(root, tmp_path / "out", "--dry-run")) == 0
-    assert capsys.readouterr().out.endswith(f"to upload   {REPO}\n")
+    assert capsys.readouterr().out.endswith(f"to upload   {REPO} (public)\n")
     assert not server.repos and not (tmp_path / "out").exists()
 
 
@@ -169,7 +170,7 @@ def test_tokens(root, server, tmp_path, capsys, monkeypatch, token, user, messag
 
 def test_the_hub_judges_tokens_of_fine_grain(root, server, tmp_path):
     server.user = USER | {"orgs": [], "auth": {"accessToken": {"role": "fineGrained"}}}
-    convert(root / "stock", tmp_path / "out", upload_repo="team/tiny")
+    convert(root / "stock", tmp_path / "out", upload_repo="team/tiny", private=False)
     assert_uploaded(server, tmp_path / "out", "team/tiny")
 
 

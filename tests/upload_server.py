@@ -29,6 +29,10 @@ class UploadServer(ThreadingHTTPServer):
         refuse: status codes to answer with, by the beginning of a path, each as often as it stands
             there; 0 drops the connection.
         licenses: those that a model card may have.
+        private: whether a repository is, by name.
+        nonsense: what to answer with in place of what was asked for, by the beginning of a path:
+            status, type and content; no content is an answer that never comes.
+        dropped: files that are taken and not kept, as those that a .gitignore names.
     """
 
     daemon_threads = True
@@ -42,6 +46,10 @@ class UploadServer(ThreadingHTTPServer):
         self.puts: Counter[str] = Counter()
         self.refuse: dict[str, list[int]] = {}
         self.asked: list[str] = []
+        self.private: dict[str, bool] = {}
+        self.nonsense: dict[str, tuple[int, str, bytes | None]] = {}
+        self.dropped: set[str] = set()
+        self.ended = threading.Event()
         self.licenses = ("mit", "apache-2.0")
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -50,6 +58,7 @@ class UploadServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.ended.set()
         self.shutdown()
         self.server_close()
 
@@ -88,6 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
         for start, statuses in self.server.refuse.items():
             if path.startswith(start) and statuses:
                 return self._refuse(statuses.pop(0))
+        for start, (status, kind, content) in self.server.nonsense.items():
+            if path.startswith(start):
+                return self._confuse(status, kind, content)
         if path.startswith("/put/"):
             return self._put(path.rpartition("/")[2], body)
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
@@ -103,6 +115,17 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(status, {"error": "not now"})
         self.close_connection = True
         return self.connection.close()
+
+    def _confuse(self, status: int, kind: str, content: bytes | None) -> None:
+        self.close_connection = True
+        if content is None:
+            self.server.ended.wait()
+            return
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content) + 99 * (kind == "truncated")))
+        self.end_headers()
+        self.wfile.write(content)
 
     def _answer(self, status: int, content: Any) -> None:
         data = (content if isinstance(content, str) else json.dumps(content)).encode()
@@ -130,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = name if "/" in name else f"{self.server.user['name']}/{name}"
         status = 409 if name in self.server.repos else 200
         self.server.repos.setdefault(name, {})
+        self.server.private.setdefault(name, given["visibility"] == "private")
         self._answer(status, {"url": f"{self.server.url}/{name}", "name": name})
 
     def _preupload(self, body: bytes, name: str) -> None:
@@ -165,13 +189,17 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.server.stored[value["oid"]]
-        self.server.repos[name] |= files
+        self.server.repos[name] |= {k: v for k, v in files.items() if k not in self.server.dropped}
         self.server.commits.append(sorted(files))
         url = f"{self.server.url}/{name}/commit/{'c' * 40}"
         self._answer(200, {"commitUrl": url, "commitOid": "c" * 40})
 
     def _info(self, body: bytes, name: str) -> None:
-        self._answer(200, {"id": name, "modelId": name, "sha": "c" * 40, "siblings": []})
+        if name not in self.server.repos:
+            return self._answer(404, {"error": "Repository not found"})
+        files = [{"rfilename": file} for file in (".gitattributes", *self.server.repos[name])]
+        content = {"id": name, "modelId": name, "sha": "c" * 40, "siblings": files}
+        return self._answer(200, content | {"private": self.server.private[name]})
 
 
 def _oid(content: bytes, mode: str) -> str:
