@@ -94,7 +94,8 @@ def extras() -> Weights:
 
 
 def write_tokenizer(directory: Path) -> None:
-    words = {f"w{n}": n for n in range(VOCABULARY - 1)} | {"<|im_end|>": VOCABULARY - 1}
+    words = {f"w{n}": n for n in range(VOCABULARY - 2)}
+    words |= {"<|endoftext|>": VOCABULARY - 2, "<|im_end|>": VOCABULARY - 1}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="<|im_end|>"
     )
