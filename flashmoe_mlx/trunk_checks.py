@@ -75,11 +75,12 @@ def _trunk(headers: Mapping[str, Place], args: ModelArgs) -> dict[str, Place]:
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
     """Have a model's random weights take nothing from what a seed gives."""
-    state = mx.random.state[0]
+    random: Any = mx.random  # whose stubs do not know that the state is a list
+    state = random.state[0]
     try:
         yield
     finally:
-        mx.random.state[0][:] = state
+        random.state[0][:] = state
 
 
 def _parameters(trunk: Mapping[str, Place], args: ModelArgs) -> dict[str, mx.array]:
