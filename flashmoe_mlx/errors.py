@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FROM_MLX = "[load", "[read", "[safetensor"  # how what MLX says about files begins
 LONGEST, END = 1200, 300  # characters of a message; of its end, where the remedy is
 
 
@@ -45,7 +46,7 @@ def named(
         raise
     except BaseException as error:
         panic = type(error).__name__ == "PanicException"  # Rust's, which is no Exception
-        unread = isinstance(error, RuntimeError) and str(error).startswith(("[load", "[read"))
+        unread = isinstance(error, RuntimeError) and str(error).startswith(FROM_MLX)
         if not (isinstance(error, kinds) or panic or unread):
             raise
         what = "a file cannot be read" if unread else fault

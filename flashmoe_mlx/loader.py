@@ -33,7 +33,7 @@ from .model_files import check_small_files, read_config
 from .names import PROJECTIONS, is_expert
 from .record_checks import RecordChecks
 from .slot_bank import DTYPES
-from .trunk_checks import check_trunk
+from .trunk_checks import check_readable, check_trunk
 
 Format = tuple[int, int, str]
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
@@ -237,7 +237,8 @@ def load(
     path = find_model(path_or_hub_id, revision)
     ModelArgs.from_dict(read_config(path) | (model_config or {}))  # before anything is allocated
     check_small_files(path)
-    checkpoint_headers(path)  # before MLX reads them, which says less about a damaged file
+    # Before MLX reads them, which says less about a damaged file.
+    check_readable(checkpoint_headers(path))
     classes = bound_classes(
         path,
         expert_cache=expert_cache,
@@ -266,7 +267,7 @@ def load(
             tokenizer = load_tokenizer(
                 path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id")
             )
-        check_ids(path, tokenizer, model.args.vocab_size)
+        check_use(path, tokenizer, model.args.vocab_size)
     except BaseException:
         model.close()
         raise
@@ -282,16 +283,21 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
     check_small_files(directory)
     with named(directory, *TOKENIZER):
         tokenizer = load_tokenizer(directory, {"trust_remote_code": False})
-    check_ids(directory, tokenizer, vocab_size)
+    check_use(directory, tokenizer, vocab_size)
 
 
-def check_ids(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
-    """Refuse tokens that the embedding has no row for: what lies behind it would be read.
+def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
+    """Try a tokenizer, and refuse tokens that the embedding has no row for.
+
+    What lies behind the embedding would be read for them.
 
     Raises:
-        FlashMoEError: naming such a token.
+        FlashMoEError: it encodes nothing, or has such a token.
     """
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    with named(directory, *TOKENIZER):
+        tokenizer.decode(tokenizer.encode("Hello"))
+        tokens = tokenizer.get_vocab().items()
+    token, largest = max(tokens, key=lambda item: item[1], default=("", 0))
     if largest >= vocab_size:
         raise FlashMoEError(
             f"{directory}: its tokenizer gives {token!r} the id {largest}, but the model has "

@@ -22,6 +22,7 @@ from .names import canonical, is_expert
 
 Place = tuple[Path, TensorInfo]
 FLOATS = ("BF16", "F16", "F32")
+UNREAD = ("F8_E5M2", "F64")
 REMEDY = "Restore the checkpoint's own files"
 # What MLX has besides affine quantisation, which has scales of bytes and no biases.
 MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
@@ -38,6 +39,7 @@ def check_trunk(directory: Path, headers: Mapping[str, Place], args: ModelArgs) 
     Raises:
         FlashMoEError: a tensor is missing, is not in the model, or has another shape or dtype.
     """
+    check_readable(headers)
     trunk = _trunk(headers, args)
     with named("config.json", "a model that cannot be built", REMEDY), _random_state_kept():
         expected = _parameters(trunk, args)
@@ -53,6 +55,17 @@ def check_trunk(directory: Path, headers: Mapping[str, Place], args: ModelArgs) 
                 f"{directory}: no tensor {name}, which config.json asks for. {REMEDY}."
             )
     _check_pairs(trunk)
+
+
+def check_readable(headers: Mapping[str, Place]) -> None:
+    """Refuse a checkpoint with a dtype that MLX cannot read, be it of a tensor that is not used.
+
+    Raises:
+        FlashMoEError: naming such a tensor.
+    """
+    for name, (file, info) in headers.items():
+        if info.dtype in UNREAD:
+            raise FlashMoEError(f"{file}: {name} is {info.dtype}, which MLX cannot read. {REMEDY}.")
 
 
 def _trunk(headers: Mapping[str, Place], args: ModelArgs) -> dict[str, Place]:
