@@ -20,6 +20,7 @@ from flashmoe_mlx.convert.output import place
 from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile, flags
 from flashmoe_mlx.convert.write import TEMPORARY, Entry, Header, sync_directory, write_file
 from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.json_file import read_json
 from flashmoe_mlx.layout import DATA_ALIGNMENT, EXPERT_DIR, MANIFEST
 
 JOURNAL = "unfinished.json"
@@ -97,13 +98,15 @@ def read_journal(out: Path, begun: Begun) -> Entries:
     """
     path = out / EXPERT_DIR / JOURNAL
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, f"Delete {out} and convert again.")
         before, entries = content["begun"], content["files"]
         version = content["version"]
         entries.items(), before.items()
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except FlashMoEError:
+        raise
+    except (KeyError, TypeError, AttributeError) as error:
         raise FlashMoEError(
             f"{path}: damaged ({error!r}). Delete {out} and convert again."
         ) from error

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.json_file import unreadable
 from flashmoe_mlx.layout import ITEM_SIZE
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ class Reader:
             try:
                 count = os.preadv(descriptor, [piece], first + done)
             except OSError as error:
-                raise FlashMoEError(f"{file}: cannot be read ({error.strerror}).") from error
+                raise unreadable(file, error) from error
             done += count
             if done < nbytes and (count == 0 or (direct and done % PAGE)):
                 raise FlashMoEError(
@@ -105,7 +106,10 @@ class Reader:
     def _open(self, file: Path) -> tuple[int, bool]:
         with self._lock:
             if file not in self._files:
-                self._files[file] = _open_source(self._find(file))
+                try:
+                    self._files[file] = _open_source(self._find(file))
+                except OSError as error:
+                    raise unreadable(file, error) from error
             return self._files[file]
 
 

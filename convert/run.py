@@ -30,6 +30,7 @@ from flashmoe_mlx.convert.journal import (
     write_journal,
 )  # fmt: skip
 from flashmoe_mlx.convert.link import check_linkable, link_source
+from flashmoe_mlx.convert.loadable import check_plan, check_written
 from flashmoe_mlx.convert.locate import Found, located
 from flashmoe_mlx.convert.output import MODEL_FILE as MODEL_FILE
 from flashmoe_mlx.convert.output import SHIM as SHIM
@@ -179,6 +180,7 @@ def _make(
 ) -> None:
     """Check what there is room for, and write what is missing; or say what would be written."""
     link = begun["options"]["link"]
+    check_plan(source, plan, with_tokenizer=not (dry_run and source.revision))
     text = _read_text(options.calibrate) if options.calibrate else None
     if text is not None:
         begun["text"] = as_text(zlib.crc32(text.encode()))
@@ -214,6 +216,7 @@ def _make(
             with _calibration(source, text) as calibration:
                 content = _write(source, shards, plan, out, begun, done, calibration, stamps)
             write_file(out / CARD, card)
+        check_written(out)
         stamps.check(out)
         write_manifest(out, content)
         remove_journal(out)

@@ -1,11 +1,12 @@
 """Open the checkpoint to convert: find its files, check them, say where every tensor lies."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashmoe_mlx.config_entries import MOST
 from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.json_file import exists, read_object
 from flashmoe_mlx.layout import (
     EXPERT_DIR,
     ITEM_SIZE,
@@ -113,16 +114,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json and check that its model can be converted."""
     path = directory / "config.json"
     try:
-        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-            raise ValueError("not a regular file")
-        config: dict[str, Any] = json.loads(path.read_text())
-        types = [part.get("model_type") for part in (config, config.get("text_config") or config)]
+        config = read_object(path, "Download it again.")
     except FileNotFoundError:
         raise FlashMoEError(
             f"{path}: missing. Give the directory of a whole Qwen3.5 MoE checkpoint."
         ) from None
-    except (ValueError, OSError, AttributeError, RecursionError) as error:
-        raise FlashMoEError(f"{path}: cannot be read ({error}). Download it again.") from error
+    text = config.get("text_config") or config
+    if not isinstance(text, dict):
+        raise FlashMoEError(
+            f"{path}: text_config is {_shown(text)}, expected an object. Download it again."
+        )
+    types = [part.get("model_type") for part in (config, text)]
     for model_type in types:
         if model_type not in MODEL_TYPES:
             raise FlashMoEError(
@@ -145,10 +147,10 @@ def _dims(path: Path, config: dict[str, Any]) -> Dims:
         "moe_intermediate_size",
     )  # fmt: skip
     for key in keys:
-        if type(text.get(key)) is not int or text[key] < 1:
+        if type(text.get(key)) is not int or not 1 <= text[key] <= MOST[key]:
             raise FlashMoEError(
-                f"{path}: {key} is {_shown(text.get(key))}, expected a positive integer. "
-                "Restore the config.json that belongs to this checkpoint."
+                f"{path}: {key} is {_shown(text.get(key))}, expected a positive integer up to "
+                f"{MOST[key]}. Restore the config.json that belongs to this checkpoint."
             )
     layers, experts, top_k, hidden, intermediate = (int(text[key]) for key in keys)
     tied = bool(text.get("tie_word_embeddings", False))
@@ -187,11 +189,9 @@ def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
 
 def _check_index(directory: Path, headers: dict[str, Place]) -> None:
     """Check that every needed tensor of the index is there: a download may lack a shard."""
+    path = directory / INDEX
     try:
-        path = directory / INDEX
-        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-            raise ValueError("not a regular file")
-        index = json.loads(path.read_text())["weight_map"]
+        index = read_object(path, "Download it again.")["weight_map"]
         for name, file in index.items():
             if len(name) > MAX_NAME:
                 raise ValueError(f"{name[:40]!r}... is a name of {len(name)} characters")
@@ -200,10 +200,10 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
         wanted = {name: str(file) for name, file in index.items() if canonical(name)}
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FlashMoEError(
-            f"{directory / INDEX}: damaged ({error}). Download it again."
-        ) from error
+    except FlashMoEError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlashMoEError(f"{path}: damaged ({error}). Download it again.") from error
     for name, file in wanted.items():
         if name not in headers:
             raise FlashMoEError(
@@ -213,7 +213,7 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
 
 
 def _has_quantised_experts(directory: Path, headers: dict[str, Place]) -> bool:
-    if (directory / EXPERT_DIR).exists():
+    if exists(directory / EXPERT_DIR):
         return True
     stacked = (stacked_expert(name) for name in headers)
     return any(match and match[1].endswith(".scales") for match in stacked)

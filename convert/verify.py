@@ -1,6 +1,7 @@
 """Read every byte of a converted directory and compare it with the manifest's checksums."""
 
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,8 @@ from flashmoe_mlx.convert.output import OWN_CHECKSUM
 from flashmoe_mlx.convert.read import Reader
 from flashmoe_mlx.convert.write import Entry, json_bytes
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, layer_file, read_manifest
+from flashmoe_mlx.json_file import exists, read_bytes, unreadable
+from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, layer_file, list_weight_files, read_manifest
 from flashmoe_mlx.names import FIELDS
 
 BLOCK_BYTES = 8 << 20  # of each thread
@@ -82,7 +84,7 @@ def read_checksums(directory: Path) -> dict[str, Any]:
     Raises:
         FlashMoEError: there is none, or it is damaged, or has too few.
     """
-    if not directory.is_dir():
+    if not (exists(directory) and directory.is_dir()):
         raise FlashMoEError(f"{directory}: not a directory. Give one that flashmoe-convert wrote.")
     path = directory / EXPERT_DIR / MANIFEST
     manifest = read_manifest(path)
@@ -98,7 +100,7 @@ def read_checksums(directory: Path) -> dict[str, Any]:
         )
     rest = {key: value for key, value in manifest.items() if key != OWN_CHECKSUM}
     own = as_text(zlib.crc32(json_bytes(rest)))
-    if manifest[OWN_CHECKSUM] != own or path.read_bytes() != json_bytes(manifest):
+    if manifest[OWN_CHECKSUM] != own or _read(path) != json_bytes(manifest):
         raise FlashMoEError(
             f"{path}: altered since it was written (its own checksum is "
             f"{manifest[OWN_CHECKSUM]!r}, that of its content {own!r}). Convert again, or take the "
@@ -112,6 +114,13 @@ def read_checksums(directory: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FlashMoEError(f"{path}: damaged ({error!r}). Convert again.") from error
     return manifest
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_bytes(path, "Convert again.")
+    except FileNotFoundError as error:  # a moment ago it was there
+        raise unreadable(path, error) from error
 
 
 def _is_sound(part: Part) -> bool:
@@ -162,9 +171,15 @@ def _experts(name: str, entry: Entry) -> Iterator[Part]:
 
 
 def _size_problem(path: Path, name: str, size: int) -> Problem | None:
-    if not path.is_file():
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
         return Problem(name, "missing")
-    if found := path.stat().st_size - size:
+    except OSError as error:
+        return Problem(name, f"unreadable ({error.strerror})")
+    if not stat.S_ISREG(status.st_mode):
+        return Problem(name, "not a regular file")
+    if found := status.st_size - size:
         state = "truncated" if found < 0 else "extended"
         return Problem(name, f"{state}: {size + found} bytes long, {size} were written")
     return None
@@ -173,7 +188,7 @@ def _size_problem(path: Path, name: str, size: int) -> Problem | None:
 def _strangers(directory: Path, manifest: dict[str, Any]) -> list[Problem]:
     """Name weight files that stock mlx-lm would load although they do not belong."""
     known = entries(manifest)
-    names = sorted(path.name for path in directory.glob("model*.safetensors"))
+    names = [path.name for path in list_weight_files(directory)]
     text = "not in the manifest, but mlx-lm would load it; remove it"
     return [Problem(name, text) for name in names if name not in known]
 

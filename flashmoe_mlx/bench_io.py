@@ -30,6 +30,7 @@ from .expert_store import ExpertStore
 from .io_mode import obstacle
 from .layout import ExpertLayout, Field, LayerLayout, open_layout
 from .loader import find_model
+from .model_files import read_config
 from .names import FIELDS
 from .read_speed import (
     BUFFERS,
@@ -144,7 +145,7 @@ def _layouts(args: argparse.Namespace) -> Iterator[tuple[str, ExpertLayout]]:
     """Yield what to read, in words, and where it lies."""
     if args.model:
         path = find_model(args.model)
-        model = ModelArgs.from_dict(json.loads((path / "config.json").read_text()))
+        model = ModelArgs.from_dict(read_config(path))
         layout = open_layout(path, model.num_hidden_layers, model.num_experts)
         yield f"experts of {args.model}", replace(layout, layers=layout.layers[:1])
         return

@@ -7,13 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
-from .config_entries import check_entry, object_in
+from .config_entries import (
+    RESTORE,
+    check_entry,
+    check_layer_types,
+    check_quantization,
+    object_in,
+)
 from .errors import FlashMoEError
 from .layout import ExpertLayout
 from .lookahead import MODES as LOOKAHEAD
 
 PREFILL_CHUNK = 2048  # tokens that mlx-lm puts through the model at a time
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+MOST_CACHE = 1 << 50  # bytes; no machine has as much memory
 MOST_THREADS = 1024  # that read; disks are at their best with a few
 IO_MODES = ("auto", "buffered", "direct")
 UNITS = {"": 1, "b": 1}
@@ -67,6 +74,11 @@ class ModelArgs:
                 f"{', '.join(MODEL_TYPES)} (Qwen3.5 and Qwen3.6 MoE). Use stock mlx-lm for others."
             )
         own = {name: params.get(name) or {} for name in ("flashmoe", "quantization")}
+        if params.get("quantize_activations"):
+            raise FlashMoEError(
+                "config.json: quantize_activations is not supported for streamed models. Remove "
+                "it, or use stock mlx-lm."
+            )
         text = params.get("text_config", params)
         if not isinstance(text, Mapping):
             raise FlashMoEError(
@@ -96,17 +108,14 @@ class ModelArgs:
             check_entry(entry.name, entry.type, getattr(self, entry.name))
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         check_top_k(self.num_experts_per_tok, self.num_experts, "config.json: num_experts_per_tok")
-        if self.linear_num_value_heads % self.linear_num_key_heads:
-            raise FlashMoEError(
-                f"config.json: linear_num_value_heads = {self.linear_num_value_heads} is not a "
-                f"multiple of linear_num_key_heads = {self.linear_num_key_heads}."
+        _check_multiple(self, "num_attention_heads", "num_key_value_heads")
+        _check_multiple(self, "linear_num_value_heads", "linear_num_key_heads")
+        _check_rotated(self.head_dim, self.rope_parameters)
+        if self.layer_types:
+            check_layer_types(
+                self.layer_types, self.num_hidden_layers, self.full_attention_interval
             )
-        for layer, kind in enumerate(self.layer_types or ()):
-            if (kind == "linear_attention") != self.is_linear(layer):
-                raise FlashMoEError(
-                    f"config.json: layer_types[{layer}] = {kind!r} contradicts "
-                    f"full_attention_interval = {self.full_attention_interval}."
-                )
+        check_quantization(self.quantization)
 
     @property
     def activation_bytes(self) -> int:
@@ -149,6 +158,25 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
+def _check_rotated(head_dim: int, rope: Mapping[str, Any]) -> None:
+    """Refuse a share of the head that MLX cannot rotate: none of it, or an odd number."""
+    factor = rope["partial_rotary_factor"]
+    rotated = int(head_dim * factor)
+    if rotated < 2 or rotated % 2:
+        raise FlashMoEError(
+            f"config.json: partial_rotary_factor = {factor} of head_dim = {head_dim} rotates "
+            f"{rotated} dimensions, and RoPE needs an even number of at least 2. {RESTORE}"
+        )
+
+
+def _check_multiple(args: ModelArgs, many: str, few: str) -> None:
+    if getattr(args, many) % getattr(args, few):
+        raise FlashMoEError(
+            f"config.json: {many} = {getattr(args, many)} is not a multiple of {few} = "
+            f"{getattr(args, few)}. {RESTORE}"
+        )
+
+
 def check_top_k(top_k: int, num_experts: int, name: str) -> None:
     """Refuse a number of experts per token that the model does not have."""
     if not 1 <= top_k <= num_experts:
@@ -164,14 +192,26 @@ def parse_size(value: int | str, name: str) -> int | str:
     Raises:
         FlashMoEError: anything else; `name` says which setting it came from.
     """
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+    if value == "auto":
         return value
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", str(value).strip().lower())
-    if isinstance(value, str) and match and match[2] in UNITS and float(match[1]) > 0:
-        return int(float(match[1]) * UNITS[match[2]])
-    raise FlashMoEError(
-        f"{name} = {value!r} is not a size. Write bytes or a unit, such as 512MiB, 4GiB, or auto."
-    )
+    size: float = 0
+    if isinstance(value, str):
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", value.strip().lower())
+        if match and match[2] in UNITS:
+            size = float(match[1]) * UNITS[match[2]]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    if size > MOST_CACHE:
+        raise FlashMoEError(
+            f"{name} = {str(value)[:80]} is more memory than any machine has. Give at most "
+            f"{MOST_CACHE >> 40}TiB, or auto."
+        )
+    if size <= 0:
+        raise FlashMoEError(
+            f"{name} = {value!r} is not a size. Write bytes or a unit, such as 512MiB, 4GiB, or "
+            "auto."
+        )
+    return int(size)
 
 
 @dataclass(frozen=True)

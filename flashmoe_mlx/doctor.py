@@ -197,7 +197,7 @@ def render(found: dict[str, Any]) -> str:
 def _model_lines(model: dict[str, Any] | None) -> list[str]:
     if model is None:
         return []
-    state = "complete (headers and sizes)" if model["complete"] else "INCOMPLETE"
+    state = "complete (headers, sizes, tokenizer)" if model["complete"] else "INCOMPLETE"
     lines = [f"{model['directory']}: {state}"]
     if "kind" in model:
         record, experts = model["record_bytes"] / 1e6, model["expert_bytes"] / 1e9

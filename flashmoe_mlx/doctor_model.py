@@ -1,16 +1,19 @@
 """Whether a model directory is complete: every header and size, without reading the weights."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import ModelArgs
+from .config import ModelArgs, StreamConfig, check_top_k, plan_cache
 from .errors import FlashMoEError
-from .layout import ExpertLayout, open_layout, quantisation
-from .loader import find_model, trunk_tensors
+from .json_file import exists, read_object
+from .layout import ExpertLayout, checkpoint_headers, open_layout, quantisation
+from .loader import check_tokenizer, find_model, trunk_tensors
+from .memory import available_bytes, card_bytes
+from .model_files import read_config
 from .names import PROJECTIONS
+from .trunk_checks import check_trunk
 
 INDEX = "model.safetensors.index.json"
 
@@ -57,10 +60,10 @@ def examine(directory: Path) -> ModelReport:
     Raises:
         FlashMoEError: it is not a directory.
     """
-    if not directory.is_dir():
+    if not (exists(directory) and directory.is_dir()):
         raise FlashMoEError(f"{directory}: not a directory. Give the directory of a model.")
     report = ModelReport(directory)
-    for check in (_config, _trunk, _experts):
+    for check in (_config, _index, _trunk, _experts, _settings, _tokenizer):
         _collect(report, check)
     return report
 
@@ -74,25 +77,32 @@ def _collect(report: ModelReport, check: Callable[[ModelReport], None]) -> None:
 
 
 def _config(report: ModelReport) -> None:
-    path = find_model(report.directory)
-    report.args = ModelArgs.from_dict(json.loads((path / "config.json").read_text()))
+    report.args = ModelArgs.from_dict(read_config(find_model(report.directory)))
 
 
-def _trunk(report: ModelReport) -> None:
-    report.trunk_bytes = sum(t.nbytes for t in trunk_tensors(report.directory).values())
+def _index(report: ModelReport) -> None:
     path = report.directory / INDEX
-    if not path.exists():
-        return
     try:
-        listed = set(json.loads(path.read_text())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FlashMoEError(f"{path}: damaged ({error!r}). Download it again.") from error
-    missing = sorted(name for name in listed if not (report.directory / str(name)).is_file())
+        content = read_object(path, "Download it again.").get("weight_map")
+    except FileNotFoundError:
+        return
+    if not isinstance(content, dict) or not all(isinstance(x, str) for x in content.values()):
+        raise FlashMoEError(
+            f"{path}: damaged (weight_map is not files by name). Download it again."
+        )
+    listed = set(content.values())
+    missing = sorted(name for name in listed if not exists(report.directory / name))
     if missing:
         raise FlashMoEError(
             f"{path}: lists {missing[0]}, which is missing ({len(missing)} of {len(listed)} files "
             "are). Download or convert it again."
         )
+
+
+def _trunk(report: ModelReport) -> None:
+    report.trunk_bytes = sum(t.nbytes for t in trunk_tensors(report.directory).values())
+    if report.args:
+        check_trunk(report.directory, checkpoint_headers(report.directory), report.args)
 
 
 def _experts(report: ModelReport) -> None:
@@ -106,3 +116,20 @@ def _experts(report: ModelReport) -> None:
     }
     report.bits = tuple(sorted(found))
     report.layout = layout
+
+
+def _settings(report: ModelReport) -> None:
+    """Check that the settings of config.json and environment let the model be loaded here."""
+    if (args := report.args) is None or (layout := report.layout) is None:
+        return
+    stream = StreamConfig.resolve(args.flashmoe)
+    top_k = stream.experts_per_token or args.num_experts_per_tok
+    check_top_k(top_k, args.num_experts, "experts_per_token")
+    card = card_bytes()
+    available = available_bytes() if card is None else card
+    plan_cache(stream.expert_cache, layout, top_k, report.trunk_bytes or 0, available)
+
+
+def _tokenizer(report: ModelReport) -> None:
+    if report.args:
+        check_tokenizer(report.directory, report.args.vocab_size)

@@ -11,15 +11,14 @@ In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all
 `LayerLayout` stores. Every header is checked before a byte is trusted.
 """
 
-import json
 import math
-import os
-import stat
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from .errors import FlashMoEError
+from .json_file import exists, list_files, open_regular, parse, read_json, unreadable
 from .names import FIELDS, PROJECTIONS, stacked_expert
 
 EXPERT_DIR = "model_experts"
@@ -127,11 +126,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         FlashMoEError: the file is missing, cut short, or its header does not describe it.
     """
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for ever
-            raise FlashMoEError(f"{path}: not a regular file. Put the checkpoint's file there.")
-        size = found.st_size
-        with open(path, "rb") as file:
+        file, size = open_regular(path, "Put the checkpoint's file there.")
+    except FileNotFoundError as error:
+        raise FlashMoEError(
+            f"{path}: missing ({error.strerror}). Download or convert it again."
+        ) from error
+    with file:
+        try:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
                 raise FlashMoEError(
@@ -139,14 +140,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     "Download or convert it again."
                 )
             raw = file.read(length)
-    except OSError as error:
-        raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
+        except OSError as error:
+            raise unreadable(path, error) from error
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
-        header.pop("__metadata__", None)
+        header = parse(raw)
+        _check_metadata(header.pop("__metadata__", None))
         tensors = {name: _tensor(name, entry, 8 + length) for name, entry in header.items()}
         end = _check_gapless(tensors, 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FlashMoEError(
             f"{path}: damaged safetensors header ({error}). Download or convert it again."
         ) from error
@@ -158,14 +159,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of JSON's pairs; the last of several equal keys would win unnoticed."""
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"{key[:40]!r} occurs more than once")
-        result[key] = value
-    return result
+def _check_metadata(found: Any) -> None:
+    """Refuse metadata that MLX cannot read: what is there must be strings by name."""
+    if found is not None and not (
+        isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    ):
+        raise ValueError("__metadata__ is not an object of strings")
 
 
 def _check_gapless(tensors: dict[str, TensorInfo], end: int) -> int:
@@ -210,8 +209,8 @@ def open_layout(model_dir: Path | str, num_layers: int, num_experts: int) -> Exp
     """
     model_dir = Path(model_dir)
     experts_dir = model_dir / EXPERT_DIR
-    if not experts_dir.exists():
-        if (model_dir / "flashmoe_model.py").exists():
+    if not exists(experts_dir):
+        if exists(model_dir / "flashmoe_model.py"):
             raise FlashMoEError(
                 f"{model_dir}: the folder {EXPERT_DIR}/ is missing, so the conversion is "
                 "unfinished or was copied in part. Run flashmoe-convert again."
@@ -220,7 +219,7 @@ def open_layout(model_dir: Path | str, num_layers: int, num_experts: int) -> Exp
     manifest = read_manifest(experts_dir / MANIFEST)
     if "link" in manifest:
         source = Path(str(manifest["link"]))
-        if not source.is_dir():
+        if not (exists(source) and source.is_dir()):
             raise FlashMoEError(
                 f"{experts_dir / MANIFEST}: links to {source}, which is not a directory. Put the "
                 "checkpoint back there, or convert again with flashmoe-convert --link."
@@ -236,16 +235,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         FlashMoEError: it is missing (the conversion did not finish), damaged, or too new.
     """
     try:
-        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
-            raise ValueError("not a regular file")
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path, "Run flashmoe-convert again.")
     except FileNotFoundError:
         raise FlashMoEError(
             f"{path.parent.parent}: unfinished conversion ({path.name} is written last and is "
             "missing). Run flashmoe-convert again."
         ) from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise FlashMoEError(f"{path}: damaged ({error}). Run flashmoe-convert again.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise FlashMoEError(f"{path}: not a {MANIFEST_FORMAT} manifest. Convert the model again.")
     if manifest.get("version") != MANIFEST_VERSION:
@@ -293,7 +288,7 @@ def _open_packed(
 
 def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
     path = model_dir / EXPERT_DIR / layer_file(layer)
-    if not path.exists():
+    if not exists(path):
         raise FlashMoEError(
             f"{path}: missing, so layer {layer} has no experts. Run flashmoe-convert again."
         )
@@ -329,13 +324,22 @@ def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
     return LayerLayout(layer, num_experts, fields)
 
 
-def weight_files(directory: Path) -> list[Path]:
+def list_weight_files(directory: Path) -> list[Path]:
     """Return every `model*.safetensors` in a directory, the files that stock mlx-lm loads.
+
+    Raises:
+        FlashMoEError: it cannot be listed.
+    """
+    return [path for path in list_files(directory) if fnmatch(path.name, "model*.safetensors")]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return every `model*.safetensors` in a directory.
 
     Raises:
         FlashMoEError: there is none.
     """
-    files = sorted(directory.glob("model*.safetensors"))
+    files = list_weight_files(directory)
     if not files:
         raise FlashMoEError(
             f"{directory}: no model*.safetensors found. Give the directory of a Qwen3.5 MoE "

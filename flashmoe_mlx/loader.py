@@ -2,10 +2,7 @@
 
 import atexit
 import glob
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,10 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 from .config import ModelArgs, StreamConfig, asked_slots, check_top_k, plan_cache
 from .custom_kernels.choice import check_cpu_kernels
 from .custom_kernels.executor import cpu_steps, prepare
-from .errors import FlashMoEError
+from .errors import FlashMoEError, named
 from .expert_store import ExpertStore
 from .io_mode import plan_io, plan_load
+from .json_file import exists
 from .layout import (
     ExpertLayout,
     TensorInfo,
@@ -31,12 +29,18 @@ from .layout import (
 )
 from .memory import available_bytes, card_bytes
 from .model import Model
+from .model_files import check_small_files, read_config
 from .names import PROJECTIONS, is_expert
 from .record_checks import RecordChecks
 from .slot_bank import DTYPES
+from .trunk_checks import check_readable, check_trunk
 
 Format = tuple[int, int, str]
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
+# Of a tokenizer everything may be raised: transformers and Rust read it, and compute nothing else.
+TOKENIZER = (
+    "its tokenizer cannot be loaded", "Restore the checkpoint's own files", (Exception,),
+)  # fmt: skip
 DOWNLOAD_PATTERNS = [
     "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
     "*.txt", "*.jsonl", "*.jinja",
@@ -83,6 +87,7 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         FlashMoEError: experts are missing or damaged, or the cache holds less than one token's.
     """
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
+    check_trunk(directory, checkpoint_headers(directory), args)
     if cpu_steps(mx.zeros(1)) is None:
         if stream.lookahead == "on":
             raise FlashMoEError(
@@ -142,7 +147,7 @@ def kernel_formats(
     for entry in (args.quantization, *args.quantization.values()):
         if isinstance(entry, dict) and {"bits", "group_size"} <= entry.keys():
             # mlx_lm.convert --quant-predicate writes null for the default.
-            formats |= {(entry["bits"], entry["group_size"] or 64, dtype) for dtype in dtypes}
+            formats |= {(entry["bits"] or 4, entry["group_size"] or 64, dtype) for dtype in dtypes}
     return {(b, g, str(DTYPES[d]).split(".")[-1]) for b, g, d in formats if d in DTYPES}
 
 
@@ -159,7 +164,7 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
         FlashMoEError: it has no config.json or no weights, or the Hub does not have it.
     """
     path = Path(path_or_hub_id)
-    if not path.exists():
+    if not exists(path):
         try:
             path = Path(
                 snapshot_download(
@@ -173,18 +178,7 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
                 "name, the revision and the network; a private or gated repository needs "
                 "`hf auth login`."
             ) from error
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except OSError:
-        raise FlashMoEError(f"{path}: no config.json. Give the directory of a model.") from None
-    except (ValueError, RecursionError) as error:
-        raise FlashMoEError(
-            f"{path / 'config.json'}: not JSON ({error}). Restore the checkpoint's own."
-        ) from error
-    if not isinstance(config, dict):
-        raise FlashMoEError(
-            f"{path / 'config.json'}: not a JSON object. Restore the checkpoint's own."
-        )
+    read_config(path)
     weight_files(path)
     if glob.has_magic(str(path)):
         raise FlashMoEError(
@@ -241,7 +235,10 @@ def load(
             f"adapter_path = {adapter_path!r} is not a directory. Give one that mlx_lm.lora wrote."
         )
     path = find_model(path_or_hub_id, revision)
-    checkpoint_headers(path)  # before MLX reads them, which says less about a damaged file
+    ModelArgs.from_dict(read_config(path) | (model_config or {}))  # before anything is allocated
+    check_small_files(path)
+    # Before MLX reads them, which says less about a damaged file.
+    check_readable(checkpoint_headers(path))
     classes = bound_classes(
         path,
         expert_cache=expert_cache,
@@ -251,7 +248,7 @@ def load(
         verify=verify,
         lookahead=lookahead,
     )
-    with _named(path, "its weights do not fit its config.json", "Restore the checkpoint's own"):
+    with named(path, "its weights do not fit its config.json", "Restore the checkpoint's own"):
         model, config = load_model(
             path,
             lazy,
@@ -261,34 +258,48 @@ def load(
         )
     try:
         if adapter_path is not None:
-            with _named(adapter_path, "adapters that do not fit this model", "Train them for it"):
+            with named(adapter_path, "adapters that do not fit this model", "Train them for it"):
                 model = load_adapters(model, adapter_path)
                 model.eval()
         # The bundled tokenizer's one class is part of this package.
         trusted = {"trust_remote_code": path == BUNDLED_MODEL}  # or transformers asks on stdin
-        with _named(path, "its tokenizer cannot be loaded", "Restore the checkpoint's own files"):
+        with named(path, *TOKENIZER):
             tokenizer = load_tokenizer(
                 path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id")
             )
+        check_use(path, tokenizer, model.args.vocab_size)
     except BaseException:
         model.close()
         raise
     return model, tokenizer
 
 
-@contextmanager
-def _named(place: str | Path, fault: str, remedy: str) -> Iterator[None]:
-    """Give what stock mlx-lm raises about some files a place and a remedy."""
-    try:
-        yield
-    except FlashMoEError:
-        raise
-    except RuntimeError as error:
-        if not str(error).startswith(("[load", "[read")):  # MLX's, about files
-            raise
-        raise FlashMoEError(f"{place}: a file cannot be read ({error}). {remedy}.") from error
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()[:40])
+def check_tokenizer(directory: Path, vocab_size: int) -> None:
+    """Load a directory's tokenizer, and no code of that directory, to see that it can be.
+
+    Raises:
+        FlashMoEError: it cannot be, or has tokens that the model does not have.
+    """
+    check_small_files(directory)
+    with named(directory, *TOKENIZER):
+        tokenizer = load_tokenizer(directory, {"trust_remote_code": False})
+    check_use(directory, tokenizer, vocab_size)
+
+
+def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
+    """Try a tokenizer, and refuse tokens that the embedding has no row for.
+
+    What lies behind the embedding would be read for them.
+
+    Raises:
+        FlashMoEError: it encodes nothing, or has such a token.
+    """
+    with named(directory, *TOKENIZER):
+        tokenizer.decode(tokenizer.encode("Hello"))
+        tokens = tokenizer.get_vocab().items()
+    token, largest = max(tokens, key=lambda item: item[1], default=("", 0))
+    if largest >= vocab_size:
         raise FlashMoEError(
-            f"{place}: {fault} ({type(error).__name__}: {reason}). {remedy}."
-        ) from error
+            f"{directory}: its tokenizer gives {token!r} the id {largest}, but the model has "
+            f"vocab_size = {vocab_size}. Restore the checkpoint's own files."
+        )

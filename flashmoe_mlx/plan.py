@@ -11,6 +11,8 @@ from typing import Any
 
 from .config import PREFILL_CHUNK, ModelArgs, parse_size
 from .errors import FlashMoEError
+from .json_file import exists
+from .model_files import CONFIG, read_config
 from .names import PROJECTIONS
 from .plan_model import (
     SYSTEM_BYTES,
@@ -132,33 +134,27 @@ def _weights(args: argparse.Namespace) -> Weights:
     quantization = settings.quantization
     own = _expert_bits(quantization, settings.num_hidden_layers)
     bits = own if args.bits is None else _among(args.bits, BITS, "--bits")
-    trunk_bits, group = quantization.get("bits", 4), quantization.get("group_size") or 64
+    trunk_bits, group = quantization.get("bits") or 4, quantization.get("group_size") or 64
     return weigh(settings, bits, args.top_k, trunk_bits, group)
 
 
 def _read_config(directory: str) -> ModelArgs:
-    path = Path(directory) / "config.json"
-    try:
-        return ModelArgs.from_dict(json.loads(path.read_text()))
-    except OSError as error:
+    if not exists(Path(directory) / CONFIG):
         raise FlashMoEError(
-            f"--model {directory}: no readable config.json there ({error.strerror}). "
-            f"Give {', '.join(NAMES)}, or the directory of a model."
-        ) from error
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, FlashMoEError):
-            raise
-        raise FlashMoEError(f"{path}: not a JSON object. Restore the checkpoint's own.") from error
+            f"--model {directory}: no {CONFIG} there. Give {', '.join(NAMES)}, or the directory "
+            "of a model."
+        )
+    return ModelArgs.from_dict(read_config(Path(directory)))
 
 
 def _expert_bits(quantization: dict[str, Any], layers: int) -> float:
     """Return the mean bits of routed experts' weights: of their own entries, or the default's."""
     own = {
-        (int(match[1]), match[2]): entry["bits"]
+        (int(match[1]), match[2]): entry.get("bits") or 4
         for name, entry in quantization.items()
         if isinstance(entry, dict) and (match := _EXPERTS.search(name))
     }
-    default = quantization.get("bits", 4)
+    default = quantization.get("bits") or 4
     matrices = [(layer, name) for layer in range(layers) for name in PROJECTIONS]
     return sum(own.get(matrix, default) for matrix in matrices) / len(matrices)
 

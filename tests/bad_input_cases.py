@@ -192,7 +192,7 @@ DOCTOR = [
 PLAN = [
     ("", "--model is missing. Give 397b, 122b, 35b, or a directory."),
     ("--model 397b", "--ram and --ssd and --memory-bandwidth not given. Give it, or a --machine"),
-    ("--model 1b --machine m3-max-48", "--model 1b: no readable config.json there (No such file"),
+    ("--model 1b --machine m3-max-48", "--model 1b: no config.json there. Give 397b, 122b, 35b,"),
     ("--model 397b --machine pdp-11", "--machine pdp-11 is not known. Choose among m1-pro-16"),
     ("--model 397b --machine m3-max-48 --bits 3", "--bits 3 is not known. Choose among 4, 2."),
     ("--model 397b --machine m3-max-48 --top-k 0", "--top-k = 0, but the model has 512 experts"),
@@ -256,12 +256,12 @@ CONFIG = [
     (
         "text",
         {"vocab_size": 7},
-        "its weights do not fit its config.json (ValueError: Expected shape",
+        "embed_tokens.biases is BF16[4096, 3], expected [7, 3] of BF16 or F16 or F32 by",
     ),
     (
         "text",
-        {"num_hidden_layers": 3},
-        "its weights do not fit its config.json (ValueError: Receive",
+        {"num_hidden_layers": 3, "layer_types": None},
+        "language_model.model.layers.3.input_layernorm.weight is not in the model that config.json",
     ),
     ("top", {"text_config": [1]}, "text_config = [1] is not a JSON object."),
     ("top", {"quantization": "4-bit"}, "quantization = '4-bit' is not an object."),

@@ -94,7 +94,8 @@ def extras() -> Weights:
 
 
 def write_tokenizer(directory: Path) -> None:
-    words = {f"w{n}": n for n in range(VOCABULARY - 1)} | {"<|im_end|>": VOCABULARY - 1}
+    words = {f"w{n}": n for n in range(VOCABULARY - 2)}
+    words |= {"<|endoftext|>": VOCABULARY - 2, "<|im_end|>": VOCABULARY - 1}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="<|im_end|>"
     )
@@ -102,9 +103,10 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def save(directory: Path, config: dict[str, Any], weights: Weights, shards: int = 1) -> Path:
-    """Write a checkpoint of one or several files, with an index if several."""
+    """Write a checkpoint of one or several files, with an index if several, and a tokenizer."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
+    write_tokenizer(directory)
     names = sorted(weights)
     index = {}
     for number in range(shards):
@@ -160,7 +162,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 # anything in the parent, so that forks are safe.
 KILLER = """
 import os, signal, sys, threading
-from flashmoe_mlx.convert import convert, min_max_cpu  # so that forks need not load numba
+from flashmoe_mlx import loader  # so that forks need not load transformers
+from flashmoe_mlx.convert import convert, min_max_cpu  # nor numba
 
 calls, last, lock = [], 0, threading.Lock()
 

@@ -129,8 +129,8 @@ def test_what_is_no_file_is_not_opened(root, hf):
     path.unlink()
     shutil.copy(root / "hf" / path.name, path)
     for name, match in (
-        (INDEX, r"index.json: damaged \(not a regular file\)"),
-        ("config.json", r"config.json: cannot be read \(not a regular file\)"),
+        (INDEX, r"index.json: not a regular file"),
+        ("config.json", r"config.json: not a regular file"),
     ):
         (hf / name).unlink()
         os.mkfifo(hf / name)
@@ -138,7 +138,7 @@ def test_what_is_no_file_is_not_opened(root, hf):
     manifest = shutil.copytree(root / "stock", hf / "mlx") / "model_experts/manifest.json"
     manifest.parent.mkdir()
     os.mkfifo(manifest)
-    refused(hf / "mlx", r"manifest.json: damaged \(not a regular file\)", quantize=False)
+    refused(hf / "mlx", r"manifest.json: not a regular file", quantize=False)
 
 
 # --- which tensors -------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_long_names_and_values_are_cut(hf):
 @pytest.mark.parametrize("text", ["[" * 200_000, "[]", '{"weight_map": []}', "{"])
 def test_index_that_is_none(hf, text):
     (hf / INDEX).write_text(text)
-    refused(hf, r"index.json: damaged")
+    refused(hf, r"index.json: (damaged|not )")
 
 
 # --- dtypes and values ---------------------------------------------------------------------------
@@ -301,9 +301,9 @@ def test_tensors_without_elements_or_dimensions(root, tmp_path, quantize, name, 
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("[" * 200_000, r"config.json: cannot be read"),
-        ("[]", r"config.json: cannot be read"),
-        ('{"model_type": "qwen3_5_moe", "text_config": [1]}', r"config.json: cannot be read"),
+        ("[" * 200_000, r"config.json: not JSON \(nested more than 100 levels deep\)"),
+        ("[]", r"config.json: not a JSON object"),
+        ('{"model_type": "qwen3_5_moe", "text_config": [1]}', r"config.json: text_config is \[1\]"),
     ],
 )
 def test_config_that_is_none(hf, text, match):

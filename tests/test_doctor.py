@@ -74,7 +74,7 @@ def test_json_has_the_facts(models, capsys):
 def test_every_kind_of_directory(name, models, capsys):
     code, out = run([models[name], *QUICK], capsys)
     assert code == 0
-    assert "complete (headers and sizes)" in out
+    assert "complete (headers, sizes, tokenizer)" in out
     assert ("flashmoe-convert makes it one" in out) == (name != "packed2")
 
 

@@ -54,7 +54,7 @@ DAMAGE = {
         r"no config\.json\. Give the directory of a model",
     ),
     "more layers": (
-        lambda m: edit_config(m, num_hidden_layers=400),
+        lambda m: edit_config(m, num_hidden_layers=400, layer_types=None),
         r"lists \d+ layers, but config\.json has num_hidden_layers = 400",
     ),
     "more experts": (

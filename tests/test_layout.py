@@ -216,7 +216,7 @@ def test_manifest_of_something_else(packed):
     with pytest.raises(FlashMoEError, match=r"not a flashmoe-experts manifest"):
         opened(packed)
     (packed / MANIFEST).write_text("{")
-    with pytest.raises(FlashMoEError, match=r"manifest.json: damaged"):
+    with pytest.raises(FlashMoEError, match=r"manifest.json: not JSON \("):
         read_manifest(packed / MANIFEST)
 
 

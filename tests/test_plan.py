@@ -176,7 +176,7 @@ def test_experts_of_mixed_bits_count_by_their_mean(tmp_path, capsys):
     ("args", "message"),
     [
         ("--machine m4-32", "--model is missing. Give 397b, 122b, 35b, or a directory."),
-        ("--model nope --machine m4-32", "--model nope: no readable config.json there"),
+        ("--model nope --machine m4-32", "--model nope: no config.json there"),
         ("--model 35b", "--ram and --ssd and --memory-bandwidth not given. Give it, or a --mach"),
         ("--model 35b --machine m9", "--machine m9 is not known. Choose among m1-pro-16,"),
         ("--model 35b --machine m4-32 --bits 3", "--bits 3 is not known. Choose among 4, 2."),
@@ -204,10 +204,11 @@ def test_bad_input(args, message, capsys):
     assert err.startswith(f"flashmoe-plan: error: {message}") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_damaged_config(text, tmp_path, capsys):
+@pytest.mark.parametrize(("text", "fault"), [("{", "not JSON ("), ("[]", "not a JSON object.")])
+def test_a_damaged_config(text, fault, tmp_path, capsys):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(SystemExit) as exit_:
         main(["--model", str(tmp_path), "--machine", "m4-32"])
     assert exit_.value.code == 2
-    assert "not a JSON object. Restore the checkpoint's own." in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"config.json: {fault}" in error and "Restore the checkpoint's own." in error

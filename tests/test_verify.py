@@ -91,7 +91,7 @@ def test_every_byte_of_every_kind_of_file_counts(root, out):
             flip(out / name, place, 1 << chances.randrange(8))
             if name == MANIFEST:
                 with pytest.raises(
-                    FlashMoEError, match=r"manifest.json: (damaged|altered|not a|f)"
+                    FlashMoEError, match=r"manifest.json: (damaged|altered|not a|not JSON|f)"
                 ):
                     verify.verify(out)
             else:
@@ -190,7 +190,7 @@ def test_a_bad_sector(root, out, monkeypatch):
     problems = verify.verify(out)
     monkeypatch.undo()
     assert [(problem.layer, problem.expert) for problem in problems] == [(2, 4), (2, 7)]
-    assert f"layer 2 expert 4: {out / LAYER}: cannot be read (Input/o" in str(problems[0])
+    assert f"layer 2 expert 4: {out / LAYER}: unreadable (Input/o" in str(problems[0])
     assert repair.repair(out, problems, root / "hf") == []
     assert contents(out) == contents(root / "out")
 

@@ -1,0 +1,309 @@
+"""Change files of models at random, and see that loading refuses them or gives the same tokens.
+
+    python tools/fuzz_files.py --cases 5000 --minutes 10 --seed 1
+
+A case is a tiny model with a header, config.json, a tokenizer file or the manifest changed, or with
+a pipe, a link or a folder in a file's place. It is loaded, run for a few tokens on fixed ids,
+examined as flashmoe-doctor does, and verified if it was converted. What may come of it:
+
+* refused: `load` raises FlashMoEError, and the doctor lists a problem;
+* equal: config.json still describes the same model, every tensor has its dtype, shape and bytes,
+  and the tokens are those of the unchanged model;
+* other: config.json describes another model that the headers fit too (another RoPE base, say), or
+  a tensor has other bytes, or other floats (BF16 read as F16). Its tokens are not judged.
+
+Anything else is wrong: another exception, a signal, other tokens, codes or shapes accepted that the
+unchanged model does not have, or more than LIMIT_S. Cases run in a process that may die, with
+FLASHMOE_DEBUG_BOUNDS=1.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from convert_mutations import (
+    VALUES,
+    any_header,
+    any_json,
+    bytes_of_header,
+    change_value,
+    length,
+    other_size,
+    raw_text,
+    read_raw,
+    rebuilt,
+    repeated_key,
+    sizes,
+    strange_files,
+    write_raw,
+)
+from mlx_lm.generate import generate_step
+
+from flashmoe_mlx.config import ModelArgs
+from flashmoe_mlx.convert.verify import verify
+from flashmoe_mlx.doctor_model import examine
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.layout import ITEM_SIZE, checkpoint_headers
+from flashmoe_mlx.loader import load
+from flashmoe_mlx.names import canonical, is_expert
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 30
+PROMPT, TOKENS = [3, 14, 15, 9, 26, 5], 6
+FLOATS = ("BF16", "F16", "F32")
+KINDS = ("packed", "stock")
+Trunk = dict[str, tuple[str, tuple[int, ...], int]]
+
+
+def trunk_dtype(source: Path, chances: random.Random) -> None:
+    """Give one tensor of the trunk another dtype, with its bytes as they are or cut to fit."""
+    path = chances.choice(sorted(source.glob("model*.safetensors")))
+    text, data = read_raw(path)
+    header = json.loads(text)
+    name = chances.choice([n for n in header if n != "__metadata__" and not is_expert(n)])
+    begin, end = header[name]["data_offsets"]
+    before, after = header[name]["dtype"], chances.choice(list(ITEM_SIZE))
+    size = (end - begin) * ITEM_SIZE[after] // ITEM_SIZE[before]
+    piece = data[begin:end].ljust(size, b"\0")[:size]
+    for entry in header.values():
+        if "data_offsets" in entry and entry["data_offsets"][0] >= end:
+            entry["data_offsets"] = [n + size - (end - begin) for n in entry["data_offsets"]]
+    header[name] |= {"dtype": after, "data_offsets": [begin, begin + size]}
+    write_raw(path, json.dumps(header).encode(), data[:begin] + piece + data[end:])
+
+
+def metadata(source: Path, chances: random.Random) -> None:
+    """Replace the metadata of a file."""
+    path = chances.choice(sorted(source.rglob("*.safetensors")))
+    text, data = read_raw(path)
+    value = chances.choice((*VALUES, {"format": 1}, {"format": None}, {"a": {"b": "c"}}))
+    write_raw(path, json.dumps(json.loads(text) | {"__metadata__": value}).encode(), data)
+
+
+def tokenizer(source: Path, chances: random.Random) -> None:
+    """Change values of a tokenizer file or of generation_config.json, or add some."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer_config.json",
+             "generation_config.json")  # fmt: skip
+    path = source / chances.choice(names)
+    content = json.loads(path.read_text()) if path.exists() else {}
+    added = ("tool_parser_type", "chat_template_type", "auto_map", "tokenizer_class",
+             "eos_token_id", "eos_token", "chat_template", "added_tokens_decoder",
+             "model_max_length", "extra_special_tokens")  # fmt: skip
+    if not content or chances.random() < 0.4:
+        content[chances.choice(added)] = chances.choice(VALUES)
+    else:
+        change_value(content, chances)
+    path.write_text(json.dumps(content))
+
+
+def garbage(source: Path, chances: random.Random) -> None:
+    """Put random bytes, deep brackets or nothing in place of a small file."""
+    path = chances.choice([p for p in sorted(source.iterdir()) if p.suffix in (".json", ".jinja")])
+    deep = chances.choice((99, 101, 500, 2000, 100_000))
+    path.write_bytes(
+        chances.choice((b"", chances.randbytes(200), b"[" * deep + b"]" * deep, b"\xff{}", b"null"))
+    )
+
+
+MUTATIONS = (
+    trunk_dtype, trunk_dtype, any_header, any_header, bytes_of_header, rebuilt, rebuilt, metadata,
+    length, other_size, any_json, any_json, sizes, raw_text, repeated_key, strange_files,
+    tokenizer, tokenizer, garbage,
+)  # fmt: skip
+
+
+class Model:
+    """What an unchanged directory holds, and the tokens that it gives."""
+
+    def __init__(self, directory: Path) -> None:
+        """Load it."""
+        self.directory = directory
+        self.args, self.trunk = described(directory), trunk_of(directory)
+        model, _ = load(directory)
+        with model:
+            self.tokens = generate(model)
+
+
+def generate(model: Any) -> list[int]:
+    """Return the likeliest tokens after PROMPT."""
+    steps = generate_step(mx.array(PROMPT), model, max_tokens=TOKENS)
+    return [int(token) for token, _ in steps]
+
+
+def described(directory: Path) -> ModelArgs:
+    """Return the model that config.json describes, without what changes no token."""
+    args = ModelArgs.from_dict(json.loads((directory / "config.json").read_text()))
+    return replace(args, flashmoe={}, quantization={}, layer_types=None, max_position_embeddings=1)
+
+
+def trunk_of(directory: Path) -> Trunk:
+    """Return dtype, shape and checksum of every tensor of the trunk."""
+    headers = checkpoint_headers(directory)
+    return {
+        name: (info.dtype, info.shape, zlib.crc32(file.read_bytes()[info.offset :][: info.nbytes]))
+        for key, (file, info) in headers.items()
+        if (name := canonical(key)) and not is_expert(key)
+    }
+
+
+def judge(before: Model, directory: Path, tokens: list[int]) -> str:
+    """Say what came of a changed directory that was loaded and gave tokens."""
+    other = described(directory) != before.args
+    found = trunk_of(directory)
+    assert found.keys() == before.trunk.keys() or other, "accepted another set of tensors"
+    for name, (dtype, shape, checksum) in before.trunk.items():
+        if name in found and found[name] != (dtype, shape, checksum):
+            floats = dtype in FLOATS and found[name][0] in FLOATS
+            assert floats or found[name][0] == dtype, f"accepted {name} as {found[name][0]}"
+            same = found[name][1] == shape or name.endswith("conv1d.weight")
+            assert same or other, f"accepted {name} as {found[name][1]}"
+            other = True
+    if other or before.directory.name == "stock":  # whose experts may have changed unnoticed
+        return "other" if tokens != before.tokens else "equal"
+    assert tokens == before.tokens, f"other tokens: {tokens}"
+    return "equal"
+
+
+def case(before: Model, work: Path, chances: random.Random) -> tuple[str, str]:
+    """Try one case; return what was changed, and what came of it."""
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.copytree(before.directory, work)
+    change = chances.choice(MUTATIONS)
+    with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, AttributeError):
+        change(work, chances)  # which may find nothing that it knows
+    tokens = None
+    try:
+        model, words = load(work, io_threads=2)
+        with model:
+            tokens = generate(model)
+            words.decode(words.encode("w1 w2"))
+            words.detokenizer.add_token(tokens[0])
+    except FlashMoEError as error:
+        assert len(str(error)) < 4000, f"an error of {len(str(error))} characters"
+    problems = examine(work).problems
+    if (work / "model_experts").is_dir():
+        with contextlib.suppress(FlashMoEError):
+            verify(work)
+    if tokens is None:
+        assert problems, "refused, and the doctor says that all is well"
+        return change.__name__, "refused"
+    return change.__name__, judge(before, work, tokens)
+
+
+def child(sources: Path, work: Path, seed: int, first: int, last: int, end: float) -> None:
+    """Try cases until a time comes, and print each case's number, and what came of it."""
+
+    def late(*arguments: object) -> None:
+        raise AssertionError(f"took more than {LIMIT_S} s")
+
+    models = {kind: Model(sources / kind) for kind in KINDS}
+    signal.signal(signal.SIGALRM, late)
+    for number in range(first, last):
+        if time.time() > end:
+            break
+        chances = random.Random(f"{seed} {number}")
+        tell({"begun": number})
+        signal.alarm(LIMIT_S)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                what, came = case(models[chances.choice(KINDS)], work, chances)
+            tell({"what": what, "came": came})
+        except BaseException as error:
+            frames = traceback.extract_tb(error.__traceback__)[-4:]
+            where = " > ".join(f"{frame.name}:{frame.lineno}" for frame in frames)
+            tell({"wrong": f"{type(error).__name__}: {str(error)[:300]} at {where}"})
+        signal.alarm(0)
+
+
+def tell(message: dict[str, Any]) -> None:
+    """Print a message for the parent."""
+    print(json.dumps(message), flush=True)
+
+
+def make_models(folder: Path) -> None:
+    """Write the tiny models: a stock MLX checkpoint, and what flashmoe-convert makes of it."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from convert_helpers import write_checkpoints
+
+    from flashmoe_mlx.convert import convert
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_checkpoints(folder)
+        convert(folder / "stock", folder / "packed")
+
+
+def fuzz(work: Path, cases: int, minutes: float, seed: int) -> int:
+    """Try cases in processes that may die; return how many went wrong."""
+    make_models(work / "sources")
+    end, number, bad = time.time() + 60 * minutes, 0, 0
+    came: Counter[str] = Counter()
+    while number < cases and time.time() < end:
+        begun = None
+        for found in _messages(work, seed, number, cases, end):
+            if "begun" in found:
+                begun, number = found["begun"], found["begun"] + 1
+            elif "wrong" in found:
+                print(f"case {begun}: {found['wrong']}", flush=True)
+                bad, begun = bad + 1, None
+            else:
+                came[found["came"]] += 1
+                begun = None
+        if begun is not None or not number:
+            print(f"case {begun}: the process died", flush=True)
+            bad += 1
+        if not number:
+            break
+    print(f"seed {seed}: {number} cases {dict(sorted(came.items()))}, {bad} wrong")
+    return bad
+
+
+def _messages(work: Path, seed: int, first: int, last: int, end: float) -> Iterator[dict[str, Any]]:
+    """Run a child and yield what it prints."""
+    numbers = map(str, (seed, first, last, end))
+    arguments = [str(work / "sources"), str(work / "case"), *numbers]
+    environment = {"FLASHMOE_DEBUG_BOUNDS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    with subprocess.Popen(
+        [sys.executable, __file__, "--child", *arguments], stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env=os.environ | environment,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; exits with 1 if a case went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add = parser.add_argument
+    add("--cases", type=int, default=5000, help="at most (default: 5000)")
+    add("--minutes", type=float, default=10, help="at most (default: 10)")
+    add("--seed", type=int, default=0, help="of the changes (default: 0)")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="fuzz-files-") as folder:
+        return int(fuzz(Path(folder), args.cases, args.minutes, args.seed) > 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(*map(Path, sys.argv[2:4]), *map(int, sys.argv[4:7]), float(sys.argv[7]))
+    else:
+        sys.exit(main())
