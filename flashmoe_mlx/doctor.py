@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
+from .commands import as_command
 from .config import StreamConfig
 from .custom_kernels.choice import NEEDS_GPU, Verdict, verdict
 from .custom_kernels.executor import cache_dir, kernel_choice
@@ -49,17 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; exits with 0, 1 if something is wrong, 2 on bad usage."""
-    args = build_parser().parse_args(argv)
-    try:
-        findings = examine_all(args)
-    except FlashMoEError as error:
-        print(f"flashmoe-doctor: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nflashmoe-doctor: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(as_command("flashmoe-doctor", lambda: report(build_parser().parse_args(argv))))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print everything found, and return 1 if something is wrong."""
+    findings = examine_all(args)
     print(json.dumps(findings) if args.json else render(findings))
-    sys.exit(0 if findings["ok"] else 1)
+    return 0 if findings["ok"] else 1
 
 
 def examine_all(args: argparse.Namespace) -> dict[str, Any]:
