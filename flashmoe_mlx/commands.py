@@ -8,9 +8,10 @@ import contextlib
 import errno
 import functools
 import os
-import select
-import signal
 import sys
+from _signal import SIGINT, default_int_handler  # type: ignore[import-not-found]
+from _signal import getsignal as get_handler  # `signal` itself takes 5 ms to import
+from _signal import signal as set_handler
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -51,8 +52,8 @@ def running() -> str | None:
 
 def take_interrupts() -> None:
     """Have Ctrl-C end this process at once while a command starts; other programs keep theirs."""
-    if running() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
+    if running() and get_handler(SIGINT) is default_int_handler:
+        set_handler(SIGINT, _leave)
 
 
 def as_command(
@@ -124,14 +125,14 @@ def _interruptible(interrupts: list[int]) -> Iterator[None]:
         interrupts.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is not _leave:  # another program called `main`
+    if get_handler(SIGINT) is not _leave:  # another program called `main`
         yield
         return
     try:
-        signal.signal(signal.SIGINT, interrupt)
+        set_handler(SIGINT, interrupt)
         yield
     finally:
-        signal.signal(signal.SIGINT, _leave)
+        set_handler(SIGINT, _leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -147,6 +148,8 @@ def _bye(name: str) -> str:
 
 def _reader_left() -> bool:
     """Say whether it was standard output whose pipe broke, and not a connection of ours."""
+    import select  # late, as nothing may delay `take_interrupts`
+
     poll = select.poll()
     poll.register(1, 0)
     return bool(poll.poll(0))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import sys
@@ -12,7 +13,8 @@ from . import machine
 from .commands import as_command
 from .config import StreamConfig
 from .custom_kernels.choice import NEEDS_GPU, Verdict, verdict
-from .custom_kernels.executor import cache_dir, kernel_choice
+from .custom_kernels.executor import compiled_folder, kernel_choice
+from .custom_kernels.kept import cache_dir
 from .custom_kernels.matvec import BITS
 from .custom_kernels.trial import Trial
 from .custom_kernels.trials import label, trials
@@ -72,6 +74,7 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
     model = examine(args.model_dir) if args.model_dir else None
     dtype = machine.default_dtype()
     kernels = [_kernel(trial) for trial in _trials(args.geometry, model, dtype)]
+    folder, complaints = compiled_folder()
     speed = _read_speed(model, args.sample_mib << 20)
     place = args.model_dir or _existing(cache_dir())
     findings: dict[str, Any] = {
@@ -79,6 +82,7 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
         "kernel_choice": choice,
         "dtype": dtype,
         "kernels": kernels,
+        "kept": {"kernels": folder, "verdicts": str(cache_dir()), "complaints": complaints},
         "memory_available": available_bytes(),
         "memory_limit": cgroup_limit(),
         "disk": {"path": str(place), "free": shutil.disk_usage(place).free},
@@ -128,7 +132,7 @@ def _reads_directly(model: ModelReport) -> bool:
 
 
 def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+    return next(parent for parent in (path, *path.parents) if os.path.exists(parent))
 
 
 def _problems(found: dict[str, Any]) -> list[str]:
@@ -138,7 +142,8 @@ def _problems(found: dict[str, Any]) -> list[str]:
         if not kernel["ok"] and kernel["message"] != NEEDS_GPU
     ]
     # One kernel often fails at every shape in the same way.
-    return [*dict.fromkeys(kernels), *(found["model"]["problems"] if found["model"] else [])]
+    models = found["model"]["problems"] if found["model"] else []
+    return [*dict.fromkeys(kernels), *found["kept"]["complaints"], *models]
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
@@ -163,6 +168,9 @@ def _advice(found: dict[str, Any]) -> list[str]:
         )
     if model.get("trunk_bytes") and model["trunk_bytes"] > found["memory_available"]:
         advice.append("The resident trunk is larger than the memory available. Free some.")
+    verdicts = Path(found["kept"]["verdicts"])
+    if not (os.access(place := _existing(verdicts), os.W_OK) and place.is_dir()):
+        advice.append(f"{verdicts} cannot be written: each run times its GPU kernels again.")
     if any(not k["ok"] and k["message"] != NEEDS_GPU for k in found["kernels"]):
         advice.append("Please report the failing kernel: flashmoe-doctor --json")
     return advice
