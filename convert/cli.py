@@ -97,7 +97,7 @@ def verify_parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="flashmoe-convert verify",
         description="Compare every byte of a converted directory with its manifest's checksums, "
-        "except README.md, the model card, which is for editing. "
+        "except README.md, the model card, and settings in config.json, which are for editing. "
         "Exit code 0: equal, 1: something differs, 2: it cannot be told.",
     )
     add = result.add_argument

@@ -113,8 +113,8 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
             flush=True,
         )
         code = f"from {__name__} import compile_all; compile_all({wanted!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-        with contextlib.suppress(OSError):  # a full disk: compiled again next time
+        with contextlib.suppress(OSError):  # no other process, or a full disk: compiled here
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True)
             if done.returncode == 0:
                 marker.touch()
     compile_all(wanted)

@@ -192,7 +192,7 @@ def render(found: dict[str, Any]) -> str:
         ("disk", f"{disk['free'] / GIB:.1f} GiB free at {disk['path']}"),
         ("reading", found["read_speed_line"]),
         *(("model", line) for line in _model_lines(found["model"])),
-        *(("kernel", line) for line in _kernel_lines(found["kernels"])),
+        *(("kernel", line) for line in _kernel_lines(found["kernels"], found["kernel_choice"])),
         *(("advice", line) for line in found["advice"]),
         *(("WRONG", line) for line in found["problems"]),
         ("result", "all well" if found["ok"] else f"{len(found['problems'])} wrong"),
@@ -217,20 +217,21 @@ def _model_lines(model: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-def _kernel_lines(kernels: list[dict[str, Any]]) -> list[str]:
+def _kernel_lines(kernels: list[dict[str, Any]], choice: str) -> list[str]:
     idle = [kernel for kernel in kernels if kernel["message"] == NEEDS_GPU]
-    lines = [_kernel_line(kernel) for kernel in kernels if kernel not in idle]
+    lines = [_kernel_line(kernel, choice) for kernel in kernels if kernel not in idle]
     if idle:
         lines.append(f"{len(idle)} GPU kernels not tried: there is no GPU")
     return lines
 
 
-def _kernel_line(kernel: dict[str, Any]) -> str:
+def _kernel_line(kernel: dict[str, Any], choice: str) -> str:
     found = Verdict.from_dict({k: v for k, v in kernel.items() if k not in ("op", "trial")})
     shape = f"{kernel['op']} {kernel['trial']}"
     if not found.ok:
         return f"FAILS: {shape}"
-    used = "used" if found.faster else "stock used"
+    always = choice == "custom" or not machine.on_gpu()  # the CPU's are used whatever they take
+    used = "used" if choice != "stock" and (always or found.faster) else "stock used"
     return (
         f"right, {found.custom_ms:.3f} ms, stock {found.stock_ms:.3f} ms, {used}; "
         f"error {found.error:.0e} of {found.limit:.0e}; {shape}"

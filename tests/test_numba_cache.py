@@ -408,6 +408,16 @@ def test_the_marker_lies_beside_the_code_it_speaks_of(compiled, tmp_path, capsys
     assert compiled[3:] == ["child", "here"]
 
 
+@pytest.mark.parametrize("fault", [errno.EAGAIN, errno.ENOMEM, errno.EACCES, errno.ENOENT])
+def test_without_another_process_it_is_compiled_here(fault, compiled, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError(fault, "no process")
+
+    monkeypatch.setattr(executor.subprocess, "run", refuse)
+    executor.prepare(FORMATS)
+    assert compiled == ["here"] and list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_kept_is_compiled_once(compiled, monkeypatch, capsys):
     """Not in a process of its own first, whose work would be lost."""
     monkeypatch.setattr(numba_cache, "folder", lambda: kept.NOWHERE)
