@@ -49,7 +49,8 @@ mlx_lm.generate --model {place} --trust-remote-code --prompt "Hello"
 `--trust-remote-code` is needed because `config.json` names a two-line `flashmoe_model.py`, which
 loads flashmoe-mlx. {code}
 
-`flashmoe-convert verify` compares every byte of a downloaded copy with its checksums.
+`flashmoe-convert verify` compares every byte of a downloaded copy, but for this card, with its
+checksums. They are CRC-32, which finds damage, not intent.
 
 Made by flashmoe-mlx {version} ({tools}) with
 

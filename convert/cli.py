@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashmoe_mlx.commands import as_command
 from flashmoe_mlx.convert.foreign_code import REMEDY, foreign_code
 from flashmoe_mlx.convert.parts import METHODS
 from flashmoe_mlx.convert.plan import DTYPES
@@ -17,8 +18,6 @@ from flashmoe_mlx.convert.verify import summary, verify
 from flashmoe_mlx.errors import FlashMoEError
 
 EXIT_DIFFERENCES = 1
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,7 +114,7 @@ def verify_parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="flashmoe-convert verify",
         description="Compare every byte of a converted directory with its manifest's checksums, "
-        "except README.md, the model card, which is for editing. "
+        "except README.md, the model card, and settings in config.json, which are for editing. "
         "Exit code 0: equal, 1: something differs, 2: it cannot be told.",
     )
     add = result.add_argument
@@ -132,27 +131,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     The command `verify` returns 1 if something differs.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    verifies = given[:1] == ["verify"]
-    options = verify_parser().parse_args(given[1:]) if verifies else parser().parse_args(given)
-    return _verify(options) if verifies else _convert(options)
+
+    def work() -> int:
+        if given[:1] == ["verify"]:
+            return _verify(verify_parser().parse_args(given[1:]))
+        return _convert(parser().parse_args(given))
+
+    return as_command("flashmoe-convert", work)
 
 
 def _verify(options: argparse.Namespace) -> int:
     directory = Path(options.directory).expanduser()
-    try:
-        if options.repair != (options.hf_path is not None):
-            raise FlashMoEError("--repair and --hf-path SOURCE go together. Give both, or neither.")
-        problems = verify(directory)
-        if options.repair and problems:
-            print(*problems, sep="\n")
-            print(f"Repairing {len({problem.file for problem in problems})} files.")
-            problems = repair(directory, problems, options.hf_path, options.revision)
-    except FlashMoEError as error:
-        print(f"flashmoe-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        print("flashmoe-convert: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    if options.repair != (options.hf_path is not None):
+        raise FlashMoEError("--repair and --hf-path SOURCE go together. Give both, or neither.")
+    problems = verify(directory)
+    if options.repair and problems:
+        print(*problems, sep="\n")
+        print(f"Repairing {len({problem.file for problem in problems})} files.")
+        problems = repair(directory, problems, options.hf_path, options.revision)
     print(*problems, summary(directory, problems), sep="\n")
     return EXIT_DIFFERENCES if problems else 0
 
@@ -160,15 +156,11 @@ def _verify(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     try:
         convert(**vars(options))
-    except FlashMoEError as error:
-        print(f"flashmoe-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_ERROR
     except KeyboardInterrupt:
         out = Path(options.mlx_path).expanduser()
         advice = "; the same command goes on" if out.exists() else ""
         advice += f", or delete {options.mlx_path}" if advice and not is_finished(out) else ""
-        print(f"flashmoe-convert: interrupted{advice}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        raise KeyboardInterrupt(f"flashmoe-convert: interrupted{advice}") from None
     if not options.dry_run:
         print(*done(options.hf_path, options.mlx_path, options.upload_repo), sep="\n")
     return 0

@@ -1,17 +1,19 @@
 """Read every byte of a converted directory and compare it with the manifest's checksums."""
 
+import json
 import os
 import stat
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from flashmoe_mlx.config import StreamConfig
 from flashmoe_mlx.convert.checksum import as_text
 from flashmoe_mlx.convert.output import OWN_CHECKSUM
 from flashmoe_mlx.convert.read import Reader
@@ -22,6 +24,8 @@ from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, layer_file, list_weight_fi
 from flashmoe_mlx.names import FIELDS
 
 BLOCK_BYTES = 8 << 20  # of each thread
+CONFIG = "config.json"
+SETTINGS = {field.name for field in fields(StreamConfig)}  # that a user may add to it
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ def verify(directory: Path, only: set[str] | None = None) -> list[Problem]:
     problems = _strangers(directory, manifest) if only is None else []
     parts: list[Part] = []
     for name, entry in entries(manifest).items():
+        if name == CONFIG and _differs_in_settings(directory / name, entry):
+            continue
         if only is None or name in only:
             problem = _size_problem(directory / name, name, entry["size"])
             problems += [problem] if problem else []
@@ -185,6 +191,19 @@ def _size_problem(path: Path, name: str, size: int) -> Problem | None:
     return None
 
 
+def _differs_in_settings(path: Path, entry: Entry) -> bool:
+    """Say whether config.json is as it was written but for settings that the format allows."""
+    try:
+        config = json.loads(path.read_bytes())
+        own = config["flashmoe"]
+        config["flashmoe"] = {name: own[name] for name in own if name not in SETTINGS}
+        written = json_bytes(dict(sorted(config.items())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+    same = (len(written), as_text(zlib.crc32(written))) == (entry["size"], entry["checksum"])
+    return same and not own.keys().isdisjoint(SETTINGS)
+
+
 def _strangers(directory: Path, manifest: dict[str, Any]) -> list[Problem]:
     """Name weight files that stock mlx-lm would load although they do not belong."""
     known = entries(manifest)
@@ -272,7 +291,10 @@ def summary(directory: Path, problems: Iterable[Problem]) -> str:
     """Return the result in one line."""
     count = len(list(problems))
     if not count:
-        return f"{directory}: every byte is as it was written."
+        files = entries(read_manifest(directory / EXPERT_DIR / MANIFEST))
+        edited = _differs_in_settings(directory / CONFIG, files[CONFIG])
+        but = ", but for the settings added to config.json" if edited else ""
+        return f"{directory}: every byte is as it was written{but}."
     things = "problem" if count == 1 else "problems"
     return (
         f"{directory}: {count} {things}. Repair: flashmoe-convert verify {directory} --repair "

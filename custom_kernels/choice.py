@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -22,12 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.custom_kernels import gpu
-from flashmoe_mlx.custom_kernels.executor import (
-    cache_dir,
-    cpu_kernels,
-    kernel_choice,
-    reject_cpu_kernels,
-)
+from flashmoe_mlx.custom_kernels.executor import cpu_kernels, kernel_choice, reject_cpu_kernels
+from flashmoe_mlx.custom_kernels.kept import cache_dir, write_whole
 from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, supports
 from flashmoe_mlx.custom_kernels.timing import Clock, fitting_calls, ops_of, side_by_side
 from flashmoe_mlx.custom_kernels.trial import Trial
@@ -79,7 +74,9 @@ class Verdict:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Read what `as_dict` returned; raises TypeError for anything else."""
         made = cls(**values)
-        if not isinstance(made.ok, bool) or not isinstance(made.message, str):
+        numbers = made.error, made.limit, made.custom_ms, made.stock_ms
+        sound = all(n is None or type(n) in (int, float) for n in numbers)
+        if not (sound and isinstance(made.ok, bool) and isinstance(made.message, str)):
             raise TypeError(f"not a verdict: {values}")
         return made
 
@@ -271,11 +268,11 @@ def _file() -> tuple[Path, dict[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Return the verdicts in a file; none if it is absent, unreadable or damaged in any way."""
     try:
-        verdicts = json.loads(path.read_text(encoding="utf-8"))["verdicts"]
-    except (OSError, ValueError, KeyError, TypeError):  # absent, unreadable or damaged
+        return dict(json.loads(path.read_text(encoding="utf-8"))["verdicts"])
+    except Exception:
         return {}
-    return verdicts if isinstance(verdicts, dict) else {}
 
 
 def _recall(trial: Trial, timed: bool) -> Verdict | None:
@@ -291,11 +288,6 @@ def _remember(trial: Trial, found: Verdict) -> None:
     """Add a verdict to the file, whole or not at all; a read-only home measures again."""
     path, facts = _file()
     text = json.dumps({**facts, "verdicts": {**_read(path), str(trial): found.as_dict()}}, indent=1)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(path, text.encode())

@@ -34,11 +34,6 @@ def kernel_choice() -> str:
     return choice
 
 
-def cache_dir() -> Path:
-    """Return the directory for what this machine need not find out again; it may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashmoe-mlx"
-
-
 _rejected: set[str] = set()
 
 
@@ -110,7 +105,7 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
         return
     wanted = json.dumps(sorted(formats))
     marker = _marker(wanted)
-    if not marker.exists():
+    if not marker.exists() and os.access(marker.parent, os.W_OK):
         print(
             "[flashmoe] compiling CPU kernels, once on this machine for models of these bits: "
             "a minute or two",
@@ -118,12 +113,21 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
             flush=True,
         )
         code = f"from {__name__} import compile_all; compile_all({wanted!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-        with contextlib.suppress(OSError):  # a read-only home compiles again next time
+        with contextlib.suppress(OSError):  # no other process, or a full disk: compiled here
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True)
             if done.returncode == 0:
-                marker.parent.mkdir(parents=True, exist_ok=True)
                 marker.touch()
     compile_all(wanted)
+
+
+def compiled_folder() -> tuple[str | None, list[str]]:
+    """Return where compiled CPU kernels are kept, None if nowhere; and what is wrong with that."""
+    if cpu_kernels(mx.zeros(1)) is None:
+        return None, []
+    from flashmoe_mlx.custom_kernels import numba_cache
+
+    folder = numba_cache.folder()
+    return str(folder) if folder.is_dir() else None, numba_cache.complaints
 
 
 def compile_all(formats: str) -> None:
@@ -137,10 +141,11 @@ def compile_all(formats: str) -> None:
 
 
 def _marker(formats: str) -> Path:
-    """Return the file that says that numba's cache holds the kernels for these formats."""
-    here = Path(__file__).parent
-    sources = [(f.name, f.stat().st_mtime_ns) for f in sorted(here.glob("*.py"))]
-    versions = sys.version, importlib.metadata.version("numba"), os.environ.get("NUMBA_CACHE_DIR")
+    """Return the file that says that numba's cache, beside it, has kernels for these formats."""
+    from flashmoe_mlx.custom_kernels import numba_cache
+
+    sources = [(f.name, f.stat().st_mtime_ns) for f in sorted(Path(__file__).parent.glob("*.py"))]
+    versions = sys.version, importlib.metadata.version("numba")
     mode = os.environ.get("FLASHMOE_DEBUG_BOUNDS")  # see bounds.py
-    key = json.dumps([formats, str(here), sources, versions, mode, platform.node()])
-    return cache_dir() / hashlib.sha256(key.encode()).hexdigest()[:24]
+    key = json.dumps([formats, sources, versions, mode, platform.node()])
+    return numba_cache.folder() / f"compiled-{hashlib.sha256(key.encode()).hexdigest()[:24]}"

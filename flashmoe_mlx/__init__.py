@@ -1,5 +1,9 @@
 """Stream Qwen3.5 mixture-of-experts models from disk inside MLX and mlx-lm."""
 
+from .commands import take_interrupts
+
+take_interrupts()  # first, as the other imports take long
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

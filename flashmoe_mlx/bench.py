@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from . import bench_batch, bench_decode, bench_io, bench_kernels, bench_prefill
+from .commands import as_command
 from .custom_kernels.trial import DTYPES
-from .errors import FlashMoEError
 from .geometry import GEOMETRIES
 
 
@@ -56,15 +56,12 @@ def _add_kernels(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; exits with 0, 1 if a kernel is wrong, 2 on bad input."""
-    args = build_parser().parse_args(argv)
-    try:
-        sys.exit(args.run(args))
-    except FlashMoEError as error:
-        print(f"flashmoe-bench: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nflashmoe-bench: interrupted", file=sys.stderr)
-        sys.exit(130)
+
+    def work() -> int:
+        args = build_parser().parse_args(argv)
+        return int(args.run(args))
+
+    sys.exit(as_command("flashmoe-bench", work))
 
 
 if __name__ == "__main__":

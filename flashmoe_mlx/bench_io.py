@@ -24,7 +24,7 @@ from . import machine
 from .bench_figures import disk_bytes
 from .bench_model import at_least_one
 from .config import BUFFERED, CachePlan, IoPlan, ModelArgs
-from .custom_kernels.executor import cache_dir
+from .custom_kernels.kept import cache_dir
 from .errors import FlashMoEError
 from .expert_store import ExpertStore
 from .io_mode import obstacle

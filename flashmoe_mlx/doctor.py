@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
+from .commands import as_command
 from .config import StreamConfig
 from .custom_kernels.choice import NEEDS_GPU, Verdict, verdict
-from .custom_kernels.executor import cache_dir, kernel_choice
+from .custom_kernels.executor import compiled_folder, kernel_choice
+from .custom_kernels.kept import cache_dir
 from .custom_kernels.matvec import BITS
 from .custom_kernels.trial import Trial
 from .custom_kernels.trials import label, trials
@@ -49,17 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; exits with 0, 1 if something is wrong, 2 on bad usage."""
-    args = build_parser().parse_args(argv)
-    try:
-        findings = examine_all(args)
-    except FlashMoEError as error:
-        print(f"flashmoe-doctor: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nflashmoe-doctor: interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(as_command("flashmoe-doctor", lambda: report(build_parser().parse_args(argv))))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Print everything found, and return 1 if something is wrong."""
+    findings = examine_all(args)
     print(json.dumps(findings) if args.json else render(findings))
-    sys.exit(0 if findings["ok"] else 1)
+    return 0 if findings["ok"] else 1
 
 
 def examine_all(args: argparse.Namespace) -> dict[str, Any]:
@@ -74,6 +74,7 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
     model = examine(args.model_dir) if args.model_dir else None
     dtype = machine.default_dtype()
     kernels = [_kernel(trial) for trial in _trials(args.geometry, model, dtype)]
+    folder, complaints = compiled_folder()
     speed = _read_speed(model, args.sample_mib << 20)
     place = args.model_dir or _existing(cache_dir())
     findings: dict[str, Any] = {
@@ -81,6 +82,7 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
         "kernel_choice": choice,
         "dtype": dtype,
         "kernels": kernels,
+        "kept": {"kernels": folder, "verdicts": str(cache_dir()), "complaints": complaints},
         "memory_available": available_bytes(),
         "memory_limit": cgroup_limit(),
         "disk": {"path": str(place), "free": shutil.disk_usage(place).free},
@@ -130,7 +132,7 @@ def _reads_directly(model: ModelReport) -> bool:
 
 
 def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+    return next(parent for parent in (path, *path.parents) if os.path.exists(parent))
 
 
 def _problems(found: dict[str, Any]) -> list[str]:
@@ -140,7 +142,8 @@ def _problems(found: dict[str, Any]) -> list[str]:
         if not kernel["ok"] and kernel["message"] != NEEDS_GPU
     ]
     # One kernel often fails at every shape in the same way.
-    return [*dict.fromkeys(kernels), *(found["model"]["problems"] if found["model"] else [])]
+    models = found["model"]["problems"] if found["model"] else []
+    return [*dict.fromkeys(kernels), *found["kept"]["complaints"], *models]
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
@@ -165,6 +168,9 @@ def _advice(found: dict[str, Any]) -> list[str]:
         )
     if model.get("trunk_bytes") and model["trunk_bytes"] > found["memory_available"]:
         advice.append("The resident trunk is larger than the memory available. Free some.")
+    verdicts = Path(found["kept"]["verdicts"])
+    if not (os.access(place := _existing(verdicts), os.W_OK) and place.is_dir()):
+        advice.append(f"{verdicts} cannot be written: each run times its GPU kernels again.")
     if any(not k["ok"] and k["message"] != NEEDS_GPU for k in found["kernels"]):
         advice.append("Please report the failing kernel: flashmoe-doctor --json")
     return advice
@@ -186,7 +192,7 @@ def render(found: dict[str, Any]) -> str:
         ("disk", f"{disk['free'] / GIB:.1f} GiB free at {disk['path']}"),
         ("reading", found["read_speed_line"]),
         *(("model", line) for line in _model_lines(found["model"])),
-        *(("kernel", line) for line in _kernel_lines(found["kernels"])),
+        *(("kernel", line) for line in _kernel_lines(found["kernels"], found["kernel_choice"])),
         *(("advice", line) for line in found["advice"]),
         *(("WRONG", line) for line in found["problems"]),
         ("result", "all well" if found["ok"] else f"{len(found['problems'])} wrong"),
@@ -211,20 +217,21 @@ def _model_lines(model: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-def _kernel_lines(kernels: list[dict[str, Any]]) -> list[str]:
+def _kernel_lines(kernels: list[dict[str, Any]], choice: str) -> list[str]:
     idle = [kernel for kernel in kernels if kernel["message"] == NEEDS_GPU]
-    lines = [_kernel_line(kernel) for kernel in kernels if kernel not in idle]
+    lines = [_kernel_line(kernel, choice) for kernel in kernels if kernel not in idle]
     if idle:
         lines.append(f"{len(idle)} GPU kernels not tried: there is no GPU")
     return lines
 
 
-def _kernel_line(kernel: dict[str, Any]) -> str:
+def _kernel_line(kernel: dict[str, Any], choice: str) -> str:
     found = Verdict.from_dict({k: v for k, v in kernel.items() if k not in ("op", "trial")})
     shape = f"{kernel['op']} {kernel['trial']}"
     if not found.ok:
         return f"FAILS: {shape}"
-    used = "used" if found.faster else "stock used"
+    always = choice == "custom" or not machine.on_gpu()  # the CPU's are used whatever they take
+    used = "used" if choice != "stock" and (always or found.faster) else "stock used"
     return (
         f"right, {found.custom_ms:.3f} ms, stock {found.stock_ms:.3f} ms, {used}; "
         f"error {found.error:.0e} of {found.limit:.0e}; {shape}"

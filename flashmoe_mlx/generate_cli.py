@@ -1,12 +1,11 @@
 """`flashmoe-generate`: mlx_lm.generate's flags, plus those that control streaming."""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm import stream_generate
@@ -16,6 +15,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .bench_plot import check_plot
+from .commands import as_command
 from .errors import FlashMoEError
 from .live import Live
 from .loader import BUNDLED_MODEL, load
@@ -24,8 +24,7 @@ from .options import UNSUPPORTED, chat_options, check_options
 from .prompt_cache import check_fits, read_prompt_cache
 from .run_stats import RunStats
 
-INTERRUPTED = 130
-OUT_OF_MEMORY = "[malloc", "out of memory", "insufficient memory"  # MLX's, by back-end
+IF_MEMORY_IS_SHORT = "Give a smaller --expert-cache, --prefill-step-size or --max-kv-size."
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,37 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command.
+    """Run the command; exits with 2 on bad input, 130 on Ctrl-C."""
 
-    Bad input ends with one line on stderr and exit code 2, Ctrl-C with 130.
-    """
-    args = build_parser().parse_args(argv)
-    try:
-        run(args)
-    except FlashMoEError as error:
-        _fail(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not is_out_of_memory(error):
-            raise
-        _fail(
-            f"memory is short ({error}). Give a smaller --expert-cache, --prefill-step-size or "
-            "--max-kv-size."
-        )
-    except KeyboardInterrupt:
-        print("\nflashmoe-generate: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # who reads the output has had enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    def work() -> None:
+        run(build_parser().parse_args(argv))
 
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Say whether MLX was refused memory."""
-    return any(words in str(error).lower() for words in OUT_OF_MEMORY)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"flashmoe-generate: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    if code := as_command("flashmoe-generate", work, IF_MEMORY_IS_SHORT):
+        sys.exit(code)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .commands import as_command
 from .config import PREFILL_CHUNK, ModelArgs, parse_size
 from .errors import FlashMoEError
 from .json_file import exists
@@ -62,12 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command; exits with 2 on bad input."""
-    args = build_parser().parse_args(argv)
-    try:
-        result = check() if args.check else plan(args)
-    except FlashMoEError as error:
-        print(f"flashmoe-plan: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if code := as_command("flashmoe-plan", lambda: report(build_parser().parse_args(argv))):
+        sys.exit(code)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print the predictions, or how well they meet what was measured."""
+    result = check() if args.check else plan(args)
     print(render_check(result) if args.check else render(result))
     if args.json:
         print(json.dumps(result))

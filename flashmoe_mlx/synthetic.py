@@ -6,6 +6,7 @@ windows, at random places, into small pools of random codes and scales. Weights 
 1 / columns, so activations stay finite, routers spread tokens over experts, and text is nonsense.
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -28,7 +29,8 @@ from .convert.plan import build_plan
 from .convert.run import MODEL_FILE, SHIM, write_index
 from .convert.source import Dims, Source
 from .convert.write import TensorFile, write_file, write_json
-from .custom_kernels.executor import cache_dir
+from .custom_kernels.kept import cache_dir
+from .doctor_model import examine
 from .errors import FlashMoEError
 from .geometry import GEOMETRIES
 from .layout import (
@@ -148,7 +150,7 @@ def default_dir() -> Path:
 
 
 def checkpoint(recipe: Recipe, directory: Path | None = None) -> Path:
-    """Return a recipe's checkpoint, which is written unless it is there already.
+    """Return a recipe's checkpoint, which is written unless it is there already, and whole.
 
     Args:
         recipe: what it is made of.
@@ -158,7 +160,7 @@ def checkpoint(recipe: Recipe, directory: Path | None = None) -> Path:
         FlashMoEError: the disk is too full, or cannot be written.
     """
     path = (directory or default_dir()).expanduser() / recipe.name
-    if (path / EXPERT_DIR / MANIFEST).exists():
+    if _is_whole(path):
         return path
     plan = recipe.plan()
     unfinished = path.with_name(path.name + ".tmp")
@@ -168,12 +170,19 @@ def checkpoint(recipe: Recipe, directory: Path | None = None) -> Path:
         _check_room(plan, path)
         (unfinished / EXPERT_DIR).mkdir(parents=True)
         _write(recipe, plan, unfinished)
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one
         os.replace(unfinished, path)
     except OSError as error:
         raise FlashMoEError(
             f"{error.filename or path}: cannot be written ({error.strerror}). Give another --dir."
         ) from error
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    with contextlib.suppress(FlashMoEError, OSError, ValueError):
+        return not examine(path).problems
+    return False
 
 
 def _check_room(plan: Plan, path: Path) -> None:

@@ -245,8 +245,15 @@ def test_measured_again_where_something_changed(change, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"verdicts": 1}', '{"verdicts": {"TRIAL": {"ok": 1}}}', "\0\xff"]
-)
+    "text",
+    [
+        "", "{", "[]", '{"verdicts": 1}', '{"verdicts": {"TRIAL": {"ok": 1}}}', "\0\xff",
+        "\0" * 500, "[" * 100_000, '{"verdicts": ["TRIAL"]}', '{"verdicts": {"TRIAL": [1]}}',
+        '{"verdicts": {"TRIAL": {"ok": true, "custom_ms": "1", "stock_ms": 2}}}',
+        '{"verdicts": {"TRIAL": {"ok": true, "custom_ms": 1, "stock_ms": [2]}}}',
+        '{"verdicts": {"TRIAL": {"ok": false, "error": "large"}}}',
+    ],
+)  # fmt: skip
 def test_a_damaged_file_is_replaced(text, tmp_path):
     assert prefers_custom(Doubling())
     choice.forget()

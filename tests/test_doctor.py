@@ -168,6 +168,24 @@ def test_a_failing_kernel(failing, line, capsys, monkeypatch):
     assert "Please report the failing kernel: flashmoe-doctor --json" in out
 
 
+@pytest.mark.parametrize(
+    ("choice_", "gpu_", "custom_ms", "used"),
+    [
+        ("auto", False, 9.0, "used"),  # the CPU's kernels are, whatever they take
+        ("stock", False, 0.1, "stock used"),
+        ("auto", True, 9.0, "stock used"),
+        ("auto", True, 0.1, "used"),
+        ("custom", True, 9.0, "used"),
+        ("stock", True, 0.1, "stock used"),
+    ],
+)
+def test_which_op_is_used(choice_, gpu_, custom_ms, used, monkeypatch):
+    monkeypatch.setattr(doctor.machine, "on_gpu", lambda: gpu_)
+    found = Verdict(True, 1e-6, 1e-5, custom_ms, 1.0).as_dict()
+    line = doctor._kernel_line({"op": "router", "trial": "", **found}, choice_)
+    assert f"stock 1.000 ms, {used}; error" in line
+
+
 # ---- reading -------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,23 @@ def test_a_checkpoint_is_made_once_and_only_whole_ones_count(tmp_path, monkeypat
     assert checkpoint(TINY, tmp_path) == path
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_experts/manifest.json", "model_experts/layer_01.safetensors", "config.json",
+        "model.safetensors",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "gone"])
+def test_a_damaged_checkpoint_is_made_again(name, damage, tiny, tmp_path):
+    path = shutil.copytree(tiny, tmp_path / TINY.name) / name
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] if damage == "cut" else bytes(len(data)))
+    if damage == "gone":
+        path.unlink()
+    assert contents(checkpoint(TINY, tmp_path)) == contents(tiny)
+
+
 def test_equal_recipes_give_equal_bytes(tiny, tmp_path):
     assert contents(checkpoint(TINY, tmp_path)) == contents(tiny)
 
