@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache
+from mlx_lm.models.cache import ArraysCache, _BaseCache
 
 from .errors import FlashMoEError
 
@@ -117,8 +117,9 @@ def check_caches(caches: Sequence[Any], kept: Sequence[Recurrent | Attending], h
         raise FlashMoEError(
             f"the prompt cache has {len(caches)} layers, but the model has {len(kept)}. {REMEDY}"
         )
-    batch, wide, compared = h.shape[0], h.dtype == mx.float32, _compared.get(caches[0])
-    if compared and compared[0] is kept and compared[1] == batch:
+    first, batch, wide = caches[0], h.shape[0], h.dtype == mx.float32
+    known = isinstance(first, _BaseCache) and _compared.get(first)
+    if known and known[0] is kept and known[1] == batch:
         return
     for layer, (cache, keeps) in enumerate(zip(caches, kept, strict=True)):
         if cache is None:
@@ -127,8 +128,8 @@ def check_caches(caches: Sequence[Any], kept: Sequence[Recurrent | Attending], h
             keeps.check(cache, batch, wide)
         except (_Unfit, AttributeError, TypeError) as error:
             raise FlashMoEError(f"the prompt cache of layer {layer} {error}. {REMEDY}") from error
-    if caches[0] is not None:
-        _compared[caches[0]] = kept, batch
+    if isinstance(first, _BaseCache):
+        _compared[first] = kept, batch
 
 
 def _fitted(name: str, array: Any, shape: tuple[int, ...], wide: bool) -> mx.array:
