@@ -9,7 +9,7 @@ from .config import ModelArgs, StreamConfig, check_top_k, plan_cache
 from .errors import FlashMoEError
 from .json_file import exists, read_object
 from .layout import ExpertLayout, checkpoint_headers, open_layout, quantisation
-from .loader import check_tokenizer, find_model, trunk_tensors
+from .loader import check_tokenizer, find_model, without_experts
 from .memory import available_bytes, card_bytes
 from .model_files import read_config
 from .names import PROJECTIONS
@@ -100,9 +100,10 @@ def _index(report: ModelReport) -> None:
 
 
 def _trunk(report: ModelReport) -> None:
-    report.trunk_bytes = sum(t.nbytes for t in trunk_tensors(report.directory).values())
+    headers = checkpoint_headers(report.directory)
+    report.trunk_bytes = sum(tensor.nbytes for tensor in without_experts(headers).values())
     if report.args:
-        check_trunk(report.directory, checkpoint_headers(report.directory), report.args)
+        check_trunk(report.directory, headers, report.args)
 
 
 def _experts(report: ModelReport) -> None:

@@ -87,7 +87,8 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         FlashMoEError: experts are missing or damaged, or the cache holds less than one token's.
     """
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
-    check_trunk(directory, checkpoint_headers(directory), args)
+    headers = checkpoint_headers(directory)
+    check_trunk(directory, headers, args)
     if cpu_steps(mx.zeros(1)) is None:
         if stream.lookahead == "on":
             raise FlashMoEError(
@@ -96,7 +97,7 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
             )
         stream = replace(stream, lookahead="off")
     checks = RecordChecks(layout) if stream.verify else None
-    trunk = trunk_tensors(directory)
+    trunk = without_experts(headers)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
     formats = kernel_formats(trunk, args, layout)
     asked_slots(stream.expert_cache, layout, args.num_experts_per_tok)  # before kernels compile
@@ -153,7 +154,11 @@ def kernel_formats(
 
 def trunk_tensors(directory: Path) -> dict[str, TensorInfo]:
     """Return the tensors that stay resident, from the headers of the weight files."""
-    headers = checkpoint_headers(directory)
+    return without_experts(checkpoint_headers(directory))
+
+
+def without_experts(headers: dict[str, tuple[Path, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Return the tensors that stay resident of those that headers list."""
     return {name: info for name, (_, info) in headers.items() if not is_expert(name)}
 
 

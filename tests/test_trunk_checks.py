@@ -114,7 +114,7 @@ DAMAGE = {
     "U16 norm": (f"{NORM}.weight", retyped("U16"), r"norm\.weight is U16\[128\], expected \[128\]"),
     "F8 norm": (f"{NORM}.weight", retyped("F8_E4M3"), r"norm\.weight is F8_E4M3\[128\]"),
     "short norm": (f"{NORM}.weight", reshaped(127), r"norm\.weight is BF16\[127\], expected \[128"),
-    "fewer codes": (f"{QUERIES}.weight", reshaped(256, 9), r"is U32\[256, 9\], expected \[256, 8\]"),
+    "fewer codes": (f"{QUERIES}.weight", reshaped(256, 9), r"is U32\[256, 9\], expected"),
     "no groups": (f"{QUERIES}.scales", reshaped(256, 0), r"scales BF16\[256, 0\] is not a quantis"),
     "other taps": (f"{CONV}.weight", reshaped(320, 3, 1), r"conv1d\.weight is BF16\[320, 3, 1\]"),
     "scalar": (f"{QUERIES}.scales", reshaped(), r"scales BF16\[\] is not a quantisation"),
@@ -164,7 +164,7 @@ def edited(model: Path, **entries) -> Path:
     ("entries", "message"),
     [
         ({"head_dim": 16}, r"self_attn.k_norm.weight is BF16\[32\], expected \[16\] of BF16"),
-        ({"linear_conv_kernel_dim": 5}, r"conv1d.weight is BF16\[320, 4, 1\], expected \[320, 5, 1"),
+        ({"linear_conv_kernel_dim": 5}, r"conv1d.weight is BF16\[320, 4, 1\], expected \[320, 5"),
         ({"vocab_size": 97}, r"biases is BF16\[96, 2\], expected \[97, 2\] of BF16"),
         ({"attention_bias": True}, r"no tensor .*self_attn.*_proj.bias, which config.json asks"),
         ({"tie_word_embeddings": True}, None),  # the head is left out
@@ -238,12 +238,12 @@ def test_the_largest_model_takes_no_memory(root):
     """Nothing is computed, so that a terabyte of parameters costs a few arrays' descriptions."""
     config = read_config(root / "packed")
     config["text_config"] |= {
-        "vocab_size": 1 << 24, "num_attention_heads": 4096,
-        "num_experts": 1 << 16, "moe_intermediate_size": 1 << 18, "head_dim": 1 << 14,
+        "vocab_size": 1 << 24, "num_experts": 1 << 16, "moe_intermediate_size": 1 << 18,
+        "linear_num_value_heads": 4096,
     }  # fmt: skip
     mx.reset_peak_memory()
     before = mx.get_peak_memory()
-    with pytest.raises(FlashMoEError, match=r"expected \["):
+    with pytest.raises(FlashMoEError, match=r"expected \[|not a quantisation of"):
         args = ModelArgs.from_dict(config)
         check_trunk(root, checkpoint_headers(root / "packed"), args)
     assert mx.get_peak_memory() - before < 1 << 20
@@ -265,9 +265,7 @@ def test_the_first_fault_in_the_file_is_named(root):
     name = "model.language_model.layers.0.linear_attn.conv1d.weight"
     file, found = headers[name]
     headers[name] = file, TensorInfo("BF16", (320, 1, 9), found.offset, found.nbytes)
-    with pytest.raises(
-        FlashMoEError, match=r"conv1d.weight is BF16\[320, 1, 9\], expected \[320, 4"
-    ):
+    with pytest.raises(FlashMoEError, match=r"weight is BF16\[320, 1, 9\], expected \[320, 4"):
         check_trunk(root / "hf", headers, args)
 
 
@@ -279,10 +277,10 @@ def test_the_first_fault_in_the_file_is_named(root):
     [
         (lambda m: edited(m, head_dim=64), r"layers.3.self_attn.* is .*, expected \["),
         (lambda m: edited(m, linear_conv_kernel_dim=3), r"conv1d.weight .* expected \[320, 3, 1\]"),
-        (lambda m: edited(m, num_attention_heads=10**9), r"num_attention_heads = 1000000000 is mor"),
+        (lambda m: edited(m, num_attention_heads=10**9), r"num_attention_heads = 10{9} is more"),
         (lambda m: edited(m, vocab_size=10**30), r"vocab_size = 10{30} is more than 16777216"),
-        (lambda m: (m / "tokenizer.json").unlink(), r"model: no tokenizer \(none of tokenizer.json"),
-        (lambda m: (m / "tokenizer.json").write_text("{"), r"its tokenizer cannot be loaded \(JSOND"),
+        (lambda m: (m / "tokenizer.json").unlink(), r"model: no tokenizer \(none of tok"),
+        (lambda m: (m / "tokenizer.json").write_text("{"), r"its tokenizer cannot be loaded \(J"),
         (lambda m: (m / "tokenizer.json").write_bytes(b"\xff"), r"its tokenizer cannot be loaded"),
     ],
 )  # fmt: skip
