@@ -5,7 +5,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ from flashmoe_mlx.convert.upload import (
     check_card,
     check_finished,
     check_repo,
+    impatient,
     is_finished,
     upload,
 )  # fmt: skip
@@ -125,19 +126,18 @@ def convert(
     )
     if link and options != Options(no_remote_code=no_remote_code):
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
-    to = None
-    if upload_repo is not None:
-        if link:
-            raise FlashMoEError(
-                f"--upload-repo {upload_repo}: with --link there is nothing to upload but links to "
-                "files of this machine. Drop --link."
-            )
-        to = check_repo(upload_repo, private)
+    if link and upload_repo is not None:
+        raise FlashMoEError(
+            f"--upload-repo {upload_repo}: with --link there is nothing to upload but links to "
+            "files of this machine. Drop --link."
+        )
     whole = keep_source or link or text is not None
-    with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
-        source = open_source(found.directory, str(hf_path), found.commit)
-        shards = Shards(Found(found.directory) if whole else found, out)
-        _convert(source, shards, options, out, dry_run, link, to)
+    with nullcontext() if upload_repo is None else impatient():
+        to = None if upload_repo is None else check_repo(upload_repo, private)
+        with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
+            source = open_source(found.directory, str(hf_path), found.commit)
+            shards = Shards(Found(found.directory) if whole else found, out)
+            _convert(source, shards, options, out, dry_run, link, to)
 
 
 def _convert(

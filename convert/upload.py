@@ -97,8 +97,7 @@ def check_repo(repo: str, private: bool | None) -> Destination:
     if not get_token():
         raise FlashMoEError(f"--upload-repo {repo}: no token for the Hugging Face Hub. {LOG_IN}")
     try:
-        with impatient():
-            name, role, owners = _who(patiently(repo, HfApi().whoami, WAITS[:2]))
+        name, role, owners = _who(patiently(repo, HfApi().whoami, WAITS[:2]))
     except Exception as error:  # a dozen kinds: network, a token that is none
         raise FlashMoEError(
             f"--upload-repo {repo}: the Hugging Face Hub does not know whose token this is "
@@ -138,8 +137,7 @@ def _check_seen(repo: str, private: bool) -> None:
     from huggingface_hub import HfApi
 
     try:
-        with impatient():
-            found = patiently(repo, partial(HfApi().model_info, repo), WAITS[:2]).private
+        found = patiently(repo, partial(HfApi().model_info, repo), WAITS[:2]).private
     except Exception as error:  # a dozen kinds
         if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403, 404):
             return  # it is not there, or the token does not see it; the upload will tell
@@ -177,8 +175,7 @@ def check_card(repo: str, card: bytes) -> None:
     from huggingface_hub import ModelCard
 
     try:
-        with impatient():
-            patiently(repo, partial(ModelCard(card.decode()).validate, "model"), WAITS[:2])
+        patiently(repo, partial(ModelCard(card.decode()).validate, "model"), WAITS[:2])
     except ValueError as error:
         raise FlashMoEError(
             f"--upload-repo {repo}: the Hugging Face Hub does not take the model card "
@@ -254,9 +251,8 @@ def upload(out: Path, to: Destination, card: bytes) -> None:
         if others := left_out(out, names):
             print(f"Left out, because the manifest does not list it: {others}")
         try:
-            with impatient():
-                _create(to.repo, to.private)
-                _upload(out, to.repo, names, card)
+            _create(to.repo, to.private)
+            _upload(out, to.repo, names, card)
         except FlashMoEError:
             raise
         except Exception as error:  # a dozen kinds: network, permissions, quotas
