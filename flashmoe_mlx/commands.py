@@ -42,7 +42,7 @@ REMEDIES = {  # of what a machine refuses; other errors of the system are faults
 @functools.cache
 def running() -> str | None:
     """Return the name of the command that this process runs, or None in any other program."""
-    name = os.path.basename(sys.argv[0])
+    name = os.path.basename("".join(getattr(sys, "argv", [])[:1]))  # none where Python is embedded
     if name == "-m":  # python -m flashmoe_mlx.generate_cli, while it imports the package
         module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
         parts = [*"".join(module).split("."), ""]

@@ -166,6 +166,13 @@ def test_other_programs_keep_their_ctrl_c(name, tmp_path):
     assert subprocess.run(run, capture_output=True, text=True).stdout == "True\n"
 
 
+@pytest.mark.parametrize("argv", ["sys.argv = []", "del sys.argv", "sys.argv = ['']"])
+def test_a_program_without_arguments(argv):
+    """Such as one that Python is embedded in."""
+    code = f"import sys; {argv}; import flashmoe_mlx.commands as c; print(c.running())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "None\n"
+
+
 # ---- errors by kind ------------------------------------------------------------------------------
 
 
