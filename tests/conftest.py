@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# Read when kernels are imported. What runs without these checks: test_kernels_without_checks.
+os.environ.setdefault("FLASHMOE_DEBUG_BOUNDS", "1")
+
 import mlx.core as mx
 import mlx_lm
 import pytest
@@ -24,7 +27,7 @@ FORMATS = ("packed4", "packed2", "linked", "unmodified")
 # What takes long goes first, so that no worker waits for the other in the end. The first two go to
 # one worker each, and compile for both: the CPU's kernels, and the bench's.
 FIRST = (
-    "test_cpu_kernels", "test_gpu_kernels", "test_exactness", "test_end_to_end",
+    "test_cpu_kernels", "test_gpu_kernels", "test_exactness", "test_bounds", "test_end_to_end",
     "test_stock_tools", "test_gated_delta_kernels", "test_gpu_model", "test_metal_bench",
     "test_attention_kernels", "test_calibrate", "test_memory", "test_resume", "test_convert",
     "test_style", "test_doctor",

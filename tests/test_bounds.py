@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -42,6 +43,16 @@ from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, mix
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.reader import Arrival, Batch
 
+WITHOUT_CHECKS = (
+    "test_cpu_decode.py",
+    "test_min_max.py",
+    *(f"test_cpu_kernels.py::test_{name}" for name in (
+        "matmul_is_as_exact_as_stock[4-64-dtype1]", "a_row_does_not_depend_on_the_others[4]",
+        "expert_mlp", "gated_delta", "mixer_equals_mlx_ops",
+    )),
+    "test_exactness.py::test_tokens_and_logits_equal_stock[packed4-half]",
+    "test_exactness.py::test_batch_of_different_lengths[packed4]",
+)  # fmt: skip
 HEADS, HIDDEN, TAPS = Heads(2, 4, 48, 32), 128, 4
 CHANNELS, VALUES = 2 * 2 * 48 + 4 * 32, 4 * 32
 F32 = np.float32
@@ -575,3 +586,16 @@ def test_another_mode_is_refused(monkeypatch):
     monkeypatch.setenv(bounds.VARIABLE, "yes")
     with pytest.raises(FlashMoEError, match="FLASHMOE_DEBUG_BOUNDS = 'yes' is no choice"):
         bounds._asked()
+
+
+def test_kernels_without_checks():
+    """What users run is other code: with threads, and vectorised where a check would be."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *WITHOUT_CHECKS],
+        cwd=Path(__file__).parent,
+        env=env | {bounds.VARIABLE: "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
