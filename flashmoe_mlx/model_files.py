@@ -57,9 +57,8 @@ def check_small_files(directory: Path) -> None:
     found = list(_files(directory))
     for path in found:
         _check_kind(path)
-    contents = {
-        path.name: read_object(path, RESTORE) for path in found if path.name in READ_AS_JSON
-    }
+    as_json = [directory / name for name in READ_AS_JSON]
+    contents = {path.name: read_object(path, RESTORE) for path in found if path in as_json}
     _check_ends(directory, contents)
     _check_modules(directory / TOKENIZER_CONFIG, contents.get(TOKENIZER_CONFIG, {}))
     if not any(fnmatch(path.name, pattern) for path in found for pattern in VOCABULARIES):

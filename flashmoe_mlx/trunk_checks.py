@@ -115,7 +115,8 @@ def _parameters(trunk: Mapping[str, Place], args: ModelArgs) -> dict[str, mx.arr
         return _inferred(path, module, trunk)
 
     if entry:
-        nn.quantize(model, entry["group_size"], entry["bits"], class_predicate=quantised)
+        mode = entry.get("mode", "affine")
+        nn.quantize(model, entry["group_size"], entry["bits"], mode=mode, class_predicate=quantised)
     parameters = dict(tree_flatten(model.parameters()))
     return {name: array for name, array in parameters.items() if not is_expert(name)}
 

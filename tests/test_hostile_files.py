@@ -96,6 +96,16 @@ def test_no_file_at_all(model, name, kind, monkeypatch):
             plan.main(["--model", str(model)])
 
 
+def test_a_folder_of_templates_is_looked_at_too(model):
+    """Where transformers reads every template, and nothing is config.json."""
+    folder = model / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "config.json").write_text("[")
+    check_small_files(model)
+    os.mkfifo(folder / "tool.jinja")
+    refused(model, r"tool\.jinja: not a regular file\.")
+
+
 @pytest.mark.parametrize("name", [*SMALL, "chat_template.jinja"])
 def test_too_large_to_be_one(model, name):
     with open(model / name, "wb") as file:
