@@ -7,26 +7,18 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from flashmoe_mlx.convert.calibrate import LayerInputs
-from flashmoe_mlx.convert.checksum import CHECKSUM as CHECKSUM
-from flashmoe_mlx.convert.checksum import as_text, joined
-from flashmoe_mlx.convert.codes import quantize
-from flashmoe_mlx.convert.experts import ExpertSteps
-from flashmoe_mlx.convert.parts import LayerPlan, TrunkFile, TrunkTensor
-from flashmoe_mlx.convert.quantize import Part
-from flashmoe_mlx.convert.read import (
-    FLOATS,
-    Bytes,
-    Reader,
-    as_array,
-    as_bytes,
-    check_finite,
-    read_ahead,
-)  # fmt: skip
-from flashmoe_mlx.convert.source import Source
-from flashmoe_mlx.convert.write import Entry, TensorFile
-from flashmoe_mlx.layout import DATA_ALIGNMENT, ITEM_SIZE
-from flashmoe_mlx.names import FIELDS
+from ..layout import DATA_ALIGNMENT, ITEM_SIZE
+from ..names import FIELDS
+from .calibrate import LayerInputs
+from .checksum import CHECKSUM as CHECKSUM
+from .checksum import as_text, joined
+from .codes import quantize
+from .experts import ExpertSteps
+from .parts import LayerPlan, TrunkFile, TrunkTensor
+from .quantize import Part
+from .read import FLOATS, Bytes, Reader, as_array, as_bytes, check_finite, read_ahead  # fmt: skip
+from .source import Source
+from .write import Entry, TensorFile
 
 BLOCK_BYTES = 16 << 20
 
@@ -52,7 +44,7 @@ def write_trunk(
 ) -> Entry:
     """Write one file of the trunk and return its entry; `progress` hears of every byte."""
     chosen = range(len(plan.tensors)) if visit is None else visit.parts
-    written = visit and visit.written
+    written = visit.written if visit else None
     with TensorFile(directory / plan.name, plan.specs(), written=written) as file:
         for tensor in (plan.tensors[index] for index in chosen):
             _write_tensor(tensor, file, reader)
@@ -105,7 +97,7 @@ def write_layer(
     """Write one layer's expert file and return its entry, with checksums record by record."""
     steps = ExpertSteps(source, plan, reader, seen)
     batches = steps.batches(range(plan.experts) if visit is None else visit.parts)
-    path, written = directory / plan.file, visit and visit.written
+    path, written = directory / plan.file, visit.written if visit else None
     with TensorFile(path, plan.specs(), DATA_ALIGNMENT, written) as file:
         for batch, loaded in zip(batches, read_ahead(steps.load, batches), strict=True):
             for expert, record in zip(batch, steps.encode(batch, loaded), strict=True):

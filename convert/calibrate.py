@@ -14,14 +14,14 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.convert.codes import Codes
-from flashmoe_mlx.convert.compensate import DAMPING, quantize_for
-from flashmoe_mlx.convert.parts import Projection
-from flashmoe_mlx.convert.read import FLOATS
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
+from .codes import Codes
+from .compensate import DAMPING, quantize_for
+from .parts import Projection
+from .read import FLOATS
 
 if TYPE_CHECKING:
-    from flashmoe_mlx.model import Decoder, DecoderLayer
+    from ..model import Decoder, DecoderLayer
 
 CHUNK = 2048  # tokens that are computed together, and see one another
 PRIOR = 64  # tokens of the layer that count among each expert's own

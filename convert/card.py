@@ -10,13 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.convert.describe import human
-from flashmoe_mlx.convert.foreign_code import ForeignCode
-from flashmoe_mlx.convert.hub import CARD, reason
-from flashmoe_mlx.convert.output import brought_code
-from flashmoe_mlx.convert.parts import Options, Plan, flags
-from flashmoe_mlx.convert.source import Source
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
+from .describe import human
+from .foreign_code import ForeignCode
+from .hub import CARD, reason
+from .output import brought_code
+from .parts import Options, Plan, flags
+from .source import Source
 
 PLACE = "DIR"  # how a card calls its directory; an uploaded one has the repository's name
 # Of the source's card. What was measured with the source's weights is left behind.

@@ -6,16 +6,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashmoe_mlx.commands import as_command
-from flashmoe_mlx.convert.foreign_code import REMEDY, foreign_code
-from flashmoe_mlx.convert.parts import METHODS
-from flashmoe_mlx.convert.plan import DTYPES
-from flashmoe_mlx.convert.recipes import RECIPES
-from flashmoe_mlx.convert.repair import repair
-from flashmoe_mlx.convert.run import convert
-from flashmoe_mlx.convert.upload import is_finished
-from flashmoe_mlx.convert.verify import summary, verify
-from flashmoe_mlx.errors import FlashMoEError
+from ..commands import as_command
+from ..errors import FlashMoEError
+from .foreign_code import REMEDY, foreign_code
+from .parts import METHODS
+from .plan import DTYPES
+from .recipes import RECIPES
+from .repair import repair
+from .run import convert
+from .upload import is_finished
+from .verify import summary, verify
 
 EXIT_DIFFERENCES = 1
 

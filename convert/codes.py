@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from flashmoe_mlx.convert.parts import Quant
+from .parts import Quant
 
 
 class Codes(NamedTuple):
@@ -29,7 +29,7 @@ def quantize(weights: mx.array, quant: Quant) -> Codes:
         `[..., rows, columns / group]` in the dtype of the weights.
     """
     if has_numba():
-        from flashmoe_mlx.convert import min_max_cpu
+        from . import min_max_cpu
 
         if min_max_cpu.takes(weights.dtype, quant.bits):
             return Codes(*min_max_cpu.min_max(weights, quant.group_size, quant.bits))

@@ -14,10 +14,10 @@ Pre-trained Transformers" (2022); scales fitted by least squares and the shared 
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.convert.codes import Codes
-from flashmoe_mlx.convert.fit import fit, pack
-from flashmoe_mlx.convert.parts import Quant
-from flashmoe_mlx.convert.refine import Fit, Floats, refine
+from .codes import Codes
+from .fit import fit, pack
+from .parts import Quant
+from .refine import Fit, Floats, refine
 
 DAMPING = 0.05  # of the mean second moment, added to each: inputs never seen must not cost nothing
 
@@ -59,8 +59,8 @@ def _compensated(left: Floats, upper: Floats, quant: Quant, dtype: mx.Dtype) -> 
         found.append((scale, bias))
         codes[..., first : first + size], errors = _round(block, scale, bias, inner, quant.bits)
         left[..., first + size :] -= errors @ upper[:, first : first + size, first + size :]
-    scales, biases = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
-    return codes, scales, biases
+    joined = [np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True)]
+    return codes, joined[0], joined[1]
 
 
 def _damped(moments: Floats, damping: float) -> Floats:

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe_mlx.convert.experts import ExpertSteps, Loaded
-from flashmoe_mlx.convert.foreign_code import REMEDY
-from flashmoe_mlx.convert.output import brought_code
-from flashmoe_mlx.convert.parts import LayerPlan, Plan, Quant
-from flashmoe_mlx.convert.read import Bytes, Reader
-from flashmoe_mlx.convert.source import Source
-from flashmoe_mlx.convert.steps import Fetched
-from flashmoe_mlx.layout import ITEM_SIZE
-from flashmoe_mlx.names import FIELDS
+from ..layout import ITEM_SIZE
+from ..names import FIELDS
+from .experts import ExpertSteps, Loaded
+from .foreign_code import REMEDY
+from .output import brought_code
+from .parts import LayerPlan, Plan, Quant
+from .read import Bytes, Reader
+from .source import Source
+from .steps import Fetched
 
 LINK = 100e6  # bytes a second, to give fetching a time
 

@@ -7,17 +7,12 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from flashmoe_mlx.convert.calibrate import LayerInputs
-from flashmoe_mlx.convert.parts import LayerPlan, Spec
-from flashmoe_mlx.convert.quantize import (
-    Part,
-    encode_calibrated,
-    encode_floats,
-    encode_record,
-)
-from flashmoe_mlx.convert.read import Bytes, Reader, check_finite
-from flashmoe_mlx.convert.source import Source
-from flashmoe_mlx.layout import LayerLayout
+from ..layout import LayerLayout
+from .calibrate import LayerInputs
+from .parts import LayerPlan, Spec
+from .quantize import Part, encode_calibrated, encode_floats, encode_record
+from .read import Bytes, Reader, check_finite
+from .source import Source
 
 # Two bfloat16 experts of the 397B model. Three batches of raw bytes and one of arrays are alive at
 # once: about 200 MB.

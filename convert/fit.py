@@ -13,8 +13,8 @@ the codes are chosen is what keeps a 2-bit weight where it was meant to be.
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.convert.codes import Codes, has_numba, quantize
-from flashmoe_mlx.convert.parts import Quant
+from .codes import Codes, has_numba, quantize
+from .parts import Quant
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the group's range
 STEPS = 8  # improvements from each start
@@ -61,7 +61,7 @@ def _fit_on_cpu(
     rows: mx.array, counts: mx.array, quant: Quant, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Do what `_fit_rows` does, by numba."""
-    from flashmoe_mlx.convert.fit_cpu import KINDS, fit_groups
+    from .fit_cpu import KINDS, fit_groups
 
     _, scales, biases = quantize(rows, quant)
     start = [np.array(x.astype(dtype).astype(mx.float32))[:, 0] for x in (scales, biases)]

@@ -10,8 +10,8 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-from flashmoe_mlx.custom_kernels.bounds import jit
-from flashmoe_mlx.custom_kernels.numba_cache import take_turns
+from ..custom_kernels.bounds import jit
+from ..custom_kernels.numba_cache import take_turns
 
 take_turns()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
 
 SHIM_NAME = "flashmoe_model.py"
 CODE = ".py"

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MAX_HEADER
+from ..errors import FlashMoEError
+from ..layout import EXPERT_DIR, MAX_HEADER
 
 # What mlx-lm downloads.
 PATTERNS = (

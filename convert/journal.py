@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flashmoe_mlx.convert.checksum import as_text
-from flashmoe_mlx.convert.output import place
-from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile, flags
-from flashmoe_mlx.convert.write import TEMPORARY, Entry, Header, sync_directory, write_file
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.json_file import read_json
-from flashmoe_mlx.layout import DATA_ALIGNMENT, EXPERT_DIR, MANIFEST
+from ..errors import FlashMoEError
+from ..json_file import read_json
+from ..layout import DATA_ALIGNMENT, EXPERT_DIR, MANIFEST
+from .checksum import as_text
+from .output import place
+from .parts import LayerPlan, Plan, TrunkFile, flags
+from .write import TEMPORARY, Entry, Header, sync_directory, write_file
 
 JOURNAL = "unfinished.json"
 JOURNAL_VERSION = 1
@@ -170,7 +170,7 @@ def finished(out: Path, plan: Plan, begun: Begun) -> Entries:
     """
     entries = read_journal(out, begun)
     found = {}
-    for file in (*plan.trunk, *plan.layers):
+    for file in plan.weight_files:
         name = place(file)
         with suppress(OSError, KeyError, IndexError, TypeError, ValueError):  # then it is not
             entry = entries[name]
@@ -221,7 +221,7 @@ def _read_checksum(stream: BinaryIO, nbytes: int) -> int:
 def data_bytes(plan: Plan, done: Entries) -> int:
     """Return the bytes of tensors that are written, by the entries of `finished`."""
     total = 0
-    for file in (*plan.trunk, *plan.layers):
+    for file in plan.weight_files:
         entry = done.get(place(file), {"written": ()})
         if "written" not in entry:
             total += file.nbytes
@@ -238,7 +238,7 @@ def leftovers(out: Path, plan: Plan, done: Entries) -> list[Path]:
     They are what a killed conversion was writing, or had written and not put into the journal yet.
     """
     paths = []
-    for file in (*plan.trunk, *plan.layers):
+    for file in plan.weight_files:
         path, entry = out / place(file), done.get(place(file))
         if entry is None or "written" in entry:
             paths.append(path)

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.convert.hub import CARD, WEIGHTS
-from flashmoe_mlx.convert.output import small_files, write_small
-from flashmoe_mlx.convert.parts import Plan
-from flashmoe_mlx.convert.source import INDEX, Source
-from flashmoe_mlx.convert.write import link_file
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
+from .hub import CARD, WEIGHTS
+from .output import small_files, write_small
+from .parts import Plan
+from .source import INDEX, Source
+from .write import link_file
 
 
 def check_linkable(source: Source) -> None:

@@ -5,11 +5,11 @@ mlx-lm and transformers take seconds to import, so the checks are imported when 
 
 from pathlib import Path
 
-from flashmoe_mlx.config import ModelArgs
-from flashmoe_mlx.convert.parts import Plan
-from flashmoe_mlx.convert.source import Source
-from flashmoe_mlx.layout import TensorInfo, checkpoint_headers
-from flashmoe_mlx.model_files import read_config
+from ..config import ModelArgs
+from ..layout import TensorInfo, checkpoint_headers
+from ..model_files import read_config
+from .parts import Plan
+from .source import Source
 
 
 def check_plan(source: Source, plan: Plan, with_tokenizer: bool) -> None:
@@ -18,8 +18,8 @@ def check_plan(source: Source, plan: Plan, with_tokenizer: bool) -> None:
     Raises:
         FlashMoEError: the result could not be loaded.
     """
-    from flashmoe_mlx.loader import check_tokenizer
-    from flashmoe_mlx.trunk_checks import check_trunk
+    from ..loader import check_tokenizer
+    from ..trunk_checks import check_trunk
 
     args = ModelArgs.from_dict(plan.config)
     planned = {
@@ -39,8 +39,8 @@ def check_written(out: Path) -> None:
     Raises:
         FlashMoEError: it cannot be loaded.
     """
-    from flashmoe_mlx.loader import check_tokenizer
-    from flashmoe_mlx.trunk_checks import check_trunk
+    from ..loader import check_tokenizer
+    from ..trunk_checks import check_trunk
 
     args = ModelArgs.from_dict(read_config(out))
     check_trunk(out, checkpoint_headers(out), args)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from flashmoe_mlx.convert.foreign_code import CODE, CONFIGS
-from flashmoe_mlx.convert.hub import CARD, PATTERNS, WEIGHTS, Repo, find_repo, reason
-from flashmoe_mlx.convert.source import INDEX
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
+from ..errors import FlashMoEError
+from ..layout import EXPERT_DIR, MANIFEST
+from .foreign_code import CODE, CONFIGS
+from .hub import CARD, PATTERNS, WEIGHTS, Repo, find_repo, reason
+from .source import INDEX
 
 TO_PLAN = ("config.json", INDEX, f"{EXPERT_DIR}/{MANIFEST}")
 CONNECTIONS = 8

@@ -11,8 +11,8 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flashmoe_mlx.custom_kernels.bounds import jit, within
-from flashmoe_mlx.custom_kernels.simd import F32, address, load
+from ..custom_kernels.bounds import jit, within
+from ..custom_kernels.simd import F32, address, load
 
 Array = npt.NDArray[Any]
 BITS = 2, 4, 8  # whose codes do not straddle words

@@ -5,23 +5,23 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.convert.act import Progress, Visit, write_layer, write_trunk
-from flashmoe_mlx.convert.calibrate import LayerInputs
-from flashmoe_mlx.convert.checksum import CHECKSUM, as_text
-from flashmoe_mlx.convert.foreign_code import (
+from ..errors import FlashMoEError
+from ..layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
+from .act import Progress, Visit, write_layer, write_trunk
+from .calibrate import LayerInputs
+from .checksum import CHECKSUM, as_text
+from .foreign_code import (  # fmt: skip
     CODE,
     SHIM_NAME,
     ForeignCode,
     config_files,
     foreign_code,
     without_code,
-)  # fmt: skip
-from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile
-from flashmoe_mlx.convert.read import Reader
-from flashmoe_mlx.convert.source import INDEX, Source
-from flashmoe_mlx.convert.write import Entry, copy_file, json_bytes, write_file, write_json
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
+)
+from .parts import LayerPlan, Plan, TrunkFile
+from .read import Reader
+from .source import INDEX, Source
+from .write import Entry, copy_file, json_bytes, write_file, write_json
 
 OWN_CHECKSUM = "manifest_checksum"
 MODEL_FILE = SHIM_NAME

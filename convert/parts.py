@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flashmoe_mlx.convert.source import Place
-from flashmoe_mlx.layout import ITEM_SIZE, layer_file
+from ..layout import ITEM_SIZE, layer_file
+from .source import Place
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,11 @@ class Plan:
     trunk: tuple[TrunkFile, ...]
     config: dict[str, Any]
     remote_code: bool = True  # whether code that comes with the source goes along
+
+    @property
+    def weight_files(self) -> "tuple[TrunkFile | LayerPlan, ...]":
+        """The files of the trunk, then those of experts."""
+        return *self.trunk, *self.layers
 
     @property
     def expert_bytes(self) -> int:

@@ -3,23 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flashmoe_mlx.convert.foreign_code import KEYS, SHIM_NAME, without
-from flashmoe_mlx.convert.parts import (
-    LEAST_SQUARES,
-    MIN_MAX,
-    LayerPlan,
-    Options,
-    Plan,
-    Projection,
-    Quant,
-    TrunkTensor,
-)
-from flashmoe_mlx.convert.recipes import Target, check_recipe
-from flashmoe_mlx.convert.source import Dims, Source
-from flashmoe_mlx.convert.trunk import ROUTERS, plan_trunk, split_files
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import LayerLayout, quantisation
-from flashmoe_mlx.names import PROJECTIONS, layer_prefix
+from ..errors import FlashMoEError
+from ..layout import LayerLayout, quantisation
+from ..names import PROJECTIONS, layer_prefix
+from .foreign_code import KEYS, SHIM_NAME, without
+from .parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Options, Plan, Projection, Quant, TrunkTensor
+from .recipes import Target, check_recipe
+from .source import Dims, Source
+from .trunk import ROUTERS, plan_trunk, split_files
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)

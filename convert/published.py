@@ -8,12 +8,12 @@ import json
 import os
 from pathlib import Path
 
-from flashmoe_mlx.convert.foreign_code import SHIM_NAME
-from flashmoe_mlx.convert.hub import CARD, WEIGHTS
-from flashmoe_mlx.convert.output import SHIM, WRITTEN_ANEW, is_copied
-from flashmoe_mlx.convert.verify import entries, read_checksums, verify
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
+from ..errors import FlashMoEError
+from ..layout import EXPERT_DIR, MANIFEST
+from .foreign_code import SHIM_NAME
+from .hub import CARD, WEIGHTS
+from .output import SHIM, WRITTEN_ANEW, is_copied
+from .verify import entries, read_checksums, verify
 
 LAST = f"{EXPERT_DIR}/{MANIFEST}"
 SHOWN = 10  # names of what is left out

@@ -6,17 +6,11 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
-from flashmoe_mlx.convert.calibrate import LayerInputs
-from flashmoe_mlx.convert.codes import Codes, quantize
-from flashmoe_mlx.convert.fit import fit
-from flashmoe_mlx.convert.parts import (
-    LEAST_SQUARES,
-    MIN_MAX,
-    LayerPlan,
-    Projection,
-    Spec,
-)
-from flashmoe_mlx.convert.read import FLOATS, Bytes, as_array
+from .calibrate import LayerInputs
+from .codes import Codes, quantize
+from .fit import fit
+from .parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Projection, Spec
+from .read import FLOATS, Bytes, as_array
 
 Part: TypeAlias = mx.array | Bytes
 

@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.json_file import unreadable
-from flashmoe_mlx.layout import ITEM_SIZE
+from ..errors import FlashMoEError
+from ..json_file import unreadable
+from ..layout import ITEM_SIZE
 
 T = TypeVar("T")
 R = TypeVar("R")

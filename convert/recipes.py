@@ -8,8 +8,8 @@ dense models; for experts two more are named, which give equal sizes a better us
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flashmoe_mlx.convert.parts import Quant
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
+from .parts import Quant
 
 TRUNK_BITS = 4  # at least
 

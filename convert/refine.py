@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.convert.parts import Quant
+from .parts import Quant
 
 ROUNDS = 2  # the second gains a fifth of what the first does
 RIDGE = 1e-6  # of each unknown's own weight: codes that are all equal leave scales undetermined

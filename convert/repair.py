@@ -10,21 +10,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flashmoe_mlx.convert.act import as_buffer
-from flashmoe_mlx.convert.checksum import as_text
-from flashmoe_mlx.convert.experts import ExpertSteps
-from flashmoe_mlx.convert.journal import locked
-from flashmoe_mlx.convert.locate import Found, located
-from flashmoe_mlx.convert.output import place, small_files, write_small, write_weights
-from flashmoe_mlx.convert.parts import LayerPlan, Options, Plan, TrunkFile
-from flashmoe_mlx.convert.plan import build_plan
-from flashmoe_mlx.convert.read import Reader
-from flashmoe_mlx.convert.shards import RangeReader
-from flashmoe_mlx.convert.source import Source, open_source
-from flashmoe_mlx.convert.verify import Problem, entries, read_checksums, verify
-from flashmoe_mlx.convert.write import TEMPORARY, Entry, sync_directory, write_at
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR
+from ..errors import FlashMoEError
+from ..layout import EXPERT_DIR
+from .act import as_buffer
+from .checksum import as_text
+from .experts import ExpertSteps
+from .journal import locked
+from .locate import Found, located
+from .output import place, small_files, write_small, write_weights
+from .parts import LayerPlan, Options, Plan
+from .plan import build_plan
+from .read import Reader
+from .shards import RangeReader
+from .source import Source, open_source
+from .verify import Problem, entries, read_checksums, verify
+from .write import TEMPORARY, Entry, sync_directory, write_at
 
 _SCRATCH = "repair" + TEMPORARY
 
@@ -77,9 +77,7 @@ class _Repair:
                 "made alone. Convert again."
             )
         self._plan: Plan = build_plan(source, options)
-        self._files: dict[str, TrunkFile | LayerPlan] = {
-            place(file): file for file in (*self._plan.trunk, *self._plan.layers)
-        }
+        self._files = {place(file): file for file in self._plan.weight_files}
 
     def run(self, problems: list[Problem], found: Found) -> None:
         """Rewrite files that differ outside of experts, and then single experts."""

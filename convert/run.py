@@ -13,11 +13,14 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from flashmoe_mlx.convert.calibrate import Calibration
-from flashmoe_mlx.convert.card import CARD, model_card
-from flashmoe_mlx.convert.checksum import as_text
-from flashmoe_mlx.convert.describe import describe, describe_time, human
-from flashmoe_mlx.convert.journal import (
+from ..errors import FlashMoEError
+from ..layout import EXPERT_DIR, MANIFEST
+from .calibrate import Calibration
+from .card import model_card
+from .checksum import as_text
+from .describe import describe, describe_time, human
+from .hub import CARD
+from .journal import (  # fmt: skip
     Begun,
     Entries,
     check_output,
@@ -28,28 +31,22 @@ from flashmoe_mlx.convert.journal import (
     remove_journal,
     remove_leftovers,
     write_journal,
-)  # fmt: skip
-from flashmoe_mlx.convert.link import check_linkable, link_source
-from flashmoe_mlx.convert.loadable import check_plan, check_written
-from flashmoe_mlx.convert.locate import Found, located
-from flashmoe_mlx.convert.output import MODEL_FILE as MODEL_FILE
-from flashmoe_mlx.convert.output import SHIM as SHIM
-from flashmoe_mlx.convert.output import (
-    place,
-    small_files,
-    write_manifest,
-    write_small,
-    write_weights,
-)  # fmt: skip
-from flashmoe_mlx.convert.output import write_index as write_index
-from flashmoe_mlx.convert.parts import METHODS, LayerPlan, Options, Plan
-from flashmoe_mlx.convert.plan import build_plan
-from flashmoe_mlx.convert.read import Reader
-from flashmoe_mlx.convert.shards import Shards
-from flashmoe_mlx.convert.source import Source, open_source
-from flashmoe_mlx.convert.stamps import SourceChangedError, Stamps, source_files
-from flashmoe_mlx.convert.steps import fetched, plan_steps
-from flashmoe_mlx.convert.upload import (
+)
+from .link import check_linkable, link_source
+from .loadable import check_plan, check_written
+from .locate import Found, located
+from .output import MODEL_FILE as MODEL_FILE
+from .output import SHIM as SHIM
+from .output import place, small_files, write_manifest, write_small, write_weights  # fmt: skip
+from .output import write_index as write_index
+from .parts import METHODS, LayerPlan, Options, Plan
+from .plan import build_plan
+from .read import Reader
+from .shards import Shards
+from .source import Source, open_source
+from .stamps import SourceChangedError, Stamps, source_files
+from .steps import fetched, plan_steps
+from .upload import (  # fmt: skip
     Destination,
     card_of,
     check_card,
@@ -58,10 +55,8 @@ from flashmoe_mlx.convert.upload import (
     impatient,
     is_finished,
     upload,
-)  # fmt: skip
-from flashmoe_mlx.convert.write import write_file
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
+)
+from .write import write_file
 
 
 def convert(
@@ -277,7 +272,7 @@ def _calibration(source: Source, text: str | None) -> Iterator[Calibration | Non
     if text is None:
         yield None
         return
-    from flashmoe_mlx.loader import load  # slow to import, seldom needed
+    from ..loader import load  # slow to import, seldom needed
 
     model, tokenizer = load(source.directory)
     try:

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from flashmoe_mlx.convert.hub import HALF, WEIGHTS
-from flashmoe_mlx.convert.locate import Found
-from flashmoe_mlx.convert.read import Bytes, Reader
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
+from .hub import HALF, WEIGHTS
+from .locate import Found
+from .read import Bytes, Reader
 
 FOLDER = ".source"  # in the output directory, while the conversion is unfinished
 # What newer versions of huggingface_hub never take up again: their every attempt has another name.

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.config_entries import MOST
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.json_file import exists, read_object
-from flashmoe_mlx.layout import (
+from ..config_entries import MOST
+from ..errors import FlashMoEError
+from ..json_file import exists, read_object
+from ..layout import (
     EXPERT_DIR,
     ITEM_SIZE,
     MAX_NAME,
@@ -16,7 +16,7 @@ from flashmoe_mlx.layout import (
     checkpoint_headers,
     open_layout,
 )
-from flashmoe_mlx.names import canonical, fused_expert, is_expert, single_expert, stacked_expert
+from ..names import canonical, fused_expert, is_expert, single_expert, stacked_expert
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 FLOAT_DTYPES = ("BF16", "F16", "F32")

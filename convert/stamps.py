@@ -8,11 +8,11 @@ content (mtime), which `cp -p` and `rsync` restore.
 from collections.abc import Iterable
 from pathlib import Path
 
-from flashmoe_mlx.convert.hub import CARD
-from flashmoe_mlx.convert.output import copied_files
-from flashmoe_mlx.convert.source import INDEX, Source
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
+from ..errors import FlashMoEError
+from ..layout import EXPERT_DIR, MANIFEST
+from .hub import CARD
+from .output import copied_files
+from .source import INDEX, Source
 
 Stamp = list[int]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from flashmoe_mlx.convert.act import Visit
-from flashmoe_mlx.convert.journal import Entries
-from flashmoe_mlx.convert.output import place
-from flashmoe_mlx.convert.parts import LayerPlan, Plan, TrunkFile
-from flashmoe_mlx.convert.source import Source
-from flashmoe_mlx.names import FIELDS
+from ..names import FIELDS
+from .act import Visit
+from .journal import Entries
+from .output import place
+from .parts import LayerPlan, Plan, TrunkFile
+from .source import Source
 
 File: TypeAlias = TrunkFile | LayerPlan
 Files: TypeAlias = frozenset[Path]

@@ -1,8 +1,8 @@
 """Plan the trunk: what mlx-lm's `sanitize` and quantisation predicate do, from headers alone."""
 
-from flashmoe_mlx.convert.parts import Quant, Spec, TrunkFile, TrunkTensor, quantised
-from flashmoe_mlx.convert.source import FLOAT_DTYPES, Place, Source
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
+from .parts import Quant, Spec, TrunkFile, TrunkTensor, quantised
+from .source import FLOAT_DTYPES, Place, Source
 
 # Hugging Face stores these as w and applies 1 + w; MLX checkpoints hold the sum.
 _SHIFTED_NORMS = (

@@ -12,14 +12,14 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.convert.card import PLACE
-from flashmoe_mlx.convert.hub import CARD, MAX_REASON, WAITS, WEIGHTS, causes, patiently, reason
-from flashmoe_mlx.convert.journal import JOURNAL, locked
-from flashmoe_mlx.convert.parts import flags
-from flashmoe_mlx.convert.published import LAST, left_out, listed, own_card
-from flashmoe_mlx.convert.verify import entries, read_checksums
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR
+from ..errors import FlashMoEError
+from ..layout import EXPERT_DIR
+from .card import PLACE
+from .hub import CARD, MAX_REASON, WAITS, WEIGHTS, causes, patiently, reason
+from .journal import JOURNAL, locked
+from .parts import flags
+from .published import LAST, left_out, listed, own_card
+from .verify import entries, read_checksums
 
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
 SILENCE_S = 60.0  # without a byte, after which a connection is given up; a large commit takes long

@@ -13,15 +13,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flashmoe_mlx.config import StreamConfig
-from flashmoe_mlx.convert.checksum import as_text
-from flashmoe_mlx.convert.output import OWN_CHECKSUM
-from flashmoe_mlx.convert.read import Reader
-from flashmoe_mlx.convert.write import Entry, json_bytes
-from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.json_file import exists, read_bytes, unreadable
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST, layer_file, list_weight_files, read_manifest
-from flashmoe_mlx.names import FIELDS
+from ..errors import FlashMoEError
+from ..json_file import exists, read_bytes, unreadable
+from ..layout import EXPERT_DIR, MANIFEST, layer_file, list_weight_files, read_manifest
+from ..names import FIELDS
+from ..settings import StreamConfig
+from .checksum import as_text
+from .output import OWN_CHECKSUM
+from .read import Reader
+from .write import Entry, json_bytes
 
 BLOCK_BYTES = 8 << 20  # of each thread
 CONFIG = "config.json"
@@ -256,7 +256,7 @@ def _checksum(reader: Reader, path: Path, offset: int, nbytes: int) -> str:
     checksum = 0
     for start in range(0, nbytes, BLOCK_BYTES):
         block = reader.read(path, offset + start, min(BLOCK_BYTES, nbytes - start))
-        checksum = zlib.crc32(block, checksum)
+        checksum = zlib.crc32(block.data, checksum)
     return as_text(checksum)
 
 

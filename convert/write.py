@@ -20,9 +20,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from flashmoe_mlx.convert.checksum import as_text, joined
-from flashmoe_mlx.convert.read import PAGE
-from flashmoe_mlx.layout import ITEM_SIZE
+from ..layout import ITEM_SIZE
+from .checksum import as_text, joined
+from .read import PAGE
 
 SYNC_BYTES = 32 << 20  # sent to the disk while the next ones are made
 PENDING = 2  # writes that wait for their turn

@@ -9,10 +9,10 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, SIMD, Kernel, scalar, settled
-from flashmoe_mlx.custom_kernels.shapes import expect
-from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES
+from . import reference
+from .gpu import LEAST_ELEMENTS, SIMD, Kernel, scalar, settled
+from .shapes import expect
+from .trial import DTYPES, NAMES
 
 # Caches of at most so many keys are tried; beyond, one threadgroup per head is too few.
 TRIED_KEYS = (500, 2000, 8000)

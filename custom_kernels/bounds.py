@@ -20,7 +20,7 @@ from numba.core.caching import FunctionCache
 from numba.core.lowering import Lower
 from numba.extending import intrinsic
 
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 VARIABLE = "FLASHMOE_DEBUG_BOUNDS"

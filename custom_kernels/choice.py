@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,12 +20,11 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import gpu
-from flashmoe_mlx.custom_kernels.executor import cpu_kernels, kernel_choice, reject_cpu_kernels
-from flashmoe_mlx.custom_kernels.kept import cache_dir, write_whole
-from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, supports
-from flashmoe_mlx.custom_kernels.timing import Clock, fitting_calls, ops_of, side_by_side
-from flashmoe_mlx.custom_kernels.trial import Trial
+from . import gpu
+from .executor import kernel_choice
+from .kept import cache_dir, write_whole
+from .timing import Clock, fitting_calls, ops_of, side_by_side
+from .trial import Trial
 
 NEEDS_GPU = "needs a GPU"
 SECONDS = 0.004  # that one chain should take
@@ -114,30 +113,11 @@ def _choose(trial: Trial) -> bool:
     found = _recall(trial, timed)
     if found is None:
         found = verdict(trial, timed=timed, fresh=True)
-        _report(trial, found)
+        report(trial, found)
     return found.faster if timed else found.ok
 
 
-def check_cpu_kernels(formats: Iterable[tuple[int, int, str]]) -> None:
-    """Check the CPU's kernels against the reference; if one is wrong, none is used.
-
-    GPU kernels are checked one by one at first use; those for CPUs are one piece of code.
-
-    Args:
-        formats: (bits, group size, dtype of the scales) of a model's matrices.
-    """
-    if cpu_kernels(mx.zeros(1)) is None:
-        return
-    for bits, group_size, dtype in sorted(formats):
-        if supports(bits, group_size):
-            trial = MatvecTrial(67, 2 * group_size, bits, group_size, "float32", dtype, 3)
-            found = verdict(trial, timed=False)
-            if not found.ok:
-                _report(trial, found)
-                reject_cpu_kernels(found.message)
-
-
-def _report(trial: Trial, found: Verdict) -> None:
+def report(trial: Trial, found: Verdict) -> None:
     """Tell the user of a kernel that fails, once per op."""
     if found.ok or found.message == NEEDS_GPU or trial.op in _reported:
         return

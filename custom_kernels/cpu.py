@@ -14,10 +14,11 @@ import mlx.core as mx
 import numpy as np
 from numba import carray, config, prange, set_num_threads, types
 
-from flashmoe_mlx.custom_kernels.bounds import CHECKED, inside, jit, within
-from flashmoe_mlx.custom_kernels.cpu_call import Apart, caller
-from flashmoe_mlx.custom_kernels.shapes import expect, expect_below, expect_quantised
-from flashmoe_mlx.custom_kernels.simd import (
+from ..errors import FlashMoEError
+from .bounds import CHECKED, inside, jit, within
+from .cpu_call import Apart, caller
+from .shapes import expect, expect_below, expect_quantised
+from .simd import (
     HAS_PERMUTE,
     address,
     bfloat_to_f32,
@@ -28,7 +29,6 @@ from flashmoe_mlx.custom_kernels.simd import (
     octets,
     unsigned_shorts,
 )
-from flashmoe_mlx.errors import FlashMoEError
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)

@@ -7,8 +7,8 @@ against all keys at once.
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels.shapes import expect, expect_count
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
+from .shapes import expect, expect_count
 
 MIN_TOKENS = 2  # two queries over 64 keys are 3 times as fast as by MLX; one is a decoding step
 BLOCK = 64  # queries: enough for BLAS, and few scores lie beyond the causal edge

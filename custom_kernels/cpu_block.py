@@ -12,13 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flashmoe_mlx.custom_kernels.bank import Bank
-from flashmoe_mlx.custom_kernels.cpu import Array, rows, supports, view
-from flashmoe_mlx.custom_kernels.cpu_moe import MoeBlock, Waves
-from flashmoe_mlx.custom_kernels.cpu_rows import NOTHING, Group, Matrix, project
-from flashmoe_mlx.custom_kernels.cpu_step import DeltaBlock
-from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights
-from flashmoe_mlx.custom_kernels.linear import arrays_of, is_affine, same
+from .cpu import Array, rows, supports, view
+from .cpu_moe import MoeBlock, Waves
+from .cpu_rows import NOTHING, Group, Matrix, project
+from .cpu_step import DeltaBlock
+from .gated_delta_weights import Heads, MixerWeights
+from .weights import Bank, arrays_of, is_affine, same
 
 
 def linear_step(
@@ -71,8 +70,8 @@ def delta_step(
     layers = *inputs, out
 
     def make() -> DeltaBlock:
-        *before, after = map(_matrix, layers)
-        return DeltaBlock(before, after, _float32(norm, norm.weight), norm.eps, weights)
+        qkv, z, b, a, after = map(_matrix, layers)
+        return DeltaBlock((qkv, z, b, a), after, _float32(norm, norm.weight), norm.eps, weights)
 
     small = weights.conv, weights.a_log, weights.dt_bias, weights.norm, norm.weight
     block = _remember(out, layers, make, *small)

@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flashmoe_mlx.custom_kernels.bounds import jit
+from .bounds import jit
 
 
 class Apart:
@@ -20,7 +20,8 @@ class Apart:
 
     def __init__(self, signature: Any, function: Callable[..., None], **options: Any) -> None:
         """Take a signature that returns nothing, and numba's options."""
-        self._signature, self._function = signature, jit(**options)(function)
+        self._signature = signature
+        self._function: Any = jit(**options)(function)
 
     @cached_property
     def address(self) -> int:

@@ -10,10 +10,10 @@ import mlx.core as mx
 import numpy as np
 from numba import prange
 
-from flashmoe_mlx.custom_kernels import gated_delta as gated_delta_ops
-from flashmoe_mlx.custom_kernels.cpu import Array, compiled, copy, use_threads
-from flashmoe_mlx.custom_kernels.shapes import expect
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
+from .cpu import Array, compiled, copy, use_threads
+from .gated_delta_weights import Heads, MixerWeights
+from .shapes import expect
 
 ROWS = 32  # rows of the state per unit of parallel work
 
@@ -150,9 +150,7 @@ def mix(
 
 def prepare() -> None:
     """Compile the kernels, by running a layer of one head of each kind."""
-    one = gated_delta_ops.Heads(1, 1, 1, 1)
-    weights = gated_delta_ops.MixerWeights(
-        one, mx.zeros((3, 4, 1)), mx.zeros(1), mx.zeros(1), mx.zeros(1), 1e-6
-    )
+    one = Heads(1, 1, 1, 1)
+    weights = MixerWeights(one, mx.zeros((3, 4, 1)), mx.zeros(1), mx.zeros(1), mx.zeros(1), 1e-6)
     zero = mx.zeros((1, 1, 1))
     mix(zero, zero, zero, weights, mx.zeros((1, 4, 3)), mx.zeros((1, 1, 1, 1)), None)

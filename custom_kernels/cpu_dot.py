@@ -15,14 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flashmoe_mlx.custom_kernels.simd import (
-    F32,
-    I32,
-    constant,
-    load,
-    multiply_add,
-    splat,
-)
+from .simd import F32, I32, constant, load, multiply_add, splat
 
 I16 = ir.IntType(16)
 _FEATURES = get_host_cpu_features()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from flashmoe_mlx.custom_kernels.cpu import ALL, Array, compiled, copy, serial, use_threads
-from flashmoe_mlx.custom_kernels.cpu_rows import (
+from .cpu import ALL, Array, compiled, copy, serial, use_threads
+from .cpu_rows import (
     HEIGHT,
     ROWS,
     SLOT,
@@ -28,7 +28,7 @@ from flashmoe_mlx.custom_kernels.cpu_rows import (
     rms_norm,
     run_unit,
 )
-from flashmoe_mlx.custom_kernels.shapes import expect, expect_below, expect_count
+from .shapes import expect, expect_below, expect_count
 
 # Places in the groups of matrices.
 ROUTER, SWITCH, SHARED_GATE, SHARED_UP = range(4)

@@ -3,9 +3,9 @@
 import numpy as np
 from numba import prange, types
 
-from flashmoe_mlx.custom_kernels.bounds import jit
-from flashmoe_mlx.custom_kernels.numba_cache import take_turns
-from flashmoe_mlx.custom_kernels.shapes import expect
+from .bounds import jit
+from .numba_cache import take_turns
+from .shapes import expect
 
 take_turns()
 

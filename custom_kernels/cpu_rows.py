@@ -15,21 +15,10 @@ import mlx.core as mx
 import numpy as np
 from numba import prange, types
 
-from flashmoe_mlx.custom_kernels.bounds import CHECKED, inside, within
-from flashmoe_mlx.custom_kernels.cpu import (
-    FAST,
-    UNIT,
-    Array,
-    compiled,
-    copy,
-    scale_kind,
-    serial,
-    use_threads,
-    view,
-    widen,
-)
-from flashmoe_mlx.custom_kernels.cpu_call import Apart, caller
-from flashmoe_mlx.custom_kernels.cpu_dot import (
+from .bounds import CHECKED, inside, within
+from .cpu import FAST, UNIT, Array, compiled, copy, scale_kind, serial, use_threads, view, widen
+from .cpu_call import Apart, caller
+from .cpu_dot import (
     CUT,
     HALF_BITS,
     LANES,
@@ -44,8 +33,8 @@ from flashmoe_mlx.custom_kernels.cpu_dot import (
     span_of,
     start_sums,
 )
-from flashmoe_mlx.custom_kernels.shapes import expect, expect_quantised
-from flashmoe_mlx.custom_kernels.simd import keep_apart, leading_power, magnitude
+from .shapes import expect, expect_quantised
+from .simd import keep_apart, leading_power, magnitude
 
 CODES, SCALES, BIASES, BITS, GROUP, KIND, HEIGHT, COLUMNS, SPAN, SLOTS = range(10)
 LINE = 64  # bytes of a cache line
@@ -134,7 +123,7 @@ def new_records(count: int, size: int) -> Array:
 
 
 @serial
-def _cut(bits: int, x: int, inverse: float, planes: int, words: int) -> int:
+def _cut(bits: int, x: int, inverse: Any, planes: int, words: int) -> int:
     if bits == 4:
         return cut_columns(4, x, inverse, planes, words)
     if bits == 2:

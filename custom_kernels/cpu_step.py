@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from flashmoe_mlx.custom_kernels.cpu import ALL, Array, compiled, copy, serial, use_threads
-from flashmoe_mlx.custom_kernels.cpu_rows import (
+from .cpu import ALL, Array, compiled, copy, serial, use_threads
+from .cpu_rows import (
     HEIGHT,
     UNIT_OF_WORK,
     UNITS,
@@ -20,7 +20,7 @@ from flashmoe_mlx.custom_kernels.cpu_rows import (
     run_unit,
     silu,
 )
-from flashmoe_mlx.custom_kernels.shapes import expect
+from .shapes import expect
 
 QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # places in the group of matrices
 F32 = np.dtype(np.float32)
@@ -161,7 +161,8 @@ class DeltaBlock:
         self._check_projections(heads)
         self._matrices = self._all.numbers, self._inputs.forms, self._inputs.form_of
         tensors = weights.conv.squeeze(-1), weights.a_log, weights.dt_bias, weights.norm
-        self._weights = [np.array(t).astype(np.float32) for t in tensors]
+        conv, a_log, dt_bias, norm = (np.array(t).astype(np.float32) for t in tensors)
+        self._weights = conv, a_log, dt_bias, norm
         self._eps = np.array([weights.norm_eps, weights.qk_eps], np.float32)
 
     def _check_projections(self, heads: Any) -> None:

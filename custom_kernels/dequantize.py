@@ -6,12 +6,13 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.bank import Bank
-from flashmoe_mlx.custom_kernels.choice import prefers_custom
-from flashmoe_mlx.custom_kernels.gpu import Kernel
-from flashmoe_mlx.custom_kernels.matvec import MatvecTrial, supports
-from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES, random_quantised
+from . import reference
+from .choice import prefers_custom
+from .gpu import Kernel
+from .matvec import supports
+from .matvec_trials import MatvecTrial
+from .trial import DTYPES, NAMES, random_quantised
+from .weights import Bank
 
 LANES = 256
 _kernel = Kernel("dequantize", ("codes", "scales", "biases"), ("weights",), ("write.metal",))
@@ -62,8 +63,9 @@ def dequantize_by_mlx(bank: Bank, dtype: mx.Dtype) -> mx.array:
     scales, biases = bank.scales, bank.biases
     if dtype == mx.float32:  # else MLX computes in the scales' dtype and widens the result
         scales, biases = scales.astype(dtype), biases.astype(dtype)
-    sizes = {"group_size": bank.group_size, "bits": bank.bits}
-    return mx.dequantize(bank.codes, scales, biases, **sizes, dtype=dtype)
+    return mx.dequantize(
+        bank.codes, scales, biases, group_size=bank.group_size, bits=bank.bits, dtype=dtype
+    )
 
 
 def matmul(x: mx.array, bank: Bank) -> mx.array:
@@ -113,10 +115,11 @@ class DequantizeTrial:
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        return [reference.dequantize(*inputs, self.bits)]
+        codes, scales, biases = inputs
+        return [reference.dequantize(codes, scales, biases, self.bits)]
 
     def _bank(self, inputs: tuple[mx.array, ...]) -> Bank:
-        return Bank(*inputs, self.bits, self.group_size)
+        return Bank.of(inputs, self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,9 @@ class MatmulTrial(MatvecTrial):
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32, by numpy: MLX multiplies such matrices in TF32 on NVIDIA's GPUs."""
-        x, *weight = inputs
-        matrix = np.array(reference.dequantize(*weight, self.bits))
+        x, codes, scales, biases = inputs
+        matrix = np.array(reference.dequantize(codes, scales, biases, self.bits))
         return [mx.array(np.array(x.astype(mx.float32)) @ matrix.T)]
 
     def _bank(self, inputs: tuple[mx.array, ...]) -> Bank:
-        return Bank(*inputs[1:], self.bits, self.group_size)
+        return Bank.of(inputs[1:], self.bits, self.group_size)

@@ -8,14 +8,14 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.bank import Bank
-from flashmoe_mlx.custom_kernels.choice import prefers_custom
-from flashmoe_mlx.custom_kernels.executor import cpu_kernels, on_gpu
-from flashmoe_mlx.custom_kernels.expert_tiles import cut, take_rows
-from flashmoe_mlx.custom_kernels.gpu import is_cuda
-from flashmoe_mlx.custom_kernels.linear import swiglu
-from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES, random_quantised
+from . import reference
+from .choice import prefers_custom
+from .executor import cpu_kernels, on_gpu
+from .expert_tiles import cut, take_rows
+from .gpu import is_cuda
+from .linear import swiglu
+from .trial import DTYPES, NAMES, random_quantised
+from .weights import Bank
 
 # Where MLX begins to multiply otherwise, and so to round otherwise: on NVIDIA's GPUs with so many
 # pairs of row and expert; on Apple's with so many for each slot of the bank, if told their order.
@@ -227,7 +227,7 @@ class TiledTrial:
     def _arguments(self, inputs: tuple[mx.array, ...]) -> tuple[Any, ...]:
         x, slots, *arrays = inputs
         banks = tuple(
-            Bank(*arrays[3 * i : 3 * i + 3], bits, self.group_size)
+            Bank.of(arrays[3 * i : 3 * i + 3], bits, self.group_size)
             for i, bits in enumerate(self._bits)
         )
         tokens = mx.arange(len(x), dtype=mx.uint32)

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, Kernel
-from flashmoe_mlx.custom_kernels.reference import NONE as NONE
-from flashmoe_mlx.custom_kernels.shapes import expect
+from .gpu import LEAST_ELEMENTS, Kernel
+from .reference import NONE as NONE
+from .shapes import expect
 
 LANES = 256
 _kernel = Kernel(

@@ -5,11 +5,11 @@ from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.choice import prefers_custom
-from flashmoe_mlx.custom_kernels.executor import on_gpu
-from flashmoe_mlx.custom_kernels.gpu import Kernel
-from flashmoe_mlx.custom_kernels.shapes import expect
-from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES
+from .choice import prefers_custom
+from .executor import on_gpu
+from .gpu import Kernel
+from .shapes import expect
+from .trial import DTYPES, NAMES
 
 TILES_LANES, LANES = 256, 128
 EIGHT = 8  # columns that a lane reads at once
@@ -99,9 +99,10 @@ def combine(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:
     Returns:
         `[N, H]` in the outputs' dtype.
     """
-    hidden, dtypes = outputs.shape[-1], (outputs.dtype, weights.dtype)
-    if on_gpu(outputs) and hidden % EIGHT == 0 and all(dtype in NAMES for dtype in dtypes):
-        trial = CombineTrial(hidden, places.shape[-1], *(NAMES[dtype] for dtype in dtypes))
+    hidden = outputs.shape[-1]
+    kind, weight_kind = NAMES.get(outputs.dtype), NAMES.get(weights.dtype)
+    if on_gpu(outputs) and hidden % EIGHT == 0 and kind and weight_kind:
+        trial = CombineTrial(hidden, places.shape[-1], kind, weight_kind)
         if prefers_custom(trial):
             return combine_by_kernel(outputs, places, weights)
     return combine_by_mlx(outputs, places, weights)

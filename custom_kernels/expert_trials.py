@@ -6,19 +6,14 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.bank import Bank
-from flashmoe_mlx.custom_kernels.choice import prefers_custom
-from flashmoe_mlx.custom_kernels.experts import (
-    expert_down_combine,
-    expert_gate_up,
-    expert_mlp_by_kernels,
-    supports,
-)
-from flashmoe_mlx.custom_kernels.linear import swiglu
-from flashmoe_mlx.custom_kernels.matvec import MAX_TOKENS
-from flashmoe_mlx.custom_kernels.router import MAX_TOP_K, RouterTrial
-from flashmoe_mlx.custom_kernels.trial import DTYPES, NAMES, random_quantised
+from . import reference
+from .choice import prefers_custom
+from .experts import expert_down_combine, expert_gate_up, expert_mlp_by_kernels, supports
+from .linear import swiglu
+from .matvec import MAX_TOKENS
+from .router import MAX_TOP_K, RouterTrial
+from .trial import DTYPES, NAMES, random_quantised
+from .weights import Bank
 
 
 def wanted(x: mx.array, banks: list[Bank], shared: list[Bank], top_k: int) -> bool:
@@ -123,7 +118,7 @@ class ExpertsTrial:
 
     def _banks(self, inputs: tuple[mx.array, ...]) -> list[Bank]:
         return [
-            Bank(*inputs[4 + 3 * i : 7 + 3 * i], bits, self.group_size)
+            Bank.of(inputs[4 + 3 * i : 7 + 3 * i], bits, self.group_size)
             for i, (_, bits) in enumerate(self._shapes)
         ]
 

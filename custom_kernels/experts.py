@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import matvec
-from flashmoe_mlx.custom_kernels.bank import Bank
-from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
-from flashmoe_mlx.custom_kernels.matvec import CHUNK
-from flashmoe_mlx.custom_kernels.shapes import expect
+from . import matvec
+from .gpu import SIMD, Kernel, is_cuda
+from .matvec import CHUNK
+from .shapes import expect
+from .weights import Bank
 
 WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # for NVIDIA's GPUs and many columns
 WIDE = 3072  # columns

@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.gated_delta_step import check_heads, epsilons, head_constants
-from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel
-from flashmoe_mlx.custom_kernels.shapes import expect
+from .gated_delta_step import check_heads, epsilons, head_constants
+from .gpu import SIMD, Kernel
+from .shapes import expect
 
 if TYPE_CHECKING:
-    from flashmoe_mlx.custom_kernels.gated_delta import MixerWeights
+    from .gated_delta_weights import MixerWeights
 
 SIMDGROUPS = 4  # of a threadgroup
 TOKENS = 4  # that a simdgroup makes: more read less twice, but take more registers

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.gated_delta_step import LEAST_KEY_DIM, vector
-from flashmoe_mlx.custom_kernels.gpu import SIMD, Kernel, is_cuda
-from flashmoe_mlx.custom_kernels.shapes import expect
+from .gated_delta_step import LEAST_KEY_DIM, vector
+from .gpu import SIMD, Kernel, is_cuda
+from .shapes import expect
 
 MOST_MEMORY = 24 << 10  # bytes of a threadgroup's memory; Metal has 32 KiB
 

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, Kernel, settled
-from flashmoe_mlx.custom_kernels.shapes import expect
+from .gpu import LEAST_ELEMENTS, Kernel, settled
+from .shapes import expect
 
 if TYPE_CHECKING:
-    from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights
+    from .gated_delta_weights import Heads, MixerWeights
 
 LANES = 512  # of a threadgroup
 ROW_LANES = 8  # lanes that hold a row of the state

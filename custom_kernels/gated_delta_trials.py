@@ -7,12 +7,13 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, gated_delta
-from flashmoe_mlx.custom_kernels.gated_delta_prepare import gated_norm, prepare
-from flashmoe_mlx.custom_kernels.gated_delta_scan import scan
-from flashmoe_mlx.custom_kernels.gated_delta_step import step
-from flashmoe_mlx.custom_kernels.trial import DTYPES
+from . import reference
+from .gated_delta import gated_delta
+from .gated_delta_prepare import gated_norm, prepare
+from .gated_delta_scan import scan
+from .gated_delta_step import step
+from .gated_delta_weights import Heads, MixerWeights
+from .trial import DTYPES
 
 EPS = 1e-6
 
@@ -54,7 +55,8 @@ def prepare_reference(
         qkv = mx.where(mask[..., None], qkv, 0)
     window = mx.concatenate([past.astype(mx.float32), qkv], axis=1)
     conv = weights.conv.astype(mx.float32)[..., 0]
-    qkv = sum(window[:, tap : tap + tokens] * conv[:, tap] for tap in range(conv.shape[1]))
+    taps = [window[:, tap : tap + tokens] * conv[:, tap] for tap in range(conv.shape[1])]
+    qkv = sum(taps[1:], taps[0])
     q, k, v = _split_heads(qkv * mx.sigmoid(qkv), weights.heads)
     q, k = (t * mx.rsqrt(mx.square(t).sum(-1, keepdims=True) + weights.qk_eps) for t in (q, k))
     rate = mx.exp(weights.a_log.astype(mx.float32))
@@ -155,7 +157,8 @@ class _MixerTrial:
         return [mx.arange(self.tokens) >= starts] if self.masked else []
 
     def _weights(self, arrays: tuple[mx.array, ...]) -> MixerWeights:
-        return MixerWeights(self._heads, *arrays, norm_eps=EPS, qk_eps=EPS)
+        conv, a_log, dt_bias, norm = arrays
+        return MixerWeights(self._heads, conv, a_log, dt_bias, norm, EPS, EPS)
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,8 @@ class GatedDeltaScanTrial(_MixerTrial):
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
-        return list(scan(*inputs))
+        q, k, v, g, beta, state, *masks = inputs
+        return list(scan(q, k, v, g, beta, state, masks[0] if masks else None))
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute token by token by MLX's own ops."""

@@ -4,26 +4,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from operator import is_
 from types import ModuleType
 from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from flashmoe_mlx.custom_kernels.bank import Bank
-from flashmoe_mlx.custom_kernels.choice import prefers_custom
-from flashmoe_mlx.custom_kernels.dequantize import MatmulTrial, matmul, matmul_by_mlx
-from flashmoe_mlx.custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
-from flashmoe_mlx.custom_kernels.gpu import rounds_products, scalar
-from flashmoe_mlx.custom_kernels.matvec import (
-    MAX_TOKENS,
-    MatvecTrial,
-    NormedMatvecTrial,
-    dequant_matvec,
-    supports,
-)
-from flashmoe_mlx.custom_kernels.trial import NAMES
+from .choice import prefers_custom
+from .cpu_entry import cpu_steps
+from .dequantize import MatmulTrial, matmul, matmul_by_mlx
+from .executor import cpu_kernels, on_gpu
+from .gpu import rounds_products, scalar
+from .matvec import MAX_TOKENS, dequant_matvec, supports
+from .matvec_trials import MatvecTrial, NormedMatvecTrial
+from .trial import NAMES
+from .weights import Bank, arrays_of, is_affine, same
 
 T = TypeVar("T")
 TRIED_TOKENS = 256, 1024, 2047  # of prompts; the last as mlx-lm's generate_step makes them
@@ -109,25 +104,9 @@ def join(layers: Sequence[nn.Module]) -> Joined | None:
         for layer, view in zip(layers, views, strict=True):
             layer[name] = view
         arrays.append(whole)
-    bank = Bank(*arrays, first.bits, first.group_size)
+    bank = Bank.of(arrays, first.bits, first.group_size)
     first._joined = Joined(bank, arrays_of(layers), ends[1:-1])
     return first._joined
-
-
-def arrays_of(layers: Sequence[nn.Module]) -> tuple[mx.array | None, ...]:
-    """Return the codes, scales and biases of layers; None where one has none."""
-    return tuple(layer.get(name) for layer in layers for name in ("weight", "scales", "biases"))
-
-
-def same(known: Sequence[Any], now: Sequence[Any]) -> bool:
-    """Say whether both hold the same objects."""
-    return len(known) == len(now) and all(map(is_, known, now))
-
-
-def is_affine(layer: nn.Module) -> bool:
-    """Say whether a layer is a plain affine-quantised matrix."""
-    plain = type(layer) is nn.QuantizedLinear and layer.mode == "affine" and "bias" not in layer
-    return plain and not layer.training
 
 
 def _by_gpu(

@@ -2,18 +2,19 @@
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.choice import prefers_custom
-from flashmoe_mlx.custom_kernels.gated_delta import MixerWeights, last_inputs, mix, or_zeros
-from flashmoe_mlx.custom_kernels.gated_delta_prepare import gated_norm, prepare
-from flashmoe_mlx.custom_kernels.gated_delta_scan import scan
-from flashmoe_mlx.custom_kernels.gated_delta_step import LEAST_KEY_DIM, step
-from flashmoe_mlx.custom_kernels.gated_delta_trials import (
+from .choice import prefers_custom
+from .gated_delta import last_inputs, mix, or_zeros
+from .gated_delta_prepare import gated_norm, prepare
+from .gated_delta_scan import scan
+from .gated_delta_step import LEAST_KEY_DIM, step
+from .gated_delta_trials import (
     GatedDeltaNormTrial,
     GatedDeltaPrepareTrial,
     GatedDeltaScanTrial,
     GatedDeltaStepTrial,
 )
-from flashmoe_mlx.custom_kernels.trial import NAMES
+from .gated_delta_weights import MixerWeights
+from .trial import NAMES
 
 # Prefill kernels are tried with so many tokens. MLX's own way of the scan is too slow for more.
 TRIED_SCAN, TRIED_TOKENS = 64, 1024
@@ -55,8 +56,9 @@ def mix_joined(
                 past, qkv if mask is None else mx.where(mask[..., None], qkv, 0), ends
             )
             return gated_norm(y, projected, weights), past, state
-    parts = mx.split(projected, [channels, channels + values, channels + values + heads.values], -1)
-    return mix(*parts, weights, past, state, mask, ends)
+    ends_of = [channels, channels + values, channels + values + heads.values]
+    qkv, z, b, a = mx.split(projected, ends_of, -1)
+    return mix(qkv, z, b, a, weights, past, state, mask, ends)
 
 
 def _sizes(projected: mx.array, weights: MixerWeights) -> tuple[int, int, int, int, str, str]:

@@ -31,7 +31,7 @@ from numba.core.caching import (
     UserWideCacheLocator,
 )
 
-from flashmoe_mlx.custom_kernels import kept
+from . import kept
 
 SEAL = sha256().digest_size
 REMEDY = "Set NUMBA_CACHE_DIR to a folder that can be written."

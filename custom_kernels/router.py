@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import reference
-from flashmoe_mlx.custom_kernels.gpu import LEAST_ELEMENTS, SIMD, Kernel
-from flashmoe_mlx.custom_kernels.shapes import expect_count
-from flashmoe_mlx.custom_kernels.trial import DTYPES
+from . import reference
+from .gpu import LEAST_ELEMENTS, SIMD, Kernel
+from .shapes import expect_count
+from .trial import DTYPES
 
 MAX_TOP_K = SIMD
 _kernel = Kernel("router", ("logits",), ("ids", "weights", "shared"))

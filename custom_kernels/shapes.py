@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.errors import FlashMoEError
+from ..errors import FlashMoEError
 
 FEW = 64  # numbers
 

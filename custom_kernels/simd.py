@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flashmoe_mlx.custom_kernels.numba_cache import take_turns
+from .numba_cache import take_turns
 
 take_turns()
 

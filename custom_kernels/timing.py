@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.trial import Trial
+from .trial import Trial
 
 Op = Callable[..., list[mx.array]]
 Clock = Callable[[], float]

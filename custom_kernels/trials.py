@@ -3,23 +3,19 @@
 from dataclasses import fields
 from typing import Any
 
-from flashmoe_mlx.custom_kernels.attention_step import AttentionStepTrial
-from flashmoe_mlx.custom_kernels.expert_mlp import TiledTrial
-from flashmoe_mlx.custom_kernels.expert_tiles import CombineTrial
-from flashmoe_mlx.custom_kernels.expert_trials import (
-    ExpertDownTrial,
-    ExpertGateUpTrial,
-    ExpertsTrial,
-)
-from flashmoe_mlx.custom_kernels.gated_delta_trials import (
+from .attention_step import AttentionStepTrial
+from .expert_mlp import TiledTrial
+from .expert_tiles import CombineTrial
+from .expert_trials import ExpertDownTrial, ExpertGateUpTrial, ExpertsTrial
+from .gated_delta_trials import (
     GatedDeltaNormTrial,
     GatedDeltaPrepareTrial,
     GatedDeltaScanTrial,
     GatedDeltaStepTrial,
 )
-from flashmoe_mlx.custom_kernels.matvec import MatvecTrial
-from flashmoe_mlx.custom_kernels.router import RouterTrial
-from flashmoe_mlx.custom_kernels.trial import Trial
+from .matvec_trials import MatvecTrial
+from .router import RouterTrial
+from .trial import Trial
 
 GROUP_SIZE = 64
 ROUTER_BITS = 8
@@ -73,9 +69,10 @@ def _heads(sizes: Any) -> tuple[int, int, int, int]:
 
 def label(trial: Trial) -> str:
     """Write a trial's shape: its fields but the dtypes, without what is at its default."""
+    values: Any = trial  # a dataclass, which a protocol cannot say
     shown = [
         f"{f.name}={getattr(trial, f.name)}"
-        for f in fields(trial)
+        for f in fields(values)
         if "dtype" not in f.name and getattr(trial, f.name) != f.default
     ]
     return " ".join(shown)

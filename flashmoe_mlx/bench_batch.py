@@ -11,8 +11,9 @@ from mlx_lm.generate import BatchGenerator
 
 from . import bench_figures as figures
 from . import bench_model as bench
-from .bench_layers import print_layers, profile
+from . import counters
 from .bench_plot import check_plot, plot
+from .bench_profile import print_layers, profile
 from .expert_store import ExpertStore
 
 
@@ -72,7 +73,7 @@ def decode(
     batch: int,
     seed: int = 0,
     started: Callable[[], None] = lambda: None,
-) -> figures.Use:
+) -> counters.Use:
     """Decode `batch` sequences together, from settled banks and page cache.
 
     Args:
@@ -97,7 +98,7 @@ def decode(
         generator.next_generated()
         if step == bench.WARM_UP:
             start = bench.begin(store, args.cold, started)
-    use = figures.now(store) - start
+    use = counters.now(store) - start
     generator.close()
     return use
 

@@ -12,9 +12,10 @@ from mlx_lm.generate import generate_step
 
 from . import bench_figures as figures
 from . import bench_model as bench
-from .bench_layers import print_layers, profile
+from . import counters
 from .bench_limit import Limit
 from .bench_plot import check_plot, plot
+from .bench_profile import print_layers, profile
 from .expert_store import ExpertStore
 
 
@@ -78,7 +79,7 @@ def decode(
     args: argparse.Namespace,
     seed: int = 0,
     started: Callable[[], None] = lambda: None,
-) -> figures.Use:
+) -> counters.Use:
     """Decode once by mlx-lm's own generator, from settled banks and page cache.
 
     Args:
@@ -94,7 +95,7 @@ def decode(
     for index, _ in enumerate(generate_step(prompt, model, max_tokens=steps, sampler=sampler)):
         if index == bench.WARM_UP:
             start = bench.begin(store, args.cold, started)
-    return figures.now(store) - start
+    return counters.now(store) - start
 
 
 def _print_runs(

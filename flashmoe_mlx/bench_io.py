@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from . import machine
-from .bench_figures import disk_bytes
 from .bench_model import at_least_one
-from .config import BUFFERED, CachePlan, IoPlan, ModelArgs
+from .config import ModelArgs
+from .counters import disk_bytes
 from .custom_kernels.kept import cache_dir
 from .errors import FlashMoEError
 from .expert_store import ExpertStore
@@ -44,6 +44,7 @@ from .read_speed import (
     record_buffers,
     scratch_ranges,
 )
+from .sizing import BUFFERED, CachePlan, IoPlan
 from .slot_bank import BLOCK
 
 RECORDS = (1_769_472, 7_077_888)  # bytes of an expert of 35B-A3B and of 397B-A17B, 4 bits

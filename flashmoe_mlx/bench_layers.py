@@ -15,8 +15,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .bench_figures import Use
-from .bench_model import Subject
 from .expert_requests import Pending
 from .expert_store import ExpertStats, ExpertStore
 from .model import DecoderLayer, Model
@@ -195,42 +193,6 @@ def _pick(several: LayerTime, single: LayerTime, h: mx.array) -> LayerTime:
 
 def _mixer(layer: DecoderLayer) -> str:
     return "linear_attn" if layer.is_linear else "self_attn"
-
-
-def profile(
-    subject: Subject, work: Callable[[Callable[[], None]], Use]
-) -> tuple[list[LayerTime], float]:
-    """Time the layers during `work`, which is given a function to call when the counting begins.
-
-    Returns:
-        The layers' times, and the seconds of all of `work` that counted.
-    """
-    with timed_layers(subject.model, subject.store) as layers:
-
-        def started() -> None:
-            for layer in layers:
-                layer.clear()
-
-        use = work(started)
-    return layers, use.seconds
-
-
-def print_layers(layers: list[LayerTime], steps: int, seconds: float, usual: float) -> None:
-    """Print the table: milliseconds per step.
-
-    Args:
-        layers: what `timed_layers` found.
-        steps: in the pass: tokens, or steps of a batch.
-        seconds: that the pass took.
-        usual: seconds that a run takes without this pass's waiting.
-    """
-    print(
-        "layers, in a profiling pass that waits for each part "
-        f"({seconds / usual:.2f} times a run's time); milliseconds per step"
-    )
-    total = print_rows(layers, steps)
-    rest = (seconds - total.seconds) / steps * 1e3
-    print(f"embedding, head, sampling and the rest: {rest:.3f} ms", flush=True)
 
 
 def print_rows(layers: list[LayerTime], steps: int) -> LayerTime:

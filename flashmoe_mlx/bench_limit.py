@@ -10,8 +10,8 @@ import statistics
 from dataclasses import asdict
 from typing import Any
 
-from .bench_figures import Use
 from .bench_io import Case, Cell, cases, measure
+from .counters import Use
 from .layout import ExpertLayout
 
 THREADS = (2, 4, 8)

@@ -28,18 +28,18 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from . import machine
-from .bench_figures import Use, now
-from .config import CachePlan
+from .counters import Use, now
 from .errors import FlashMoEError
 from .expert_store import ExpertStore
 from .geometry import GEOMETRIES
 from .layout import ExpertLayout
 from .loader import load
-from .lookahead import MODES as LOOKAHEAD
 from .memory import available_bytes, cgroup_limit
 from .model import Model
 from .names import FIELDS, layer_prefix
 from .read_speed import expert_ranges, time_reads
+from .settings import LOOKAHEAD
+from .sizing import CachePlan
 from .slot_bank import Bank
 from .synthetic import Recipe, checkpoint, default_dir
 

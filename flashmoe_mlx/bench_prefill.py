@@ -13,9 +13,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from . import bench_figures as figures
 from . import bench_model as bench
-from .bench_layers import LayerTime, print_layers, profile
+from . import counters
+from .bench_layers import LayerTime
 from .bench_limit import Limit
 from .bench_plot import check_plot, plot
+from .bench_profile import print_layers, profile
 from .config import PREFILL_CHUNK
 from .expert_store import ExpertStore
 
@@ -66,7 +68,7 @@ def prefill(
     chunk: int,
     cold: bool = False,
     started: Callable[[], None] = lambda: None,
-) -> figures.Use:
+) -> counters.Use:
     """Read a prompt once as mlx-lm's generators do, from settled banks and page cache.
 
     Args:
@@ -79,7 +81,7 @@ def prefill(
     """
     start = bench.begin(store, cold, started)
     _read(model, prompt, chunk)
-    return figures.now(store) - start
+    return counters.now(store) - start
 
 
 def _read(model: nn.Module, prompt: list[int], chunk: int) -> None:
@@ -103,7 +105,7 @@ def _measure(subject: bench.Subject, args: argparse.Namespace, tokens: int) -> l
     _read(model, prompt[: bench.PROMPT], chunk)
     states = (True, False) if hasattr(os, "posix_fadvise") else (False,)
     compute, disk = [], [bench.bandwidth(subject.store)]
-    uses: dict[bool, list[figures.Use]] = {cold: [] for cold in states}
+    uses: dict[bool, list[counters.Use]] = {cold: [] for cold in states}
     limit = Limit(subject.layout)
     for _ in range(args.runs):
         limit.measure()

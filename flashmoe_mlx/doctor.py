@@ -11,9 +11,9 @@ from typing import Any
 
 from . import machine
 from .commands import as_command
-from .config import StreamConfig
 from .custom_kernels.choice import NEEDS_GPU, Verdict, verdict
-from .custom_kernels.executor import compiled_folder, kernel_choice
+from .custom_kernels.cpu_compile import compiled_folder
+from .custom_kernels.executor import kernel_choice
 from .custom_kernels.kept import cache_dir
 from .custom_kernels.matvec import BITS
 from .custom_kernels.trial import Trial
@@ -24,6 +24,7 @@ from .geometry import GEOMETRIES
 from .io_mode import plan_io
 from .memory import available_bytes, cgroup_limit
 from .read_speed import SAMPLE, ReadSpeed, expert_ranges, scratch_ranges, time_reads
+from .settings import StreamConfig
 
 GIB = 1 << 30
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import ModelArgs, StreamConfig, check_top_k, plan_cache
+from .config import ModelArgs, check_top_k
 from .errors import FlashMoEError
 from .json_file import exists, read_object
 from .layout import ExpertLayout, checkpoint_headers, open_layout, quantisation
@@ -13,6 +13,8 @@ from .loader import check_tokenizer, find_model, without_experts
 from .memory import available_bytes, card_bytes
 from .model_files import read_config
 from .names import PROJECTIONS
+from .settings import StreamConfig
+from .sizing import plan_cache
 from .trunk_checks import check_trunk
 
 INDEX = "model.safetensors.index.json"

@@ -1,15 +1,14 @@
 """Experts asked for, and what was computed from them: who keeps slots from being written anew."""
 
 import threading
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from .reader import Arrival, Batch
 
-if TYPE_CHECKING:
-    from .expert_store import ExpertStore
+Wait = Callable[[int, Batch | None, list[Arrival]], None]
 
 
 class Consumer(NamedTuple):
@@ -40,17 +39,21 @@ class Pending:
     """
 
     def __init__(
-        self, store: "ExpertStore", layer: int, experts: Sequence[int], slots: list[int]
+        self,
+        layer: int,
+        experts: Sequence[int],
+        slots: list[int],
+        wait: Wait,
+        reads: tuple[Batch | None, list[Arrival]],
     ) -> None:
-        """Remember what was asked; made by `ExpertStore.request`."""
+        """Remember what was asked, how to wait for it, and what is on its way."""
         self.layer = layer
         self.experts = experts
         self.slots = slots
         self.released = False
         self.thread = threading.get_ident()
-        self._store = store
-        self._arrivals: list[Arrival] = []
-        self._batch: Batch | None = None
+        self._wait = wait
+        self._batch, self._arrivals = reads
 
     def wait(self) -> list[int]:
         """Return the slots when all bytes are there.
@@ -61,7 +64,7 @@ class Pending:
         """
         try:
             if self._arrivals:
-                self._store._wait(self.layer, self._batch, self._arrivals)
+                self._wait(self.layer, self._batch, self._arrivals)
                 for arrival in self._arrivals:
                     if arrival.error:
                         raise arrival.error

@@ -15,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from .config import CachePlan
 from .cuda_mapped import CardBanks, map_files
 from .cuda_memory import card_reads
 from .errors import FlashMoEError
@@ -26,6 +25,7 @@ from .layout import ExpertLayout
 from .lookahead import Lookahead
 from .reader import Arrival, Batch, Piece, Reader
 from .record_checks import RecordChecks
+from .sizing import CachePlan
 from .slot_bank import Bank, check_room
 from .unbroken import unbroken
 
@@ -248,11 +248,10 @@ class ExpertStore:
                 with unbroken():
                     slots = self._slots(layer, missing, self._kept(layer, experts))
                     batch = self._read(layer, missing, slots)
-            pending = Pending(self, layer, experts, [bank.touch(e) for e in experts])
-            pending._batch = batch
-            if bank.arriving:
-                pending._arrivals = [bank.arriving[e][1] for e in experts if e in bank.arriving]
-                pending._arrivals.reverse()  # the last is over last: fewer times to wake up
+            slots = [bank.touch(e) for e in experts]
+            arrivals = [bank.arriving[e][1] for e in experts if e in bank.arriving]
+            arrivals.reverse()  # the last is over last: fewer times to wake up
+            pending = Pending(layer, experts, slots, self._wait, (batch, arrivals))
             self._pending[layer] = [weakref.ref(p) for p in (*self._living(layer), pending)]
         return pending
 

@@ -13,9 +13,9 @@ import random
 import sys
 from pathlib import Path
 
-from .config import IoPlan
 from .errors import FlashMoEError
 from .layout import ExpertLayout
+from .sizing import IoPlan
 from .slot_bank import BLOCK
 
 USEFUL_CACHE = 0.8  # share of the experts that the page cache must have room for

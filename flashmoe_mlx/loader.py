@@ -12,9 +12,9 @@ from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
-from .config import ModelArgs, StreamConfig, asked_slots, check_top_k, plan_cache
-from .custom_kernels.choice import check_cpu_kernels
-from .custom_kernels.executor import cpu_steps, prepare
+from .config import ModelArgs, check_top_k
+from .custom_kernels.cpu_compile import check_cpu_kernels, prepare
+from .custom_kernels.cpu_entry import cpu_steps
 from .errors import FlashMoEError, named
 from .expert_store import ExpertStore
 from .io_mode import plan_io, plan_load
@@ -32,6 +32,8 @@ from .model import Model
 from .model_files import check_small_files, read_config
 from .names import PROJECTIONS, is_expert
 from .record_checks import RecordChecks
+from .settings import StreamConfig
+from .sizing import asked_slots, plan_cache
 from .slot_bank import DTYPES
 from .trunk_checks import check_readable, check_trunk
 

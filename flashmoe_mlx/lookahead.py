@@ -8,7 +8,6 @@ the steps of a generation are timed with and without, and what is faster goes on
 import statistics
 import time
 
-MODES = ("auto", "on", "off")
 BLOCK = 4  # steps that are timed together, the first of them not: its bank is the other way's
 BLOCKS = 8  # of each way in a trial
 TERM = 2000  # steps until the next trial

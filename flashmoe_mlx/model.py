@@ -21,14 +21,17 @@ from .config import ModelArgs
 from .custom_kernels import cpu_attention
 from .custom_kernels.attention_step import (
     AttentionHeads,
+    AttentionStepTrial,
     attend,
     deciding_trial,
     integer,
     prepare,
 )
 from .custom_kernels.choice import prefers_custom
-from .custom_kernels.executor import cpu_kernels, cpu_steps, on_gpu
-from .custom_kernels.gated_delta import Heads, MixerWeights, mix
+from .custom_kernels.cpu_entry import cpu_steps
+from .custom_kernels.executor import cpu_kernels, on_gpu
+from .custom_kernels.gated_delta import mix
+from .custom_kernels.gated_delta_weights import Heads, MixerWeights
 from .custom_kernels.linear import join, joined, linear
 from .custom_kernels.mixer import mix_joined
 from .custom_kernels.traced import Traced
@@ -47,7 +50,8 @@ class Attention(nn.Module):
         """Make the projections; q_proj also yields the gate."""
         super().__init__()
         self._step, self._fused_step = Traced(), Traced()
-        self._fused_keys, self._refused = 0, None
+        self._fused_keys = 0
+        self._refused: AttentionStepTrial | None = None
         self.heads, self.kv_heads = args.num_attention_heads, args.num_key_value_heads
         self.head_dim, bias = args.head_dim, args.attention_bias
         width = self.heads * self.head_dim
@@ -255,8 +259,8 @@ class GatedDeltaNet(nn.Module):
             projected = joined(h, *self._inputs(), norm=norm)
             y, past, state = mix_joined(projected, weights, past, state, mask, ends)
         else:
-            projections = linear(h, *self._inputs(), norm=norm)
-            y, past, state = mix(*projections, weights, past, state, mask, ends)
+            qkv, z, b, a = linear(h, *self._inputs(), norm=norm)
+            y, past, state = mix(qkv, z, b, a, weights, past, state, mask, ends)
         return linear(y, self.out_proj, residual=h)[0], past, state
 
 

@@ -13,16 +13,17 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
 from .config import ModelArgs
 from .cuda_letters import to_device, to_host
-from .custom_kernels.bank import Bank
-from .custom_kernels.executor import cpu_steps, on_gpu
+from .custom_kernels.cpu_entry import cpu_steps
+from .custom_kernels.executor import on_gpu
 from .custom_kernels.expert_mlp import Banks, Routed, ascending, cpu_experts, expert_mlp
 from .custom_kernels.expert_tiles import combine
 from .custom_kernels.expert_trials import wanted
 from .custom_kernels.experts import expert_mlp_by_kernels
 from .custom_kernels.gpu import scalar
-from .custom_kernels.linear import arrays_of, join, joined, linear, mlp, same
+from .custom_kernels.linear import join, joined, linear, mlp
 from .custom_kernels.router import route
 from .custom_kernels.traced import Traced
+from .custom_kernels.weights import Bank, arrays_of, same
 from .expert_requests import Pending
 from .expert_store import ExpertStore
 from .layout import quantisation
@@ -103,7 +104,7 @@ class StreamedExperts(nn.Module):
         self._banks = []
         for index, projection in enumerate(PROJECTIONS):
             bits, group_size = quantisation(layout, projection, args.expert_shape(projection))
-            self._banks.append(Bank(*arrays[3 * index : 3 * index + 3], bits, group_size))
+            self._banks.append(Bank.of(arrays[3 * index : 3 * index + 3], bits, group_size))
 
     def banks(self) -> list[Bank]:
         """Return gate, up and down."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .commands import as_command
-from .config import PREFILL_CHUNK, ModelArgs, parse_size
+from .config import PREFILL_CHUNK, ModelArgs
 from .errors import FlashMoEError
 from .json_file import exists
 from .model_files import CONFIG, read_config
@@ -33,6 +33,7 @@ from .plan_model import (
     weigh,
 )
 from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, tally
+from .settings import parse_size
 
 NAMES = ("397b", "122b", "35b")
 BITS = (4, 2)

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import StreamConfig
 from .errors import FlashMoEError
 from .io_mode import open_expert_file
 from .layout import ExpertLayout, LayerLayout
+from .settings import StreamConfig
 from .slot_bank import BLOCK
 
 SAMPLE = 256 << 20  # bytes read

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .bench_figures import Use, now
 from .bench_layers import LayerTime, print_rows, timed_layers, untimed
 from .bench_plot import draw_layers
+from .counters import Use, now
 from .errors import FlashMoEError
 from .memory import peak_bytes
 from .model import Model

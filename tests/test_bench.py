@@ -11,7 +11,7 @@ from flashmoe_mlx import bench_kernels, machine
 from flashmoe_mlx.bench import main
 from flashmoe_mlx.custom_kernels import gpu
 from flashmoe_mlx.custom_kernels.choice import NEEDS_GPU
-from flashmoe_mlx.custom_kernels.matvec import MatvecTrial
+from flashmoe_mlx.custom_kernels.matvec_trials import MatvecTrial
 
 QUICK = ["kernels", "--geometry", "tiny", "--calls", "1", "--runs", "1", "--dtype", "float32"]
 MATVEC = MatvecTrial(24, 128, 4, 64, "float32", "bfloat16")

@@ -7,10 +7,10 @@ import pytest
 
 from flashmoe_mlx import bench_io
 from flashmoe_mlx.bench import main
-from flashmoe_mlx.config import BUFFERED, CachePlan
 from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.io_mode import obstacle
 from flashmoe_mlx.read_speed import in_threads, record_buffers, scratch_ranges
+from flashmoe_mlx.sizing import BUFFERED, CachePlan
 from flashmoe_mlx.slot_bank import BLOCK
 
 QUICK = ["io", "--rounds", "2", "--sample-mib", "1", "--threads", "1", "3"]

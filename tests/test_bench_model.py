@@ -12,14 +12,15 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe_mlx import bench_decode, bench_figures, bench_limit, bench_model, load
 from flashmoe_mlx.bench import main
-from flashmoe_mlx.bench_figures import Use
-from flashmoe_mlx.bench_layers import profile, timed_layers
+from flashmoe_mlx.bench_layers import timed_layers
 from flashmoe_mlx.bench_limit import Limit
 from flashmoe_mlx.bench_model import Subject
-from flashmoe_mlx.config import IoPlan
+from flashmoe_mlx.bench_profile import profile
+from flashmoe_mlx.counters import Use
 from flashmoe_mlx.expert_store import ExpertStats
 from flashmoe_mlx.layout import open_layout
 from flashmoe_mlx.read_speed import ReadSpeed
+from flashmoe_mlx.sizing import IoPlan
 from flashmoe_mlx.synthetic import Recipe, checkpoint
 
 RECIPE = Recipe("tiny", 4, 512, 4)

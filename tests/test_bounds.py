@@ -33,13 +33,14 @@ from flashmoe_mlx.custom_kernels import (
     matvec,
     router,
 )
-from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.cpu_call import Apart, caller
 from flashmoe_mlx.custom_kernels.cpu_moe import MoeBlock
 from flashmoe_mlx.custom_kernels.cpu_pread import pread_all
 from flashmoe_mlx.custom_kernels.cpu_rows import Group, Matrix, project
 from flashmoe_mlx.custom_kernels.cpu_step import DeltaBlock
-from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, mix
+from flashmoe_mlx.custom_kernels.gated_delta import mix
+from flashmoe_mlx.custom_kernels.gated_delta_weights import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.weights import Bank
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.reader import Arrival, Batch
 

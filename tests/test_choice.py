@@ -14,7 +14,7 @@ from metal_cpu import metal_on_cpu, require_bench
 from flashmoe_mlx import FlashMoEError
 from flashmoe_mlx.custom_kernels import choice, cpu_block, executor, gpu
 from flashmoe_mlx.custom_kernels.choice import Verdict, prefers_custom, verdict
-from flashmoe_mlx.custom_kernels.matvec import MatvecTrial
+from flashmoe_mlx.custom_kernels.matvec_trials import MatvecTrial
 from flashmoe_mlx.custom_kernels.trials import label, trials
 from flashmoe_mlx.geometry import GEOMETRIES
 

@@ -2,10 +2,12 @@
 
 import pytest
 
-from flashmoe_mlx.config import IoPlan, ModelArgs, StreamConfig, parse_size, plan_cache
+from flashmoe_mlx.config import ModelArgs
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.layout import ExpertLayout, Field, LayerLayout
 from flashmoe_mlx.names import canonical, fused_expert, is_expert, single_expert, stacked_expert
+from flashmoe_mlx.settings import StreamConfig, parse_size
+from flashmoe_mlx.sizing import IoPlan, plan_cache
 
 CONFIG = {
     "model_type": "qwen3_5_moe_text",

@@ -11,7 +11,8 @@ from flashmoe_mlx.custom_kernels import cpu, cpu_block, gated_delta, reference
 from flashmoe_mlx.custom_kernels.cpu_moe import MoeBlock
 from flashmoe_mlx.custom_kernels.cpu_rows import Group, Matrix, project
 from flashmoe_mlx.custom_kernels.cpu_step import DeltaBlock
-from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, mix
+from flashmoe_mlx.custom_kernels.gated_delta import mix
+from flashmoe_mlx.custom_kernels.gated_delta_weights import Heads, MixerWeights
 
 FORMATS = [(b, g) for b in cpu.BITS for g in cpu.GROUP_SIZES]
 

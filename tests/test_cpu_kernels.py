@@ -11,7 +11,8 @@ import pytest
 from flashmoe_mlx.custom_kernels import cpu, cpu_delta, gated_delta, reference
 from flashmoe_mlx.custom_kernels.executor import cpu_kernels
 from flashmoe_mlx.custom_kernels.expert_mlp import Bank, cpu_experts
-from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights, mix
+from flashmoe_mlx.custom_kernels.gated_delta import mix
+from flashmoe_mlx.custom_kernels.gated_delta_weights import Heads, MixerWeights
 from flashmoe_mlx.custom_kernels.linear import linear
 from flashmoe_mlx.errors import FlashMoEError
 

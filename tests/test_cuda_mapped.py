@@ -12,11 +12,11 @@ from store_helpers import RECORD, contents, make_store, record
 from test_cuda_memory import LateDriver, put_banks_on, rows_of
 
 from flashmoe_mlx import cuda_mapped
-from flashmoe_mlx.config import CachePlan, IoPlan
 from flashmoe_mlx.cuda_mapped import MappedFiles, map_files
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.expert_slots import NONE, Table
 from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.sizing import CachePlan, IoPlan
 
 X = mx.zeros((1, 8))
 

@@ -11,13 +11,13 @@ import pytest
 from mlx_lm import server
 
 from flashmoe_mlx import bench, doctor, plan
-from flashmoe_mlx.config import StreamConfig
 from flashmoe_mlx.convert import cli
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.generate_cli import build_parser as generate_parser
 from flashmoe_mlx.generate_cli import main as generate_main
 from flashmoe_mlx.options import UNSUPPORTED
 from flashmoe_mlx.plan_model import SYSTEM_BYTES
+from flashmoe_mlx.settings import StreamConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(

@@ -12,7 +12,6 @@ from metal_cpu import metal_on_cpu, require_bench
 from test_errors import DAMAGE
 
 from flashmoe_mlx import doctor
-from flashmoe_mlx.config import IoPlan
 from flashmoe_mlx.custom_kernels import choice, gpu
 from flashmoe_mlx.custom_kernels.choice import Verdict
 from flashmoe_mlx.doctor import main
@@ -20,6 +19,7 @@ from flashmoe_mlx.layout import open_layout
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.memory import available_bytes
 from flashmoe_mlx.read_speed import ReadSpeed, expert_ranges, scratch_ranges, time_reads
+from flashmoe_mlx.sizing import IoPlan
 
 QUICK = ["--geometry", "tiny", "--sample-mib", "4"]
 

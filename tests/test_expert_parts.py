@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from flashmoe_mlx.custom_kernels import expert_mlp
-from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.expert_mlp import Routed, _gathered, _tile_rows
+from flashmoe_mlx.custom_kernels.weights import Bank
 
 SLOTS, HIDDEN, INNER = 6, 64, 96
 

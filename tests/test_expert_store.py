@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from store_helpers import EXPERTS, RECORD, Gate, contents, make_store, record
 
-from flashmoe_mlx.config import CachePlan
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.expert_requests import Pending
 from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.layout import Field, LayerLayout
 from flashmoe_mlx.names import FIELDS
 from flashmoe_mlx.reader import Reader
+from flashmoe_mlx.sizing import CachePlan
 from flashmoe_mlx.slot_bank import BLOCK, Bank, _address
 
 

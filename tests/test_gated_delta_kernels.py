@@ -9,7 +9,6 @@ from kernel_helpers import complains, plant
 from metal_cpu import MODES, metal_on_cpu, require_bench
 
 from flashmoe_mlx.custom_kernels import gpu
-from flashmoe_mlx.custom_kernels.gated_delta import Heads, MixerWeights
 from flashmoe_mlx.custom_kernels.gated_delta_prepare import gated_norm, prepare
 from flashmoe_mlx.custom_kernels.gated_delta_scan import ScanShape, scan
 from flashmoe_mlx.custom_kernels.gated_delta_step import step
@@ -19,6 +18,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_trials import (
     GatedDeltaScanTrial,
     GatedDeltaStepTrial,
 )
+from flashmoe_mlx.custom_kernels.gated_delta_weights import Heads, MixerWeights
 from flashmoe_mlx.custom_kernels.trial import DTYPES
 
 require_bench()

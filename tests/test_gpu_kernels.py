@@ -16,21 +16,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import gpu_parity
 
 from flashmoe_mlx.custom_kernels import choice, experts, gpu, matvec, reference
-from flashmoe_mlx.custom_kernels.bank import Bank
 from flashmoe_mlx.custom_kernels.dequantize import DequantizeTrial, MatmulTrial
 from flashmoe_mlx.custom_kernels.expert_trials import (
     ExpertDownTrial,
     ExpertGateUpTrial,
     ExpertsTrial,
 )
-from flashmoe_mlx.custom_kernels.matvec import (
-    MatvecTrial,
-    NormedMatvecTrial,
-    dequant_matvec,
-    naive_matvec,
-)
+from flashmoe_mlx.custom_kernels.matvec import dequant_matvec, naive_matvec
+from flashmoe_mlx.custom_kernels.matvec_trials import MatvecTrial, NormedMatvecTrial
 from flashmoe_mlx.custom_kernels.router import RouterTrial, route
 from flashmoe_mlx.custom_kernels.trial import DTYPES, random_quantised
+from flashmoe_mlx.custom_kernels.weights import Bank
 
 require_bench()
 

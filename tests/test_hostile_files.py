@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flashmoe_mlx import FlashMoEError, doctor, load, plan
-from flashmoe_mlx.config import ModelArgs, StreamConfig, parse_size
+from flashmoe_mlx.config import ModelArgs
 from flashmoe_mlx.config_entries import MOST
 from flashmoe_mlx.convert import cli, convert
 from flashmoe_mlx.convert.verify import verify
@@ -25,6 +25,7 @@ from flashmoe_mlx.json_file import MOST_BYTES, parse, read_json
 from flashmoe_mlx.layout import read_header
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.model_files import READ_AS_JSON, check_small_files
+from flashmoe_mlx.settings import StreamConfig, parse_size
 
 CONFIG = json.loads((BUNDLED_MODEL / "config.json").read_text())
 SMALL = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")

@@ -8,10 +8,11 @@ import pytest
 from store_helpers import big_layout, make_store
 
 from flashmoe_mlx import io_mode, load, loader
-from flashmoe_mlx.config import IoPlan, StreamConfig, plan_cache
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.io_mode import cached_share, obstacle, open_expert_file, plan_io, plan_load
 from flashmoe_mlx.loader import BUNDLED_MODEL
+from flashmoe_mlx.settings import StreamConfig
+from flashmoe_mlx.sizing import IoPlan, plan_cache
 
 BLOCKS = [4096] * 9
 

@@ -23,11 +23,11 @@ from store_helpers import (
 )
 
 from flashmoe_mlx import expert_store, unbroken
-from flashmoe_mlx.config import IoPlan
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.io_mode import obstacle
 from flashmoe_mlx.reader import cut, skip
+from flashmoe_mlx.sizing import IoPlan
 
 UNEQUAL = [40_000, 4_004, 1_000, 8, 12_288, 4, 30_000, 4_096, 20]  # bytes; none but two in blocks
 BLOCKS = [n * 4096 for n in (8, 1, 1, 7, 2, 1, 9, 1, 1)]

@@ -9,11 +9,25 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]]
-)
-def test_linter(command):
+def run(*command: str, folder: Path = ROOT) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", [["check", "."], ["format", "--check", "."]])
+def test_ruff(command):
+    run("ruff", *command)
+
+
+def test_mypy(tmp_path):
+    """The package as it is installed: two of its folders lie beside it in this repository."""
+    package = tmp_path / "flashmoe_mlx"
+    package.mkdir()
+    for entry in (ROOT / "flashmoe_mlx").iterdir():
+        (package / entry.name).symlink_to(entry)
+    for name in ("custom_kernels", "convert"):
+        (package / name).symlink_to(ROOT / name)
+    settings = str(ROOT / "pyproject.toml")
+    run("mypy", "--config-file", settings, "-p", "flashmoe_mlx", folder=tmp_path)

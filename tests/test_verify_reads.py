@@ -13,7 +13,6 @@ from convert_helpers import flip
 from store_helpers import EXPERTS, Gate, assert_whole, big_layout
 
 from flashmoe_mlx import FlashMoEError, expert_store, generate, load, record_checks
-from flashmoe_mlx.config import CachePlan, IoPlan, StreamConfig
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.expert_store import ExpertStore
@@ -22,6 +21,8 @@ from flashmoe_mlx.layout import read_header, read_manifest
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.names import FIELDS
 from flashmoe_mlx.record_checks import RecordChecks
+from flashmoe_mlx.settings import StreamConfig
+from flashmoe_mlx.sizing import CachePlan, IoPlan
 
 SIZES = [n * 4096 for n in (8, 1, 1, 7, 2, 1, 9, 1, 1)]
 MANIFEST = "model_experts/manifest.json"

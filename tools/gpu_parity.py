@@ -32,7 +32,8 @@ from flashmoe_mlx.custom_kernels.gated_delta_trials import (
     GatedDeltaScanTrial,
     GatedDeltaStepTrial,
 )
-from flashmoe_mlx.custom_kernels.matvec import BITS, GROUP_SIZES, MatvecTrial, NormedMatvecTrial
+from flashmoe_mlx.custom_kernels.matvec import BITS, GROUP_SIZES
+from flashmoe_mlx.custom_kernels.matvec_trials import MatvecTrial, NormedMatvecTrial
 from flashmoe_mlx.custom_kernels.router import RouterTrial
 from flashmoe_mlx.custom_kernels.trial import DTYPES, Trial
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from make_synthetic import make_synthetic
 
-from flashmoe_mlx.config import parse_size
 from flashmoe_mlx.loader import trunk_tensors
+from flashmoe_mlx.settings import parse_size
 
 ALLOWANCE = 400 * 10**6
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 4

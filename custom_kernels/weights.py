@@ -1,12 +1,15 @@
 """Quantised matrices of one shape, in slots."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from flashmoe_mlx.custom_kernels.shapes import expect, expect_quantised
+from .shapes import expect, expect_quantised
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,12 @@ class Bank:
     biases: mx.array
     bits: int
     group_size: int
+
+    @classmethod
+    def of(cls, arrays: Sequence[mx.array], bits: int, group_size: int) -> "Bank":
+        """Make one of codes, scales and biases, in this order."""
+        codes, scales, biases = arrays
+        return cls(codes, scales, biases, bits, group_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Bank":
         """Share the arrays: a store goes on writing experts into them."""
@@ -48,6 +57,22 @@ class Bank:
     @cached_property
     def packed(self) -> Any:
         """The same memory as the CPU kernels see it."""
-        from flashmoe_mlx.custom_kernels import cpu
+        from . import cpu
 
         return cpu.packed(self.codes, self.scales, self.biases, self.bits, self.group_size)
+
+
+def arrays_of(layers: Sequence[nn.Module]) -> tuple[mx.array | None, ...]:
+    """Return the codes, scales and biases of layers; None where one has none."""
+    return tuple(layer.get(name) for layer in layers for name in ("weight", "scales", "biases"))
+
+
+def same(known: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Say whether both hold the same objects."""
+    return len(known) == len(now) and all(map(is_, known, now))
+
+
+def is_affine(layer: nn.Module) -> bool:
+    """Say whether a layer is a plain affine-quantised matrix."""
+    plain = type(layer) is nn.QuantizedLinear and layer.mode == "affine" and "bias" not in layer
+    return plain and not layer.training

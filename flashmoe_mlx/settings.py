@@ -1,0 +1,117 @@
+"""What the user asks for: how experts are streamed."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from .errors import FlashMoEError
+
+LOOKAHEAD = ("auto", "on", "off")
+MOST_CACHE = 1 << 50  # bytes; no machine has as much memory
+MOST_THREADS = 1024  # that read; disks are at their best with a few
+IO_MODES = ("auto", "buffered", "direct")
+UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    UNITS |= {_letter: 1024**_power, f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
+
+
+def parse_size(value: int | str, name: str) -> int | str:
+    """Read a number of bytes: 536870912, "512MiB", "4GB", "1.5g", or "auto".
+
+    Raises:
+        FlashMoEError: anything else; `name` says which setting it came from.
+    """
+    if value == "auto":
+        return value
+    size: float = 0
+    if isinstance(value, str):
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", value.strip().lower())
+        if match and match[2] in UNITS:
+            size = float(match[1]) * UNITS[match[2]]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    if size > MOST_CACHE:
+        raise FlashMoEError(
+            f"{name} = {str(value)[:80]} is more memory than any machine has. Give at most "
+            f"{MOST_CACHE >> 40}TiB, or auto."
+        )
+    if size <= 0:
+        raise FlashMoEError(
+            f"{name} = {value!r} is not a size. Write bytes or a unit, such as 512MiB, 4GiB, or "
+            "auto."
+        )
+    return int(size)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How experts are streamed.
+
+    Attributes:
+        expert_cache: bytes for the slot banks of all layers together, or "auto".
+        io_threads: threads that read from disk.
+        io_mode: "buffered" reads through the page cache, "direct" reads past it, or "auto".
+        experts_per_token: top-k to use instead of the checkpoint's own, or None.
+        stats: print the counters at exit.
+        verify: compare every expert with its checksum when it has been read.
+        lookahead: "on" reads experts early, on a guess, "off" does not; "auto" times both.
+    """
+
+    expert_cache: int | str = "auto"
+    io_threads: int = 8
+    experts_per_token: int | None = None
+    stats: bool = False
+    io_mode: str = "auto"
+    verify: bool = False
+    lookahead: str = "auto"
+
+    @classmethod
+    def resolve(cls, from_config: Mapping[str, Any], **explicit: Any) -> Self:
+        """Merge settings: explicit arguments, then FLASHMOE_* variables, then config.json.
+
+        Args:
+            from_config: the "flashmoe" entry of config.json.
+            explicit: values that were given by the caller; None means not given.
+
+        Raises:
+            FlashMoEError: a value is out of range; the message names where it came from.
+        """
+        settings: dict[str, Any] = {}
+        names = [f.name for f in fields(cls)]
+        if unknown := from_config.keys() - {*names, "format_version"}:
+            raise FlashMoEError(
+                f'config.json "flashmoe": no setting is called {", ".join(sorted(unknown))}. '
+                f"Choose among {', '.join(names)}."
+            )
+        for f in fields(cls):
+            variable = f"FLASHMOE_{f.name.upper()}"
+            if explicit.get(f.name) is not None:
+                source, value = f.name, explicit[f.name]
+            elif os.environ.get(variable):
+                source, value = variable, os.environ[variable]
+            elif from_config.get(f.name) is not None:
+                source, value = f'config.json "flashmoe": {f.name}', from_config[f.name]
+            else:
+                continue
+            settings[f.name] = _read_setting(f.name, value, source)
+        return cls(**settings)
+
+
+def _read_setting(setting: str, value: Any, source: str) -> Any:
+    if setting == "expert_cache":
+        return parse_size(value, source)
+    if choices := {"io_mode": IO_MODES, "lookahead": LOOKAHEAD}.get(setting):
+        if value in choices:
+            return value
+        raise FlashMoEError(f"{source} = {value!r} is not one of {', '.join(choices)}.")
+    if setting in ("stats", "verify"):
+        if str(value).lower() in ("0", "false", "1", "true"):
+            return str(value).lower() in ("1", "true")
+        raise FlashMoEError(f"{source} = {value!r} is not a switch. Write 1 or 0.")
+    if re.fullmatch(r"[0-9]{1,9}", str(value)) and int(value) >= 1:
+        if setting == "io_threads" and int(value) > MOST_THREADS:
+            raise FlashMoEError(f"{source} = {value} is too many. Give at most {MOST_THREADS}.")
+        return int(value)
+    raise FlashMoEError(f"{source} = {value!r} is not a whole number of at least 1.")
