@@ -14,7 +14,7 @@ import mlx_lm
 import pytest
 
 from flashmoe_mlx.convert import convert
-from flashmoe_mlx.custom_kernels import executor
+from flashmoe_mlx.custom_kernels import cpu_compile, executor
 from flashmoe_mlx.layout import EXPERT_DIR, layer_file
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.names import FIELDS, layer_prefix
@@ -44,7 +44,7 @@ def compile_here(tmp_path_factory):
     """Compile the CPU's kernels in this process; that users' do so in another has its own test."""
     marker = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "_marker", lambda formats: marker)
+        patch.setattr(cpu_compile, "_marker", lambda formats: marker)
         yield
 
 

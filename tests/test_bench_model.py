@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from flashmoe_mlx import bench_decode, bench_figures, bench_limit, bench_model, load
+from flashmoe_mlx import bench_decode, bench_figures, bench_limit, bench_model, counters, load
 from flashmoe_mlx.bench import main
 from flashmoe_mlx.bench_layers import timed_layers
 from flashmoe_mlx.bench_limit import Limit
@@ -178,9 +178,9 @@ def test_only_what_counts_is_profiled(subject):
     def work(started):
         logits(subject.model)
         started()
-        before = bench_figures.now(subject.store)
+        before = counters.now(subject.store)
         logits(subject.model, [1])
-        return bench_figures.now(subject.store) - before
+        return counters.now(subject.store) - before
 
     layers, seconds = profile(subject, work)
     assert [layer.asked for layer in layers] == [4] * 4
@@ -272,7 +272,7 @@ def test_the_median_run_is_one_that_was_measured():
 def test_columns_stand_under_their_titles():
     stats = ExpertStats(4, 1, 3, 3_000_000, 0.001, bytes_useless=500_000)
     use = Use(0.5, stats, 1_500_000, 0.4, 0.1)
-    row = bench_figures.result(use, 1, bench_figures.Floor(0.1, 0.25))
+    row = bench_figures.result(use, 1, counters.Floor(0.1, 0.25))
     assert bench_figures.line(row, 1, "cold") == (
         "     2.00  25.0%      3.00     0.50      1.50   3.00    100.00    250.00    50%   400.00"
         "  100.00  cold"

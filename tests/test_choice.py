@@ -12,7 +12,7 @@ import pytest
 from metal_cpu import metal_on_cpu, require_bench
 
 from flashmoe_mlx import FlashMoEError
-from flashmoe_mlx.custom_kernels import choice, cpu_block, executor, gpu
+from flashmoe_mlx.custom_kernels import choice, cpu_block, cpu_compile, executor, gpu
 from flashmoe_mlx.custom_kernels.choice import Verdict, prefers_custom, verdict
 from flashmoe_mlx.custom_kernels.matvec_trials import MatvecTrial
 from flashmoe_mlx.custom_kernels.trials import label, trials
@@ -334,13 +334,13 @@ def test_wrong_cpu_kernels_are_found_at_load_and_not_used(
     cache, monkeypatch, capsys, cpu_kernels_again
 ):
     formats = {(4, 64, "bfloat16"), (8, 32, "float32"), (3, 64, "bfloat16")}
-    choice.check_cpu_kernels(formats)
+    cpu_compile.check_cpu_kernels(formats)
     assert executor.cpu_kernels(mx.zeros(1)) is not None
     right = cpu_block.project
     monkeypatch.setattr(cpu_block, "project", lambda *a: [np.roll(y, 1, 1) for y in right(*a)])
     choice.forget()
     monkeypatch.setattr(choice, "_recall", lambda *_: None)  # the texts are unchanged
-    choice.check_cpu_kernels(formats)
+    cpu_compile.check_cpu_kernels(formats)
     assert executor.cpu_kernels(mx.zeros(1)) is None
     error = capsys.readouterr().err
     assert error.count("kernel dequant_matvec") == 1

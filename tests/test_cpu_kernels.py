@@ -202,7 +202,8 @@ def test_a_wrong_choice_of_kernels_is_named(fresh_choice, monkeypatch):
 
 def test_kernels_are_compiled_once_on_a_machine(tmp_path):
     code = (
-        "from flashmoe_mlx.custom_kernels.executor import prepare\nprepare([(4, 32, 'bfloat16')])"
+        "from flashmoe_mlx.custom_kernels.cpu_compile import prepare\n"
+        "prepare([(4, 32, 'bfloat16')])"
     )
     first = run(code, XDG_CACHE_HOME=str(tmp_path))
     assert (first.returncode, first.stderr.count("compiling CPU kernels, once")) == (0, 1)
@@ -212,7 +213,8 @@ def test_kernels_are_compiled_once_on_a_machine(tmp_path):
 
 def test_nothing_is_compiled_for_stock_ops(tmp_path):
     code = (
-        "from flashmoe_mlx.custom_kernels.executor import prepare\nprepare([(4, 32, 'bfloat16')])"
+        "from flashmoe_mlx.custom_kernels.cpu_compile import prepare\n"
+        "prepare([(4, 32, 'bfloat16')])"
     )
     assert run(code, XDG_CACHE_HOME=str(tmp_path), FLASHMOE_KERNELS="stock").stderr == ""
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ import pytest
 from numba.core.caching import IndexDataCacheFile
 
 from flashmoe_mlx import doctor
-from flashmoe_mlx.custom_kernels import cpu, executor, kept, numba_cache
+from flashmoe_mlx.custom_kernels import cpu, cpu_compile, kept, numba_cache
 
 WRITERS, KERNELS = 8, 12
 
@@ -385,26 +385,26 @@ def compiled(tmp_path, monkeypatch) -> list[str]:
         done.append("child")
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(executor, "_marker", MARKER)
-    monkeypatch.setattr(executor.subprocess, "run", run)
-    monkeypatch.setattr(executor, "compile_all", lambda wanted: done.append("here"))
+    monkeypatch.setattr(cpu_compile, "_marker", MARKER)
+    monkeypatch.setattr(cpu_compile.subprocess, "run", run)
+    monkeypatch.setattr(cpu_compile, "compile_all", lambda wanted: done.append("here"))
     monkeypatch.setattr(numba_cache, "folder", lambda: tmp_path)
     return done
 
 
-MARKER = executor._marker
+MARKER = cpu_compile._marker
 FORMATS = {(4, 64, "bfloat16")}
 
 
 def test_the_marker_lies_beside_the_code_it_speaks_of(compiled, tmp_path, capsys):
     """So it goes when that goes, and needs no home."""
     for _ in range(2):
-        executor.prepare(FORMATS)
+        cpu_compile.prepare(FORMATS)
     assert compiled == ["child", "here", "here"]
     assert capsys.readouterr().err.count("compiling CPU kernels, once on this machine") == 1
     (marker,) = tmp_path.iterdir()
     marker.unlink()
-    executor.prepare(FORMATS)
+    cpu_compile.prepare(FORMATS)
     assert compiled[3:] == ["child", "here"]
 
 
@@ -413,15 +413,15 @@ def test_without_another_process_it_is_compiled_here(fault, compiled, tmp_path, 
     def refuse(*args, **options):
         raise OSError(fault, "no process")
 
-    monkeypatch.setattr(executor.subprocess, "run", refuse)
-    executor.prepare(FORMATS)
+    monkeypatch.setattr(cpu_compile.subprocess, "run", refuse)
+    cpu_compile.prepare(FORMATS)
     assert compiled == ["here"] and list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_kept_is_compiled_once(compiled, monkeypatch, capsys):
     """Not in a process of its own first, whose work would be lost."""
     monkeypatch.setattr(numba_cache, "folder", lambda: kept.NOWHERE)
-    executor.prepare(FORMATS)
+    cpu_compile.prepare(FORMATS)
     assert compiled == ["here"] and capsys.readouterr().err == ""
 
 
