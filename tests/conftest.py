@@ -3,8 +3,13 @@
 import fcntl
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+
+# What a shell starts in the background ignores Ctrl-C, and so would the commands that are tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Read when kernels are imported. What runs without these checks: test_kernels_without_checks.
 os.environ.setdefault("FLASHMOE_DEBUG_BOUNDS", "1")
