@@ -4,19 +4,19 @@ transformers takes classes from `auto_map` and `custom_pipelines` of configurati
 modules beside them ("module.Class") or of another repository ("owner/name--module.Class").
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import FlashMoEError
+from ..json_file import read_json
 
 SHIM_NAME = "flashmoe_model.py"
 CODE = ".py"
 CONFIGS = "*config*.json"  # vocabularies are JSON too, and any word may be a key of them
 MAX_NAME = 100
+RESTORE = "Restore the checkpoint's own."
 KEYS = ("auto_map", "custom_pipelines", "custom_generate")
 
 
@@ -81,11 +81,7 @@ def config_files(directory: Path) -> list[Path]:
 
 def _references(path: Path) -> list[str]:
     """Return every text below the keys that name code."""
-    content = _read(path)
-    try:
-        return list(_texts(content, False))
-    except RecursionError as error:
-        raise _unreadable(path, error) from error
+    return list(_texts(read_json(path, RESTORE), False))
 
 
 def _texts(value: Any, named: bool) -> Iterator[str]:
@@ -105,35 +101,17 @@ def without_code(path: Path) -> Path | dict[str, Any]:
     Raises:
         FlashMoEError: it cannot be read.
     """
-    content = _read(path)
-    stripped = without(content, KEYS, path)
+    content = read_json(path, RESTORE)
+    stripped = without(content, KEYS)
     return path if stripped == content else stripped
 
 
-def without(content: Any, keys: tuple[str, ...], path: Path) -> Any:
-    """Return a file's JSON value without some keys, wherever they are in it.
-
-    Raises:
-        FlashMoEError: it is nested too deeply.
-    """
+def without(content: Any, keys: tuple[str, ...]) -> Any:
+    """Return a JSON value without some keys, wherever they are in it."""
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: walk(entry) for key, entry in value.items() if key not in keys}
         return [walk(entry) for entry in value] if isinstance(value, list) else value
 
-    try:
-        return walk(content)
-    except RecursionError as error:
-        raise _unreadable(path, error) from error
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> FlashMoEError:
-    return FlashMoEError(f"{path}: cannot be read ({error}). Restore the checkpoint's own.")
+    return walk(content)

@@ -50,7 +50,7 @@ def build_plan(source: Source, options: Options) -> Plan:
         entry = _new_quantisation(target.trunk, tensors, layers)
     # No model code of the source's, at any depth; other code if it is wanted.
     dropped = ("model_file", *(KEYS if options.no_remote_code else ()))
-    config = without(source.config, dropped, source.directory / "config.json")
+    config = without(source.config, dropped)
     config = output_config(config, entry)
     trunk = split_files(tensors, SHARD_BYTES)
     return Plan(layers, trunk, config, remote_code=not options.no_remote_code)

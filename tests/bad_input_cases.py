@@ -30,7 +30,7 @@ GENERATE = [
     ("--chat-template-config {", "--chat-template-config {: not JSON ("),
     ("--chat-template-config [1]", "--chat-template-config [1]: not an object."),
     ('--chat-template-config {"messages":1}', "the chat template fails with --chat-template-conf"),
-    ("--prompt-cache-file {out}.safetensors", "out.safetensors: cannot be read (No such file"),
+    ("--prompt-cache-file {out}.safetensors", "out.safetensors: missing (No such file or dire"),
     ("--prompt-cache-file {bundled}/model.safetensors", "cannot be read as a prompt cache ("),
     (
         "--adapter-path {out}",

@@ -344,7 +344,7 @@ def test_close_while_preloading(tmp_path, monkeypatch, nothing_left):
 
     def closing(pending):
         threading.Timer(0.1, gate.opened.set).start()
-        closer = threading.Thread(target=pending._store.close)
+        closer = threading.Thread(target=pending._wait.__self__.close)
         closer.start()
         try:
             return wait(pending)

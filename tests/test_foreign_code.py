@@ -203,7 +203,7 @@ def test_names_that_are_made_to_be_printed(root, tmp_path, capsys):
 def test_configurations_that_cannot_be_searched(root, tmp_path, text, no_remote_code):
     source = shutil.copytree(root / "stock", tmp_path / "stock")
     (source / "processor_config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(FlashMoEError, match=r"processor_config.json: cannot be read \(.*\)\. R"):
+    with pytest.raises(FlashMoEError, match=r"processor_config.json: not JSON \(.*\)\. R"):
         convert(source, tmp_path / "out", no_remote_code=no_remote_code)
     assert not (tmp_path / "out" / MANIFEST).exists()
 
