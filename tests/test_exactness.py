@@ -95,14 +95,21 @@ def test_tokens_and_logits_equal_stock(name, bank, models, expected, first_logit
     model.close()
 
 
+@pytest.fixture(scope="module")
+def long_output(load_stock):
+    """Stock's 1,000 tokens after a prompt, and their logits."""
+    model, tokenizer = load_stock("packed4")
+    return greedy(model, prompt_of(tokenizer, 300), count=1000)
+
+
 @pytest.mark.parametrize("lookahead", ["off", "on"])
-def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, load_stock, lookahead):
+def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, long_output, lookahead):
     """1,000 tokens through banks of exactly top-k slots; bytes read are misses times a record."""
     cache = bank_sizes(models["packed4"])["top-k"]
     model, tokenizer = load(models["packed4"], expert_cache=cache, lookahead=lookahead)
     prompt = prompt_of(tokenizer, 300)
     tokens, logits = greedy(model, prompt, count=1000)
-    stock_tokens, stock_logits = greedy(load_stock("packed4")[0], prompt, count=1000)
+    stock_tokens, stock_logits = long_output
     assert tokens == stock_tokens
     assert mx.abs(logits - stock_logits).max().item() <= TOLERANCE
     stats, text = model.expert_stats(), text_config(models["packed4"])
