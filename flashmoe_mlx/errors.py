@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FROM_MLX = "[load", "[read", "[safetensor"  # how what MLX says about files begins
+# How what MLX says about files begins.
+FROM_MLX = "[load", "[read", "[safetensor", "[json.exception"
 LONGEST, END = 1200, 300  # characters of a message; of its end, where the remedy is
 
 

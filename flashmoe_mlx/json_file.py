@@ -5,6 +5,7 @@ Standard library only.
 
 import json
 import os
+import re
 import stat
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 from .errors import FlashMoEError
 
 MOST_BYTES = 100_000_000  # a tokenizer.json of 260,000 tokens has 34 million
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # Python takes half of a pair, MLX does not
 MOST_LEVELS = 100  # of arrays and objects inside one another
 
 
@@ -93,10 +95,13 @@ def parse(text: bytes) -> Any:
     """Read JSON from UTF-8.
 
     Raises:
-        ValueError: it is something else, nested too deep, or has a key twice in one object.
+        ValueError: it is something else, nested too deep, has a key twice in one object, or has half
+            of a surrogate pair, which is no character.
     """
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         value = None
     else:

@@ -123,6 +123,8 @@ TEXTS = {
     "UTF-16": ('{"a": 1}'.encode("utf-16"), r"not JSON \('utf-8' codec can't decode"),
     "BOM": (b'\xef\xbb\xbf{"a": 1}', r"not JSON \(Unexpected UTF-8 BOM"),
     "digits": (b'{"a": ' + b"9" * 5000 + b"}", r"not JSON \(Exceeds the limit"),
+    "half of a pair": (b'{"a": "\\uD800"}', r"not JSON \('utf-8' codec can't encode"),
+    "half of a pair as a key": (b'{"\\udfff": 1}', r"not JSON \('utf-8' codec can't encode"),
     "list": (b"[1]", r"not a JSON object"),
     "null": (b"null", r"not a JSON object"),
 }
@@ -139,7 +141,20 @@ def test_text_that_is_no_object(model, name, text):
 def test_what_is_json_is_read_as_it_is():
     deep = 98 * b"[" + b"{}" + 98 * b"]"
     assert parse(b'{"a": [1, {"b": "\\u00e9"}], "c": null}') == {"a": [1, {"b": "é"}], "c": None}
+    assert parse(b'["\\ud83d\\ude00", "\\\\ud800"]') == ["\U0001f600", "\\ud800"]
     assert parse(deep) and parse(b"3") == 3 and parse(b'"[[[["') == "[[[["
+
+
+def test_a_name_that_is_no_text(model):
+    """MLX's parser of headers refuses it, in words of its own."""
+    raw = (BUNDLED_MODEL / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:end])
+    header["\ud800"] = header.pop(next(name for name in header if "norm" in name))
+    text = json.dumps(header).encode()
+    (model / "model.safetensors").unlink()
+    (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
+    refused(model, r"damaged safetensors header \('utf-8' codec can't encode character '.ud800'")
 
 
 @pytest.mark.parametrize("meta", [[1], {"a": 1}, {"a": None}, {"a": {"b": "c"}}, "text", 5, True])
