@@ -95,7 +95,7 @@ def parse(text: bytes) -> Any:
     """Read JSON from UTF-8.
 
     Raises:
-        ValueError: it is something else, nested too deep, has a key twice in one object, or has half
+        ValueError: it is something else, nested too deep, has a key twice in one object, or half
             of a surrogate pair, which is no character.
     """
     try:
