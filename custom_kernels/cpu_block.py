@@ -97,7 +97,7 @@ def moe_step(
         router: to one logit per expert.
         switch: to one number, whose sigmoid scales the shared expert.
         shared: gate, up and down of the shared expert.
-        banks: gate, up and down of the routed experts (`bank.Bank`).
+        banks: gate, up and down of the routed experts (`weights.Bank`).
         norm: the norm before the block.
         top_k: experts per row.
         renormalise: whether the chosen experts' scores sum to one.

@@ -150,7 +150,7 @@ class DeltaBlock:
             out: `[H, Hv Dv]`.
             in_norm: `[H]` float32 weight of the RMS norm before the layer.
             in_eps: of that norm.
-            weights: `gated_delta.MixerWeights`.
+            weights: `gated_delta_weights.MixerWeights`.
         """
         self._inputs, self._all = Group(*inputs), Group(*inputs, out)
         self._in_norm = in_norm, in_eps

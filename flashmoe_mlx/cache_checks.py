@@ -155,4 +155,4 @@ def _show(array: Any) -> str:
 
 
 def _name(cache: Any) -> str:
-    return f"{type(cache).__name__}"
+    return type(cache).__name__
