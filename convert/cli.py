@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ..commands import as_command
 from ..errors import FlashMoEError
-from .foreign_code import REMEDY, foreign_code
-from .parts import METHODS
-from .plan import DTYPES
-from .recipes import RECIPES
-from .repair import repair
+from .plan.parts import METHODS
+from .plan.plan import DTYPES
+from .plan.recipes import RECIPES
+from .publish.upload import is_finished
 from .run import convert
-from .upload import is_finished
-from .verify import summary, verify
+from .source.foreign_code import REMEDY, foreign_code
+from .verify.repair import repair
+from .verify.verify import summary, verify
 
 EXIT_DIFFERENCES = 1
 

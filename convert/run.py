@@ -14,13 +14,31 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..errors import FlashMoEError
-from ..layout import EXPERT_DIR, MANIFEST
-from .calibrate import Calibration
-from .card import model_card
-from .checksum import as_text
-from .describe import describe, describe_time, human
-from .hub import CARD
-from .journal import (  # fmt: skip
+from ..format.layout import EXPERT_DIR, MANIFEST
+from .plan.parts import METHODS, LayerPlan, Options, Plan
+from .plan.plan import build_plan
+from .publish.card import model_card
+from .publish.upload import (
+    Destination,
+    card_of,
+    check_card,
+    check_finished,
+    check_repo,
+    impatient,
+    is_finished,
+    upload,
+)
+from .quant.calibrate import Calibration
+from .source.checkpoint import Source, open_source
+from .source.hub import CARD
+from .source.locate import Found, located
+from .source.read import Reader
+from .source.shards import Shards
+from .verify.loadable import check_plan, check_written
+from .write.checksum import as_text
+from .write.describe import describe, describe_time, human
+from .write.files import write_file
+from .write.journal import (
     Begun,
     Entries,
     check_output,
@@ -32,31 +50,13 @@ from .journal import (  # fmt: skip
     remove_leftovers,
     write_journal,
 )
-from .link import check_linkable, link_source
-from .loadable import check_plan, check_written
-from .locate import Found, located
-from .output import MODEL_FILE as MODEL_FILE
-from .output import SHIM as SHIM
-from .output import place, small_files, write_manifest, write_small, write_weights  # fmt: skip
-from .output import write_index as write_index
-from .parts import METHODS, LayerPlan, Options, Plan
-from .plan import build_plan
-from .read import Reader
-from .shards import Shards
-from .source import Source, open_source
-from .stamps import SourceChangedError, Stamps, source_files
-from .steps import fetched, plan_steps
-from .upload import (  # fmt: skip
-    Destination,
-    card_of,
-    check_card,
-    check_finished,
-    check_repo,
-    impatient,
-    is_finished,
-    upload,
-)
-from .write import write_file
+from .write.link import check_linkable, link_source
+from .write.output import MODEL_FILE as MODEL_FILE
+from .write.output import SHIM as SHIM
+from .write.output import place, small_files, write_manifest, write_small, write_weights
+from .write.output import write_index as write_index
+from .write.stamps import SourceChangedError, Stamps, source_files
+from .write.steps import fetched, plan_steps
 
 
 def convert(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from .trial import Trial
+from .case import Trial
 
 Op = Callable[..., list[mx.array]]
 Clock = Callable[[], float]

@@ -57,9 +57,9 @@ class Bank:
     @cached_property
     def packed(self) -> Any:
         """The same memory as the CPU kernels see it."""
-        from . import cpu
+        from .cpu import prefill
 
-        return cpu.packed(self.codes, self.scales, self.biases, self.bits, self.group_size)
+        return prefill.packed(self.codes, self.scales, self.biases, self.bits, self.group_size)
 
 
 def arrays_of(layers: Sequence[nn.Module]) -> tuple[mx.array | None, ...]:

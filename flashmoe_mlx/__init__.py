@@ -11,15 +11,15 @@ from .requirements import check_packages
 
 check_packages()  # before they are imported
 
-from .config import ModelArgs
 from .errors import FlashMoEError
+from .models.qwen3_5.args import ModelArgs
 
 if TYPE_CHECKING:
     from mlx_lm import batch_generate, generate, stream_generate
 
-    from .expert_store import ExpertStats
     from .loader import BUNDLED_MODEL, load
-    from .model import Model
+    from .models.qwen3_5.model import Model
+    from .store.stats import ExpertStats
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,8 +38,8 @@ __all__ = [
 # which takes longer than a small conversion.
 _LATER = {
     "BUNDLED_MODEL": ".loader",
-    "ExpertStats": ".expert_store",
-    "Model": ".model",
+    "ExpertStats": ".store.stats",
+    "Model": ".models.qwen3_5.model",
     "batch_generate": "mlx_lm",
     "generate": "mlx_lm",
     "load": ".loader",

@@ -17,7 +17,13 @@ from types import FrameType
 
 from .errors import FlashMoEError
 
-COMMANDS = tuple(f"flashmoe-{name}" for name in ("bench", "convert", "doctor", "generate", "plan"))
+_MODULES = {  # of the commands, as `python -m` takes them
+    "flashmoe_mlx.bench.main": "flashmoe-bench",
+    "flashmoe_mlx.convert.cli": "flashmoe-convert",
+    "flashmoe_mlx.cli.doctor": "flashmoe-doctor",
+    "flashmoe_mlx.cli.generate": "flashmoe-generate",
+    "flashmoe_mlx.cli.plan": "flashmoe-plan",
+}
 FAILED, INTERRUPTED = 2, 130  # exit codes
 OUT_OF_MEMORY = "[malloc", "out of memory", "insufficient memory"  # MLX's, by back-end
 PERMISSION = "Change its permissions, or choose another place."
@@ -43,11 +49,10 @@ REMEDIES = {  # of what a machine refuses; other errors of the system are faults
 def running() -> str | None:
     """Return the name of the command that this process runs, or None in any other program."""
     name = os.path.basename("".join(getattr(sys, "argv", [])[:1]))  # none where Python is embedded
-    if name == "-m":  # python -m flashmoe_mlx.generate_cli, while it imports the package
+    if name == "-m":  # python -m flashmoe_mlx.cli.generate, while it imports the package
         module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
-        parts = [*"".join(module).split("."), ""]
-        name = f"flashmoe-{parts[1].removesuffix('_cli')}" if parts[0] == "flashmoe_mlx" else ""
-    return name if name in COMMANDS else None
+        name = _MODULES.get("".join(module), "")
+    return name if name in _MODULES.values() else None
 
 
 def take_interrupts() -> None:

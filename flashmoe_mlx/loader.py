@@ -12,14 +12,11 @@ from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
-from .config import ModelArgs, check_top_k
-from .custom_kernels.cpu_compile import check_cpu_kernels, prepare
-from .custom_kernels.cpu_entry import cpu_steps
+from .custom_kernels.cpu.compile import check_cpu_kernels, prepare
+from .custom_kernels.cpu.entry import cpu_steps
 from .errors import FlashMoEError, named
-from .expert_store import ExpertStore
-from .io_mode import plan_io, plan_load
-from .json_file import exists
-from .layout import (
+from .format.json_file import exists
+from .format.layout import (
     ExpertLayout,
     TensorInfo,
     checkpoint_headers,
@@ -27,15 +24,18 @@ from .layout import (
     quantisation,
     weight_files,
 )
-from .memory import available_bytes, card_bytes
-from .model import Model
-from .model_files import check_small_files, read_config
-from .names import PROJECTIONS, is_expert
-from .record_checks import RecordChecks
+from .format.model_files import check_small_files, read_config
+from .format.names import PROJECTIONS, is_expert
+from .models.qwen3_5.args import ModelArgs, check_top_k
+from .models.qwen3_5.model import Model
+from .models.trunk_checks import check_readable, check_trunk
 from .settings import StreamConfig
-from .sizing import asked_slots, plan_cache
-from .slot_bank import DTYPES
-from .trunk_checks import check_readable, check_trunk
+from .store.checks import RecordChecks
+from .store.io_mode import plan_io, plan_load
+from .store.memory import available_bytes, card_bytes
+from .store.sizing import asked_slots, plan_cache
+from .store.slots import DTYPES
+from .store.store import ExpertStore
 
 Format = tuple[int, int, str]
 BUNDLED_MODEL = Path(__file__).parent / "bundled"

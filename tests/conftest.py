@@ -19,10 +19,11 @@ import mlx_lm
 import pytest
 
 from flashmoe_mlx.convert import convert
-from flashmoe_mlx.custom_kernels import cpu_compile, executor
-from flashmoe_mlx.layout import EXPERT_DIR, layer_file
+from flashmoe_mlx.custom_kernels import device
+from flashmoe_mlx.custom_kernels.cpu import compile
+from flashmoe_mlx.format.layout import EXPERT_DIR, layer_file
+from flashmoe_mlx.format.names import FIELDS, layer_prefix
 from flashmoe_mlx.loader import BUNDLED_MODEL
-from flashmoe_mlx.names import FIELDS, layer_prefix
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; set before numba loads
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
@@ -49,7 +50,7 @@ def compile_here(tmp_path_factory):
     """Compile the CPU's kernels in this process; that users' do so in another has its own test."""
     marker = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_compile, "_marker", lambda formats: marker)
+        patch.setattr(compile, "_marker", lambda formats: marker)
         yield
 
 
@@ -139,6 +140,6 @@ def load_stock(stock_models):
 @pytest.fixture
 def fresh_choice():
     """Ask anew which kernels are wanted."""
-    executor._cpu_module.cache_clear()
+    device._cpu_module.cache_clear()
     yield
-    executor._cpu_module.cache_clear()
+    device._cpu_module.cache_clear()

@@ -5,15 +5,15 @@ from collections.abc import Callable
 import pytest
 from metal_cpu import BenchError
 
-from flashmoe_mlx.custom_kernels import gpu
+from flashmoe_mlx.custom_kernels import launch
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str) -> None:
     """Replace what stands once in a kernel file's text."""
-    read, text = gpu.read_text, gpu.read_text(file)
+    read, text = launch.read_text, launch.read_text(file)
     assert text.count(old) == 1, text.count(old)
     wrong = text.replace(old, new)
-    monkeypatch.setattr(gpu, "read_text", lambda name: wrong if name == file else read(name))
+    monkeypatch.setattr(launch, "read_text", lambda name: wrong if name == file else read(name))
 
 
 def complains(check: Callable[[], None]) -> bool:

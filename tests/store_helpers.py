@@ -5,10 +5,10 @@ import threading
 
 import numpy as np
 
-from flashmoe_mlx.expert_store import ExpertStore
-from flashmoe_mlx.layout import ExpertLayout, Field, LayerLayout
-from flashmoe_mlx.names import FIELDS
-from flashmoe_mlx.sizing import BUFFERED, CachePlan, IoPlan
+from flashmoe_mlx.format.layout import ExpertLayout, Field, LayerLayout
+from flashmoe_mlx.format.names import FIELDS
+from flashmoe_mlx.store.sizing import BUFFERED, CachePlan, IoPlan
+from flashmoe_mlx.store.store import ExpertStore
 
 EXPERTS, RECORD = 10, 4 * 9
 

@@ -21,7 +21,7 @@ from convert_mutations import MUTATIONS
 from convert_scenes import MANIFEST_PLACE, differences, pretends
 
 from flashmoe_mlx.convert import convert
-from flashmoe_mlx.layout import read_header
+from flashmoe_mlx.format.layout import read_header
 
 TOOLS = Path(__file__).parents[1] / "tools"
 LAYER = "model_experts/layer_02.safetensors"

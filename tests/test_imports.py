@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "flashmoe_mlx"
+KERNELS = f"{PACKAGE}.custom_kernels"
 FOLDERS = {
     PACKAGE: PACKAGE,
     "custom_kernels": f"{PACKAGE}.custom_kernels",
@@ -50,10 +51,10 @@ def graph() -> dict[str, set[str]]:
 
 
 def test_the_graph_sees_all_ways_to_import(graph):
-    assert len(graph) > 130
-    assert f"{PACKAGE}.custom_kernels.cpu_block" in graph[f"{PACKAGE}.custom_kernels.cpu_entry"]
+    assert len(graph) > 150
+    assert f"{KERNELS}.cpu.block" in graph[f"{KERNELS}.cpu.entry"]  # inside a function
     assert f"{PACKAGE}.errors" in graph[f"{PACKAGE}.convert.run"]
-    assert f"{PACKAGE}.bench_figures" in graph[f"{PACKAGE}.bench_batch"]
+    assert f"{PACKAGE}.bench.figures" in graph[f"{PACKAGE}.bench.batch"]  # a module, as a name
 
 
 def test_there_is_no_circle(graph):
@@ -63,19 +64,44 @@ def test_there_is_no_circle(graph):
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def beyond(graph, start: str, allowed: str) -> set[str]:
-    """Return what modules whose names begin with `start` import, but for what may be."""
-    mine = {name for name in graph if name.startswith(start)}
-    found = set().union(*(graph[name] for name in mine)) - mine
-    return {name for name in found if not name.startswith(tuple(allowed.split()))}
+# Rooms, and those that each may import besides itself.
+GROUND = "errors commands requirements settings"
+DIRECTIONS = {
+    "format": "errors",
+    "store": "errors format custom_kernels",
+    "models": "errors format store custom_kernels",
+    "profile": "errors settings format store models custom_kernels",
+    "cli": f"{GROUND} loader format store models profile custom_kernels",
+    "bench": f"{GROUND} loader format store models profile custom_kernels cli convert",
+    "custom_kernels": "errors",
+    "convert": f"{GROUND} loader format models custom_kernels",
+}
 
 
-def test_kernels_know_only_errors(graph):
-    assert beyond(graph, f"{PACKAGE}.custom_kernels", f"{PACKAGE}.errors") == set()
+@pytest.mark.parametrize("room", DIRECTIONS)
+def test_imports_point_one_way(graph, room):
+    start = f"{PACKAGE}.{room}"
+    mine = {name for name in graph if name == start or name.startswith(f"{start}.")}
+    found = {name.split(".")[1] for name in set().union(*(graph[n] for n in mine)) - mine}
+    assert mine
+    assert found <= set(DIRECTIONS[room].split())
 
 
-def test_nothing_but_benchmarks_and_conversion_imports_conversion(graph):
-    users = {
-        n for n, found in graph.items() if any(f.startswith(f"{PACKAGE}.convert") for f in found)
-    }
-    assert {n for n in users if not n.startswith(f"{PACKAGE}.convert")} <= {f"{PACKAGE}.synthetic"}
+def test_settings_know_no_room(graph):
+    for name in GROUND.split():
+        assert graph[f"{PACKAGE}.{name}"] <= {f"{PACKAGE}.errors", f"{PACKAGE}.commands"}
+
+
+def reached(graph, start: str) -> set[str]:
+    """Return all modules that importing one brings, itself included."""
+    found, left = set(), [start]
+    while left:
+        if (name := left.pop()) not in found:
+            found.add(name)
+            left += graph[name]
+    return found
+
+
+def test_generating_imports_neither_conversion_nor_benchmarks(graph):
+    found = reached(graph, f"{PACKAGE}.cli.generate")
+    assert not {name for name in found if name.split(".")[1:2] in (["convert"], ["bench"])}

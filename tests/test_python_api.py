@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
-from test_model import make_model
+from model_helpers import make_model
 
 import flashmoe_mlx
 from flashmoe_mlx import BUNDLED_MODEL, FlashMoEError, generate, load, stream_generate

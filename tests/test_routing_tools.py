@@ -13,9 +13,9 @@ from record_routing import record
 from replay_routing import Guess, Trace, policies, predict, replay
 from store_helpers import make_store
 
-from flashmoe_mlx import expert_store
 from flashmoe_mlx.loader import BUNDLED_MODEL, load
-from flashmoe_mlx.slot_bank import HALF_LIFE, Demand
+from flashmoe_mlx.store import store as expert_store
+from flashmoe_mlx.store.slots import HALF_LIFE, Demand
 
 EXPERTS, LAYERS, K = 20, 2, 3
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from serve_load import Sample, load, requests, slope
 from stock_server import StockServer, Usage, answer, assembled
 
-from flashmoe_mlx.geometry import GEOMETRIES
+from flashmoe_mlx.models.qwen3_5.geometry import GEOMETRIES
 
 ROOT = Path(__file__).parents[1]
 CLIENTS = 16

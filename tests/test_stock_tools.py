@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import greedy_like_stock
 
 from flashmoe_mlx import FlashMoEError, load
-from flashmoe_mlx.layout import open_layout
+from flashmoe_mlx.format.layout import open_layout
 
 QUESTION = "What is a package?"
 
@@ -151,14 +151,14 @@ def test_chat_in_a_terminal(packed):
 def test_flashmoe_generate_in_a_terminal(packed):
     """Text comes before the figures do, and equals what is written to a pipe."""
     asked = ["--model", packed, "--prompt", "Tell me a long story about a king.", "-m", "100"]
-    terminal = Terminal("flashmoe_mlx.generate_cli", *asked)
+    terminal = Terminal("flashmoe_mlx.cli.generate", *asked)
     while not re.search(r"[a-z]", terminal.shown):
         assert terminal.read(), terminal.shown
     assert "=====" not in terminal.shown
     assert terminal.wait() == 0, terminal.shown
     text, figures = terminal.shown.replace("\r\n", "\n").split("==========\n")
     piped = subprocess.run(
-        [sys.executable, "-m", "flashmoe_mlx.generate_cli", *asked],
+        [sys.executable, "-m", "flashmoe_mlx.cli.generate", *asked],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert text == piped.stdout.split("==========\n")[0]

@@ -3,7 +3,7 @@
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 
-from flashmoe_mlx.slot_bank import HALF_LIFE, Demand
+from flashmoe_mlx.store.slots import HALF_LIFE, Demand
 
 
 class Policy:

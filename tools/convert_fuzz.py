@@ -27,12 +27,12 @@ from typing import Any
 from convert_mutations import MUTATIONS
 
 from flashmoe_mlx.convert.cli import main
-from flashmoe_mlx.convert.journal import header
-from flashmoe_mlx.convert.output import small_files
-from flashmoe_mlx.convert.parts import Options
-from flashmoe_mlx.convert.plan import build_plan
-from flashmoe_mlx.convert.source import open_source
-from flashmoe_mlx.convert.steps import plan_steps
+from flashmoe_mlx.convert.plan.parts import Options
+from flashmoe_mlx.convert.plan.plan import build_plan
+from flashmoe_mlx.convert.source.checkpoint import open_source
+from flashmoe_mlx.convert.write.journal import header
+from flashmoe_mlx.convert.write.output import small_files
+from flashmoe_mlx.convert.write.steps import plan_steps
 from flashmoe_mlx.errors import FlashMoEError
 
 PLANNED = 0.8  # of the cases: planned only, as it takes a tenth of the time

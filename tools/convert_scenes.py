@@ -15,12 +15,12 @@ from typing import Any
 
 from make_synthetic import make_synthetic
 
-from flashmoe_mlx.convert.journal import JOURNAL
-from flashmoe_mlx.convert.shards import FOLDER
-from flashmoe_mlx.convert.verify import verify
-from flashmoe_mlx.convert.write import TEMPORARY
+from flashmoe_mlx.convert.source.shards import FOLDER
+from flashmoe_mlx.convert.verify.verify import verify
+from flashmoe_mlx.convert.write.files import TEMPORARY
+from flashmoe_mlx.convert.write.journal import JOURNAL
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.layout import EXPERT_DIR, MANIFEST
+from flashmoe_mlx.format.layout import EXPERT_DIR, MANIFEST
 
 TOOLS = Path(__file__).parent
 sys.path.insert(0, str(TOOLS.parent / "tests"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from flashmoe_mlx import slot_bank
+from flashmoe_mlx.store import slots
 
 preadv = os.preadv
 Rows = Sequence[memoryview]
@@ -318,7 +318,7 @@ def no_memory_to_compute(files: Files, moment: int, rng: random.Random) -> Plant
 def no_memory_to_load(files: Files, moment: int, rng: random.Random) -> Planted:
     """Plant a system that refuses the memory of the expert cache."""
     reason = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    return Instead(slot_bank.mmap, "mmap", reason, 0)
+    return Instead(slots.mmap, "mmap", reason, 0)
 
 
 def no_thread(files: Files, moment: int, rng: random.Random) -> Planted:

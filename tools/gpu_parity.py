@@ -16,26 +16,26 @@ from importlib.metadata import version
 from itertools import product
 from multiprocessing import get_context
 
-from flashmoe_mlx.custom_kernels import choice, gpu
-from flashmoe_mlx.custom_kernels.attention_step import AttentionStepTrial
-from flashmoe_mlx.custom_kernels.dequantize import DequantizeTrial, MatmulTrial
-from flashmoe_mlx.custom_kernels.expert_mlp import TiledTrial
-from flashmoe_mlx.custom_kernels.expert_tiles import CombineTrial
-from flashmoe_mlx.custom_kernels.expert_trials import (
+from flashmoe_mlx.custom_kernels import autotune, launch
+from flashmoe_mlx.custom_kernels.attention.step import AttentionStepTrial
+from flashmoe_mlx.custom_kernels.case import DTYPES, Trial
+from flashmoe_mlx.custom_kernels.experts.cases import (
     ExpertDownTrial,
     ExpertGateUpTrial,
     ExpertsTrial,
 )
-from flashmoe_mlx.custom_kernels.gated_delta_trials import (
+from flashmoe_mlx.custom_kernels.experts.prefill import TiledTrial
+from flashmoe_mlx.custom_kernels.experts.router import RouterTrial
+from flashmoe_mlx.custom_kernels.experts.tiles import CombineTrial
+from flashmoe_mlx.custom_kernels.gated_delta.cases import (
     GatedDeltaNormTrial,
     GatedDeltaPrepareTrial,
     GatedDeltaScanTrial,
     GatedDeltaStepTrial,
 )
-from flashmoe_mlx.custom_kernels.matvec import BITS, GROUP_SIZES
-from flashmoe_mlx.custom_kernels.matvec_trials import MatvecTrial, NormedMatvecTrial
-from flashmoe_mlx.custom_kernels.router import RouterTrial
-from flashmoe_mlx.custom_kernels.trial import DTYPES, Trial
+from flashmoe_mlx.custom_kernels.linear.cases import MatvecTrial, NormedMatvecTrial
+from flashmoe_mlx.custom_kernels.linear.dequantize import DequantizeTrial, MatmulTrial
+from flashmoe_mlx.custom_kernels.linear.matvec import BITS, GROUP_SIZES
 
 
 def quantised() -> Iterator[Trial]:
@@ -76,9 +76,9 @@ def others() -> Iterator[Trial]:
                 yield GatedDeltaNormTrial(*sizes, batch=batch, tokens=21)
 
 
-def examine(trial: Trial) -> tuple[Trial, choice.Verdict]:
+def examine(trial: Trial) -> tuple[Trial, autotune.Verdict]:
     """Check one trial."""
-    return trial, choice.measure(trial, timed=False)
+    return trial, autotune.measure(trial, timed=False)
 
 
 def main() -> int:
@@ -86,9 +86,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=8, help="that compile (default: 8)")
     args = parser.parse_args()
-    if not gpu.available():
+    if not launch.available():
         sys.exit("this MLX has no GPU to run kernels on.")
-    print(f"{choice.device_name()}, MLX {version('mlx')}", flush=True)
+    print(f"{autotune.device_name()}, MLX {version('mlx')}", flush=True)
     counts: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
     trials = [*quantised(), *others()]

@@ -16,8 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import load_model
 
-from flashmoe_mlx import load, machine
+from flashmoe_mlx import load
 from flashmoe_mlx.loader import BUNDLED_MODEL
+from flashmoe_mlx.profile import machine
 
 TEXTS = (
     "Once upon a time there was a small village by the sea.",

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from flashmoe_mlx.geometry import GEOMETRIES
-from flashmoe_mlx.synthetic import END_OF_TURN, LEAST_VOCABULARY, text_config, write_tokenizer
+from flashmoe_mlx.bench.synthetic import END_OF_TURN, LEAST_VOCABULARY, text_config, write_tokenizer
+from flashmoe_mlx.models.qwen3_5.geometry import GEOMETRIES
 
 GIB = 1 << 30
 BLOCK = 1 << 20  # elements generated at a time

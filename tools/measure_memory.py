@@ -55,7 +55,7 @@ def measure(work: Path, geometry: str, layers: int, expert_cache: str) -> dict[s
         "-m", "flashmoe_mlx.convert.cli", "--hf-path", str(source), "--mlx-path", str(packed)
     )  # fmt: skip
     generate = peak_of(
-        "-m", "flashmoe_mlx.generate_cli", "--model", str(packed), "--expert-cache", expert_cache,
+        "-m", "flashmoe_mlx.cli.generate", "--model", str(packed), "--expert-cache", expert_cache,
         "--prompt", PROMPT, "--max-tokens", "16",
     )  # fmt: skip
     bank = int(parse_size(expert_cache, "--expert-cache"))

@@ -39,7 +39,7 @@ from evaluate import judge, read_cases  # noqa: E402
 
 from flashmoe_mlx import batch_generate, load  # noqa: E402
 from flashmoe_mlx.convert import convert  # noqa: E402
-from flashmoe_mlx.layout import open_layout  # noqa: E402
+from flashmoe_mlx.format.layout import open_layout  # noqa: E402
 from flashmoe_mlx.loader import BUNDLED_MODEL  # noqa: E402
 
 HELD_OUT = HERE / "bundled_model" / "heldout.txt"

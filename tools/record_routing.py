@@ -21,10 +21,10 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from replay_routing import Trace
 
-from flashmoe_mlx.config import PREFILL_CHUNK
 from flashmoe_mlx.loader import BUNDLED_MODEL, load
-from flashmoe_mlx.model import Model
-from flashmoe_mlx.moe import SparseMoeBlock, StreamedExperts
+from flashmoe_mlx.models.qwen3_5.args import PREFILL_CHUNK
+from flashmoe_mlx.models.qwen3_5.model import Model
+from flashmoe_mlx.models.qwen3_5.moe import SparseMoeBlock, StreamedExperts
 
 ROOT = Path(__file__).parents[1]
 HELD_OUT = ROOT / "tools" / "bundled_model"

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from cache_policies import Belady, LeastDemand, Lru, Policy, S3Fifo
 
-from flashmoe_mlx.moe import StreamedExperts
+from flashmoe_mlx.models.qwen3_5.moe import StreamedExperts
 
 Ids = npt.NDArray[np.int16]
 HALF_LIVES = (32, 128, 512)  # uses

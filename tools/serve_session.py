@@ -30,7 +30,7 @@ from openai import OpenAI
 from serve_load import Body, Outcome, load, requests, slope, watched_load
 from stock_server import StockServer, answer, assembled
 
-from flashmoe_mlx.machine import facts, versions
+from flashmoe_mlx.profile.machine import facts, versions
 
 CLIENTS, TIMES = 16, 5
 # Large arrays by mmap, so that what is freed goes back to the system; see docs/serving.md.

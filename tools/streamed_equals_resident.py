@@ -17,7 +17,7 @@ import mlx_lm
 import numpy as np
 
 from flashmoe_mlx import load
-from flashmoe_mlx.model import Model
+from flashmoe_mlx.models.qwen3_5.model import Model
 
 SINGLE = 5  # tokens after each prompt
 

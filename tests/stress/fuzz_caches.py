@@ -177,7 +177,7 @@ class Cases(harness.Cases):
         from mlx_lm.models.cache import load_prompt_cache
 
         from flashmoe_mlx import FlashMoEError
-        from flashmoe_mlx.prompt_cache import check_fits, read_prompt_cache
+        from flashmoe_mlx.models.prompt_cache import check_fits, read_prompt_cache
 
         path, made = self.folder / "case.safetensors", self.make(seed)
         try:

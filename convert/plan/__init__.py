@@ -1,0 +1,1 @@
+"""Decide everything from headers and config alone. Knows the source; writes nothing."""

@@ -1,0 +1,199 @@
+"""The parts of a conversion's plan: frozen, and derived from headers and config alone."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ...format.layout import ITEM_SIZE, layer_file
+from ..source.checkpoint import Place
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None means "not given"."""
+
+    quantize: bool = False
+    bits: int | None = None
+    group_size: int | None = None
+    dtype: str | None = None
+    method: str | None = None
+    calibrate: str | None = None  # path of a text
+    recipe: str | None = None  # a name in `recipes.RECIPES`
+    no_remote_code: bool = False
+
+    def given(self) -> dict[str, Any]:
+        """Return them for journal and manifest: what older ones do not know, only if it is set."""
+        return {k: v for k, v in asdict(self).items() if k != "no_remote_code" or v}
+
+
+MIN_MAX, LEAST_SQUARES = METHODS = "min-max", "least-squares"
+
+_FLAGS = {
+    "quantize": "-q", "bits": "--q-bits", "group_size": "--q-group-size", "dtype": "--dtype",
+    "method": "--q-method", "calibrate": "--calibrate", "recipe": "--quant-predicate",
+    "link": "--link", "no_remote_code": "--no-remote-code",
+}  # fmt: skip
+
+
+def flags(options: dict[str, Any]) -> str:
+    """Return options, as a dict, as they stand on the command line."""
+    given = {_FLAGS.get(key, key): value for key, value in options.items() if value}
+    return " ".join(f if value is True else f"{f} {value}" for f, value in given.items()) or "none"
+
+
+@dataclass(frozen=True)
+class Quant:
+    """Affine quantisation: bits a weight, and weights that share a scale and a bias."""
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Name, safetensors dtype and shape of one tensor to write."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class TrunkTensor:
+    """One tensor of the trunk: `source` becomes `outputs`, one tensor or weight, scales, biases.
+
+    `shift` adds 1 in the source's dtype, before any cast to `dtype`.
+    """
+
+    source: Place
+    dtype: str
+    shift: bool
+    quant: Quant | None
+    outputs: tuple[Spec, ...]
+
+
+@dataclass(frozen=True)
+class TrunkFile:
+    """One safetensors file of the trunk."""
+
+    name: str
+    tensors: tuple[TrunkTensor, ...]
+
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        """Every tensor of the file, in order."""
+        return tuple(spec for tensor in self.tensors for spec in tensor.outputs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(spec.nbytes for spec in self.outputs)
+
+    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return (name, dtype, shape) of every tensor."""
+        return [(spec.name, spec.dtype, spec.shape) for spec in self.outputs]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of an expert's three matrices: `before` is None for a float source."""
+
+    name: str
+    rows: int
+    columns: int
+    before: Quant | None
+    after: Quant
+    dtype: str  # of scales and biases
+    method: str = MIN_MAX  # how to find them
+
+    @property
+    def copied(self) -> bool:
+        """Whether the source's bytes are taken as they are."""
+        return self.before == self.after
+
+    @property
+    def outputs(self) -> tuple[Spec, Spec, Spec]:
+        """Weight, scales and biases of one expert."""
+        return quantised(self.name, self.rows, self.columns, self.after, self.dtype)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The expert file of one layer."""
+
+    layer: int
+    experts: int
+    projections: tuple[Projection, ...]
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return layer_file(self.layer)
+
+    @property
+    def record(self) -> tuple[Spec, ...]:
+        """The nine tensors of one expert, in the order of `names.FIELDS`."""
+        return tuple(spec for projection in self.projections for spec in projection.outputs)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one expert."""
+        return sum(spec.nbytes for spec in self.record)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all experts."""
+        return self.record_bytes * self.experts
+
+    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return (name, dtype, shape) of every tensor."""
+        return [(spec.name, spec.dtype, spec.shape) for spec in self.outputs()]
+
+    def outputs(self) -> Iterator[Spec]:
+        """Yield every tensor of the file, expert after expert."""
+        for expert in range(self.experts):
+            for spec in self.record:
+                yield Spec(f"experts.{expert}.{spec.name}", spec.dtype, spec.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion."""
+
+    layers: tuple[LayerPlan, ...]
+    trunk: tuple[TrunkFile, ...]
+    config: dict[str, Any]
+    remote_code: bool = True  # whether code that comes with the source goes along
+
+    @property
+    def weight_files(self) -> "tuple[TrunkFile | LayerPlan, ...]":
+        """The files of the trunk, then those of experts."""
+        return *self.trunk, *self.layers
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def trunk_bytes(self) -> int:
+        """Bytes of all trunk tensors."""
+        return sum(file.nbytes for file in self.trunk)
+
+
+def quantised(
+    path: str, rows: int, columns: int, quant: Quant, dtype: str
+) -> tuple[Spec, Spec, Spec]:
+    """Return weight `[rows, columns * bits / 32]`, scales and biases `[rows, columns / group]`."""
+    groups = (rows, columns // quant.group_size)
+    return (
+        Spec(f"{path}.weight", "U32", (rows, columns * quant.bits // 32)),
+        Spec(f"{path}.scales", dtype, groups),
+        Spec(f"{path}.biases", dtype, groups),
+    )

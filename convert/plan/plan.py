@@ -1,0 +1,207 @@
+"""Decide everything before anything is written: a pure function of headers, config and options."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ...errors import FlashMoEError
+from ...format.layout import LayerLayout, quantisation
+from ...format.names import PROJECTIONS, layer_prefix
+from ..source.checkpoint import Dims, Source
+from ..source.foreign_code import KEYS, SHIM_NAME, without
+from .parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Options, Plan, Projection, Quant, TrunkTensor
+from .recipes import Target, check_recipe
+from .trunk import ROUTERS, plan_trunk, split_files
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+SHARD_BYTES = 5 << 30  # as mlx-lm cuts its files
+
+
+def build_plan(source: Source, options: Options) -> Plan:
+    """Plan the conversion of a source.
+
+    Raises:
+        FlashMoEError: the options do not fit the source, or one another.
+    """
+    target = _target(source.dims, options)
+    method = options.method or _best_method(target, options)
+    if options.calibrate:
+        _check_calibration(source, method)
+    layers: tuple[LayerPlan, ...]
+    if source.layout:
+        layers = tuple(
+            _quantised_layer(source.dims, x, target, method) for x in source.layout.layers
+        )
+        _check_dtype(options, layers)
+        tensors = plan_trunk(source, None, None)
+        entry = _kept_quantisation(source, layers)
+    else:
+        if target is None:
+            raise FlashMoEError(
+                f"{source.name}: the experts are not quantised, and only quantised ones can be "
+                "streamed. Add -q (and --q-bits 4, or 2)."
+            )
+        dtype = _target_dtype(source, options)
+        layers = tuple(
+            _float_layer(source.dims, n, target, dtype, method) for n in range(source.dims.layers)
+        )
+        tensors = plan_trunk(source, target.trunk, dtype)
+        entry = _new_quantisation(target.trunk, tensors, layers)
+    # No model code of the source's, at any depth; other code if it is wanted.
+    dropped = ("model_file", *(KEYS if options.no_remote_code else ()))
+    config = without(source.config, dropped)
+    config = output_config(config, entry)
+    trunk = split_files(tensors, SHARD_BYTES)
+    return Plan(layers, trunk, config, remote_code=not options.no_remote_code)
+
+
+def output_config(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the config to write: the source's, its quantisation, and what makes it ours."""
+    extra = {"model_file": SHIM_NAME, "flashmoe": {"format_version": 1}}
+    if entry:
+        extra |= {"quantization": entry, "quantization_config": entry}
+    return config | extra
+
+
+def _best_method(target: Target | None, options: Options) -> str:
+    """With few bits errors matter more than equality with what mlx-lm makes."""
+    wanted = options.calibrate or (target and target.lowest < 4)
+    return LEAST_SQUARES if wanted else MIN_MAX
+
+
+def _check_calibration(source: Source, method: str) -> None:
+    if method != LEAST_SQUARES:
+        raise FlashMoEError(f"--calibrate does not go with --q-method {method}. Drop one of them.")
+    if source.layout is None:
+        raise FlashMoEError(
+            f"{source.name}: --calibrate runs the model, and experts that are not quantised cannot "
+            "be streamed. Convert to 8 bits first, and that with --calibrate then."
+        )
+
+
+def _target(dims: Dims, options: Options) -> Target | None:
+    if not options.quantize:
+        for flag, value in (
+            ("--q-bits", options.bits),
+            ("--quant-predicate", options.recipe),
+            ("--q-group-size", options.group_size),
+            ("--q-method", options.method),
+            ("--calibrate", options.calibrate),
+        ):
+            if value is not None:
+                raise FlashMoEError(f"{flag} {value} has no effect without -q. Add -q.")
+        return None
+    if options.recipe is not None:
+        check_recipe(options.recipe)
+        if options.bits is not None:
+            raise FlashMoEError(
+                f"--q-bits {options.bits} and --quant-predicate {options.recipe} both state bits. "
+                "Drop one of them."
+            )
+    if options.bits is not None and options.bits not in BITS:
+        raise FlashMoEError(f"--q-bits {options.bits}: expected one of {_list(BITS)}.")
+    if options.group_size is not None and options.group_size not in GROUP_SIZES:
+        raise FlashMoEError(
+            f"--q-group-size {options.group_size}: expected one of {_list(GROUP_SIZES)}."
+        )
+    group_size = options.group_size or 64
+    for key, width in (
+        ("hidden_size", dims.hidden),
+        ("moe_intermediate_size", dims.intermediate),
+    ):
+        if width % group_size:
+            fits = [s for s in GROUP_SIZES if dims.hidden % s == dims.intermediate % s == 0]
+            raise FlashMoEError(
+                f"--q-group-size {group_size} does not divide {key} = {width}. "
+                f"Sizes that fit this model: {_list(fits)}."
+            )
+    bits = None if options.recipe else options.bits or 4
+    return Target(dims.layers, group_size, bits, options.recipe)
+
+
+def _list(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+def _target_dtype(source: Source, options: Options) -> str:
+    text = source.config.get("text_config") or {}
+    for entry in (source.config, text):
+        for key in ("torch_dtype", "dtype"):
+            if not isinstance(name := entry.get(key, ""), str | None):
+                raise FlashMoEError(
+                    f"config.json: {key} = {name!r} is not the name of a dtype. Restore the "
+                    "checkpoint's own config.json."
+                )
+            if options.dtype is None and name in DTYPES:
+                return DTYPES[name]
+    return DTYPES[options.dtype or "bfloat16"]
+
+
+def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
+    for layer in layers:
+        for projection in layer.projections:
+            if options.dtype and DTYPES[options.dtype] != projection.dtype:
+                raise FlashMoEError(
+                    f"--dtype {options.dtype}: the source is quantised already, with scales of "
+                    f"{projection.dtype} (layer {layer.layer} {projection.name}), and keeps them. "
+                    "Leave --dtype out."
+                )
+
+
+def _float_layer(dims: Dims, layer: int, target: Target, dtype: str, method: str) -> LayerPlan:
+    projections = []
+    for name in PROJECTIONS:
+        shape, after = (dims.rows(name), dims.columns(name)), target.experts(layer, name)
+        projections.append(Projection(name, *shape, None, after, dtype, method))
+    return LayerPlan(layer, dims.experts, tuple(projections))
+
+
+def _quantised_layer(
+    dims: Dims, layout: LayerLayout, target: Target | None, method: str
+) -> LayerPlan:
+    projections = []
+    for index, name in enumerate(PROJECTIONS):
+        scales = layout.fields[3 * index + 1]
+        shape = dims.rows(name), dims.columns(name)
+        before = Quant(*quantisation(layout, name, shape))
+        after = target.experts(layout.layer, name) if target else before
+        projections.append(Projection(name, *shape, before, after, scales.dtype, method))
+    return LayerPlan(layout.layer, layout.num_experts, tuple(projections))
+
+
+def _new_quantisation(
+    default: Quant, tensors: list[TrunkTensor], layers: tuple[LayerPlan, ...]
+) -> dict[str, Any]:
+    """Return config["quantization"] as mlx-lm writes it: a default, and paths that differ."""
+    entry: dict[str, Any] = _entry(default)
+    for tensor in tensors:
+        path = tensor.outputs[0].name.removesuffix(".weight")
+        if tensor.quant and path.endswith(ROUTERS):
+            entry[path] = {"group_size": tensor.quant.group_size, "bits": tensor.quant.bits}
+    return entry | {
+        path: _entry(quant) for path, quant in _expert_paths(layers) if quant != default
+    }
+
+
+def _kept_quantisation(source: Source, layers: tuple[LayerPlan, ...]) -> dict[str, Any]:
+    """Return the source's config["quantization"], with the entries of the experts brought up."""
+    first = layers[0].projections[0]
+    entry = _entry(first.before or first.after) | source.default_quantisation
+    default = Quant(entry["bits"], entry["group_size"])
+    for path, quant in _expert_paths(layers):
+        entry.pop(path, None)
+        if quant != default:
+            entry[path] = _entry(quant)
+    return entry
+
+
+def _entry(quant: Quant) -> dict[str, Any]:
+    return {"group_size": quant.group_size, "bits": quant.bits, "mode": "affine"}
+
+
+def _expert_paths(layers: tuple[LayerPlan, ...]) -> Iterator[tuple[str, Quant]]:
+    for layer in layers:
+        for projection in layer.projections:
+            name = f"{layer_prefix(layer.layer)}.mlp.switch_mlp.{projection.name}"
+            yield name, projection.after

@@ -1,0 +1,297 @@
+"""Open the checkpoint to convert: find its files, check them, say where every tensor lies."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import FlashMoEError
+from ...format.config_entries import MOST
+from ...format.json_file import exists, read_object
+from ...format.layout import (
+    EXPERT_DIR,
+    ITEM_SIZE,
+    MAX_NAME,
+    ExpertLayout,
+    TensorInfo,
+    checkpoint_headers,
+    open_layout,
+)
+from ...format.names import canonical, fused_expert, is_expert, single_expert, stacked_expert
+
+MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+INDEX = "model.safetensors.index.json"
+
+Place = tuple[Path, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes that a conversion depends on, from the text part of config.json."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    tied: bool
+
+    def columns(self, projection: str) -> int:
+        """Return the input width of one expert projection."""
+        return self.intermediate if projection == "down_proj" else self.hidden
+
+    def rows(self, projection: str) -> int:
+        """Return the output width of one expert projection."""
+        return self.hidden if projection == "down_proj" else self.intermediate
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One expert's float matrix `[rows, columns]`, row-contiguous at `offset` of `file`."""
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.shape[0] * self.shape[1] * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked checkpoint directory.
+
+    Attributes:
+        directory: where its files lie.
+        name: what the user called it: a path, or a name on the Hub.
+        revision: the commit on the Hub, if it came from there.
+        config: its config.json, unchanged.
+        dims: sizes from the config.
+        trunk: every tensor of text generation that is no expert's, by canonical name.
+        layout: the quantised experts, or None if the experts are floats.
+        matrices: where float experts lie, by (layer, expert, projection).
+    """
+
+    directory: Path
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+    dims: Dims
+    trunk: dict[str, Place]
+    layout: ExpertLayout | None
+    matrices: dict[tuple[int, int, str], Matrix] = field(repr=False)
+
+    @property
+    def default_quantisation(self) -> dict[str, Any]:
+        """The config's "quantization" entry, under either of its names; empty if it has none."""
+        return self.config.get("quantization") or self.config.get("quantization_config") or {}
+
+
+def open_source(directory: Path, name: str, revision: str | None = None) -> Source:
+    """Open a checkpoint that the user knows as `name`.
+
+    Raises:
+        FlashMoEError: it is not a whole Qwen3.5 MoE checkpoint that can be converted.
+    """
+    config = read_config(directory)
+    dims = _dims(directory / "config.json", config)
+    _check_quantisation(directory / "config.json", config)
+    headers = checkpoint_headers(directory)
+    _check_index(directory, headers)
+    layout, matrices = None, {}
+    if _has_quantised_experts(directory, headers):
+        layout = open_layout(directory, dims.layers, dims.experts)
+    else:
+        matrices = _find_matrices(directory, dims, headers)
+    trunk = _trunk(directory, dims, headers)
+    return Source(directory, name, revision, config, dims, trunk, layout, matrices)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json and check that its model can be converted."""
+    path = directory / "config.json"
+    try:
+        config = read_object(path, "Download it again.")
+    except FileNotFoundError:
+        raise FlashMoEError(
+            f"{path}: missing. Give the directory of a whole Qwen3.5 MoE checkpoint."
+        ) from None
+    text = config.get("text_config") or config
+    if not isinstance(text, dict):
+        raise FlashMoEError(
+            f"{path}: text_config is {_shown(text)}, expected an object. Download it again."
+        )
+    types = [part.get("model_type") for part in (config, text)]
+    for model_type in types:
+        if model_type not in MODEL_TYPES:
+            raise FlashMoEError(
+                f"{path}: model_type {_shown(model_type)} is not supported; only "
+                f"{' and '.join(MODEL_TYPES)} are. Convert other models with mlx_lm.convert."
+            )
+    return config
+
+
+def _shown(value: object) -> str:
+    """Return a value as an error shows it: its beginning, if it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
+def _dims(path: Path, config: dict[str, Any]) -> Dims:
+    text = config.get("text_config") or config
+    keys = (
+        "num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size",
+        "moe_intermediate_size",
+    )  # fmt: skip
+    for key in keys:
+        if type(text.get(key)) is not int or not 1 <= text[key] <= MOST[key]:
+            raise FlashMoEError(
+                f"{path}: {key} is {_shown(text.get(key))}, expected a positive integer up to "
+                f"{MOST[key]}. Restore the config.json that belongs to this checkpoint."
+            )
+    layers, experts, top_k, hidden, intermediate = (int(text[key]) for key in keys)
+    tied = bool(text.get("tie_word_embeddings", False))
+    dims = Dims(layers, experts, top_k, hidden, intermediate, tied)
+    if dims.top_k > dims.experts:
+        raise FlashMoEError(
+            f"{path}: num_experts_per_tok = {dims.top_k} is more than num_experts = "
+            f"{dims.experts}. Restore the config.json that belongs to this checkpoint."
+        )
+    return dims
+
+
+def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
+    """Refuse quantisation schemes that are not MLX's affine one."""
+    text = config.get("text_config") or config
+    for entry in (config, text):
+        for key in ("quantization", "quantization_config"):
+            if not isinstance(entry.get(key) or {}, dict):
+                raise FlashMoEError(
+                    f"{path}: {key} is {_shown(entry[key])}, expected an object. "
+                    "Restore the config.json that belongs to this checkpoint."
+                )
+        method = (entry.get("quantization_config") or {}).get("quant_method")
+        if method and "quantization" not in config:
+            raise FlashMoEError(
+                f"{path}: the checkpoint is quantised with {_shown(method)}, which cannot be "
+                "converted. Start from the bfloat16 checkpoint, or from an MLX one."
+            )
+    mode = (config.get("quantization") or {}).get("mode", "affine")
+    if mode != "affine":
+        raise FlashMoEError(
+            f"{path}: quantisation mode {_shown(mode)} cannot be converted; only 'affine' can. "
+            "Start from the bfloat16 checkpoint, or from an affine MLX one."
+        )
+
+
+def _check_index(directory: Path, headers: dict[str, Place]) -> None:
+    """Check that every needed tensor of the index is there: a download may lack a shard."""
+    path = directory / INDEX
+    try:
+        index = read_object(path, "Download it again.")["weight_map"]
+        for name, file in index.items():
+            if len(name) > MAX_NAME:
+                raise ValueError(f"{name[:40]!r}... is a name of {len(name)} characters")
+            if not isinstance(file, str) or "/" in file or "\\" in file or file == "..":
+                raise ValueError(f"{name} lies in {_shown(file)}, which is no file here")
+        wanted = {name: str(file) for name, file in index.items() if canonical(name)}
+    except FileNotFoundError:
+        return
+    except FlashMoEError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlashMoEError(f"{path}: damaged ({error}). Download it again.") from error
+    for name, file in wanted.items():
+        if name not in headers:
+            raise FlashMoEError(
+                f"{directory}: {INDEX} promises {name} in {file[:300]}, which is not there. "
+                f"Download {file[:300]} again."
+            )
+
+
+def _has_quantised_experts(directory: Path, headers: dict[str, Place]) -> bool:
+    if exists(directory / EXPERT_DIR):
+        return True
+    stacked = (stacked_expert(name) for name in headers)
+    return any(match and match[1].endswith(".scales") for match in stacked)
+
+
+def _trunk(directory: Path, dims: Dims, headers: dict[str, Place]) -> dict[str, Place]:
+    trunk: dict[str, Place] = {}
+    for name, place in headers.items():
+        full = canonical(name)
+        if full is None or is_expert(name):
+            continue
+        if dims.tied and full.startswith("language_model.lm_head."):
+            continue
+        if full in trunk:
+            raise FlashMoEError(
+                f"{place[0]}: {name} is a second tensor for {full}. Remove the files that do not "
+                "belong to the checkpoint."
+            )
+        trunk[full] = place
+    names = [f"language_model.model.layers.{n}.mlp.gate.weight" for n in range(dims.layers)]
+    for name in ("language_model.model.embed_tokens.weight", *names):
+        if name not in trunk:
+            raise FlashMoEError(f"{directory}: no tensor {name}. Download the checkpoint again.")
+    return trunk
+
+
+def _find_matrices(
+    directory: Path, dims: Dims, headers: dict[str, Place]
+) -> dict[tuple[int, int, str], Matrix]:
+    matrices: dict[tuple[int, int, str], Matrix] = {}
+    for name, (file, info) in headers.items():
+        for key, matrix in _matrices_of(name, file, info, dims).items():
+            if key in matrices or key[0] >= dims.layers or key[1] >= dims.experts:
+                raise FlashMoEError(
+                    f"{file}: {name} holds expert {key[1]} of layer {key[0]}, which config.json "
+                    f"({dims.layers} layers, {dims.experts} experts) or another tensor leaves no "
+                    "room for. Restore the config.json that belongs to this checkpoint."
+                )
+            matrices[key] = matrix
+    for layer in range(dims.layers):
+        for expert in range(dims.experts):
+            for projection in ("gate_proj", "up_proj", "down_proj"):
+                if (layer, expert, projection) not in matrices:
+                    raise FlashMoEError(
+                        f"{directory}: layer {layer} expert {expert} {projection}: no tensor. "
+                        "Download the checkpoint's missing files."
+                    )
+    return matrices
+
+
+def _matrices_of(
+    name: str, file: Path, info: TensorInfo, dims: Dims
+) -> dict[tuple[int, int, str], Matrix]:
+    """Return the expert matrices that one tensor holds (none if it is no expert's)."""
+    projections: tuple[str, ...]
+    if single := single_expert(name):
+        layer, first, projections = single[0], single[1], (single[2],)
+    elif fused := fused_expert(name):
+        layer, first = fused[0], 0
+        projections = ("gate_proj", "up_proj") if fused[1] == "gate_up_proj" else (fused[1],)
+    elif stacked := stacked_expert(name):
+        layer, first, projections = stacked[0], 0, (stacked[1].removesuffix(".weight"),)
+    else:
+        return {}
+    rows, columns = dims.rows(projections[0]), dims.columns(projections[0])
+    shape = (len(projections) * rows, columns)
+    count = 1 if single else dims.experts
+    expected = shape if single else (count, *shape)
+    if info.shape != expected or info.dtype not in FLOAT_DTYPES:
+        raise FlashMoEError(
+            f"{file}: {name} is {info.dtype}{list(info.shape)}, expected {list(expected)} of "
+            f"{', '.join(FLOAT_DTYPES)} by config.json. Start from the bfloat16 checkpoint, with "
+            "the config.json that belongs to it."
+        )
+    step = info.nbytes // (count * len(projections))
+    return {
+        (layer, first + index // len(projections), projections[index % len(projections)]): Matrix(
+            file, info.offset + index * step, info.dtype, (rows, columns)
+        )
+        for index in range(count * len(projections))
+    }

@@ -1,0 +1,198 @@
+"""Positional reads from checkpoint files, and their bytes as arrays."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ...errors import FlashMoEError
+from ...format.json_file import unreadable
+from ...format.layout import ITEM_SIZE
+
+T = TypeVar("T")
+R = TypeVar("R")
+Bytes = npt.NDArray[np.uint8]
+
+FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+# NumPy has no bfloat16: its bits travel as uint16.
+_NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
+# The smallest bit pattern that is not finite, sign aside, as signed and unsigned integers.
+_NOT_FINITE: dict[str, tuple[int, npt.DTypeLike, npt.DTypeLike]] = {
+    "BF16": (0x7F80, np.int16, np.uint16),
+    "F16": (0x7C00, np.int16, np.uint16),
+    "F32": (0x7F800000, np.int32, np.uint32),
+}
+PAGE = 4096  # what reads and writes past the page cache want to be multiples of
+_PROBES = 16  # bytes of a file that the page cache is asked for
+_READ_LIMIT = 1 << 30  # Linux and macOS both stop a single read short of 2 GiB.
+
+
+class Reader:
+    """Keeps the files of a checkpoint open and reads byte ranges of them."""
+
+    def __init__(self, find: Callable[[Path], Path] | None = None) -> None:
+        """Open nothing yet. `find` says where a file really is, if not in its place."""
+        self._find = find or (lambda file: file)
+        self._files: dict[Path, tuple[int, bool]] = {}  # descriptors, and whether they are direct
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        """Return the reader."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close every file."""
+        for file in list(self._files):
+            self.close(file)
+
+    def close(self, file: Path) -> None:
+        """Close one file, if it is open."""
+        if file in self._files:
+            os.close(self._files.pop(file)[0])
+
+    def read(self, file: Path, offset: int, nbytes: int) -> Bytes:
+        """Return `nbytes` bytes from `offset`, as uint8 `[nbytes]`."""
+        buffer = self.buffer(nbytes)
+        self.read_into(file, offset, buffer)
+        return buffer
+
+    @staticmethod
+    def buffer(nbytes: int) -> Bytes:
+        """Return uninitialised memory, uint8 `[nbytes]`, that starts on a page."""
+        memory = np.empty(nbytes + PAGE, np.uint8)
+        start = -memory.ctypes.data % PAGE
+        return memory[start : start + nbytes]
+
+    def read_into(self, file: Path, offset: int, buffer: Bytes) -> None:
+        """Fill `buffer` (uint8, contiguous) from `offset`.
+
+        Raises:
+            FlashMoEError: the file ends before the buffer is full, or cannot be read.
+        """
+        descriptor, direct = self._open(file)
+        first = offset - offset % PAGE if direct else offset
+        nbytes = offset + buffer.size - first
+        memory = buffer
+        if direct and (first < offset or (buffer.ctypes.data | buffer.size) % PAGE):
+            memory = self.buffer(-(-nbytes // PAGE) * PAGE)
+        done = 0
+        while done < nbytes:
+            piece = memory.data[done : done + _READ_LIMIT]
+            try:
+                count = os.preadv(descriptor, [piece], first + done)
+            except OSError as error:
+                raise unreadable(file, error) from error
+            done += count
+            if done < nbytes and (count == 0 or (direct and done % PAGE)):
+                raise FlashMoEError(
+                    f"{file}: ends at byte {first + done}, but its header promises "
+                    f"{nbytes - done} more. Download it again."
+                )
+        if memory is not buffer:
+            buffer[:] = memory[offset - first : nbytes]
+
+    def _open(self, file: Path) -> tuple[int, bool]:
+        with self._lock:
+            if file not in self._files:
+                try:
+                    self._files[file] = _open_source(self._find(file))
+                except OSError as error:
+                    raise unreadable(file, error) from error
+            return self._files[file]
+
+
+def _open_source(path: Path) -> tuple[int, bool]:
+    """Open a file past the page cache, if that can be, and it holds little of the file.
+
+    Measured on Linux, buffered reads of a large checkpoint reach a third of a disk's speed.
+
+    Returns:
+        The descriptor, and whether it reads past the page cache: whole pages into whole pages.
+    """
+    buffered = os.open(path, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECT") or _is_cached(buffered):
+        return buffered, False
+    try:
+        direct = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return buffered, False
+    try:
+        os.preadv(direct, [Reader.buffer(PAGE).data], 0)
+    except OSError:
+        os.close(direct)
+        return buffered, False
+    os.close(buffered)
+    return direct, True
+
+
+def _is_cached(descriptor: int) -> bool:
+    """Whether the page cache seems to hold at least half of a file, or cannot be asked."""
+    size, found = os.fstat(descriptor).st_size, 0
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    for number in range(_PROBES):
+        try:
+            found += os.preadv(descriptor, [bytearray(1)], size * number // _PROBES, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        except OSError:  # a file system that cannot tell
+            return True
+    return 2 * found >= _PROBES
+
+
+def as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    """Return raw bytes as an MLX array (a copy) of a safetensors dtype: BF16, F16, F32 or U32."""
+    array = mx.array(data.view(_NUMPY[dtype]).reshape(shape))
+    return array.view(mx.bfloat16) if dtype == "BF16" else array
+
+
+def check_finite(data: Bytes, dtype: str, place: str) -> None:
+    """Refuse NaN and infinity in float bytes: `mx.quantize` would hide them (12 GB/s).
+
+    Raises:
+        FlashMoEError: there is one.
+    """
+    if dtype not in _NOT_FINITE or not data.size:
+        return
+    limit, signed, unsigned = _NOT_FINITE[dtype]
+    sign = 1 << (8 * ITEM_SIZE[dtype] - 1)
+    if data.view(signed).max() >= limit or data.view(unsigned).max() >= limit | sign:
+        raise FlashMoEError(
+            f"{place} holds NaN or infinity ({dtype}). Download the checkpoint again, or start "
+            "from another one."
+        )
+
+
+def as_bytes(array: mx.array) -> memoryview:
+    """Return the bytes of an evaluated, row-contiguous array, without a copy."""
+    exporter: Any = array  # whose buffer protocol its type stubs do not mention
+    return memoryview(exporter).cast("B")
+
+
+def read_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield `function(item)` in order, computing the next one in a thread meanwhile.
+
+    At most three results are alive at once. `function` must not touch MLX: its streams belong to
+    the thread that made them.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pending = None
+        for item in items:
+            following = pool.submit(function, item)
+            if pending:
+                yield pending.result()
+            pending = following
+        if pending:
+            yield pending.result()

@@ -1,0 +1,125 @@
+"""What `--dry-run` prints: tensors, bytes, free disk, and about how long it takes."""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ...format.layout import ITEM_SIZE
+from ...format.names import FIELDS
+from ..plan.parts import LayerPlan, Plan, Quant
+from ..source.checkpoint import Source
+from ..source.foreign_code import REMEDY
+from ..source.read import Bytes, Reader
+from .experts import ExpertSteps, Loaded
+from .output import brought_code
+from .steps import Fetched
+
+LINK = 100e6  # bytes a second, to give fetching a time
+
+
+def describe(
+    source: Source, plan: Plan, out: Path, fetching: Fetched, to_write: int, free: int
+) -> str:
+    """Return the plan in words."""
+    needed = to_write + fetching.most_bytes
+    records = sorted({layer.record_bytes for layer in plan.layers})
+    before = sorted({_kind(p.before) for layer in plan.layers for p in layer.projections})
+    after = sorted({_kind(p.after) for layer in plan.layers for p in layer.projections})
+    trunk = sum(len(file.outputs) for file in plan.trunk)
+    experts = sum(layer.experts for layer in plan.layers) * len(FIELDS)
+    code = brought_code(source, plan)
+    rows = (
+        ("source", f"{source.name} (experts: {', '.join(before)})"),
+        ("target", f"{out} (experts: {', '.join(after)})"),
+        ("layers", f"{len(plan.layers)}, of {source.dims.experts} experts each"),
+        ("one expert", f"{' or '.join(f'{size:,}' for size in records)} bytes"),
+        ("trunk", f"{plan.trunk_bytes:,} bytes ({human(plan.trunk_bytes)}), {trunk:,} tensors"),
+        (
+            "experts",
+            f"{plan.expert_bytes:,} bytes ({human(plan.expert_bytes)}), {experts:,} tensors",
+        ),
+        *([("code", f"of {source.name}: {code}. {REMEDY}")] if code else ()),
+        *([("to fetch", _fetching(fetching))] if fetching.count else ()),
+        ("to write", f"{to_write:,} bytes ({human(to_write)})"),
+        ("free disk", f"{free:,} bytes ({human(free)}){', too little' * (needed > free)}"),
+    )
+    return "\n".join(f"{name:<12}{value}" for name, value in rows)
+
+
+def _fetching(fetching: Fetched) -> str:
+    return (
+        f"{fetching.count} files, {fetching.nbytes:,} bytes ({human(fetching.nbytes)}); at once "
+        f"at most {fetching.most}, {fetching.most_bytes:,} bytes ({human(fetching.most_bytes)})"
+    )
+
+
+def _kind(quant: Quant | None) -> str:
+    return f"{quant.bits} bits, groups of {quant.group_size}" if quant else "floats"
+
+
+def human(nbytes: int) -> str:
+    """Return a number of bytes in GB or MB."""
+    return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
+
+
+def describe_time(source: Source, plan: Plan, share: float, fetching: Fetched) -> str:
+    """Return about how long it takes to write a share of the experts (0 to 1), in words.
+
+    A few experts of random weights are quantised to see: seconds, or less.
+    """
+    kinds: dict[object, list[LayerPlan]] = {}
+    for layer in plan.layers:
+        kinds.setdefault(layer.projections, []).append(layer)
+    seconds = sum(
+        _seconds(source, layers[0]) * sum(layer.experts for layer in layers)
+        for layers in kinds.values()
+    )
+    parts = [f"{_duration(share * seconds)} to compute"] if seconds else []
+    if fetching.count:
+        parts.append(f"{_duration(fetching.nbytes / LINK)} to fetch at {LINK / 1e6:.0f} MB/s")
+    known = f"about {', '.join(parts)}, and " if parts else ""
+    return f"time        {known}what the disk takes"
+
+
+def _seconds(source: Source, plan: LayerPlan) -> float:
+    """Return how long one expert takes to compute: none if it is copied."""
+    if all(projection.copied for projection in plan.projections):
+        return 0.0
+    steps = ExpertSteps(source, plan, Reader())
+    batch = steps.batches(range(plan.experts))[0]
+    loaded = [_random(source, plan)] * len(batch)
+    steps.encode(batch, loaded)  # kernels are compiled
+    begun = time.perf_counter()
+    steps.encode(batch, loaded)
+    return (time.perf_counter() - begun) / len(batch)
+
+
+def _random(source: Source, plan: LayerPlan) -> Loaded:
+    """Return an expert of random weights, as it is loaded from the source."""
+    rng = np.random.default_rng(0)
+    if source.layout:
+        fields = source.layout.layers[plan.layer].fields
+        tensors = [_tensor(rng, field.dtype, field.shape) for field in fields]
+        return [(np.concatenate(tensors), "U8")]
+    dtypes = [source.matrices[plan.layer, 0, p.name].dtype for p in plan.projections]
+    shapes = [(p.rows, p.columns) for p in plan.projections]
+    return [(_tensor(rng, d, s), d) for d, s in zip(dtypes, shapes, strict=True)]
+
+
+def _tensor(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Bytes:
+    """Return random bytes, or small random floats."""
+    count = math.prod(shape)
+    if dtype == "U32":
+        return np.frombuffer(rng.bytes(count * ITEM_SIZE[dtype]), np.uint8)
+    floats = rng.standard_normal(count, np.float32) * np.float32(0.02)
+    if dtype == "BF16":
+        return (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    return floats.astype(np.float16 if dtype == "F16" else np.float32).view(np.uint8)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

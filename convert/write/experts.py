@@ -1,0 +1,132 @@
+"""One layer's experts on their way from the source's bytes to records, a small batch at a time."""
+
+import itertools
+import os
+import threading
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from ...format.layout import LayerLayout
+from ..plan.parts import LayerPlan, Spec
+from ..quant.calibrate import LayerInputs
+from ..quant.quantize import Part, encode_calibrated, encode_floats, encode_record
+from ..source.checkpoint import Source
+from ..source.read import Bytes, Reader, check_finite
+
+# Two bfloat16 experts of the 397B model. Three batches of raw bytes and one of arrays are alive at
+# once: about 200 MB.
+BATCH_BYTES = 48 << 20
+
+Loaded = list[tuple[Bytes, str]]
+
+
+class ExpertSteps:
+    """The two steps of one layer's experts: `load` reads (in any thread), `encode` computes."""
+
+    def __init__(
+        self, source: Source, plan: LayerPlan, reader: Reader, seen: LayerInputs | None = None
+    ) -> None:
+        """Prepare; nothing is read yet. `seen` is what to quantise the experts for, if told."""
+        self._seen = seen
+        self._source, self._plan, self._reader = source, plan, reader
+        self._layout = source.layout.layers[plan.layer] if source.layout else None
+        self._before: list[Spec] = []
+        if self._layout:
+            self._before = [Spec(f.name, f.dtype, f.shape) for f in self._layout.fields]
+        self._copied = all(projection.copied for projection in plan.projections)
+
+    def batches(self, experts: Sequence[int]) -> list[Sequence[int]]:
+        """Cut experts into batches of neighbours, of a bounded size but one expert at least."""
+        most = max(1, BATCH_BYTES // self._float_bytes())
+        batches: list[list[int]] = []
+        for expert in experts:
+            if not batches or len(batches[-1]) == most or batches[-1][-1] != expert - 1:
+                batches.append([])
+            batches[-1].append(expert)
+        return list(batches)
+
+    def _float_bytes(self) -> int:
+        """Return the bytes of one expert: as it is copied, or as floats."""
+        if self._layout and self._copied:
+            return self._layout.record_bytes
+        if self._before:
+            return sum(4 * p.rows * p.columns for p in self._plan.projections)
+        layer, names = self._plan.layer, [p.name for p in self._plan.projections]
+        return sum(self._source.matrices[layer, 0, name].nbytes for name in names)
+
+    def load(self, batch: Sequence[int]) -> list[Loaded]:
+        """Read the source bytes of some experts: one record each, or one entry a matrix."""
+        if self._layout:
+            records = read_records(self._reader, self._layout, batch)
+            return [[(record, "U8")] for record in records]
+        return [self._load(expert) for expert in batch]
+
+    def _load(self, expert: int) -> Loaded:
+        found = []
+        for projection in self._plan.projections:
+            matrix = self._source.matrices[self._plan.layer, expert, projection.name]
+            data = self._reader.read(matrix.file, matrix.offset, matrix.nbytes)
+            place = f"{matrix.file}: layer {self._plan.layer} expert {expert} {projection.name}"
+            check_finite(data, matrix.dtype, place)
+            found.append((data, matrix.dtype))
+        return found
+
+    def encode(self, batch: Sequence[int], loaded: list[Loaded]) -> list[Sequence[Part]]:
+        """Return the records of the experts of a batch, evaluated."""
+        if self._copied:
+            return [[record] for ((record, _),) in loaded]
+        streams = _streams()
+        records = [self._encode(e, data, streams) for e, data in zip(batch, loaded, strict=True)]
+        mx.eval([part for record in records for part in record if isinstance(part, mx.array)])
+        return records
+
+    def _encode(self, expert: int, loaded: Loaded, streams: Iterator[mx.Stream]) -> Sequence[Part]:
+        if self._before and self._seen:
+            record = loaded[0][0]
+            return encode_calibrated(record, self._before, self._plan, expert, self._seen)
+        if self._before:
+            return encode_record(loaded[0][0], self._before, self._plan, streams)
+        return encode_floats(loaded, self._plan, streams)
+
+
+def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) -> list[Bytes]:
+    """Read quantised experts that follow one another: each one's nine tensors end to end.
+
+    What lies together in a file is read together.
+    """
+    count, size = len(experts), layout.record_bytes
+    memory = reader.buffer(count * size).reshape(count, size)
+    start = 0
+    for span in layout.spans(experts[0]):
+        fields = layout.fields[span.first : span.last]
+        nbytes, stride = sum(field.nbytes for field in fields), fields[0].stride
+        if nbytes == size == stride:
+            reader.read_into(span.file, span.offset, memory.reshape(-1))
+        elif nbytes == stride:
+            together = reader.read(span.file, span.offset, count * nbytes)
+            memory[:, start : start + nbytes] = together.reshape(count, nbytes)
+        else:
+            for n in range(count):
+                part = memory[n, start : start + nbytes]
+                reader.read_into(span.file, span.offset + n * stride, part)
+        start += nbytes
+    for expert, record in zip(experts, memory, strict=True):
+        start = 0
+        for field in layout.fields:
+            place = f"{field.file}: layer {layout.layer} expert {expert} {field.name}"
+            check_finite(record[start : start + field.nbytes], field.dtype, place)
+            start += field.nbytes
+    return list(memory)
+
+
+_LOCAL = threading.local()  # as streams belong to the thread that made them
+
+
+def _streams() -> Iterator[mx.Stream]:
+    """Take turns between one stream per core on the CPU, where a quantisation uses one thread."""
+    if not hasattr(_LOCAL, "streams"):
+        cores = min(os.cpu_count() or 1, 8)
+        count = cores if mx.default_device() == mx.Device(mx.cpu) else 1
+        _LOCAL.streams = [mx.new_stream(mx.default_device()) for _ in range(count)]
+    return itertools.cycle(_LOCAL.streams)

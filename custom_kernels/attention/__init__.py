@@ -1,0 +1,1 @@
+"""Attention of one decode step: norms, rotation and cache in one kernel, the sum in another."""

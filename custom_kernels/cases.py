@@ -1,0 +1,100 @@
+"""The trials of a model: every op that has a kernel, at that model's shapes."""
+
+from dataclasses import fields
+from typing import Any
+
+from .attention.step import AttentionStepTrial
+from .case import Trial
+from .experts.cases import ExpertDownTrial, ExpertGateUpTrial, ExpertsTrial
+from .experts.prefill import TiledTrial
+from .experts.router import RouterTrial
+from .experts.tiles import CombineTrial
+from .gated_delta.cases import (
+    GatedDeltaNormTrial,
+    GatedDeltaPrepareTrial,
+    GatedDeltaScanTrial,
+    GatedDeltaStepTrial,
+)
+from .linear.cases import MatvecTrial
+
+GROUP_SIZE = 64
+ROUTER_BITS = 8
+TOKENS = 64  # of a prompt
+
+
+def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[Trial]:
+    """List the trials of one model, without doubles.
+
+    Args:
+        sizes: anything with config.json's sizes: a `Geometry` or `ModelArgs`.
+        bits: of experts and projections, in groups of 64; routers have 8.
+        dtype: of activations: "bfloat16", "float16" or "float32".
+        top_k: experts per token, the model's own if None.
+    """
+    top_k = top_k or sizes.num_experts_per_tok
+    scales = "float16" if dtype == "float16" else "bfloat16"
+    matvecs = [
+        MatvecTrial(rows, columns, width, GROUP_SIZE, dtype, scales)
+        for rows, columns, width in _matrices(sizes, bits)
+    ]
+    # One slot more than experts used: a kernel that ignores the slots is found out.
+    slots = min(top_k + 1, sizes.num_experts)
+    experts = sizes.hidden_size, sizes.moe_intermediate_size, slots, top_k, bits, GROUP_SIZE
+    return [
+        *dict.fromkeys(matvecs),
+        RouterTrial(sizes.num_experts, top_k, "float32"),
+        ExpertGateUpTrial(*experts, dtype, scales),
+        ExpertDownTrial(*experts, dtype, scales),
+        ExpertsTrial(*experts, dtype, scales),
+        TiledTrial(*experts[:2], bits, GROUP_SIZE, dtype, scales, bits, slots=8, rows=8),
+        CombineTrial(sizes.hidden_size, top_k, dtype, dtype, tokens=TOKENS),
+        AttentionStepTrial(*_attention(sizes), dtype),
+        GatedDeltaStepTrial(*_heads(sizes), dtype, scales),
+        GatedDeltaPrepareTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
+        GatedDeltaScanTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
+        GatedDeltaNormTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
+    ]
+
+
+def _attention(sizes: Any) -> tuple[int, int, int, int]:
+    rope = getattr(sizes, "rope_parameters", {"partial_rotary_factor": 0.25})
+    turned = int(sizes.head_dim * rope["partial_rotary_factor"])
+    return sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim, turned
+
+
+def _heads(sizes: Any) -> tuple[int, int, int, int]:
+    keys, values = sizes.linear_num_key_heads, sizes.linear_num_value_heads
+    return keys, values, sizes.linear_key_head_dim, sizes.linear_value_head_dim
+
+
+def label(trial: Trial) -> str:
+    """Write a trial's shape: its fields but the dtypes, without what is at its default."""
+    values: Any = trial  # a dataclass, which a protocol cannot say
+    shown = [
+        f"{f.name}={getattr(trial, f.name)}"
+        for f in fields(values)
+        if "dtype" not in f.name and getattr(trial, f.name) != f.default
+    ]
+    return " ".join(shown)
+
+
+def _matrices(sizes: Any, bits: int) -> list[tuple[int, int, int]]:
+    """Return (rows, columns, bits) of the trunk's projections.
+
+    The output head has the shape of a vocabulary and would take gigabytes to check; a slice of it
+    is no other case than the large projections.
+    """
+    hidden = sizes.hidden_size
+    heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads
+    values = sizes.linear_num_value_heads * sizes.linear_value_head_dim
+    keys = sizes.linear_num_key_heads * sizes.linear_key_head_dim
+    return [
+        (2 * heads * sizes.head_dim, hidden, bits),  # queries and their gate
+        (kv_heads * sizes.head_dim, hidden, bits),
+        (hidden, heads * sizes.head_dim, bits),
+        (2 * keys + values, hidden, bits),  # GatedDeltaNet
+        (values, hidden, bits),
+        (sizes.linear_num_value_heads, hidden, bits),
+        (hidden, values, bits),
+        (sizes.num_experts, hidden, ROUTER_BITS),
+    ]

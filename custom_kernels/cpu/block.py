@@ -1,0 +1,202 @@
+"""Decoding on a CPU, one token per row: MLX modules in, blocks of compiled code underneath.
+
+Each function returns None where its kernels do not apply: for more than one token per row, or
+weights that are not affine-quantised. What they know of a module's weights stays with the module
+for as long as it has the same weights.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..gated_delta.weights import Heads, MixerWeights
+from ..weights import Bank, arrays_of, is_affine, same
+from .decode import NOTHING, Group, Matrix, project
+from .gated_delta_step import DeltaBlock
+from .moe import MoeBlock, Waves
+from .prefill import Array, rows, supports, view
+
+
+def linear_step(
+    x: mx.array,
+    layers: Sequence[nn.Module],
+    norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
+) -> list[mx.array] | None:
+    """Apply linear layers to one token per row: `[..., 1, in]` to one `[..., 1, out]` per layer.
+
+    Args:
+        x: float32.
+        layers: all quantised, or the answer is None.
+        norm: to apply to x first.
+        residual: `[..., 1, out]` to add, with one layer only.
+    """
+    if x.ndim < 2 or x.shape[-2] != 1:
+        return None
+    group = _remember(layers[0], layers, lambda: Group(*map(_matrix, layers)))
+    if group is None:
+        return None
+    gain = (NOTHING, 0.0) if norm is None else (_float32(norm, norm.weight), norm.eps)
+    outputs = project(rows(x), group, *gain)
+    if residual is not None:
+        outputs[0] += rows(residual)
+    return [mx.array(y).reshape(*x.shape[:-1], -1) for y in outputs]
+
+
+def delta_step(
+    h: mx.array, inputs: Sequence[nn.Module], out: nn.Module, norm: nn.RMSNorm,
+    weights: MixerWeights,
+    past: mx.array, state: mx.array,
+) -> tuple[mx.array, mx.array, mx.array] | None:  # fmt: skip
+    """Run a GatedDeltaNet layer on one token per row.
+
+    Args:
+        h: `[B, 1, H]` float32.
+        inputs: the projections to q, k and v; to z; to b; and to a.
+        out: the output projection.
+        norm: the norm before the layer.
+        weights: what the layer holds besides its projections.
+        past: `[B, taps - 1, channels]` the convolution's last inputs.
+        state: `[B, Hv, Dv, Dk]`.
+
+    Returns:
+        h + layer(norm(h)), the new `past` and the new `state`.
+    """
+    if h.shape[1] != 1 or past.dtype != mx.float32 or state.dtype != mx.float32:
+        return None
+    layers = *inputs, out
+
+    def make() -> DeltaBlock:
+        qkv, z, b, a, after = map(_matrix, layers)
+        return DeltaBlock((qkv, z, b, a), after, _float32(norm, norm.weight), norm.eps, weights)
+
+    small = weights.conv, weights.a_log, weights.dt_bias, weights.norm, norm.weight
+    block = _remember(out, layers, make, *small)
+    if block is None:
+        return None
+    # Others may hold the old state, so the new one goes elsewhere. Zeros are the memory that MLX
+    # makes fastest.
+    new_past, new_state = mx.zeros(past.shape), mx.zeros(state.shape)
+    past, state = mx.contiguous(past), mx.contiguous(state)
+    mx.eval(past, state, new_past, new_state)
+    y = block(rows(h), view(past), view(state), view(new_past), view(new_state))
+    return mx.array(y).reshape(h.shape), new_past, new_state
+
+
+def moe_step(
+    h: mx.array, router: nn.Module, switch: nn.Module, shared: Sequence[nn.Module],
+    banks: Sequence[Bank], norm: nn.RMSNorm, top_k: int, renormalise: bool, waves: Waves,
+) -> mx.array | None:  # fmt: skip
+    """Run a mixture of experts on one token per row: h + moe(norm(h)), `[B, 1, H]`.
+
+    Args:
+        h: `[B, 1, H]` float32.
+        router: to one logit per expert.
+        switch: to one number, whose sigmoid scales the shared expert.
+        shared: gate, up and down of the shared expert.
+        banks: gate, up and down of the routed experts (`weights.Bank`).
+        norm: the norm before the block.
+        top_k: experts per row.
+        renormalise: whether the chosen experts' scores sum to one.
+        waves: brings experts into memory, see `cpu_moe.Waves`.
+    """
+    if h.shape[1] != 1:
+        return None
+    layers = router, switch, *shared
+
+    def make() -> MoeBlock:
+        first, second, *rest = map(_matrix, layers)
+        experts = [Matrix(b.codes, b.scales, b.biases, b.bits, b.group_size) for b in banks]
+        gain = _float32(norm, norm.weight)
+        return MoeBlock(first, second, rest, experts, gain, norm.eps, top_k, renormalise)
+
+    if not all(supports(b.bits, b.group_size, b.scales) for b in banks):
+        return None
+    arrays = [array for b in banks for array in (b.codes, b.scales, b.biases)]
+    block = _remember(router, layers, make, norm.weight, *arrays)
+    return None if block is None else mx.array(block(rows(h), waves)).reshape(h.shape)
+
+
+def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | None:
+    """Return what a router says of norm(h), `[B, experts]`.
+
+    Args:
+        h: `[B, 1, H]` float32.
+        router: to one logit per expert; quantised, or the answer is None.
+        norm: the norm before it.
+    """
+    if h.shape[1] != 1:
+        return None
+    group = _remember(norm, [router], lambda: Group(_matrix(router)))
+    if group is None:
+        return None
+    return project(rows(h), group, _float32(norm, norm.weight), norm.eps)[0]
+
+
+def matrices(weight: Sequence[mx.array], bits: int) -> Group:
+    """Take codes `[rows, columns * bits / 32]`, scales and biases `[rows, groups]`."""
+    codes, scales, biases = weight
+    group_size = codes.shape[-1] * 32 // bits // scales.shape[-1]
+    return Group(Matrix(codes, scales, biases, bits, group_size))
+
+
+def multiply(x: mx.array, group: Group) -> mx.array:
+    """Multiply `[tokens, columns]` float32 by what `matrices` made: `[tokens, rows]`."""
+    return mx.array(project(rows(x), group)[0])
+
+
+def _matrix(layer: nn.Module) -> Matrix:
+    return Matrix(layer.weight, layer.scales, layer.biases, layer.bits, layer.group_size)
+
+
+def _is_quantised(layer: nn.Module) -> bool:
+    return is_affine(layer) and supports(layer.bits, layer.group_size, layer.scales)
+
+
+def _float32(owner: nn.Module, weight: mx.array) -> Array:
+    """Return a small weight as float32, which its module keeps."""
+    known = getattr(owner, "_as_float32", None)
+    if known is None or known[0] is not weight:
+        known = owner._as_float32 = weight, np.array(weight.astype(mx.float32))
+    return known[1]
+
+
+def _remember(
+    owner: nn.Module, layers: Sequence[nn.Module], make: Callable[[], Any], *others: mx.array
+) -> Any:
+    """Return what `make` made of these layers' and other weights; None if not all are quantised."""
+    weights = *arrays_of(layers), *others
+    known: Any = getattr(owner, "_step", None)
+    if known and same(known[0], weights):
+        return known[1]
+    if not all(_is_quantised(layer) for layer in layers):
+        return None
+    owner._step = weights, make()
+    return owner._step[1]
+
+
+def prepare() -> None:
+    """Compile the kernels, by running small layers."""
+
+    def layer(height: int) -> nn.Module:
+        made = nn.QuantizedLinear(32, height, bias=False, group_size=32, bits=4)
+        made.eval()
+        return made
+
+    h, norm, gains = mx.zeros((1, 1, 32)), nn.RMSNorm(32), mx.zeros(1)
+    linear_step(h, [layer(32)], norm)
+    weights = MixerWeights(Heads(1, 1, 32, 32), mx.zeros((96, 4, 1)), gains, gains, h[0, 0], 1e-6)
+    inputs = [layer(n) for n in (96, 32, 1, 1)]
+    past, state = mx.zeros((1, 3, 96)), mx.zeros((1, 1, 32, 32))
+    delta_step(h, inputs, layer(32), norm, weights, past, state)
+    one = layer(32)
+    bank = Bank(one.weight[None], one.scales[None], one.biases[None], 4, 32)
+    shared, banks = [layer(32) for _ in range(3)], [bank] * 3
+
+    def waves(ids: Array) -> Iterator[tuple[Array, Array]]:
+        yield np.arange(ids.size), ids.reshape(-1)
+
+    moe_step(h, layer(1), layer(1), shared, banks, norm, 1, True, waves)

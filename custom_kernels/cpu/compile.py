@@ -1,0 +1,97 @@
+"""Compile the CPU kernels that a model needs, once on a machine, and check them."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..autotune import report, verdict
+from ..device import cpu_kernels, reject_cpu_kernels
+from ..linear.cases import MatvecTrial
+from ..linear.matvec import supports
+
+
+def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
+    """Compile the CPU kernels that a model needs, before it takes memory; a no-op on a GPU.
+
+    A machine's first use compiles in a process of its own, because the compiler keeps 130 MB;
+    numba then finds the results on disk.
+
+    Args:
+        formats: (bits, group size, "float32" or "bfloat16" scales) of the model's matrices.
+    """
+    if cpu_kernels(mx.zeros(1)) is None:
+        return
+    wanted = json.dumps(sorted(formats))
+    marker = _marker(wanted)
+    if not marker.exists() and os.access(marker.parent, os.W_OK):
+        print(
+            "[flashmoe] compiling CPU kernels, once on this machine for models of these bits: "
+            "a minute or two",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = f"from {__name__} import compile_all; compile_all({wanted!r})"
+        with contextlib.suppress(OSError):  # no other process, or a full disk: compiled here
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+            if done.returncode == 0:
+                marker.touch()
+    compile_all(wanted)
+
+
+def compiled_folder() -> tuple[str | None, list[str]]:
+    """Return where compiled CPU kernels are kept, None if nowhere; and what is wrong with that."""
+    if cpu_kernels(mx.zeros(1)) is None:
+        return None, []
+    from . import numba_cache
+
+    folder = numba_cache.folder()
+    return str(folder) if folder.is_dir() else None, numba_cache.complaints
+
+
+def compile_all(formats: str) -> None:
+    """Compile the kernels for a JSON list of formats, or load them from numba's cache."""
+    from . import block, gated_delta, prefill
+
+    for bits, group_size, dtype in json.loads(formats):
+        prefill.prepare(bits, group_size, getattr(mx, dtype))
+    gated_delta.prepare()
+    block.prepare()
+
+
+def _marker(formats: str) -> Path:
+    """Return the file that says that numba's cache, beside it, has kernels for these formats."""
+    from . import numba_cache
+
+    sources = [(f.name, f.stat().st_mtime_ns) for f in sorted(Path(__file__).parent.glob("*.py"))]
+    versions = sys.version, importlib.metadata.version("numba")
+    mode = os.environ.get("FLASHMOE_DEBUG_BOUNDS")  # see bounds.py
+    key = json.dumps([formats, sources, versions, mode, platform.node()])
+    return numba_cache.folder() / f"compiled-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
+
+
+def check_cpu_kernels(formats: Iterable[tuple[int, int, str]]) -> None:
+    """Check the CPU's kernels against the reference; if one is wrong, none is used.
+
+    GPU kernels are checked one by one at first use; those for CPUs are one piece of code.
+
+    Args:
+        formats: (bits, group size, dtype of the scales) of a model's matrices.
+    """
+    if cpu_kernels(mx.zeros(1)) is None:
+        return
+    for bits, group_size, dtype in sorted(formats):
+        if supports(bits, group_size):
+            trial = MatvecTrial(67, 2 * group_size, bits, group_size, "float32", dtype, 3)
+            found = verdict(trial, timed=False)
+            if not found.ok:
+                report(trial, found)
+                reject_cpu_kernels(found.message)

@@ -1,0 +1,489 @@
+"""Quantised matrices times a few activation rows: what decoding does.
+
+A matrix is a row of numbers (`Matrix.numbers`), so that one compiled function takes every format
+and any mix of formats. An activation row is a *record* of float32: `columns` that hold its
+integer halves, then a factor per group, then a sum per group. Rows share the work of decoding
+weights; each one's results are those that it would have alone.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numba import prange, types
+
+from ..shapes import expect, expect_quantised
+from .bounds import CHECKED, inside, within
+from .call import Apart, caller
+from .dot import (
+    CUT,
+    HALF_BITS,
+    LANES,
+    MAX_ROWS,
+    STEPS,
+    TILE,
+    VECTOR_BYTES,
+    add_lanes,
+    cut_columns,
+    dot_block,
+    dot_rest,
+    span_of,
+    start_sums,
+)
+from .prefill import FAST, UNIT, Array, compiled, copy, scale_kind, serial, use_threads, view, widen
+from .simd import keep_apart, leading_power, magnitude
+
+CODES, SCALES, BIASES, BITS, GROUP, KIND, HEIGHT, COLUMNS, SPAN, SLOTS = range(10)
+LINE = 64  # bytes of a cache line
+LAST_BIT = np.float32(2.0 ** (2 - 2 * HALF_BITS))  # leaves a bit for the halves' signs
+# Bits of the largest activation: one outside has no float32 scale, and counts as 0 or as NaN.
+TINY, HUGE = (int(np.float32(limit).view(np.int32)) for limit in (1e-29, 1e38))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A bank of affine-quantised matrices; a single matrix is a bank of one.
+
+    Attributes:
+        codes: `[S, out, in * bits / 32]` uint32 (or without S).
+        scales: `[S, out, groups]` float32, bfloat16 or float16.
+        biases: like `scales`.
+        bits: 2, 4 or 8.
+        group_size: 32, 64 or 128 columns per scale and bias.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array
+    bits: int
+    group_size: int
+
+    @property
+    def height(self) -> int:
+        """Rows of one matrix."""
+        return self.codes.shape[-2]
+
+    @property
+    def columns(self) -> int:
+        """Columns of one matrix."""
+        return self.codes.shape[-1] * 32 // self.bits
+
+    @cached_property
+    def numbers(self) -> Array:
+        """What the kernels read: three addresses, then the format and the sizes, `[10]` int64."""
+        expect_quantised("a matrix", *self.arrays, self.bits, self.group_size)
+        mx.eval(self.arrays)
+        addresses = [view(a).ctypes.data for a in self.arrays]
+        sizes = self.bits, self.group_size, scale_kind(self.scales), self.height, self.columns
+        span = span_of(self.bits, self.group_size)
+        return np.array([*addresses, *sizes, span, self.shape[0]], np.int64)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slots, and rows and columns of one matrix."""
+        return prod(self.codes.shape[:-2]), self.height, self.columns
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Codes, scales and biases."""
+        return self.codes, self.scales, self.biases
+
+
+@serial
+def start_of(array: Array) -> Any:
+    """Return an array's address, signed: a sum of signed and unsigned integers is a float."""
+    return np.int64(array.ctypes.data)
+
+
+@serial
+def places(matrix: Array) -> int:
+    """Return how many factors, and sums, a record has: one a group, and zeros up to a block."""
+    block = STEPS * matrix[SPAN]
+    return (matrix[COLUMNS] // matrix[GROUP] + block - 1) // block * block
+
+
+@serial
+def record_size(matrices: Array, forms: Array) -> int:
+    """Return how many float32 the largest record for the matrices numbered `forms` takes."""
+    size = 0
+    for n in forms:
+        size = max(size, matrices[n, COLUMNS] + 2 * places(matrices[n]))
+    return size
+
+
+@serial
+def new_records(count: int, size: int) -> Array:
+    """Return room for records, `[count, size]`, at a cache line: other loads take twice as long."""
+    room = np.empty(count * size + LINE // 4, np.float32)
+    first = -start_of(room) % LINE // 4
+    return room[first : first + count * size].reshape(count, size)
+
+
+@serial
+def _cut(bits: int, x: int, inverse: Any, planes: int, words: int) -> int:
+    if bits == 4:
+        return cut_columns(4, x, inverse, planes, words)
+    if bits == 2:
+        return cut_columns(2, x, inverse, planes, words)
+    return cut_columns(8, x, inverse, planes, words)
+
+
+@serial
+def cut(x: Array, matrix: Array, out: Array) -> None:
+    """Write the record of activation row `x` `[columns]` to `out`, as `dot_block` reads it.
+
+    A group with an infinity or a NaN makes every result NaN.
+    """
+    keep_apart()
+    bits, group, columns = matrix[BITS], matrix[GROUP], matrix[COLUMNS]
+    within("activations", 0, columns, x.size)
+    within("a record", 0, columns + 2 * places(matrix), out.size)
+    groups, own, block = columns // group, group * bits // 16, CUT * bits // 16
+    whole, sums = groups - groups % matrix[SPAN], columns + places(matrix)
+    out[columns + groups : sums + places(matrix)] = np.float32(0)
+    for g in range(groups):
+        largest = np.int32(0)
+        for value in x[g * group : (g + 1) * group]:
+            largest = max(largest, magnitude(value))
+        inverse, scale, total = np.float32(0), np.float32(0), 0
+        if TINY < largest < HUGE:
+            scale = leading_power(largest) * LAST_BIT
+            inverse = np.float32(1) / scale
+        span = matrix[SPAN] if g < whole else 1
+        words = min(own * span, VECTOR_BYTES // 2)  # of a vector, which may hold several groups
+        first = (g - g % span) * group * 2
+        for n in range(group // CUT):
+            word = g % span * own + n * block
+            place = first + word // words * 2 * words * (16 // bits) + word % words
+            source = start_of(x) + 4 * (g * group + n * CUT)
+            last = (32 // bits - 1) * words  # where the high halves of the last code in a word go
+            within("halves", place, last + CUT * bits // 16, 2 * columns)
+            total += _cut(bits, source, inverse, start_of(out) + 2 * place, words)
+        out[columns + g], out[sums + g] = scale, np.float32(total) * scale
+        if largest >= HUGE:
+            out[columns + g] = out[sums + g] = np.float32(np.nan)
+
+
+@serial
+def cut_rows(
+    h: Array, norm: Array, eps: float, matrices: Array, forms: Array, records: Array
+) -> None:
+    """Normalise rows `h` and cut each for every form: record `form * rows + row`."""
+    x = np.empty(h.shape[1], np.float32)
+    for row in range(h.shape[0]):
+        rms_norm(h[row], norm, eps, x)
+        for form in range(forms.size):
+            cut(x, matrices[forms[form]], records[form * h.shape[0] + row])
+
+
+def _sweep(bits: int, group: int) -> Any:
+    """Make the function that multiplies in one format."""
+    span = span_of(bits, group)
+    step_bytes, step_floats = group * bits // 8 * span, group * span
+
+    @serial
+    def sweep(codes: int, scales: Array, table: Array, columns: int, sums: Array) -> None:
+        """Add all whole steps of columns to the sums.
+
+        Args:
+            codes: address of the first weight row's codes.
+            scales: `[weight rows, places]` float32.
+            table: `[rows]` addresses of records.
+            columns: of the matrix.
+            sums: `[weight rows, rows, LANES]`.
+        """
+        keep_apart()
+        height, rows, records = scales.shape[0], table.size, start_of(table)
+        steps, row_bytes = columns // step_floats, columns * bits // 8
+        blocks = (steps + STEPS - 1) // STEPS
+        within("scales of a row", 0, blocks * STEPS * span, scales.shape[1])
+        within("sums", 0, height * rows * LANES, sums.size)
+        row_scales, row_sums = scales.shape[1] * 4, rows * LANES * 4
+        if rows == 1:  # a single record stays in the first cache as a whole
+            for row in range(height):
+                code, scale = codes + row * row_bytes, start_of(scales) + row * row_scales
+                out = start_of(sums) + row * row_sums
+                for step in range(0, steps, STEPS):
+                    count = min(STEPS, steps - step)
+                    offsets = step * step_floats * 4, (columns + step * span) * 4
+                    here, scale_here = code + step * step_bytes, scale + step * span * 4
+                    dot_block(bits, group, 1, here, scale_here, records, offsets, rows, count, out)
+            return
+        # Of several records only a block does, for a few weight rows, which are read ahead.
+        for first in range(0, height, TILE):
+            last = min(height, first + TILE)
+            for step in range(0, steps, STEPS):
+                count = min(STEPS, steps - step)
+                offsets = step * step_floats * 4, (columns + step * span) * 4
+                for row in range(first, last):
+                    here = codes + row * row_bytes + step * step_bytes
+                    scale_here = start_of(scales) + row * row_scales + step * span * 4
+                    out = start_of(sums) + row * row_sums
+                    dot_block(bits, group, 0, here, scale_here, records, offsets, rows, count, out)
+
+    return sweep
+
+
+_sweep_2_32, _sweep_2_64, _sweep_2_128 = (_sweep(2, g) for g in (32, 64, 128))
+_sweep_4_32, _sweep_4_64, _sweep_4_128 = (_sweep(4, g) for g in (32, 64, 128))
+_sweep_8_32, _sweep_8_64, _sweep_8_128 = (_sweep(8, g) for g in (32, 64, 128))
+
+
+@serial
+def _add_products(
+    bits: int, group: int, codes: int, scales: Array, table: Array, columns: int, sums: Array
+) -> None:
+    if bits == 4:
+        if group == 64:
+            _sweep_4_64(codes, scales, table, columns, sums)
+        elif group == 32:
+            _sweep_4_32(codes, scales, table, columns, sums)
+        else:
+            _sweep_4_128(codes, scales, table, columns, sums)
+    elif bits == 2:
+        if group == 64:
+            _sweep_2_64(codes, scales, table, columns, sums)
+        elif group == 32:
+            _sweep_2_32(codes, scales, table, columns, sums)
+        else:
+            _sweep_2_128(codes, scales, table, columns, sums)
+    elif group == 64:
+        _sweep_8_64(codes, scales, table, columns, sums)
+    elif group == 32:
+        _sweep_8_32(codes, scales, table, columns, sums)
+    else:
+        _sweep_8_128(codes, scales, table, columns, sums)
+
+
+@serial
+def _rest(
+    bits: int, group: int, codes: int, scales: int, planes: int, factors: int, groups: int
+) -> Any:
+    keep_apart()
+    if bits == 4:
+        if group == 32:
+            return dot_rest(4, 32, codes, scales, planes, factors, groups)
+        return dot_rest(4, 64, codes, scales, planes, factors, groups)
+    if bits == 2:
+        if group == 32:
+            return dot_rest(2, 32, codes, scales, planes, factors, groups)
+        if group == 64:
+            return dot_rest(2, 64, codes, scales, planes, factors, groups)
+        return dot_rest(2, 128, codes, scales, planes, factors, groups)
+    return dot_rest(8, 32, codes, scales, planes, factors, groups)
+
+
+@serial
+def _widened(matrix: Array, field: int, first: int, out: Array) -> None:
+    """Write scales or biases of weight rows from `first` on to `out` `[rows, places]`."""
+    groups = matrix[COLUMNS] // matrix[GROUP]
+    if groups == out.shape[1]:
+        widen(matrix[KIND], matrix[field], first * groups, out.reshape(-1))
+        return
+    for row in range(out.shape[0]):
+        widen(matrix[KIND], matrix[field], (first + row) * groups, out[row, :groups])
+        out[row, groups:] = np.float32(0)
+
+
+@serial
+def times_rows(matrix: Array, slot: int, first: int, last: int, table: Array, out: Array) -> None:
+    """Multiply weight rows `first` to `last` of a slot by records: `out` `[rows, last - first]`.
+
+    `table` has the records' addresses, at most MAX_ROWS.
+    """
+    keep_apart()
+    bits, group, columns, span = matrix[BITS], matrix[GROUP], matrix[COLUMNS], matrix[SPAN]
+    height, rows, groups, width = last - first, table.size, columns // group, places(matrix)
+    top, row_bytes = slot * matrix[HEIGHT] + first, columns * bits // 8
+    within("slots", slot, 1, matrix[SLOTS])
+    within("weight rows", first, height, matrix[HEIGHT])
+    within("rows at a time", 0, rows, MAX_ROWS)
+    wide = np.empty((2, height, width), np.float32)
+    _widened(matrix, SCALES, top, wide[0])
+    _widened(matrix, BIASES, top, wide[1])
+    chunks = (groups + LANES - 1) // LANES
+    within("biases of a row", 0, chunks * LANES, width)
+    sums = new_records(height, rows * LANES).reshape(height, rows, LANES)
+    place = start_of(sums)
+    for row in range(height):
+        biases = start_of(wide) + (height + row) * width * 4
+        for r in range(rows):
+            start_sums(biases, table[r] + (columns + width) * 4, chunks, place)
+            place += LANES * 4
+    codes = matrix[CODES] + top * row_bytes
+    _add_products(bits, group, codes, wide[0], table, columns, sums)
+    left = groups % span  # groups that do not fill a vector
+    whole = groups - left
+    for row in range(height):
+        for r in range(rows):
+            out[r, row] = add_lanes(start_of(sums) + (row * rows + r) * LANES * 4)
+            if left:
+                out[r, row] += _rest(
+                    bits, group,
+                    codes + row * row_bytes + whole * group * bits // 8,
+                    start_of(wide) + (row * width + whole) * 4,
+                    table[r] + whole * group * 4, table[r] + (columns + whole) * 4, left,
+                )  # fmt: skip
+
+
+@serial
+def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> None:
+    """Normalise `x` `[columns]` to `out`; an empty weight copies."""
+    if weight.size == 0:
+        copy(x, out)
+        return
+    square = np.float32(0)
+    for value in x:
+        square += value * value
+    factor = np.float32(1) / np.sqrt(square / np.float32(x.size) + np.float32(eps))
+    for i in range(x.size):
+        out[i] = x[i] * factor * weight[i]
+
+
+@serial
+def silu(x: Any) -> Any:
+    """Return x * sigmoid(x)."""
+    return x / (np.float32(1) + np.exp(-x))
+
+
+# A job: multiply `ROWS` records by slot `SLOT` of matrix `FIRST`. With a `SECOND` matrix (else -1)
+# it makes silu(first x) * second x. Row number n is number `START` + n of the lists `sources` and
+# `targets`: its record is the source's from `RECORD` on (or from `OTHER` on for the second
+# matrix), and it goes to the flat output, where row 0 is at `PLACE`, as row `target`. `UNITS`
+# counts the units of the jobs before it.
+FIRST, SECOND, SLOT, RECORD, OTHER, START, ROWS, PLACE, UNITS = range(9)
+
+
+@serial
+def add_job(
+    jobs: Array, n: int, matrices: Array, first: int, second: int, slot: int, record: int,
+    other: int, start: int, rows: int, place: int,
+) -> int:  # fmt: skip
+    """Write job number `n` (all but its units) and return the units so far."""
+    job = jobs[n]
+    job[FIRST], job[SECOND], job[SLOT] = first, second, slot
+    job[RECORD], job[OTHER] = record, other
+    job[START], job[ROWS], job[PLACE] = start, rows, place
+    units = (matrices[first, HEIGHT] + UNIT - 1) // UNIT
+    jobs[n + 1, UNITS] = jobs[n, UNITS] + units
+    return jobs[n + 1, UNITS]
+
+
+@serial
+def _find(records: Array, first: int, sources: Array) -> Array:
+    """Return the addresses of records."""
+    for source in sources:
+        within("records", first + source, 1, records.shape[0])
+    return start_of(records) + (first + sources) * (4 * records.shape[1])
+
+
+def _unit(
+    unit: int, jobs: Array, matrices: Array, records: Array, sources: Array, targets: Array,
+    out: Array,
+) -> None:  # fmt: skip
+    """Do `UNIT` weight rows of the job that the unit belongs to."""
+    n = 0
+    while jobs[n + 1, UNITS] <= unit:
+        n += 1
+    job, matrix = jobs[n], matrices[jobs[n, FIRST]]
+    top = (unit - job[UNITS]) * UNIT
+    bottom = min(matrix[HEIGHT], top + UNIT)
+    within("numbers of a record", 0, matrix[COLUMNS] + 2 * places(matrix), records.shape[1])
+    within("sources", job[START], job[ROWS], sources.size)
+    for row in range(job[START], job[START] + job[ROWS], MAX_ROWS):
+        end = min(job[START] + job[ROWS], row + MAX_ROWS)
+        y = np.empty((end - row, bottom - top), np.float32)
+        table = _find(records, job[RECORD], sources[row:end])
+        times_rows(matrix, job[SLOT], top, bottom, table, y)
+        if job[SECOND] >= 0:
+            second, table = np.empty_like(y), _find(records, job[OTHER], sources[row:end])
+            times_rows(matrices[job[SECOND]], job[SLOT], top, bottom, table, second)
+            for r in range(end - row):
+                for i in range(bottom - top):
+                    y[r, i] = silu(y[r, i]) * second[r, i]
+        for r in range(end - row):
+            place = job[PLACE] + targets[row + r] * matrix[HEIGHT]
+            within("outputs", place + top, bottom - top, out.size)
+            copy(y[r], out[place + top : place + bottom])
+
+
+_INTEGERS, _TABLE = types.int64[::1], types.int64[:, ::1]
+_UNIT = types.void(
+    types.int64, _TABLE, _TABLE, types.float32[:, ::1], _INTEGERS, _INTEGERS, types.float32[::1]
+)
+UNIT_OF_WORK = Apart(_UNIT, _unit, **FAST)
+run_unit = caller(_UNIT)  # takes UNIT_OF_WORK's address, and what `_unit` takes
+
+
+@compiled
+def _project(
+    run: int, h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
+    out: Array,
+) -> None:  # fmt: skip
+    batch, count = h.shape[0], matrices.shape[0]
+    records = new_records(forms.size * batch, record_size(matrices, forms))
+    cut_rows(h, norm, eps, matrices, forms, records)
+    jobs, rows = np.zeros((count + 1, UNITS + 1), np.int64), np.arange(batch)
+    place, units = 0, 0
+    for n in range(count):
+        units = add_job(jobs, n, matrices, n, -1, 0, form_of[n] * batch, 0, 0, batch, place)
+        place += batch * matrices[n, HEIGHT]
+    for unit in prange(units):
+        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
+
+
+class Group:
+    """Matrices that take the same input."""
+
+    def __init__(self, *matrices: Matrix) -> None:
+        """Look up addresses and find which matrices can share a record."""
+        self.matrices = matrices
+        self.numbers = np.stack([m.numbers for m in matrices])
+        kinds = [(m.bits, m.group_size) for m in matrices]
+        forms = sorted(set(kinds))
+        self.forms = np.array([kinds.index(form) for form in forms])
+        self.form_of = np.array([forms.index(kind) for kind in kinds])
+        self.heights = [m.height for m in matrices]
+        self.arguments = self.numbers, self.forms, self.form_of
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Share it: a copy would hold the addresses of arrays that it does not keep."""
+        return self
+
+    def check_addresses(self) -> None:
+        """Raise IndexError if the kernels would read elsewhere, in the mode that looks."""
+        if not CHECKED:
+            return
+        for n, (matrix, row) in enumerate(zip(self.matrices, self.numbers.tolist(), strict=True)):
+            weights = row[SLOTS] * row[HEIGHT] * row[COLUMNS]
+            scales = weights // row[GROUP] * matrix.scales.itemsize
+            sizes = weights * row[BITS] // 8, scales, scales
+            for address, size, array in zip(row[: len(sizes)], sizes, matrix.arrays, strict=True):
+                inside(f"matrix {n}", address, size, view(array))
+
+
+NOTHING = np.zeros(0, np.float32)
+
+
+def project(h: Array, group: Group, norm: Array = NOTHING, eps: float = 0.0) -> list[Array]:
+    """Multiply rows `[rows, in]` by each matrix: one `[rows, out]` per matrix.
+
+    Args:
+        h: float32, C-contiguous.
+        group: the matrices.
+        norm: `[in]` weight of an RMS norm that comes first.
+        eps: of that norm.
+    """
+    for matrix in group.matrices:
+        expect("hidden states", h, (len(h), matrix.columns), np.float32)
+    if norm is not NOTHING:
+        expect("the norm's weight", norm, h.shape[1:])
+    group.check_addresses()
+    ends = np.cumsum(group.heights) * len(h)
+    out = np.empty(ends[-1], np.float32)
+    use_threads(h.size * int(ends[-1]))
+    _project(UNIT_OF_WORK.address, h, norm, eps, *group.arguments, out)
+    return [part.reshape(len(h), -1) for part in np.split(out, ends[:-1])]

@@ -1,0 +1,209 @@
+"""A GatedDeltaNet layer for one token per row, on a CPU, from hidden states to hidden states."""
+
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ..shapes import expect
+from .decode import (
+    HEIGHT,
+    UNIT_OF_WORK,
+    UNITS,
+    Group,
+    Matrix,
+    add_job,
+    cut,
+    cut_rows,
+    new_records,
+    record_size,
+    run_unit,
+    silu,
+)
+from .prefill import ALL, Array, compiled, copy, serial, use_threads
+
+QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # places in the group of matrices
+F32 = np.dtype(np.float32)
+
+
+@serial
+def _convolve(past: Array, now: Array, weight: Array, first: int, out: Array) -> Any:
+    """Convolve the channels from `first` on, apply SiLU, and return the sum of squares."""
+    last, square = weight.shape[1] - 1, np.float32(0)
+    for i in range(out.size):
+        c = first + i
+        total = weight[c, last] * now[c]
+        for tap in range(last):
+            total += weight[c, tap] * past[tap, c]
+        out[i] = silu(total)
+        square += out[i] * out[i]
+    return square
+
+
+@serial
+def _turn(
+    state: Array, q: Array, k: Array, v: Array, decay: float, strength: float, y: Array,
+    after: Array,
+) -> None:  # fmt: skip
+    """Take one step of the gated delta rule: states `[Dv, Dk]` before and `after`, y `[Dv]`."""
+    for d in range(v.size):
+        row, changed = state[d], after[d]
+        known, out = np.float32(0), np.float32(0)
+        for i in range(k.size):
+            known += row[i] * k[i]
+        change = (v[d] - decay * known) * strength
+        for i in range(k.size):
+            new = decay * row[i] + change * k[i]
+            out += new * q[i]
+            changed[i] = new
+        y[d] = out
+
+
+@serial
+def _gated_norm(y: Array, z: Array, weight: Array, eps: float) -> None:
+    square = np.float32(0)
+    for value in y:
+        square += value * value
+    factor = np.float32(1) / np.sqrt(square / np.float32(y.size) + np.float32(eps))
+    for i in range(y.size):
+        y[i] = y[i] * factor * weight[i] * silu(z[i])
+
+
+@serial
+def _head(
+    head: int, past: Array, now: Array, z: Array, strength: float, shift: float, conv: Array,
+    a_log: Array, dt_bias: Array, norm: Array, eps: Array, state: Array, y: Array, after: Array,
+) -> None:  # fmt: skip
+    """Do one value head, all between the projections: states `[Hv, Dv, Dk]`, y `[Dv]`."""
+    value_heads, value_dim, key_dim = state.shape
+    key_heads = (conv.shape[0] - value_heads * value_dim) // (2 * key_dim)
+    key_head = head // (value_heads // key_heads)
+    q, k, v = np.empty(key_dim, np.float32), np.empty(key_dim, np.float32), np.empty_like(y)
+    square = _convolve(past, now, conv, key_head * key_dim, q)
+    q *= np.float32(1) / np.sqrt((square + eps[1]) * np.float32(key_dim))
+    square = _convolve(past, now, conv, (key_heads + key_head) * key_dim, k)
+    k *= np.float32(1) / np.sqrt(square + eps[1])
+    _convolve(past, now, conv, 2 * key_heads * key_dim + head * value_dim, v)
+    shifted = shift + dt_bias[head]
+    softplus = max(shifted, np.float32(0)) + np.log1p(np.exp(-abs(shifted)))
+    decay = np.exp(-np.exp(a_log[head]) * softplus)
+    rate = np.float32(1) / (np.float32(1) + np.exp(-strength))
+    _turn(state[head], q, k, v, decay, rate, y, after[head])
+    _gated_norm(y, z, norm, eps[0])
+
+
+@compiled
+def _step(
+    run: int, h: Array, in_norm: Array, in_eps: float, matrices: Array, forms: Array,
+    form_of: Array, conv: Array, a_log: Array, dt_bias: Array, norm: Array, eps: Array,
+    past: Array, state: Array, new_past: Array, new_state: Array, result: Array,
+) -> None:  # fmt: skip
+    batch, heads, width = h.shape[0], state.shape[1], matrices[Z, HEIGHT]
+    records = new_records(forms.size * batch, record_size(matrices, forms))
+    cut_rows(h, in_norm, in_eps, matrices, forms, records)
+    jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
+    units, rows = 0, np.arange(batch)
+    for n in range(OUT):
+        units = add_job(jobs, n, matrices, n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
+        places[n + 1] = places[n] + batch * matrices[n, HEIGHT]
+    out = np.empty(places[OUT], np.float32)
+    for unit in prange(units):
+        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
+
+    channels, value_dim, y = conv.shape[0], width // heads, np.empty((batch, width), np.float32)
+    for unit in prange(batch * heads):
+        b, head = unit // heads, unit % heads
+        here = head * value_dim
+        z = places[Z] + b * width + here
+        _head(
+            head, past[b], out[b * channels : (b + 1) * channels], out[z : z + value_dim],
+            out[places[STRENGTH] + unit], out[places[SHIFT] + unit],
+            conv, a_log, dt_bias, norm, eps, state[b], y[b, here : here + value_dim],
+            new_state[b],
+        )  # fmt: skip
+
+    last = np.array([OUT])
+    records = new_records(batch, record_size(matrices, last))
+    for b in range(batch):
+        for tap in range(1, past.shape[1]):
+            copy(past[b, tap], new_past[b, tap - 1])
+        copy(out[b * channels : (b + 1) * channels], new_past[b, -1])
+        cut(y[b], matrices[OUT], records[b])
+    jobs[:] = 0
+    units = add_job(jobs, 0, matrices, OUT, -1, 0, 0, 0, 0, batch, 0)
+    for unit in prange(units):
+        run_unit(run, (unit, jobs, matrices, records, rows, rows, result))
+    result += h.reshape(-1)
+
+
+class DeltaBlock:
+    """A GatedDeltaNet layer, with the norm before it and the residual around it."""
+
+    def __init__(
+        self, inputs: tuple[Matrix, Matrix, Matrix, Matrix], out: Matrix, in_norm: Array,
+        in_eps: float, weights: Any,
+    ) -> None:  # fmt: skip
+        """Take the layer's weights.
+
+        Args:
+            inputs: the projections to q, k and v; to z; to b; and to a: `[..., H]` each.
+            out: `[H, Hv Dv]`.
+            in_norm: `[H]` float32 weight of the RMS norm before the layer.
+            in_eps: of that norm.
+            weights: `gated_delta_weights.MixerWeights`.
+        """
+        self._inputs, self._all = Group(*inputs), Group(*inputs, out)
+        self._in_norm = in_norm, in_eps
+        weights.check()
+        heads = weights.heads
+        self._past = weights.conv.shape[1] - 1, weights.channels
+        self._state = heads.values, heads.value_dim, heads.key_dim
+        self._check_projections(heads)
+        self._matrices = self._all.numbers, self._inputs.forms, self._inputs.form_of
+        tensors = weights.conv.squeeze(-1), weights.a_log, weights.dt_bias, weights.norm
+        conv, a_log, dt_bias, norm = (np.array(t).astype(np.float32) for t in tensors)
+        self._weights = conv, a_log, dt_bias, norm
+        self._eps = np.array([weights.norm_eps, weights.qk_eps], np.float32)
+
+    def _check_projections(self, heads: Any) -> None:
+        """Compare the projections with the heads that they serve."""
+        hidden, values = self._in_norm[0].size, heads.values * heads.value_dim
+        heights = self._past[1], values, heads.values, heads.values
+        shapes = [(1, height, hidden) for height in heights]
+        for name, matrix, shape in zip(
+            ("q, k and v", "z", "b", "a", "output"),
+            self._all.matrices,
+            [*shapes, (1, hidden, values)],
+            strict=True,
+        ):
+            expect(f"the projection of a GatedDeltaNet layer to {name}", matrix, shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Share it: a copy would hold the addresses of arrays that it does not keep."""
+        return self
+
+    def __call__(
+        self, h: Array, past: Array, state: Array, new_past: Array, new_state: Array
+    ) -> Array:
+        """Map hidden states `[rows, H]` float32 to `h + layer(norm(h))`, `[rows, H]`.
+
+        Args:
+            h: `[rows, H]`.
+            past: `[rows, taps - 1, channels]`, the convolution's last inputs.
+            state: `[rows, Hv, Dv, Dk]`.
+            new_past: where the new `past` goes.
+            new_state: where the new state goes, apart from `state`.
+        """
+        batch = len(h)
+        expect("hidden states", h, (batch, self._in_norm[0].size), F32)
+        for inputs, delta in ((past, state), (new_past, new_state)):
+            expect("a GatedDeltaNet layer's past inputs", inputs, (batch, *self._past), F32)
+            expect("a GatedDeltaNet layer's state", delta, (batch, *self._state), F32)
+        self._all.check_addresses()
+        result = np.empty(h.size, np.float32)
+        use_threads(ALL)
+        _step(
+            UNIT_OF_WORK.address, h, *self._in_norm, *self._matrices, *self._weights, self._eps,
+            past, state, new_past, new_state, result,
+        )  # fmt: skip
+        return result.reshape(h.shape)

@@ -1,0 +1,212 @@
+"""The mixture-of-experts block of one token per row, on a CPU, without a round trip through MLX.
+
+It takes three calls into compiled code: from hidden states to expert ids; then, once for each
+wave of experts that the caller brings into memory, the experts; then their weighted sum.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numba import prange
+
+from ..shapes import expect, expect_below, expect_count
+from .decode import (
+    HEIGHT,
+    ROWS,
+    SLOT,
+    START,
+    UNIT_OF_WORK,
+    UNITS,
+    Group,
+    Matrix,
+    add_job,
+    cut,
+    cut_rows,
+    new_records,
+    record_size,
+    rms_norm,
+    run_unit,
+)
+from .prefill import ALL, Array, compiled, copy, serial, use_threads
+
+# Places in the groups of matrices.
+ROUTER, SWITCH, SHARED_GATE, SHARED_UP = range(4)
+GATE, UP, DOWN, SHARED_DOWN = range(4)
+
+
+@serial
+def choose(logits: Array, renormalise: bool, ids: Array, scores: Array) -> None:
+    """Write the largest logits' places to `ids`, best first, and their softmax to `scores`."""
+    largest = logits.max()
+    total = np.float32(0)
+    left = np.empty_like(logits)
+    for i in range(logits.size):
+        left[i] = np.exp(logits[i] - largest)
+        total += left[i]
+    chosen = np.float32(0)
+    for k in range(ids.size):
+        best = 0
+        for i in range(logits.size):
+            if left[i] > left[best]:
+                best = i
+        ids[k], scores[k] = best, left[best]
+        chosen += left[best]
+        left[best] = np.float32(-1)
+    scores /= chosen if renormalise else total
+
+
+@compiled
+def _route(
+    run: int, h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
+    renormalise: bool, x: Array, hidden: Array, switch: Array, ids: Array, scores: Array,
+) -> None:  # fmt: skip
+    batch = h.shape[0]
+    records = new_records(forms.size * batch, record_size(matrices, forms))
+    for row in range(batch):
+        rms_norm(h[row], norm, eps, x[row])
+    cut_rows(x, norm[:0], eps, matrices, forms, records)
+    experts, inner = matrices[ROUTER, HEIGHT], matrices[SHARED_GATE, HEIGHT]
+    switches, hiddens = batch * experts, batch * (experts + 1)  # where in `out`
+    jobs, first, rows = np.zeros((4, UNITS + 1), np.int64), form_of * batch, np.arange(batch)
+    add_job(jobs, 0, matrices, ROUTER, -1, 0, first[ROUTER], 0, 0, batch, 0)
+    add_job(jobs, 1, matrices, SWITCH, -1, 0, first[SWITCH], 0, 0, batch, switches)
+    shared = (SHARED_GATE, SHARED_UP, 0, first[SHARED_GATE], first[SHARED_UP], 0, batch, hiddens)
+    units = add_job(jobs, 2, matrices, *shared)
+    out = np.empty(hiddens + batch * inner, np.float32)
+    for unit in prange(units):
+        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
+    for row in range(batch):
+        choose(out[row * experts : (row + 1) * experts], renormalise, ids[row], scores[row])
+        switch[row] = np.float32(1) / (np.float32(1) + np.exp(-out[switches + row]))
+        copy(out[hiddens + row * inner : hiddens + (row + 1) * inner], hidden[row])
+
+
+@compiled
+def _experts(
+    run: int, x: Array, tokens: Array, slots: Array, rows: Array, shared: Array, matrices: Array,
+    forms: Array, form_of: Array, y: Array,
+) -> None:  # fmt: skip
+    pairs, batch = tokens.size, x.shape[0]
+    inner, total = matrices[GATE, HEIGHT], tokens.size + shared.shape[0]
+    inputs = new_records(forms.size * batch, record_size(matrices, forms))
+    cut_rows(x, x[0, :0], 0.0, matrices, forms, inputs)
+    jobs, hidden = np.zeros((pairs + 2, UNITS + 1), np.int64), np.empty(pairs * inner, np.float32)
+    sources, targets = np.arange(total), np.empty(total, np.int64)
+    copy(rows, targets[:pairs])
+    for n in range(pairs, total):  # shared: the last ones
+        targets[n] = n + y.shape[0] - batch - pairs
+    first, count, units, start = form_of * batch, 0, 0, 0
+    for end in range(1, pairs + 1):
+        if end == pairs or slots[end] != slots[start]:
+            job = (GATE, UP, slots[start], first[GATE], first[UP], start, end - start, 0)
+            units = add_job(jobs, count, matrices, *job)
+            count, start = count + 1, end
+    for unit in prange(units):
+        run_unit(run, (unit, jobs, matrices, inputs, tokens, sources, hidden))
+
+    size = record_size(matrices, np.array([DOWN, SHARED_DOWN]))
+    middle = new_records(total, size)
+    for n in range(pairs):
+        cut(hidden[n * inner : (n + 1) * inner], matrices[DOWN], middle[n])
+    for row in range(shared.shape[0]):
+        cut(shared[row], matrices[SHARED_DOWN], middle[pairs + row])
+    for n in range(count):
+        job = (DOWN, -1, jobs[n, SLOT], 0, 0, jobs[n, START], jobs[n, ROWS], 0)
+        units = add_job(jobs, n, matrices, *job)
+    if total > pairs:
+        job = (SHARED_DOWN, -1, 0, 0, 0, pairs, total - pairs, 0)
+        units = add_job(jobs, count, matrices, *job)
+    flat = y.reshape(-1)
+    for unit in prange(units):
+        run_unit(run, (unit, jobs, matrices, middle, sources, targets, flat))
+
+
+@serial
+def _combine(h: Array, scores: Array, switch: Array, y: Array, out: Array) -> None:
+    batch, top_k = scores.shape
+    for row in range(batch):
+        total = out[row]
+        for i in range(total.size):
+            total[i] = h[row, i] + switch[row] * y[batch * top_k + row, i]
+        for k in range(top_k):
+            score, expert = scores[row, k], y[row * top_k + k]
+            for i in range(total.size):
+                total[i] += score * expert[i]
+
+
+# Brings experts into memory: takes ids `[rows, K]`, yields the flat places in it that a wave
+# serves, and each one's slot.
+Waves = Callable[[Array], Iterable[tuple[Array, Array]]]
+
+
+class MoeBlock:
+    """A layer's mixture of experts, with the norm before it and the residual around it."""
+
+    def __init__(
+        self, router: Matrix, switch: Matrix, shared: Sequence[Matrix], experts: Sequence[Matrix],
+        norm: Array, eps: float, top_k: int, renormalise: bool,
+    ) -> None:  # fmt: skip
+        """Take the layer's weights.
+
+        Args:
+            router: `[experts, H]`.
+            switch: `[1, H]`, whose sigmoid scales the shared expert.
+            shared: gate `[I', H]`, up `[I', H]` and down `[H, I']` of the shared expert.
+            experts: gate `[S, I, H]`, up `[S, I, H]` and down `[S, H, I]` in S slots.
+            norm: `[H]` float32 weight of the RMS norm.
+            eps: of that norm.
+            top_k: experts per row.
+            renormalise: whether the chosen experts' scores sum to one.
+        """
+        self._route = Group(router, switch, *shared[:2])
+        self._inputs = Group(*experts[:2])
+        self._all = Group(*experts, shared[2])
+        self._norm, self._eps = norm, eps
+        self._top_k, self._renormalise = top_k, renormalise
+        self._slots, inner, _ = experts[GATE].shape
+        hidden, extra = norm.size, shared[0].height
+        for name, matrix, shape in (
+            ("the router", router, (1, router.height, hidden)),
+            ("the shared expert's switch", switch, (1, 1, hidden)),
+            ("gate of the shared expert", shared[0], (1, extra, hidden)),
+            ("up of the shared expert", shared[1], (1, extra, hidden)),
+            ("down of the shared expert", shared[2], (1, hidden, extra)),
+            ("gate of the experts", experts[GATE], (self._slots, inner, hidden)),
+            ("up of the experts", experts[UP], (self._slots, inner, hidden)),
+            ("down of the experts", experts[DOWN], (self._slots, hidden, inner)),
+        ):
+            expect(name, matrix, shape)
+        expect_count("experts per token", top_k, router.height)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Share it: a copy would hold the addresses of arrays that it does not keep."""
+        return self
+
+    def __call__(self, h: Array, waves: Waves) -> Array:
+        """Map hidden states `[rows, H]` float32 to `h + moe(norm(h))`."""
+        (batch, width), top_k = h.shape, self._top_k
+        expect("hidden states", h, (batch, self._norm.size), np.float32)
+        self._route.check_addresses()
+        self._all.check_addresses()
+        x, switch = np.empty_like(h), np.empty(batch, np.float32)
+        shared = np.empty((batch, self._route.heights[SHARED_GATE]), np.float32)
+        ids, scores = np.empty((batch, top_k), np.int64), np.empty((batch, top_k), np.float32)
+        use_threads(ALL)
+        _route(
+            UNIT_OF_WORK.address, h, self._norm, self._eps, *self._route.arguments,
+            self._renormalise, x, shared, switch, ids, scores,
+        )  # fmt: skip
+        y = np.empty((batch * (top_k + 1), width), np.float32)
+        inputs = self._all.numbers, self._inputs.forms, self._inputs.form_of
+        for places, slots in waves(ids):
+            expect_below("places of experts", places, ids.size)
+            expect_below("slots of experts", slots, self._slots)
+            if batch > 1:  # rows of one expert are computed together
+                order = np.argsort(slots, kind="stable")
+                places, slots = places[order], slots[order]
+            _experts(UNIT_OF_WORK.address, x, places // top_k, slots, places, shared, *inputs, y)
+            shared = shared[:0]
+        out = np.empty_like(h)
+        _combine(h, scores, switch, y, out)
+        return out

@@ -1,0 +1,418 @@
+"""CPU kernels by numba: quantised matmul and expert MLP.
+
+MLX's own CPU quantised matmul reaches 1 GB/s in float32; these stay near the memory's bandwidth.
+They work on NumPy views of MLX arrays, float32 in and out. Layouts and rules as in `reference.py`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+from numba import carray, config, prange, set_num_threads, types
+
+from ...errors import FlashMoEError
+from ..shapes import expect, expect_below, expect_quantised
+from .bounds import CHECKED, inside, jit, within
+from .call import Apart, caller
+from .simd import (
+    HAS_PERMUTE,
+    address,
+    bfloat_to_f32,
+    dot_tile,
+    floats,
+    half_to_f32,
+    lanes_of,
+    octets,
+    unsigned_shorts,
+)
+
+BITS = (2, 4, 8)
+GROUP_SIZES = (32, 64, 128)
+# Activation rows and weight rows that are multiplied at once: their sums fill the registers.
+ROWS, TILE = 4, 4 if HAS_PERMUTE else 2
+UNIT = 32  # weight rows per unit of parallel work
+ALL = 1 << 30  # multiply-adds that surely deserve all threads
+
+Array = np.ndarray[Any, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+F32_SCALES, BF16_SCALES, F16_SCALES = range(3)  # what numbers scales and biases are
+SCALE_TYPES = mx.float32, mx.bfloat16, mx.float16
+FAST: dict[str, Any] = {"fastmath": True, "error_model": "numpy"}
+
+
+def compiled(function: Function) -> Function:
+    """Compile a function whose `prange` loops use all threads."""
+    return jit(parallel=True, **FAST)(function)
+
+
+def serial(function: Function) -> Function:
+    """Compile a function for use inside the parallel ones."""
+    return jit(**FAST)(function)
+
+
+def use_threads(work: int) -> None:
+    """Use all threads for `work` multiply-adds, or one if that takes less than about 0.1 ms.
+
+    Waking the others costs 10 microseconds, and milliseconds when other programs hold the cores.
+    """
+    set_num_threads(config.NUMBA_NUM_THREADS if work > 1 << 20 else 1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A bank of quantised matrices as NumPy views; a single matrix is a bank of one.
+
+    Attributes:
+        codes: `[S, out, in * bits / 8]` uint8.
+        scales: `[S, out, groups]` float32, or uint16 holding bfloat16 or float16.
+        biases: like `scales`.
+        bits: bits per weight.
+        group_size: columns per scale and bias.
+        kind: what numbers the scales and biases are: F32_SCALES, BF16_SCALES or F16_SCALES.
+    """
+
+    codes: Array
+    scales: Array
+    biases: Array
+    bits: int
+    group_size: int
+    kind: int
+
+    @cached_property
+    def numbers(self) -> Array:
+        """What the kernels read: kind, three addresses, rows, bytes and groups of a row, S."""
+        slots, height, row_bytes = self.codes.shape
+        addresses = [array.ctypes.data for array in self.arrays]
+        sizes = height, row_bytes, self.scales.shape[2], slots
+        return np.array([self.kind, *addresses, *sizes], np.int64)
+
+    @property
+    def arrays(self) -> tuple[Array, Array, Array]:
+        """Codes, scales and biases."""
+        return self.codes, self.scales, self.biases
+
+    @property
+    def columns(self) -> int:
+        """Columns of one matrix."""
+        return self.codes.shape[2] * 8 // self.bits
+
+    def check_addresses(self) -> None:
+        """Raise IndexError if the kernels would read elsewhere, in the mode that looks."""
+        if CHECKED:
+            for address, array in zip(self.numbers[1:4].tolist(), self.arrays, strict=True):
+                inside("a matrix", address, array.nbytes, array)
+
+
+def supports(bits: int, group_size: int, scales: mx.array) -> bool:
+    """Say whether these kernels take such a matrix."""
+    return bits in BITS and group_size in GROUP_SIZES and scales.dtype in SCALE_TYPES
+
+
+def scale_kind(scales: mx.array) -> int:
+    """Return the kernels' number for the scales' dtype."""
+    return SCALE_TYPES.index(scales.dtype)
+
+
+def rows(x: mx.array) -> Array:
+    """Evaluate float32 activations `[..., columns]` and view them as `[rows, columns]`.
+
+    NumPy does the reshaping: through MLX it would be one more evaluation, 50 microseconds.
+    """
+    return np.ascontiguousarray(np.asarray(x)).reshape(-1, x.shape[-1])
+
+
+def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int) -> Packed:
+    """View evaluated, row-contiguous MLX arrays; no byte is copied."""
+    expect_quantised("a matrix", codes, scales, biases, bits, group)
+
+    def bank(array: Array) -> Array:
+        return array.reshape(-1, *array.shape[-2:])
+
+    return Packed(
+        bank(view(codes).view(np.uint8)),
+        bank(view(scales)),
+        bank(view(biases)),
+        bits,
+        group,
+        scale_kind(scales),
+    )
+
+
+def view(array: mx.array) -> Array:
+    """View an evaluated row-contiguous MLX array; bfloat16 and float16 as uint16."""
+    memory = memoryview(array)  # type: ignore[arg-type]
+    if not memory.c_contiguous:
+        raise FlashMoEError(f"{list(array.shape)} is not row-contiguous: pass mx.contiguous of it.")
+    if array.dtype in (mx.bfloat16, mx.float16):
+        return np.frombuffer(memory.cast("B"), np.uint16).reshape(array.shape)
+    return np.asarray(array)
+
+
+@serial
+def copy(source: Array, target: Array) -> None:
+    """Write a row to another of its size; an assignment would compile an error message, too."""
+    for i in range(target.size):
+        target[i] = source[i]
+
+
+@serial
+def widen(kind: int, source: int, place: int, out: Array) -> None:
+    """Write scales or biases as float32 to `out`: its size of them, from number `place` on.
+
+    Args:
+        kind: what numbers they are.
+        source: address of the first one.
+        place: how many to skip.
+        out: flat float32.
+    """
+    if kind == F32_SCALES:
+        copy(carray(floats(source + 4 * place), out.size), out)
+        return
+    stored = carray(unsigned_shorts(source + 2 * place), out.size)
+    if kind == BF16_SCALES:
+        for i in range(out.size):
+            out[i] = bfloat_to_f32(stored[i])
+    else:
+        for i in range(out.size):
+            out[i] = half_to_f32(stored[i])
+
+
+@functools.cache
+def _split(bits: int, lanes: int) -> Callable[..., None]:
+    phases = 8 // bits
+
+    @jit(fastmath=True)
+    def split(x: Array, out: Array, sums: Array) -> None:
+        count, columns = x.shape
+        rows, groups = out.shape[3], sums.shape[1]
+        group = columns // groups
+        for n in range(count):
+            place = out[n // rows, :, :, n % rows]
+            for chunk in range(place.shape[0]):
+                for lane in range(lanes):
+                    for phase in range(phases):
+                        place[chunk, phase, lane] = x[n, (chunk * lanes + lane) * phases + phase]
+            for g in range(groups):
+                total = np.float32(0)
+                for column in range(g * group, (g + 1) * group):
+                    total += x[n, column]
+                sums[n, g] = total
+
+    return split
+
+
+def split(x: Array, bits: int, group_size: int, rows: int) -> tuple[Array, Array]:
+    """Lay activations out as `dot_tile` takes them, and sum them per group for the biases.
+
+    Args:
+        x: `[count, columns]` float32; count is a multiple of `rows`.
+        bits: bits per weight.
+        group_size: columns per group.
+        rows: activation rows per block.
+
+    Returns:
+        `[count / rows, chunks, 8 / bits, rows, lanes]` and `[count, groups]`.
+    """
+    count, columns = x.shape
+    lanes = lanes_of(bits, group_size)
+    shape = (count // rows, columns * bits // 8 // lanes, 8 // bits, rows, lanes)
+    out, sums = np.empty(shape, np.float32), np.empty((count, columns // group_size), np.float32)
+    _split(bits, lanes)(x, out, sums)
+    return out, sums
+
+
+_INTEGERS, _FLOATS = types.int64[::1], types.float32[:, ::1]
+_UNIT = types.void(
+    types.int64, _INTEGERS, _INTEGERS, _INTEGERS, types.float32[::1], _FLOATS, _FLOATS
+)
+_run_unit = caller(_UNIT)
+
+
+@functools.cache
+def _unit_of_work(bits: int, group_size: int, tile: int, rows: int) -> Apart:
+    """Make what multiplies `UNIT` weight rows of a slot, in one format."""
+
+    def unit(
+        number: int, weight: Array, slots: Array, starts: Array, x: Array, sums: Array, out: Array
+    ) -> None:
+        kind, codes, scales, biases, height, row_bytes, groups, count = (
+            weight[0], weight[1], weight[2], weight[3], weight[4], weight[5], weight[6], weight[7]
+        )  # fmt: skip
+        units, block_size = (height + UNIT - 1) // UNIT, rows * row_bytes * 8 // bits
+        run, top = number // units, number % units * UNIT
+        within("slots", slots[run], 1, count)
+        within("codes of a row", 0, groups * group_size * bits // 8, row_bytes)
+        dots = np.empty((tile, rows), np.float32)
+        wide = np.empty((2, tile, groups), np.float32)
+        for row in range(top, min(height, top + UNIT), tile):
+            within("weight rows", row, tile, height)
+            first = slots[run] * height + row
+            widen(kind, scales, first * groups, wide[0].reshape(-1))
+            widen(kind, biases, first * groups, wide[1].reshape(-1))
+            for block in range(starts[run], starts[run + 1]):
+                within("activations", block * block_size, block_size, x.size)
+                dot_tile(
+                    bits,
+                    group_size,
+                    tile,
+                    rows,
+                    octets(codes + first * row_bytes),
+                    address(wide, 0),
+                    address(x, block * block_size),
+                    groups,
+                    address(dots, 0),
+                )
+                for w in range(tile):
+                    for r in range(rows):
+                        n = block * rows + r
+                        bias = np.float32(0)
+                        for g in range(groups):
+                            bias += wide[1, w, g] * sums[n, g]
+                        out[n, row + w] = dots[w, r] + bias
+
+    return Apart(_UNIT, unit, **FAST)
+
+
+@compiled
+def _matmul(
+    run: int, units: int, weight: Array, slots: Array, starts: Array, x: Array, sums: Array,
+    out: Array,
+) -> None:  # fmt: skip
+    for unit in prange(units):
+        _run_unit(run, (unit, weight, slots, starts, x, sums, out))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Activation rows that go through one launch.
+
+    Attributes:
+        rows: how many rows are multiplied at once: 1 or ROWS.
+        chosen: which activation rows, a slice or indices; each `rows` of them share a slot.
+        slots: `[runs]`, the slot of each run.
+        starts: `[runs + 1]`, where each run starts, counted in units of `rows`.
+    """
+
+    rows: int
+    chosen: slice | Array
+    slots: Array
+    starts: Array
+
+
+@functools.lru_cache(maxsize=64)
+def _one_matrix(count: int) -> tuple[Block, ...]:
+    """Plan `count` rows for a bank of one: fours, then what is left over."""
+    fours = count // ROWS
+    slot, rest = np.zeros(1, np.int64), slice(fours * ROWS, count)
+    blocks = (
+        Block(ROWS, slice(0, fours * ROWS), slot, np.array([0, fours])),
+        Block(1, rest, slot, np.array([0, rest.stop - rest.start])),
+    )
+    return tuple(block for block in blocks if block.starts[1])
+
+
+def _many_matrices(slots: Array) -> tuple[Block, ...]:
+    """Plan rows of which number n uses matrix `slots[n]` (ascending)."""
+    begins = np.flatnonzero(np.diff(slots, prepend=-1))
+    lengths = np.diff(begins, append=slots.size)
+    place = np.arange(slots.size) - np.repeat(begins, lengths)
+    fours = place < np.repeat(lengths - lengths % ROWS, lengths)
+    blocks = []
+    for chosen, rows in ((np.flatnonzero(fours), ROWS), (np.flatnonzero(~fours), 1)):
+        if chosen.size:
+            units = slots[chosen[::rows]]
+            starts = np.flatnonzero(np.diff(units, prepend=-1))
+            runs = units[starts], np.append(starts, units.size)
+            whole = chosen.size == slots.size
+            blocks.append(Block(rows, slice(None) if whole else chosen, *runs))
+    return tuple(blocks)
+
+
+def plan(count: int, slots: Array | None = None) -> Sequence[Block]:
+    """Plan launches for `count` rows, with ascending `slots` `[count]` in a bank of many."""
+    return _one_matrix(count) if slots is None else _many_matrices(slots)
+
+
+class Activations:
+    """Activation rows, ready to be multiplied by several matrices.
+
+    A row's results do not depend on the other rows.
+    """
+
+    def __init__(self, x: Array, blocks: Sequence[Block]) -> None:
+        """Take rows `[rows, in]` float32 and what `plan` made for them."""
+        self._x, self._blocks = x, blocks
+        self._splits: dict[tuple[int, int], list[tuple[Array, Array]]] = {}
+
+    def times(self, weight: Packed) -> Array:
+        """Multiply each row by its matrix: `[rows, out]` float32."""
+        expect("activations", self._x, (len(self._x), weight.columns), np.float32)
+        slots, height = weight.codes.shape[:2]
+        for block in self._blocks:
+            expect_below("slots of experts", block.slots, slots)
+        weight.check_addresses()
+        bits, group_size = weight.bits, weight.group_size
+        if (bits, group_size) not in self._splits:
+            self._splits[bits, group_size] = [
+                split(self._x[b.chosen], bits, group_size, b.rows) for b in self._blocks
+            ]
+        out = np.empty((self._x.shape[0], height), np.float32)
+        for block, (x, sums) in zip(self._blocks, self._splits[bits, group_size], strict=True):
+            scattered = not isinstance(block.chosen, slice)
+            y = np.empty((sums.shape[0], height), np.float32) if scattered else out[block.chosen]
+            tile = TILE if block.rows > 1 and height % TILE == 0 else 1
+            use_threads(x.size * height)
+            _matmul(
+                _unit_of_work(bits, group_size, tile, block.rows).address,
+                (height + UNIT - 1) // UNIT * block.slots.size,
+                weight.numbers, block.slots, block.starts, x.reshape(-1), sums, y,
+            )  # fmt: skip
+            if scattered:
+                out[block.chosen] = y
+        return out
+
+
+@compiled
+def _swiglu(gate: Array, up: Array) -> None:
+    for row in prange(gate.shape[0]):
+        for column in range(gate.shape[1]):
+            g = gate[row, column]
+            gate[row, column] = g / (np.float32(1) + np.exp(-g)) * up[row, column]
+
+
+def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = None) -> Array:
+    """Run a SwiGLU expert on each row: `[rows, H]` float32 to `[rows, H]` float32.
+
+    Args:
+        x: `[rows, H]`.
+        gate: bank `[S, I, ...]`.
+        up: bank `[S, I, ...]`.
+        down: bank `[S, H, ...]`.
+        slots: `[rows]`, ascending; None for banks of one.
+    """
+    if slots is not None:
+        expect_below("slots of experts", slots, len(gate.codes))
+    blocks = plan(x.shape[0], slots)
+    activations = Activations(x, blocks)
+    hidden, up_hidden = activations.times(gate), activations.times(up)
+    expect("gate and up", up_hidden, hidden.shape)
+    use_threads(16 * hidden.size)
+    _swiglu(hidden, up_hidden)
+    return Activations(hidden, blocks).times(down)
+
+
+def prepare(bits: int, group_size: int, dtype: mx.Dtype) -> None:
+    """Compile everything that an expert of this format takes, by running a small one."""
+    columns = max(group_size, 32)
+    shapes = (TILE, columns * bits // 32), (TILE, columns // group_size)
+    codes, scales = mx.zeros(shapes[0], dtype=mx.uint32), mx.zeros(shapes[1], dtype=dtype)
+    mx.eval(codes, scales)
+    if supports(bits, group_size, scales):
+        weight = packed(codes, scales, scales, bits, group_size)
+        for rows in (1, ROWS):
+            y = Activations(np.zeros((rows, columns), np.float32), plan(rows)).times(weight)
+            _swiglu(y, y)

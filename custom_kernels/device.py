@@ -1,0 +1,75 @@
+"""Which executor runs an op: MLX's own ops, or on a CPU device the numba kernels."""
+
+import functools
+import os
+import sys
+from types import ModuleType
+
+import mlx.core as mx
+
+from ..errors import FlashMoEError
+from . import launch
+
+
+def kernel_choice() -> str:
+    """Return FLASHMOE_KERNELS: "auto" (the default), "stock" or "custom".
+
+    Raises:
+        FlashMoEError: it is anything else.
+    """
+    choice = os.environ.get("FLASHMOE_KERNELS", "auto")
+    if choice not in ("auto", "stock", "custom"):
+        raise FlashMoEError(
+            f"FLASHMOE_KERNELS = {choice!r} is not a choice of kernels. "
+            "Write auto, stock or custom."
+        )
+    return choice
+
+
+_rejected: set[str] = set()
+
+
+def reject_cpu_kernels(reason: str) -> None:
+    """Use MLX's own ops on the CPU from now on in this process."""
+    _rejected.add(reason)
+    _cpu_module.cache_clear()
+
+
+@functools.cache
+def _cpu_module() -> ModuleType | None:
+    if kernel_choice() == "stock" or _rejected:
+        return None
+    # Threads that spin for long while they wait are taken for busy, and put off for whole time
+    # slices when another program runs: decoding then slows down tenfold. See docs/kernels.md.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    try:
+        from .cpu import prefill
+    except ImportError:
+        print(
+            "[flashmoe] numba is not installed, so experts are computed by MLX's own CPU ops, "
+            "which are many times slower. Install it: pip install numba",
+            file=sys.stderr,
+        )
+        return None
+    return prefill
+
+
+def on_gpu(x: mx.array) -> bool:
+    """Say whether `x` is computed on a GPU that our kernels run on, and they are wanted."""
+    gpu_dtype = x.dtype in (mx.bfloat16, mx.float16, mx.float32)
+    return gpu_dtype and _gpu_is_default() and kernel_choice() != "stock"
+
+
+def _gpu_is_default() -> bool:
+    return mx.default_device() == mx.Device(mx.gpu) and launch.available()
+
+
+def cpu_kernels(x: mx.array) -> ModuleType | None:
+    """Return the module of CPU kernels if they can take `x`, else None.
+
+    They compute at once, where MLX would build a graph, and take float32 on a CPU device.
+    """
+    if x.dtype != mx.float32 or mx.default_device() != mx.Device(mx.cpu):
+        return None
+    return _cpu_module()

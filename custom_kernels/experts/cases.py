@@ -1,0 +1,261 @@
+"""Trials of the expert kernels: gate and up, down and combine, and both together."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import mlx.core as mx
+
+from .. import reference
+from ..autotune import prefers_custom
+from ..case import DTYPES, NAMES, random_quantised
+from ..linear.linear import swiglu
+from ..linear.matvec import MAX_TOKENS
+from ..weights import Bank
+from .decode import expert_down_combine, expert_gate_up, expert_mlp_by_kernels, supports
+from .router import MAX_TOP_K, RouterTrial
+
+
+def wanted(x: mx.array, banks: list[Bank], shared: list[Bank], top_k: int) -> bool:
+    """Say whether to run a mixture on `[..., H]` tokens by router and expert kernels."""
+    tokens = x.size // x.shape[-1]
+    if tokens > MAX_TOKENS or top_k > MAX_TOP_K or not (supports(*banks) and supports(*shared)):
+        return False
+    gate, _, down = banks
+    if x.dtype not in (gate.scales.dtype, mx.float32):
+        return False  # stock widens the result
+    slots, inner, _ = gate.scales.shape
+    if len({b.group_size for b in (*banks, *shared)}) > 1 or shared[0].scales.shape[0] != inner:
+        return False
+    trial = ExpertsTrial(
+        x.shape[-1],
+        inner,
+        min(slots, top_k + 1),
+        top_k,
+        gate.bits,
+        gate.group_size,
+        NAMES[x.dtype],
+        NAMES[gate.scales.dtype],
+        down.bits,
+        shared[0].bits,
+        tokens,
+    )
+    return prefers_custom(trial) and prefers_custom(RouterTrial(slots, top_k, "float32", tokens))
+
+
+@dataclass(frozen=True)
+class ExpertsTrial:
+    """Routed and shared experts of a few tokens; see `trial.Trial`.
+
+    Attributes:
+        hidden: H.
+        inner: I, of routed and shared expert.
+        slots: experts in the banks.
+        top_k: K.
+        bits: of gate and up.
+        down_bits: of down.
+        group_size: columns per scale.
+        dtype: of activations.
+        scale_dtype: of scales and biases.
+        shared_bits: of the shared expert.
+        tokens: N.
+    """
+
+    op: ClassVar[str] = "expert_mlp"
+    hidden: int
+    inner: int
+    slots: int
+    top_k: int
+    bits: int
+    group_size: int
+    dtype: str
+    scale_dtype: str
+    down_bits: int = 0
+    shared_bits: int = 4
+    tokens: int = 1
+
+    @cached_property
+    def _shapes(self) -> list[tuple[tuple[int, ...], int]]:
+        """Shape and bits of gate, up, down, and the same of the shared expert."""
+        wide, tall = (self.inner, self.hidden), (self.hidden, self.inner)
+        down_bits = self.down_bits or self.bits
+        return [
+            ((self.slots, *wide), self.bits),
+            ((self.slots, *wide), self.bits),
+            ((self.slots, *tall), down_bits),
+            *((shape, self.shared_bits) for shape in (wide, wide, tall)),
+        ]
+
+    def _matrix_bytes(self, index: int) -> int:
+        shape, bits = self._shapes[index]
+        scales = 2 * DTYPES[self.scale_dtype].size * 8 / self.group_size
+        times = 1 if index > 2 else min(self.slots, self.tokens * self.top_k)
+        return int(times * shape[-1] * shape[-2] * (bits + scales) / 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of the experts used."""
+        return sum(map(self._matrix_bytes, self._used))
+
+    _used: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5)
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make x, slots, weights, the shared weight, then codes, scales, biases of six matrices."""
+        keys = mx.random.split(mx.random.key(seed), 10)
+        dtype, rows = DTYPES[self.dtype], self.tokens
+        x = mx.random.normal((rows, self.hidden), key=keys[0]).astype(dtype)
+        slots = mx.argsort(mx.random.uniform(shape=(rows, self.slots), key=keys[1]), axis=-1)
+        slots = slots[:, : self.top_k].astype(mx.uint32)
+        weights = mx.softmax(mx.random.normal((rows, self.top_k), key=keys[2]), axis=-1)
+        # As the router leaves it: at the beginning of a larger array, see LEAST_ELEMENTS.
+        shared = mx.sigmoid(mx.random.normal((rows + 8, 1), key=keys[3]))
+        arrays = [x, slots, weights.astype(dtype), shared.astype(dtype)[:rows]]
+        for key, (shape, bits) in zip(keys[4:], self._shapes, strict=True):
+            scale_dtype = DTYPES[self.scale_dtype]
+            arrays += random_quantised(key, shape, bits, self.group_size, scale_dtype)
+        mx.eval(arrays)
+        return arrays
+
+    def _banks(self, inputs: tuple[mx.array, ...]) -> list[Bank]:
+        return [
+            Bank.of(inputs[4 + 3 * i : 7 + 3 * i], bits, self.group_size)
+            for i, (_, bits) in enumerate(self._shapes)
+        ]
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernels."""
+        x, slots, weights, shared = inputs[:4]
+        banks = self._banks(inputs)
+        y = expert_mlp_by_kernels(x, slots, weights, banks[:3], banks[3:], shared, residual=x)
+        return [y]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by mx.gather_qmm and mx.quantized_matmul, as mlx-lm does."""
+        hidden, shared = self._stock_hidden(inputs)
+        return self._stock_combine(hidden, shared, inputs)
+
+    def _stock_hidden(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
+        x, banks = inputs[0], self._banks(inputs)
+        wide = x[:, None, None, :]
+        gate, up = (_gather(wide, bank, inputs[1]) for bank in banks[:2])
+        shared_gate, shared_up = (_multiply(x, bank) for bank in banks[3:5])
+        return swiglu(gate, up), swiglu(shared_gate, shared_up)
+
+    def _stock_combine(
+        self, hidden: mx.array, shared: mx.array, inputs: tuple[mx.array, ...]
+    ) -> list[mx.array]:
+        x, slots, weights, shared_weight = inputs[:4]
+        banks = self._banks(inputs)
+        y = _gather(hidden, banks[2], slots).squeeze(-2)
+        y = (y * weights[..., None]).sum(axis=-2)
+        return [x + y + shared_weight * _multiply(shared, banks[5])]
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        hidden, shared = self._true_hidden(inputs)
+        return self._true_combine(hidden, shared, inputs)
+
+    def _true_hidden(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
+        x, slots, banks = inputs[0].astype(mx.float32), inputs[1], self._banks(inputs)
+        gate, up = (
+            (_dequantise(bank, slots) @ x[:, None, :, None]).squeeze(-1) for bank in banks[:2]
+        )
+        shared_gate, shared_up = (x @ _dequantise(bank).T for bank in banks[3:5])
+        return gate * mx.sigmoid(gate) * up, shared_gate * mx.sigmoid(shared_gate) * shared_up
+
+    def _true_combine(
+        self, hidden: mx.array, shared: mx.array, inputs: tuple[mx.array, ...]
+    ) -> list[mx.array]:
+        x, slots, weights, shared_weight = (
+            t if t.dtype == mx.uint32 else t.astype(mx.float32) for t in inputs[:4]
+        )
+        banks = self._banks(inputs)
+        y = (_dequantise(banks[2], slots) @ hidden.astype(mx.float32)[..., None]).squeeze(-1)
+        other = shared.astype(mx.float32) @ _dequantise(banks[5]).T
+        return [x + (y * weights[..., None]).sum(axis=-2) + shared_weight * other]
+
+
+@dataclass(frozen=True)
+class ExpertGateUpTrial(ExpertsTrial):
+    """The first half: silu(gate x) * up x."""
+
+    op: ClassVar[str] = "expert_gate_up"
+    _used: ClassVar[tuple[int, ...]] = (0, 1, 3, 4)
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel."""
+        x, slots, banks = inputs[0], inputs[1], self._banks(inputs)
+        return [expert_gate_up(x, slots, banks[0], banks[1], (banks[3], banks[4]))]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by MLX's own ops."""
+        return self._flat(*self._stock_hidden(inputs))
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        return self._flat(*self._true_hidden(inputs))
+
+    def _flat(self, hidden: mx.array, shared: mx.array) -> list[mx.array]:
+        return [mx.concatenate([hidden.reshape(self.tokens, -1), shared], axis=-1)]
+
+
+@dataclass(frozen=True)
+class ExpertDownTrial(ExpertsTrial):
+    """The second half: down, weighted sum, shared expert, residual."""
+
+    op: ClassVar[str] = "expert_down_combine"
+    _used: ClassVar[tuple[int, ...]] = (2, 5)
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Add the hidden activations `[tokens, K * I + I]` at the end."""
+        width = (self.top_k + 1) * self.inner
+        hidden = mx.random.normal((self.tokens, width), key=mx.random.key(seed + 1))
+        hidden = hidden.astype(DTYPES[self.dtype])
+        mx.eval(hidden)
+        return [*super().inputs(seed), hidden]
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel."""
+        x, slots, weights, shared = inputs[:4]
+        banks, hidden = self._banks(inputs), inputs[-1]
+        other = (banks[5], shared)
+        return [expert_down_combine(hidden, slots, weights, banks[2], other, x, x.dtype)]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by MLX's own ops."""
+        hidden, shared = self._halves(inputs)
+        return self._stock_combine(hidden[..., None, :], shared, inputs)
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        return self._true_combine(*self._halves(inputs), inputs)
+
+    def _halves(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
+        routed, shared = mx.split(inputs[-1], [self.top_k * self.inner], axis=-1)
+        return routed.reshape(self.tokens, self.top_k, self.inner), shared
+
+
+def _gather(x: mx.array, bank: Bank, slots: mx.array) -> mx.array:
+    return mx.gather_qmm(
+        x,
+        bank.codes,
+        bank.scales,
+        bank.biases,
+        rhs_indices=slots,
+        transpose=True,
+        group_size=bank.group_size,
+        bits=bank.bits,
+    )
+
+
+def _multiply(x: mx.array, bank: Bank) -> mx.array:
+    return mx.quantized_matmul(
+        x, bank.codes, bank.scales, bank.biases, group_size=bank.group_size, bits=bank.bits
+    )
+
+
+def _dequantise(bank: Bank, slots: mx.array | None = None) -> mx.array:
+    arrays = bank.codes, bank.scales, bank.biases
+    if slots is not None:
+        arrays = arrays[0][slots], arrays[1][slots], arrays[2][slots]
+    return reference.dequantize(*arrays, bank.bits)

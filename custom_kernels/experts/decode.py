@@ -1,0 +1,203 @@
+"""The routed experts of a few tokens together with the shared expert, on a GPU, in two launches."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..launch import SIMD, Kernel, is_cuda
+from ..linear import matvec
+from ..linear.matvec import CHUNK
+from ..shapes import expect
+from ..weights import Bank
+
+WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # for NVIDIA's GPUs and many columns
+WIDE = 3072  # columns
+TILE = 4  # rows that share a lane's activations
+MAX_SIMDGROUPS = 16  # of a threadgroup that adds experts up
+
+_PARTS = ("codes", "scales", "biases")
+_gate_up = Kernel(
+    "experts/gate_up",
+    (
+        "x", "slots", "gain", "eps",
+        *(f"{m}_{p}" for m in ("gate", "up", "shared_gate", "shared_up") for p in _PARTS),
+    ),
+    ("hidden",),
+    ("affine.metal",),
+)  # fmt: skip
+_down_combine = Kernel(
+    "experts/down_combine",
+    (
+        "hidden", "slots", "weights", "shared_weight", "residual",
+        *_PARTS, *(f"shared_{p}" for p in _PARTS),
+    ),
+    ("y",),
+    ("affine.metal",),
+)  # fmt: skip
+
+
+def supports(gate: Bank, up: Bank, down: Bank) -> bool:
+    """Say whether the kernels take such experts: gate and up must be quantised alike."""
+    return (gate.bits, gate.group_size) == (up.bits, up.group_size) and all(
+        matvec.supports(bank.bits, bank.group_size) for bank in (gate, up, down)
+    )
+
+
+def expert_gate_up(
+    x: mx.array,
+    slots: mx.array,
+    gate: Bank,
+    up: Bank,
+    shared: tuple[Bank, Bank] | None = None,
+    norm: tuple[mx.array, mx.array] | None = None,
+) -> mx.array:
+    """Compute silu(gate x) * up x for each token's experts, and for the shared expert.
+
+    Args:
+        x: `[..., H]`.
+        slots: `[..., K]` uint32, where in the banks each expert lies.
+        gate: `[S, I, ...]`.
+        up: `[S, I, ...]`.
+        shared: gate and up of the shared expert, `[Is, ...]` each.
+        norm: gain `[H]` and epsilon `[1]` of an RMS norm to apply to x first.
+
+    Returns:
+        `[..., K * I + Is]` in x's dtype.
+    """
+    hidden, inner, top_k = x.shape[-1], gate.scales.shape[1], slots.shape[-1]
+    others = shared or (gate, up)
+    extra = others[0].scales.shape[0] if shared else 0
+    expect("slots of experts", slots, (*x.shape[:-1], top_k), mx.uint32)
+    for bank in (gate, up):
+        bank.check("gate and up of the experts", (len(gate.codes), inner, hidden))
+    for bank in shared or ():
+        bank.check("gate and up of the shared expert", (extra, hidden))
+    if norm is not None:
+        expect("the norm's weight", norm[0], (hidden,))
+    cuda = is_cuda()
+    chunk = WIDE_CHUNK if cuda and hidden >= WIDE else CHUNK
+    split = min(4, max(1, hidden // (SIMD * chunk[gate.bits]))) if cuda else 1
+    units_each, tile = (1, TILE) if cuda else (4, 2)
+    units = top_k * -(-inner // tile) + -(-extra // tile)
+    (y,) = _gate_up(
+        [x, slots, *(norm or (x, x)), *_arrays(gate, up, *others)],
+        [((*x.shape[:-1], top_k * inner + extra), x.dtype)],
+        (-(-units // units_each), x.size // hidden, 1),
+        SIMD * split * units_each,
+        T=x.dtype,
+        S=gate.scales.dtype,
+        H=hidden,
+        I=inner,
+        K=top_k,
+        TILE=tile,
+        SPLIT=split,
+        UNITS=units_each,
+        NORM=norm is not None,
+        **_formats(gate, others[0], extra, chunk),
+    )
+    return y
+
+
+def expert_down_combine(
+    hidden: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    down: Bank,
+    shared: tuple[Bank, mx.array] | None = None,
+    residual: mx.array | None = None,
+    dtype: mx.Dtype = mx.float32,
+) -> mx.array:
+    """Apply each token's down projections and add them up.
+
+    Args:
+        hidden: `[..., K * I + Is]`, from `expert_gate_up`.
+        slots: `[..., K]` uint32.
+        weights: `[..., K]`, the router's.
+        down: `[S, H, ...]`.
+        shared: down of the shared expert `[H, ...]`, and its weight `[..., 1]`.
+        residual: `[..., H]` to add.
+        dtype: of the result.
+
+    Returns:
+        `[..., H]`.
+    """
+    height, inner = down.scales.shape[1], down.scales.shape[2] * down.group_size
+    top_k, width = slots.shape[-1], hidden.shape[-1]
+    other, weight = shared or (down, weights)
+    extra, lead = width - top_k * inner, hidden.shape[:-1]
+    expect("slots of experts", slots, (*lead, top_k), mx.uint32)
+    expect("weights of experts", weights, (*lead, top_k))
+    down.check("down of the experts", (len(down.codes), height, inner))
+    if shared:
+        other.check("down of the shared expert", (height, extra))
+        expect("the shared expert's weight", weight, (*lead, 1))
+    else:
+        expect("hidden states of experts", hidden, (*lead, top_k * inner))
+    if residual is not None:
+        expect("the residual", residual, (*lead, height))
+    split = max(1, inner // (SIMD * CHUNK[down.bits]))
+    simdgroups = min(top_k + (extra > 0), MAX_SIMDGROUPS)
+    arrays = [hidden, slots, weights, weight, hidden if residual is None else residual]
+    (y,) = _down_combine(
+        [*arrays, *_arrays(down, other)],
+        [((*hidden.shape[:-1], height), dtype)],
+        (-(-height // TILE), hidden.size // width, 1),
+        SIMD * simdgroups,
+        T=hidden.dtype if residual is None else residual.dtype,
+        S=down.scales.dtype,
+        Y=dtype,
+        H=height,
+        I=inner,
+        K=top_k,
+        TILE=TILE,
+        SPLIT=split,
+        SIMDGROUPS=simdgroups,
+        RESIDUAL=residual is not None,
+        **_formats(down, other, extra, CHUNK),
+    )
+    return y
+
+
+def _arrays(*banks: Bank) -> list[mx.array]:
+    return [array for bank in banks for array in (bank.codes, bank.scales, bank.biases)]
+
+
+def _formats(bank: Bank, shared: Bank, extra: int, chunk: dict[int, int]) -> dict[str, int]:
+    return {
+        "BITS": bank.bits,
+        "GROUP": bank.group_size,
+        "CHUNK": chunk[bank.bits],
+        "SHARED": extra,
+        "SHARED_BITS": shared.bits,
+        "SHARED_GROUP": shared.group_size,
+        "SHARED_CHUNK": chunk[shared.bits],
+    }
+
+
+def expert_mlp_by_kernels(
+    x: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    banks: Sequence[Bank],
+    shared: Sequence[Bank] | None,
+    shared_weight: mx.array,
+    *,
+    norm: tuple[mx.array, mx.array] | None = None,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """Run a whole mixture for a few tokens: `[..., H]` to `[..., H]` in x's dtype.
+
+    Args:
+        x: `[..., H]`.
+        slots: `[..., K]` uint32.
+        weights: `[..., K]`, the router's.
+        banks: gate, up and down, `[S, out, ...]` each.
+        shared: the same of the shared expert, `[out, ...]` each.
+        shared_weight: `[..., 1]`.
+        norm: gain and epsilon of an RMS norm to apply to x first.
+        residual: `[..., H]` to add.
+    """
+    gate, up, down = banks
+    hidden = expert_gate_up(x, slots, gate, up, (shared[0], shared[1]) if shared else None, norm)
+    other = (shared[2], shared_weight) if shared else None
+    return expert_down_combine(hidden, slots, weights, down, other, residual, x.dtype)

@@ -1,0 +1,108 @@
+"""From router logits to experts: softmax, top-k and renormalisation."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+
+from .. import reference
+from ..case import DTYPES
+from ..launch import LEAST_ELEMENTS, SIMD, Kernel
+from ..shapes import expect_count
+
+MAX_TOP_K = SIMD
+_kernel = Kernel("experts/router", ("logits",), ("ids", "weights", "shared"))
+
+
+def route(
+    logits: mx.array, top_k: int, *, renormalise: bool, shared: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Choose each token's experts, by the GPU kernel.
+
+    Args:
+        logits: `[..., experts]`, or `[..., experts + 1]` with `shared`.
+        top_k: experts per token, at most MAX_TOP_K.
+        renormalise: make the chosen weights add up to 1.
+        shared: the last logit is the gate of the shared expert.
+
+    Returns:
+        ids `[..., K]` uint32, best first; weights `[..., K]` float32; and the shared expert's
+        weight `[..., 1]` float32, sigmoid(gate).
+    """
+    *lead, width = logits.shape
+    tokens = logits.size // width
+    expect_count("experts per token", top_k, min(MAX_TOP_K, width - shared))
+    ids, weights, gate = _kernel(
+        [logits],
+        [
+            ((*lead, top_k), mx.uint32),
+            ((*lead, top_k), mx.float32),
+            ((max(tokens, LEAST_ELEMENTS),), mx.float32),
+        ],
+        (tokens, 1, 1),
+        SIMD,
+        T=logits.dtype,
+        EXPERTS=width - shared,
+        K=top_k,
+        RENORMALISE=renormalise,
+        SHARED=shared,
+        SPARE=max(0, LEAST_ELEMENTS - tokens),
+    )
+    return ids, weights, gate[:tokens].reshape(*lead, 1)
+
+
+def route_by_mlx(
+    logits: mx.array, top_k: int, *, renormalise: bool, shared: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Do what `route` does with MLX's own ops, as mlx-lm does; ids come in any order."""
+    gate = mx.sigmoid(logits[..., -1:]) if shared else mx.zeros(0)
+    scores = mx.softmax(logits[..., :-1] if shared else logits, axis=-1, precise=True)
+    ids = mx.argpartition(scores, kth=-top_k, axis=-1)[..., -top_k:]
+    weights = mx.take_along_axis(scores, ids, axis=-1)
+    if renormalise:
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+    return ids, weights, gate
+
+
+@dataclass(frozen=True)
+class RouterTrial:
+    """`route` at one shape; see `trial.Trial`. Outputs every expert's weight, 0 if not chosen."""
+
+    op: ClassVar[str] = "router"
+    experts: int
+    top_k: int
+    dtype: str
+    tokens: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of logits, ids and weights."""
+        per_token = (self.experts + 1) * DTYPES[self.dtype].size + 8 * self.top_k + 4
+        return self.tokens * per_token
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make logits whose values all differ, so that the choice is unique in every dtype."""
+        keys = mx.random.split(mx.random.key(seed), self.tokens + 1)
+        order = mx.stack([mx.random.permutation(self.experts, key=k) for k in keys[1:]])
+        logits = (order.astype(mx.float32) - self.experts / 2) / 32
+        gate = mx.random.normal((self.tokens, 1), key=keys[0])
+        logits = mx.concatenate([logits, gate], axis=-1).astype(DTYPES[self.dtype])
+        mx.eval(logits)
+        return [logits]
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel."""
+        return self._spread(*route(inputs[0], self.top_k, renormalise=True, shared=True))
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by MLX's own ops."""
+        return self._spread(*route_by_mlx(inputs[0], self.top_k, renormalise=True, shared=True))
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        logits = inputs[0].astype(mx.float32)
+        return [reference.route(logits[:, :-1], self.top_k), mx.sigmoid(logits[:, -1:])]
+
+    def _spread(self, ids: mx.array, weights: mx.array, gate: mx.array) -> list[mx.array]:
+        zeros = mx.zeros((self.tokens, self.experts), dtype=weights.dtype)
+        return [mx.put_along_axis(zeros, ids, weights, axis=-1), gate]

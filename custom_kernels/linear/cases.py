@@ -1,0 +1,107 @@
+"""A quantised matrix times a few vectors, as kernel cases: to check, to time, to choose by."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import mlx.core as mx
+
+from .. import reference
+from ..case import DTYPES, random_quantised
+from ..cpu.entry import cpu_steps
+from ..launch import available as gpu_available
+from ..launch import scalar
+from .matvec import dequant_matvec, naive_matvec
+
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class MatvecTrial:
+    """`dequant_matvec` at one shape; see `trial.Trial`."""
+
+    op: ClassVar[str] = "dequant_matvec"
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+    dtype: str
+    scale_dtype: str
+    tokens: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, scales, biases and activations."""
+        groups = 2 * self.columns // self.group_size * DTYPES[self.scale_dtype].size
+        activations = self.tokens * (self.rows + self.columns) * DTYPES[self.dtype].size
+        return self.rows * (self.columns * self.bits // 8 + groups) + activations
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make x, codes, scales, biases."""
+        keys = mx.random.split(mx.random.key(seed), 2)
+        x = mx.random.normal((self.tokens, self.columns), key=keys[0]).astype(DTYPES[self.dtype])
+        shape = self.rows, self.columns
+        scale_dtype = DTYPES[self.scale_dtype]
+        arrays = [x, *random_quantised(keys[1], shape, self.bits, self.group_size, scale_dtype)]
+        mx.eval(arrays)
+        return arrays
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel: the GPU's, or numba's on a machine without one."""
+        x, codes, scales, biases = inputs
+        if not gpu_available() and (steps := cpu_steps(x)):
+            if id(codes) not in self._cpu_weights:
+                self._cpu_weights[id(codes)] = steps.matrices(inputs[1:], self.bits)
+            return [steps.multiply(x, self._cpu_weights[id(codes)])]
+        return [dequant_matvec(x, codes, scales, biases, self.bits)]
+
+    @cached_property
+    def _cpu_weights(self) -> dict[int, Any]:
+        """What the CPU kernels know of each set of inputs, as they know it of a model's layers."""
+        return {}
+
+    def naive(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by the naive kernel."""
+        x, codes, scales, biases = inputs
+        return [naive_matvec(x, codes, scales, biases, self.bits)]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by mx.quantized_matmul."""
+        x, codes, scales, biases = inputs
+        group_size, bits = self.group_size, self.bits
+        return [mx.quantized_matmul(x, codes, scales, biases, group_size=group_size, bits=bits)]
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        x, codes, scales, biases = inputs
+        return [x.astype(mx.float32) @ reference.dequantize(codes, scales, biases, self.bits).T]
+
+
+@dataclass(frozen=True)
+class NormedMatvecTrial(MatvecTrial):
+    """`dequant_matvec` of a normalised input, which stock normalises in a launch of its own."""
+
+    op: ClassVar[str] = "dequant_matvec_normed"
+
+    def inputs(self, seed: int = 0) -> list[mx.array]:
+        """Make x, codes, scales, biases and the norm's gain."""
+        gain = mx.random.normal((self.columns,), key=mx.random.key(seed + 1)) / 8 + 1
+        return [*super().inputs(seed), gain.astype(DTYPES[self.dtype])]
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernel."""
+        x, codes, scales, biases, gain = inputs
+        norm = gain, scalar(NORM_EPS)
+        return [dequant_matvec(x, codes, scales, biases, self.bits, norm=norm)]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by mx.fast.rms_norm and mx.quantized_matmul."""
+        x, *arrays, gain = inputs
+        return super().stock(mx.fast.rms_norm(x, gain, NORM_EPS), *arrays)
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        x, *arrays, gain = inputs
+        x = x.astype(mx.float32)
+        factor = mx.rsqrt((x * x).mean(-1, keepdims=True) + NORM_EPS)
+        return super().reference(x * factor * gain.astype(mx.float32), *arrays)

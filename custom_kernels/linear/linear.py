@@ -1,0 +1,185 @@
+"""Linear layers and the SwiGLU block made of them, by the fastest executor for their weights."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from types import ModuleType
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..autotune import prefers_custom
+from ..case import NAMES
+from ..cpu.entry import cpu_steps
+from ..device import cpu_kernels, on_gpu
+from ..launch import rounds_products, scalar
+from ..weights import Bank, arrays_of, is_affine, same
+from .cases import MatvecTrial, NormedMatvecTrial
+from .dequantize import MatmulTrial, matmul, matmul_by_mlx
+from .matvec import MAX_TOKENS, dequant_matvec, supports
+
+T = TypeVar("T")
+TRIED_TOKENS = 256, 1024, 2047  # of prompts; the last as mlx-lm's generate_step makes them
+
+
+def linear(
+    x: mx.array,
+    *layers: nn.Module,
+    norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
+) -> list[mx.array]:
+    """Apply each linear layer to the same input: `[..., in]` to one `[..., out]` per layer.
+
+    Kernels take affine-quantised layers without bias; all else goes to the layer itself.
+
+    Args:
+        x: `[..., in]`.
+        layers: nn.Linear, nn.QuantizedLinear, or what has taken their place.
+        norm: to apply to x first.
+        residual: `[..., out]` to add, with one layer only.
+    """
+    if on_gpu(x) and (weight := join(layers)):
+        y = _by_gpu(x, weight, norm, residual, x.dtype)
+        return list(mx.split(y, weight.ends, axis=-1)) if weight.ends else [y]
+    if (steps := cpu_steps(x)) and (step := steps.linear_step(x, layers, norm, residual)):
+        return step
+    outputs = _each(x if norm is None else norm(x), layers)
+    return outputs if residual is None else [residual + outputs[0]]
+
+
+def joined(
+    x: mx.array,
+    *layers: nn.Module,
+    norm: nn.RMSNorm | None = None,
+    dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """Apply linear layers to the same input: `[..., in]` to `[..., sum of out]`, side by side.
+
+    The result has x's dtype unless another is given; a kernel rounds once, to that.
+    """
+    if on_gpu(x) and (weight := join(layers)):
+        return _by_gpu(x, weight, norm, None, dtype or x.dtype)
+    return mx.concatenate(linear(x, *layers, norm=norm), axis=-1).astype(dtype or x.dtype)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The weights of layers that share their input, one below the other in one matrix.
+
+    Attributes:
+        bank: `[sum of out, ...]`.
+        parts: the layers' own arrays, which are views of it.
+        ends: rows at which all layers but the last end.
+    """
+
+    bank: Bank
+    parts: tuple[mx.array | None, ...]
+    ends: list[int]
+
+
+def join(layers: Sequence[nn.Module]) -> Joined | None:
+    """Join the weights of layers, or return None if they are not quantised alike.
+
+    It takes no memory: each layer's weights become views of the joined ones.
+    """
+    first = layers[0]
+    known = getattr(first, "_joined", None)
+    if known and same(known.parts, arrays_of(layers)):
+        return known
+    if not all(is_affine(layer) for layer in layers):
+        return None
+    formats = {(layer.bits, layer.group_size, layer.scales.dtype) for layer in layers}
+    if len(formats) > 1 or not supports(first.bits, first.group_size):
+        return None
+    ends = [0]
+    for layer in layers:
+        ends.append(ends[-1] + layer.weight.shape[0])
+    arrays = []
+    for name in ("weight", "scales", "biases"):
+        whole = mx.concatenate([layer[name] for layer in layers])
+        views = [whole[a:b] for a, b in pairwise(ends)]
+        mx.eval(whole, views)
+        for layer, view in zip(layers, views, strict=True):
+            layer[name] = view
+        arrays.append(whole)
+    bank = Bank.of(arrays, first.bits, first.group_size)
+    first._joined = Joined(bank, arrays_of(layers), ends[1:-1])
+    return first._joined
+
+
+def _by_gpu(
+    x: mx.array,
+    weight: Joined,
+    norm: nn.RMSNorm | None,
+    residual: mx.array | None,
+    dtype: mx.Dtype,
+) -> mx.array:
+    bank, tokens = weight.bank, x.size // x.shape[-1]
+    keeps = x.dtype in (bank.scales.dtype, mx.float32)  # else stock widens the result
+    kind = MatvecTrial if norm is None else NormedMatvecTrial
+    if keeps and tokens <= MAX_TOKENS and prefers_custom(_trial(kind, bank, x, tokens)):
+        arrays = bank.codes, bank.scales, bank.biases
+        gain = None if norm is None else (norm.weight, scalar(norm.eps))
+        return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual, dtype=dtype)
+    if norm is not None:
+        x = norm(x)
+    tried = max((n for n in TRIED_TOKENS if n <= tokens), default=0)
+    by_matmul = tried and keeps and not rounds_products(x)
+    if by_matmul and prefers_custom(_trial(MatmulTrial, bank, x, tried)):
+        y = matmul(x, bank)
+    else:
+        y = matmul_by_mlx(x, bank)
+    return y.astype(dtype) if residual is None else residual + y
+
+
+def _trial(kind: Callable[..., T], bank: Bank, x: mx.array, tokens: int) -> T:
+    rows, columns = bank.scales.shape[0], x.shape[-1]
+    dtypes = NAMES[x.dtype], NAMES[bank.scales.dtype]
+    return kind(rows, columns, bank.bits, bank.group_size, *dtypes, tokens)
+
+
+def _each(x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:
+    kernels = cpu_kernels(x)
+    weights = [_packed(kernels, layer) if kernels else None for layer in layers]
+    if kernels is None or not any(weights):
+        return [layer(x) for layer in layers]
+    rows = kernels.rows(x)
+    activations = kernels.Activations(rows, kernels.plan(len(rows)))
+    return [
+        layer(x)
+        if weight is None
+        else mx.array(activations.times(weight)).reshape(*x.shape[:-1], -1)
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
+
+
+def mlp(x: mx.array, gate: nn.Module, up: nn.Module, down: nn.Module) -> mx.array:
+    """Run a SwiGLU block, down(silu(gate x) * up x): `[..., H]` to `[..., H]`."""
+    kernels = cpu_kernels(x)
+    weights = [_packed(kernels, layer) if kernels else None for layer in (gate, up, down)]
+    if kernels is None or not all(weights):
+        return down(swiglu(gate(x), up(x)))
+    return mx.array(kernels.mlp(kernels.rows(x), *weights)).reshape(x.shape)
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return silu(gate) * up."""
+    return nn.silu(gate) * up
+
+
+def _packed(kernels: ModuleType, layer: nn.Module) -> Any:
+    """View a layer's weights for the CPU kernels, or return None if they do not take it."""
+    if not is_affine(layer):
+        return None
+    if not kernels.supports(layer.bits, layer.group_size, layer.scales):
+        return None
+    cached = getattr(layer, "_packed", None)
+    weights = arrays_of([layer])
+    if cached is None or not same(cached[0], weights):
+        mx.eval(weights)
+        cached = weights, kernels.packed(*weights, layer.bits, layer.group_size)
+        layer._packed = cached
+    return cached[1]

@@ -1,0 +1,302 @@
+"""What `flashmoe-bench decode`, `prefill` and `batch` share: a model of true shape, how it ran.
+
+To measure with less memory than the machine has, start the command in a cgroup:
+
+    systemd-run --scope -p MemoryMax=2G -p MemorySwapMax=0 flashmoe-bench decode --cold
+or, as root where memory has a cgroup hierarchy of its own (version 1):
+    g=/sys/fs/cgroup/memory/bench; mkdir $g; echo 2G > $g/memory.limit_in_bytes
+    sh -c "echo \\$\\$ > $g/cgroup.procs; exec flashmoe-bench decode --cold"
+Give --cold with it: pages that a process outside the group brought into the page cache are free.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import qwen3_5_moe
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from ..errors import FlashMoEError
+from ..format.layout import ExpertLayout
+from ..format.names import FIELDS, layer_prefix
+from ..loader import load
+from ..models.qwen3_5.geometry import GEOMETRIES
+from ..models.qwen3_5.model import Model
+from ..profile import machine
+from ..profile.counters import Use, now
+from ..profile.read_speed import expert_ranges, time_reads
+from ..settings import LOOKAHEAD
+from ..store.memory import available_bytes, cgroup_limit
+from ..store.sizing import CachePlan
+from ..store.slots import Bank
+from ..store.store import ExpertStore
+from .synthetic import Recipe, checkpoint, default_dir
+
+PROMPT = 16  # tokens before decoding starts
+WARM_UP = 3  # steps that are not counted
+COMPUTE_STEPS = 11  # of which the first is not counted
+Sampler = Callable[[mx.array], mx.array]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that all three commands have."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "To measure with" + (__doc__ or "").split("To measure with")[1]
+    add = parser.add_argument
+    add("--geometry", choices=GEOMETRIES, default="35b", help="model (default: 35b)")
+    add("--layers", type=int, default=8, help="of which so many layers (default: 8)")
+    add("--vocabulary", type=int, default=32768, help="token ids (default: 32768)")
+    add("--bits", type=int, default=4, help="of expert weights, 4 or 2 (default: 4)")
+    add("--top-k", type=int, help="experts per token (default: the geometry's)")
+    add("--expert-cache", help="memory for experts: 512MiB, 4GiB or auto (default: auto)")
+    add("--io-threads", type=int, help="threads that read from disk (default: 8)")
+    text = "read experts early, on a guess (default: off)"
+    add("--lookahead", choices=LOOKAHEAD, default="off", help=text)
+    add("--runs", type=int, default=3, help="runs of each, of which the median (default: 3)")
+    add("--stock", action="store_true", help="also run stock mlx-lm on the same weights")
+    where = f"where checkpoints are kept (default: {default_dir()})"
+    add("--dir", type=Path, default=default_dir(), help=where)
+    add("--plot", type=Path, metavar="FILE.png", help="draw the layers' times and hit rates")
+
+
+def add_cold(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the commands that start either cold or warm."""
+    text = "drop the experts from the page cache before each run"
+    parser.add_argument("--cold", action="store_true", help=text)
+
+
+def at_least_one(**values: int) -> None:
+    """Refuse counts below one.
+
+    Raises:
+        FlashMoEError: naming the flag, its value and the remedy.
+    """
+    for name, value in values.items():
+        if value < 1:
+            flag = name.replace("_", "-")
+            raise FlashMoEError(f"--{flag} {value} measures nothing. Give at least 1.")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model with streamed experts, and where it came from."""
+
+    recipe: Recipe
+    path: Path
+    model: Model
+    store: ExpertStore
+
+    @property
+    def layout(self) -> ExpertLayout:
+        """Where its experts lie."""
+        return self.store.layout
+
+
+def open_subject(args: argparse.Namespace) -> Subject:
+    """Make the checkpoint that the flags describe, unless it is there, and load it.
+
+    Raises:
+        FlashMoEError: a flag is out of range, or the disk is too full.
+    """
+    at_least_one(runs=args.runs)
+    recipe = Recipe(args.geometry, args.layers, args.vocabulary, args.bits)
+    path = checkpoint(recipe, args.dir)
+    model, _ = load(
+        path,
+        expert_cache=args.expert_cache,
+        io_threads=args.io_threads,
+        lookahead=args.lookahead,
+        experts_per_token=args.top_k,
+    )
+    assert isinstance(model, Model) and model._store
+    return Subject(recipe, path, model, model._store)
+
+
+def conditions(subject: Subject) -> dict[str, Any]:
+    """Print what runs here and what is measured, and return both as JSON values; bytes."""
+    facts, limit = machine.facts(), cgroup_limit()
+    recipe, args, plan = subject.recipe, subject.model.args, subject.store.plan
+    memory = f"{facts['memory'] / 2**30:.1f} GiB"
+    memory += f", of which the cgroup allows {limit / 2**30:.2f}" if limit else ""
+    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores, {memory}")
+    print(machine.versions(facts))
+    print(
+        f"{facts['device']}; {recipe.geometry}, {recipe.layers} of "
+        f"{GEOMETRIES[recipe.geometry].num_hidden_layers} layers, {recipe.vocabulary} token ids, "
+        f"{recipe.bits} bits, top-{args.num_experts_per_tok}; random weights and tokens"
+    )
+    print(plan, flush=True)
+    model = asdict(recipe) | {"top_k": args.num_experts_per_tok, "slots": plan.slots}
+    return {**facts, "memory_limit": limit, **model, "expert_cache": plan.nbytes}
+
+
+def random_tokens(vocabulary: int, count: int, seed: int = 0) -> list[int]:
+    """Return token ids, each as likely as any other."""
+    return np.random.default_rng(seed).integers(vocabulary, size=count).tolist()
+
+
+def forced(vocabulary: int, seed: int) -> Sampler:
+    """Return a sampler that waits for the logits `[B, V]`, and then gives random token ids.
+
+    Random weights loop under greedy decoding, and then every expert is a hit.
+    """
+    rng = np.random.default_rng(seed)
+
+    def sample(logits: mx.array) -> mx.array:
+        return mx.array(rng.integers(vocabulary, size=logits.shape[0])) + 0 * greedy(logits)
+
+    return sample
+
+
+def greedy(logits: mx.array) -> mx.array:
+    """Return the likeliest token ids of logits `[B, V]`."""
+    return mx.argmax(logits, axis=-1)
+
+
+def settle(store: ExpertStore, cold: bool) -> None:
+    """Bring banks and page cache into the state that a run starts from.
+
+    The banks are full, as they are after some tokens: with experts 0, 1, 2, ... of each layer. The
+    page cache then holds nothing of the experts (cold), or as much as there is room for.
+
+    Raises:
+        FlashMoEError: cold, on a system that cannot drop a file from its page cache.
+    """
+    for layer, bank in enumerate(store.banks):
+        store.fetch(layer, list(range(len(bank))))
+    files = {field.file: None for layer in store.layout.layers for field in layer.fields}
+    if cold and not hasattr(os, "posix_fadvise"):
+        raise FlashMoEError(
+            "--cold: this system cannot drop a file from its page cache. Leave --cold out, and "
+            "empty the cache before (on macOS: sudo purge)."
+        )
+    room = available_bytes()
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            if cold:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while room > 0 and (count := len(file.read(8 << 20))):
+                    room -= count
+
+
+def bandwidth(store: ExpertStore) -> float:
+    """Measure the disk: bytes per second of random experts, read cold in the way of a store."""
+    ranges = expert_ranges(store.layout)
+    return time_reads(ranges, "experts", direct=store.plan.io.direct).bytes_per_s
+
+
+def begin(store: ExpertStore | None, cold: bool, started: Callable[[], None]) -> Use:
+    """Settle our model's banks and page cache, call `started`, and return the counters."""
+    if store:
+        settle(store, cold)
+    started()
+    return now(store)
+
+
+def step_seconds(subject: Subject, batch: int = 1) -> float:
+    """Return the median time of a decoding step with nothing to read.
+
+    It is one step taken again and again from the same cache, so all but the first find their
+    experts in the banks, as far as these hold so many.
+    """
+    model, vocabulary = subject.model, subject.recipe.vocabulary
+    prompt = np.reshape(random_tokens(vocabulary, batch * PROMPT), (batch, PROMPT))
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array(prompt), cache=cache), [c.state for c in cache])
+    last, seconds = mx.array(prompt[:, -1:]), []
+
+    def step() -> None:
+        again = copy.deepcopy(cache)
+        start = time.perf_counter()
+        mx.eval(greedy(model(last, cache=again)))
+        seconds.append(time.perf_counter() - start)
+
+    step()
+    with nothing_read(subject.store):
+        for _ in range(COMPUTE_STEPS):
+            step()
+    return statistics.median(seconds[2:])
+
+
+@contextmanager
+def nothing_read(store: ExpertStore) -> Iterator[None]:
+    """Answer reads at once while the block runs, so that only computing takes time.
+
+    Slots then hold the bytes of other experts, as random as the right ones. Afterwards each is
+    read again.
+    """
+    real = os.preadv
+    os.preadv = lambda file, buffers, offset: sum(map(len, buffers))  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        os.preadv = real
+        for layer, bank in enumerate(store.banks):
+            _read_anew(store, layer, bank)
+
+
+def _read_anew(store: ExpertStore, layer: int, bank: Bank) -> None:
+    """Drop all that a bank holds, by asking for as much that it does not hold."""
+    experts, fetched = range(bank.layout.num_experts), 0
+    while fetched < len(bank) < len(experts):
+        resident = set(bank.resident(experts))
+        missing = [expert for expert in experts if expert not in resident][: len(bank)]
+        store.fetch(layer, missing)
+        fetched += len(missing)
+
+
+def stock_model(subject: Subject) -> nn.Module:
+    """Load stock mlx-lm's model of the same weights, every expert resident.
+
+    On a CPU its activations are float32, as ours are: bfloat16 is several times slower there.
+
+    Raises:
+        FlashMoEError: it does not fit in memory.
+    """
+    layout = subject.layout
+    needed, free = layout.total_bytes, available_bytes()
+    if needed > 0.8 * free:
+        raise FlashMoEError(
+            f"--stock: {needed / 1e9:.2f} GB of experts do not fit in the {free / 1e9:.2f} GB of "
+            "memory that are available. Leave --stock out, or give fewer --layers."
+        )
+    slots = layout.layers[0].num_experts
+    store = ExpertStore(layout, CachePlan(slots, needed, "stock mlx-lm keeps all experts"))
+    settle(store, cold=False)
+    experts = {
+        f"{layer_prefix(number)}.mlp.switch_mlp.{field}": array
+        for number, bank in enumerate(store.banks)
+        for field, array in zip(FIELDS, bank.arrays, strict=True)
+    }
+    store.close()
+
+    class WithExperts(qwen3_5_moe.Model):
+        """Stock mlx-lm's model, whose experts come from the banks above."""
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            """Add the experts to the trunk."""
+            return super().sanitize(weights | experts)
+
+    text = {"num_experts_per_tok": subject.model.args.num_experts_per_tok}
+    config = subject.recipe.config()["text_config"] | text
+    model, _ = load_model(
+        subject.path,
+        model_config={"model_file": None, "text_config": config},
+        get_model_classes=lambda config: (WithExperts, qwen3_5_moe.ModelArgs),
+    )
+    if not machine.on_gpu():
+        model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+    return model

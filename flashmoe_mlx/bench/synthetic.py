@@ -1,0 +1,321 @@
+"""Random-weight checkpoints of true shape, in the format that streams: what benchmarks run on.
+
+The plan is `flashmoe-convert`'s own, made for a bfloat16 checkpoint that does not exist, so files,
+headers, quantisation and config.json are those of a real conversion. Only the bytes are made here:
+windows, at random places, into small pools of random codes and scales. Weights have a variance of
+1 / columns, so activations stay finite, routers spread tokens over experts, and text is nonsense.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from ..cli.doctor_model import examine
+from ..convert.plan.parts import LayerPlan, Options, Plan, Quant, Spec, TrunkTensor
+from ..convert.plan.plan import build_plan
+from ..convert.run import MODEL_FILE, SHIM, write_index
+from ..convert.source.checkpoint import Dims, Source
+from ..convert.write.act import CHECKSUM, record_entry, write_record
+from ..convert.write.files import TensorFile, write_file, write_json
+from ..custom_kernels.kept import cache_dir
+from ..errors import FlashMoEError
+from ..format.layout import (
+    DATA_ALIGNMENT,
+    EXPERT_DIR,
+    MANIFEST,
+    MANIFEST_FORMAT,
+    MANIFEST_VERSION,
+    TensorInfo,
+)
+from ..format.names import is_expert
+from ..models.qwen3_5.args import ModelArgs
+from ..models.qwen3_5.geometry import GEOMETRIES
+from ..models.qwen3_5.model import Model
+
+VERSION = 1  # of the weights that a recipe gives; part of the directory's name
+CODES, SCALES = 1 << 21, 1 << 18  # elements of the pools; a window is half of one at most
+SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")  # token ids 256 to 258, after the bytes
+LEAST_VOCABULARY = 256 + len(SPECIAL)
+END_OF_TURN = 256 + SPECIAL.index("<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+Words = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a synthetic checkpoint is made of; equal recipes give equal bytes.
+
+    Attributes:
+        geometry: a key of `GEOMETRIES`.
+        layers: decoder layers.
+        vocabulary: token ids.
+        bits: of an expert's weight: 4 or 2. The trunk has 4, routers have 8.
+    """
+
+    geometry: str
+    layers: int
+    vocabulary: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be made.
+
+        Raises:
+            FlashMoEError: a value is out of range.
+        """
+        if self.geometry not in GEOMETRIES:
+            known = ", ".join(GEOMETRIES)
+            raise FlashMoEError(f"geometry {self.geometry!r} is unknown. Choose from {known}.")
+        if self.bits not in (4, 2):
+            raise FlashMoEError(f"bits = {self.bits}: experts are made with 4 or 2. Choose one.")
+        for name, value, least, most, why in (
+            ("layers", self.layers, 2, 1000, "so that both kinds of attention occur"),
+            ("vocabulary", self.vocabulary, LEAST_VOCABULARY, 10**7, "the tokenizer's own tokens"),
+        ):
+            if value < least:
+                raise FlashMoEError(f"{name} = {value} is too few: give at least {least}, {why}.")
+            if value > most:
+                raise FlashMoEError(f"{name} = {value} is too many: give at most {most}.")
+
+    @property
+    def name(self) -> str:
+        """Name of the directory."""
+        return (
+            f"{self.geometry}-{self.layers}-layers-{self.vocabulary}-tokens-{self.bits}-bit"
+            f"-v{VERSION}"
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Return the config.json of the bfloat16 checkpoint that was never there."""
+        text = text_config(self.geometry, self.layers, self.vocabulary)
+        return {"model_type": "qwen3_5_moe", "text_config": text, "eos_token_id": END_OF_TURN}
+
+    def plan(self) -> Plan:
+        """Plan the checkpoint as flashmoe-convert plans a conversion."""
+        config = self.config()
+        args = ModelArgs.from_dict(config)
+        shapes = {name: x.shape for name, x in tree_flatten(Model(args).parameters())}
+        trunk = {
+            name: (Path(), TensorInfo("F32" if name.endswith("A_log") else "BF16", shape, 0, 0))
+            for name, shape in shapes.items()
+            if not is_expert(name)
+        }
+        dims = Dims(
+            args.num_hidden_layers, args.num_experts, args.num_experts_per_tok,
+            args.hidden_size, args.moe_intermediate_size, tied=False,
+        )  # fmt: skip
+        source = Source(Path(), self.name, None, config, dims, trunk, None, {})
+        return build_plan(source, Options(quantize=True, bits=self.bits))
+
+
+def text_config(geometry: str, layers: int, vocabulary: int) -> dict[str, Any]:
+    """Return config.json's entry for the language model.
+
+    With fewer than four layers the last one has full attention: stock mlx-lm runs no model that
+    lacks either kind of layer.
+    """
+    sizes = GEOMETRIES[geometry]
+    return sizes._asdict() | {
+        "model_type": "qwen3_5_moe_text", "dtype": "bfloat16", "vocab_size": vocabulary,
+        "num_hidden_layers": layers, "full_attention_interval": min(4, layers),
+        "shared_expert_intermediate_size": sizes.moe_intermediate_size,
+        "linear_conv_kernel_dim": 4, "attention_bias": False, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262144, "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000000, "partial_rotary_factor": 0.25,
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10],
+        },
+    }  # fmt: skip
+
+
+def default_dir() -> Path:
+    """Return the directory that checkpoints are kept in unless the user names one."""
+    return cache_dir() / "synthetic"
+
+
+def checkpoint(recipe: Recipe, directory: Path | None = None) -> Path:
+    """Return a recipe's checkpoint, which is written unless it is there already, and whole.
+
+    Args:
+        recipe: what it is made of.
+        directory: where checkpoints are kept; the user's cache directory unless given.
+
+    Raises:
+        FlashMoEError: the disk is too full, or cannot be written.
+    """
+    path = (directory or default_dir()).expanduser() / recipe.name
+    if _is_whole(path):
+        return path
+    plan = recipe.plan()
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _check_room(plan, path)
+        (unfinished / EXPERT_DIR).mkdir(parents=True)
+        _write(recipe, plan, unfinished)
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise FlashMoEError(
+            f"{error.filename or path}: cannot be written ({error.strerror}). Give another --dir."
+        ) from error
+    return path
+
+
+def _is_whole(path: Path) -> bool:
+    with contextlib.suppress(FlashMoEError, OSError, ValueError):
+        return not examine(path).problems
+    return False
+
+
+def _check_room(plan: Plan, path: Path) -> None:
+    needed, free = plan.trunk_bytes + plan.expert_bytes, shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise FlashMoEError(
+            f"{path}: a checkpoint of {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
+            "free. Free some space, give another --dir, or fewer --layers."
+        )
+
+
+def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
+    """Write every file, the manifest last."""
+    pools = Pools()
+    write_json(directory / "config.json", plan.config)
+    write_file(directory / MODEL_FILE, SHIM.encode())
+    write_tokenizer(directory)
+    for file in plan.trunk:
+        specs = [(spec.name, spec.dtype, spec.shape) for spec in file.outputs]
+        with TensorFile(directory / file.name, specs) as target:
+            for tensor in file.tensors:
+                _write_tensor(target, tensor, pools)
+    write_index(plan, directory)
+    layers = [_write_layer(directory / EXPERT_DIR, layer, pools) for layer in plan.layers]
+    manifest = {
+        "format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, "source": asdict(recipe),
+        "num_experts": plan.layers[0].experts, "checksum": CHECKSUM, "layers": layers,
+    }  # fmt: skip
+    write_json(directory / EXPERT_DIR / MANIFEST, manifest)
+
+
+def _write_layer(directory: Path, plan: LayerPlan, pools: "Pools") -> dict[str, Any]:
+    """Write one layer's experts and return its entry of the manifest."""
+    rng = _rng(plan.file)
+    specs = ((spec.name, spec.dtype, spec.shape) for spec in plan.outputs())
+    with TensorFile(directory / plan.file, specs, DATA_ALIGNMENT) as file:
+        for expert in range(plan.experts):
+            write_record(file, expert, list(_record(plan, pools, rng)))
+        return file.entry() | record_entry(plan, file)
+
+
+def _record(plan: LayerPlan, pools: "Pools", rng: np.random.Generator) -> Iterator[Words]:
+    for projection in plan.projections:
+        yield from pools.matrix(projection.outputs, projection.after, rng)
+
+
+def _write_tensor(file: TensorFile, tensor: TrunkTensor, pools: "Pools") -> None:
+    rng, name = _rng(tensor.outputs[0].name), tensor.outputs[0].name
+    parts = (
+        pools.matrix(tensor.outputs, tensor.quant, rng)
+        if tensor.quant
+        else [_small(tensor.outputs[0], rng)]
+    )
+    start = 0
+    for part in parts:
+        file.write(name, part.data, start)  # weight, scales and biases follow one another
+        start += part.nbytes
+
+
+def _small(spec: Spec, rng: np.random.Generator) -> Words:
+    """Return an unquantised tensor: norms about 1, decay rates from slow to fast, or normals."""
+    if spec.name.endswith("A_log"):
+        return np.log(rng.uniform(0.01, 8, spec.shape)).astype(np.float32)
+    mean, deviation = 1.0, 0.1
+    if spec.name.endswith(("conv1d.weight", "dt_bias")):
+        mean, deviation = 0.0, 0.5
+    return _bfloat16(rng.normal(mean, deviation, spec.shape))
+
+
+class Pools:
+    """Random codes, scales and biases to take windows from."""
+
+    def __init__(self) -> None:
+        """Make the codes; scales follow for each kind of matrix."""
+        self._rng = _rng("pools")
+        self._codes = self._rng.integers(0, 1 << 32, CODES, np.uint32)
+        self._affine: dict[tuple[int, int], tuple[Words, Words]] = {}
+
+    def matrix(
+        self, outputs: Sequence[Spec], quant: Quant, rng: np.random.Generator
+    ) -> Iterator[Words]:
+        """Yield a quantised matrix's bytes, piece by piece: codes, then scales, then biases."""
+        codes, scales, _ = outputs
+        columns = codes.shape[1] * 32 // quant.bits
+        yield from windows(self._codes, math.prod(codes.shape), rng)
+        seed = rng.integers(1 << 63)  # the same for both: a bias belongs to its scale
+        for pool in self._scales_and_biases(columns, quant.bits):
+            yield from windows(pool, math.prod(scales.shape), np.random.default_rng(seed))
+
+    def _scales_and_biases(self, columns: int, bits: int) -> tuple[Words, Words]:
+        """Return pools that give weights a mean of 0 and a variance of 1 / columns."""
+        if (columns, bits) not in self._affine:
+            # Uniform codes have the variance (4^bits - 1) / 12. Groups differ, so that a kernel
+            # that takes a neighbour's scale computes something else.
+            deviation = math.sqrt(12 / (columns * (4**bits - 1)))
+            scales = _bfloat16(deviation * self._rng.uniform(0.8, 1.2, SCALES))
+            rounded = (scales.astype(np.uint32) << 16).view(np.float32)
+            self._affine[columns, bits] = scales, _bfloat16(rounded * (1 - 2**bits) / 2)
+        return self._affine[columns, bits]
+
+
+def windows(pool: Words, count: int, rng: np.random.Generator) -> Iterator[Words]:
+    """Yield `count` elements as pieces of the pool that start at random places."""
+    most = pool.size // 2
+    for start in range(0, count, most):
+        place = int(rng.integers(most))
+        yield pool[place : place + min(most, count - start)]
+
+
+def _bfloat16(values: npt.NDArray[np.float64]) -> Words:
+    """Round to bfloat16, as uint16 bit patterns."""
+    rounded = mx.array(values.astype(np.float32)).astype(mx.bfloat16)
+    return np.array(rounded.view(mx.uint16))
+
+
+def _rng(name: str) -> np.random.Generator:
+    return np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write a byte-level tokenizer: ids are the bytes, then the special tokens."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    ids = {chr(byte): byte for byte in visible}
+    ids |= {chr(256 + index): byte for index, byte in enumerate(hidden)}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    write_file(directory / "tokenizer.json", tokenizer.to_str().encode())
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    write_json(directory / "tokenizer_config.json", settings)

@@ -1,0 +1,138 @@
+"""Whether a model directory is complete: every header and size, without reading the weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import FlashMoEError
+from ..format.json_file import exists, read_object
+from ..format.layout import ExpertLayout, checkpoint_headers, open_layout, quantisation
+from ..format.model_files import read_config
+from ..format.names import PROJECTIONS
+from ..loader import check_tokenizer, find_model, without_experts
+from ..models.qwen3_5.args import ModelArgs, check_top_k
+from ..models.trunk_checks import check_trunk
+from ..settings import StreamConfig
+from ..store.memory import available_bytes, card_bytes
+from ..store.sizing import plan_cache
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass
+class ModelReport:
+    """What a directory holds; None where it cannot be read.
+
+    `bits` are those of its experts' matrices, ascending, each once.
+    """
+
+    directory: Path
+    problems: list[str] = field(default_factory=list)
+    args: ModelArgs | None = None
+    layout: ExpertLayout | None = None
+    trunk_bytes: int | None = None
+    bits: tuple[int, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        values: dict[str, Any] = {
+            "directory": str(self.directory),
+            "complete": not self.problems,
+            "problems": self.problems,
+            "trunk_bytes": self.trunk_bytes,
+        }
+        if self.layout:
+            values |= {
+                "kind": self.layout.kind,
+                "bits": list(self.bits),
+                "layers": len(self.layout.layers),
+                "experts": self.layout.layers[0].num_experts,
+                "record_bytes": self.layout.record_bytes,
+                "expert_bytes": self.layout.total_bytes,
+            }
+        if self.layout and self.args:
+            values["token_bytes"] = self.layout.token_bytes * self.args.num_experts_per_tok
+        return values
+
+
+def examine(directory: Path) -> ModelReport:
+    """Check a directory's config, trunk and experts, and list what is wrong with each.
+
+    Raises:
+        FlashMoEError: it is not a directory.
+    """
+    if not (exists(directory) and directory.is_dir()):
+        raise FlashMoEError(f"{directory}: not a directory. Give the directory of a model.")
+    report = ModelReport(directory)
+    for check in (_config, _index, _trunk, _experts, _settings, _tokenizer):
+        _collect(report, check)
+    return report
+
+
+def _collect(report: ModelReport, check: Callable[[ModelReport], None]) -> None:
+    try:
+        check(report)
+    except FlashMoEError as error:
+        if str(error) not in report.problems:
+            report.problems.append(str(error))
+
+
+def _config(report: ModelReport) -> None:
+    report.args = ModelArgs.from_dict(read_config(find_model(report.directory)))
+
+
+def _index(report: ModelReport) -> None:
+    path = report.directory / INDEX
+    try:
+        content = read_object(path, "Download it again.").get("weight_map")
+    except FileNotFoundError:
+        return
+    if not isinstance(content, dict) or not all(isinstance(x, str) for x in content.values()):
+        raise FlashMoEError(
+            f"{path}: damaged (weight_map is not files by name). Download it again."
+        )
+    listed = set(content.values())
+    missing = sorted(name for name in listed if not exists(report.directory / name))
+    if missing:
+        raise FlashMoEError(
+            f"{path}: lists {missing[0]}, which is missing ({len(missing)} of {len(listed)} files "
+            "are). Download or convert it again."
+        )
+
+
+def _trunk(report: ModelReport) -> None:
+    headers = checkpoint_headers(report.directory)
+    report.trunk_bytes = sum(tensor.nbytes for tensor in without_experts(headers).values())
+    if report.args:
+        check_trunk(report.directory, headers, report.args)
+
+
+def _experts(report: ModelReport) -> None:
+    if (args := report.args) is None:
+        return
+    layout = open_layout(report.directory, args.num_hidden_layers, args.num_experts)
+    found = {
+        quantisation(layer, projection, args.expert_shape(projection))[0]
+        for layer in layout.layers
+        for projection in PROJECTIONS
+    }
+    report.bits = tuple(sorted(found))
+    report.layout = layout
+
+
+def _settings(report: ModelReport) -> None:
+    """Check that the settings of config.json and environment let the model be loaded here."""
+    if (args := report.args) is None or (layout := report.layout) is None:
+        return
+    stream = StreamConfig.resolve(args.flashmoe)
+    top_k = stream.experts_per_token or args.num_experts_per_tok
+    check_top_k(top_k, args.num_experts, "experts_per_token")
+    card = card_bytes()
+    available = available_bytes() if card is None else card
+    plan_cache(stream.expert_cache, layout, top_k, report.trunk_bytes or 0, available)
+
+
+def _tokenizer(report: ModelReport) -> None:
+    if report.args:
+        check_tokenizer(report.directory, report.args.vocab_size)

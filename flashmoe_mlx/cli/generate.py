@@ -1,0 +1,284 @@
+"""`flashmoe-generate`: mlx_lm.generate's flags, plus those that control streaming."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import stream_generate
+from mlx_lm.generate import setup_arg_parser
+from mlx_lm.models.cache import QuantizedKVCache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..commands import as_command
+from ..errors import FlashMoEError
+from ..loader import BUNDLED_MODEL, load
+from ..models.prompt_cache import check_fits, read_prompt_cache
+from ..profile.plot import check_plot
+from ..profile.stats import RunStats
+from ..store.memory import peak_bytes
+from .live import Live
+from .options import UNSUPPORTED, chat_options, check_options
+
+IF_MEMORY_IS_SHORT = "Give a smaller --expert-cache, --prefill-step-size or --max-kv-size."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return mlx_lm.generate's parser with the streaming flags added."""
+    parser = setup_arg_parser()
+    parser.prog = "flashmoe-generate"
+    parser.description = "Generate text with a Qwen3.5 MoE model whose experts stream from disk."
+    group = parser.add_argument_group("streaming")
+    group.add_argument(
+        "--expert-cache",
+        help="Memory for experts, all layers together: 512MiB, 4GiB or auto (default: auto)",
+    )
+    group.add_argument("--io-threads", help="Threads that read from disk (default: 8)")
+    group.add_argument(
+        "--io-mode",
+        help="How to read: buffered, through the page cache; direct, past it; or auto (default)",
+    )
+    group.add_argument(
+        "--lookahead",
+        help="Read experts early, on a guess: on, off, or auto (default), which times both (CPU)",
+    )
+    group.add_argument(
+        "--experts-per-token", help="Top-k to use instead of the checkpoint's own (default: its)"
+    )
+    group.add_argument(
+        "--verify-reads", action="store_true",
+        help="Compare every expert with its checksum when it has been read (converted models)",
+    )  # fmt: skip
+    group.add_argument(
+        "--stats", action="store_true",
+        help="Also print what each phase and each layer took (slower: each part is waited for)",
+    )  # fmt: skip
+    group.add_argument(
+        "--stats-json", type=Path, metavar="FILE", help="Write the same, and more, as JSON"
+    )
+    group.add_argument(
+        "--plot", type=Path, metavar="FILE.png",
+        help="Draw the layers' times and hit rates, and tokens per second over time",
+    )  # fmt: skip
+    group.add_argument(
+        "--live", action="store_true",
+        help="Show tokens per second, the disk's GB/s and the hit rate while text comes",
+    )  # fmt: skip
+    for action in parser._actions:
+        if action.dest in (*UNSUPPORTED, "num_draft_tokens"):
+            action.help = argparse.SUPPRESS
+        if action.dest == "model":
+            action.help = "A model directory or Hugging Face repo (default: the bundled model)"
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; exits with 2 on bad input, 130 on Ctrl-C."""
+
+    def work() -> None:
+        run(build_parser().parse_args(argv))
+
+    if code := as_command("flashmoe-generate", work, IF_MEMORY_IS_SHORT):
+        sys.exit(code)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model, print the text as it comes, then the figures."""
+    check_options(args)
+    check_plot(args.plot)
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    cache, metadata = open_prompt_cache(args)
+    model, tokenizer = load(
+        args.model or metadata.get("model") or BUNDLED_MODEL,
+        expert_cache=args.expert_cache,
+        io_threads=args.io_threads,
+        io_mode=args.io_mode,
+        verify=args.verify_reads or None,
+        lookahead=args.lookahead,
+        experts_per_token=args.experts_per_token,
+        tokenizer_config=metadata.get("tokenizer_config", {})
+        | ({"trust_remote_code": True} if args.trust_remote_code else {}),
+        adapter_path=args.adapter_path,
+    )
+    if args.top_k >= model.args.vocab_size:
+        raise FlashMoEError(
+            f"--top-k {args.top_k}: the model has {model.args.vocab_size} tokens. Give fewer."
+        )
+    if cache is not None:
+        check_fits(args.prompt_cache_file, cache, model)
+    add_eos_tokens(tokenizer, args.extra_eos_token)
+    prompt = encode_prompt(args, tokenizer, cached=cache is not None)
+    if not prompt:
+        raise FlashMoEError("--prompt is empty, and there is no chat template. Give some text.")
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+    responses = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=args.max_tokens,
+        sampler=sampler,
+        max_kv_size=args.max_kv_size,
+        prefill_step_size=args.prefill_step_size,
+        prompt_cache=cache,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+    )
+    watched = bool(args.stats or args.stats_json or args.plot)
+    stats, live = RunStats(model) if watched else None, Live(model.expert_stats())
+    with ExitStack() as stack:
+        if stats:
+            stack.enter_context(stats.watching())
+        if args.live:
+            stack.enter_context(live.shown())
+        response = print_text(model, responses, stats, live if args.live else None)
+    print()
+    if args.verbose and response is not None:
+        print("=" * 10)
+        report(model, response)
+    if stats:
+        tell(stats, args)
+
+
+def print_text(
+    model: Any, responses: Iterator[Any], stats: RunStats | None, live: Live | None
+) -> Any:
+    """Print a text as it comes, and return the last response."""
+    response = None
+    for response in responses:
+        print(response.text, end="", flush=True)
+        if stats:
+            stats.note(response.prompt_tokens)
+        if live:
+            live.update(model.expert_stats)
+    return response
+
+
+def tell(stats: RunStats, args: argparse.Namespace) -> None:
+    """Print, write and draw what a run took, as the flags ask."""
+    if args.stats:
+        stats.print()
+    if args.stats_json:
+        stats.save(args.stats_json)
+    if args.plot:
+        stats.plot(args.plot)
+
+
+def add_eos_tokens(tokenizer: TokenizerWrapper, tokens: list[str]) -> None:
+    """Have each of some tokens end the text.
+
+    Raises:
+        FlashMoEError: the tokenizer has no such token.
+    """
+    for token in tokens:
+        try:
+            tokenizer.add_eos_token(token)
+        except ValueError as error:
+            raise FlashMoEError(
+                f"--extra-eos-token {token!r}: the model has no such token. Give one as it stands "
+                "in tokenizer.json, or its number."
+            ) from error
+
+
+def open_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, Any]]:
+    """Read `--prompt-cache-file`, if given, and check that it fits the other flags."""
+    if (file := args.prompt_cache_file) is None:
+        return None, {}
+    cache, metadata = read_prompt_cache(file)
+    if args.model not in (None, metadata["model"]):
+        raise FlashMoEError(
+            f"--model {args.model}: {file} was made with {metadata['model']}. "
+            "Give that model, or leave --model out."
+        )
+    if args.model is None and args.trust_remote_code:
+        raise FlashMoEError(
+            f"--trust-remote-code would run the code of a model that only {file} names. If you "
+            f"trust it, give --model {metadata['model']} too."
+        )
+    for entry in cache:
+        made_with = (entry.bits, entry.group_size) if isinstance(entry, QuantizedKVCache) else None
+        if made_with and made_with != (args.kv_bits or entry.bits, args.kv_group_size):
+            raise FlashMoEError(
+                f"--kv-bits {args.kv_bits} --kv-group-size {args.kv_group_size}: "
+                f"{file} was made with {made_with[0]} and {made_with[1]}."
+            )
+    return cache, metadata
+
+
+def encode_prompt(
+    args: argparse.Namespace, tokenizer: TokenizerWrapper, *, cached: bool
+) -> list[int]:
+    """Apply the chat template as mlx_lm.generate does, and return token ids.
+
+    With a prompt cache, only what follows the cached prefix is encoded.
+    """
+    prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = _read_stdin() if prompt == "-" else prompt
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        return tokenizer.encode(prompt)
+    options = chat_options(args.chat_template_config)
+    prefill = args.prefill_response
+
+    def render(content: str) -> str:
+        messages = [{"role": "user", "content": content}]
+        if args.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": args.system_prompt})
+        if prefill is not None:
+            messages.append({"role": "assistant", "content": prefill})
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=prefill is not None,
+            add_generation_prompt=prefill is None,
+            **options,
+        )
+
+    try:
+        text = render(prompt)
+    except Exception as error:  # of the template's language, or of Python
+        raise FlashMoEError(
+            f"the chat template fails with --chat-template-config {args.chat_template_config} "
+            f"({type(error).__name__}: {error}). Change it, or give --ignore-chat-template."
+        ) from error
+    if cached:
+        text = text[render("<query>").index("<query>") :]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise FlashMoEError(
+            f"--prompt -: standard input is not text ({error}). Give UTF-8."
+        ) from error
+
+
+def report(model: Any, response: Any) -> None:
+    """Print speed, experts and memory, as mlx_lm.generate prints its own figures."""
+    print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
+    print(
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec"
+    )
+    print(model.expert_stats())
+    print(model.expert_cache())
+    print(f"Peak memory: {peak_bytes() / 2**20:.0f} MiB resident")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""How fast a streamed model ought to be: a small model of reads, copies, weights and launches.
+
+`docs/plan.md` derives each formula and names the publication each constant was taken from.
+Bytes are bytes, rates are bytes per second, times are seconds.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FlashMoEError
+from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs, check_top_k
+from ..models.qwen3_5.geometry import GEOMETRIES
+
+# What an LRU cache of a share f of the experts hits: f ** HIT_EXPONENT.
+HIT_EXPONENT = 0.2
+# Copying an expert out of the page cache, as a share of the memory's bandwidth.
+COPY_SHARE = 0.07
+# What kernels reach of the memory's bandwidth when they read weights.
+KERNEL_SHARE = 0.8
+# What the system and other programs keep of the memory, for the page cache to do without.
+SYSTEM_BYTES = 7.5e9
+# What macOS lets the GPU and its banks take of the memory, as in `memory.available_bytes`.
+GPU_SHARE = 0.75
+VOCABULARY = 248_320
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine's memory in bytes, its bandwidths in bytes per second, and who published them.
+
+    Attributes:
+        memory: what is installed.
+        ssd: cold reads of whole experts in random order.
+        bandwidth: the memory's, as its vendor states it.
+    """
+
+    memory: float
+    ssd: float
+    bandwidth: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What one implementation adds to reading and computing.
+
+    Attributes:
+        layer_seconds: launches, waits and CPU work of one layer and token.
+        overlaps: whether it reads experts while the GPU works.
+    """
+
+    layer_seconds: float
+    overlaps: bool = False
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's bytes are.
+
+    Attributes:
+        trunk: resident bytes; `trunk_read` of them are read for each token.
+        record: bytes of one expert.
+    """
+
+    trunk: float
+    trunk_read: float
+    record: float
+    layers: int
+    experts: int
+    top_k: int
+
+    @property
+    def expert_bytes(self) -> float:
+        """Bytes of all experts."""
+        return self.layers * self.experts * self.record
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of the experts that one token uses."""
+        return self.layers * self.top_k * self.record
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One token's prediction; `hits` counts the bank's and the page cache's.
+
+    `copied`, `read`, `computed` and `waited` are seconds: copies from the page cache, SSD reads,
+    reading weights from memory, and launches and waits.
+    """
+
+    bank: float
+    page_cache: float
+    bank_hits: float
+    hits: float
+    copied: float
+    read: float
+    computed: float
+    waited: float
+    seconds: float
+
+
+def named_args(name: str) -> ModelArgs:
+    """Return the settings of a model in GEOMETRIES."""
+    sizes = GEOMETRIES[name]._asdict()
+    inner = sizes["moe_intermediate_size"]
+    return ModelArgs(
+        "qwen3_5_moe", vocab_size=VOCABULARY, shared_expert_intermediate_size=inner, **sizes
+    )
+
+
+def weigh(
+    args: ModelArgs, bits: float, top_k: int | None = None, trunk_bits: int = 4, group: int = 64
+) -> Weights:
+    """Count a model's bytes: experts at `bits`, trunk at `trunk_bits`, routers at 8.
+
+    Args:
+        args: the model's sizes.
+        bits: of the routed experts' weights.
+        top_k: experts per token instead of the model's own.
+        trunk_bits: of the other matrices.
+        group: weights that share a scale and a bias of 16 bits each.
+
+    Raises:
+        FlashMoEError: the model does not have top_k experts.
+    """
+    top_k = args.num_experts_per_tok if top_k is None else top_k
+    check_top_k(top_k, args.num_experts, "--top-k")
+    hidden, layers = args.hidden_size, args.num_hidden_layers
+    linear = sum(args.is_linear(layer) for layer in range(layers))
+    matrices = linear * _linear(args) + (layers - linear) * _attention(args)
+    matrices += layers * 3 * hidden * args.shared_expert_intermediate_size
+    table = args.vocab_size * hidden
+    read = (matrices + table) * _bytes(trunk_bits, group)
+    read += layers * hidden * (args.num_experts + 1) * _bytes(8, group)
+    embedding = 0 if args.tie_word_embeddings else table * _bytes(trunk_bits, group)
+    record = 3 * hidden * args.moe_intermediate_size * _bytes(bits, group)
+    return Weights(read + embedding, read, record, layers, args.num_experts, top_k)
+
+
+def _bytes(bits: float, group: int) -> float:
+    return (bits + 32 / group) / 8
+
+
+def _linear(args: ModelArgs) -> int:
+    """Return the weights in one GatedDeltaNet layer's matrices."""
+    keys = args.linear_num_key_heads * args.linear_key_head_dim
+    values = args.linear_num_value_heads * args.linear_value_head_dim
+    inner = 2 * keys + 3 * values + 2 * args.linear_num_value_heads  # q, k; v, z, out; a, b
+    return args.hidden_size * inner
+
+
+def _attention(args: ModelArgs) -> int:
+    """Return the weights in one attention layer's matrices: q and its gate, k, v, o."""
+    heads = 3 * args.num_attention_heads + 2 * args.num_key_value_heads
+    return args.hidden_size * heads * args.head_dim
+
+
+def hit_rate(cached: float) -> float:
+    """Return the share of expert requests that an LRU cache of a share of the experts serves."""
+    return min(max(cached, 0.0), 1.0) ** HIT_EXPONENT
+
+
+def free_bytes(weights: Weights, machine: Machine) -> float:
+    """Return the memory left to experts, in the bank and the page cache together.
+
+    Raises:
+        FlashMoEError: it holds less than one token's experts.
+    """
+    free = machine.memory - SYSTEM_BYTES - weights.trunk
+    if free < weights.token_bytes:
+        need = SYSTEM_BYTES + weights.trunk + weights.token_bytes
+        raise FlashMoEError(
+            f"a memory of {machine.memory / 1e9:g} GB (--ram) is too little: trunk, one token's "
+            f"experts and the system take {need / 1e9:.1f} GB. Take a smaller model, or fewer bits."
+        )
+    return free
+
+
+def largest_bank(weights: Weights, machine: Machine) -> float:
+    """Return the bytes that slot banks can have at most.
+
+    Raises:
+        FlashMoEError: the memory does not hold one token's experts.
+    """
+    return min(free_bytes(weights, machine), GPU_SHARE * machine.memory - weights.trunk)
+
+
+def decode(weights: Weights, machine: Machine, engine: Engine, bank: float = 0.0) -> Decode:
+    """Predict one decoded token in the steady state.
+
+    Args:
+        bank: bytes of the slot banks. What the page cache holds of the same experts is counted
+            once: of the two the larger decides how many requests spare the SSD.
+
+    Raises:
+        FlashMoEError: the memory does not hold one token's experts.
+    """
+    page_cache = max(0.0, free_bytes(weights, machine) - bank)
+    bank_hits = hit_rate(bank / weights.expert_bytes)
+    hits = max(bank_hits, hit_rate(page_cache / weights.expert_bytes))
+    copied = weights.token_bytes * (hits - bank_hits) / (COPY_SHARE * machine.bandwidth)
+    read = weights.token_bytes * (1 - hits) / machine.ssd
+    computed = (weights.trunk_read + weights.token_bytes) / (KERNEL_SHARE * machine.bandwidth)
+    waited = weights.layers * engine.layer_seconds
+    compute, arrive = computed + waited, copied + read
+    seconds = max(compute, arrive) if engine.overlaps else compute + arrive
+    return Decode(bank, page_cache, bank_hits, hits, copied, read, computed, waited, seconds)
+
+
+def distinct_experts(weights: Weights, tokens: int) -> float:
+    """Return how many experts of a layer a chunk of tokens touches if routing is uniform.
+
+    Real routing repeats itself, so this is the most to expect.
+    """
+    return weights.experts * (1 - (1 - weights.top_k / weights.experts) ** tokens)
+
+
+def prefill_seconds(
+    weights: Weights, machine: Machine, engine: Engine, tokens: int, bank: float = 0.0
+) -> float:
+    """Predict the least time of an expert-major prefill; the GPU's arithmetic is not counted.
+
+    Each chunk reads each expert that it touches once. Of the experts the memory holds a share, and
+    since a chunk touches nearly all of them, that share is also the hit rate.
+
+    Raises:
+        FlashMoEError: the memory does not hold one token's experts.
+    """
+    page_cache = max(0.0, free_bytes(weights, machine) - bank)
+    in_bank = min(1.0, bank / weights.expert_bytes)
+    held = max(in_bank, min(1.0, page_cache / weights.expert_bytes))
+    per_byte = (held - in_bank) / (COPY_SHARE * machine.bandwidth) + (1 - held) / machine.ssd
+    total = 0.0
+    for start in range(0, tokens, PREFILL_CHUNK):
+        touched = distinct_experts(weights, min(PREFILL_CHUNK, tokens - start))
+        nbytes = weights.layers * touched * weights.record
+        computed = (weights.trunk_read + nbytes) / (KERNEL_SHARE * machine.bandwidth)
+        total += nbytes * per_byte + computed + weights.layers * engine.layer_seconds
+    return total
+
+
+def bank_sizes(weights: Weights, machine: Machine) -> list[float]:
+    """Return the bank sizes worth comparing: the smallest, shares of the free memory, or all.
+
+    Raises:
+        FlashMoEError: the memory does not hold one token's experts.
+    """
+    free, most = free_bytes(weights, machine), largest_bank(weights, machine)
+    shares = [free * share for share in (0.125, 0.25, 0.5, 0.75)]
+    sizes = [s for s in (*shares, weights.expert_bytes) if weights.token_bytes < s <= most]
+    return [weights.token_bytes, *(s for s in sizes if s <= weights.expert_bytes)]
+
+
+def advised(weights: Weights, machine: Machine, decodes: list[Decode]) -> Decode:
+    """Return the fastest of the decodes whose bank is sound.
+
+    A bank of all experts is sound. Another takes half of the free memory at most: larger ones
+    lost speed to memory pressure wherever they were published, which this model does not hold.
+    """
+    limit = free_bytes(weights, machine) / 2
+    smallest = min(d.bank for d in decodes)
+    sound = [d for d in decodes if d.bank <= max(limit, smallest) or d.bank_hits == 1]
+    return min(sound, key=lambda d: d.seconds)
+
+
+def as_dict(weights: Weights) -> dict[str, Any]:
+    """Return sizes as plain JSON values, in bytes."""
+    return {
+        "trunk_bytes": round(weights.trunk),
+        "expert_bytes": round(weights.expert_bytes),
+        "record_bytes": round(weights.record),
+        "token_bytes": round(weights.token_bytes),
+        "top_k": weights.top_k,
+    }

@@ -1,0 +1,448 @@
+"""Where every expert lies on disk. Standard library only.
+
+Two kinds of directory are understood, and look alike from outside:
+
+* **packed**, written by `flashmoe-convert`: `model_experts/layer_NN.safetensors`, in which the
+  nine tensors of one expert follow one another (a *record*), so one expert is one byte range;
+* **stock**, an unmodified MLX checkpoint: stacked `switch_mlp` tensors `[experts, out, in]`, in
+  which one expert is nine byte ranges.
+
+In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all that
+`LayerLayout` stores. Every header is checked before a byte is trusted.
+"""
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..errors import FlashMoEError
+from .json_file import exists, list_files, open_regular, parse, read_json, unreadable
+from .names import FIELDS, PROJECTIONS, stacked_expert
+
+EXPERT_DIR = "model_experts"
+MANIFEST = "manifest.json"
+MANIFEST_FORMAT = "flashmoe-experts"
+MANIFEST_VERSION = 1
+DATA_ALIGNMENT = 16384
+
+MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+MAX_NAME = 1000
+ITEM_SIZE = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
+    "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file; `offset` counts from the start of the file, in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """One of an expert's nine tensors: where expert 0's copy starts, and the step to the next."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+    offset: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """A contiguous byte range of one expert, covering `fields[first:last]`."""
+
+    file: Path
+    offset: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """The experts of one layer."""
+
+    layer: int
+    num_experts: int
+    fields: tuple[Field, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one expert."""
+        return sum(field.nbytes for field in self.fields)
+
+    def spans(self, expert: int) -> list[Span]:
+        """Return the byte ranges of one expert: one if packed, nine if stock."""
+        spans: list[Span] = []
+        end = None
+        for index, field in enumerate(self.fields):
+            start = field.offset + expert * field.stride
+            if spans and spans[-1].file == field.file and start == end:
+                spans[-1] = Span(field.file, spans[-1].offset, spans[-1].first, index + 1)
+            else:
+                spans.append(Span(field.file, start, index, index + 1))
+            end = start + field.nbytes
+        return spans
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The experts of a whole model. `kind` is "packed", "linked" or "stock"."""
+
+    kind: str
+    directory: Path
+    layers: tuple[LayerLayout, ...]
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of the largest layer's expert."""
+        return max(layer.record_bytes for layer in self.layers)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one expert in every layer together."""
+        return sum(layer.record_bytes for layer in self.layers)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all experts of all layers."""
+        return sum(layer.record_bytes * layer.num_experts for layer in self.layers)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        FlashMoEError: the file is missing, cut short, or its header does not describe it.
+    """
+    try:
+        file, size = open_regular(path, "Put the checkpoint's file there.")
+    except FileNotFoundError as error:
+        raise FlashMoEError(
+            f"{path}: missing ({error.strerror}). Download or convert it again."
+        ) from error
+    with file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise FlashMoEError(
+                    f"{path}: not a whole safetensors file ({size} bytes, header of {length}). "
+                    "Download or convert it again."
+                )
+            raw = file.read(length)
+        except OSError as error:
+            raise unreadable(path, error) from error
+    try:
+        header = parse(raw)
+        _check_metadata(header.pop("__metadata__", None))
+        tensors = {name: _tensor(name, entry, 8 + length) for name, entry in header.items()}
+        end = _check_gapless(tensors, 8 + length)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FlashMoEError(
+            f"{path}: damaged safetensors header ({error}). Download or convert it again."
+        ) from error
+    if end != size:
+        raise FlashMoEError(
+            f"{path}: truncated or altered: {size} bytes long, but its header describes {end}. "
+            "Download or convert it again."
+        )
+    return tensors
+
+
+def _check_metadata(found: Any) -> None:
+    """Refuse metadata that MLX cannot read: what is there must be strings by name."""
+    if found is not None and not (
+        isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    ):
+        raise ValueError("__metadata__ is not an object of strings")
+
+
+def _check_gapless(tensors: dict[str, TensorInfo], end: int) -> int:
+    """Check that tensors follow one another from byte `end`, and return where the last one ends."""
+    for name, tensor in sorted(tensors.items(), key=lambda t: (t[1].offset, t[1].nbytes)):
+        if tensor.offset != end:
+            fault = "overlaps the tensor before it" if tensor.offset < end else "follows a gap"
+            raise ValueError(
+                f"tensor {name!r} at byte {tensor.offset} {fault}, which ends at {end}"
+            )
+        end += tensor.nbytes
+    return end
+
+
+def _tensor(name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    if len(name) > MAX_NAME:  # Python refuses to read numbers of thousands of digits
+        raise ValueError(f"tensor {name[:40]!r}... has a name of {len(name)} characters")
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if any(type(n) is not int or n.bit_length() > 63 for n in (begin, end, *shape)):
+        raise ValueError(
+            f"tensor {name!r} has a shape or offsets that are not whole numbers below 2^63"
+        )
+    if entry["dtype"] not in ITEM_SIZE:
+        raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
+    nbytes = math.prod(shape) * ITEM_SIZE[entry["dtype"]]
+    if not 0 <= begin <= end or end - begin != nbytes or min(shape, default=0) < 0:
+        raise ValueError(f"tensor {name!r} of {nbytes} bytes has offsets {begin}..{end}")
+    return TensorInfo(entry["dtype"], shape, data_start + begin, nbytes)
+
+
+def open_layout(model_dir: Path | str, num_layers: int, num_experts: int) -> ExpertLayout:
+    """Find the experts of a packed, linked or stock model directory.
+
+    Args:
+        model_dir: the model's directory.
+        num_layers: decoder layers, from the model's config.
+        num_experts: routed experts per layer, from the model's config.
+
+    Raises:
+        FlashMoEError: experts are missing, incomplete, unquantised or damaged.
+    """
+    model_dir = Path(model_dir)
+    experts_dir = model_dir / EXPERT_DIR
+    if not exists(experts_dir):
+        if exists(model_dir / "flashmoe_model.py"):
+            raise FlashMoEError(
+                f"{model_dir}: the folder {EXPERT_DIR}/ is missing, so the conversion is "
+                "unfinished or was copied in part. Run flashmoe-convert again."
+            )
+        return _open_stock("stock", model_dir, num_layers, num_experts)
+    manifest = read_manifest(experts_dir / MANIFEST)
+    if "link" in manifest:
+        source = Path(str(manifest["link"]))
+        if not (exists(source) and source.is_dir()):
+            raise FlashMoEError(
+                f"{experts_dir / MANIFEST}: links to {source}, which is not a directory. Put the "
+                "checkpoint back there, or convert again with flashmoe-convert --link."
+            )
+        return _open_stock("linked", source, num_layers, num_experts)
+    return _open_packed(model_dir, manifest, num_layers, num_experts)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read `model_experts/manifest.json`.
+
+    Raises:
+        FlashMoEError: it is missing (the conversion did not finish), damaged, or too new.
+    """
+    try:
+        manifest = read_json(path, "Run flashmoe-convert again.")
+    except FileNotFoundError:
+        raise FlashMoEError(
+            f"{path.parent.parent}: unfinished conversion ({path.name} is written last and is "
+            "missing). Run flashmoe-convert again."
+        ) from None
+    if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+        raise FlashMoEError(f"{path}: not a {MANIFEST_FORMAT} manifest. Convert the model again.")
+    if manifest.get("version") != MANIFEST_VERSION:
+        raise FlashMoEError(
+            f"{path}: format version {manifest.get('version')!r}, but this flashmoe-mlx reads "
+            f"version {MANIFEST_VERSION}. Update flashmoe-mlx, or convert the model again."
+        )
+    return manifest
+
+
+def record_checksums(manifest: dict[str, Any]) -> list[list[int]]:
+    """Return the CRC-32 (`zlib.crc32`) of every record, by layer and expert.
+
+    Raises:
+        FlashMoEError: the manifest has none, or has others.
+    """
+    try:
+        if manifest["checksum"] != "crc32":
+            raise ValueError(f"checksum {manifest['checksum']!r}, expected 'crc32'")
+        return [[int(text, 16) for text in layer["records"]] for layer in manifest["layers"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FlashMoEError(
+            f"{EXPERT_DIR}/{MANIFEST}: no checksum for every expert ({error!r}). Convert the model "
+            "again with flashmoe-convert."
+        ) from error
+
+
+def layer_file(layer: int) -> str:
+    """Return the name of one layer's expert file in a packed directory."""
+    return f"layer_{layer:02d}.safetensors"
+
+
+def _open_packed(
+    model_dir: Path, manifest: dict[str, Any], num_layers: int, num_experts: int
+) -> ExpertLayout:
+    entries = manifest.get("layers")
+    if (listed := len(entries) if isinstance(entries, list) else 0) != num_layers:
+        raise FlashMoEError(
+            f"{model_dir / EXPERT_DIR / MANIFEST}: lists {listed} layers, but config.json has "
+            f"num_hidden_layers = {num_layers}. Convert the model again."
+        )
+    layers = [_packed_layer(model_dir, layer, num_experts) for layer in range(num_layers)]
+    return ExpertLayout("packed", model_dir, tuple(layers))
+
+
+def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
+    path = model_dir / EXPERT_DIR / layer_file(layer)
+    if not exists(path):
+        raise FlashMoEError(
+            f"{path}: missing, so layer {layer} has no experts. Run flashmoe-convert again."
+        )
+    tensors = read_header(path)
+    first = [tensors.get(f"experts.0.{name}") for name in FIELDS]
+    stride = sum(t.nbytes for t in first if t)
+    for expert in range(num_experts):
+        for name, zero in zip(FIELDS, first, strict=True):
+            tensor = tensors.get(f"experts.{expert}.{name}")
+            if tensor is None or zero is None:
+                raise FlashMoEError(
+                    f"{path}: no tensor experts.{expert}.{name}; config.json asks for "
+                    f"{num_experts} experts. Convert the model again."
+                )
+            expected = (zero.dtype, zero.shape, zero.offset + expert * stride)
+            if (tensor.dtype, tensor.shape, tensor.offset) != expected:
+                raise FlashMoEError(
+                    f"{path}: experts.{expert}.{name} is {tensor.dtype}{list(tensor.shape)} at "
+                    f"byte {tensor.offset}, expected {expected[0]}{list(expected[1])} at "
+                    f"{expected[2]}. Convert the model again."
+                )
+    if len(tensors) != num_experts * len(FIELDS):
+        raise FlashMoEError(
+            f"{path}: holds {len(tensors)} tensors, expected {num_experts * len(FIELDS)}, since "
+            f"config.json asks for {num_experts} experts. Restore the config.json that belongs to "
+            "this model."
+        )
+    fields = tuple(
+        Field(name, t.dtype, t.shape, t.nbytes, path, t.offset, stride)
+        for name, t in zip(FIELDS, first, strict=True)
+        if t
+    )
+    return LayerLayout(layer, num_experts, fields)
+
+
+def list_weight_files(directory: Path) -> list[Path]:
+    """Return every `model*.safetensors` in a directory, the files that stock mlx-lm loads.
+
+    Raises:
+        FlashMoEError: it cannot be listed.
+    """
+    return [path for path in list_files(directory) if fnmatch(path.name, "model*.safetensors")]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return every `model*.safetensors` in a directory.
+
+    Raises:
+        FlashMoEError: there is none.
+    """
+    files = list_weight_files(directory)
+    if not files:
+        raise FlashMoEError(
+            f"{directory}: no model*.safetensors found. Give the directory of a Qwen3.5 MoE "
+            "checkpoint, or the name of one on the Hugging Face Hub."
+        )
+    return files
+
+
+def checkpoint_headers(directory: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """Read the headers of a directory's weight files: tensor name to (file, place).
+
+    Raises:
+        FlashMoEError: there is no such file, one is damaged, or two hold the same tensor.
+    """
+    found: dict[str, tuple[Path, TensorInfo]] = {}
+    for file in weight_files(directory):
+        for name, info in read_header(file).items():
+            if name in found:
+                raise FlashMoEError(
+                    f"{file}: {name} is in {found[name][0].name} too. Remove the file that does "
+                    "not belong to the checkpoint."
+                )
+            found[name] = file, info
+    return found
+
+
+def _open_stock(kind: str, directory: Path, num_layers: int, num_experts: int) -> ExpertLayout:
+    found: dict[int, dict[str, tuple[Path, TensorInfo]]] = {}
+    for name, place in checkpoint_headers(directory).items():
+        if key := stacked_expert(name):
+            layer = found.setdefault(key[0], {})
+            if key[1] in layer:
+                raise FlashMoEError(
+                    f"{place[0]}: {name} is a second tensor for layer {key[0]} {key[1]}. Remove "
+                    "the files that do not belong to the checkpoint."
+                )
+            layer[key[1]] = place
+    layers = [
+        _stock_layer(directory, layer, num_experts, found.get(layer, {}))
+        for layer in range(num_layers)
+    ]
+    return ExpertLayout(kind, directory, tuple(layers))
+
+
+def _stock_layer(
+    directory: Path, layer: int, num_experts: int, found: dict[str, tuple[Path, TensorInfo]]
+) -> LayerLayout:
+    fields = []
+    for name in FIELDS:
+        if name not in found:
+            state = "experts are not quantised" if "up_proj.weight" in found else "no experts found"
+            raise FlashMoEError(
+                f"{directory}: layer {layer}: {state} (no switch_mlp.{name}). Repack it first: "
+                f"flashmoe-convert --hf-path {directory} --mlx-path OUT -q"
+            )
+        file, tensor = found[name]
+        if len(tensor.shape) != 3 or tensor.shape[0] != num_experts:
+            raise FlashMoEError(
+                f"{file}: layer {layer} switch_mlp.{name} has shape {list(tensor.shape)}, "
+                f"expected {num_experts} experts x rows x columns. Check num_experts."
+            )
+        step = tensor.nbytes // num_experts
+        fields.append(Field(name, tensor.dtype, tensor.shape[1:], step, file, tensor.offset, step))
+    return LayerLayout(layer, num_experts, tuple(fields))
+
+
+def quantisation(layer: LayerLayout, projection: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """Return (bits, group size) of one projection, derived from its shapes.
+
+    Args:
+        layer: the experts of a layer.
+        projection: one of `names.PROJECTIONS`.
+        shape: rows and columns that the model's config states.
+
+    Raises:
+        FlashMoEError: the shapes fit no affine 2/3/4/5/6/8-bit layout of such a matrix.
+    """
+    in_features = shape[1]
+    base = PROJECTIONS.index(projection) * 3
+    weight, scales, biases = layer.fields[base : base + 3]
+    rows, packed = weight.shape
+    if rows != shape[0]:
+        raise FlashMoEError(
+            f"{weight.file}: layer {layer.layer} {projection} has {rows} rows, but config.json "
+            f"says {shape[0]}. Convert the model again."
+        )
+    groups = scales.shape[-1]
+    bits, group_size = 32 * packed // in_features, in_features // max(groups, 1)
+    fits = (
+        bits in (2, 3, 4, 5, 6, 8)
+        and bits * in_features == 32 * packed
+        and group_size in (32, 64, 128)
+        and group_size * groups == in_features
+        and scales.shape == biases.shape == (rows, groups)
+        and weight.dtype == "U32"
+        and scales.dtype == biases.dtype
+        and scales.dtype in ("BF16", "F16", "F32")
+    )
+    if not fits:
+        raise FlashMoEError(
+            f"{weight.file}: layer {layer.layer} {projection}: weight {weight.dtype}"
+            f"{list(weight.shape)} with scales {scales.dtype}{list(scales.shape)} is not affine "
+            f"quantisation of {in_features} columns. Only affine modes can be streamed; convert "
+            "from the original checkpoint with flashmoe-convert -q."
+        )
+    return bits, group_size

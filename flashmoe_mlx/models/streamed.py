@@ -1,0 +1,85 @@
+"""What a model holds beside its weights, expert files and reader threads: close, copy, count."""
+
+import copy
+from types import TracebackType
+from typing import Any, Self
+
+import mlx.nn as nn
+
+from ..store.store import ExpertStats, ExpertStore
+
+
+class StreamedModule(nn.Module):
+    """A module whose experts may come from an `ExpertStore`; `with` closes it at the end."""
+
+    def __init__(self, store: ExpertStore | None) -> None:
+        """Remember the store; None means that all experts are parameters."""
+        super().__init__()
+        self._store = store
+
+    def expert_stats(self) -> ExpertStats:
+        """Return the live counters of the expert store; all zero if experts are parameters."""
+        return self._store.stats if self._store else ExpertStats()
+
+    def expert_cache(self) -> str:
+        """Say in one line how large the expert cache is, and why."""
+        return str(self._store.plan) if self._store else "Expert cache: all experts are resident"
+
+    def close(self) -> None:
+        """Close the expert files and stop the reader threads, of copies too; twice does no harm.
+
+        The model computes no more. Its memory is given back when nobody refers to it any longer.
+        """
+        if self._store:
+            self._store.close()
+
+    def check_usable(self) -> None:
+        """Refuse to compute with a store that is closed, even if it needs no more reads.
+
+        Raises:
+            FlashMoEError: the model was closed, or loaded in another process, of which this one is
+                a fork.
+        """
+        if self._store:
+            self._store.check_usable()
+
+    def __enter__(self) -> Self:
+        """Return the model."""
+        self.check_usable()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __copy__(self) -> Self:
+        """Return a module that shares weights and store."""
+        return self._twin(dict(self), self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a module with weights of its own that shares the store."""
+        return self._twin(copy.deepcopy(dict(self), memo), copy.deepcopy(self.__dict__, memo))
+
+    def _twin(self, parameters: dict[str, Any], others: dict[str, Any]) -> Self:
+        twin = type(self).__new__(type(self))
+        dict.update(twin, parameters)  # nn.Module's own `update` means something else
+        twin.__dict__.update(others)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled, unless all experts are parameters.
+
+        Raises:
+            TypeError: there is a store.
+        """
+        if self._store:
+            raise TypeError(
+                "a model whose experts stream holds open files and threads and cannot be pickled; "
+                "load it again in the other process"
+            )
+        return super().__reduce_ex__(protocol)

@@ -1,0 +1,214 @@
+"""Where a layer's time goes: a pass in which every part of every layer is waited for.
+
+The model's code is not changed: for the length of the pass its modules are replaced by proxies
+that evaluate what they return and look at the clock. Parts can then not overlap, so the pass is
+slower than the runs that it explains; its total is printed beside theirs.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..models.qwen3_5.model import DecoderLayer, Model
+from ..store.requests import Pending
+from ..store.store import ExpertStats, ExpertStore
+
+PARTS = ("attention", "router", "read", "experts")
+
+
+@dataclass
+class LayerTime:
+    """Seconds and counters of one layer, all steps together.
+
+    Attributes:
+        kind: "linear" or "full" attention.
+        attention: the mixer, with its norm and residual.
+        router: until the first expert is asked for: norm, router, and on a CPU the first half of
+            the shared expert.
+        read: waiting for experts to be read.
+        experts: the rest: routed and shared experts.
+        asked: experts asked for, once a step.
+        hits: of these, those that were resident.
+        distinct: different experts asked for, added up over the steps.
+        bytes_read: bytes that came into the bank.
+        steps: times that the layer ran.
+    """
+
+    kind: str
+    attention: float = 0.0
+    router: float = 0.0
+    read: float = 0.0
+    experts: float = 0.0
+    asked: int = 0
+    hits: int = 0
+    distinct: int = 0
+    bytes_read: int = 0
+    steps: int = 0
+
+    def clear(self) -> None:
+        """Set all figures to zero."""
+        self.__init__(self.kind)  # type: ignore[misc]
+
+    @property
+    def seconds(self) -> float:
+        """All parts together."""
+        return sum(getattr(self, part) for part in PARTS)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were resident, 0 to 1."""
+        return self.hits / self.asked if self.asked else 0.0
+
+    def as_dict(self, steps: int) -> dict[str, Any]:
+        """Return JSON values; times are milliseconds per step."""
+        times = {f"{part}_ms": getattr(self, part) / steps * 1e3 for part in PARTS}
+        counts = {k: v for k, v in asdict(self).items() if k not in (*PARTS, "kind")}
+        return {"kind": self.kind, **times, **counts, "hit_rate": self.hit_rate}
+
+
+Pick = Callable[[mx.array], LayerTime]  # where to count what is done for hidden states [B, T, H]
+
+
+class _Attention:
+    """Stands in for a layer's mixer."""
+
+    def __init__(self, module: Callable[..., Any], pick: Pick) -> None:
+        self._module, self._pick = module, pick
+
+    def __call__(self, h: mx.array, *rest: Any) -> Any:
+        mx.eval(h)
+        start = time.perf_counter()
+        y = self._module(h, *rest)
+        mx.eval(y)
+        self._pick(h).attention += time.perf_counter() - start
+        return y
+
+
+class _Experts:
+    """Stands in for a layer's mixture of experts; `asked` hears of each request in between."""
+
+    def __init__(self, module: Any, pick: Pick, store: ExpertStore) -> None:
+        self._module, self._pick, self._store = module, pick, store
+        self._first: float | None = None
+        self._ids: set[int] = set()
+        self._brought = 0.0
+
+    def asked(self, experts: Sequence[int]) -> None:
+        """Note when the first experts are asked for, and which."""
+        self._first = self._first or time.perf_counter()
+        self._ids.update(experts)
+
+    def brought(self, seconds: float) -> None:
+        """Count time in which a GPU brought experts by itself."""
+        self._brought += seconds
+
+    def guess(self, *args: Any) -> None:
+        """Guess as the block does; that takes no part of the layer's time."""
+        self._module.guess(*args)
+
+    def __call__(self, h: mx.array, *rest: Any) -> Any:
+        mx.eval(h)
+        self._first, self._ids, self._brought = None, set(), 0.0
+        before: ExpertStats = replace(self._store.stats)
+        start = time.perf_counter()
+        y = self._module(h, *rest)
+        mx.eval(y)
+        seconds, after, times = time.perf_counter() - start, self._store.stats, self._pick(h)
+        router = self._first - start if self._first else 0.0
+        read = after.seconds_waited - before.seconds_waited + self._brought
+        times.router += router
+        times.read += read
+        times.experts += seconds - router - read
+        times.asked += after.asked - before.asked
+        times.hits += after.hits - before.hits
+        times.distinct += len(self._ids)
+        times.bytes_read += after.bytes_read - before.bytes_read
+        times.steps += 1
+        return y
+
+
+@contextmanager
+def timed_layers(
+    model: Model, store: ExpertStore, prompt: list[LayerTime] | None = None
+) -> Iterator[list[LayerTime]]:
+    """Time the layers' parts while the block runs; the model is then as it was before.
+
+    Args:
+        model: ours.
+        store: its experts.
+        prompt: one for each layer; where to count steps of more than one token, if apart.
+    """
+    found = untimed(model)
+    originals, proxies = [], list[_Experts]()
+    request, bring, count_hits = store.request, store.bring, store.count_hits
+
+    def watched(layer: int, experts: Sequence[int]) -> Pending:
+        proxies[layer].asked(experts)
+        return request(layer, experts)
+
+    def resident(layer: int, experts: Sequence[int]) -> None:
+        proxies[layer].asked(experts)
+        count_hits(layer, experts)
+
+    def brought(layer: int, ids: mx.array, earlier: mx.array) -> mx.array | None:
+        proxies[layer].asked(np.unique(np.array(ids)).tolist())
+        start = time.perf_counter()
+        if (there := bring(layer, ids, earlier)) is not None:
+            mx.eval(there)
+            proxies[layer].brought(time.perf_counter() - start)
+        return there
+
+    for layer, several, single in zip(model.layers, prompt or found, found, strict=True):
+        name = _mixer(layer)
+        originals.append((layer, name, layer[name], layer.mlp))
+        pick = partial(_pick, several, single)
+        proxies.append(_Experts(layer.mlp, pick, store))
+        setattr(layer, name, _Attention(layer[name], pick))
+        setattr(layer, "mlp", proxies[-1])  # noqa: B010
+    store.request, store.bring = watched, brought  # type: ignore[method-assign]
+    store.count_hits = resident  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        del store.request, store.bring, store.count_hits
+        for layer, name, mixer, mlp in originals:
+            setattr(layer, name, mixer)
+            layer.mlp = mlp
+
+
+def untimed(model: Model) -> list[LayerTime]:
+    """Return figures of zero for each layer."""
+    return [LayerTime("linear" if layer.is_linear else "full") for layer in model.layers]
+
+
+def _pick(several: LayerTime, single: LayerTime, h: mx.array) -> LayerTime:
+    return several if h.shape[1] > 1 else single
+
+
+def _mixer(layer: DecoderLayer) -> str:
+    return "linear_attn" if layer.is_linear else "self_attn"
+
+
+def print_rows(layers: list[LayerTime], steps: int) -> LayerTime:
+    """Print a line for each layer and one for all, and return that."""
+    parts = " ".join(f"{part:>9}" for part in PARTS)
+    print(f"{'layer':>5} {'kind':>6} {parts}    total   hits  MB/step")
+    for number, layer in enumerate(layers):
+        print(_row(str(number), layer, steps))
+    total = LayerTime("")
+    for name in (*PARTS, "asked", "hits", "bytes_read"):
+        setattr(total, name, sum(getattr(layer, name) for layer in layers))
+    print(_row("all", total, steps))
+    return total
+
+
+def _row(name: str, layer: LayerTime, steps: int) -> str:
+    parts = " ".join(f"{getattr(layer, part) / steps * 1e3:9.3f}" for part in PARTS)
+    total, mb = layer.seconds / steps * 1e3, layer.bytes_read / steps / 1e6
+    return f"{name:>5} {layer.kind:>6} {parts} {total:8.3f} {layer.hit_rate:6.1%} {mb:8.2f}"

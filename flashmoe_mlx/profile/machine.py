@@ -1,0 +1,100 @@
+"""What runs here: machine, versions, device. Facts for benchmarks and bug reports."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..custom_kernels.autotune import device_name
+
+PACKAGES = ("flashmoe-mlx", "mlx", "mlx-lm", "transformers", "numpy", "numba")
+
+
+def facts() -> dict[str, Any]:
+    """Return machine, versions and device as plain values; memory in bytes."""
+    return {
+        "system": f"{platform.system()} {system_version()}, {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "memory": memory_bytes(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "device": device_name(),
+    }
+
+
+def versions(facts: dict[str, Any]) -> str:
+    """Return the installed packages of `facts` in one line."""
+    return ", ".join(f"{name} {found}" for name, found in facts["packages"].items() if found)
+
+
+def on_gpu() -> bool:
+    """Say whether MLX computes on a GPU."""
+    return mx.default_device() == mx.Device(mx.gpu)
+
+
+def default_dtype() -> str:
+    """Return the dtype that a model's activations have on the default device."""
+    return "bfloat16" if on_gpu() else "float32"
+
+
+def version(package: str) -> str | None:
+    """Return an installed package's version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def system_version() -> str:
+    """Return the release of the operating system."""
+    return platform.mac_ver()[0] if sys.platform == "darwin" else platform.release()
+
+
+def cores() -> int:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it."""
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string") or platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def memory_bytes() -> int:
+    """Return the installed memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_bytes() -> int:
+    """Return the size of the largest cache above the default device's memory, or a safe guess."""
+    found = [96 << 20] if on_gpu() else [_cpu_cache(path) for path in _cache_files()]
+    return max(found, default=32 << 20)
+
+
+def _cache_files() -> list[Path]:
+    return sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+
+
+def _cpu_cache(path: Path) -> int:
+    text = path.read_text().strip()
+    return int(text.rstrip("KM")) << {"K": 10, "M": 20}.get(text[-1:], 0)
+
+
+def _sysctl(name: str) -> str:
+    done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True)
+    return done.stdout.strip()

@@ -1,0 +1,250 @@
+"""How fast experts come from a disk: record-sized random reads by several threads."""
+
+import contextlib
+import errno
+import mmap
+import os
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FlashMoEError
+from ..format.layout import ExpertLayout, LayerLayout
+from ..settings import StreamConfig
+from ..store.io_mode import open_expert_file
+from ..store.slots import BLOCK
+
+SAMPLE = 256 << 20  # bytes read
+RECORD = 1_769_472  # bytes of an expert of 35B-A3B at 4 bits
+BUFFERS = 16  # records of memory that reads go to in turn, as they go to the slots of a bank
+Range = tuple[Path, int, int]  # file, offset, bytes
+
+
+@dataclass(frozen=True)
+class ReadSpeed:
+    """What reading took.
+
+    Attributes:
+        nbytes: bytes read.
+        reads: `preadv` calls that were asked for.
+        threads: readers.
+        seconds: from the first read to the last.
+        cold: how the page cache was kept out, in words.
+        source: what was read, in words.
+        direct: whether reads went past the page cache.
+    """
+
+    nbytes: int
+    reads: int
+    threads: int
+    seconds: float
+    cold: str
+    source: str
+    direct: bool = False
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Bytes per second, all threads together."""
+        return self.nbytes / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields and the speed as plain JSON values."""
+        return {**asdict(self), "bytes_per_s": self.bytes_per_s}
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.bytes_per_s / 1e9:.2f} GB/s: {self.reads} random reads of "
+            f"{self.nbytes / self.reads / 1e6:.3g} MB, {self.threads} threads, {self.cold}; "
+            f"{self.source}"
+        )
+
+
+def expert_ranges(layout: ExpertLayout, sample: int = SAMPLE) -> list[Range]:
+    """Pick random experts of a model, at most `sample` bytes or each expert once."""
+    experts = [(layer, expert) for layer in layout.layers for expert in range(layer.num_experts)]
+    count = max(1, sample // layout.record_bytes)
+    return ranges_of(random.sample(experts, min(count, len(experts))))
+
+
+def ranges_of(experts: Iterable[tuple[LayerLayout, int]]) -> list[Range]:
+    """Return where experts of layers lie."""
+    return [
+        (span.file, span.offset, sum(f.nbytes for f in layer.fields[span.first : span.last]))
+        for layer, expert in experts
+        for span in layer.spans(expert)
+    ]
+
+
+@contextlib.contextmanager
+def scratch_ranges(
+    directory: Path, sample: int = SAMPLE, record: int = RECORD
+) -> Iterator[list[Range]]:
+    """Write a temporary file of random bytes and cut it into records, in random order.
+
+    Raises:
+        OSError: the directory cannot be written, or the file would take over half of what is free.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if sample > (free := shutil.disk_usage(directory).free) / 2:
+        text = f"{sample >> 20} MiB are asked for, and {free >> 20} are free"
+        raise OSError(errno.ENOSPC, text, str(directory))
+    block = os.urandom(record)
+    offsets = list(range(0, sample // record * record, record))
+    with tempfile.NamedTemporaryFile(dir=directory, prefix="read-speed-") as file:
+        _keep_out(file.fileno())
+        for _ in offsets:
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        random.shuffle(offsets)
+        yield [(Path(file.name), offset, record) for offset in offsets]
+
+
+def time_reads(
+    ranges: Sequence[Range],
+    source: str,
+    threads: int = StreamConfig.io_threads,
+    direct: bool = False,
+) -> ReadSpeed:
+    """Read byte ranges once, in the order given, by several threads, with read-ahead off.
+
+    Args:
+        ranges: what to read.
+        source: of it, in words.
+        threads: readers.
+        direct: read past the page cache; places and lengths must then be whole blocks.
+
+    Raises:
+        FlashMoEError: a file cannot be read, or ends early.
+    """
+    buffers = record_buffers(max(nbytes for _, _, nbytes in ranges))
+    with opened(ranges, direct) as files:
+        for place in ranges:
+            cold = forget(files[place[0]], place)
+        seconds = in_threads(reads_into(buffers, ranges, files), len(ranges), threads)
+    total = sum(nbytes for _, _, nbytes in ranges)
+    how = f"direct, {cold}" if direct else cold
+    return ReadSpeed(total, len(ranges), threads, seconds, how, source, direct)
+
+
+def record_buffers(nbytes: int) -> list[memoryview]:
+    """Return memory for BUFFERS records, each at a block boundary, touched once."""
+    stride = -(-nbytes // BLOCK) * BLOCK
+    memory = memoryview(mmap.mmap(-1, stride * BUFFERS))
+    for start in range(0, len(memory), BLOCK):
+        memory[start] = 1
+    return [memory[i * stride : i * stride + nbytes] for i in range(BUFFERS)]
+
+
+def read_range(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
+    """Fill `view` from a file.
+
+    Raises:
+        FlashMoEError: the file ends before, or cannot be read.
+    """
+    while len(view):
+        try:
+            count = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
+        if count == 0:
+            raise FlashMoEError(f"{path}: ends at byte {offset}. Download or convert it again.")
+        offset, view = offset + count, view[count:]
+
+
+def reads_into(
+    buffers: Sequence[memoryview], ranges: Sequence[Range], files: Mapping[Path, int]
+) -> Callable[[int], None]:
+    """Return what reads a range by its number, into BUFFERS buffers in turn."""
+
+    def read(number: int) -> None:
+        path, offset, nbytes = ranges[number]
+        read_range(files[path], path, offset, buffers[number % BUFFERS][:nbytes])
+
+    return read
+
+
+def in_threads(work: Callable[[int], None], count: int, threads: int) -> float:
+    """Call `work(0)` to `work(count - 1)` in threads that take the numbers in turn.
+
+    Returns:
+        Seconds from the first call to the last, without the start of the threads.
+
+    Raises:
+        FlashMoEError: what a call raised.
+    """
+    todo, errors = deque(range(count)), []
+    ready = threading.Barrier(threads + 1)
+
+    def loop() -> None:
+        ready.wait()
+        while True:
+            try:
+                number = todo.popleft()
+            except IndexError:
+                return
+            try:
+                work(number)
+            except FlashMoEError as error:
+                errors.append(error)
+
+    pool = [threading.Thread(target=loop) for _ in range(threads)]
+    for thread in pool:
+        thread.start()
+    ready.wait()
+    start = time.perf_counter()
+    for thread in pool:
+        thread.join()
+    seconds = time.perf_counter() - start
+    if errors:
+        raise errors[0]
+    return seconds
+
+
+@contextlib.contextmanager
+def opened(
+    ranges: Sequence[Range], direct: bool = False, read_ahead: bool = False
+) -> Iterator[dict[Path, int]]:
+    """Open each file once and yield the descriptors.
+
+    Raises:
+        FlashMoEError: a file cannot be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        files: dict[Path, int] = {}
+        for path in sorted({path for path, _, _ in ranges}):
+            try:
+                plain = read_ahead and not direct
+                files[path] = (
+                    os.open(path, os.O_RDONLY) if plain else open_expert_file(path, direct)
+                )
+            except OSError as error:
+                raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
+            stack.callback(os.close, files[path])
+        yield files
+
+
+def _keep_out(descriptor: int) -> None:
+    """Keep a file's bytes out of macOS's page cache."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+
+
+def forget(descriptor: int, place: Range) -> str:
+    """Drop a range from the page cache where the system lets us; say in words what was done."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, place[1], place[2], os.POSIX_FADV_DONTNEED)
+        return "cold (posix_fadvise DONTNEED)"
+    _keep_out(descriptor)
+    return "uncached (F_NOCACHE), but what the page cache held already came from there"

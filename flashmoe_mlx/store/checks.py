@@ -1,0 +1,53 @@
+"""Compare every expert with its checksum when it has been read, before anything uses it."""
+
+import zlib
+from collections.abc import Sequence
+
+from ..errors import FlashMoEError
+from ..format.layout import EXPERT_DIR, MANIFEST, ExpertLayout, read_manifest, record_checksums
+from .cuda.pinned import uses_cuda
+
+
+class RecordChecks:
+    """The checksums that a converted directory's manifest has of its experts (CRC-32)."""
+
+    def __init__(self, layout: ExpertLayout) -> None:
+        """Read the manifest.
+
+        Raises:
+            FlashMoEError: the directory has no checksums, or not one for every expert; or experts
+                go into a GPU's own memory, where nothing here can look at them.
+        """
+        if uses_cuda():
+            raise FlashMoEError(
+                "verify = true: experts in an NVIDIA GPU's memory cannot be compared with their "
+                f"checksums. Run `flashmoe-convert verify {layout.directory}` and leave verify out."
+            )
+        if layout.kind != "packed":
+            raise FlashMoEError(
+                f"verify = true: {layout.directory} is no conversion, so its experts have no "
+                "checksums. Convert it with flashmoe-convert, or leave verify out."
+            )
+        path = layout.directory / EXPERT_DIR / MANIFEST
+        self._expected = record_checksums(read_manifest(path))
+        self._layout = layout
+        found, experts = list(map(len, self._expected)), [x.num_experts for x in layout.layers]
+        if found != experts:
+            raise FlashMoEError(
+                f"{path}: has {sum(found)} checksums for {sum(experts)} experts. Run "
+                "flashmoe-convert again."
+            )
+
+    def compare(self, layer: int, expert: int, rows: Sequence[memoryview]) -> FlashMoEError | None:
+        """Return what is wrong with an expert's nine tensors, in the order of the file, or None."""
+        found, expected = 0, self._expected[layer][expert]
+        for row in rows:
+            found = zlib.crc32(row, found)
+        if found == expected:
+            return None
+        return FlashMoEError(
+            f"{self._layout.layers[layer].fields[0].file}: layer {layer} expert {expert} is not as "
+            f"it was written (checksum {found:08x}, expected {expected:08x}); nothing was computed "
+            f"from it. Run `flashmoe-convert verify {self._layout.directory} --repair --hf-path "
+            "SOURCE`."
+        )

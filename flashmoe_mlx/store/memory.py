@@ -1,0 +1,88 @@
+"""How much memory this machine, and this process's cgroup, still has."""
+
+import resource
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+from .cuda.pinned import uses_cuda
+
+
+def available_bytes() -> int:
+    """Return the bytes a process may still take before the machine or its cgroup runs short.
+
+    Linux: `MemAvailable`, or what is left under the cgroup's limit if that is less (page cache
+    that can be dropped counts as free). macOS: 75 % of the installed memory.
+    """
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return int(mx.device_info()["memory_size"]) * 3 // 4
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = [int(fields["MemAvailable"].split()[0]) * 1024]
+    for base in _cgroup_dirs():
+        for limit_name, usage_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, usage = _number(base / limit_name), _number(base / usage_name)
+            if limit is not None and usage is not None:
+                free.append(max(0, limit - usage + _reclaimable(base)))
+    return min(free)
+
+
+def card_bytes() -> int | None:
+    """Return the free bytes of an NVIDIA GPU's own memory, None if MLX computes elsewhere."""
+    return int(mx.device_info()["free_memory"]) if uses_cuda() else None
+
+
+def cgroup_limit() -> int | None:
+    """Return the smallest memory limit of the process's cgroups in bytes, None without one."""
+    names = "memory.max", "memory.limit_in_bytes"
+    limits = [_number(base / name) for base in _cgroup_dirs() for name in names]
+    # cgroup v1 writes "no limit" as a huge number.
+    return min((limit for limit in limits if limit is not None and limit < 1 << 60), default=None)
+
+
+def _cgroup_dirs() -> list[Path]:
+    """Return the process's memory cgroup and its ancestors, for cgroup v1 and v2."""
+    found = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root = Path("/sys/fs/cgroup")
+        elif "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+        else:
+            continue
+        here = root / path.lstrip("/")
+        while here != root and here.is_relative_to(root):
+            found.append(here)
+            here = here.parent
+        found.append(root)
+    return found
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def _reclaimable(cgroup: Path) -> int:
+    try:
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+
+
+def peak_bytes() -> int:
+    """Return this process's peak resident memory, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,113 @@
+"""How many experts each layer's slots hold, and how they are read."""
+
+from dataclasses import dataclass, replace
+
+from ..errors import FlashMoEError
+from ..format.layout import ExpertLayout
+
+
+@dataclass(frozen=True)
+class IoPlan:
+    """Whether reads go past the page cache (direct) or through it, and why."""
+
+    direct: bool
+    reason: str
+
+    def __str__(self) -> str:
+        """A few words for people."""
+        return f"{'direct' if self.direct else 'buffered'} reads ({self.reason})"
+
+
+BUFFERED = IoPlan(False, "the default")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The chosen size of the slot banks, and why; and how they are filled."""
+
+    slots: int
+    nbytes: int
+    reason: str
+    io: IoPlan = BUFFERED
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return (
+            f"Expert cache: {self.nbytes / 2**20:.0f} MiB, "
+            f"{self.slots} experts per layer ({self.reason}); {self.io}"
+        )
+
+
+def asked_slots(expert_cache: int | str, layout: ExpertLayout, top_k: int) -> int | None:
+    """Return the slots per layer that a size in bytes gives, None for "auto".
+
+    Raises:
+        FlashMoEError: the size holds less than one token's working set.
+    """
+    if expert_cache == "auto":
+        return None
+    slots = min(int(expert_cache) // layout.token_bytes, layout.layers[0].num_experts)
+    if slots < top_k:
+        raise FlashMoEError(
+            f"expert_cache = {expert_cache} bytes holds {slots} experts per layer, but each "
+            f"token uses {top_k}. Give at least {top_k * layout.token_bytes} bytes, or auto."
+        )
+    return slots
+
+
+def plan_cache(
+    expert_cache: int | str,
+    layout: ExpertLayout,
+    top_k: int,
+    trunk_bytes: int,
+    available: int,
+    io: IoPlan = BUFFERED,
+    activations: int = 0,
+    apart: bool = False,
+) -> CachePlan:
+    """Choose how many slots each layer's bank gets.
+
+    `auto` keeps every expert resident if experts and trunk fit in 70 % of the available memory.
+    Otherwise the banks take a quarter of what the trunk leaves, because the page cache holds
+    experts as well as the banks do and gives way under pressure. Direct reads leave nothing in the
+    page cache, so with them the banks take what is left of the 70 %, or less if a chunk of a prompt
+    needs more room.
+
+    Args:
+        expert_cache: bytes for all layers together, or "auto".
+        layout: where the experts lie.
+        top_k: experts per token; a bank is never smaller.
+        trunk_bytes: resident weights.
+        available: bytes that may still be used.
+        io: how the banks will be filled.
+        activations: bytes that computing a chunk of a prompt takes.
+        apart: the banks lie in a GPU's own memory, which the page cache has no use for.
+
+    Raises:
+        FlashMoEError: the size given holds less than one token's working set, or does not fit.
+    """
+    experts = layout.layers[0].num_experts
+    per_slot = layout.token_bytes
+    smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts", io)
+    whole = CachePlan(experts, experts * per_slot, "all experts fit in memory", io)
+    slots = asked_slots(expert_cache, layout, top_k)
+    if slots is not None:
+        if slots * per_slot > available:
+            raise FlashMoEError(
+                f"expert_cache = {expert_cache} bytes takes {slots * per_slot} bytes of memory, "
+                f"but {available} are available. Give less, or auto."
+            )
+        return CachePlan(slots, slots * per_slot, "as asked", io)
+    comfort = 0.7 * available - trunk_bytes
+    if whole.nbytes <= comfort:
+        return whole
+    share, why = (available - trunk_bytes) * 0.25, "a quarter of the memory that the trunk leaves"
+    if io.direct or apart:
+        share, why = comfort, "70 % of the memory, less the trunk"
+        if (rest := available - trunk_bytes - activations) < share:
+            share, why = rest, "what trunk and activations leave"
+    slots = int(share // per_slot)
+    if slots <= top_k:
+        return replace(smallest, reason="memory is short: " + smallest.reason)
+    slots = min(slots, experts)
+    return CachePlan(slots, slots * per_slot, why, io)

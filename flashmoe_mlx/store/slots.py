@@ -1,0 +1,243 @@
+"""Slot banks: memory for a layer's experts, and which expert lies where.
+
+A *bank* is nine MLX arrays `[slots, ...]` per layer. Readers write an expert's bytes from the file
+straight into one row of each, through `memoryview`; no other copy of the bytes exists.
+"""
+
+import math
+import mmap
+from collections.abc import Iterable, Mapping, Sequence, Set
+from itertools import islice
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..custom_kernels.reference import NONE
+from ..errors import FlashMoEError
+from ..format.layout import LayerLayout
+from .cuda.pinned import card_reads, card_rows
+from .reader import Arrival, Piece, Row, cut
+
+DTYPES = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+BLOCK = 4096  # bytes; direct reads want memory, places and lengths in whole blocks
+Cut = tuple[int, int, int, int, list[Row]]  # descriptor, offset of expert 0, step, bytes, rows
+NEVER = -1e30  # log2 of no uses, as a number
+HALF_LIFE = 128  # uses of a layer's experts, after which an earlier one counts half
+
+
+class Demand:
+    """How much each expert of a layer was used, of late above all.
+
+    Between least recently used (a half-life of one use) and least frequently used (no end of it).
+    docs/experiments.md says what that gains.
+    """
+
+    def __init__(self, experts: int, half_life: float = HALF_LIFE) -> None:
+        """Begin with experts that were never used."""
+        self._half_life, self._uses = half_life, 0
+        self._score = [-math.inf] * experts
+
+    def count(self, expert: int) -> None:
+        """Count a use. A later one weighs more, instead of earlier ones less; scores are log2."""
+        self._uses += 1
+        now = self._uses / self._half_life
+        self._score[expert] = now + math.log2(1 + 2 ** (self._score[expert] - now))
+
+    def ascending(self, experts: Iterable[int]) -> list[int]:
+        """Return experts in the order in which to give them up."""
+        return sorted(experts, key=self._score.__getitem__)
+
+    def scores(self) -> np.ndarray:
+        """Return log2 of each expert's uses as they count now, `[experts]` float32."""
+        now = self._uses / self._half_life
+        return np.maximum(np.array(self._score) - now, NEVER).astype(np.float32)
+
+    def adopt(self, scores: np.ndarray) -> None:
+        """Go on from what `scores` returned, perhaps of another's."""
+        now = self._uses / self._half_life
+        self._score = [-math.inf if s <= NEVER else now + s for s in scores.tolist()]
+
+
+class Bank:
+    """The slots of one layer: free, taken by an expert, or waiting for an expert's bytes."""
+
+    def __init__(self, layout: LayerLayout, slots: int, files: Mapping[Path, int]) -> None:
+        """Allocate `slots` rows for each of the layer's nine tensors.
+
+        Args:
+            layout: the layer's experts.
+            slots: how many experts to have room for.
+            files: descriptors of the open expert files.
+        """
+        self.layout = layout
+        self.arrays = [_zeros((slots, *f.shape), DTYPES[f.dtype]) for f in layout.fields]
+        self._slots = slots
+        self._views = _views(self.arrays)
+        self._spans = [(files[s.file], s.offset, s.first, s.last) for s in layout.spans(0)]
+        self._cuts: dict[tuple[int, int], list[Cut]] = {}
+        self._free = dict.fromkeys(range(slots))
+        self._slot_of: dict[int, int] = {}
+        self._demand = Demand(layout.num_experts)
+        self._expert_in: dict[int, int] = {}
+        self.arriving: dict[int, tuple[int, Arrival]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of slots."""
+        return self._slots
+
+    def resident(self, experts: Iterable[int]) -> list[int]:
+        """Return those of `experts` that are in the bank now."""
+        return [e for e in experts if e in self._slot_of]
+
+    def absent(self, experts: Iterable[int]) -> list[int]:
+        """Return those of `experts` that are neither in the bank nor on their way, sorted."""
+        return sorted(e for e in experts if e not in self._slot_of and e not in self.arriving)
+
+    def touch(self, expert: int) -> int:
+        """Return the slot of an expert that is there or on its way, and count a use of it."""
+        if self._slots < self.layout.num_experts:  # else none has to leave, ever
+            self._demand.count(expert)
+        return self.arriving[expert][0] if expert in self.arriving else self._slot_of[expert]
+
+    def table(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return each expert's slot or NONE, uint32, and log2 of its uses, float32: `[experts]`."""
+        slot_of = np.full(self.layout.num_experts, NONE, np.uint32)
+        slot_of[list(self._slot_of)] = list(self._slot_of.values())
+        return slot_of, self._demand.scores()
+
+    def adopt(self, slot_of: np.ndarray, scores: np.ndarray) -> None:
+        """Go on from a table like the one that `table` returns; nothing is on its way."""
+        self._slot_of = {e: int(slot_of[e]) for e in np.flatnonzero(slot_of != NONE).tolist()}
+        self._expert_in = {slot: e for e, slot in self._slot_of.items()}
+        self._free = dict.fromkeys(s for s in range(self._slots) if s not in self._expert_in)
+        self._demand.adopt(scores)
+
+    @property
+    def complete(self) -> bool:
+        """Say whether every expert is resident; then expert e lies in slot e."""
+        return len(self._slot_of) == self.layout.num_experts
+
+    def choose(self, experts: Sequence[int], keep: Set[int]) -> list[int] | None:
+        """Return a slot for each expert, or None if there are too few.
+
+        Free slots come first, then those of the experts in least demand that are not in `keep`.
+        In a bank with room for all, expert e gets slot e.
+        """
+        if self._slots == self.layout.num_experts:
+            return list(experts)
+        slots = list(islice(self._free, len(experts)))
+        if wanted := len(experts) - len(slots):
+            others = self._demand.ascending(self._slot_of.keys() - keep)
+            slots += [self._slot_of[e] for e in others[:wanted]]
+        return slots if len(slots) == len(experts) else None
+
+    def expect(self, expert: int, slot: int, arrival: Arrival) -> None:
+        """Take a slot that `choose` returned from whoever has it, for bytes on their way."""
+        if slot in self._free:
+            del self._free[slot]
+        else:
+            del self._slot_of[self._expert_in.pop(slot)]
+        self.arriving[expert] = slot, arrival
+
+    def settle(self) -> list[Arrival]:
+        """Make experts resident whose bytes are whole, and free the slots of those that failed.
+
+        Returns:
+            The arrivals that were over.
+        """
+        over = {e: there for e, there in self.arriving.items() if there[1].over}
+        for expert, (slot, arrival) in over.items():
+            del self.arriving[expert]
+            if arrival.error:
+                self._free[slot] = None
+            else:
+                self._slot_of[expert], self._expert_in[slot] = slot, expert
+        return [arrival for _, arrival in over.values()]
+
+    def pieces(self, expert: int, slot: int, parts: int) -> tuple[Arrival, list[Piece]]:
+        """Return what to read to bring an expert into a slot.
+
+        Args:
+            expert: id.
+            slot: where to.
+            parts: into how many pieces of about equal size to cut a record. A checkpoint that
+                keeps an expert in nine places has nine or more.
+        """
+        cuts = self._cuts.get((slot, parts)) or self._cut(slot, parts)
+        if self._slots < self.layout.num_experts:  # else each slot is written once
+            self._cuts[slot, parts] = cuts
+        arrival = Arrival(len(cuts))
+        return arrival, [
+            (file, offset + expert * stride, nbytes, rows, arrival)
+            for file, offset, stride, nbytes, rows in cuts
+        ]
+
+    def _cut(self, slot: int, parts: int) -> list[Cut]:
+        """Cut a slot's rows."""
+        most = -(-self.layout.record_bytes // (parts * BLOCK)) * BLOCK
+        cuts = []
+        for file, offset, first, last in self._spans:
+            for rows in cut([self._row(slot, index) for index in range(first, last)], most):
+                nbytes = sum(map(len, rows))
+                cuts.append((file, offset, self.layout.fields[first].stride, nbytes, rows))
+                offset += nbytes
+        return cuts
+
+    def rows(self, slot: int) -> list[Row]:
+        """Return the bytes of a slot's nine tensors, in the order in which a file has them."""
+        return [self._row(slot, index) for index in range(len(self._views))]
+
+    def _row(self, slot: int, index: int) -> Row:
+        size = self.layout.fields[index].nbytes
+        if not 0 <= slot < self._slots:
+            raise FlashMoEError(f"slot {slot} is not one of {self._slots}. Load the model again.")
+        return self._views[index][slot * size : (slot + 1) * size]
+
+
+def _views(arrays: Sequence[mx.array]) -> Sequence[Row]:
+    """Return each array's bytes, to be written; on an NVIDIA GPU they stay in its memory."""
+    if card_reads():
+        return card_rows(arrays)
+    return [memoryview(a).cast("B") for a in arrays]  # type: ignore[arg-type]
+
+
+def check_room(nbytes: int) -> None:
+    """Ask the system for memory and give it back: MLX's process ends where it is refused some.
+
+    Raises:
+        FlashMoEError: so much is not to be had.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        return  # a GPU's memory may be another
+    try:
+        mmap.mmap(-1, nbytes).close()
+    except (OSError, OverflowError) as error:
+        raise FlashMoEError(
+            f"the expert cache takes {nbytes} bytes, which this system refuses "
+            f"({getattr(error, 'strerror', None) or error}). Give a smaller expert_cache, or raise "
+            "its limit (ulimit -v)."
+        ) from error
+
+
+def _zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Return zeros, row-contiguous; on a CPU they start at a block boundary in memory.
+
+    MLX's own CPU arrays start 8 or 24 bytes behind one, and the kernel then copies from the page
+    cache at a third of its speed. GPU back-ends align their arrays themselves.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        array = mx.zeros(shape, dtype=dtype)
+        mx.eval(array)
+        return array
+    flat = mx.zeros(math.prod(shape) + BLOCK // dtype.size, dtype=dtype)
+    start = -_address(flat) % BLOCK // dtype.size
+    array = flat[start : start + math.prod(shape)].reshape(shape)
+    mx.eval(array)
+    return array
+
+
+def _address(array: mx.array) -> int:
+    """Return where an array lies in memory."""
+    mx.eval(array)
+    return np.frombuffer(memoryview(array).cast("B"), np.uint8).ctypes.data  # type: ignore[arg-type]

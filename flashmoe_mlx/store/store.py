@@ -1,0 +1,474 @@
+"""Experts in memory: requests that bring experts.
+
+The store knows nothing of models: it maps (layer, expert ids) to slots of the layer's bank.
+"""
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import FlashMoEError
+from ..format.layout import ExpertLayout
+from .checks import RecordChecks
+from .cuda.pinned import card_reads
+from .cuda.resident import CardBanks, map_files
+from .io_mode import open_expert_file
+from .prefetch import Lookahead
+from .reader import Arrival, Batch, Piece, Reader
+from .requests import Consumer, Pending
+from .signals import unbroken
+from .sizing import CachePlan
+from .slots import Bank, check_room
+from .stats import ExpertStats as ExpertStats
+
+KEPT_CONSUMERS = 2  # one for each half of a bank
+LEAST_PIECE = 256 << 10  # bytes; cutting a record finer costs more than it gains
+FAST = 3e9  # bytes per second; what comes faster is copied out of the page cache
+LATELY = 0.98  # what a read still counts for when the next one comes
+LAYERS_AHEAD = 2  # that are read while memory for the next is allocated
+
+
+class ExpertStore:
+    """Resident experts of all layers, and the way to get others from disk.
+
+    One generation at a time may use a store. Copies of a model share it.
+    """
+
+    def __init__(
+        self,
+        layout: ExpertLayout,
+        plan: CachePlan,
+        io_threads: int = 8,
+        preload: bool = False,
+        checks: RecordChecks | None = None,
+        lookahead: str = "off",
+    ) -> None:
+        """Open the expert files and allocate the banks.
+
+        Args:
+            layout: where the experts lie.
+            plan: slots per layer, how to read, and why.
+            io_threads: reader threads.
+            preload: read all experts now, expert e into slot e, if the plan has slots for all.
+            checks: what to compare every expert with when it has been read.
+            lookahead: whether to read what is guessed: "auto", "on" or "off".
+
+        Raises:
+            FlashMoEError: an expert file cannot be opened, or not be read to be preloaded, or the
+                system refuses memory or threads.
+        """
+        check_room(plan.slots * layout.token_bytes)
+        self.layout = layout
+        self.plan = plan
+        self._checks = checks
+        self.lookahead = Lookahead(lookahead)
+        self._stats = ExpertStats()
+        self._lately = 0.0, 0.0  # bytes and seconds of reads
+        self._cards: CardBanks | None = None
+        paths = {f.file for layer in layout.layers for f in layer.fields}
+        self.banks: list[Bank] = []
+        # References that call nothing when a request dies: Ctrl-C would be lost in there.
+        self._pending: list[list[weakref.ref[Pending]]] = [[] for _ in layout.layers]
+        self._guessed: list[dict[int, tuple[Batch, Arrival]]] = [{} for _ in layout.layers]
+        self._consumers: list[Consumer] = []
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        with unbroken():
+            files = _open_files(paths, plan.io.direct)
+            names = {number: path for path, number in files.items()}
+            try:
+                self._reader = Reader(names, io_threads, card_reads())
+            except BaseException:
+                _close_files(files.values())
+                raise
+            cards: list[CardBanks] = []
+            closing = self._reader, cards, [*names], self._process
+            self._finalizer = weakref.finalize(self, _close, *closing)
+        try:
+            self._fill(files, preload)
+            self._cards = map_files(layout, plan, [bank.arrays for bank in self.banks])
+            cards += [self._cards] if self._cards else []
+        except BaseException:  # also Ctrl-C
+            self.close()
+            raise
+
+    def _fill(self, files: dict[Path, int], preload: bool) -> None:
+        """Allocate the banks and, while that goes on, read those that have room for all experts."""
+        start, ahead = time.perf_counter(), deque[Pending]()
+        for number, layer in enumerate(self.layout.layers):
+            self.banks.append(Bank(layer, self.plan.slots, files))
+            if preload and self.plan.slots == layer.num_experts:
+                ahead.append(self.request(number, range(layer.num_experts)))
+            if len(ahead) > LAYERS_AHEAD:
+                ahead.popleft().wait()
+        for pending in ahead:
+            pending.wait()
+        if nbytes := self._stats.bytes_read:
+            seconds = time.perf_counter() - start
+            self._stats = ExpertStats(bytes_preloaded=nbytes, seconds_preloading=seconds)
+
+    def close(self) -> None:
+        """Stop the reader threads and close the files. A closed store cannot fetch."""
+        with self._lock:
+            self._count()
+            self._finalizer()
+
+    @property
+    def stats(self) -> ExpertStats:
+        """What was asked for and read until now."""
+        if self._cards:
+            with self._lock:
+                self._count()
+        return self._stats
+
+    def _count(self) -> None:
+        """Add what a GPU has brought by itself since this was last called."""
+        if self._cards and self._finalizer.alive and os.getpid() == self._process:
+            for layer, (asked, brought, nanoseconds) in zip(
+                self.layout.layers, self._cards.counted().tolist(), strict=True
+            ):
+                self._stats.asked += asked
+                self._stats.hits += asked - brought
+                self._stats.reads += brought
+                self._stats.bytes_read += brought * layer.record_bytes
+                self._stats.seconds_reading += nanoseconds / 1e9
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertStore":
+        """Share the store: it is a cache over files that do not change."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled."""
+        raise TypeError(
+            "an ExpertStore holds open files and threads and cannot be pickled; "
+            "load the model again in the other process"
+        )
+
+    def hold(self, consumer: mx.array, layer: int, slots: Iterable[int] | None = None) -> None:
+        """Keep bytes as they are until `consumer`, which reads them, is evaluated.
+
+        A lazy graph reads a bank when it is evaluated, not when it is built. At most
+        KEPT_CONSUMERS are kept unevaluated, since each keeps memory; and none of a bank with all
+        experts, since nobody writes there.
+
+        Args:
+            consumer: what was computed from a bank.
+            layer: the bank it reads.
+            slots: the slots that it reads, all of the layer's unless given; it is evaluated
+                before one of them is written anew.
+        """
+        if self.banks[layer].complete:
+            return
+        with self._lock:
+            if self._cards and self._cards.of_layer[layer].leads:
+                self._cards.of_layer[layer].hold(consumer)
+                return
+            read = None if slots is None else frozenset(slots)
+            self._consumers.append(Consumer(consumer, layer, read))
+            self._evaluate(self._consumers[:-KEPT_CONSUMERS])
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> list[int]:
+        """Make experts resident and return their slots, in the order given.
+
+        Args:
+            layer: decoder layer.
+            experts: distinct expert ids, at most as many as there are slots.
+
+        Raises:
+            FlashMoEError: a file is shorter than it was, or cannot be read. The bank then holds
+                what it held, less what was dropped to make room.
+        """
+        return self.request(layer, experts).wait()
+
+    def bring(self, layer: int, ids: mx.array, earlier: mx.array) -> mx.array | None:
+        """Have the GPU itself make experts resident and find their slots, if it can.
+
+        Args:
+            layer: decoder layer.
+            ids: `[..., K]` uint32 expert ids, perhaps not computed yet.
+            earlier: any array that is computed before.
+
+        Returns:
+            The slots `[..., K]`; whoever reads them finds the bytes there. None if the host has to
+            do it, by `fetch`.
+        """
+        bank = self.banks[layer]
+        if not self._cards or ids.size > len(bank):
+            return None
+        with self._lock:
+            self.check_usable()
+            card = self._cards.of_layer[layer]
+            if card.thread != threading.get_ident():  # which alone evaluates what it has begun
+                self._recall(layer)
+            if not card.leads:
+                if self._living(layer):
+                    return None
+                self._rest(bank)
+                self._evaluate([held for held in self._consumers if held.layer == layer])
+                card.take(*bank.table())
+            return card.bring(ids, earlier)
+
+    def request(self, layer: int, experts: Sequence[int]) -> Pending:
+        """Give experts slots and begin to read those that are missing; return at once.
+
+        Consumers of the slots that are taken for this are evaluated first. Requests of the same
+        or of other layers may be under way.
+
+        Args:
+            layer: decoder layer.
+            experts: distinct expert ids, at most as many as there are slots that no other
+                `Pending` has.
+
+        Raises:
+            FlashMoEError: the bank has too few slots, or the store was closed, or belongs to
+                another process.
+        """
+        bank = self.banks[layer]
+        with self._lock:
+            self.check_usable()
+            self._recall(layer)
+            self._settle(bank, experts)
+            missing = bank.absent(experts)
+            self._stats.asked += len(experts)
+            early = len(self._guessed[layer].keys() & set(experts) - set(missing))
+            self._stats.hits += len(experts) - len(missing) - early
+            self._stats.early += early
+            for expert in experts:
+                self._guessed[layer].pop(expert, None)
+            batch = None
+            if missing:
+                with unbroken():
+                    slots = self._slots(layer, missing, self._kept(layer, experts))
+                    batch = self._read(layer, missing, slots)
+            slots = [bank.touch(e) for e in experts]
+            arrivals = [bank.arriving[e][1] for e in experts if e in bank.arriving]
+            arrivals.reverse()  # the last is over last: fewer times to wake up
+            pending = Pending(layer, experts, slots, self._wait, (batch, arrivals))
+            self._pending[layer] = [weakref.ref(p) for p in (*self._living(layer), pending)]
+        return pending
+
+    def count_hits(self, layer: int, experts: Sequence[int]) -> None:
+        """Count experts asked for of a bank that holds all: nothing has to be done for them.
+
+        Args:
+            layer: decoder layer.
+            experts: distinct expert ids.
+
+        Raises:
+            FlashMoEError: the store was closed, or belongs to another process.
+        """
+        with self._lock:
+            self.check_usable()
+            self._stats.asked += len(experts)
+            self._stats.hits += len(experts)
+
+    @property
+    def reads_compute(self) -> bool:
+        """Say whether reads take the time of the cores that compute, as they come from memory."""
+        nbytes, seconds = self._lately
+        return nbytes > FAST * seconds and mx.default_device() == mx.Device(mx.cpu)
+
+    def guess(self, layer: int, experts: Sequence[int]) -> None:
+        """Begin to read experts that will probably be asked for next; nothing waits for them.
+
+        Args:
+            layer: decoder layer.
+            experts: distinct expert ids; none is read if there are too few slots.
+
+        Raises:
+            FlashMoEError: the store was closed, or belongs to another process.
+        """
+        bank = self.banks[layer]
+        with self._lock:
+            self.check_usable()
+            self._settle(bank)
+            missing = bank.absent(experts)
+            slots = bank.choose(missing, self._kept(layer, experts)) if missing else None
+            if slots is None:
+                return
+            with unbroken():
+                batch = self._read(layer, missing, slots)
+                for expert in missing:
+                    self._guessed[layer][expert] = batch, bank.arriving[expert][1]
+
+    def decide(self, layer: int, experts: Iterable[int]) -> None:
+        """Say what is asked for of a layer, in one request or several: other guesses were wrong."""
+        self._recall(layer)
+        guessed = self._guessed[layer]
+        if not guessed:
+            return
+        with unbroken(), self._lock:
+            for expert in guessed.keys() - set(experts):
+                batch, arrival = guessed.pop(expert)
+                self._reader.drop(batch, {arrival})
+                if arrival.over and expert not in self.banks[layer].arriving:
+                    self._stats.bytes_useless += arrival.nbytes
+                else:  # counted when it is settled
+                    arrival.useless = True
+
+    def _living(self, layer: int) -> list[Pending]:
+        """Return the requests whose slots must stay theirs."""
+        found = (reference() for reference in self._pending[layer])
+        return [pending for pending in found if pending and not pending.released]
+
+    def check_usable(self) -> None:
+        """Refuse a store that was closed, or that another process opened.
+
+        Raises:
+            FlashMoEError: it was.
+        """
+        if not self._finalizer.alive:
+            raise FlashMoEError("this model was closed; load it again.")
+        if os.getpid() != self._process:
+            raise FlashMoEError(
+                "this model was loaded in another process, whose reader threads a fork does not "
+                "bring along; load it again in this one."
+            )
+
+    def _kept(self, layer: int, experts: Sequence[int]) -> set[int]:
+        """Return experts whose slots must stay theirs: these, and those of living requests."""
+        return set(experts).union(*(p.experts for p in self._living(layer)))
+
+    def _read(self, layer: int, missing: Sequence[int], slots: Sequence[int]) -> Batch:
+        """Put experts into slots that were chosen, beginning to read in the order of the file."""
+        bank = self.banks[layer]
+        readers = [held for held in self._consumers if held.reads(layer, slots)]
+        if self._cards:
+            arrays = [held.array for held in readers]
+            arrivals = self._cards.copy(layer, missing, slots, arrays)
+            self._forget(readers)
+            for expert, slot, coming in zip(missing, slots, arrivals, strict=True):
+                bank.expect(expert, slot, coming)
+            return Batch(())
+        self._evaluate(readers)
+        parts = self._parts(bank, len(missing))
+        brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
+        batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place))
+        for expert, slot, (arrival, _) in zip(missing, slots, brought, strict=True):
+            bank.expect(expert, slot, arrival)
+            if self._checks:
+                rows: Any = bank.rows(slot)  # in this process's memory, or there were no checks
+                arrival.expect_check(partial(self._checks.compare, layer, expert, rows))
+        self._reader.start(batch)
+        return batch
+
+    def _slots(self, layer: int, missing: Sequence[int], keep: set[int]) -> list[int]:
+        """Choose slots, if need be after experts have arrived that nobody waits for."""
+        bank = self.banks[layer]
+        slots = bank.choose(missing, keep)
+        if slots is None and bank.arriving:
+            self._rest(bank)
+            slots = bank.choose(missing, keep)
+        if slots is None and any(p.thread != threading.get_ident() for p in self._living(layer)):
+            raise FlashMoEError(
+                f"layer {layer}: this model computes in another thread as well, and a bank of "
+                f"{len(bank)} slots has no room for both. Let one generation at a time use it."
+            )
+        if slots is None:
+            raise FlashMoEError(
+                f"layer {layer}: {len(missing)} more experts do not fit into a bank of {len(bank)} "
+                "slots beside those in use. Ask for fewer at a time, or raise expert_cache."
+            )
+        return slots
+
+    def _parts(self, bank: Bank, experts: int) -> int:
+        """Return into how many pieces to cut each record, so that all threads have something."""
+        wanted = -(-self._reader.width // experts)
+        return max(1, min(wanted, bank.layout.record_bytes // LEAST_PIECE))
+
+    def _evaluate(self, consumers: list[Consumer]) -> None:
+        """Evaluate consumers and forget them."""
+        if consumers:
+            mx.eval([consumer.array for consumer in consumers])
+            self._forget(consumers)
+
+    def _forget(self, consumers: list[Consumer]) -> None:
+        done = set(map(id, consumers))
+        self._consumers = [c for c in self._consumers if id(c) not in done]
+
+    def _wait(self, layer: int, batch: Batch | None, arrivals: list[Arrival]) -> None:
+        """Read what no thread has begun, and wait for the rest."""
+        start = time.perf_counter()
+        try:
+            if batch:
+                self._reader.help(batch)
+            for arrival in arrivals:
+                arrival.wait()
+        except BaseException:  # Ctrl-C
+            if batch:
+                self._reader.drop(batch)
+            raise
+        finally:
+            with unbroken(), self._lock:
+                self._settle(self.banks[layer])
+                self._stats.seconds_waited += time.perf_counter() - start
+
+    def _rest(self, bank: Bank) -> None:
+        """Wait for all bytes that are on their way into a bank."""
+        for _, arrival in bank.arriving.values():
+            arrival.wait()
+        self._settle(bank)
+
+    def _recall(self, layer: int) -> None:
+        """Take a layer's table back from the card, if it has the newer one."""
+        if self._cards and self._cards.of_layer[layer].leads:
+            self.banks[layer].adopt(*self._cards.of_layer[layer].give())
+
+    def _settle(self, bank: Bank, wanted: Iterable[int] = ()) -> None:
+        """Take note of experts that have arrived, and of those wanted that never will."""
+        if bank.arriving:
+            for _, arrival in (bank.arriving[e] for e in wanted if e in bank.arriving):
+                if arrival.doomed:
+                    arrival.wait()
+            nbytes, seconds = 0, self._reader.take_seconds()
+            for arrival in bank.settle():
+                nbytes += arrival.nbytes
+                self._stats.reads += arrival.pieces
+                self._stats.bytes_read += arrival.nbytes
+                self._stats.bytes_useless += arrival.useless * arrival.nbytes
+            self._stats.seconds_reading += seconds
+            bytes_before, seconds_before = self._lately
+            self._lately = LATELY * bytes_before + nbytes, LATELY * seconds_before + seconds
+
+
+def _place(piece: Piece) -> tuple[int, int]:
+    """Return where a piece lies: its file, and the offset."""
+    return piece[:2]
+
+
+def _open_files(paths: set[Path], direct: bool) -> dict[Path, int]:
+    files: dict[Path, int] = {}
+    try:
+        for path in sorted(paths):
+            files[path] = open_expert_file(path, direct)
+    except OSError as error:
+        _close_files(files.values())
+        raise FlashMoEError(
+            f"{error.filename}: cannot be opened ({error.strerror}). "
+            "Check that the model directory is complete and readable."
+        ) from error
+    return files
+
+
+def _close(reader: Reader, cards: list[CardBanks], files: list[int], process: int) -> None:
+    if threading.current_thread() in reader.threads:  # the garbage collector runs anywhere
+        threading.Thread(target=_close, args=(reader, cards, files, process)).start()
+        return
+    if os.getpid() == process:  # a fork has no reader threads, and perhaps locks that stay shut
+        for banks in cards:
+            banks.close()
+        reader.close()
+    _close_files(files)
+
+
+def _close_files(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

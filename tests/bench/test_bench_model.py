@@ -1,0 +1,353 @@
+"""flashmoe-bench decode, prefill and batch: counters, tables, and the model left as it was."""
+
+import json
+import os
+from argparse import Namespace
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from flashmoe_mlx import load
+from flashmoe_mlx.bench import decode, figures
+from flashmoe_mlx.bench import limit as bench_limit
+from flashmoe_mlx.bench import model as bench_model
+from flashmoe_mlx.bench.layers import profile
+from flashmoe_mlx.bench.limit import Limit
+from flashmoe_mlx.bench.main import main
+from flashmoe_mlx.bench.model import Subject
+from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
+from flashmoe_mlx.format.layout import open_layout
+from flashmoe_mlx.profile import counters
+from flashmoe_mlx.profile.counters import Use
+from flashmoe_mlx.profile.layers import timed_layers
+from flashmoe_mlx.profile.read_speed import ReadSpeed
+from flashmoe_mlx.store.sizing import IoPlan
+from flashmoe_mlx.store.store import ExpertStats
+
+RECIPE = Recipe("tiny", 4, 512, 4)
+RECORD = 13824
+SLOTS = 6
+SMALL_BANK = str(SLOTS * 4 * RECORD)
+PARTS = ("attention_ms", "router_ms", "read_ms", "experts_ms")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("synthetic")
+    checkpoint(RECIPE, directory)
+    return directory
+
+
+@pytest.fixture
+def subject(directory):
+    path = checkpoint(RECIPE, directory)
+    model, _ = load(path, expert_cache=SMALL_BANK)
+    yield Subject(RECIPE, path, model, model._store)
+    model.close()
+
+
+@pytest.fixture
+def run(directory, capsys):
+    def run(*args: str) -> tuple[list[str], dict]:
+        shape = ["--geometry", "tiny", "--layers", "4", "--vocabulary", "512", "--runs", "1"]
+        with pytest.raises(SystemExit) as exit_:
+            main([*args, *shape, "--dir", str(directory)])
+        out, err = capsys.readouterr()
+        assert exit_.value.code == 0, err
+        *table, last = out.splitlines()
+        return table, json.loads(last)
+
+    return run
+
+
+def logits(model, tokens=(1, 2, 3)):
+    return model(mx.array([tokens]), cache=make_prompt_cache(model)).astype(mx.float32)
+
+
+def test_decode_counts_what_it_reads(run):
+    table, result = run("decode", "--tokens", "5", "--cold", "--expert-cache", SMALL_BANK)
+    asked = sum(layer["asked"] for layer in result["per_layer"])
+    assert asked == 5 * 4 * 4
+    assert [layer["kind"] for layer in result["per_layer"]] == ["linear"] * 3 + ["full"]
+    for layer in result["per_layer"]:
+        assert layer["hits"] < layer["asked"] == layer["distinct"]
+        assert all(layer[part] > 0 for part in PARTS)
+    missed = round(asked * (1 - result["hit_rate"]))
+    useless = result["useless_bytes_per_token"]
+    assert result["bytes_per_token"] - useless == pytest.approx(missed * RECORD / 5)
+    assert (result["slots"], result["top_k"], result["cold"]) == (SLOTS, 4, True)
+    assert result["packages"]["mlx"] and result["peak_bytes"] > 0
+    assert len(result["disk_bytes_per_s"]) == len(result["step_s"]) == 2
+    assert result["limit"]["best"]["cold"]["bytes_per_s"] > 0
+    assert result["limit"]["reached"]["decode"]["bytes_per_s"] > 0
+    assert sum(line.endswith("  median") for line in table) == 1
+
+
+def test_resident_experts_are_hits_and_nothing_is_read(run):
+    _, result = run("decode", "--tokens", "3", "--top-k", "2")
+    assert result["hit_rate"] == 1 and result["bytes_per_token"] == 0
+    assert result["read_bytes_per_s"] is None and result["floor_disk_s"] == 0
+    assert sum(layer["asked"] for layer in result["per_layer"]) == 3 * 4 * 2
+
+
+@pytest.mark.parametrize("forced", [True, False])
+def test_tokens_are_random_or_the_models_own(forced, subject, monkeypatch):
+    tokens, real = [], decode.generate_step
+
+    def watched(*args, **options):
+        for token, logits in real(*args, **options):
+            tokens.append((token, mx.argmax(logits).item()))
+            yield token, logits
+
+    monkeypatch.setattr(decode, "generate_step", watched)
+    args = Namespace(vocabulary=512, tokens=6, forced=forced, cold=False)
+    decode.decode(subject.model, subject.store, args, seed=4)
+    given, likeliest = zip(*tokens, strict=True)
+    assert len(given) == bench_model.WARM_UP + 6 + 1
+    expected = bench_model.random_tokens(512, len(given), seed=5) if forced else likeliest
+    assert list(given) == list(expected)
+    assert (given == likeliest) != forced
+
+
+def test_prefill_reads_each_expert_once_a_chunk(run):
+    table, result = run(
+        "prefill", "--tokens", "40", "24", "--chunk", "16", "--expert-cache", SMALL_BANK
+    )
+    both = hasattr(os, "posix_fadvise")
+    cold = [True, False] if both else [False]
+    assert [(r["tokens"], r["cold"]) for r in result["rows"]] == [
+        (tokens, state) for tokens in (40, 24) for state in cold
+    ]
+    for row in result["rows"]:
+        assert row["read_over_theory"] == 1
+        assert row["limit"]["reached"]["warm"]["bytes_per_s"] > 0
+        assert row["theory_bytes"] == row["missing"] * RECORD
+        assert row["bytes_per_token"] * row["tokens"] == pytest.approx(row["theory_bytes"])
+        assert row["missing"] < row["distinct"] <= 4 * 16 * -(-row["tokens"] // 16)
+    assert "prompt of 40 tokens, 16 at a time" in table
+
+
+def test_prompts_whose_experts_are_all_there_miss_none(run):
+    _, result = run("prefill", "--tokens", "24", "--chunk", "16")
+    for row in result["rows"]:
+        assert row["distinct"] > 4 * 16 and row["missing"] == 0 == row["theory_bytes"]
+        assert row["read_over_theory"] == 1
+
+
+def test_batches_share_experts(run):
+    table, result = run("batch", "--batch", "1", "4", "--tokens", "4", "--expert-cache", SMALL_BANK)
+    one, four = result["rows"]
+    assert (one["batch"], four["batch"], one["speedup"]) == (1, 4, 1)
+    assert four["bytes_per_token"] < one["bytes_per_token"]
+    for layer in result["per_layer"]:
+        assert 4 * 4 < layer["distinct"] < 4 * 4 * 4
+    assert sum("  median of batch " in line for line in table) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "key"),
+    [(["decode"], "stock_tokens_per_s"), (["prefill"], "stock"), (["batch"], "stock")],
+)
+def test_stock_runs_beside_ours(run, args, key):
+    few = ["--batch", "2", "--tokens", "3"] if args == ["batch"] else ["--tokens", "3"]
+    table, result = run(*args, *few, "--stock")
+    assert result[key]
+    assert any(line.startswith("stock mlx-lm, all resident: ") for line in table)
+
+
+def test_stock_has_the_same_weights(subject):
+    stock = bench_model.stock_model(subject)
+    ours, theirs = logits(subject.model), logits(stock)
+    assert mx.abs(ours - theirs).max().item() < 0.02 * mx.abs(theirs).max().item()
+
+
+def test_profiling_leaves_the_model_as_it_was(subject):
+    before = logits(subject.model)
+    modules = [dict(layer) for layer in subject.model.layers]
+    with timed_layers(subject.model, subject.store) as layers:
+        during = logits(subject.model)
+    assert mx.array_equal(before, during)
+    assert all(layer.seconds > 0 for layer in layers)
+    assert "request" not in vars(subject.store)
+    for layer, known in zip(subject.model.layers, modules, strict=True):
+        assert layer.keys() == known.keys()
+        assert all(layer[name] is known[name] for name in known)
+    assert mx.array_equal(before, logits(subject.model))
+
+
+def test_only_what_counts_is_profiled(subject):
+    def work(started):
+        logits(subject.model)
+        started()
+        before = counters.now(subject.store)
+        logits(subject.model, [1])
+        return counters.now(subject.store) - before
+
+    layers, seconds = profile(subject, work)
+    assert [layer.asked for layer in layers] == [4] * 4
+    assert sum(layer.seconds for layer in layers) < seconds
+
+
+def test_settled_banks_are_full(subject):
+    for layer in range(4):
+        subject.store.fetch(layer, [15, 14, 13])
+    bench_model.settle(subject.store, cold=False)
+    for bank in subject.store.banks:
+        assert sorted(bank.resident(range(16))) == list(range(SLOTS))
+
+
+def test_forced_tokens_do_not_depend_on_the_logits():
+    sampler = bench_model.forced(1000, seed=3)
+    tokens = [sampler(mx.random.normal((2, 1000))).tolist() for _ in range(2)]
+    assert np.ravel(tokens).tolist() == bench_model.random_tokens(1000, 4, seed=3)
+
+
+def test_nothing_is_read_while_computing_is_timed(subject):
+    prompt = bench_model.random_tokens(512, 20)
+    before = logits(subject.model, prompt)
+    with bench_model.nothing_read(subject.store):
+        views = [view for bank in subject.store.banks for view in bank._views]
+        kept = [bytes(view) for view in views]
+        during = logits(subject.model, prompt)
+        assert kept == [bytes(view) for view in views]
+    assert not mx.array_equal(before, during)
+    assert mx.array_equal(before, logits(subject.model, prompt))
+
+
+def test_floor_is_the_longer_of_disk_and_computing():
+    stats = ExpertStats(asked=4, reads=4, bytes_read=4000, seconds_waited=1.0, seconds_reading=2.0)
+    use = Use(8.0, stats, 3000, 1.0, 0.5)
+    assert use.needed == 3000 and replace(use, from_disk=None).needed == 4000
+    assert replace(use, from_disk=9000).needed == 4000
+    guessed = replace(use, stats=replace(stats, bytes_useless=1500))
+    assert guessed.needed == 2500 and guessed.floor([9.0], 0.0).disk == 2500 / 1500
+    # Probes at 1000 bytes/s; the run itself got 3000 bytes in the 2 seconds that it read.
+    assert use.floor([500.0, 1000.0, 9000.0], 1.0).seconds == 2.0
+    assert use.floor([500.0, 3000.0, 9000.0], 0.5).seconds == 1.0
+    row = figures.result(use, 2, use.floor([1000.0], 4.0))
+    assert row["share_of_floor"] == 0.5 and row["tokens_per_s"] == 0.25
+    assert row["read_bytes_per_s"] == 4000
+
+
+def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, monkeypatch, capsys):
+    layout = open_layout(checkpoint(RECIPE, directory), 4, 16)
+    limit = Limit(layout)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_limit, "SAMPLE", 1)
+        limit.measure()
+        limit.measure()
+    assert {c.case.state for c in (limit.best("cold"), limit.best("warm"))} == {"cold", "warm"}
+    for case, speeds in limit._rounds.items():
+        assert len(speeds) == 2 and not case.ours and case.way != "memcpy"
+        speed = {("cold", "mmap", 4): 2000.0, ("warm", "pread", 2): 8000.0}
+        speeds[:] = [speed.get((case.state, case.way, case.threads), 1000.0)] * 2
+    stats = ExpertStats(asked=4, reads=4, bytes_read=4000, seconds_waited=1.0, seconds_reading=2.5)
+    use = Use(8.0, stats, 2000, 1.0, 0.5)
+    assert limit.share(use) == pytest.approx((2000 / 2000 + 2000 / 8000) / 2.5)
+    assert limit.share(replace(use, from_disk=9000)) == pytest.approx(4000 / 2000 / 2.5)
+    assert limit.share(replace(use, from_disk=None)) is None
+    assert limit.share(replace(use, stats=ExpertStats())) is None
+    found = limit.report({"decode": [use], "nothing": [replace(use, stats=ExpertStats())]})
+    assert found["reached"] == {"decode": {"bytes_per_s": 1600.0, "share": 0.5}, "nothing": None}
+    best = found["best"]
+    assert (best["cold"]["way"], best["warm"]["bytes_per_s"]) == ("mmap", 8000.0)
+    assert "decode: 0.00 GB/s while a read was in flight, 50% of" in capsys.readouterr().out
+
+
+def test_the_disk_is_measured_as_the_store_reads(subject, monkeypatch):
+    asked, speed = [], ReadSpeed(8, 1, 1, 2.0, "cold", "a test")
+    monkeypatch.setattr(
+        bench_model, "time_reads", lambda *_, direct: (asked.append(direct), speed)[1]
+    )
+    for direct in (True, False):
+        subject.store.plan = replace(subject.store.plan, io=IoPlan(direct, "a test"))
+        assert bench_model.bandwidth(subject.store) == 4 and asked[-1] == direct
+
+
+def test_the_median_run_is_one_that_was_measured():
+    rows = [{"tokens_per_s": speed} for speed in (3.0, 1.0, 4.0, 2.0)]
+    assert figures.middle(rows) is rows[3]
+    assert figures.middle(rows[:3]) is rows[0]
+
+
+def test_columns_stand_under_their_titles():
+    stats = ExpertStats(4, 1, 3, 3_000_000, 0.001, bytes_useless=500_000)
+    use = Use(0.5, stats, 1_500_000, 0.4, 0.1)
+    row = figures.result(use, 1, counters.Floor(0.1, 0.25))
+    assert figures.line(row, 1, "cold") == (
+        "     2.00  25.0%      3.00     0.50      1.50   3.00    100.00    250.00    50%   400.00"
+        "  100.00  cold"
+    )
+    assert figures.HEADER == (
+        "    tok/s   hits  MB/token  in vain   disk MB   GB/s   disk ms  comp. ms  share  user ms"
+        "  sys ms  run"
+    )
+    unknown = figures.line(row | {"disk_bytes_per_token": None}, 1, "warm")
+    assert unknown.split()[4] == "-"
+
+
+def test_published_figures_are_of_the_same_geometry_and_width():
+    rows = figures.published(Recipe("397b", 4, 512, 4), "tok/s")
+    flash_moe = next(r for r in rows if r["name"] == "Flash-MoE, M3 Max 48 GB, 4-bit, K=4")
+    assert flash_moe["tokens_per_s"] == 4.36
+    assert flash_moe["ms_per_layer"] == pytest.approx(3.82, abs=0.005)
+    assert all("2-bit" not in row["name"] for row in rows)
+    assert not figures.published(RECIPE, "tok/s")
+
+
+def test_layers_are_drawn(run, tmp_path):
+    picture = tmp_path / "layers.png"
+    run("decode", "--tokens", "2", "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def failure(capsys, *args: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main([*args, "--geometry", "tiny", "--layers", "4", "--vocabulary", "512"])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2 and err.count("\n") == 1
+    return err.removeprefix("flashmoe-bench: error: ").rstrip()
+
+
+def test_a_picture_needs_matplotlib(capsys, monkeypatch, directory):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert failure(capsys, "decode", "--plot", "x.png", "--dir", str(directory)) == (
+        '--plot x.png: matplotlib is not installed. Install it: pip install "flashmoe-mlx[plot]"'
+    )
+
+
+def test_stock_must_fit(capsys, monkeypatch, directory):
+    monkeypatch.setattr(bench_model, "available_bytes", lambda: 1_000_000)
+    flags = ["--tokens", "2", "--runs", "1", "--stock", "--dir", str(directory)]
+    assert failure(capsys, "decode", *flags) == (
+        "--stock: 0.00 GB of experts do not fit in the 0.00 GB of memory that are available. "
+        "Leave --stock out, or give fewer --layers."
+    )
+
+
+def test_cold_needs_a_system_that_drops_pages(capsys, monkeypatch, directory):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    flags = ["--tokens", "2", "--runs", "1", "--cold", "--dir", str(directory)]
+    message = failure(capsys, "decode", *flags)
+    assert message.startswith("--cold: this system cannot drop a file from its page cache. ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["decode", "--tokens", "0"], "--tokens 0 measures nothing. Give at least 1."),
+        (["decode", "--runs", "0"], "--runs 0 measures nothing. Give at least 1."),
+        (["prefill", "--tokens", "8", "0"], "--tokens 0 measures nothing. Give at least 1."),
+        (["prefill", "--chunk", "0"], "--chunk 0 measures nothing. Give at least 1."),
+        (["batch", "--batch", "2", "0"], "--batch 0 measures nothing. Give at least 1."),
+        (["decode", "--bits", "3"], "bits = 3: experts are made with 4 or 2. Choose one."),
+        (["decode", "--top-k", "17"], "experts_per_token = 17, but the model has 16 experts"),
+        (["decode", "--expert-cache", "1KiB"], "expert_cache = 1024 bytes holds 0 experts"),
+        (["decode", "--plot", "no/x.png"], "--plot no/x.png: "),
+    ],
+)
+def test_bad_input(args, message, capsys, directory):
+    assert failure(capsys, *args, "--dir", str(directory)).startswith(message)

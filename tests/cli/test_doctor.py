@@ -1,0 +1,230 @@
+"""flashmoe-doctor: facts to paste, exit code 1 for what is wrong, and the sentence that says it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from metal_cpu import metal_on_cpu, require_bench
+from test_errors import DAMAGE
+
+from flashmoe_mlx.cli import doctor
+from flashmoe_mlx.cli.doctor import main
+from flashmoe_mlx.custom_kernels import autotune, launch
+from flashmoe_mlx.custom_kernels.autotune import Verdict
+from flashmoe_mlx.format.layout import open_layout
+from flashmoe_mlx.loader import BUNDLED_MODEL
+from flashmoe_mlx.profile.read_speed import ReadSpeed, expert_ranges, scratch_ranges, time_reads
+from flashmoe_mlx.store.memory import available_bytes
+from flashmoe_mlx.store.sizing import IoPlan
+
+QUICK = ["--geometry", "tiny", "--sample-mib", "4"]
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """A cache directory of its own, where kernels have to be timed: shortly."""
+    monkeypatch.setattr(autotune, "MOST_CALLS", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("FLASHMOE_KERNELS", raising=False)
+
+
+@pytest.fixture
+def copy(models, tmp_path):
+    """A private copy of the packed model."""
+    return shutil.copytree(models["packed4"], tmp_path / "model")
+
+
+def run(args, capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in args])
+    return exit_.value.code, capsys.readouterr().out
+
+
+def test_the_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "flashmoe_mlx.cli.doctor", *QUICK],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names[:6] == ["machine", "versions", "device", "memory", "disk", "reading"]
+    assert result.stdout.endswith("result    all well\n")
+
+
+def test_json_has_the_facts(models, capsys):
+    code, out = run([models["packed4"], *QUICK, "--json"], capsys)
+    found = json.loads(out)
+    assert code == 0 and found["ok"] and found["problems"] == []
+    assert found["cores"] >= 1 and found["memory"] >= found["memory_available"] > 0
+    assert found["packages"]["mlx"] and found["device"] and found["disk"]["free"] > 0
+    assert found["read_speed"]["bytes_per_s"] > 0
+    model = found["model"]
+    assert (model["complete"], model["kind"], model["bits"]) == (True, "packed", [4])
+    assert model["layers"] * model["experts"] * model["record_bytes"] == model["expert_bytes"]
+    assert {kernel["op"] for kernel in found["kernels"]} >= {"dequant_matvec", "router"}
+
+
+@pytest.mark.parametrize("name", ["packed2", "linked", "unmodified"])
+def test_every_kind_of_directory(name, models, capsys):
+    code, out = run([models[name], *QUICK], capsys)
+    assert code == 0
+    assert "complete (headers, sizes, tokenizer)" in out
+    assert ("flashmoe-convert makes it one" in out) == (name != "packed2")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_incomplete_directories(damage, copy, capsys):
+    spoil, message = DAMAGE[damage]
+    spoil(copy)
+    code, out = run([copy, *QUICK, "--json"], capsys)
+    found = json.loads(out)
+    assert code == 1 and not found["ok"] and not found["model"]["complete"]
+    assert re.search(message, "\n".join(found["problems"]))
+
+
+def test_the_sentence_stands_in_the_text(copy, capsys):
+    (copy / "model_experts" / "manifest.json").unlink()
+    code, out = run([copy, *QUICK], capsys)
+    assert code == 1
+    assert "INCOMPLETE" in out
+    assert f"WRONG     {copy}: unfinished conversion" in out
+    assert out.endswith("result    1 wrong\n")
+
+
+def test_a_missing_shard_of_the_trunk(copy, capsys):
+    index = copy / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["x"] = "model-00009-of-00009.safetensors"
+    index.write_text(json.dumps(content))
+    code, out = run([copy, *QUICK], capsys)
+    assert code == 1
+    assert f"{index}: lists model-00009-of-00009.safetensors, which is missing" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "message"),
+    [
+        (["no/such/dir"], {}, "no/such/dir: not a directory"),
+        (["--sample-mib", "0"], {}, "--sample-mib 0 is less than one expert"),
+        ([], {"FLASHMOE_KERNELS": "fast"}, "FLASHMOE_KERNELS = 'fast' is not a choice"),
+    ],
+)
+def test_bad_input(args, env, message, capsys, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert err.startswith(f"flashmoe-doctor: error: {message}") and err.count("\n") == 1
+
+
+def test_bad_usage(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--fast"])
+    assert exit_.value.code == 2
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def test_right_kernels_are_measured_afresh(capsys, monkeypatch):
+    require_bench()
+    launch._build.cache_clear()
+    trials = doctor.trials
+    monkeypatch.setattr(doctor, "trials", lambda *a: [t for t in trials(*a) if t.op == "router"])
+    with metal_on_cpu():
+        (trial,) = doctor.trials(doctor.GEOMETRIES["tiny"], 4, "float32")
+        autotune._remember(trial, Verdict(False, message="old"))
+        code, out = run(QUICK, capsys)
+        assert autotune.verdict(trial).ok
+    launch._build.cache_clear()
+    assert code == 0
+    assert "kernel    right, " in out and "router experts=16 top_k=4" in out
+
+
+@pytest.mark.parametrize(
+    ("failing", "line"),
+    [
+        (Verdict(False, 0.5, 0.01, message="error 5.0e-01, limit 1.0e-02"), "error 5.0e-01"),
+        (Verdict(False, message="does not run (RuntimeError: no)"), "does not run"),
+    ],
+)
+def test_a_failing_kernel(failing, line, capsys, monkeypatch):
+    right = Verdict(True, 1e-6, 1e-5, 0.5, 1.0)
+    found = {"router": failing}
+    monkeypatch.setattr(doctor, "verdict", lambda trial, fresh: found.get(trial.op, right))
+    code, out = run(QUICK, capsys)
+    assert code == 1
+    assert out.count(f"WRONG     kernel router: {line}") == 1
+    assert "kernel    FAILS: router experts=16 top_k=4" in out
+    assert "0.500 ms, stock 1.000 ms, used" in out
+    assert "Please report the failing kernel: flashmoe-doctor --json" in out
+
+
+@pytest.mark.parametrize(
+    ("choice_", "gpu_", "custom_ms", "used"),
+    [
+        ("auto", False, 9.0, "used"),  # the CPU's kernels are, whatever they take
+        ("stock", False, 0.1, "stock used"),
+        ("auto", True, 9.0, "stock used"),
+        ("auto", True, 0.1, "used"),
+        ("custom", True, 9.0, "used"),
+        ("stock", True, 0.1, "stock used"),
+    ],
+)
+def test_which_op_is_used(choice_, gpu_, custom_ms, used, monkeypatch):
+    monkeypatch.setattr(doctor.machine, "on_gpu", lambda: gpu_)
+    found = Verdict(True, 1e-6, 1e-5, custom_ms, 1.0).as_dict()
+    line = doctor._kernel_line({"op": "router", "trial": "", **found}, choice_)
+    assert f"stock 1.000 ms, {used}; error" in line
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def test_reads_are_those_of_the_experts(models):
+    config = json.loads((BUNDLED_MODEL / "config.json").read_text())["text_config"]
+    for name, reads in (("packed4", 1), ("unmodified", 9)):
+        layout = open_layout(models[name], config["num_hidden_layers"], config["num_experts"])
+        ranges = expert_ranges(layout, sample=5 * layout.record_bytes)
+        speed = time_reads(ranges, "a test", threads=3)
+        assert (speed.reads, speed.nbytes) == (5 * reads, 5 * layout.record_bytes)
+        assert speed.bytes_per_s > 0 and speed.threads == 3
+        assert f"{speed.reads} random reads" in str(speed)
+
+
+@pytest.mark.parametrize(("direct", "cache"), [(True, "expert"), (False, "page")])
+def test_experts_are_read_as_a_load_would_read_them(direct, cache, models, capsys, monkeypatch):
+    def plan(mode, layout, room):
+        assert mode == "auto" and 0 < room < available_bytes() + (1 << 30)
+        return IoPlan(direct, "a test")
+
+    speed = ReadSpeed(1 << 30, 100, 8, 2.0, "cold", "a test", direct)
+    asked = []
+    monkeypatch.setattr(doctor, "plan_io", plan)
+    monkeypatch.setattr(doctor, "time_reads", lambda *_, direct: (asked.append(direct), speed)[1])
+    code, out = run([models["packed4"], *QUICK], capsys)
+    assert (code, asked) == (0, [direct])
+    assert f"Leave memory to the {cache} cache." in out
+
+
+def test_the_temporary_file_goes_away(tmp_path):
+    with scratch_ranges(tmp_path / "new", sample=1 << 20, record=1 << 17) as ranges:
+        assert sorted(offset for _, offset, _ in ranges) == [i << 17 for i in range(8)]
+        assert time_reads(ranges, "a test").nbytes == 1 << 20
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_disk_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    code, out = run(QUICK, capsys)
+    assert code == 0
+    assert "reading   not measured: Not a directory" in out

@@ -1,0 +1,214 @@
+"""flashmoe-plan: predictions that hold against what others published, and plain refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flashmoe_mlx.bench.published import MACHINES, ROWS, tally
+from flashmoe_mlx.cli import plan_model
+from flashmoe_mlx.cli.plan import check, main, render_check
+from flashmoe_mlx.cli.plan_model import Engine, Machine, decode, named_args, weigh
+
+M3_MAX = MACHINES["m3-max-48"]
+ENGINE = Engine(1e-3)
+
+
+def run(args: str, capsys) -> tuple[str, dict]:
+    main([*args.split(), "--json"])
+    text, last = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
+    return text, json.loads(last)
+
+
+@pytest.mark.parametrize(
+    ("name", "trunk", "records", "experts"),
+    [
+        ("397b", 5.5, (7_077_888, 3_932_160), (217.4, 120.8)),
+        ("122b", 3.5, (5_308_416, 2_949_120), (65.2, 36.2)),
+        ("35b", 1.4, (1_769_472, 983_040), (18.1, 10.1)),
+    ],
+)
+def test_sizes_are_the_checkpoints(name, trunk, records, experts):
+    for bits, record, total in zip((4, 2), records, experts, strict=True):
+        weights = weigh(named_args(name), bits)
+        assert weights.record == record
+        assert weights.expert_bytes / 1e9 == pytest.approx(total, abs=0.05)
+        assert weights.trunk / 1e9 == pytest.approx(trunk, abs=0.1)
+
+
+def test_published_rows_are_met():
+    """At least six figures that gave the model nothing, from more than two machines."""
+    met = [r for r in ROWS if r.unit == "tok/s" and r.kind == "predicted" and abs(r.error) <= 0.2]
+    assert len(met) == tally()[0] >= 6
+    assert len({row.setup.machine for row in met}) > 2
+
+
+def test_fitted_rows_fit():
+    fitted = [row for row in ROWS if row.kind == "fitted"]
+    assert {row.kind for row in ROWS} == {"fitted", "assumed", "predicted"}
+    assert all(abs(row.error) < (0.07 if row.unit == "% hits" else 0.03) for row in fitted)
+    # One row gives an engine its time per layer; four give the exponent of the hit rate.
+    assert len({row.setup.engine for row in fitted if row.unit == "tok/s"}) == 4
+    assert sum(row.unit == "tok/s" for row in fitted) == 4
+
+
+def test_check_hides_no_row(capsys):
+    text, found = run("--check", capsys)
+    assert len(found["rows"]) == len(ROWS)
+    for row in ROWS:
+        line = next(
+            line
+            for line in text.splitlines()
+            if line.startswith(f"{row.setup.name}, {row.name}  ") and f"  {row.unit}, " in line
+        )
+        assert ("MISS" in line) == (abs(row.error) > 0.2) and row.kind in line
+    assert all(row["source"].startswith("https://") for row in found["rows"])
+
+
+def test_the_documentation_shows_the_check():
+    page = Path(__file__).parents[2].joinpath("docs/plan.md").read_text()
+    assert render_check(check()) in page
+
+
+@pytest.mark.parametrize("machine", MACHINES.values())
+def test_machines_cite_their_figures(machine):
+    assert "https://" in machine.source
+
+
+def test_a_token_is_the_sum_of_its_parts():
+    weights = weigh(named_args("397b"), 4, top_k=4)
+    found = decode(weights, M3_MAX, ENGINE, bank=4e9)
+    parts = found.copied + found.read + found.computed + found.waited
+    assert found.seconds == pytest.approx(parts)
+    assert found.waited == pytest.approx(0.060)
+    assert 0 < found.bank_hits < found.hits < 1
+    overlapped = decode(weights, M3_MAX, Engine(1e-3, overlaps=True), bank=4e9)
+    assert overlapped.seconds == pytest.approx(found.copied + found.read)
+
+
+def test_faster_disks_and_larger_memories_never_slow_a_token():
+    weights = weigh(named_args("122b"), 4)
+    base = Machine(32e9, 3e9, 200e9, "")
+    seconds = decode(weights, base, ENGINE).seconds
+    for better in (
+        Machine(64e9, 3e9, 200e9, ""),
+        Machine(32e9, 6e9, 200e9, ""),
+        Machine(32e9, 3e9, 400e9, ""),
+    ):
+        assert decode(weights, better, ENGINE).seconds < seconds
+
+
+def test_hit_rate_is_a_share():
+    assert plan_model.hit_rate(0) == 0 and plan_model.hit_rate(-1) == 0
+    assert plan_model.hit_rate(1) == plan_model.hit_rate(2) == 1
+    assert plan_model.hit_rate(1 / 32) == pytest.approx(0.5)
+
+
+def test_prefill_reads_each_expert_once_per_chunk():
+    weights = weigh(named_args("35b"), 4)
+    assert plan_model.distinct_experts(weights, 1) == pytest.approx(weights.top_k)
+    assert plan_model.distinct_experts(weights, 10_000) == pytest.approx(256)
+    machine = Machine(16e9, 2e9, 100e9, "")
+
+    def seconds(tokens):
+        return plan_model.prefill_seconds(weights, machine, ENGINE, tokens)
+
+    assert seconds(2048) < 1.1 * seconds(200)
+    assert seconds(4096) == pytest.approx(2 * seconds(2048))
+
+
+def test_the_best_cache_is_the_fastest_sound_one(capsys):
+    _, found = run("--model 397b --machine m3-max-48 --top-k 4", capsys)
+    sound = [c for c in found["caches"] if c["bank"] <= found["free_bytes"] / 2]
+    assert found["chosen"] == min(sound, key=lambda c: c["seconds"])
+    assert found["decode_tokens_per_s"] == pytest.approx(1 / found["chosen"]["seconds"])
+    assert len(found["caches"]) == 5 and found["top_k"] == 4
+
+
+def test_a_model_that_fits_is_resident(capsys):
+    text, found = run("--model 35b --machine m5-max-128", capsys)
+    assert found["chosen"]["hits"] == found["chosen"]["bank_hits"] == 1
+    assert found["chosen"]["read"] == found["chosen"]["copied"] == 0
+    assert "all experts fit in memory" in text
+    _, tight = run("--model 35b --machine m5-max-128 --ram 20GB", capsys)
+    assert tight["chosen"]["bank_hits"] < 1
+
+
+def test_a_cache_that_is_asked_for(capsys):
+    text, found = run("--model 397b --machine m5-max-128 --cache 20GB --bits 2", capsys)
+    assert found["chosen"]["bank"] == 20e9 and "20.00GB, as asked" in text
+    assert found["record_bytes"] == 3_932_160
+    assert len(text.splitlines()) < 24
+
+
+def test_flags_override_a_machine(capsys):
+    _, found = run("--model 122b --machine m4-32 --ssd 7 --memory-bandwidth 300", capsys)
+    assert found["machine"]["ssd"] == 7e9 and found["machine"]["bandwidth"] == 300e9
+    assert found["machine"]["memory"] == 32e9
+
+
+def test_a_directory_tells_its_sizes_and_bits(tmp_path, capsys):
+    args = {**vars(named_args("35b")), "model_type": "qwen3_5_moe"}
+    places = [(n, name) for n in range(40) for name in ("gate_proj", "up_proj", "down_proj")]
+    experts = {
+        f"language_model.model.layers.{n}.mlp.switch_mlp.{p}": {"bits": 2} for n, p in places
+    }
+    args["quantization"] = {"bits": 4, "group_size": 64, **experts}
+    (tmp_path / "config.json").write_text(json.dumps(args))
+    _, found = run(f"--model {tmp_path} --machine m4-32", capsys)
+    assert found["record_bytes"] == 983_040 and found["layers"] == 40
+    _, found = run(f"--model {tmp_path} --machine m4-32 --bits 4", capsys)
+    assert found["record_bytes"] == 1_769_472
+
+
+def test_experts_of_mixed_bits_count_by_their_mean(tmp_path, capsys):
+    args = {**vars(named_args("35b")), "model_type": "qwen3_5_moe"}
+    down = {
+        f"language_model.model.layers.{n}.mlp.switch_mlp.down_proj": {"bits": 6} for n in range(20)
+    }
+    args["quantization"] = {"bits": 2, "group_size": 64, **down}
+    (tmp_path / "config.json").write_text(json.dumps(args))
+    _, found = run(f"--model {tmp_path} --machine m4-32", capsys)
+    assert found["record_bytes"] == 983_040 + 4 * 2048 * 512 // 8 // 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("--machine m4-32", "--model is missing. Give 397b, 122b, 35b, or a directory."),
+        ("--model nope --machine m4-32", "--model nope: no config.json there"),
+        ("--model 35b", "--ram and --ssd and --memory-bandwidth not given. Give it, or a --mach"),
+        ("--model 35b --machine m9", "--machine m9 is not known. Choose among m1-pro-16,"),
+        ("--model 35b --machine m4-32 --bits 3", "--bits 3 is not known. Choose among 4, 2."),
+        ("--model 35b --machine m4-32 --bits 0", "--bits 0 is not known. Choose among 4, 2."),
+        ("--model 35b --machine m4-32 --engine x", "--engine x is not known. Choose among fl"),
+        ("--model 35b --machine m4-32 --top-k 300", "--top-k = 300, but the model has 256 exp"),
+        ("--model 35b --machine m4-32 --ram lots", "--ram lots is not a size. Give bytes or a"),
+        ("--model 35b --machine m4-32 --ram auto", "--ram auto is not a size. Give bytes or a"),
+        (
+            "--model 397b --machine m4-32 --ram 8GB",
+            "a memory of 8 GB (--ram) is too little: trunk, one token'",
+        ),
+        ("--model 35b --machine m4-32 --ssd 0", "--ssd 0 is no rate. Give GB/s, such as 5."),
+        ("--model 35b --machine m4-32 --ssd nan", "--ssd nan is no rate. Give GB/s, such as"),
+        ("--model 35b --machine m4-32 --prompt 0", "--prompt 0 is no number of tokens. Give 1"),
+        ("--model 397b --machine m4-32 --cache 1GB", "--cache 1GB does not fit: one token's"),
+        ("--model 397b --machine m4-32 --cache 90GB", "--cache 90GB does not fit: one token's"),
+    ],
+)
+def test_bad_input(args, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(args.split())
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert err.startswith(f"flashmoe-plan: error: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("text", "fault"), [("{", "not JSON ("), ("[]", "not a JSON object.")])
+def test_a_damaged_config(text, fault, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--model", str(tmp_path), "--machine", "m4-32"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert f"config.json: {fault}" in error and "Restore the checkpoint's own." in error

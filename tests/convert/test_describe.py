@@ -1,0 +1,68 @@
+"""The time that a dry run tells is that of the experts that it tried, of every kind of layer."""
+
+import re
+from pathlib import Path
+
+import pytest
+from convert_helpers import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, write_checkpoints
+
+from flashmoe_mlx.convert import convert
+from flashmoe_mlx.convert.plan.parts import Options
+from flashmoe_mlx.convert.plan.plan import build_plan
+from flashmoe_mlx.convert.source.checkpoint import open_source
+from flashmoe_mlx.convert.write import describe
+from flashmoe_mlx.convert.write.experts import ExpertSteps
+from flashmoe_mlx.convert.write.steps import Fetched
+
+NOTHING = Fetched(0, 0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoints(tmp_path_factory.mktemp("describe"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock by which each expert that is computed takes a minute."""
+    now = [0.0]
+    real = ExpertSteps.encode
+
+    def encode(self, batch, loaded):
+        now[0] += 60 * len(batch)
+        return real(self, batch, loaded)
+
+    monkeypatch.setattr(ExpertSteps, "encode", encode)
+    monkeypatch.setattr(describe.time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize("source", ["hf", "stock"])
+def test_every_expert_counts(root, clock, source):
+    opened = open_source(root / source, source)
+    plan = build_plan(opened, Options(True, 2))
+    hours = LAYERS * EXPERTS / 60
+    told = describe.describe_time(opened, plan, 1.0, NOTHING)
+    assert told == f"time        about {hours * 60:.0f} min to compute, and what the disk takes"
+    told = describe.describe_time(opened, plan, 0.5, Fetched(3, 10**12, 2, 10**9))
+    assert told == (
+        f"time        about {hours * 30:.0f} min to compute, 2.8 h to fetch at 100 MB/s, and what "
+        "the disk takes"
+    )
+
+
+def test_experts_that_are_copied_take_no_computing(root, clock):
+    opened = open_source(root / "stock", "stock")
+    told = describe.describe_time(opened, build_plan(opened, Options()), 1.0, NOTHING)
+    assert told == "time        what the disk takes"
+    assert clock == [0.0]
+
+
+def test_the_last_rows_of_a_dry_run(root, tmp_path, capsys):
+    convert(root / "hf", tmp_path / "out", quantize=True, dry_run=True)
+    text = capsys.readouterr().out
+    record = 3 * INTERMEDIATE * HIDDEN * 9 // 16
+    experts = f"{LAYERS * EXPERTS * record:,} bytes"
+    assert re.search(rf"\nexperts +{experts} \(\S+ MB\), {LAYERS * EXPERTS * 9:,} tensors\n", text)
+    assert re.search(r"\ntime +about \d+ s to compute, and what the disk takes\n$", text)
+    assert not (tmp_path / "out").exists()

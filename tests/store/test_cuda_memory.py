@@ -1,0 +1,221 @@
+"""Banks in a card's memory: a driver that copies late shows what is not waited for."""
+
+import contextlib
+import ctypes
+import os
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from store_helpers import RECORD, assert_whole, big_layout, big_store, contents, make_store, record
+
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.store import slots as slot_bank
+from flashmoe_mlx.store import store as expert_store
+from flashmoe_mlx.store.cuda import mailbox, pinned
+from flashmoe_mlx.store.cuda.pinned import CardReads, CardRow
+
+
+class LateDriver:
+    """A card whose memory is ordinary memory, and which copies only when it is waited for."""
+
+    def __init__(self):
+        self.begun, self.memory, self.copies, self.locked, self.finished = {}, {}, 0, {}, 0
+
+    def lock(self, address, nbytes):
+        self.locked[address] = nbytes
+        return address
+
+    def unlock(self, address):
+        del self.locked[address]
+
+    def finish(self):
+        self.finished += 1
+
+    def allocate(self, nbytes):
+        memory = np.full(nbytes, 0xEE, np.uint8)
+        self.memory[memory.ctypes.data] = memory
+        return memory.ctypes.data, memory.ctypes.data
+
+    def free(self, address, stream):
+        del self.memory[address]
+
+    def copy(self, to, source, nbytes, stream):
+        self.begun.setdefault(stream, []).append((to, source, nbytes))
+
+    def wait(self, stream):
+        for copy in self.begun.pop(stream, []):
+            ctypes.memmove(*copy)
+            self.copies += 1
+
+
+def rows_of(arrays):
+    """Return where arrays lie in ordinary memory, as if it were a card's."""
+    views = [np.frombuffer(memoryview(a).cast("B"), np.uint8) for a in arrays]
+    return [CardRow(view.ctypes.data, view.nbytes) for view in views]
+
+
+def put_banks_on(driver, monkeypatch):
+    """Put banks on a card; reads of a store go there."""
+    reads = CardReads(driver)
+    for module in (slot_bank, expert_store):
+        monkeypatch.setattr(module, "card_reads", lambda: reads)
+    monkeypatch.setattr(slot_bank, "card_rows", rows_of)
+    return driver
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    return put_banks_on(LateDriver(), monkeypatch)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("turn", [1, 1000, 1 << 22])
+def test_experts_arrive_whole_in_the_cards_memory(tmp_path, driver, monkeypatch, numba, turn):
+    monkeypatch.setattr(CardReads, "at_once", numba)
+    monkeypatch.setattr(pinned, "TURN", turn)
+    store = make_store(tmp_path, slots=3)
+    for layer, experts in ((0, [2, 0, 1]), (1, [4]), (0, [3, 2]), (1, [1, 4, 0])):
+        slots = store.fetch(layer, experts)
+        for expert, slot in zip(experts, slots, strict=True):
+            assert contents(store, layer, slot) == record(layer, expert)
+    assert driver.copies and not driver.begun
+    assert store.stats.bytes_read == (store.stats.asked - store.stats.hits) * RECORD
+    store.close()
+
+
+def test_records_of_unequal_parts_and_more_than_the_page_locked_memory_holds(
+    tmp_path, driver, monkeypatch
+):
+    sizes = [5 * 4096, 12, 400, 3 * 4096, 8, 8, 1 << 16, 4, 400]
+    monkeypatch.setattr(pinned, "STAGE", 3 * sum(sizes) // 2)
+    monkeypatch.setattr(pinned, "TURN", sum(sizes))
+    store = big_store(big_layout(tmp_path, sizes), threads=2, slots=5)
+    for experts in ([4, 3, 2, 1, 0], [9], [8, 3]):
+        assert_whole(store, experts, store.fetch(0, experts))
+    assert max(memory.nbytes for memory in driver.memory.values()) == 3 * sum(sizes) // 2
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+def test_a_record_larger_than_the_page_locked_memory(tmp_path, driver, monkeypatch, spare):
+    """The driver's memory is exactly as large as asked for: what is read past it hits others'."""
+    sizes = [4096, 12, 400, 4096, 8, 8, 4096, 4, 400]
+    monkeypatch.setattr(pinned, "STAGE", sum(sizes) + spare)
+    reads, read = [], CardReads.read
+
+    def watched(this, pieces):
+        reads.extend(piece[2] for piece in pieces)
+        return read(this, pieces)
+
+    monkeypatch.setattr(CardReads, "read", watched)
+    store = big_store(big_layout(tmp_path, sizes), threads=2, slots=5)
+    assert_whole(store, [4, 3], store.fetch(0, [4, 3]))
+    assert reads == ([] if spare < 0 else 2 * [sum(sizes)])
+
+
+def test_page_locked_memory_is_not_written_past_its_end(driver):
+    reads, row = CardReads(driver), CardRow(0, 100)
+    half = pinned.Staging(driver, 100)
+    with pytest.raises(FlashMoEError, match="101 bytes of experts do not fit into 100"):
+        reads._read_turn(half, [(0, 0, 100, [row], None), (0, 0, 1, [row], None)])
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_a_file_cut_short_is_named_and_the_others_arrive(tmp_path, driver, monkeypatch, numba):
+    monkeypatch.setattr(CardReads, "at_once", numba)
+    store = make_store(tmp_path, slots=3)
+    file = store.layout.layers[1].fields[0].file
+    os.truncate(file, store.layout.layers[1].fields[0].offset + 4 * RECORD + 5)
+    with pytest.raises(FlashMoEError, match=f"{file.name}: ends at byte .* cut short"):
+        store.fetch(1, [4, 0])
+    (slot,) = store.fetch(1, [0])
+    assert contents(store, 1, slot) == record(1, 0)
+    store.close()
+
+
+def test_a_driver_that_fails_is_an_error_of_the_request(tmp_path, driver, monkeypatch):
+    store = make_store(tmp_path, slots=3)
+    with monkeypatch.context() as patch:
+
+        def fail(*_):
+            raise FlashMoEError("CUDA's driver: cuMemcpyHtoDAsync failed with error 700 of cuda.h.")
+
+        patch.setattr(driver, "copy", fail)
+        with pytest.raises(FlashMoEError, match="failed with error 700"):
+            store.fetch(0, [1])
+    (slot,) = store.fetch(0, [1])
+    assert contents(store, 0, slot) == record(0, 1)
+    store.close()
+
+
+def test_page_locked_memory_goes_with_its_thread(driver):
+    reads, held = CardReads(driver), []
+
+    def work():
+        reads._staging(100)
+        held.append(len(driver.memory))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert held == [1] and not driver.memory
+
+
+def test_rows_are_sliced_as_memory_is():
+    row = CardRow(1000, 10)
+    assert [(r.address, len(r)) for r in (row[:4], row[4:], row[2:3], row[12:])] == [
+        (1000, 4), (1004, 6), (1002, 1), (1010, 0),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def letters(monkeypatch, driver):
+    """Launch the two kernels by hand: later, when their output is evaluated."""
+    monkeypatch.setattr(mailbox, "Driver", lambda: driver)
+    monkeypatch.setattr(mailbox, "uses_cuda", lambda: True)
+    mailbox._boxes.cache_clear()
+    waiting = []
+
+    def run(name, text, inputs, shape, words):
+        place = inputs[-1][0].item()
+        there = np.ctypeslib.as_array((ctypes.c_uint32 * words).from_address(place))
+        if name == "tell":
+            there[:] = np.array(inputs[0]).reshape(-1)
+            return mx.array([words])
+        result = mx.zeros(shape, dtype=mx.uint32)
+        waiting.append((result, there))
+        return result
+
+    whole = mx.eval
+
+    def evaluate(*arrays):
+        for result, there in [w for w in waiting if any(w[0] is a for a in arrays)]:
+            result[...] = mx.array(there.copy()).reshape(result.shape)
+        whole(*arrays)
+
+    monkeypatch.setattr(mailbox, "_run", run)
+    with contextlib.ExitStack() as stack:
+        stack.callback(mailbox._boxes.cache_clear)
+        monkeypatch.setattr(mx, "eval", evaluate)
+        yield evaluate
+
+
+def test_a_letter_waits_for_the_card_however_late_it_reads(letters):
+    sent = [np.arange(8, dtype=np.uint32).reshape(2, 1, 4) + i for i in range(150)]
+    heard = [mailbox.to_device(letter) for letter in sent]
+    for array in heard[-mailbox.BOXES :]:
+        letters(array)
+    assert [np.array(a).tolist() for a in heard] == [s.tolist() for s in sent]
+
+
+def test_ids_come_back_in_their_shape(letters):
+    ids = mx.array([[[5, 0, 511]]], dtype=mx.uint32)
+    for value in (ids, ids + 1):
+        assert mailbox.to_host(value).tolist() == np.array(value).tolist()
+
+
+def test_on_other_devices_letters_are_plain_arrays():
+    ids = mx.array([[3, 1]], dtype=mx.uint32)
+    assert mailbox.to_host(ids).tolist() == [[3, 1]]
+    assert mailbox.to_device(np.array([[3, 1]], np.uint32)).tolist() == [[3, 1]]

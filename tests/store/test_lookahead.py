@@ -1,0 +1,165 @@
+"""Experts read on a guess: right ones in time, wrong ones in vain, the same tokens either way."""
+
+import errno
+import os
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from store_helpers import EXPERTS, RECORD, Gate, contents, make_store, record
+
+from flashmoe_mlx import load
+from flashmoe_mlx.custom_kernels.cpu import block
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.loader import BUNDLED_MODEL
+from flashmoe_mlx.store import prefetch
+from flashmoe_mlx.store.prefetch import BLOCK, BLOCKS, TERM, Lookahead
+
+RANDOM = np.random.default_rng(0).random
+CACHE = 12 * 4 * 39168  # bytes for 12 of 100 experts per layer
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test moves."""
+    now = [0.0]
+    monkeypatch.setattr(prefetch.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def steps(found: Lookahead, clock, count: int, with_guess: float) -> list[bool]:
+    """Take steps of one second, or of other seconds with a guess; return which had one."""
+    had = []
+    for _ in range(count):
+        had.append(found.begin())
+        clock[0] += with_guess if had[-1] else 1.0
+        found.end()
+    return had
+
+
+@pytest.mark.parametrize("seconds, pays", [(0.9, True), (0.99, False), (1.5, False)])
+def test_a_trial_decides_for_a_while(clock, seconds, pays):
+    found = Lookahead()
+    trial = 2 * BLOCK * BLOCKS
+    assert str(found) == "on trial"
+    assert steps(found, clock, trial, seconds) == ([False] * BLOCK + [True] * BLOCK) * BLOCKS
+    assert str(found) == ("on, by trial" if pays else "off, by trial")
+    assert steps(found, clock, TERM, seconds) == [pays] * TERM
+    assert steps(found, clock, trial, 1.9 - seconds).count(True) == trial // 2
+    assert found.begin() != pays or seconds == 0.99
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_who_chose_is_not_asked_again(clock, mode):
+    found = Lookahead(mode)
+    assert steps(found, clock, 500, 7.0) == [mode == "on"] * 500 and str(found) == mode
+
+
+def test_right_guesses_are_misses_that_came_early(tmp_path):
+    store = make_store(tmp_path, slots=4)
+    store.guess(0, [1, 2])
+    store.decide(0, [2, 5])
+    for expert, slot in zip([2, 5], store.fetch(0, [2, 5]), strict=True):
+        assert contents(store, 0, slot) == record(0, expert)
+    store.fetch(0, [2, 5])
+    stats = store.stats
+    assert (stats.asked, stats.hits, stats.early) == (4, 2, 1)
+    assert stats.bytes_useless in (0, RECORD)  # given up in time, or not
+    assert stats.bytes_read == (stats.asked - stats.hits) * RECORD + stats.bytes_useless
+    store.close()
+
+
+def test_what_was_guessed_wrong_and_not_begun_is_given_up(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    store = make_store(tmp_path, slots=8)  # three threads
+    store.guess(0, [1, 2, 3, 4, 5, 6])
+    while len(gate.reads) < 3:
+        time.sleep(0.001)
+    store.decide(0, [6])
+    gate.opened.set()
+    (slot,) = store.fetch(0, [6])
+    assert contents(store, 0, slot) == record(0, 6)
+    store.fetch(1, [0])
+    store.fetch(0, [6])
+    assert store.stats.bytes_useless == 3 * RECORD
+    assert store.stats.bytes_read == 5 * RECORD  # 1, 2, 3, 6; and another layer's
+    assert sorted(store.banks[0].resident(range(EXPERTS))) == [1, 2, 3, 6]
+    store.close()
+
+
+def test_a_guess_takes_no_slot_that_is_in_use(tmp_path):
+    store = make_store(tmp_path, slots=3)
+    held = store.request(0, [1, 2, 3])
+    store.guess(0, [4])
+    held.wait()
+    store.guess(0, [4, 5])
+    assert store.stats.bytes_read == 3 * RECORD and not store._guessed[0]
+    store.guess(1, [1, 2, 3, 4])  # more than the bank holds
+    assert not store._guessed[1]
+    del held
+    store.guess(0, [4])
+    store.decide(0, [4])
+    (slot,) = store.fetch(0, [4])
+    assert contents(store, 0, slot) == record(0, 4)
+    store.close()
+
+
+def test_a_guess_that_cannot_be_read_is_read_when_it_is_wanted(tmp_path, monkeypatch):
+    store, real = make_store(tmp_path, slots=3), os.preadv
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fails)
+    store.guess(0, [1, 2])
+    for _, arrival in [*store.banks[0].arriving.values()]:
+        arrival.wait()
+    monkeypatch.setattr(os, "preadv", real)
+    store.decide(0, [1])
+    (slot,) = store.fetch(0, [1])
+    assert contents(store, 0, slot) == record(0, 1)
+    assert (store.stats.early, store.stats.hits, store.stats.bytes_read) == (0, 0, RECORD)
+    store.close()
+
+
+def test_a_closed_store_guesses_nothing(tmp_path):
+    store = make_store(tmp_path, slots=3)
+    store.close()
+    with pytest.raises(FlashMoEError, match="closed"):
+        store.guess(0, [1])
+
+
+def logits(model, tokens: list[int]) -> np.ndarray:
+    cache, rows = model.make_cache(), []
+    for token in tokens:
+        rows.append(np.array(model(mx.array([[token]]), cache=cache)))
+    return np.concatenate(rows)
+
+
+def test_tokens_are_the_same_with_right_and_wrong_guesses(monkeypatch):
+    """Sequences of the bundled model; then guesses that are as good as random."""
+    tokens = [5, 900, 17, 3, 3, 256, 1000, 41] * 3
+    real = block.router_logits
+    found, shares = [], []
+    for mode in ("off", "on", "random"):
+        if mode == "random":
+            monkeypatch.setattr(block, "router_logits", lambda *args: RANDOM(real(*args).shape))
+        with load(BUNDLED_MODEL, expert_cache=CACHE, lookahead=mode.replace("random", "on"))[
+            0
+        ] as m:
+            found.append(logits(m, tokens))
+            stats, layout = m.expert_stats(), m._store.layout
+        missed = (stats.asked - stats.hits) * layout.layers[0].record_bytes
+        assert stats.bytes_read <= missed + stats.bytes_useless  # the last guesses may be under way
+        shares.append(stats.early / (stats.asked - stats.hits))
+    assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
+    assert shares[0] == 0 and shares[1] > 2 * shares[2] > 0
+
+
+def test_guessing_needs_our_cpu_kernels(fresh_choice, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_KERNELS", "stock")
+    with pytest.raises(FlashMoEError, match=r"lookahead = 'on': .* Choose auto, or off"):
+        load(BUNDLED_MODEL, lookahead="on")
+    with load(BUNDLED_MODEL)[0] as model:
+        assert model._store.lookahead.mode == "off"
