@@ -10,6 +10,8 @@ import mlx.core as mx
 from ..errors import FlashMoEError
 from . import launch
 
+PROMPT_PART = 512  # tokens
+
 
 def kernel_choice() -> str:
     """Return FLASHMOE_KERNELS: "auto" (the default), "stock" or "custom".
@@ -73,3 +75,32 @@ def cpu_kernels(x: mx.array) -> ModuleType | None:
     if x.dtype != mx.float32 or mx.default_device() != mx.Device(mx.cpu):
         return None
     return _cpu_module()
+
+
+def keep_pace(before: mx.array, h: mx.array) -> None:
+    """Have a GPU compute a prompt's layer, from `before` to `h`, while the next is prepared.
+
+    More than two layers at once would take more memory.
+    """
+    if on_gpu(h):
+        mx.async_eval(h)
+        mx.eval(before)
+
+
+def tokens_at_once(h: mx.array) -> int | None:
+    """Return how many tokens of a prompt to run through attention at a time, None for all.
+
+    What CPU kernels make of 2,048 tokens takes 300 MB at 35B size, which the expert cache has more
+    use for.
+    """
+    return PROMPT_PART if cpu_kernels(h) else None
+
+
+def activation_dtype(dtype: mx.Dtype) -> mx.Dtype:
+    """Return what to compute in: on a CPU float32, as MLX is slow and inexact there in bfloat16."""
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else dtype
+
+
+def computes_at_once() -> bool:
+    """Say whether CPU kernels compute float32, at once, where MLX would build a graph."""
+    return cpu_kernels(mx.zeros(1)) is not None

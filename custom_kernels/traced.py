@@ -7,6 +7,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .device import on_gpu
+
 
 class Traced:
     """Functions of a layer for inputs of one shape and dtype, compiled around its weights.
@@ -32,7 +34,12 @@ class Traced:
     def trace(
         self, x: mx.array, modules: tuple[nn.Module, ...], *functions: Callable[..., Any]
     ) -> None:
-        """Take functions that have just run for such an input, and read only `modules` besides."""
+        """Take functions that have just run for such an input, and read only `modules` besides.
+
+        CPU kernels compute at once and leave nothing to trace.
+        """
+        if not on_gpu(x):
+            return
         entries = [entry for module in modules for entry in _entries(module)]
         self._modules, self._names, self._values = (list(t) for t in zip(*entries, strict=True))
         self._kind = x.shape, x.dtype

@@ -1,4 +1,4 @@
-"""Quantised matrices of one shape, in slots."""
+"""Quantised matrices, and what is remembered of them while they stay the same arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .shapes import expect, expect_quantised
 
 
 @dataclass(frozen=True)
-class Bank:
+class QuantizedMatrix:
     """One projection of the experts of a layer, affine-quantised; or one matrix, without S.
 
     Attributes:
@@ -31,19 +31,29 @@ class Bank:
     group_size: int
 
     @classmethod
-    def of(cls, arrays: Sequence[mx.array], bits: int, group_size: int) -> "Bank":
+    def of(cls, arrays: Sequence[mx.array], bits: int, group_size: int) -> "QuantizedMatrix":
         """Make one of codes, scales and biases, in this order."""
         codes, scales, biases = arrays
         return cls(codes, scales, biases, bits, group_size)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Bank":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedMatrix":
         """Share the arrays: a store goes on writing experts into them."""
         return self
+
+    @classmethod
+    def of_layer(cls, layer: nn.Module) -> "QuantizedMatrix":
+        """Take the weights of an `nn.QuantizedLinear`."""
+        return cls(layer.weight, layer.scales, layer.biases, layer.bits, layer.group_size)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """`[S, out, in]`, or `[out, in]`."""
-        return *self.scales.shape[:-1], self.scales.shape[-1] * self.group_size
+        return *self.codes.shape[:-1], self.codes.shape[-1] * 32 // self.bits
+
+    @property
+    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
+        """Codes, scales and biases."""
+        return self.codes, self.scales, self.biases
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Compare the arrays with one another, and with the shape that a kernel takes.

@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .custom_kernels.cpu.compile import check_cpu_kernels, prepare
-from .custom_kernels.cpu.entry import cpu_steps
+from .custom_kernels.device import computes_at_once
 from .errors import FlashMoEError, named
 from .format.json_file import exists
 from .format.layout import (
@@ -31,8 +30,9 @@ from .models.qwen3_5.model import Model
 from .models.trunk_checks import check_readable, check_trunk
 from .settings import StreamConfig
 from .store.checks import RecordChecks
+from .store.devices import choose
 from .store.io_mode import plan_io, plan_load
-from .store.memory import available_bytes, card_bytes
+from .store.memory import available_bytes
 from .store.sizing import asked_slots, plan_cache
 from .store.slots import DTYPES
 from .store.store import ExpertStore
@@ -91,14 +91,15 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
     headers = checkpoint_headers(directory)
     check_trunk(directory, headers, args)
-    if cpu_steps(mx.zeros(1)) is None:
+    if not computes_at_once():
         if stream.lookahead == "on":
             raise FlashMoEError(
                 "lookahead = 'on': experts are guessed by this package's CPU kernels only, which "
                 "do not compute here. Choose auto, or off."
             )
         stream = replace(stream, lookahead="off")
-    checks = RecordChecks(layout) if stream.verify else None
+    backend = choose()
+    checks = RecordChecks(layout, backend) if stream.verify else None
     trunk = without_experts(headers)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
     formats = kernel_formats(trunk, args, layout)
@@ -107,23 +108,21 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     check_cpu_kernels(formats)
     available = available_bytes()  # behind the kernels, which take some
     io = plan_io(stream.io_mode, layout, available - trunk_bytes)
-    card = card_bytes()
+    own = backend.free_bytes
     plan = plan_cache(
         stream.expert_cache,
         layout,
         args.num_experts_per_tok,
         trunk_bytes,
-        available if card is None else card,
+        available if own is None else own,
         io,
         args.activation_bytes,
-        apart=card is not None,
+        apart=own is not None,
     )
     if plan.slots == args.num_experts:  # nothing is read later
         plan = replace(plan, io=plan_load(stream.io_mode, layout, io))
         stream = replace(stream, lookahead="off")
-    store = ExpertStore(
-        layout, plan, stream.io_threads, preload=True, checks=checks, lookahead=stream.lookahead
-    )
+    store = ExpertStore(layout, plan, stream.io_threads, True, checks, stream.lookahead, backend)
     if stream.stats:
         print(f"[flashmoe] {plan}", file=sys.stderr)
         if store.stats.bytes_preloaded:

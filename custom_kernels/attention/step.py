@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import reference
 from ..case import DTYPES, NAMES
+from ..device import on_gpu
 from ..launch import LEAST_ELEMENTS, SIMD, Kernel, scalar, settled
 from ..shapes import expect
 
@@ -273,7 +274,12 @@ class AttentionStepTrial:
 
 
 def deciding_trial(heads: AttentionHeads, x: mx.array, keys: int) -> AttentionStepTrial | None:
-    """Return the trial that decides for steps of `x` with so many keys, None if they are many."""
+    """Return the trial that decides for steps of `x` with so many keys, None if none can win.
+
+    Our kernels take GPUs and not too many keys.
+    """
+    if not on_gpu(x):
+        return None
     tried = next((most for most in TRIED_KEYS if keys <= most), None)
     if tried is None:
         return None

@@ -10,7 +10,6 @@ import numpy as np
 from ...errors import FlashMoEError
 from ..shapes import expect, expect_count
 
-MIN_TOKENS = 2  # two queries over 64 keys are 3 times as fast as by MLX; one is a decoding step
 BLOCK = 64  # queries: enough for BLAS, and few scores lie beyond the causal edge
 SCORES = 1 << 22  # of one block, 16 MiB in float32
 

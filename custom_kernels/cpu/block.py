@@ -13,8 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..gated_delta.weights import Heads, MixerWeights
-from ..weights import Bank, arrays_of, is_affine, same
-from .decode import NOTHING, Group, Matrix, project
+from ..weights import QuantizedMatrix, arrays_of, is_affine, same
+from .decode import NOTHING, Group, project
 from .gated_delta_step import DeltaBlock
 from .moe import MoeBlock, Waves
 from .prefill import Array, rows, supports, view
@@ -36,7 +36,7 @@ def linear_step(
     """
     if x.ndim < 2 or x.shape[-2] != 1:
         return None
-    group = _remember(layers[0], layers, lambda: Group(*map(_matrix, layers)))
+    group = _remember(layers[0], layers, lambda: Group(*map(QuantizedMatrix.of_layer, layers)))
     if group is None:
         return None
     gain = (NOTHING, 0.0) if norm is None else (_float32(norm, norm.weight), norm.eps)
@@ -70,7 +70,7 @@ def delta_step(
     layers = *inputs, out
 
     def make() -> DeltaBlock:
-        qkv, z, b, a, after = map(_matrix, layers)
+        qkv, z, b, a, after = map(QuantizedMatrix.of_layer, layers)
         return DeltaBlock((qkv, z, b, a), after, _float32(norm, norm.weight), norm.eps, weights)
 
     small = weights.conv, weights.a_log, weights.dt_bias, weights.norm, norm.weight
@@ -88,7 +88,7 @@ def delta_step(
 
 def moe_step(
     h: mx.array, router: nn.Module, switch: nn.Module, shared: Sequence[nn.Module],
-    banks: Sequence[Bank], norm: nn.RMSNorm, top_k: int, renormalise: bool, waves: Waves,
+    banks: Sequence[QuantizedMatrix], norm: nn.RMSNorm, top_k: int, renormalise: bool, waves: Waves,
 ) -> mx.array | None:  # fmt: skip
     """Run a mixture of experts on one token per row: h + moe(norm(h)), `[B, 1, H]`.
 
@@ -97,7 +97,7 @@ def moe_step(
         router: to one logit per expert.
         switch: to one number, whose sigmoid scales the shared expert.
         shared: gate, up and down of the shared expert.
-        banks: gate, up and down of the routed experts (`weights.Bank`).
+        banks: gate, up and down of the routed experts (`weights.QuantizedMatrix`).
         norm: the norm before the block.
         top_k: experts per row.
         renormalise: whether the chosen experts' scores sum to one.
@@ -108,10 +108,9 @@ def moe_step(
     layers = router, switch, *shared
 
     def make() -> MoeBlock:
-        first, second, *rest = map(_matrix, layers)
-        experts = [Matrix(b.codes, b.scales, b.biases, b.bits, b.group_size) for b in banks]
+        first, second, *rest = map(QuantizedMatrix.of_layer, layers)
         gain = _float32(norm, norm.weight)
-        return MoeBlock(first, second, rest, experts, gain, norm.eps, top_k, renormalise)
+        return MoeBlock(first, second, rest, banks, gain, norm.eps, top_k, renormalise)
 
     if not all(supports(b.bits, b.group_size, b.scales) for b in banks):
         return None
@@ -130,7 +129,7 @@ def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | N
     """
     if h.shape[1] != 1:
         return None
-    group = _remember(norm, [router], lambda: Group(_matrix(router)))
+    group = _remember(norm, [router], lambda: Group(QuantizedMatrix.of_layer(router)))
     if group is None:
         return None
     return project(rows(h), group, _float32(norm, norm.weight), norm.eps)[0]
@@ -140,16 +139,12 @@ def matrices(weight: Sequence[mx.array], bits: int) -> Group:
     """Take codes `[rows, columns * bits / 32]`, scales and biases `[rows, groups]`."""
     codes, scales, biases = weight
     group_size = codes.shape[-1] * 32 // bits // scales.shape[-1]
-    return Group(Matrix(codes, scales, biases, bits, group_size))
+    return Group(QuantizedMatrix(codes, scales, biases, bits, group_size))
 
 
 def multiply(x: mx.array, group: Group) -> mx.array:
     """Multiply `[tokens, columns]` float32 by what `matrices` made: `[tokens, rows]`."""
     return mx.array(project(rows(x), group)[0])
-
-
-def _matrix(layer: nn.Module) -> Matrix:
-    return Matrix(layer.weight, layer.scales, layer.biases, layer.bits, layer.group_size)
 
 
 def _is_quantised(layer: nn.Module) -> bool:
@@ -193,7 +188,7 @@ def prepare() -> None:
     past, state = mx.zeros((1, 3, 96)), mx.zeros((1, 1, 32, 32))
     delta_step(h, inputs, layer(32), norm, weights, past, state)
     one = layer(32)
-    bank = Bank(one.weight[None], one.scales[None], one.biases[None], 4, 32)
+    bank = QuantizedMatrix(one.weight[None], one.scales[None], one.biases[None], 4, 32)
     shared, banks = [layer(32) for _ in range(3)], [bank] * 3
 
     def waves(ids: Array) -> Iterator[tuple[Array, Array]]:

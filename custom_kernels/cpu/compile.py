@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..autotune import report, verdict
-from ..device import cpu_kernels, reject_cpu_kernels
+from ..device import computes_at_once, reject_cpu_kernels
 from ..linear.cases import MatvecTrial
 from ..linear.matvec import supports
 
@@ -28,7 +28,7 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
     Args:
         formats: (bits, group size, "float32" or "bfloat16" scales) of the model's matrices.
     """
-    if cpu_kernels(mx.zeros(1)) is None:
+    if not computes_at_once():
         return
     wanted = json.dumps(sorted(formats))
     marker = _marker(wanted)
@@ -49,7 +49,7 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
 
 def compiled_folder() -> tuple[str | None, list[str]]:
     """Return where compiled CPU kernels are kept, None if nowhere; and what is wrong with that."""
-    if cpu_kernels(mx.zeros(1)) is None:
+    if not computes_at_once():
         return None, []
     from . import numba_cache
 
@@ -86,7 +86,7 @@ def check_cpu_kernels(formats: Iterable[tuple[int, int, str]]) -> None:
     Args:
         formats: (bits, group size, dtype of the scales) of a model's matrices.
     """
-    if cpu_kernels(mx.zeros(1)) is None:
+    if not computes_at_once():
         return
     for bits, group_size, dtype in sorted(formats):
         if supports(bits, group_size):

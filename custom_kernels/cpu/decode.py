@@ -1,13 +1,11 @@
 """Quantised matrices times a few activation rows: what decoding does.
 
-A matrix is a row of numbers (`Matrix.numbers`), so that one compiled function takes every format
+A matrix is a row of numbers (`numbers_of`), so that one compiled function takes every format
 and any mix of formats. An activation row is a *record* of float32: `columns` that hold its
 integer halves, then a factor per group, then a sum per group. Rows share the work of decoding
 weights; each one's results are those that it would have alone.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 from numba import prange, types
 
 from ..shapes import expect, expect_quantised
+from ..weights import QuantizedMatrix
 from .bounds import CHECKED, inside, within
 from .call import Apart, caller
 from .dot import (
@@ -43,53 +42,15 @@ LAST_BIT = np.float32(2.0 ** (2 - 2 * HALF_BITS))  # leaves a bit for the halves
 TINY, HUGE = (int(np.float32(limit).view(np.int32)) for limit in (1e-29, 1e38))
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """A bank of affine-quantised matrices; a single matrix is a bank of one.
-
-    Attributes:
-        codes: `[S, out, in * bits / 32]` uint32 (or without S).
-        scales: `[S, out, groups]` float32, bfloat16 or float16.
-        biases: like `scales`.
-        bits: 2, 4 or 8.
-        group_size: 32, 64 or 128 columns per scale and bias.
-    """
-
-    codes: mx.array
-    scales: mx.array
-    biases: mx.array
-    bits: int
-    group_size: int
-
-    @property
-    def height(self) -> int:
-        """Rows of one matrix."""
-        return self.codes.shape[-2]
-
-    @property
-    def columns(self) -> int:
-        """Columns of one matrix."""
-        return self.codes.shape[-1] * 32 // self.bits
-
-    @cached_property
-    def numbers(self) -> Array:
-        """What the kernels read: three addresses, then the format and the sizes, `[10]` int64."""
-        expect_quantised("a matrix", *self.arrays, self.bits, self.group_size)
-        mx.eval(self.arrays)
-        addresses = [view(a).ctypes.data for a in self.arrays]
-        sizes = self.bits, self.group_size, scale_kind(self.scales), self.height, self.columns
-        span = span_of(self.bits, self.group_size)
-        return np.array([*addresses, *sizes, span, self.shape[0]], np.int64)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Slots, and rows and columns of one matrix."""
-        return prod(self.codes.shape[:-2]), self.height, self.columns
-
-    @property
-    def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Codes, scales and biases."""
-        return self.codes, self.scales, self.biases
+def numbers_of(matrix: QuantizedMatrix) -> Array:
+    """Return what the kernels read of it: addresses, format and sizes, `[10]` int64."""
+    expect_quantised("a matrix", *matrix.arrays, matrix.bits, matrix.group_size)
+    mx.eval(matrix.arrays)
+    addresses = [view(a).ctypes.data for a in matrix.arrays]
+    *lead, height, columns = matrix.shape
+    kind, span = scale_kind(matrix.scales), span_of(matrix.bits, matrix.group_size)
+    form = matrix.bits, matrix.group_size, kind
+    return np.array([*addresses, *form, height, columns, span, prod(lead)], np.int64)
 
 
 @serial
@@ -438,15 +399,15 @@ def _project(
 class Group:
     """Matrices that take the same input."""
 
-    def __init__(self, *matrices: Matrix) -> None:
+    def __init__(self, *matrices: QuantizedMatrix) -> None:
         """Look up addresses and find which matrices can share a record."""
         self.matrices = matrices
-        self.numbers = np.stack([m.numbers for m in matrices])
+        self.numbers = np.stack([numbers_of(m) for m in matrices])
         kinds = [(m.bits, m.group_size) for m in matrices]
         forms = sorted(set(kinds))
         self.forms = np.array([kinds.index(form) for form in forms])
         self.form_of = np.array([forms.index(kind) for kind in kinds])
-        self.heights = [m.height for m in matrices]
+        self.heights = [m.shape[-2] for m in matrices]
         self.arguments = self.numbers, self.forms, self.form_of
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -478,7 +439,7 @@ def project(h: Array, group: Group, norm: Array = NOTHING, eps: float = 0.0) -> 
         eps: of that norm.
     """
     for matrix in group.matrices:
-        expect("hidden states", h, (len(h), matrix.columns), np.float32)
+        expect("hidden states", h, (len(h), matrix.shape[-1]), np.float32)
     if norm is not NOTHING:
         expect("the norm's weight", norm, h.shape[1:])
     group.check_addresses()

@@ -1,17 +1,18 @@
 """A GatedDeltaNet layer for one token per row, on a CPU, from hidden states to hidden states."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numba import prange
 
 from ..shapes import expect
+from ..weights import QuantizedMatrix
 from .decode import (
     HEIGHT,
     UNIT_OF_WORK,
     UNITS,
     Group,
-    Matrix,
     add_job,
     cut,
     cut_rows,
@@ -140,13 +141,17 @@ class DeltaBlock:
     """A GatedDeltaNet layer, with the norm before it and the residual around it."""
 
     def __init__(
-        self, inputs: tuple[Matrix, Matrix, Matrix, Matrix], out: Matrix, in_norm: Array,
-        in_eps: float, weights: Any,
-    ) -> None:  # fmt: skip
+        self,
+        inputs: Sequence[QuantizedMatrix],
+        out: QuantizedMatrix,
+        in_norm: Array,
+        in_eps: float,
+        weights: Any,
+    ) -> None:
         """Take the layer's weights.
 
         Args:
-            inputs: the projections to q, k and v; to z; to b; and to a: `[..., H]` each.
+            inputs: the four projections to q, k and v; to z; to b; and to a: `[..., H]` each.
             out: `[H, Hv Dv]`.
             in_norm: `[H]` float32 weight of the RMS norm before the layer.
             in_eps: of that norm.
@@ -169,11 +174,11 @@ class DeltaBlock:
         """Compare the projections with the heads that they serve."""
         hidden, values = self._in_norm[0].size, heads.values * heads.value_dim
         heights = self._past[1], values, heads.values, heads.values
-        shapes = [(1, height, hidden) for height in heights]
+        shapes = [(height, hidden) for height in heights]
         for name, matrix, shape in zip(
             ("q, k and v", "z", "b", "a", "output"),
             self._all.matrices,
-            [*shapes, (1, hidden, values)],
+            [*shapes, (hidden, values)],
             strict=True,
         ):
             expect(f"the projection of a GatedDeltaNet layer to {name}", matrix, shape)

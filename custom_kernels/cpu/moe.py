@@ -11,6 +11,7 @@ import numpy as np
 from numba import prange
 
 from ..shapes import expect, expect_below, expect_count
+from ..weights import QuantizedMatrix
 from .decode import (
     HEIGHT,
     ROWS,
@@ -19,7 +20,6 @@ from .decode import (
     UNIT_OF_WORK,
     UNITS,
     Group,
-    Matrix,
     add_job,
     cut,
     cut_rows,
@@ -144,9 +144,16 @@ class MoeBlock:
     """A layer's mixture of experts, with the norm before it and the residual around it."""
 
     def __init__(
-        self, router: Matrix, switch: Matrix, shared: Sequence[Matrix], experts: Sequence[Matrix],
-        norm: Array, eps: float, top_k: int, renormalise: bool,
-    ) -> None:  # fmt: skip
+        self,
+        router: QuantizedMatrix,
+        switch: QuantizedMatrix,
+        shared: Sequence[QuantizedMatrix],
+        experts: Sequence[QuantizedMatrix],
+        norm: Array,
+        eps: float,
+        top_k: int,
+        renormalise: bool,
+    ) -> None:
         """Take the layer's weights.
 
         Args:
@@ -165,19 +172,19 @@ class MoeBlock:
         self._norm, self._eps = norm, eps
         self._top_k, self._renormalise = top_k, renormalise
         self._slots, inner, _ = experts[GATE].shape
-        hidden, extra = norm.size, shared[0].height
+        hidden, extra = norm.size, shared[0].shape[-2]
         for name, matrix, shape in (
-            ("the router", router, (1, router.height, hidden)),
-            ("the shared expert's switch", switch, (1, 1, hidden)),
-            ("gate of the shared expert", shared[0], (1, extra, hidden)),
-            ("up of the shared expert", shared[1], (1, extra, hidden)),
-            ("down of the shared expert", shared[2], (1, hidden, extra)),
+            ("the router", router, (router.shape[-2], hidden)),
+            ("the shared expert's switch", switch, (1, hidden)),
+            ("gate of the shared expert", shared[0], (extra, hidden)),
+            ("up of the shared expert", shared[1], (extra, hidden)),
+            ("down of the shared expert", shared[2], (hidden, extra)),
             ("gate of the experts", experts[GATE], (self._slots, inner, hidden)),
             ("up of the experts", experts[UP], (self._slots, inner, hidden)),
             ("down of the experts", experts[DOWN], (self._slots, hidden, inner)),
         ):
             expect(name, matrix, shape)
-        expect_count("experts per token", top_k, router.height)
+        expect_count("experts per token", top_k, router.shape[-2])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Share it: a copy would hold the addresses of arrays that it does not keep."""

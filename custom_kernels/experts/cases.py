@@ -11,12 +11,14 @@ from ..autotune import prefers_custom
 from ..case import DTYPES, NAMES, random_quantised
 from ..linear.linear import swiglu
 from ..linear.matvec import MAX_TOKENS
-from ..weights import Bank
+from ..weights import QuantizedMatrix
 from .decode import expert_down_combine, expert_gate_up, expert_mlp_by_kernels, supports
 from .router import MAX_TOP_K, RouterTrial
 
 
-def wanted(x: mx.array, banks: list[Bank], shared: list[Bank], top_k: int) -> bool:
+def wanted(
+    x: mx.array, banks: list[QuantizedMatrix], shared: list[QuantizedMatrix], top_k: int
+) -> bool:
     """Say whether to run a mixture on `[..., H]` tokens by router and expert kernels."""
     tokens = x.size // x.shape[-1]
     if tokens > MAX_TOKENS or top_k > MAX_TOP_K or not (supports(*banks) and supports(*shared)):
@@ -116,9 +118,9 @@ class ExpertsTrial:
         mx.eval(arrays)
         return arrays
 
-    def _banks(self, inputs: tuple[mx.array, ...]) -> list[Bank]:
+    def _banks(self, inputs: tuple[mx.array, ...]) -> list[QuantizedMatrix]:
         return [
-            Bank.of(inputs[4 + 3 * i : 7 + 3 * i], bits, self.group_size)
+            QuantizedMatrix.of(inputs[4 + 3 * i : 7 + 3 * i], bits, self.group_size)
             for i, (_, bits) in enumerate(self._shapes)
         ]
 
@@ -235,7 +237,7 @@ class ExpertDownTrial(ExpertsTrial):
         return routed.reshape(self.tokens, self.top_k, self.inner), shared
 
 
-def _gather(x: mx.array, bank: Bank, slots: mx.array) -> mx.array:
+def _gather(x: mx.array, bank: QuantizedMatrix, slots: mx.array) -> mx.array:
     return mx.gather_qmm(
         x,
         bank.codes,
@@ -248,13 +250,13 @@ def _gather(x: mx.array, bank: Bank, slots: mx.array) -> mx.array:
     )
 
 
-def _multiply(x: mx.array, bank: Bank) -> mx.array:
+def _multiply(x: mx.array, bank: QuantizedMatrix) -> mx.array:
     return mx.quantized_matmul(
         x, bank.codes, bank.scales, bank.biases, group_size=bank.group_size, bits=bank.bits
     )
 
 
-def _dequantise(bank: Bank, slots: mx.array | None = None) -> mx.array:
+def _dequantise(bank: QuantizedMatrix, slots: mx.array | None = None) -> mx.array:
     arrays = bank.codes, bank.scales, bank.biases
     if slots is not None:
         arrays = arrays[0][slots], arrays[1][slots], arrays[2][slots]

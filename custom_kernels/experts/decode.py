@@ -8,7 +8,7 @@ from ..launch import SIMD, Kernel, is_cuda
 from ..linear import matvec
 from ..linear.matvec import CHUNK
 from ..shapes import expect
-from ..weights import Bank
+from ..weights import QuantizedMatrix
 
 WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # for NVIDIA's GPUs and many columns
 WIDE = 3072  # columns
@@ -36,7 +36,7 @@ _down_combine = Kernel(
 )  # fmt: skip
 
 
-def supports(gate: Bank, up: Bank, down: Bank) -> bool:
+def supports(gate: QuantizedMatrix, up: QuantizedMatrix, down: QuantizedMatrix) -> bool:
     """Say whether the kernels take such experts: gate and up must be quantised alike."""
     return (gate.bits, gate.group_size) == (up.bits, up.group_size) and all(
         matvec.supports(bank.bits, bank.group_size) for bank in (gate, up, down)
@@ -46,9 +46,9 @@ def supports(gate: Bank, up: Bank, down: Bank) -> bool:
 def expert_gate_up(
     x: mx.array,
     slots: mx.array,
-    gate: Bank,
-    up: Bank,
-    shared: tuple[Bank, Bank] | None = None,
+    gate: QuantizedMatrix,
+    up: QuantizedMatrix,
+    shared: tuple[QuantizedMatrix, QuantizedMatrix] | None = None,
     norm: tuple[mx.array, mx.array] | None = None,
 ) -> mx.array:
     """Compute silu(gate x) * up x for each token's experts, and for the shared expert.
@@ -102,8 +102,8 @@ def expert_down_combine(
     hidden: mx.array,
     slots: mx.array,
     weights: mx.array,
-    down: Bank,
-    shared: tuple[Bank, mx.array] | None = None,
+    down: QuantizedMatrix,
+    shared: tuple[QuantizedMatrix, mx.array] | None = None,
     residual: mx.array | None = None,
     dtype: mx.Dtype = mx.float32,
 ) -> mx.array:
@@ -158,11 +158,13 @@ def expert_down_combine(
     return y
 
 
-def _arrays(*banks: Bank) -> list[mx.array]:
+def _arrays(*banks: QuantizedMatrix) -> list[mx.array]:
     return [array for bank in banks for array in (bank.codes, bank.scales, bank.biases)]
 
 
-def _formats(bank: Bank, shared: Bank, extra: int, chunk: dict[int, int]) -> dict[str, int]:
+def _formats(
+    bank: QuantizedMatrix, shared: QuantizedMatrix, extra: int, chunk: dict[int, int]
+) -> dict[str, int]:
     return {
         "BITS": bank.bits,
         "GROUP": bank.group_size,
@@ -178,8 +180,8 @@ def expert_mlp_by_kernels(
     x: mx.array,
     slots: mx.array,
     weights: mx.array,
-    banks: Sequence[Bank],
-    shared: Sequence[Bank] | None,
+    banks: Sequence[QuantizedMatrix],
+    shared: Sequence[QuantizedMatrix] | None,
     shared_weight: mx.array,
     *,
     norm: tuple[mx.array, mx.array] | None = None,

@@ -14,7 +14,8 @@ from ..case import DTYPES, NAMES, random_quantised
 from ..device import cpu_kernels, on_gpu
 from ..launch import is_cuda
 from ..linear.linear import swiglu
-from ..weights import Bank
+from ..op import Op
+from ..weights import QuantizedMatrix
 from .tiles import cut, take_rows
 
 # Where MLX begins to multiply otherwise, and so to round otherwise: on NVIDIA's GPUs with so many
@@ -23,7 +24,7 @@ LEAST_PAIRS, LEAST_PER_SLOT = 8, 4
 # Rows of a tile: as many as MLX's kernels multiply at once, on NVIDIA's GPUs two kinds of them.
 TILE_ROWS, FEW_ROWS, MANY_ROWS = 32, 16, 64
 MOST_TRIED_ROWS = 64  # per expert
-Banks = Sequence[Bank]  # gate, up and down
+Banks = Sequence[QuantizedMatrix]  # gate, up and down
 
 
 class Routed(NamedTuple):
@@ -45,6 +46,7 @@ def cpu_experts(x: mx.array, banks: Banks) -> ModuleType | None:
     return kernels if taken else None
 
 
+@Op
 def expert_mlp(
     x: mx.array, tokens: mx.array, slots: mx.array, banks: Banks, part_of: Routed
 ) -> tuple[mx.array, mx.array]:
@@ -62,9 +64,16 @@ def expert_mlp(
     Returns:
         `[rows, H]` in x's dtype, and `[pairs]` uint32, the row of each pair.
     """
-    if on_gpu(x) and _wants_tiles(x, part_of, banks):
-        return _tiled(x, tokens, slots, banks, part_of)
     return _gathered(x, tokens, slots, banks, part_of)
+
+
+@expert_mlp.register
+def _expert_mlp_by_gpu(
+    x: mx.array, tokens: mx.array, slots: mx.array, banks: Banks, part_of: Routed
+) -> tuple[mx.array, mx.array] | None:
+    if not on_gpu(x) or not _wants_tiles(x, part_of, banks):
+        return None
+    return _tiled(x, tokens, slots, banks, part_of)
 
 
 def ascending(slots: np.ndarray) -> np.ndarray:
@@ -100,7 +109,7 @@ def _gathered(
 def _multiplied(x: mx.array, slots: mx.array, banks: Banks, in_order: bool = False) -> mx.array:
     """Run `[slots, rows, H]` through the expert in each slot, in x's shape."""
 
-    def multiply(x: mx.array, bank: Bank) -> mx.array:
+    def multiply(x: mx.array, bank: QuantizedMatrix) -> mx.array:
         return mx.gather_qmm(
             x,
             bank.codes,
@@ -227,7 +236,7 @@ class TiledTrial:
     def _arguments(self, inputs: tuple[mx.array, ...]) -> tuple[Any, ...]:
         x, slots, *arrays = inputs
         banks = tuple(
-            Bank.of(arrays[3 * i : 3 * i + 3], bits, self.group_size)
+            QuantizedMatrix.of(arrays[3 * i : 3 * i + 3], bits, self.group_size)
             for i, bits in enumerate(self._bits)
         )
         tokens = mx.arange(len(x), dtype=mx.uint32)

@@ -4,10 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 
 from .. import reference
 from ..case import DTYPES
+from ..cpu.entry import cpu_steps
 from ..launch import LEAST_ELEMENTS, SIMD, Kernel
+from ..op import Op
 from ..shapes import expect_count
 
 MAX_TOP_K = SIMD
@@ -62,6 +66,24 @@ def route_by_mlx(
     if renormalise:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return ids, weights, gate
+
+
+@Op
+def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> np.ndarray | None:
+    """Return what a router says of norm(h), `[B, experts]`, None if it would have to be awaited.
+
+    Args:
+        h: `[B, 1, H]`.
+        router: to one logit per expert.
+        norm: the norm before it.
+    """
+    return None
+
+
+@router_logits.register
+def _logits_by_cpu(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> np.ndarray | None:
+    steps = cpu_steps(h)
+    return steps.router_logits(h, router, norm) if steps else None
 
 
 @dataclass(frozen=True)

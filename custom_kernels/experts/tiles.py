@@ -9,6 +9,7 @@ from ..autotune import prefers_custom
 from ..case import DTYPES, NAMES
 from ..device import on_gpu
 from ..launch import Kernel
+from ..op import Op
 from ..shapes import expect
 
 TILES_LANES, LANES = 256, 128
@@ -90,8 +91,9 @@ def take_rows(x: mx.array, tokens: mx.array, tiles: Tiles) -> mx.array:
     return y
 
 
+@Op
 def combine(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:
-    """Add up what each token's experts gave, by the faster of our kernel and MLX's ops.
+    """Add up what each token's experts gave.
 
     Args:
         outputs: `[rows, H]`.
@@ -101,13 +103,17 @@ def combine(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:
     Returns:
         `[N, H]` in the outputs' dtype.
     """
+    return combine_by_mlx(outputs, places, weights)
+
+
+@combine.register
+def _combine_by_gpu(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array | None:
     hidden = outputs.shape[-1]
     kind, weight_kind = NAMES.get(outputs.dtype), NAMES.get(weights.dtype)
-    if on_gpu(outputs) and hidden % EIGHT == 0 and kind and weight_kind:
-        trial = CombineTrial(hidden, places.shape[-1], kind, weight_kind)
-        if prefers_custom(trial):
-            return combine_by_kernel(outputs, places, weights)
-    return combine_by_mlx(outputs, places, weights)
+    if not (on_gpu(outputs) and hidden % EIGHT == 0 and kind and weight_kind):
+        return None
+    trial = CombineTrial(hidden, places.shape[-1], kind, weight_kind)
+    return combine_by_kernel(outputs, places, weights) if prefers_custom(trial) else None
 
 
 def combine_by_kernel(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:

@@ -4,13 +4,13 @@ import mlx.core as mx
 
 from ..autotune import prefers_custom
 from ..case import NAMES
-from .by_ops import last_inputs, mix, or_zeros
 from .cases import (
     GatedDeltaNormTrial,
     GatedDeltaPrepareTrial,
     GatedDeltaScanTrial,
     GatedDeltaStepTrial,
 )
+from .naive import last_inputs, mix, or_zeros
 from .prepare import gated_norm, prepare
 from .scan import scan
 from .step import LEAST_KEY_DIM, step

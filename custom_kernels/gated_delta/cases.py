@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from .. import reference
 from ..case import DTYPES
-from .by_ops import gated_delta
+from .naive import gated_delta
 from .prepare import gated_norm, prepare
 from .scan import scan
 from .step import step

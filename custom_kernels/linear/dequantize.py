@@ -10,7 +10,7 @@ from .. import reference
 from ..autotune import prefers_custom
 from ..case import DTYPES, NAMES, random_quantised
 from ..launch import Kernel
-from ..weights import Bank
+from ..weights import QuantizedMatrix
 from .cases import MatvecTrial
 from .matvec import supports
 
@@ -18,7 +18,7 @@ LANES = 256
 _kernel = Kernel("linear/dequantize", ("codes", "scales", "biases"), ("weights",), ("write.metal",))
 
 
-def dequantize(bank: Bank, dtype: mx.Dtype) -> mx.array:
+def dequantize(bank: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
     """Write out a matrix, by the faster of our kernel and MLX's op.
 
     Args:
@@ -39,7 +39,7 @@ def dequantize(bank: Bank, dtype: mx.Dtype) -> mx.array:
     return dequantize_by_mlx(bank, dtype)
 
 
-def dequantize_by_kernel(bank: Bank, dtype: mx.Dtype) -> mx.array:
+def dequantize_by_kernel(bank: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
     """Do what `dequantize` does in one launch."""
     rows, groups = bank.scales.shape
     bank.check("a matrix", bank.shape)
@@ -58,7 +58,7 @@ def dequantize_by_kernel(bank: Bank, dtype: mx.Dtype) -> mx.array:
     return weights
 
 
-def dequantize_by_mlx(bank: Bank, dtype: mx.Dtype) -> mx.array:
+def dequantize_by_mlx(bank: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
     """Do what `dequantize` does with MLX's own op."""
     scales, biases = bank.scales, bank.biases
     if dtype == mx.float32:  # else MLX computes in the scales' dtype and widens the result
@@ -68,12 +68,12 @@ def dequantize_by_mlx(bank: Bank, dtype: mx.Dtype) -> mx.array:
     )
 
 
-def matmul(x: mx.array, bank: Bank) -> mx.array:
+def matmul(x: mx.array, bank: QuantizedMatrix) -> mx.array:
     """Multiply many rows by one matrix, dequantised first: `[..., in]` to `[..., out]`."""
     return x @ dequantize(bank, x.dtype).T
 
 
-def matmul_by_mlx(x: mx.array, bank: Bank) -> mx.array:
+def matmul_by_mlx(x: mx.array, bank: QuantizedMatrix) -> mx.array:
     """Do what `matmul` does with MLX's own op."""
     arrays = bank.codes, bank.scales, bank.biases
     return mx.quantized_matmul(x, *arrays, group_size=bank.group_size, bits=bank.bits)
@@ -118,8 +118,8 @@ class DequantizeTrial:
         codes, scales, biases = inputs
         return [reference.dequantize(codes, scales, biases, self.bits)]
 
-    def _bank(self, inputs: tuple[mx.array, ...]) -> Bank:
-        return Bank.of(inputs, self.bits, self.group_size)
+    def _bank(self, inputs: tuple[mx.array, ...]) -> QuantizedMatrix:
+        return QuantizedMatrix.of(inputs, self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -143,5 +143,5 @@ class MatmulTrial(MatvecTrial):
         matrix = np.array(reference.dequantize(codes, scales, biases, self.bits))
         return [mx.array(np.array(x.astype(mx.float32)) @ matrix.T)]
 
-    def _bank(self, inputs: tuple[mx.array, ...]) -> Bank:
-        return Bank.of(inputs[1:], self.bits, self.group_size)
+    def _bank(self, inputs: tuple[mx.array, ...]) -> QuantizedMatrix:
+        return QuantizedMatrix.of(inputs[1:], self.bits, self.group_size)

@@ -1,4 +1,4 @@
-"""Linear layers and the SwiGLU block made of them, by the fastest executor for their weights."""
+"""Linear layers and the SwiGLU block made of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from ..case import NAMES
 from ..cpu.entry import cpu_steps
 from ..device import cpu_kernels, on_gpu
 from ..launch import rounds_products, scalar
-from ..weights import Bank, arrays_of, is_affine, same
+from ..op import Op
+from ..weights import QuantizedMatrix, arrays_of, is_affine, same
 from .cases import MatvecTrial, NormedMatvecTrial
 from .dequantize import MatmulTrial, matmul, matmul_by_mlx
 from .matvec import MAX_TOKENS, dequant_matvec, supports
@@ -24,6 +25,7 @@ T = TypeVar("T")
 TRIED_TOKENS = 256, 1024, 2047  # of prompts; the last as mlx-lm's generate_step makes them
 
 
+@Op
 def linear(
     x: mx.array,
     *layers: nn.Module,
@@ -40,15 +42,63 @@ def linear(
         norm: to apply to x first.
         residual: `[..., out]` to add, with one layer only.
     """
-    if on_gpu(x) and (weight := join(layers)):
-        y = _by_gpu(x, weight, norm, residual, x.dtype)
-        return list(mx.split(y, weight.ends, axis=-1)) if weight.ends else [y]
-    if (steps := cpu_steps(x)) and (step := steps.linear_step(x, layers, norm, residual)):
-        return step
-    outputs = _each(x if norm is None else norm(x), layers)
+    normed = x if norm is None else norm(x)
+    return _plus(residual, [layer(normed) for layer in layers])
+
+
+@linear.register
+def _linear_by_gpu(
+    x: mx.array,
+    *layers: nn.Module,
+    norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
+) -> list[mx.array] | None:
+    if not on_gpu(x) or not (weight := join(layers)):
+        return None
+    y = _by_gpu(x, weight, norm, residual, x.dtype)
+    return list(mx.split(y, weight.ends, axis=-1)) if weight.ends else [y]
+
+
+@linear.register
+def _linear_step_by_cpu(
+    x: mx.array,
+    *layers: nn.Module,
+    norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
+) -> list[mx.array] | None:
+    steps = cpu_steps(x)
+    return steps.linear_step(x, layers, norm, residual) if steps else None
+
+
+@linear.register
+def _linear_by_cpu(
+    x: mx.array,
+    *layers: nn.Module,
+    norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
+) -> list[mx.array] | None:
+    if (kernels := cpu_kernels(x)) is None:
+        return None
+    weights = [_packed(kernels, layer) for layer in layers]
+    if not any(weights):
+        return None
+    normed = x if norm is None else norm(x)
+    rows = kernels.rows(normed)
+    activations = kernels.Activations(rows, kernels.plan(len(rows)))
+    outputs = [
+        layer(normed)
+        if weight is None
+        else mx.array(activations.times(weight)).reshape(*x.shape[:-1], -1)
+        for layer, weight in zip(layers, weights, strict=True)
+    ]
+    return _plus(residual, outputs)
+
+
+def _plus(residual: mx.array | None, outputs: list[mx.array]) -> list[mx.array]:
     return outputs if residual is None else [residual + outputs[0]]
 
 
+@Op
 def joined(
     x: mx.array,
     *layers: nn.Module,
@@ -59,9 +109,19 @@ def joined(
 
     The result has x's dtype unless another is given; a kernel rounds once, to that.
     """
-    if on_gpu(x) and (weight := join(layers)):
-        return _by_gpu(x, weight, norm, None, dtype or x.dtype)
     return mx.concatenate(linear(x, *layers, norm=norm), axis=-1).astype(dtype or x.dtype)
+
+
+@joined.register
+def _joined_by_gpu(
+    x: mx.array,
+    *layers: nn.Module,
+    norm: nn.RMSNorm | None = None,
+    dtype: mx.Dtype | None = None,
+) -> mx.array | None:
+    if not on_gpu(x) or not (weight := join(layers)):
+        return None
+    return _by_gpu(x, weight, norm, None, dtype or x.dtype)
 
 
 @dataclass(frozen=True)
@@ -74,7 +134,7 @@ class Joined:
         ends: rows at which all layers but the last end.
     """
 
-    bank: Bank
+    bank: QuantizedMatrix
     parts: tuple[mx.array | None, ...]
     ends: list[int]
 
@@ -104,7 +164,7 @@ def join(layers: Sequence[nn.Module]) -> Joined | None:
         for layer, view in zip(layers, views, strict=True):
             layer[name] = view
         arrays.append(whole)
-    bank = Bank.of(arrays, first.bits, first.group_size)
+    bank = QuantizedMatrix.of(arrays, first.bits, first.group_size)
     first._joined = Joined(bank, arrays_of(layers), ends[1:-1])
     return first._joined
 
@@ -134,34 +194,26 @@ def _by_gpu(
     return y.astype(dtype) if residual is None else residual + y
 
 
-def _trial(kind: Callable[..., T], bank: Bank, x: mx.array, tokens: int) -> T:
+def _trial(kind: Callable[..., T], bank: QuantizedMatrix, x: mx.array, tokens: int) -> T:
     rows, columns = bank.scales.shape[0], x.shape[-1]
     dtypes = NAMES[x.dtype], NAMES[bank.scales.dtype]
     return kind(rows, columns, bank.bits, bank.group_size, *dtypes, tokens)
 
 
-def _each(x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:
-    kernels = cpu_kernels(x)
-    weights = [_packed(kernels, layer) if kernels else None for layer in layers]
-    if kernels is None or not any(weights):
-        return [layer(x) for layer in layers]
-    rows = kernels.rows(x)
-    activations = kernels.Activations(rows, kernels.plan(len(rows)))
-    return [
-        layer(x)
-        if weight is None
-        else mx.array(activations.times(weight)).reshape(*x.shape[:-1], -1)
-        for layer, weight in zip(layers, weights, strict=True)
-    ]
-
-
+@Op
 def mlp(x: mx.array, gate: nn.Module, up: nn.Module, down: nn.Module) -> mx.array:
     """Run a SwiGLU block, down(silu(gate x) * up x): `[..., H]` to `[..., H]`."""
-    kernels = cpu_kernels(x)
-    weights = [_packed(kernels, layer) if kernels else None for layer in (gate, up, down)]
-    if kernels is None or not all(weights):
-        return down(swiglu(gate(x), up(x)))
-    return mx.array(kernels.mlp(kernels.rows(x), *weights)).reshape(x.shape)
+    return down(swiglu(gate(x), up(x)))
+
+
+@mlp.register
+def _mlp_by_cpu(x: mx.array, gate: nn.Module, up: nn.Module, down: nn.Module) -> mx.array | None:
+    if (kernels := cpu_kernels(x)) is None:
+        return None
+    weights = [_packed(kernels, layer) for layer in (gate, up, down)]
+    return (
+        mx.array(kernels.mlp(kernels.rows(x), *weights)).reshape(x.shape) if all(weights) else None
+    )
 
 
 @partial(mx.compile, shapeless=True)

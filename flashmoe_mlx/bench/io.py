@@ -41,9 +41,9 @@ from ..profile.read_speed import (
     record_buffers,
     scratch_ranges,
 )
+from ..store.host import BLOCK
 from ..store.io_mode import obstacle
 from ..store.sizing import BUFFERED, CachePlan, IoPlan
-from ..store.slots import BLOCK
 from ..store.store import ExpertStore
 from .model import at_least_one
 

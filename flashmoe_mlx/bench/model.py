@@ -39,7 +39,7 @@ from ..profile.read_speed import expert_ranges, time_reads
 from ..settings import LOOKAHEAD
 from ..store.memory import available_bytes, cgroup_limit
 from ..store.sizing import CachePlan
-from ..store.slots import Bank
+from ..store.slots import SlotBank
 from ..store.store import ExpertStore
 from .synthetic import Recipe, checkpoint, default_dir
 
@@ -237,17 +237,15 @@ def nothing_read(store: ExpertStore) -> Iterator[None]:
     Slots then hold the bytes of other experts, as random as the right ones. Afterwards each is
     read again.
     """
-    real = os.preadv
-    os.preadv = lambda file, buffers, offset: sum(map(len, buffers))  # type: ignore[assignment,misc]
     try:
-        yield
+        with store.reads_answered_by(lambda file, rows, offset: sum(map(len, rows))):
+            yield
     finally:
-        os.preadv = real
         for layer, bank in enumerate(store.banks):
             _read_anew(store, layer, bank)
 
 
-def _read_anew(store: ExpertStore, layer: int, bank: Bank) -> None:
+def _read_anew(store: ExpertStore, layer: int, bank: SlotBank) -> None:
     """Drop all that a bank holds, by asking for as much that it does not hold."""
     experts, fetched = range(bank.layout.num_experts), 0
     while fetched < len(bank) < len(experts):

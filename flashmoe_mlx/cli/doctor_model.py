@@ -14,7 +14,8 @@ from ..loader import check_tokenizer, find_model, without_experts
 from ..models.qwen3_5.args import ModelArgs, check_top_k
 from ..models.trunk_checks import check_trunk
 from ..settings import StreamConfig
-from ..store.memory import available_bytes, card_bytes
+from ..store.devices import choose
+from ..store.memory import available_bytes
 from ..store.sizing import plan_cache
 
 INDEX = "model.safetensors.index.json"
@@ -128,8 +129,8 @@ def _settings(report: ModelReport) -> None:
     stream = StreamConfig.resolve(args.flashmoe)
     top_k = stream.experts_per_token or args.num_experts_per_tok
     check_top_k(top_k, args.num_experts, "experts_per_token")
-    card = card_bytes()
-    available = available_bytes() if card is None else card
+    own = choose().free_bytes
+    available = available_bytes() if own is None else own
     plan_cache(stream.expert_cache, layout, top_k, report.trunk_bytes or 0, available)
 
 

@@ -16,7 +16,6 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.qwen3_5.model import DecoderLayer, Model
-from ..store.requests import Pending
 from ..store.store import ExpertStats, ExpertStore
 
 PARTS = ("attention", "router", "read", "experts")
@@ -91,7 +90,7 @@ class _Attention:
 
 
 class _Experts:
-    """Stands in for a layer's mixture of experts; `asked` hears of each request in between."""
+    """Stands in for a layer's mixture of experts."""
 
     def __init__(self, module: Any, pick: Pick, store: ExpertStore) -> None:
         self._module, self._pick, self._store = module, pick, store
@@ -133,6 +132,22 @@ class _Experts:
         return y
 
 
+class _Listener:
+    """Tells each layer's proxy what is asked of the store."""
+
+    def __init__(self, proxies: list[_Experts]) -> None:
+        self._proxies = proxies
+
+    def asked(self, layer: int, experts: Sequence[int]) -> None:
+        self._proxies[layer].asked(experts)
+
+    def loading(self, layer: int, ids: mx.array, slots: mx.array) -> None:
+        self._proxies[layer].asked(np.unique(np.array(ids)).tolist())
+        start = time.perf_counter()
+        mx.eval(slots)
+        self._proxies[layer].brought(time.perf_counter() - start)
+
+
 @contextmanager
 def timed_layers(
     model: Model, store: ExpertStore, prompt: list[LayerTime] | None = None
@@ -146,24 +161,6 @@ def timed_layers(
     """
     found = untimed(model)
     originals, proxies = [], list[_Experts]()
-    request, bring, count_hits = store.request, store.bring, store.count_hits
-
-    def watched(layer: int, experts: Sequence[int]) -> Pending:
-        proxies[layer].asked(experts)
-        return request(layer, experts)
-
-    def resident(layer: int, experts: Sequence[int]) -> None:
-        proxies[layer].asked(experts)
-        count_hits(layer, experts)
-
-    def brought(layer: int, ids: mx.array, earlier: mx.array) -> mx.array | None:
-        proxies[layer].asked(np.unique(np.array(ids)).tolist())
-        start = time.perf_counter()
-        if (there := bring(layer, ids, earlier)) is not None:
-            mx.eval(there)
-            proxies[layer].brought(time.perf_counter() - start)
-        return there
-
     for layer, several, single in zip(model.layers, prompt or found, found, strict=True):
         name = _mixer(layer)
         originals.append((layer, name, layer[name], layer.mlp))
@@ -171,12 +168,11 @@ def timed_layers(
         proxies.append(_Experts(layer.mlp, pick, store))
         setattr(layer, name, _Attention(layer[name], pick))
         setattr(layer, "mlp", proxies[-1])  # noqa: B010
-    store.request, store.bring = watched, brought  # type: ignore[method-assign]
-    store.count_hits = resident  # type: ignore[method-assign]
+    before, store.observer = store.observer, _Listener(proxies)
     try:
         yield found
     finally:
-        del store.request, store.bring, store.count_hits
+        store.observer = before
         for layer, name, mixer, mlp in originals:
             setattr(layer, name, mixer)
             layer.mlp = mlp

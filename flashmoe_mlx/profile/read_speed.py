@@ -19,8 +19,8 @@ from typing import Any
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout, LayerLayout
 from ..settings import StreamConfig
+from ..store.host import BLOCK
 from ..store.io_mode import open_expert_file
-from ..store.slots import BLOCK
 
 SAMPLE = 256 << 20  # bytes read
 RECORD = 1_769_472  # bytes of an expert of 35B-A3B at 4 bits

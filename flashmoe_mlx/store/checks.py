@@ -5,20 +5,20 @@ from collections.abc import Sequence
 
 from ..errors import FlashMoEError
 from ..format.layout import EXPERT_DIR, MANIFEST, ExpertLayout, read_manifest, record_checksums
-from .cuda.pinned import uses_cuda
+from .backend import Backend
 
 
 class RecordChecks:
     """The checksums that a converted directory's manifest has of its experts (CRC-32)."""
 
-    def __init__(self, layout: ExpertLayout) -> None:
+    def __init__(self, layout: ExpertLayout, backend: Backend) -> None:
         """Read the manifest.
 
         Raises:
             FlashMoEError: the directory has no checksums, or not one for every expert; or experts
                 go into a GPU's own memory, where nothing here can look at them.
         """
-        if uses_cuda():
+        if not backend.visible:
             raise FlashMoEError(
                 "verify = true: experts in an NVIDIA GPU's memory cannot be compared with their "
                 f"checksums. Run `flashmoe-convert verify {layout.directory}` and leave verify out."

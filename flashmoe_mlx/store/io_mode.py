@@ -15,8 +15,8 @@ from pathlib import Path
 
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout
+from .host import BLOCK
 from .sizing import IoPlan
-from .slots import BLOCK
 
 USEFUL_CACHE = 0.8  # share of the experts that the page cache must have room for
 PROBES = 16  # bytes of each layer that the page cache is asked for

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from .cuda.pinned import uses_cuda
-
 
 def available_bytes() -> int:
     """Return the bytes a process may still take before the machine or its cgroup runs short.
@@ -29,11 +27,6 @@ def available_bytes() -> int:
             if limit is not None and usage is not None:
                 free.append(max(0, limit - usage + _reclaimable(base)))
     return min(free)
-
-
-def card_bytes() -> int | None:
-    """Return the free bytes of an NVIDIA GPU's own memory, None if MLX computes elsewhere."""
-    return int(mx.device_info()["free_memory"]) if uses_cuda() else None
 
 
 def cgroup_limit() -> int | None:

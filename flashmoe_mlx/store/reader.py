@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from ..errors import FlashMoEError
-from .cuda.pinned import CardReads, CardRow
+from .backend import Backend, BulkReads, Row
 from .signals import unbroken
 
 
@@ -87,7 +87,7 @@ REMEDIES = {
 }
 OTHERS = "Check the disk."
 
-Row = memoryview | CardRow
+Preadv = Callable[[int, Sequence[Any], int], int]  # descriptor, rows, offset; bytes that came
 Piece = tuple[int, int, int, list[Row], Arrival]  # descriptor, offset, bytes, rows, of what
 
 
@@ -102,21 +102,20 @@ class Batch:
 class Reader:
     """Threads that live as long as the files are open, and read pieces in the order given."""
 
-    def __init__(
-        self, names: Mapping[int, Path], threads: int, card: CardReads | None = None
-    ) -> None:
+    def __init__(self, names: Mapping[int, Path], threads: int, backend: Backend) -> None:
         """Start the threads.
 
         Args:
             names: file descriptors, and what to call the files in errors.
             threads: how many.
-            card: how to read, if rows lie in a GPU's own memory.
+            backend: of the rows, which knows how to fill them.
 
         Raises:
             FlashMoEError: the system does not give so many threads.
         """
         self._names = names
-        self._card = card
+        self._preadv: Preadv = backend.preadv
+        self._bulk = backend.bulk
         self._queue: SimpleQueue[Batch | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._helping = threading.Lock()
@@ -141,25 +140,25 @@ class Reader:
     @property
     def width(self) -> int:
         """How many pieces are read at a time."""
-        return self._card.width if self._card and self._card.at_once else len(self.threads)
+        return self._bulk.width if self._bulk else len(self.threads)
 
     def start(self, batch: Batch) -> None:
-        """Have pieces read and return at once, or once those for a GPU's own memory are there."""
+        """Have pieces read and return at once, or once those that are read in bulk are there."""
         self._batches.add(batch)
-        if self._card and self._card.at_once:
-            self._read_at_once(batch, self._card)
+        if self._bulk:
+            self._read_at_once(batch, self._bulk)
         for _ in range(min(len(batch.pieces), len(self.threads))):
             self._queue.put(batch)
 
-    def _read_at_once(self, batch: Batch, card: CardReads) -> None:
-        """Read a batch for the card; pieces that do not come whole are left to the threads."""
+    def _read_at_once(self, batch: Batch, bulk: BulkReads) -> None:
+        """Read a batch by one call; pieces that do not come whole are left to the threads."""
         with self._lock:
             self._count_seconds()
             self._in_flight += 1
-        pieces = list(filter(card.takes, batch.pieces))
-        others = [piece for piece in batch.pieces if not card.takes(piece)]
+        pieces = list(filter(bulk.takes, batch.pieces))
+        others = [piece for piece in batch.pieces if not bulk.takes(piece)]
         try:
-            came = card.read(pieces) if pieces else []
+            came = bulk.read(pieces) if pieces else []
         except FlashMoEError:  # the threads will find out which file it is
             came = [0] * len(pieces)
         with self._lock:
@@ -172,6 +171,16 @@ class Reader:
                     piece[-1].advance(count, None)
                 else:
                     batch.pieces.append(piece)
+
+    @contextlib.contextmanager
+    def answered_by(self, preadv: Preadv) -> Iterator[None]:
+        """Fill rows by `preadv` while the block runs."""
+        before = self._preadv, self._bulk
+        self._preadv, self._bulk = preadv, None
+        try:
+            yield
+        finally:
+            self._preadv, self._bulk = before
 
     def help(self, batch: Batch) -> None:
         """Read pieces of a batch that is started in the calling thread, until none is left.
@@ -280,11 +289,10 @@ class Reader:
                 f"{self._names[descriptor]}: {nbytes} bytes of an expert do not fit into {room} "
                 "bytes of memory. Load the model again."
             )
-        preadv: Any = self._card.preadv if self._card else os.preadv
         done = 0
         while done < nbytes:
             try:
-                count = preadv(descriptor, skip(rows, done) if done else rows, offset + done)
+                count = self._preadv(descriptor, skip(rows, done) if done else rows, offset + done)
             except InterruptedError:
                 continue
             except Exception as reason:

@@ -5,7 +5,6 @@ straight into one row of each, through `memoryview`; no other copy of the bytes 
 """
 
 import math
-import mmap
 from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import Path
@@ -16,11 +15,11 @@ import numpy as np
 from ..custom_kernels.reference import NONE
 from ..errors import FlashMoEError
 from ..format.layout import LayerLayout
-from .cuda.pinned import card_reads, card_rows
-from .reader import Arrival, Piece, Row, cut
+from .backend import Backend, Row
+from .host import BLOCK
+from .reader import Arrival, Piece, cut
 
 DTYPES = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-BLOCK = 4096  # bytes; direct reads want memory, places and lengths in whole blocks
 Cut = tuple[int, int, int, int, list[Row]]  # descriptor, offset of expert 0, step, bytes, rows
 NEVER = -1e30  # log2 of no uses, as a number
 HALF_LIFE = 128  # uses of a layer's experts, after which an earlier one counts half
@@ -59,21 +58,24 @@ class Demand:
         self._score = [-math.inf if s <= NEVER else now + s for s in scores.tolist()]
 
 
-class Bank:
+class SlotBank:
     """The slots of one layer: free, taken by an expert, or waiting for an expert's bytes."""
 
-    def __init__(self, layout: LayerLayout, slots: int, files: Mapping[Path, int]) -> None:
+    def __init__(
+        self, layout: LayerLayout, slots: int, files: Mapping[Path, int], backend: Backend
+    ) -> None:
         """Allocate `slots` rows for each of the layer's nine tensors.
 
         Args:
             layout: the layer's experts.
             slots: how many experts to have room for.
             files: descriptors of the open expert files.
+            backend: of the device that reads the slots.
         """
         self.layout = layout
-        self.arrays = [_zeros((slots, *f.shape), DTYPES[f.dtype]) for f in layout.fields]
+        self.arrays = [backend.allocate((slots, *f.shape), DTYPES[f.dtype]) for f in layout.fields]
         self._slots = slots
-        self._views = _views(self.arrays)
+        self._views = backend.rows(self.arrays)
         self._spans = [(files[s.file], s.offset, s.first, s.last) for s in layout.spans(0)]
         self._cuts: dict[tuple[int, int], list[Cut]] = {}
         self._free = dict.fromkeys(range(slots))
@@ -193,51 +195,3 @@ class Bank:
         if not 0 <= slot < self._slots:
             raise FlashMoEError(f"slot {slot} is not one of {self._slots}. Load the model again.")
         return self._views[index][slot * size : (slot + 1) * size]
-
-
-def _views(arrays: Sequence[mx.array]) -> Sequence[Row]:
-    """Return each array's bytes, to be written; on an NVIDIA GPU they stay in its memory."""
-    if card_reads():
-        return card_rows(arrays)
-    return [memoryview(a).cast("B") for a in arrays]  # type: ignore[arg-type]
-
-
-def check_room(nbytes: int) -> None:
-    """Ask the system for memory and give it back: MLX's process ends where it is refused some.
-
-    Raises:
-        FlashMoEError: so much is not to be had.
-    """
-    if mx.default_device() != mx.Device(mx.cpu):
-        return  # a GPU's memory may be another
-    try:
-        mmap.mmap(-1, nbytes).close()
-    except (OSError, OverflowError) as error:
-        raise FlashMoEError(
-            f"the expert cache takes {nbytes} bytes, which this system refuses "
-            f"({getattr(error, 'strerror', None) or error}). Give a smaller expert_cache, or raise "
-            "its limit (ulimit -v)."
-        ) from error
-
-
-def _zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Return zeros, row-contiguous; on a CPU they start at a block boundary in memory.
-
-    MLX's own CPU arrays start 8 or 24 bytes behind one, and the kernel then copies from the page
-    cache at a third of its speed. GPU back-ends align their arrays themselves.
-    """
-    if mx.default_device() != mx.Device(mx.cpu):
-        array = mx.zeros(shape, dtype=dtype)
-        mx.eval(array)
-        return array
-    flat = mx.zeros(math.prod(shape) + BLOCK // dtype.size, dtype=dtype)
-    start = -_address(flat) % BLOCK // dtype.size
-    array = flat[start : start + math.prod(shape)].reshape(shape)
-    mx.eval(array)
-    return array
-
-
-def _address(array: mx.array) -> int:
-    """Return where an array lies in memory."""
-    mx.eval(array)
-    return np.frombuffer(memoryview(array).cast("B"), np.uint8).ctypes.data  # type: ignore[arg-type]

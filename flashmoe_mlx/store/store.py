@@ -8,25 +8,26 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout
+from .backend import Backend, DeviceLoader
 from .checks import RecordChecks
-from .cuda.pinned import card_reads
-from .cuda.resident import CardBanks, map_files
+from .devices import choose
 from .io_mode import open_expert_file
 from .prefetch import Lookahead
-from .reader import Arrival, Batch, Piece, Reader
+from .reader import Arrival, Batch, Piece, Preadv, Reader
 from .requests import Consumer, Pending
 from .signals import unbroken
 from .sizing import CachePlan
-from .slots import Bank, check_room
+from .slots import SlotBank
 from .stats import ExpertStats as ExpertStats
 
 KEPT_CONSUMERS = 2  # one for each half of a bank
@@ -34,6 +35,18 @@ LEAST_PIECE = 256 << 10  # bytes; cutting a record finer costs more than it gain
 FAST = 3e9  # bytes per second; what comes faster is copied out of the page cache
 LATELY = 0.98  # what a read still counts for when the next one comes
 LAYERS_AHEAD = 2  # that are read while memory for the next is allocated
+
+
+class Observer(Protocol):
+    """Hears of what is asked of a store, as benchmarks and profiles do."""
+
+    def asked(self, layer: int, experts: Sequence[int]) -> None:
+        """Hear of distinct experts that are asked for, before anything is read."""
+        ...
+
+    def loading(self, layer: int, ids: mx.array, slots: mx.array) -> None:
+        """Hear of experts `[..., K]` that the device loads; their bytes are there with `slots`."""
+        ...
 
 
 class ExpertStore:
@@ -50,6 +63,7 @@ class ExpertStore:
         preload: bool = False,
         checks: RecordChecks | None = None,
         lookahead: str = "off",
+        backend: Backend | None = None,
     ) -> None:
         """Open the expert files and allocate the banks.
 
@@ -60,21 +74,24 @@ class ExpertStore:
             preload: read all experts now, expert e into slot e, if the plan has slots for all.
             checks: what to compare every expert with when it has been read.
             lookahead: whether to read what is guessed: "auto", "on" or "off".
+            backend: of the device that computes; that of MLX's default device unless given.
 
         Raises:
             FlashMoEError: an expert file cannot be opened, or not be read to be preloaded, or the
                 system refuses memory or threads.
         """
-        check_room(plan.slots * layout.token_bytes)
+        self.backend = backend or choose()
+        self.backend.check_room(plan.slots * layout.token_bytes)
         self.layout = layout
         self.plan = plan
         self._checks = checks
         self.lookahead = Lookahead(lookahead)
         self._stats = ExpertStats()
         self._lately = 0.0, 0.0  # bytes and seconds of reads
-        self._cards: CardBanks | None = None
+        self._loader: DeviceLoader | None = None
+        self.observer: Observer | None = None
         paths = {f.file for layer in layout.layers for f in layer.fields}
-        self.banks: list[Bank] = []
+        self.banks: list[SlotBank] = []
         # References that call nothing when a request dies: Ctrl-C would be lost in there.
         self._pending: list[list[weakref.ref[Pending]]] = [[] for _ in layout.layers]
         self._guessed: list[dict[int, tuple[Batch, Arrival]]] = [{} for _ in layout.layers]
@@ -85,17 +102,18 @@ class ExpertStore:
             files = _open_files(paths, plan.io.direct)
             names = {number: path for path, number in files.items()}
             try:
-                self._reader = Reader(names, io_threads, card_reads())
+                self._reader = Reader(names, io_threads, self.backend)
             except BaseException:
                 _close_files(files.values())
                 raise
-            cards: list[CardBanks] = []
-            closing = self._reader, cards, [*names], self._process
+            loaders: list[DeviceLoader] = []
+            closing = self._reader, loaders, [*names], self._process
             self._finalizer = weakref.finalize(self, _close, *closing)
         try:
             self._fill(files, preload)
-            self._cards = map_files(layout, plan, [bank.arrays for bank in self.banks])
-            cards += [self._cards] if self._cards else []
+            arrays = [bank.arrays for bank in self.banks]
+            self._loader = self.backend.loader(layout, plan, arrays)
+            loaders += [self._loader] if self._loader else []
         except BaseException:  # also Ctrl-C
             self.close()
             raise
@@ -104,7 +122,7 @@ class ExpertStore:
         """Allocate the banks and, while that goes on, read those that have room for all experts."""
         start, ahead = time.perf_counter(), deque[Pending]()
         for number, layer in enumerate(self.layout.layers):
-            self.banks.append(Bank(layer, self.plan.slots, files))
+            self.banks.append(SlotBank(layer, self.plan.slots, files, self.backend))
             if preload and self.plan.slots == layer.num_experts:
                 ahead.append(self.request(number, range(layer.num_experts)))
             if len(ahead) > LAYERS_AHEAD:
@@ -124,16 +142,16 @@ class ExpertStore:
     @property
     def stats(self) -> ExpertStats:
         """What was asked for and read until now."""
-        if self._cards:
+        if self._loader:
             with self._lock:
                 self._count()
         return self._stats
 
     def _count(self) -> None:
         """Add what a GPU has brought by itself since this was last called."""
-        if self._cards and self._finalizer.alive and os.getpid() == self._process:
+        if self._loader and self._finalizer.alive and os.getpid() == self._process:
             for layer, (asked, brought, nanoseconds) in zip(
-                self.layout.layers, self._cards.counted().tolist(), strict=True
+                self.layout.layers, self._loader.counted().tolist(), strict=True
             ):
                 self._stats.asked += asked
                 self._stats.hits += asked - brought
@@ -168,8 +186,8 @@ class ExpertStore:
         if self.banks[layer].complete:
             return
         with self._lock:
-            if self._cards and self._cards.of_layer[layer].leads:
-                self._cards.of_layer[layer].hold(consumer)
+            if self._loader and self._loader.of_layer[layer].leads:
+                self._loader.of_layer[layer].hold(consumer)
                 return
             read = None if slots is None else frozenset(slots)
             self._consumers.append(Consumer(consumer, layer, read))
@@ -201,20 +219,23 @@ class ExpertStore:
             do it, by `fetch`.
         """
         bank = self.banks[layer]
-        if not self._cards or ids.size > len(bank):
+        if not self._loader or ids.size > len(bank):
             return None
         with self._lock:
             self.check_usable()
-            card = self._cards.of_layer[layer]
-            if card.thread != threading.get_ident():  # which alone evaluates what it has begun
+            table = self._loader.of_layer[layer]
+            if table.thread != threading.get_ident():  # which alone evaluates what it has begun
                 self._recall(layer)
-            if not card.leads:
+            if not table.leads:
                 if self._living(layer):
                     return None
                 self._rest(bank)
                 self._evaluate([held for held in self._consumers if held.layer == layer])
-                card.take(*bank.table())
-            return card.bring(ids, earlier)
+                table.take(*bank.table())
+            there = table.load(ids, earlier)
+        if self.observer:
+            self.observer.loading(layer, ids, there)
+        return there
 
     def request(self, layer: int, experts: Sequence[int]) -> Pending:
         """Give experts slots and begin to read those that are missing; return at once.
@@ -232,6 +253,8 @@ class ExpertStore:
                 another process.
         """
         bank = self.banks[layer]
+        if self.observer:
+            self.observer.asked(layer, experts)
         with self._lock:
             self.check_usable()
             self._recall(layer)
@@ -265,16 +288,27 @@ class ExpertStore:
         Raises:
             FlashMoEError: the store was closed, or belongs to another process.
         """
+        if self.observer:
+            self.observer.asked(layer, experts)
         with self._lock:
             self.check_usable()
             self._stats.asked += len(experts)
             self._stats.hits += len(experts)
 
+    @contextmanager
+    def reads_answered_by(self, preadv: Preadv) -> Iterator[None]:
+        """Have `preadv` answer reads while the block runs, as benchmarks do to leave out the disk.
+
+        Slots then hold what it left there.
+        """
+        with self._reader.answered_by(preadv):
+            yield
+
     @property
     def reads_compute(self) -> bool:
         """Say whether reads take the time of the cores that compute, as they come from memory."""
         nbytes, seconds = self._lately
-        return nbytes > FAST * seconds and mx.default_device() == mx.Device(mx.cpu)
+        return nbytes > FAST * seconds and self.backend.shares_cores
 
     def guess(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read experts that will probably be asked for next; nothing waits for them.
@@ -341,9 +375,9 @@ class ExpertStore:
         """Put experts into slots that were chosen, beginning to read in the order of the file."""
         bank = self.banks[layer]
         readers = [held for held in self._consumers if held.reads(layer, slots)]
-        if self._cards:
+        if self._loader:
             arrays = [held.array for held in readers]
-            arrivals = self._cards.copy(layer, missing, slots, arrays)
+            arrivals = self._loader.copy(layer, missing, slots, arrays)
             self._forget(readers)
             for expert, slot, coming in zip(missing, slots, arrivals, strict=True):
                 bank.expect(expert, slot, coming)
@@ -379,7 +413,7 @@ class ExpertStore:
             )
         return slots
 
-    def _parts(self, bank: Bank, experts: int) -> int:
+    def _parts(self, bank: SlotBank, experts: int) -> int:
         """Return into how many pieces to cut each record, so that all threads have something."""
         wanted = -(-self._reader.width // experts)
         return max(1, min(wanted, bank.layout.record_bytes // LEAST_PIECE))
@@ -411,18 +445,18 @@ class ExpertStore:
                 self._settle(self.banks[layer])
                 self._stats.seconds_waited += time.perf_counter() - start
 
-    def _rest(self, bank: Bank) -> None:
+    def _rest(self, bank: SlotBank) -> None:
         """Wait for all bytes that are on their way into a bank."""
         for _, arrival in bank.arriving.values():
             arrival.wait()
         self._settle(bank)
 
     def _recall(self, layer: int) -> None:
-        """Take a layer's table back from the card, if it has the newer one."""
-        if self._cards and self._cards.of_layer[layer].leads:
-            self.banks[layer].adopt(*self._cards.of_layer[layer].give())
+        """Take a layer's table back from the device, if that has the newer one."""
+        if self._loader and self._loader.of_layer[layer].leads:
+            self.banks[layer].adopt(*self._loader.of_layer[layer].give())
 
-    def _settle(self, bank: Bank, wanted: Iterable[int] = ()) -> None:
+    def _settle(self, bank: SlotBank, wanted: Iterable[int] = ()) -> None:
         """Take note of experts that have arrived, and of those wanted that never will."""
         if bank.arriving:
             for _, arrival in (bank.arriving[e] for e in wanted if e in bank.arriving):
@@ -458,13 +492,13 @@ def _open_files(paths: set[Path], direct: bool) -> dict[Path, int]:
     return files
 
 
-def _close(reader: Reader, cards: list[CardBanks], files: list[int], process: int) -> None:
+def _close(reader: Reader, loaders: list[DeviceLoader], files: list[int], process: int) -> None:
     if threading.current_thread() in reader.threads:  # the garbage collector runs anywhere
-        threading.Thread(target=_close, args=(reader, cards, files, process)).start()
+        threading.Thread(target=_close, args=(reader, loaders, files, process)).start()
         return
     if os.getpid() == process:  # a fork has no reader threads, and perhaps locks that stay shut
-        for banks in cards:
-            banks.close()
+        for loader in loaders:
+            loader.close()
         reader.close()
     _close_files(files)
 

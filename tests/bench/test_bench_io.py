@@ -8,9 +8,9 @@ import pytest
 from flashmoe_mlx.bench import io as bench_io
 from flashmoe_mlx.bench.main import main
 from flashmoe_mlx.profile.read_speed import in_threads, record_buffers, scratch_ranges
+from flashmoe_mlx.store.host import BLOCK
 from flashmoe_mlx.store.io_mode import obstacle
 from flashmoe_mlx.store.sizing import BUFFERED, CachePlan
-from flashmoe_mlx.store.slots import BLOCK
 from flashmoe_mlx.store.store import ExpertStore
 
 QUICK = ["io", "--rounds", "2", "--sample-mib", "1", "--threads", "1", "3"]

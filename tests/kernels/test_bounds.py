@@ -20,7 +20,7 @@ from flashmoe_mlx.custom_kernels.attention import step as attention_step
 from flashmoe_mlx.custom_kernels.cpu import attention, bounds, gated_delta, prefill
 from flashmoe_mlx.custom_kernels.cpu import decode as cpu_decode
 from flashmoe_mlx.custom_kernels.cpu.call import Apart, caller
-from flashmoe_mlx.custom_kernels.cpu.decode import Group, Matrix, project
+from flashmoe_mlx.custom_kernels.cpu.decode import Group, numbers_of, project
 from flashmoe_mlx.custom_kernels.cpu.gated_delta_step import DeltaBlock
 from flashmoe_mlx.custom_kernels.cpu.moe import MoeBlock
 from flashmoe_mlx.custom_kernels.cpu.pread import pread_all
@@ -29,10 +29,10 @@ from flashmoe_mlx.custom_kernels.experts import decode as expert_decode
 from flashmoe_mlx.custom_kernels.experts import router, tiles
 from flashmoe_mlx.custom_kernels.gated_delta import prepare, scan
 from flashmoe_mlx.custom_kernels.gated_delta import step as delta_step
-from flashmoe_mlx.custom_kernels.gated_delta.by_ops import mix
+from flashmoe_mlx.custom_kernels.gated_delta.naive import mix
 from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerWeights
 from flashmoe_mlx.custom_kernels.linear import dequantize, matvec
-from flashmoe_mlx.custom_kernels.weights import Bank
+from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.store.reader import Arrival, Batch
 
@@ -47,14 +47,14 @@ CHANNELS, VALUES = 2 * 2 * 48 + 4 * 32, 4 * 32
 F32 = np.float32
 
 
-def matrix(*shape, bits=4, group_size=32) -> Matrix:
+def matrix(*shape, bits=4, group_size=32) -> QuantizedMatrix:
     weight = mx.random.normal(shape, key=mx.random.key(sum(shape)))
-    return Matrix(*mx.quantize(weight, group_size, bits), bits, group_size)
+    return QuantizedMatrix(*mx.quantize(weight, group_size, bits), bits, group_size)
 
 
-def bank(*shape) -> Bank:
+def bank(*shape) -> QuantizedMatrix:
     m = matrix(*shape)
-    return Bank(m.codes, m.scales, m.biases, m.bits, m.group_size)
+    return QuantizedMatrix(m.codes, m.scales, m.biases, m.bits, m.group_size)
 
 
 def mixer_weights(**other) -> MixerWeights:
@@ -249,12 +249,12 @@ def test_a_quantised_matrix_belongs_together(change):
     m = matrix(8, HIDDEN)
     arrays = change(*m.arrays)
     mx.eval(arrays)
-    x, wide = mx.zeros((1, HIDDEN)), Bank(*(a[None] for a in arrays), 4, 32)
+    x, wide = mx.zeros((1, HIDDEN)), QuantizedMatrix(*(a[None] for a in arrays), 4, 32)
     for use in (
-        lambda: Matrix(*arrays, 4, 32).numbers,
+        lambda: numbers_of(QuantizedMatrix(*arrays, 4, 32)),
         lambda: prefill.packed(*arrays, 4, 32),
         lambda: matvec.dequant_matvec(x, *arrays, 4),
-        lambda: dequantize.dequantize_by_kernel(Bank(*arrays, 4, 32), mx.float32),
+        lambda: dequantize.dequantize_by_kernel(QuantizedMatrix(*arrays, 4, 32), mx.float32),
         lambda: expert_decode.expert_gate_up(x, mx.zeros((1, 1), mx.uint32), wide, wide),
     ):
         with pytest.raises(FlashMoEError, match=r"but this layer takes|no whole groups"):
@@ -266,7 +266,7 @@ def test_a_matrix_whose_rows_do_not_follow_one_another_is_refused(dtype):
     m = matrix(8, HIDDEN)
     scales = mx.zeros((4, 8), dtype).T
     with pytest.raises(FlashMoEError, match=r"\[8, 4\] is not row-contiguous"):
-        _ = Matrix(m.codes, scales, scales, 4, 32).numbers
+        numbers_of(QuantizedMatrix(m.codes, scales, scales, 4, 32))
 
 
 def test_products_name_activations_of_another_width():

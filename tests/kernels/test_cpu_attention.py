@@ -9,8 +9,8 @@ from model_helpers import make_model, tokens
 
 from flashmoe_mlx import load
 from flashmoe_mlx.custom_kernels import device
+from flashmoe_mlx.custom_kernels.attention import prompt
 from flashmoe_mlx.custom_kernels.cpu import attention
-from flashmoe_mlx.models.qwen3_5 import model
 
 BLOCK = attention.BLOCK
 # B, Hq, Hkv, T, S, D
@@ -132,13 +132,13 @@ def calls(monkeypatch) -> list:
         seen.append(args[-1])
         return ours(*args)
 
-    monkeypatch.setattr(model.cpu_attention, "attention", spy)
+    monkeypatch.setattr(attention, "attention", spy)
     return seen
 
 
 def without(monkeypatch, function):
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "MIN_TOKENS", 1 << 30)
+        patch.setattr(prompt, "MIN_TOKENS", 1 << 30)
         return function()
 
 

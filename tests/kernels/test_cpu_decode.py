@@ -10,23 +10,23 @@ import pytest
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.cpu import block as cpu_block
 from flashmoe_mlx.custom_kernels.cpu import prefill
-from flashmoe_mlx.custom_kernels.cpu.decode import Group, Matrix, project
+from flashmoe_mlx.custom_kernels.cpu.decode import Group, project
 from flashmoe_mlx.custom_kernels.cpu.gated_delta_step import DeltaBlock
 from flashmoe_mlx.custom_kernels.cpu.moe import MoeBlock
-from flashmoe_mlx.custom_kernels.gated_delta import by_ops
-from flashmoe_mlx.custom_kernels.gated_delta.by_ops import mix
+from flashmoe_mlx.custom_kernels.gated_delta.naive import mix
 from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 
 FORMATS = [(b, g) for b in prefill.BITS for g in prefill.GROUP_SIZES]
 
 
-def matrix(*shape, bits=4, group_size=32, dtype=mx.bfloat16) -> Matrix:
+def matrix(*shape, bits=4, group_size=32, dtype=mx.bfloat16) -> QuantizedMatrix:
     key = mx.random.key(sum(shape) + bits + group_size)
     weight = mx.random.normal(shape, key=key) / shape[-1] ** 0.5
-    return Matrix(*mx.quantize(weight.astype(dtype), group_size, bits), bits, group_size)
+    return QuantizedMatrix(*mx.quantize(weight.astype(dtype), group_size, bits), bits, group_size)
 
 
-def dense(m: Matrix) -> np.ndarray:
+def dense(m: QuantizedMatrix) -> np.ndarray:
     weights = reference.dequantize(m.codes, m.scales, m.biases, m.bits)
     return np.array(weights).astype(np.float64)
 
@@ -132,7 +132,7 @@ def test_mixture_of_experts(bits, renormalise):
         assert np.abs(y[row] - expected).max() <= 1e-5
 
 
-def test_gated_delta_net(monkeypatch):
+def test_gated_delta_net():
     heads, hidden = Heads(2, 4, 48, 32), 128
     channels = 2 * 2 * 48 + 4 * 32
     conv, rest = random(channels, 4, 1), (random(4), random(4) - 1, random(32) + 1)
@@ -145,8 +145,8 @@ def test_gated_delta_net(monkeypatch):
     y = block(h, past, state, new_past, new)
     x = normalised(h, norm)
     projected = [mx.array((x @ dense(m).T).astype(np.float32))[:, None] for m in inputs]
-    monkeypatch.setattr(by_ops, "cpu_kernels", lambda _: None)
-    mixed, stock_past, stock_state = mix(*projected, weights, mx.array(past), mx.array(state))
+    caches = mx.array(past), mx.array(state)
+    mixed, stock_past, stock_state = mix.naive(*projected, weights, *caches)
     assert np.abs(y - (h + np.array(mixed)[:, 0] @ dense(out).T)).max() <= 1e-5
     assert np.abs(new_past - np.array(stock_past)).max() <= 1e-5
     assert np.abs(new - np.array(stock_state)).max() <= 1e-5

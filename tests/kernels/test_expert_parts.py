@@ -8,7 +8,7 @@ import pytest
 
 from flashmoe_mlx.custom_kernels.experts import prefill
 from flashmoe_mlx.custom_kernels.experts.prefill import Routed, _gathered, _tile_rows
-from flashmoe_mlx.custom_kernels.weights import Bank
+from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 
 SLOTS, HIDDEN, INNER = 6, 64, 96
 
@@ -18,7 +18,7 @@ def banks():
     shapes = (SLOTS, INNER, HIDDEN), (SLOTS, INNER, HIDDEN), (SLOTS, HIDDEN, INNER)
     keys = mx.random.split(mx.random.key(1), 3)
     matrices = (mx.random.normal(s, key=k) for s, k in zip(shapes, keys, strict=True))
-    return tuple(Bank(*mx.quantize(matrix, 32, 4), 4, 32) for matrix in matrices)
+    return tuple(QuantizedMatrix(*mx.quantize(matrix, 32, 4), 4, 32) for matrix in matrices)
 
 
 @pytest.fixture

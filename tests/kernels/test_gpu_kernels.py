@@ -28,7 +28,7 @@ from flashmoe_mlx.custom_kernels.linear import matvec
 from flashmoe_mlx.custom_kernels.linear.cases import MatvecTrial, NormedMatvecTrial
 from flashmoe_mlx.custom_kernels.linear.dequantize import DequantizeTrial, MatmulTrial
 from flashmoe_mlx.custom_kernels.linear.matvec import dequant_matvec, naive_matvec
-from flashmoe_mlx.custom_kernels.weights import Bank
+from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 
 require_bench()
 
@@ -114,13 +114,13 @@ def random(*shape, dtype="float32") -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(DTYPES[dtype])
 
 
-def bank(*shape, bits=4, group_size=32, dtype="bfloat16", seed=0) -> Bank:
+def bank(*shape, bits=4, group_size=32, dtype="bfloat16", seed=0) -> QuantizedMatrix:
     key = mx.random.key(sum(shape) + seed)
     arrays = random_quantised(key, shape, bits, group_size, DTYPES[dtype])
-    return Bank(*arrays, bits, group_size)
+    return QuantizedMatrix(*arrays, bits, group_size)
 
 
-def dense(b: Bank) -> mx.array:
+def dense(b: QuantizedMatrix) -> mx.array:
     return reference.dequantize(b.codes, b.scales, b.biases, b.bits)
 
 

@@ -14,8 +14,9 @@ from test_cuda_memory import LateDriver, put_banks_on, rows_of
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.cuda.slots import NONE, Table
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.store.cuda import resident
-from flashmoe_mlx.store.cuda.resident import MappedFiles, map_files
+from flashmoe_mlx.store.cuda import mapped, resident
+from flashmoe_mlx.store.cuda.mapped import MappedFiles
+from flashmoe_mlx.store.cuda.resident import map_files
 from flashmoe_mlx.store.sizing import CachePlan, IoPlan
 
 X = mx.zeros((1, 8))
@@ -57,17 +58,16 @@ class Card(LateDriver):
 def card(monkeypatch):
     """Put banks on a card that can read files."""
     card = put_banks_on(Card(), monkeypatch)
-    monkeypatch.setattr(resident, "card_rows", rows_of)
-    monkeypatch.setattr(resident, "uses_cuda", lambda: True)
+    monkeypatch.setattr(resident, "gpu_rows", rows_of)
     monkeypatch.setattr(resident, "_driver", lambda: card)
     monkeypatch.setattr(resident, "_copy", card.copy_late)
     monkeypatch.setattr(resident, "choose_slots", card.choose)
     seen = SimpleNamespace(**{name: getattr(mx, name) for name in dir(mx)})
     seen.eval, seen.compile = card.eval, lambda function: function
     monkeypatch.setattr(resident, "mx", seen)
-    resident._bring.cache_clear()
+    resident._load.cache_clear()
     yield card
-    resident._bring.cache_clear()
+    resident._load.cache_clear()
 
 
 def ids_of(*experts: int) -> mx.array:
@@ -197,7 +197,7 @@ def test_another_thread_goes_on_from_what_is_done(tmp_path, card):
     store, found = make_store(tmp_path, slots=3), []
     bring(store, card, 0, 1, 2)
     mx.eval(store.bring(0, ids_of(2, 7), X))  # the bytes are still on their way
-    card_bank, taken = store._cards.of_layer[0], []
+    card_bank, taken = store._loader.of_layer[0], []
     take = card_bank.take
     card_bank.take = lambda *table: taken.append(not card.waiting) or take(*table)
     thread = threading.Thread(target=lambda: found.extend(bring(store, card, 0, 7, 5)))
@@ -228,8 +228,6 @@ def test_only_where_it_helps_and_memory_has_room(
     plan = CachePlan(slots, 0, "a test", IoPlan(direct, "a test"))
     locked = dict(card.locked)
     assert map_files(store.layout, plan, banks) is None and card.locked == locked
-    monkeypatch.setattr(resident, "uses_cuda", lambda: False)
-    assert map_files(store.layout, CachePlan(3, 0, "a test"), banks) is None
     store.close()
 
 
@@ -256,7 +254,7 @@ def test_what_the_card_cannot_do_the_host_does(tmp_path, card, monkeypatch, faul
 
     if fault == "lock":
         monkeypatch.setattr(card, "lock", locks_one)
-        monkeypatch.setattr(resident, "LOCKERS", 1)
+        monkeypatch.setattr(mapped, "LOCKERS", 1)
     elif fault == "wrong bytes":
         monkeypatch.setattr(resident, "_copy", lambda tasks, slots, *others: slots)
     elif fault == "no compiler":
@@ -264,7 +262,7 @@ def test_what_the_card_cannot_do_the_host_does(tmp_path, card, monkeypatch, faul
     else:
         monkeypatch.setattr(resident, "choose_slots", wrong(fault))
     store = make_store(tmp_path, slots=3)
-    assert store._cards is None and not card.locked
+    assert store._loader is None and not card.locked
     assert store.bring(1, ids_of(7), X) is None
     (slot,) = store.fetch(1, [7])
     assert contents(store, 1, slot) == record(1, 7)

@@ -15,10 +15,12 @@ from store_helpers import EXPERTS, RECORD, Gate, contents, make_store, record
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import Field, LayerLayout
 from flashmoe_mlx.format.names import FIELDS
+from flashmoe_mlx.store.devices import choose
+from flashmoe_mlx.store.host import BLOCK, _address
 from flashmoe_mlx.store.reader import Reader
 from flashmoe_mlx.store.requests import Pending
 from flashmoe_mlx.store.sizing import CachePlan
-from flashmoe_mlx.store.slots import BLOCK, Bank, _address
+from flashmoe_mlx.store.slots import SlotBank
 from flashmoe_mlx.store.store import ExpertStore
 
 
@@ -191,7 +193,7 @@ def test_a_store_of_another_process_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(mx.default_device() != mx.Device(mx.cpu), reason="GPUs align memory themselves")
 def test_banks_start_at_block_boundaries_and_are_not_copied():
-    bank = Bank(_wide_layer(), 64, {Path("x"): 0})
+    bank = SlotBank(_wide_layer(), 64, {Path("x"): 0}, choose())
     assert [_address(array) % BLOCK for array in bank.arrays] == [0] * 9
     codes, scales, biases = bank.arrays[:3]
     x, chosen = mx.ones((4, 1, 512)), mx.array([5, 1, 2, 3])

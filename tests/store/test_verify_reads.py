@@ -19,9 +19,10 @@ from flashmoe_mlx.format.layout import read_header, read_manifest
 from flashmoe_mlx.format.names import FIELDS
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.settings import StreamConfig
-from flashmoe_mlx.store import checks
 from flashmoe_mlx.store import store as expert_store
 from flashmoe_mlx.store.checks import RecordChecks
+from flashmoe_mlx.store.devices import choose
+from flashmoe_mlx.store.host import CpuBackend
 from flashmoe_mlx.store.io_mode import obstacle
 from flashmoe_mlx.store.sizing import CachePlan, IoPlan
 from flashmoe_mlx.store.store import ExpertStore
@@ -76,7 +77,7 @@ def checked_store(tmp_path, threads: int, io: bool = False) -> ExpertStore:
     (tmp_path / "model_experts").mkdir(exist_ok=True)
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     plan = CachePlan(4, 0, "a test", IoPlan(io and not obstacle(layout), "a test"))
-    return ExpertStore(layout, plan, threads, checks=RecordChecks(layout))
+    return ExpertStore(layout, plan, threads, checks=RecordChecks(layout, choose()))
 
 
 def write(model, tokenizer) -> str:
@@ -274,6 +275,6 @@ def test_a_manifest_with_too_few(packed):
 
 
 def test_memory_of_a_card_is_refused(packed, monkeypatch):
-    monkeypatch.setattr(checks, "uses_cuda", lambda: True)
+    monkeypatch.setattr(CpuBackend, "visible", False)
     with pytest.raises(FlashMoEError, match=r"NVIDIA GPU's memory cannot be compared .* leave ver"):
         load(packed, verify=True)

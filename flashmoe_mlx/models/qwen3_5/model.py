@@ -11,11 +11,11 @@ import mlx.nn as nn
 from mlx_lm.models.base import (
     create_attention_mask,
     create_ssm_mask,
-    scaled_dot_product_attention,
 )
 from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.rope_utils import initialize_rope
 
+from ...custom_kernels.attention.prompt import attention
 from ...custom_kernels.attention.step import (
     AttentionHeads,
     AttentionStepTrial,
@@ -25,11 +25,8 @@ from ...custom_kernels.attention.step import (
     prepare,
 )
 from ...custom_kernels.autotune import prefers_custom
-from ...custom_kernels.cpu import attention
-from ...custom_kernels.cpu.entry import cpu_steps
-from ...custom_kernels.device import cpu_kernels, on_gpu
-from ...custom_kernels.gated_delta.by_gpu import mix_joined
-from ...custom_kernels.gated_delta.by_ops import mix
+from ...custom_kernels.device import keep_pace, tokens_at_once
+from ...custom_kernels.gated_delta.layer import gated_delta_layer
 from ...custom_kernels.gated_delta.weights import Heads, MixerWeights
 from ...custom_kernels.linear.linear import join, joined, linear
 from ...custom_kernels.traced import Traced
@@ -39,8 +36,6 @@ from ..streamed import StreamedModule
 from .args import ModelArgs
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
-
-MIXED_AT_ONCE = 512  # tokens of a prompt, on a CPU
 
 
 class Attention(nn.Module):
@@ -92,7 +87,7 @@ class Attention(nn.Module):
             keys, values = cache.update_and_fetch(keys, values)
         y = self._attend(queries, keys, values, mask, cache)
         y = after(h, y, gate)
-        if h.shape[1] == 1 and not traced and on_gpu(h):
+        if h.shape[1] == 1 and not traced:
             self._step.trace(h, (self, norm), before, after)
         return y
 
@@ -111,12 +106,7 @@ class Attention(nn.Module):
 
     def _attend(self, queries: mx.array, keys: Any, values: Any, mask: Any, cache: Any) -> mx.array:
         """Return `[B, heads, T, D]`: the queries' attention to what the cache returned."""
-        scale, is_prompt = self.head_dim**-0.5, queries.shape[2] >= attention.MIN_TOKENS
-        if is_prompt and cpu_kernels(queries) and not hasattr(cache, "bits"):
-            return attention.attention(queries, keys, values, scale, mask)
-        return scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=scale, mask=mask
-        )
+        return attention(queries, keys, values, self.head_dim**-0.5, mask, cache)
 
     def _after(self, h: mx.array, y: mx.array, gate: mx.array) -> mx.array:
         """Return h + the output projection of the gated attention `[B, heads, T, D]`."""
@@ -127,7 +117,7 @@ class Attention(nn.Module):
 
     def _fuses(self, h: mx.array, keys: int) -> bool:
         """Find out whether a step with so many keys, and maybe more, goes through our kernels."""
-        trial = deciding_trial(self._heads, h, keys) if on_gpu(h) else None
+        trial = deciding_trial(self._heads, h, keys)
         if trial is None or trial == self._refused:
             return False
         norms = self.q_norm, self.k_norm
@@ -222,7 +212,7 @@ class GatedDeltaNet(nn.Module):
             y, past, state = self._step.functions[0](h, past, state)
         else:
             y, past, state = self._run(norm, h, past, state, mask, ends)
-            if is_step and on_gpu(h):
+            if is_step:
                 self._step.trace(h, (self, norm), partial(self._run, norm))
         if cache is not None:
             cache[0], cache[1] = past, state
@@ -250,18 +240,9 @@ class GatedDeltaNet(nn.Module):
             self.norm.weight,
             self.norm.eps,
         )
-        if (steps := cpu_steps(h)) and past is not None and mask is None and ends is None:
-            inputs = self._inputs()
-            done = steps.delta_step(h, inputs, self.out_proj, norm, weights, past, state)
-            if done is not None:
-                return done
-        if on_gpu(h):
-            projected = joined(h, *self._inputs(), norm=norm)
-            y, past, state = mix_joined(projected, weights, past, state, mask, ends)
-        else:
-            qkv, z, b, a = linear(h, *self._inputs(), norm=norm)
-            y, past, state = mix(qkv, z, b, a, weights, past, state, mask, ends)
-        return linear(y, self.out_proj, residual=h)[0], past, state
+        return gated_delta_layer(
+            h, norm, self._inputs(), self.out_proj, weights, past, state, mask, ends
+        )
 
 
 def _forget_padding(caches: list[Any]) -> None:
@@ -311,9 +292,10 @@ class DecoderLayer(nn.Module):
         """
         mixer = self.mixer
         tokens, padded = h.shape[1], isinstance(mask, mx.array)
-        if tokens <= MIXED_AT_ONCE or padded or cache is None or not cpu_kernels(h):
+        at_once = tokens_at_once(h)
+        if at_once is None or tokens <= at_once or padded or cache is None:
             return mixer(h, self.input_layernorm, mask, cache)
-        parts = list(mx.split(h, range(MIXED_AT_ONCE, tokens, MIXED_AT_ONCE), axis=1))
+        parts = list(mx.split(h, range(at_once, tokens, at_once), axis=1))
         for index, part in enumerate(parts):
             causal = mask if part.shape[1] > 1 else None
             parts[index] = mixer(part, self.input_layernorm, causal, cache)
@@ -362,10 +344,8 @@ class Decoder(nn.Module):
                 make_mask = create_ssm_mask if layer.is_linear else create_attention_mask
                 masks[layer.is_linear] = make_mask(h, c)
             before, h = h, layer(h, masks[layer.is_linear], c, masks.get(True))
-            if h.shape[1] > 1 and on_gpu(h):
-                # One layer is computed while the next is prepared; more would take more memory.
-                mx.async_eval(h)
-                mx.eval(before)
+            if h.shape[1] > 1:
+                keep_pace(before, h)
         if lookahead is not None:
             lookahead.end()
         return self.norm(h)

@@ -1,9 +1,7 @@
 """The mixture-of-experts block: router, shared expert, and the experts that come from disk."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -16,20 +14,19 @@ from ...custom_kernels.device import on_gpu
 from ...custom_kernels.experts.cases import wanted
 from ...custom_kernels.experts.decode import expert_mlp_by_kernels
 from ...custom_kernels.experts.prefill import Banks, Routed, ascending, cpu_experts, expert_mlp
-from ...custom_kernels.experts.router import route
+from ...custom_kernels.experts.router import route, route_by_mlx, router_logits
 from ...custom_kernels.experts.tiles import combine
 from ...custom_kernels.launch import scalar
 from ...custom_kernels.linear.linear import join, joined, linear, mlp
+from ...custom_kernels.op import Op
 from ...custom_kernels.traced import Traced
-from ...custom_kernels.weights import Bank, arrays_of, same
+from ...custom_kernels.weights import QuantizedMatrix, arrays_of, same
 from ...format.layout import quantisation
 from ...format.names import PROJECTIONS
-from ...store.cuda.mailbox import to_device, to_host
-from ...store.requests import Pending
+from ...store.scheduler import expert_batches
 from ...store.store import ExpertStore
 from .args import ModelArgs
 
-FEW = 16  # missing experts, which are not worth a pause between the first half and the second
 GUESSED = 5 / 8  # of as many experts as a token has; the others are wrong too often
 PAIRS_AT_ONCE = 2048  # of token and expert, on a CPU; what they make takes 60 MB at 35B size
 Step = Callable[..., Any]
@@ -49,7 +46,7 @@ class MLP(nn.Module):
         """Map `[..., H]` to `[..., H]`."""
         return mlp(x, self.gate_proj, self.up_proj, self.down_proj)
 
-    def banks(self) -> list[Bank] | None:
+    def banks(self) -> list[QuantizedMatrix] | None:
         """Return the weights of gate, up and down, or None if they are not affine-quantised."""
         weights = [join([self[name]]) for name in PROJECTIONS]
         return [w.bank for w in weights if w] if all(weights) else None
@@ -58,7 +55,7 @@ class MLP(nn.Module):
 class ResidentExperts(SwitchGLU):
     """Experts as ordinary parameters, in mlx-lm's names: expert e lies in slot e."""
 
-    def banks(self) -> list[Bank] | None:
+    def banks(self) -> list[QuantizedMatrix] | None:
         """Return gate, up and down, or None if they are not affine-quantised."""
         layers = [self[name] for name in PROJECTIONS]
         if not all(type(x) is QuantizedSwitchLinear and x.mode == "affine" for x in layers):
@@ -66,7 +63,7 @@ class ResidentExperts(SwitchGLU):
         arrays = arrays_of(layers)
         known = getattr(self, "_known", None)
         if known is None or not same(known[0], arrays):
-            banks = [Bank(x.weight, x.scales, x.biases, x.bits, x.group_size) for x in layers]
+            banks = [QuantizedMatrix.of_layer(layer) for layer in layers]
             known = self._known = arrays, banks
         return known[1]
 
@@ -83,9 +80,7 @@ class ResidentExperts(SwitchGLU):
 
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
         """Run the chosen experts and add up what they give: `[..., H]` to `[..., H]`."""
-        if (banks := self.banks()) and on_gpu(x):
-            return _mixture_of_residents(x, indices, scores, banks)
-        return (self(x, indices) * scores[..., None]).sum(axis=-2)
+        return resident_mixture(self, x, indices, scores)
 
 
 class StreamedExperts(nn.Module):
@@ -104,11 +99,22 @@ class StreamedExperts(nn.Module):
         self._banks = []
         for index, projection in enumerate(PROJECTIONS):
             bits, group_size = quantisation(layout, projection, args.expert_shape(projection))
-            self._banks.append(Bank.of(arrays[3 * index : 3 * index + 3], bits, group_size))
+            three = arrays[3 * index : 3 * index + 3]
+            self._banks.append(QuantizedMatrix.of(three, bits, group_size))
 
-    def banks(self) -> list[Bank]:
+    def banks(self) -> list[QuantizedMatrix]:
         """Return gate, up and down."""
         return self._banks
+
+    @property
+    def complete(self) -> bool:
+        """Say whether all experts are resident; then expert e lies in slot e."""
+        return self._store.banks[self._layer].complete
+
+    @property
+    def count(self) -> int:
+        """How many experts the layer has."""
+        return self._store.layout.layers[self._layer].num_experts
 
     def slots(self, ids: mx.array, x: mx.array) -> mx.array | None:
         """Make experts resident and return their slots, or None if the bank holds too few.
@@ -120,61 +126,19 @@ class StreamedExperts(nn.Module):
             ids: `[..., K]`.
             x: `[..., H]`, what they were chosen for.
         """
-        bank = self._store.banks[self._layer]
-        if bank.complete:
+        if self.complete:
             return ids
         if (there := self._store.bring(self._layer, ids, x)) is not None:
             return there
-        chosen, places = np.unique(to_host(ids), return_inverse=True)
-        if len(chosen) > len(bank):
+        chosen, places = np.unique(self._store.backend.to_host(ids), return_inverse=True)
+        if len(chosen) > len(self._store.banks[self._layer]):
             return None
         slots = np.array(self._store.fetch(self._layer, chosen.tolist()), dtype=np.uint32)
-        return to_device(slots[places].reshape(ids.shape))
+        return self._store.backend.to_device(slots[places].reshape(ids.shape))
 
     def waves(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Bring experts into the bank, as many as it holds at a time.
-
-        Those that are resident come first, so that they are computed while others are read; of
-        the others, those that most rows ask for come last and stay for the tokens that follow.
-        Where reading is the computing cores' work, all that fit come together.
-        While one wave is computed the next ones are read, as far ahead as the bank has room.
-
-        Yields:
-            The flat places in `ids` whose experts are there now, and their slots. They stay
-            until the next wave is asked for, or what was given to `hold` is evaluated.
-        """
-        flat, bank = ids.reshape(-1), self._store.banks[self._layer]
-        counts = np.bincount(flat, minlength=bank.layout.num_experts)
-        wanted = np.flatnonzero(counts)
-        if bank.complete:
-            self._store.count_hits(self._layer, wanted.tolist())
-            yield np.arange(flat.size), flat.astype(np.int64)
-            return
-        slot_of = np.full(len(counts), -1, dtype=np.int64)
-        room = len(bank)
-        ahead: deque[Pending] = deque()
-
-        def serve() -> tuple[np.ndarray, np.ndarray]:
-            slot_of[ahead[0].experts] = ahead[0].wait()
-            slots = slot_of[flat]
-            slot_of[ahead[0].experts] = -1
-            places = np.flatnonzero(slots >= 0)
-            return places, slots[places]
-
-        self._store.decide(self._layer, wanted.tolist())
-        try:
-            for wave in self._waves(wanted, counts[wanted]):
-                while len(wave) > room:
-                    yield serve()
-                    room += len(ahead.popleft().experts)
-                ahead.append(self._store.request(self._layer, wave))
-                room -= len(wave)
-            while ahead:
-                yield serve()
-                ahead.popleft()
-        finally:  # if it failed, whoever keeps the traceback keeps this frame
-            for pending in ahead:
-                pending.release()
+        """Load experts in batches: see `expert_batches`."""
+        return expert_batches(self._store, self._layer, ids)
 
     def guess(self, ids: np.ndarray) -> None:
         """Begin to read experts `[..., K]` that are likely to be asked for next."""
@@ -185,71 +149,86 @@ class StreamedExperts(nn.Module):
         self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
 
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
-        """Run the chosen experts and add up what they give.
+        """Run the chosen experts and add up what they give: see `streamed_mixture`."""
+        return streamed_mixture(self, x, indices, scores)
 
-        They come in waves, each read once however small the bank is. Every row is computed on its
-        own and added up in the router's order, so the result does not depend on the bank. Where
-        the bank has all experts a GPU need not tell the host which ones were chosen.
 
-        Args:
-            x: `[..., H]` tokens.
-            indices: `[..., K]` expert ids.
-            scores: `[..., K]` their weights.
+@Op
+def resident_mixture(
+    experts: ResidentExperts, x: mx.array, indices: mx.array, scores: mx.array
+) -> mx.array:
+    """Do what `streamed_mixture` does with experts that are ordinary parameters."""
+    return (experts(x, indices) * scores[..., None]).sum(axis=-2)
 
-        Returns:
-            `[..., H]`.
-        """
-        if kernels := cpu_experts(x, self._banks):
-            return self._mixture_by_cpu(kernels, x, indices, scores)
-        if self._store.banks[self._layer].complete:
-            return _mixture_of_residents(x, indices, scores, self._banks)
-        rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
-        ids = np.array(indices).reshape(-1)
-        part_of = Routed(ids.size, self._store.layout.layers[self._layer].num_experts)
-        outputs, places, orders, done = [], [], [], 0
-        for pairs, slots in self.waves(ids):
-            tokens, where = mx.array(np.stack([pairs // top_k, slots]).astype(np.uint32))
-            y, there = expert_mlp(rows, tokens, where, self._banks, part_of)
-            self.hold(y, slots)
-            mx.async_eval(y, there)
-            outputs.append(y)
-            places.append(there + done)
-            orders.append(pairs)
-            done += len(y)
-        order, there = mx.array(np.concatenate(orders).astype(np.uint32)), mx.concatenate(places)
-        there = mx.put_along_axis(there, order, there, axis=0).reshape(-1, top_k)
-        y = combine(mx.concatenate(outputs), there, scores.reshape(-1, top_k))
-        return y.reshape(x.shape)
 
-    def _mixture_by_cpu(
-        self, kernels: ModuleType, x: mx.array, indices: mx.array, scores: mx.array
-    ) -> mx.array:
-        """Do what `mixture` does by the CPU's kernels, a part of a wave at a time."""
-        ids, top_k = np.array(indices).reshape(-1), indices.shape[-1]
-        rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [b.packed for b in self._banks]
-        outputs = np.empty((ids.size, x.shape[-1]), np.float32)
-        for pairs, slots in self.waves(ids):
-            order = ascending(slots)
-            for part in np.split(order, range(PAIRS_AT_ONCE, len(order), PAIRS_AT_ONCE)):
-                tokens = pairs[part] // top_k
-                outputs[pairs[part]] = kernels.mlp(rows[tokens], *packed, slots[part])
-        # By numpy: all outputs of a prompt are many, and MLX would copy them twice.
-        weights = np.array(scores.astype(mx.float32)).reshape(len(rows), 1, -1)
-        return mx.array(weights @ outputs.reshape(len(rows), top_k, -1)).reshape(x.shape)
+@resident_mixture.register
+def _resident_by_gpu(
+    experts: ResidentExperts, x: mx.array, indices: mx.array, scores: mx.array
+) -> mx.array | None:
+    banks = experts.banks() if on_gpu(x) else None
+    return _mixture_of_residents(x, indices, scores, banks) if banks else None
 
-    def _waves(self, experts: np.ndarray, rows: np.ndarray) -> list[list[int]]:
-        """Split experts into groups of which two fit the bank: resident ones, then by rows."""
-        bank = self._store.banks[self._layer]
-        if len(experts) <= len(bank) and self._store.reads_compute:
-            return [experts.tolist()]
-        by_rows = experts[np.argsort(rows, kind="stable")].tolist()
-        resident = set(bank.resident(by_rows))
-        missing = [e for e in by_rows if e not in resident]
-        missing.sort(key=bank.arriving.__contains__, reverse=True)  # on their way: first
-        most = len(bank) if len(experts) <= len(bank) else max(1, len(bank) // 2)
-        half = min(most, max(FEW, -(-len(missing) // 2)))
-        waves = _groups([e for e in by_rows if e in resident], most) + _groups(missing, half)
-        return [sorted(wave) for wave in waves]
+
+@Op
+def streamed_mixture(
+    experts: StreamedExperts, x: mx.array, indices: mx.array, scores: mx.array
+) -> mx.array:
+    """Run the chosen experts and add up what they give.
+
+    They come in batches, each read once however few slots there are. Every row is computed on its
+    own and added up in the router's order, so the result does not depend on the cache. Where all
+    experts are resident a GPU need not tell the host which ones were chosen.
+
+    Args:
+        experts: of one layer.
+        x: `[..., H]` tokens.
+        indices: `[..., K]` expert ids.
+        scores: `[..., K]` their weights.
+
+    Returns:
+        `[..., H]`.
+    """
+    banks = experts.banks()
+    if experts.complete:
+        return _mixture_of_residents(x, indices, scores, banks)
+    rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
+    ids = np.array(indices).reshape(-1)
+    part_of = Routed(ids.size, experts.count)
+    outputs, places, orders, done = [], [], [], 0
+    for pairs, slots in experts.waves(ids):
+        tokens, where = mx.array(np.stack([pairs // top_k, slots]).astype(np.uint32))
+        y, there = expert_mlp(rows, tokens, where, banks, part_of)
+        experts.hold(y, slots)
+        mx.async_eval(y, there)
+        outputs.append(y)
+        places.append(there + done)
+        orders.append(pairs)
+        done += len(y)
+    order, there = mx.array(np.concatenate(orders).astype(np.uint32)), mx.concatenate(places)
+    there = mx.put_along_axis(there, order, there, axis=0).reshape(-1, top_k)
+    y = combine(mx.concatenate(outputs), there, scores.reshape(-1, top_k))
+    return y.reshape(x.shape)
+
+
+@streamed_mixture.register
+def _streamed_by_cpu(
+    experts: StreamedExperts, x: mx.array, indices: mx.array, scores: mx.array
+) -> mx.array | None:
+    """Compute at once, a part of a batch at a time."""
+    banks = experts.banks()
+    if (kernels := cpu_experts(x, banks)) is None:
+        return None
+    ids, top_k = np.array(indices).reshape(-1), indices.shape[-1]
+    rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [b.packed for b in banks]
+    outputs = np.empty((ids.size, x.shape[-1]), np.float32)
+    for pairs, slots in experts.waves(ids):
+        order = ascending(slots)
+        for part in np.split(order, range(PAIRS_AT_ONCE, len(order), PAIRS_AT_ONCE)):
+            tokens = pairs[part] // top_k
+            outputs[pairs[part]] = kernels.mlp(rows[tokens], *packed, slots[part])
+    # By numpy: all outputs of a prompt are many, and MLX would copy them twice.
+    weights = np.array(scores.astype(mx.float32)).reshape(len(rows), 1, -1)
+    return mx.array(weights @ outputs.reshape(len(rows), top_k, -1)).reshape(x.shape)
 
 
 def _mixture_of_residents(
@@ -262,11 +241,6 @@ def _mixture_of_residents(
     part_of = Routed(slots.size, len(banks[0].codes))
     y, places = expert_mlp(rows, tokens, slots, banks, part_of)
     return combine(y, places.reshape(-1, top_k), scores.reshape(-1, top_k)).reshape(x.shape)
-
-
-def _groups(experts: list[int], size: int) -> list[list[int]]:
-    """Cut a list into pieces of at most `size`."""
-    return [experts[i : i + size] for i in range(0, len(experts), size)] if experts else []
 
 
 def _of_real_rows(ids: mx.array, rows: mx.array | None) -> mx.array:
@@ -302,81 +276,90 @@ class SparseMoeBlock(nn.Module):
         Where `rows` `[B, T]` is False there is padding, for which no expert is read, and what comes
         out means nothing.
         """
-        known = self._step.ready(h)
-        if (known or on_gpu(h)) and (y := self._by_kernels(h, norm, known, rows)) is not None:
-            return y
-        if (steps := cpu_steps(h)) and (y := self._by_cpu(steps, h, norm)) is not None:
-            return y
-        x = norm(h)
-        logits, shared_gate = linear(x, self.gate, self.shared_expert_gate)
-        probabilities = mx.softmax(logits, axis=-1, precise=True)
-        indices = mx.argpartition(probabilities, kth=-self.top_k, axis=-1)[..., -self.top_k :]
-        scores = mx.take_along_axis(probabilities, indices, axis=-1)
-        indices = _of_real_rows(indices, rows)
-        if self.norm_topk_prob:
-            scores = scores / scores.sum(axis=-1, keepdims=True)
-        shared = mx.sigmoid(shared_gate) * self.shared_expert(x)
-        # The device computes the shared expert while the disk delivers the routed ones.
-        mx.async_eval(indices, scores)
-        mx.async_eval(shared)
-        routed = self.switch_mlp.mixture(x, indices, scores)
-        return h + routed + shared
+        return sparse_moe(self, h, norm, rows)
 
     def guess(self, h: mx.array, norm: nn.RMSNorm) -> None:
         """Begin to read experts that the router likes best for `[B, 1, H]`, if a CPU computes.
 
         The layer before has made h; attention will add to it before the router is asked.
         """
-        steps = cpu_steps(h)
-        logits = steps.router_logits(h, self.gate, norm) if steps else None
+        logits = router_logits(h, self.gate, norm)
         if logits is not None:
             few = math.ceil(GUESSED * self.top_k)
             best = np.argpartition(logits, -few, axis=-1)[:, -few:]
             self.switch_mlp.guess(best)
 
-    def _by_cpu(self, steps: ModuleType, h: mx.array, norm: nn.RMSNorm) -> mx.array | None:
-        """Run the block on one token per row, or return None if it is something else."""
-        if (banks := self.switch_mlp.banks()) is None:
-            return None
-        shared = [self.shared_expert[name] for name in PROJECTIONS]
-        waves, choice = self.switch_mlp.waves, (self.top_k, self.norm_topk_prob)
-        return steps.moe_step(
-            h, self.gate, self.shared_expert_gate, shared, banks, norm, *choice, waves
-        )
 
-    def _by_kernels(
-        self, h: mx.array, norm: nn.RMSNorm, known: bool, rows: mx.array | None
-    ) -> mx.array | None:
-        """Run the block in four launches, or return None if kernels cannot or should not."""
-        functions = self._step.functions if known else self._functions(h, norm)
-        if functions is None:
-            return None
-        choose, run = functions
-        ids, scores, gate = choose(h)
-        slots = self.switch_mlp.slots(_of_real_rows(ids, rows), h)
-        if slots is None:
-            return None
-        y: mx.array = run(h, slots, scores, gate)
-        self.switch_mlp.hold(y)
-        if not known:
-            self._step.trace(h, (self, norm), choose, run)
-        return y
+@Op
+def sparse_moe(
+    block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm, rows: mx.array | None = None
+) -> mx.array:
+    """Run a block: see `SparseMoeBlock.__call__`."""
+    x = norm(h)
+    logits, shared_gate = linear(x, block.gate, block.shared_expert_gate)
+    choice = {"renormalise": block.norm_topk_prob, "shared": False}
+    indices, scores, _ = route_by_mlx(logits, block.top_k, **choice)
+    indices = _of_real_rows(indices, rows)
+    shared = mx.sigmoid(shared_gate) * block.shared_expert(x)
+    # The device computes the shared expert while the disk delivers the routed ones.
+    mx.async_eval(indices, scores)
+    mx.async_eval(shared)
+    routed = block.switch_mlp.mixture(x, indices, scores)
+    return h + routed + shared
 
-    def _functions(self, h: mx.array, norm: nn.RMSNorm) -> tuple[Step, Step] | None:
-        """Return the halves of the block before and after the experts' slots are known."""
-        shared, banks = self.shared_expert.banks(), self.switch_mlp.banks()
-        if not (shared and banks and wanted(h, banks, shared, self.top_k)):
-            return None
 
-        def choose(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            # In float32: a rounding that changes the choice is felt in every later layer.
-            gates = self.gate, self.shared_expert_gate
-            logits = joined(h, *gates, norm=norm, dtype=mx.float32)
-            return route(logits, self.top_k, renormalise=self.norm_topk_prob, shared=True)
+@sparse_moe.register
+def _by_gpu(
+    block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm, rows: mx.array | None = None
+) -> mx.array | None:
+    """Run the block in four launches."""
+    known = block._step.ready(h)
+    if not known and not on_gpu(h):
+        return None
+    functions = block._step.functions if known else _functions(block, h, norm)
+    if functions is None:
+        return None
+    choose, run = functions
+    ids, scores, gate = choose(h)
+    slots = block.switch_mlp.slots(_of_real_rows(ids, rows), h)
+    if slots is None:
+        return None
+    y: mx.array = run(h, slots, scores, gate)
+    block.switch_mlp.hold(y)
+    if not known:
+        block._step.trace(h, (block, norm), choose, run)
+    return y
 
-        def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:
-            mixture = h, slots, scores, banks, shared, gate
-            gain = norm.weight, scalar(norm.eps)
-            return expert_mlp_by_kernels(*mixture, norm=gain, residual=h)
 
-        return choose, run
+def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[Step, Step] | None:
+    """Return the halves of a block before and after the experts' slots are known."""
+    shared, banks = block.shared_expert.banks(), block.switch_mlp.banks()
+    if not (shared and banks and wanted(h, banks, shared, block.top_k)):
+        return None
+
+    def choose(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        # In float32: a rounding that changes the choice is felt in every later layer.
+        gates = block.gate, block.shared_expert_gate
+        logits = joined(h, *gates, norm=norm, dtype=mx.float32)
+        return route(logits, block.top_k, renormalise=block.norm_topk_prob, shared=True)
+
+    def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:
+        mixture = h, slots, scores, banks, shared, gate
+        gain = norm.weight, scalar(norm.eps)
+        return expert_mlp_by_kernels(*mixture, norm=gain, residual=h)
+
+    return choose, run
+
+
+@sparse_moe.register
+def _step_by_cpu(
+    block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm, rows: mx.array | None = None
+) -> mx.array | None:
+    """Run the block on one token per row, in one call."""
+    if not (steps := cpu_steps(h)) or (banks := block.switch_mlp.banks()) is None:
+        return None
+    shared = [block.shared_expert[name] for name in PROJECTIONS]
+    waves, choice = block.switch_mlp.waves, (block.top_k, block.norm_topk_prob)
+    return steps.moe_step(
+        h, block.gate, block.shared_expert_gate, shared, banks, norm, *choice, waves
+    )

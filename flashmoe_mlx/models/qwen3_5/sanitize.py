@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from ...custom_kernels.device import activation_dtype
 from ...errors import FlashMoEError
 from ...format.names import canonical, fused_expert, is_expert, layer_prefix, single_expert
 from .args import ModelArgs
@@ -33,13 +34,12 @@ def sanitize(
     _from_hugging_face(trunk)
     if not streamed:
         return trunk | _experts({key: weights[key] for key in names if is_expert(key)}, args)
-    if mx.default_device() == mx.cpu:
-        for name, tensor in trunk.items():
-            # A linear layer's scales are widened exactly as they are used; an embedding's would
-            # make bfloat16 activations.
-            kept = name.endswith((".scales", ".biases")) and ".embed_tokens." not in name
-            if mx.issubdtype(tensor.dtype, mx.floating) and not kept:
-                trunk[name] = tensor.astype(mx.float32)
+    for name, tensor in trunk.items():
+        # A linear layer's scales are widened exactly as they are used; an embedding's would make
+        # bfloat16 activations.
+        kept = name.endswith((".scales", ".biases")) and ".embed_tokens." not in name
+        if mx.issubdtype(tensor.dtype, mx.floating) and not kept:
+            trunk[name] = tensor.astype(activation_dtype(tensor.dtype))
     return trunk
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...custom_kernels.launch import LEAST_ELEMENTS, settled
 from ...errors import FlashMoEError
-from .pinned import Driver, Staging, uses_cuda
+from .pinned import Driver, Staging
 
 WORDS = 1024  # the longest letter
 BOXES = 64  # for letters to the card that it may not have read yet
@@ -31,7 +31,7 @@ for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = there[i];
 """
 
 
-class Boxes(threading.local):
+class Mailbox(threading.local):
     """A thread's letter boxes: one for letters from the card, the others for those to it."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Boxes(threading.local):
         self._letters: list[mx.array | None] = [None] * (1 + BOXES)
         self._last = 0
 
-    def from_card(self, letter: mx.array) -> np.ndarray:
+    def receive(self, letter: mx.array) -> np.ndarray:
         """Return a uint32 array's values as soon as they are computed."""
         box = self._words[0, : letter.size]
         box[:] = EMPTY
@@ -59,7 +59,7 @@ class Boxes(threading.local):
                     raise FlashMoEError("the GPU did not say which experts the router picked.")
         return box.reshape(letter.shape).copy()
 
-    def to_card(self, letter: np.ndarray) -> mx.array:
+    def send(self, letter: np.ndarray) -> mx.array:
         """Return uint32 values as an array that the card reads once it needs it."""
         box = self._last = self._last % BOXES + 1
         if (last := self._letters[box]) is not None:
@@ -71,22 +71,22 @@ class Boxes(threading.local):
 
 
 @functools.cache
-def _boxes() -> Boxes:
-    return Boxes()
+def _mailbox() -> Mailbox:
+    return Mailbox()
 
 
 def to_host(array: mx.array) -> np.ndarray:
     """Return the values of a uint32 array, none of them 2**32 - 1, once it is computed."""
-    if array.size > WORDS or array.dtype != mx.uint32 or not uses_cuda():
+    if array.size > WORDS or array.dtype != mx.uint32:
         return np.array(array)
-    return _boxes().from_card(array)
+    return _mailbox().receive(array)
 
 
 def to_device(array: np.ndarray) -> mx.array:
     """Return uint32 values as an array."""
-    if array.size > WORDS or array.dtype != np.uint32 or not uses_cuda():
+    if array.size > WORDS or array.dtype != np.uint32:
         return mx.array(array)
-    return _boxes().to_card(array)
+    return _mailbox().send(array)
 
 
 def _run(

@@ -24,7 +24,7 @@ STAGE = 32 << 20  # bytes of page-locked memory, twice
 TURN = 4 << 20  # bytes to read before their copy begins
 
 
-class CardRow:
+class GpuRow:
     """Some bytes in the card's memory; it has a length and slices, as a memoryview does."""
 
     __slots__ = ("address", "nbytes")
@@ -37,10 +37,10 @@ class CardRow:
         """Return how many bytes these are."""
         return self.nbytes
 
-    def __getitem__(self, part: slice) -> "CardRow":
+    def __getitem__(self, part: slice) -> "GpuRow":
         """Return a slice in steps of one."""
         start, stop, _ = part.indices(self.nbytes)
-        return CardRow(self.address + start, max(0, stop - start))
+        return GpuRow(self.address + start, max(0, stop - start))
 
 
 class Driver:
@@ -120,7 +120,7 @@ class Staging:
         weakref.finalize(self, driver.free, self.address, self.stream).atexit = False
 
 
-class CardReads:
+class GpuReads:
     """Reads whose rows lie in the card's memory."""
 
     def __init__(self, driver: Driver) -> None:
@@ -185,7 +185,7 @@ class CardReads:
                     place += row.nbytes
         return came
 
-    def preadv(self, descriptor: int, rows: Sequence[CardRow], offset: int) -> int:
+    def preadv(self, descriptor: int, rows: Sequence[GpuRow], offset: int) -> int:
         """Fill rows from a file, as `os.preadv` does, and return how many bytes came."""
         staging = self._staging(wanted := sum(map(len, rows)))
         count = left = os.preadv(descriptor, [staging.view[:wanted]], offset)
@@ -216,22 +216,13 @@ def _turns(pieces: Sequence[Any]) -> Iterator[Sequence[Any]]:
     yield pieces[first:]
 
 
-def uses_cuda() -> bool:
-    """Say whether MLX computes on an NVIDIA GPU."""
-    return mx.default_device() == mx.Device(mx.gpu) and mx.cuda.is_available()
-
-
-def card_reads() -> CardReads | None:
-    """Return how to read into banks on an NVIDIA GPU, or None if MLX computes elsewhere."""
-    return _card_reads() if uses_cuda() else None
-
-
 @functools.cache
-def _card_reads() -> CardReads:
-    return CardReads(Driver())
+def gpu_reads() -> GpuReads:
+    """Return how to read into rows of this process's GPU."""
+    return GpuReads(Driver())
 
 
-def card_rows(arrays: Sequence[mx.array]) -> list[CardRow]:
+def gpu_rows(arrays: Sequence[mx.array]) -> list[GpuRow]:
     """Return where arrays lie in the card's memory. Nobody may take a view of them after that."""
     names = [f"a{index}" for index in range(len(arrays))]
     places = "\n".join(
@@ -250,4 +241,4 @@ def card_rows(arrays: Sequence[mx.array]) -> list[CardRow]:
         output_shapes=[(len(arrays),)],
         output_dtypes=[mx.uint64],
     )
-    return [CardRow(a, x.nbytes) for a, x in zip(np.array(out).tolist(), arrays, strict=True)]
+    return [GpuRow(a, x.nbytes) for a, x in zip(np.array(out).tolist(), arrays, strict=True)]

@@ -7,20 +7,18 @@ host, which prepares the next launches meanwhile. For the waves of a prompt the 
 the bank's table goes there, and comes back with the next token.
 """
 
-import ctypes
 import functools
-import mmap
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ...custom_kernels import reference
+from ...custom_kernels.cuda.copy import copy as _copy
+from ...custom_kernels.cuda.copy import new_clock as _new_clock
 from ...custom_kernels.cuda.slots import NONE, Table, choose_slots
 from ...custom_kernels.launch import LEAST_ELEMENTS, settled
 from ...custom_kernels.shapes import expect, expect_below
@@ -30,112 +28,14 @@ from ..memory import available_bytes
 from ..reader import Arrival
 from ..sizing import CachePlan
 from ..slots import DTYPES, HALF_LIFE, NEVER
-from .pinned import Driver, card_rows, uses_cuda
+from .mapped import MappedFiles
+from .pinned import Driver, gpu_rows
 
 USEFUL_MEMORY = 0.7  # of what is available, at most; the pages of other programs have to leave
-LANES, GROUPS = 256, 4  # threads of a group, groups for each tensor of an expert
-LOCKERS = 8  # threads that bring pages into memory and lock them
-POPULATE_READ = 22  # MADV_POPULATE_READ of Linux's mman.h
 TRIES, TRIED = 4, 8  # times that experts are asked for, and how many, before this is relied on
 
-COPY = """
-const uint32_t* task = tasks + 2 * (blockIdx.y / FIELDS);
-const uint64_t* field = fields + 4 * (blockIdx.y % FIELDS);
-if (blockIdx.x == 0 && blockIdx.y == 0)
-  for (int i = threadIdx.x; i < slots_shape[0]; i += blockDim.x) there[i] = slots[i];
-unsigned long long now, *times = const_cast<unsigned long long*>(
-    reinterpret_cast<const unsigned long long*>(clock));
-asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-if (threadIdx.x == 0) atomicMin(times, now);
-if (task[0] != 0xffffffffu) {
-  const uint64_t bytes = field[3];
-  const uint64_t from = field[0] + task[0] * field[1], to = field[2] + task[1] * bytes;
-  const int step = gridDim.x * blockDim.x;
-  int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if ((from | to | bytes) % 16 == 0) {
-    const uint4* source = reinterpret_cast<const uint4*>(from);
-    uint4* place = reinterpret_cast<uint4*>(to);
-    const int count = bytes / 16;
-    for (; i + 7 * step < count; i += 8 * step) {
-      uint4 held[8];
-      _Pragma("unroll") for (int u = 0; u < 8; u++) held[u] = __ldcs(source + i + u * step);
-      _Pragma("unroll") for (int u = 0; u < 8; u++) place[i + u * step] = held[u];
-    }
-    for (; i < count; i += step) place[i] = __ldcs(source + i);
-  } else {
-    const uint8_t* source = reinterpret_cast<const uint8_t*>(from);
-    uint8_t* place = reinterpret_cast<uint8_t*>(to);
-    for (; i < static_cast<int>(bytes); i += step) place[i] = source[i];
-  }
-}
-__syncthreads();
-if (threadIdx.x == 0) {
-  __threadfence();
-  if (atomicAdd(times + 1, 1ull) + 1 == gridDim.x * gridDim.y) {  // the last group
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    times[2] += now - times[0];
-    times[0] = ~0ull;
-    times[1] = 0;
-  }
-}
-"""
 
-
-class MappedFiles:
-    """Files whose pages the card can read."""
-
-    def __init__(self, driver: Driver, paths: Sequence[Path]) -> None:
-        """Map files and lock their pages, which brings them into the page cache.
-
-        Raises:
-            FlashMoEError: one cannot be mapped, or not be locked.
-        """
-        self._driver = driver
-        self._maps: dict[Path, tuple[mmap.mmap, int]] = {}
-        with ThreadPoolExecutor(LOCKERS) as pool:
-            jobs = [(path, pool.submit(self._lock, path)) for path in paths]
-        try:
-            self._maps = {path: job.result() for path, job in jobs if not job.exception()}
-            for _, job in jobs:
-                job.result()
-        except BaseException:
-            self.close()
-            raise
-
-    def _lock(self, path: Path) -> tuple[mmap.mmap, int]:
-        """Return a file's pages in memory, and the address that they have for the card."""
-        try:
-            with path.open("rb") as file:  # apart: the reader's own are set to read nothing ahead
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise FlashMoEError(f"{path}: cannot be mapped ({error}).") from error
-        # CUDA would fetch page after page. A system that does not know this leaves it to CUDA.
-        _libc().madvise(
-            ctypes.c_void_p(_address(pages)), ctypes.c_size_t(len(pages)), POPULATE_READ
-        )
-        return pages, self._driver.lock(_address(pages), len(pages))
-
-    def address(self, field: Field, experts: int) -> int:
-        """Return where the card finds a tensor of expert 0, all experts of which are there.
-
-        Raises:
-            FlashMoEError: the file is shorter.
-        """
-        pages, address = self._maps[field.file]
-        if field.offset + (experts - 1) * field.stride + field.nbytes > len(pages):
-            raise FlashMoEError(f"{field.file}: ends in the middle of an expert.")
-        return address + field.offset
-
-    def close(self) -> None:
-        """Wait for copies under way, and unlock the pages."""
-        self._driver.finish()
-        for pages, _ in self._maps.values():
-            self._driver.unlock(_address(pages))
-            pages.close()
-        self._maps = {}
-
-
-class CardBank:
+class GpuTable:
     """One layer's bank in decoding: which expert lies where is known on the card alone.
 
     Attributes:
@@ -162,7 +62,7 @@ class CardBank:
         """
         self._experts, self._slots = layout.num_experts, slots
         self.record_bytes = layout.record_bytes
-        rows = card_rows(arrays)
+        rows = gpu_rows(arrays)
         for field, row in zip(layout.fields, rows, strict=True):
             if row.nbytes != slots * field.nbytes:
                 raise FlashMoEError(
@@ -219,7 +119,7 @@ class CardBank:
                 self._experts, NEVER, np.float32
             )
 
-    def bring(self, ids: mx.array, earlier: mx.array) -> mx.array:
+    def load(self, ids: mx.array, earlier: mx.array) -> mx.array:
         """Return the slots of experts `[..., K]`, whose bytes are there when they are computed.
 
         Args:
@@ -227,7 +127,7 @@ class CardBank:
             earlier: any array that is computed before.
         """
         earlier = earlier if self._last is None else self._last
-        *table, there = _bring(self._slots)(*self._table, ids, earlier, self._fields, self.clock)
+        *table, there = _load(self._slots)(*self._table, ids, earlier, self._fields, self.clock)
         self._table, self._last, self.thread = Table(*table), there, threading.get_ident()
         return there
 
@@ -248,7 +148,7 @@ class CardBank:
         self._last = consumer
 
 
-class CardArrival(Arrival):
+class GpuArrival(Arrival):
     """An expert that the card brings; it is over when somebody has waited for it."""
 
     __slots__ = ("_expected", "_layer", "_there", "_turn")
@@ -272,10 +172,10 @@ class CardArrival(Arrival):
             self.advance(0 if error else self._expected, error)
 
 
-class CardBanks:
+class GpuLoader:
     """The banks of all layers, and the files they are filled from."""
 
-    def __init__(self, mapped: MappedFiles, banks: Sequence[CardBank]) -> None:
+    def __init__(self, mapped: MappedFiles, banks: Sequence[GpuTable]) -> None:
         """Bind banks to the files that they are filled from."""
         self._mapped, self.of_layer = mapped, banks
         self._local = threading.local()
@@ -313,7 +213,7 @@ class CardBanks:
                 mx.async_eval(there)
         except RuntimeError as reason:
             raise _refusal(layer, reason) from reason
-        return [CardArrival(layer, there, bank.record_bytes) for _ in experts]
+        return [GpuArrival(layer, there, bank.record_bytes) for _ in experts]
 
     def counted(self) -> np.ndarray:
         """Return what was counted since this was last called, `[layers, 3]` uint64.
@@ -345,10 +245,10 @@ def _refusal(layer: int, reason: RuntimeError) -> FlashMoEError:
 
 
 @functools.cache
-def _bring(slots: int) -> Any:
-    """Return the two launches of `CardBank.bring`, prepared once."""
+def _load(slots: int) -> Any:
+    """Return the two launches of `GpuTable.load`, prepared once."""
 
-    def bring(
+    def load(
         slot_of: mx.array,
         demand: mx.array,
         counts: mx.array,
@@ -361,12 +261,12 @@ def _bring(slots: int) -> Any:
         table, places, tasks = choose_slots(table, ids, earlier, slots, HALF_LIFE)
         return *table, _copy(tasks, places, fields, clock)
 
-    return mx.compile(bring)
+    return mx.compile(load)
 
 
 def map_files(
     layout: ExpertLayout, plan: CachePlan, banks: Sequence[Sequence[mx.array]]
-) -> CardBanks | None:
+) -> GpuLoader | None:
     """Return banks that the card fills by itself, or None where that is no gain or no way.
 
     Args:
@@ -374,7 +274,7 @@ def map_files(
         plan: how large banks are. Those with room for all experts read each once.
         banks: nine arrays per layer.
     """
-    if not uses_cuda() or plan.io.direct or plan.slots == layout.layers[0].num_experts:
+    if plan.io.direct or plan.slots == layout.layers[0].num_experts:
         return None
     if layout.total_bytes > USEFUL_MEMORY * available_bytes():
         return None
@@ -386,8 +286,8 @@ def map_files(
     try:
         if _works(mapped, layout.layers[0], plan.slots):
             layers = zip(layout.layers, banks, strict=True)
-            return CardBanks(
-                mapped, [CardBank(mapped, layer, plan.slots, arrays) for layer, arrays in layers]
+            return GpuLoader(
+                mapped, [GpuTable(mapped, layer, plan.slots, arrays) for layer, arrays in layers]
             )
     except (FlashMoEError, RuntimeError):  # a file cut short, which the host will name; a compiler
         pass
@@ -399,7 +299,7 @@ def _works(mapped: MappedFiles, layout: LayerLayout, slots: int) -> bool:
     """Try it: have the card fill a bank, and look at what came."""
     arrays = [mx.zeros((slots, *field.shape), dtype=DTYPES[field.dtype]) for field in layout.fields]
     mx.eval(arrays)
-    bank, rng = CardBank(mapped, layout, slots, arrays), np.random.default_rng(0)
+    bank, rng = GpuTable(mapped, layout, slots, arrays), np.random.default_rng(0)
     experts = layout.num_experts
     truth = mx.full(experts, NONE, dtype=mx.uint32), mx.full(experts, NEVER)
     bank.take(*map(np.array, truth))
@@ -407,7 +307,7 @@ def _works(mapped: MappedFiles, layout: LayerLayout, slots: int) -> bool:
         ids = mx.array(rng.permutation(experts)[: min(TRIED, slots)].astype(np.uint32))
         first, second, expected, _ = reference.choose_slots(*truth, ids, slots, HALF_LIFE)
         truth = first, second
-        if not mx.array_equal(bank.bring(ids, arrays[1]), expected):
+        if not mx.array_equal(bank.load(ids, arrays[1]), expected):
             return False
     return bool(np.array_equal(bank.give()[0], np.array(truth[0]))) and all(
         np.array(array[int(slot)].view(mx.uint8)).tobytes() == _bytes_of(field, expert)
@@ -422,47 +322,6 @@ def _bytes_of(field: Field, expert: int) -> bytes:
         return os.pread(file.fileno(), field.nbytes, field.offset + expert * field.stride)
 
 
-def _new_clock() -> mx.array:
-    values = [2**64 - 1, *[0] * (LEAST_ELEMENTS - 1)]
-    return settled(mx.array(np.array(values, np.uint64)))
-
-
 @functools.cache
 def _driver() -> Driver:
     return Driver()
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-def _address(pages: mmap.mmap) -> int:
-    return int(np.frombuffer(pages, np.uint8).ctypes.data)
-
-
-def _copy(tasks: mx.array, slots: mx.array, fields: mx.array, clock: mx.array) -> mx.array:
-    """Return `slots`, once the bytes that `tasks` `[N, 2]` (expert, slot) asks for are there.
-
-    `fields` `[9, 4]` has, for each tensor: where expert 0 lies, the step to the next one, where
-    slot 0 lies, bytes. `clock` is written to: see `CardBank`.
-    """
-    (there,) = _kernel()(
-        inputs=[tasks, slots.reshape(-1), fields, clock],
-        template=[("FIELDS", fields.shape[0])],
-        grid=(LANES * GROUPS, fields.shape[0] * tasks.shape[0], 1),
-        threadgroup=(LANES, 1, 1),
-        output_shapes=[(slots.size,)],
-        output_dtypes=[mx.uint32],
-    )
-    return there.reshape(slots.shape)
-
-
-@functools.cache
-def _kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        name="flashmoe_copy",
-        input_names=["tasks", "slots", "fields", "clock"],
-        output_names=["there"],
-        source=COPY,
-    )

@@ -1,4 +1,4 @@
-"""GatedDeltaNet between its projections: convolution, gated delta rule, gated norm."""
+"""GatedDeltaNet between its projections by MLX's ops: convolution, delta rule, gated norm."""
 
 from functools import partial
 
@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..device import cpu_kernels
+from ..op import Op
 from .weights import MixerWeights
 
 
@@ -96,6 +97,25 @@ def last_inputs(past: mx.array, qkv: mx.array, ends: mx.array | None) -> mx.arra
     return mx.take_along_axis(mx.concatenate([past, qkv], axis=1), places, axis=1)
 
 
+def windowed(
+    qkv: mx.array,
+    weights: MixerWeights,
+    past: mx.array | None,
+    state: mx.array | None,
+    mask: mx.array | None,
+    ends: mx.array | None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return `[B, taps - 1 + T, channels]`, what the convolution sees, the new past, the state.
+
+    Arguments as for `mix`.
+    """
+    past, state = or_zeros(past, state, weights, qkv.shape[0], qkv.dtype)
+    if mask is not None:
+        qkv = mx.where(mask[..., None], qkv, 0)
+    return mx.concatenate([past, qkv], axis=1), last_inputs(past, qkv, ends), state
+
+
+@Op
 def mix(
     qkv: mx.array,
     z: mx.array,
@@ -124,17 +144,7 @@ def mix(
         y `[B, T, Hv Dv]`, the new `past` and the new `state`.
     """
     heads, (batch, tokens, width) = weights.heads, qkv.shape
-    past, state = or_zeros(past, state, weights, batch, qkv.dtype)
-    if mask is not None:
-        qkv = mx.where(mask[..., None], qkv, 0)
-    window = mx.concatenate([past, qkv], axis=1)
-    past = last_inputs(past, qkv, ends)
-    if cpu_kernels(qkv):
-        from ..cpu import gated_delta
-
-        y, state = gated_delta.mix(z, b, a, weights, window, state, mask)
-        return y, past, state
-
+    window, past, state = windowed(qkv, weights, past, state, mask, ends)
     qkv = nn.silu(mx.conv1d(window, weights.conv, groups=width))
     q, k, v = mx.split(qkv, [heads.keys * heads.key_dim, 2 * heads.keys * heads.key_dim], axis=-1)
     q = q.reshape(batch, tokens, heads.keys, heads.key_dim)
@@ -152,3 +162,24 @@ def mix(
     )
     y = _gate(mx.fast.rms_norm(y, weights.norm, weights.norm_eps), z.reshape(y.shape))
     return y.reshape(batch, tokens, -1), past, state
+
+
+@mix.register
+def _mix_by_cpu(
+    qkv: mx.array,
+    z: mx.array,
+    b: mx.array,
+    a: mx.array,
+    weights: MixerWeights,
+    past: mx.array | None,
+    state: mx.array | None,
+    mask: mx.array | None = None,
+    ends: mx.array | None = None,
+) -> tuple[mx.array, mx.array, mx.array] | None:
+    if not cpu_kernels(qkv):
+        return None
+    from ..cpu import gated_delta  # needs numba
+
+    window, past, state = windowed(qkv, weights, past, state, mask, ends)
+    y, state = gated_delta.mix(z, b, a, weights, window, state, mask)
+    return y, past, state

@@ -1,0 +1,88 @@
+"""Copies expert records into slots on an NVIDIA GPU, from memory of the host that it can read."""
+
+import functools
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..launch import LEAST_ELEMENTS, settled
+
+LANES, GROUPS = 256, 4  # threads of a group, groups for each tensor of an expert
+
+COPY = """
+const uint32_t* task = tasks + 2 * (blockIdx.y / FIELDS);
+const uint64_t* field = fields + 4 * (blockIdx.y % FIELDS);
+if (blockIdx.x == 0 && blockIdx.y == 0)
+  for (int i = threadIdx.x; i < slots_shape[0]; i += blockDim.x) there[i] = slots[i];
+unsigned long long now, *times = const_cast<unsigned long long*>(
+    reinterpret_cast<const unsigned long long*>(clock));
+asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+if (threadIdx.x == 0) atomicMin(times, now);
+if (task[0] != 0xffffffffu) {
+  const uint64_t bytes = field[3];
+  const uint64_t from = field[0] + task[0] * field[1], to = field[2] + task[1] * bytes;
+  const int step = gridDim.x * blockDim.x;
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if ((from | to | bytes) % 16 == 0) {
+    const uint4* source = reinterpret_cast<const uint4*>(from);
+    uint4* place = reinterpret_cast<uint4*>(to);
+    const int count = bytes / 16;
+    for (; i + 7 * step < count; i += 8 * step) {
+      uint4 held[8];
+      _Pragma("unroll") for (int u = 0; u < 8; u++) held[u] = __ldcs(source + i + u * step);
+      _Pragma("unroll") for (int u = 0; u < 8; u++) place[i + u * step] = held[u];
+    }
+    for (; i < count; i += step) place[i] = __ldcs(source + i);
+  } else {
+    const uint8_t* source = reinterpret_cast<const uint8_t*>(from);
+    uint8_t* place = reinterpret_cast<uint8_t*>(to);
+    for (; i < static_cast<int>(bytes); i += step) place[i] = source[i];
+  }
+}
+__syncthreads();
+if (threadIdx.x == 0) {
+  __threadfence();
+  if (atomicAdd(times + 1, 1ull) + 1 == gridDim.x * gridDim.y) {  // the last group
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    times[2] += now - times[0];
+    times[0] = ~0ull;
+    times[1] = 0;
+  }
+}
+"""
+
+
+def new_clock() -> mx.array:
+    """Return a clock at rest, `[LEAST_ELEMENTS]` uint64: see `copy`."""
+    values = [2**64 - 1, *[0] * (LEAST_ELEMENTS - 1)]
+    return settled(mx.array(np.array(values, np.uint64)))
+
+
+def copy(tasks: mx.array, slots: mx.array, fields: mx.array, clock: mx.array) -> mx.array:
+    """Return `slots`, once the bytes that `tasks` `[N, 2]` (expert, slot) asks for are there.
+
+    `fields` `[9, 4]` has, for each tensor: where expert 0 lies, the step to the next one, where
+    slot 0 lies, bytes. `clock` `[LEAST_ELEMENTS]` uint64 is
+    written to: when copies under way began, how many groups of threads are done, and the
+    nanoseconds that copies took so far.
+    """
+    (there,) = _kernel()(
+        inputs=[tasks, slots.reshape(-1), fields, clock],
+        template=[("FIELDS", fields.shape[0])],
+        grid=(LANES * GROUPS, fields.shape[0] * tasks.shape[0], 1),
+        threadgroup=(LANES, 1, 1),
+        output_shapes=[(slots.size,)],
+        output_dtypes=[mx.uint32],
+    )
+    return there.reshape(slots.shape)
+
+
+@functools.cache
+def _kernel() -> Any:
+    return mx.fast.cuda_kernel(
+        name="flashmoe_copy",
+        input_names=["tasks", "slots", "fields", "clock"],
+        output_names=["there"],
+        source=COPY,
+    )

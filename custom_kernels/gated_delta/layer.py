@@ -1,0 +1,85 @@
+"""A GatedDeltaNet layer: norm, projections, what lies between them, and the residual."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..cpu.entry import cpu_steps
+from ..device import on_gpu
+from ..linear.linear import joined, linear
+from ..op import Op
+from .by_gpu import mix_joined
+from .naive import mix
+from .weights import MixerWeights
+
+Result = tuple[mx.array, mx.array, mx.array]
+
+
+@Op
+def gated_delta_layer(
+    h: mx.array,
+    norm: nn.RMSNorm,
+    inputs: Sequence[nn.Module],
+    out: nn.Module,
+    weights: MixerWeights,
+    past: mx.array | None,
+    state: mx.array | None,
+    mask: mx.array | None = None,
+    ends: mx.array | None = None,
+) -> Result:
+    """Run a layer: h + out(mix(inputs(norm(h)))).
+
+    Args:
+        h: `[B, T, H]`.
+        norm: the norm before the layer.
+        inputs: the projections to q, k and v; to z; to b; and to a.
+        out: the output projection.
+        weights: what the layer holds besides its projections.
+        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` the convolution's last inputs, None for zeros.
+        state: `[B, Hv, Dv, Dk]` float32, None for zeros.
+        mask: `[B, T]` bool, False for padding.
+        ends: `[B]` where each row's tokens end, None if all end at T.
+
+    Returns:
+        `[B, T, H]`, the new `past` and the new `state`.
+    """
+    qkv, z, b, a = linear(h, *inputs, norm=norm)
+    y, past, state = mix(qkv, z, b, a, weights, past, state, mask, ends)
+    return linear(y, out, residual=h)[0], past, state
+
+
+@gated_delta_layer.register
+def _by_gpu(
+    h: mx.array,
+    norm: nn.RMSNorm,
+    inputs: Sequence[nn.Module],
+    out: nn.Module,
+    weights: MixerWeights,
+    past: mx.array | None,
+    state: mx.array | None,
+    mask: mx.array | None = None,
+    ends: mx.array | None = None,
+) -> Result | None:
+    if not on_gpu(h):
+        return None
+    projected = joined(h, *inputs, norm=norm)
+    y, past, state = mix_joined(projected, weights, past, state, mask, ends)
+    return linear(y, out, residual=h)[0], past, state
+
+
+@gated_delta_layer.register
+def _step_by_cpu(
+    h: mx.array,
+    norm: nn.RMSNorm,
+    inputs: Sequence[nn.Module],
+    out: nn.Module,
+    weights: MixerWeights,
+    past: mx.array | None,
+    state: mx.array | None,
+    mask: mx.array | None = None,
+    ends: mx.array | None = None,
+) -> Result | None:
+    if past is None or mask is not None or ends is not None or not (steps := cpu_steps(h)):
+        return None
+    return steps.delta_step(h, inputs, out, norm, weights, past, state)
