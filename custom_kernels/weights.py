@@ -1,15 +1,17 @@
 """Quantised matrices, and what is remembered of them while they stay the same arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .shapes import expect, expect_quantised
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,28 @@ def arrays_of(layers: Sequence[nn.Module]) -> tuple[mx.array | None, ...]:
 def same(known: Sequence[Any], now: Sequence[Any]) -> bool:
     """Say whether both hold the same objects."""
     return len(known) == len(now) and all(map(is_, known, now))
+
+
+def remembered(
+    owner: nn.Module,
+    name: str,
+    arrays: Callable[[], Sequence[Any]],
+    make: Callable[[], T | None],
+) -> T | None:
+    """Return what `make` returned when the weights were the arrays that they are now.
+
+    Args:
+        owner: the module that keeps it.
+        name: the attribute that it keeps it in.
+        arrays: returns the weights; asked again after `make`, which may replace them.
+        make: None is not remembered.
+    """
+    known: Any = getattr(owner, name, None)
+    if known is not None and same(known[0], arrays()):
+        return known[1]
+    if (made := make()) is not None:
+        setattr(owner, name, (tuple(arrays()), made))
+    return made
 
 
 def is_affine(layer: nn.Module) -> bool:

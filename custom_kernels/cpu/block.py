@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..gated_delta.weights import Heads, MixerWeights
-from ..weights import QuantizedMatrix, arrays_of, is_affine, same
+from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
 from .decode import NOTHING, Group, project
 from .gated_delta_step import DeltaBlock
 from .moe import MoeBlock, Waves
@@ -153,24 +153,25 @@ def _is_quantised(layer: nn.Module) -> bool:
 
 def _float32(owner: nn.Module, weight: mx.array) -> Array:
     """Return a small weight as float32, which its module keeps."""
-    known = getattr(owner, "_as_float32", None)
-    if known is None or known[0] is not weight:
-        known = owner._as_float32 = weight, np.array(weight.astype(mx.float32))
-    return known[1]
+    made = remembered(
+        owner, "_as_float32", lambda: [weight], lambda: np.array(weight.astype(mx.float32))
+    )
+    assert made is not None
+    return made
 
 
 def _remember(
     owner: nn.Module, layers: Sequence[nn.Module], make: Callable[[], Any], *others: mx.array
 ) -> Any:
     """Return what `make` made of these layers' and other weights; None if not all are quantised."""
-    weights = *arrays_of(layers), *others
-    known: Any = getattr(owner, "_step", None)
-    if known and same(known[0], weights):
-        return known[1]
-    if not all(_is_quantised(layer) for layer in layers):
-        return None
-    owner._step = weights, make()
-    return owner._step[1]
+
+    def weights() -> tuple[Any, ...]:
+        return *arrays_of(layers), *others
+
+    def made() -> Any:
+        return make() if all(map(_is_quantised, layers)) else None
+
+    return remembered(owner, "_step", weights, made)
 
 
 def prepare() -> None:

@@ -1,11 +1,10 @@
 """Linear layers and the SwiGLU block made of them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +15,7 @@ from ..cpu.entry import cpu_steps
 from ..device import cpu_kernels, on_gpu
 from ..launch import rounds_products, scalar
 from ..op import Op
-from ..weights import QuantizedMatrix, arrays_of, is_affine, same
+from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
 from .cases import MatvecTrial, NormedMatvecTrial
 from .dequantize import MatmulTrial, matmul, matmul_by_mlx
 from .matvec import MAX_TOKENS, dequant_matvec, supports
@@ -124,18 +123,15 @@ def _joined_by_gpu(
     return _by_gpu(x, weight, norm, None, dtype or x.dtype)
 
 
-@dataclass(frozen=True)
-class Joined:
+class Joined(NamedTuple):
     """The weights of layers that share their input, one below the other in one matrix.
 
     Attributes:
         bank: `[sum of out, ...]`.
-        parts: the layers' own arrays, which are views of it.
         ends: rows at which all layers but the last end.
     """
 
     bank: QuantizedMatrix
-    parts: tuple[mx.array | None, ...]
     ends: list[int]
 
 
@@ -144,10 +140,11 @@ def join(layers: Sequence[nn.Module]) -> Joined | None:
 
     It takes no memory: each layer's weights become views of the joined ones.
     """
+    return remembered(layers[0], "_joined", lambda: arrays_of(layers), lambda: _join(layers))
+
+
+def _join(layers: Sequence[nn.Module]) -> Joined | None:
     first = layers[0]
-    known = getattr(first, "_joined", None)
-    if known and same(known.parts, arrays_of(layers)):
-        return known
     if not all(is_affine(layer) for layer in layers):
         return None
     formats = {(layer.bits, layer.group_size, layer.scales.dtype) for layer in layers}
@@ -164,9 +161,7 @@ def join(layers: Sequence[nn.Module]) -> Joined | None:
         for layer, view in zip(layers, views, strict=True):
             layer[name] = view
         arrays.append(whole)
-    bank = QuantizedMatrix.of(arrays, first.bits, first.group_size)
-    first._joined = Joined(bank, arrays_of(layers), ends[1:-1])
-    return first._joined
+    return Joined(QuantizedMatrix.of(arrays, first.bits, first.group_size), ends[1:-1])
 
 
 def _by_gpu(
@@ -224,14 +219,11 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 def _packed(kernels: ModuleType, layer: nn.Module) -> Any:
     """View a layer's weights for the CPU kernels, or return None if they do not take it."""
-    if not is_affine(layer):
+    if not is_affine(layer) or not kernels.supports(layer.bits, layer.group_size, layer.scales):
         return None
-    if not kernels.supports(layer.bits, layer.group_size, layer.scales):
-        return None
-    cached = getattr(layer, "_packed", None)
-    weights = arrays_of([layer])
-    if cached is None or not same(cached[0], weights):
-        mx.eval(weights)
-        cached = weights, kernels.packed(*weights, layer.bits, layer.group_size)
-        layer._packed = cached
-    return cached[1]
+
+    def view() -> Any:
+        mx.eval(arrays_of([layer]))
+        return QuantizedMatrix.of_layer(layer).packed
+
+    return remembered(layer, "_packed", lambda: arrays_of([layer]), view)

@@ -20,7 +20,7 @@ from ...custom_kernels.launch import scalar
 from ...custom_kernels.linear.linear import join, joined, linear, mlp
 from ...custom_kernels.op import Op
 from ...custom_kernels.traced import Traced
-from ...custom_kernels.weights import QuantizedMatrix, arrays_of, same
+from ...custom_kernels.weights import QuantizedMatrix, arrays_of, remembered
 from ...format.layout import quantisation
 from ...format.names import PROJECTIONS
 from ...store.scheduler import expert_batches
@@ -58,14 +58,13 @@ class ResidentExperts(SwitchGLU):
     def banks(self) -> list[QuantizedMatrix] | None:
         """Return gate, up and down, or None if they are not affine-quantised."""
         layers = [self[name] for name in PROJECTIONS]
-        if not all(type(x) is QuantizedSwitchLinear and x.mode == "affine" for x in layers):
-            return None
-        arrays = arrays_of(layers)
-        known = getattr(self, "_known", None)
-        if known is None or not same(known[0], arrays):
-            banks = [QuantizedMatrix.of_layer(layer) for layer in layers]
-            known = self._known = arrays, banks
-        return known[1]
+
+        def make() -> list[QuantizedMatrix] | None:
+            if not all(type(x) is QuantizedSwitchLinear and x.mode == "affine" for x in layers):
+                return None
+            return [QuantizedMatrix.of_layer(layer) for layer in layers]
+
+        return remembered(self, "_known", lambda: arrays_of(layers), make)
 
     def slots(self, ids: mx.array, x: mx.array) -> mx.array:
         """Return the slots of experts, which are their ids."""

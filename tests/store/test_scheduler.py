@@ -1,31 +1,25 @@
-"""Waves: which experts of a layer come together, and in which order."""
+"""Batches: which experts of a layer come together, and in which order."""
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from store_helpers import EXPERTS, contents, make_store, record
 
-from flashmoe_mlx.models.qwen3_5 import moe
-from flashmoe_mlx.models.qwen3_5.moe import StreamedExperts
+from flashmoe_mlx.store import scheduler
 from flashmoe_mlx.store import store as expert_store
+from flashmoe_mlx.store.host import UnifiedBackend
+from flashmoe_mlx.store.scheduler import expert_batches
 
 
-def layer_of(store) -> StreamedExperts:
-    layer = StreamedExperts.__new__(StreamedExperts)
-    layer.__dict__.update(_store=store, _layer=0, _complete=False)
-    return layer
-
-
-def waves_of(store, ids: list[int]) -> list[list[int]]:
-    """Return the experts of each wave, having looked at their bytes while they have to be there."""
-    ids, seen, waves = np.array(ids), [], []
-    for places, slots in layer_of(store).waves(ids):
-        waves.append(sorted(set(ids[places].tolist())))
+def batches_of(store, ids: list[int]) -> list[list[int]]:
+    """Return the experts of each batch, having compared their bytes while they are there."""
+    ids, seen, batches = np.array(ids), [], []
+    for places, slots in expert_batches(store, 0, ids):
+        batches.append(sorted(set(ids[places].tolist())))
         seen += places.tolist()
         for place, slot in zip(places.tolist(), slots.tolist(), strict=True):
             assert contents(store, 0, slot) == record(0, int(ids[place]))
     assert sorted(seen) == list(range(len(ids)))
-    return waves
+    return batches
 
 
 @pytest.fixture
@@ -43,15 +37,15 @@ def test_resident_experts_come_first_and_few_missing_ones_together(tmp_path):
     store = make_store(tmp_path, slots=8)
     store.fetch(0, [1, 2, 3])
     assert not store.reads_compute
-    assert waves_of(store, [5, 1, 4, 2, 0, 5, 7]) == [[1, 2], [0, 4, 5, 7]]
+    assert batches_of(store, [5, 1, 4, 2, 0, 5, 7]) == [[1, 2], [0, 4, 5, 7]]
     store.close()
 
 
 @pytest.mark.usefixtures("slow")
 def test_many_missing_ones_come_in_halves(tmp_path, monkeypatch):
-    monkeypatch.setattr(moe, "FEW", 2)
+    monkeypatch.setattr(scheduler, "FEW", 2)
     store = make_store(tmp_path, slots=8)
-    assert waves_of(store, [5, 4, 0, 5, 7, 5, 4]) == [[0, 7], [4, 5]]
+    assert batches_of(store, [5, 4, 0, 5, 7, 5, 4]) == [[0, 7], [4, 5]]
     store.close()
 
 
@@ -61,8 +55,8 @@ def test_where_reading_takes_the_cores_that_compute_all_come_together(tmp_path, 
     assert not store.reads_compute  # nothing was read yet
     store.fetch(0, [1, 2, 3])
     assert store.reads_compute
-    assert waves_of(store, [5, 1, 4, 2, 0]) == [[0, 1, 2, 4, 5]]
-    monkeypatch.setattr(expert_store.mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert batches_of(store, [5, 1, 4, 2, 0]) == [[0, 1, 2, 4, 5]]
+    monkeypatch.setattr(store, "backend", UnifiedBackend())
     assert not store.reads_compute
     monkeypatch.undo()
     store.close()
@@ -70,10 +64,10 @@ def test_where_reading_takes_the_cores_that_compute_all_come_together(tmp_path, 
 
 @pytest.mark.usefixtures("fast")
 def test_more_than_the_bank_holds_come_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(moe, "FEW", 2)
+    monkeypatch.setattr(scheduler, "FEW", 2)
     store = make_store(tmp_path, slots=4)
-    waves = waves_of(store, [*range(EXPERTS), 9])
-    assert all(len(wave) <= 2 for wave in waves) and waves[-1][-1] == 9
+    batches = batches_of(store, [*range(EXPERTS), 9])
+    assert all(len(wave) <= 2 for wave in batches) and batches[-1][-1] == 9
     store.close()
 
 
