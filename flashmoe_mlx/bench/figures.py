@@ -11,7 +11,7 @@ from typing import Any
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile.counters import Floor, Use
 from ..store.memory import peak_bytes
-from .published import ROWS
+from ..cli.published import ROWS
 from .synthetic import Recipe
 
 

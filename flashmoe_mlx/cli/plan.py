@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..bench.published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, tally
 from ..commands import as_command
 from ..errors import FlashMoEError
 from ..format.json_file import exists
@@ -34,6 +33,7 @@ from .plan_model import (
     prefill_seconds,
     weigh,
 )
+from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, tally
 
 NAMES = ("397b", "122b", "35b")
 BITS = (4, 2)
