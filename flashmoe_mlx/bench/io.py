@@ -13,7 +13,7 @@ import mmap
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,15 @@ from ..format.names import FIELDS
 from ..loader import find_model
 from ..models.qwen3_5.args import ModelArgs
 from ..profile import machine
-from ..profile.counters import disk_bytes
+from ..profile.counters import Use, disk_bytes
 from ..profile.read_speed import (
     BUFFERS,
+    COLD_BY,
     Range,
     forget,
     in_threads,
     opened,
     ranges_of,
-    read_range,
     reads_into,
     record_buffers,
     scratch_ranges,
@@ -54,12 +54,15 @@ COLD = ("pread", "pread, no read-ahead", "mmap", "direct", "store, buffered", "s
 PREADS = ("pread", "pread, no read-ahead", "direct")
 WARM = ("pread", "mmap", "store, buffered", "memcpy")
 
+LIMIT_THREADS = (2, 4, 8)
+LIMIT_SAMPLE = 128 << 20  # bytes that each way reads in a round of `Limit`
+
 Read = Callable[[], float]  # read everything; returns seconds
 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the table."""
+    """One cell of the table: "cold" or "warm", a way of COLD or WARM, and a number of threads."""
 
     state: str
     way: str
@@ -69,6 +72,11 @@ class Case:
     def ours(self) -> bool:
         """Say whether the expert store reads."""
         return self.way.startswith("store")
+
+    @property
+    def raw(self) -> bool:
+        """Say whether files are read without the store; memcpy reads none."""
+        return not self.ours and self.way != "memcpy"
 
     @property
     def direct(self) -> bool:
@@ -123,17 +131,16 @@ def run(args: argparse.Namespace) -> int:
     print(f"GB/s, median of {args.rounds} rounds of {args.sample_mib} MiB in random records")
     results = []
     for source, layout in _layouts(args):
-        cells, how = measure(
-            layout, cases(layout, args.threads), args.rounds, args.sample_mib << 20
-        )
-        results.append(_report(source, layout, cells, how))
+        every = cases(layout, args.threads)
+        cells = measure(layout, every, args.rounds, args.sample_mib << 20)
+        results.append(_report(source, layout, cells))
     settings = {"rounds": args.rounds, "sample_bytes": args.sample_mib << 20, "fetched": FETCHED}
     print(json.dumps({"benchmark": "io", **facts, **settings, "records": results}))
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    at_least_one(threads=min(args.threads), rounds=args.rounds, sample_mib=args.sample_mib)
+    at_least_one(threads=args.threads, rounds=args.rounds, sample_mib=args.sample_mib)
     for record in args.record:
         if record < SHORTEST or record % (3 * BLOCK):
             raise FlashMoEError(
@@ -181,9 +188,7 @@ def cases(layout: ExpertLayout, threads: Sequence[int]) -> list[Case]:
     return [case for case in found if not case.direct] if obstacle(layout) else found
 
 
-def measure(
-    layout: ExpertLayout, cases: Sequence[Case], rounds: int, sample: int
-) -> tuple[list[Cell], str]:
+def measure(layout: ExpertLayout, cases: Sequence[Case], rounds: int, sample: int) -> list[Cell]:
     """Measure cases in rounds, in random order.
 
     Args:
@@ -191,62 +196,53 @@ def measure(
         cases: what to measure.
         rounds: runs of each.
         sample: bytes in each, at most half of the experts.
-
-    Returns:
-        The cells, and in words how the page cache was kept out.
     """
     layer = layout.layers[0]
     count = min(sample // layer.record_bytes, layer.num_experts // 2)
     count = max(1, count // FETCHED) * FETCHED
     buffers = record_buffers(max(nbytes for _, _, nbytes in ranges_of([(layer, 0)])))
     found: dict[Case, list[tuple[float, float | None]]] = {case: [] for case in cases}
-    how = ""
     for _ in range(rounds):
         for case in random.sample(cases, len(cases)):
             experts = random.sample(range(layer.num_experts), count)
-            speed, from_disk, kept_out = _run(case, layout, experts, buffers)
-            how = kept_out if case.state == "cold" else how
-            found[case].append((speed, from_disk))
+            found[case].append(_run(case, layout, experts, buffers))
     cells = []
     for case, results in found.items():
-        disk = [ratio for _, ratio in results if ratio is not None]
-        ratio = statistics.median(disk) if disk and case.state == "cold" else None
+        disk = [ratio for _, ratio in results if ratio is not None and case.state == "cold"]
+        ratio = statistics.median(disk) if disk else None
         cells.append(Cell(case, [speed for speed, _ in results], ratio))
-    return cells, how
+    return cells
 
 
 def _run(
     case: Case, layout: ExpertLayout, experts: Sequence[int], buffers: list[memoryview]
-) -> tuple[float, float | None, str]:
-    """Return bytes per second, bytes that came from the disk for each asked for, and the cold."""
+) -> tuple[float, float | None]:
+    """Return bytes per second, and the bytes that the disk delivered for each byte asked for."""
     ranges = ranges_of([(layout.layers[0], expert) for expert in experts])
-    ways = _store(case, layout, experts) if case.ours else _raw(case, ranges, buffers)
-    with ways as read:
-        how = _prepare(ranges, cold=case.state == "cold")
+    source = _store(case, layout, experts) if case.ours else _raw(case, ranges, buffers)
+    with source as read:
+        _prepare(ranges, buffers, cold=case.state == "cold")
         before = disk_bytes()
         seconds = read()
         after, asked = disk_bytes(), sum(nbytes for _, _, nbytes in ranges)
     from_disk = None if before is None or after is None else (after - before) / asked
-    return asked / seconds, from_disk, how
+    return asked / seconds, from_disk
 
 
-def _prepare(ranges: Sequence[Range], cold: bool) -> str:
+def _prepare(ranges: Sequence[Range], buffers: list[memoryview], cold: bool) -> None:
     """Drop ranges from the page cache, or read them into it."""
     with opened(ranges) as files:
-        how = "read before"
-        buffer = memoryview(bytearray(max(nbytes for _, _, nbytes in ranges)))
-        for place in ranges:
-            path, offset, nbytes = place
+        read = reads_into(buffers, ranges, files)
+        for number, place in enumerate(ranges):
             if cold:
-                how = forget(files[path], place)
+                forget(files[place[0]], place)
             else:
-                read_range(files[path], path, offset, buffer[:nbytes])
-    return how
+                read(number)
 
 
 @contextlib.contextmanager
 def _store(case: Case, layout: ExpertLayout, experts: Sequence[int]) -> Iterator[Read]:
-    """Open a store whose bank is full of other experts, and yield what fetches these."""
+    """Open a store whose bank is full of other experts; yield a function that fetches these."""
     io = IoPlan(True, "as asked") if case.direct else BUFFERED
     plan = CachePlan(BUFFERS, BUFFERS * layout.token_bytes, "as the others", io)
     others = set(range(layout.layers[0].num_experts)).difference(experts)
@@ -264,7 +260,7 @@ def _store(case: Case, layout: ExpertLayout, experts: Sequence[int]) -> Iterator
 
 @contextlib.contextmanager
 def _raw(case: Case, ranges: Sequence[Range], buffers: list[memoryview]) -> Iterator[Read]:
-    """Yield what brings ranges into memory without a store."""
+    """Yield a function that reads ranges without a store."""
     with opened(ranges, case.direct, read_ahead=case.way != "pread, no read-ahead") as files:
         work = (
             reads_into(buffers, ranges, files)
@@ -277,7 +273,7 @@ def _raw(case: Case, ranges: Sequence[Range], buffers: list[memoryview]) -> Iter
 def _copies(
     case: Case, ranges: Sequence[Range], files: dict[Path, int], buffers: list[memoryview]
 ) -> Callable[[int], None]:
-    """Return what copies a range from a mapped file, or as many bytes from memory."""
+    """Return a function that copies a range from a mapped file, or as many bytes from memory."""
     if case.way == "memcpy":
         sources = {path: np.ones(max(r[1] + r[2] for r in ranges), np.uint8) for path in files}
     else:
@@ -292,10 +288,10 @@ def _copies(
     return copy
 
 
-def _report(source: str, layout: ExpertLayout, cells: list[Cell], how: str) -> dict[str, Any]:
-    """Print the table and what the store reaches of the best, and return all as JSON values."""
+def _report(source: str, layout: ExpertLayout, cells: list[Cell]) -> dict[str, Any]:
+    """Print the table and the store's share of the best, and return all as JSON values."""
     threads = sorted({cell.case.threads for cell in cells})
-    print(f"\nrecords of {layout.record_bytes} bytes; {source}; {how}")
+    print(f"\nrecords of {layout.record_bytes} bytes; {source}; {COLD_BY}")
     if why := obstacle(layout):
         print(f"no direct reads: {why}")
     print(f"{'threads':>27}", *(f"{n:>6}" for n in threads), " from disk")
@@ -310,17 +306,14 @@ def _report(source: str, layout: ExpertLayout, cells: list[Cell], how: str) -> d
         for c in cells
     ]  # fmt: skip
     shares = {state: _share(state, cells) for state in ("cold", "warm")}
-    return {"record": layout.record_bytes, "source": source, "cold_by": how, **shares, "rows": rows}
+    return {"record": layout.record_bytes, "source": source, "cold_by": COLD_BY, **shares,
+            "rows": rows}  # fmt: skip
 
 
 def _share(state: str, cells: list[Cell]) -> dict[str, Any]:
-    """Compare the store's best with the best of the other ways; memcpy reads nothing."""
-    mine = [c for c in cells if c.case.state == state and c.case.ours]
-    theirs = [
-        c for c in cells
-        if c.case.state == state and not c.case.ours and c.case.way != "memcpy"
-    ]  # fmt: skip
-    ours, best = (max(group, key=lambda c: c.median) for group in (mine, theirs))
+    """Compare the store's best with the best of the raw ways, and print that."""
+    ours = _best(c for c in cells if c.case.state == state and c.case.ours)
+    best = _best(c for c in cells if c.case.state == state and c.case.raw)
     share = ours.median / best.median
     print(
         f"{state}: {ours.case.way}, {ours.case.threads} threads: {ours.median / 1e9:.2f} GB/s, "
@@ -328,3 +321,66 @@ def _share(state: str, cells: list[Cell]) -> dict[str, Any]:
     )
     return {"store_bytes_per_s": ours.median, "best_bytes_per_s": best.median, "share": share,
             "store": asdict(ours.case), "best": asdict(best.case)}  # fmt: skip
+
+
+def _best(cells: Iterable[Cell]) -> Cell:
+    return max(cells, key=lambda cell: cell.median)
+
+
+class Limit:
+    """How near generation comes to the best raw way of reading the same model's records.
+
+    Of a run's bytes, those that the disk delivered would take their time at the best cold way, the
+    others at the best warm one. The share is that time in the time that the run had a read in
+    flight.
+    """
+
+    def __init__(self, layout: ExpertLayout) -> None:
+        """Choose the cases."""
+        self._layout = layout
+        raw = (case for case in cases(layout, LIMIT_THREADS) if case.raw)
+        self._rounds: dict[Case, list[float]] = {case: [] for case in raw}
+
+    def measure(self) -> None:
+        """Measure each case once more."""
+        for cell in measure(self._layout, list(self._rounds), 1, LIMIT_SAMPLE):
+            self._rounds[cell.case] += cell.bytes_per_s
+
+    def best(self, state: str) -> Cell:
+        """Return the fastest way by the median of its rounds; `state` is "cold" or "warm"."""
+        return _best(
+            Cell(c, speeds, None) for c, speeds in self._rounds.items() if c.state == state
+        )
+
+    def share(self, use: Use) -> float | None:
+        """Return the share; None if nothing was read, or the disk's part is unknown."""
+        stats = use.stats
+        if not stats.seconds_reading or use.from_disk is None:
+            return None
+        cold = use.needed / self.best("cold").median
+        warm = (stats.bytes_read - use.needed) / self.best("warm").median
+        return (cold + warm) / stats.seconds_reading
+
+    def report(self, uses: dict[str, list[Use]]) -> dict[str, Any]:
+        """Print the limit and what each kind of run reached, by the median; return JSON values."""
+        best = {state: self.best(state) for state in ("cold", "warm")}
+        ways = "; ".join(
+            f"{state} {cell.median / 1e9:.2f} GB/s ({cell.case.way}, {cell.case.threads} threads)"
+            for state, cell in best.items()
+        )
+        print(f"raw reads of such records at best, between the runs: {ways}")
+        found = {s: {**asdict(c.case), "bytes_per_s": c.median} for s, c in best.items()}
+        return {"best": found, "reached": {name: self._reached(name, uses[name]) for name in uses}}
+
+    def _reached(self, name: str, uses: list[Use]) -> dict[str, float] | None:
+        """Print and return what runs reached; None if they read nothing."""
+        counters = [use.stats for use in uses if use.stats.seconds_reading]
+        if not counters:
+            return None
+        speed = statistics.median(c.bytes_read / c.seconds_reading for c in counters)
+        found, line = {"bytes_per_s": speed}, f"{speed / 1e9:.2f} GB/s while a read was in flight"
+        if shares := [share for use in uses if (share := self.share(use)) is not None]:
+            found["share"] = statistics.median(shares)
+            line += f", {found['share']:.0%} of what its bytes allow"
+        print(f"{name}: {line}")
+        return found

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..custom_kernels import launch
 from ..custom_kernels.autotune import NEEDS_GPU, Verdict, measure
-from ..custom_kernels.case import Trial
+from ..custom_kernels.case import DTYPES, Trial
 from ..custom_kernels.cases import label, trials
 from ..custom_kernels.experts.router import MAX_TOP_K
 from ..custom_kernels.linear.matvec import BITS
@@ -86,6 +86,25 @@ class Row:
         columns = [f"{'-' if ms is None else f'{ms:.4f}':>9}" for ms in times]
         note = f"  [{self.message}]" if self.message else ""
         return f"{' '.join(columns)} {share:>6} {gain:>6}  {self.op} {self.trial}{note}"
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the subcommand."""
+    text = "Time each kernel beside stock MLX and beside what the memory's bandwidth allows."
+    parser = commands.add_parser("kernels", help=text, description=text)
+    parser.set_defaults(run=run)
+    add, usual = parser.add_argument, ["35b", "122b", "397b"]
+    text = "models whose shapes to take (default: 35b 122b 397b)"
+    add("--geometry", nargs="+", choices=GEOMETRIES, default=usual, help=text)
+    add("--op", nargs="+", help="only these ops, such as dequant_matvec (default: all)")
+    text = "bits per weight (default: 4 2)"
+    add("--bits", nargs="+", type=int, default=[4, 2], help=text)
+    text = "experts (default: 4 8 10)"
+    add("--top-k", nargs="+", type=int, default=[4, 8, 10], help=text)
+    text = "of activations (default: bfloat16 on a GPU, float32 on a CPU)"
+    add("--dtype", choices=DTYPES, help=text)
+    add("--calls", type=int, help="calls in one chain (default: 64 on a GPU, 8 on a CPU)")
+    add("--runs", type=int, default=5, help="chains of each, of which the median (default: 5)")
 
 
 def run(args: argparse.Namespace) -> int:

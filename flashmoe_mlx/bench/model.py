@@ -34,7 +34,6 @@ from ..loader import load
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..models.qwen3_5.model import Model
 from ..profile import machine
-from ..profile.counters import Use, now
 from ..profile.read_speed import expert_ranges, time_reads
 from ..settings import LOOKAHEAD
 from ..store.memory import available_bytes, cgroup_limit
@@ -49,10 +48,18 @@ COMPUTE_STEPS = 11  # of which the first is not counted
 Sampler = Callable[[mx.array], mx.array]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that all three commands have."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "To measure with" + (__doc__ or "").split("To measure with")[1]
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    """Add a subcommand with the flags that all three have, and return its parser."""
+    parser = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="To measure with" + (__doc__ or "").split("To measure with")[1],
+    )  # fmt: skip
+    parser.set_defaults(run=run, what=name)
     add = parser.add_argument
     add("--geometry", choices=GEOMETRIES, default="35b", help="model (default: 35b)")
     add("--layers", type=int, default=8, help="of which so many layers (default: 8)")
@@ -61,13 +68,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, help="experts per token (default: the geometry's)")
     add("--expert-cache", help="memory for experts: 512MiB, 4GiB or auto (default: auto)")
     add("--io-threads", type=int, help="threads that read from disk (default: 8)")
-    text = "read experts early, on a guess (default: off)"
+    text = "prefetch experts before the router picks them (default: off)"
     add("--lookahead", choices=LOOKAHEAD, default="off", help=text)
     add("--runs", type=int, default=3, help="runs of each, of which the median (default: 3)")
     add("--stock", action="store_true", help="also run stock mlx-lm on the same weights")
     where = f"where checkpoints are kept (default: {default_dir()})"
     add("--dir", type=Path, default=default_dir(), help=where)
     add("--plot", type=Path, metavar="FILE.png", help="draw the layers' times and hit rates")
+    return parser
 
 
 def add_cold(parser: argparse.ArgumentParser) -> None:
@@ -76,16 +84,17 @@ def add_cold(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cold", action="store_true", help=text)
 
 
-def at_least_one(**values: int) -> None:
+def at_least_one(**values: int | list[int]) -> None:
     """Refuse counts below one.
 
     Raises:
         FlashMoEError: naming the flag, its value and the remedy.
     """
-    for name, value in values.items():
-        if value < 1:
-            flag = name.replace("_", "-")
-            raise FlashMoEError(f"--{flag} {value} measures nothing. Give at least 1.")
+    for name, given in values.items():
+        for value in given if isinstance(given, list) else [given]:
+            if value < 1:
+                flag = name.replace("_", "-")
+                raise FlashMoEError(f"--{flag} {value} measures nothing. Give at least 1.")
 
 
 @dataclass(frozen=True)
@@ -195,14 +204,6 @@ def bandwidth(store: ExpertStore) -> float:
     """Measure the disk: bytes per second of random experts, read cold in the way of a store."""
     ranges = expert_ranges(store.layout)
     return time_reads(ranges, "experts", direct=store.plan.io.direct).bytes_per_s
-
-
-def begin(store: ExpertStore | None, cold: bool, started: Callable[[], None]) -> Use:
-    """Settle our model's banks and page cache, call `started`, and return the counters."""
-    if store:
-        settle(store, cold)
-    started()
-    return now(store)
 
 
 def step_seconds(subject: Subject, batch: int = 1) -> float:

@@ -4,6 +4,7 @@ import json
 import os
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -11,11 +12,10 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe_mlx import load
-from flashmoe_mlx.bench import decode, figures
-from flashmoe_mlx.bench import limit as bench_limit
+from flashmoe_mlx.bench import io as bench_io
 from flashmoe_mlx.bench import model as bench_model
-from flashmoe_mlx.bench.layers import profile
-from flashmoe_mlx.bench.limit import Limit
+from flashmoe_mlx.bench import throughput
+from flashmoe_mlx.bench.io import Limit
 from flashmoe_mlx.bench.main import main
 from flashmoe_mlx.bench.model import Subject
 from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
@@ -84,6 +84,7 @@ def test_decode_counts_what_it_reads(run):
     assert result["limit"]["best"]["cold"]["bytes_per_s"] > 0
     assert result["limit"]["reached"]["decode"]["bytes_per_s"] > 0
     assert sum(line.endswith("  median") for line in table) == 1
+    assert sum(line.endswith("  1") for line in table) == len(result["runs"]) == 1
 
 
 def test_resident_experts_are_hits_and_nothing_is_read(run):
@@ -95,16 +96,17 @@ def test_resident_experts_are_hits_and_nothing_is_read(run):
 
 @pytest.mark.parametrize("forced", [True, False])
 def test_tokens_are_random_or_the_models_own(forced, subject, monkeypatch):
-    tokens, real = [], decode.generate_step
+    tokens, real = [], throughput.generate_step
 
     def watched(*args, **options):
         for token, logits in real(*args, **options):
             tokens.append((token, mx.argmax(logits).item()))
             yield token, logits
 
-    monkeypatch.setattr(decode, "generate_step", watched)
-    args = Namespace(vocabulary=512, tokens=6, forced=forced, cold=False)
-    decode.decode(subject.model, subject.store, args, seed=4)
+    monkeypatch.setattr(throughput, "generate_step", watched)
+    args = Namespace(vocabulary=512, tokens=6, forced=forced)
+    begin = partial(throughput.begin, subject.store, cold=False)
+    throughput.decode(args, subject.model, seed=4, begin=begin)
     given, likeliest = zip(*tokens, strict=True)
     assert len(given) == bench_model.WARM_UP + 6 + 1
     expected = bench_model.random_tokens(512, len(given), seed=5) if forced else likeliest
@@ -179,14 +181,14 @@ def test_profiling_leaves_the_model_as_it_was(subject):
 
 
 def test_only_what_counts_is_profiled(subject):
-    def work(started):
-        logits(subject.model)
-        started()
-        before = counters.now(subject.store)
-        logits(subject.model, [1])
-        return counters.now(subject.store) - before
+    def run(model, seed, begin):
+        logits(model)
+        use = begin()
+        logits(model, [1])
+        return use()
 
-    layers, seconds = profile(subject, work)
+    work = throughput.Work({}, "", "", 1, 1, (False,), run, compute=float)
+    layers, seconds = throughput.profile(subject, work)
     assert [layer.asked for layer in layers] == [4] * 4
     assert sum(layer.seconds for layer in layers) < seconds
 
@@ -227,7 +229,7 @@ def test_floor_is_the_longer_of_disk_and_computing():
     # Probes at 1000 bytes/s; the run itself got 3000 bytes in the 2 seconds that it read.
     assert use.floor([500.0, 1000.0, 9000.0], 1.0).seconds == 2.0
     assert use.floor([500.0, 3000.0, 9000.0], 0.5).seconds == 1.0
-    row = figures.result(use, 2, use.floor([1000.0], 4.0))
+    row = throughput.result(use, 2, use.floor([1000.0], 4.0))
     assert row["share_of_floor"] == 0.5 and row["tokens_per_s"] == 0.25
     assert row["read_bytes_per_s"] == 4000
 
@@ -236,7 +238,7 @@ def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, mon
     layout = open_layout(checkpoint(RECIPE, directory), 4, 16)
     limit = Limit(layout)
     with monkeypatch.context() as patch:
-        patch.setattr(bench_limit, "SAMPLE", 1)
+        patch.setattr(bench_io, "LIMIT_SAMPLE", 1)
         limit.measure()
         limit.measure()
     assert {c.case.state for c in (limit.best("cold"), limit.best("warm"))} == {"cold", "warm"}
@@ -269,33 +271,33 @@ def test_the_disk_is_measured_as_the_store_reads(subject, monkeypatch):
 
 def test_the_median_run_is_one_that_was_measured():
     rows = [{"tokens_per_s": speed} for speed in (3.0, 1.0, 4.0, 2.0)]
-    assert figures.middle(rows) is rows[3]
-    assert figures.middle(rows[:3]) is rows[0]
+    assert throughput.middle(rows) is rows[3]
+    assert throughput.middle(rows[:3]) is rows[0]
 
 
 def test_columns_stand_under_their_titles():
     stats = ExpertStats(4, 1, 3, 3_000_000, 0.001, bytes_useless=500_000)
     use = Use(0.5, stats, 1_500_000, 0.4, 0.1)
-    row = figures.result(use, 1, counters.Floor(0.1, 0.25))
-    assert figures.line(row, 1, "cold") == (
+    row = throughput.result(use, 1, counters.Floor(0.1, 0.25))
+    assert throughput.line(row, 1, "cold") == (
         "     2.00  25.0%      3.00     0.50      1.50   3.00    100.00    250.00    50%   400.00"
         "  100.00  cold"
     )
-    assert figures.HEADER == (
+    assert throughput.HEADER == (
         "    tok/s   hits  MB/token  in vain   disk MB   GB/s   disk ms  comp. ms  share  user ms"
         "  sys ms  run"
     )
-    unknown = figures.line(row | {"disk_bytes_per_token": None}, 1, "warm")
+    unknown = throughput.line(row | {"disk_bytes_per_token": None}, 1, "warm")
     assert unknown.split()[4] == "-"
 
 
 def test_published_figures_are_of_the_same_geometry_and_width():
-    rows = figures.published(Recipe("397b", 4, 512, 4), "tok/s")
+    rows = throughput.published(Recipe("397b", 4, 512, 4), "tok/s")
     flash_moe = next(r for r in rows if r["name"] == "Flash-MoE, M3 Max 48 GB, 4-bit, K=4")
     assert flash_moe["tokens_per_s"] == 4.36
     assert flash_moe["ms_per_layer"] == pytest.approx(3.82, abs=0.005)
     assert all("2-bit" not in row["name"] for row in rows)
-    assert not figures.published(RECIPE, "tok/s")
+    assert not throughput.published(RECIPE, "tok/s")
 
 
 def test_layers_are_drawn(run, tmp_path):

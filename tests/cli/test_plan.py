@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe_mlx.cli.published import MACHINES, ROWS, tally
 from flashmoe_mlx.cli import plan_model
 from flashmoe_mlx.cli.plan import check, main, render_check
 from flashmoe_mlx.cli.plan_model import Engine, Machine, decode, named_args, weigh
+from flashmoe_mlx.cli.published import MACHINES, ROWS, tally
 
 M3_MAX = MACHINES["m3-max-48"]
 ENGINE = Engine(1e-3)
