@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..custom_kernels import launch
-from ..custom_kernels.autotune import NEEDS_GPU, Verdict, measure
+from ..custom_kernels.autotune import NEEDS_GPU, measure
 from ..custom_kernels.case import DTYPES, Trial
 from ..custom_kernels.cases import label, trials
 from ..custom_kernels.experts.router import MAX_TOP_K
@@ -26,6 +26,7 @@ from ..profile import machine
 CHAIN_SECONDS = 0.5
 COPIED = 256 << 20  # bytes of each array that the bandwidth is measured with
 OPS = tuple(dict.fromkeys(trial.op for trial in trials(GEOMETRIES["35b"], 4, "float32")))
+FORMS = ("custom", "naive", "stock")  # of an op: ours, ours without care, MLX's
 HEADER = (
     f"{'ours':>9} {'naive':>9} {'stock':>9} {'floor':>9} {'share':>6} {'gain':>6}  op and shape"
 )
@@ -33,19 +34,17 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; milliseconds per call, None where not timed.
+    """One line of the table.
 
     Attributes:
-        op: name of the op.
-        trial: its shape, as `label` writes it.
+        op: name of the op; `trial` is its shape, as `label` writes it.
         nbytes: bytes that a call must move.
-        error: the parity check's, and its `limit`; see `choice.Verdict`.
-        limit: as a share of the largest output.
+        error: the parity check's, and its `limit`, as shares of the largest output.
         message: why our kernel was not timed; empty if it was.
-        custom_ms: our kernel.
-        naive_ms: the same op written without care.
-        stock_ms: MLX's own ops.
-        floor_ms: `nbytes` at the measured copy bandwidth.
+        custom_ms: milliseconds per call of our kernel; None where not timed.
+        naive_ms: of the same op written without care.
+        stock_ms: of MLX's own ops.
+        floor_ms: of moving `nbytes` at the measured copy bandwidth.
     """
 
     op: str
@@ -162,12 +161,13 @@ def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> Row:
     found = measure(trial, timed=False)
     times: dict[str, float] = {}
     if found.ok or found.message == NEEDS_GPU:
-        names = ["custom", "naive", "stock"] if found.ok else ["stock"]
-        names = [name for name in names if hasattr(trial, name)]
+        names = [name for name in (FORMS if found.ok else ("stock",)) if hasattr(trial, name)]
         if not launch.available():  # the naive form is a GPU kernel
             names = [name for name in names if name != "naive"]
         times = dict(zip(names, _time(trial, names, calls, runs), strict=True))
-    return _row(trial, found, times, trial.nbytes / bandwidth * 1e3)
+    checked = found.error, found.limit, found.message
+    floor_ms = trial.nbytes / bandwidth * 1e3
+    return Row(trial.op, label(trial), trial.nbytes, *checked, *map(times.get, FORMS), floor_ms)
 
 
 def _time(trial: Trial, names: list[str], calls: int, runs: int) -> list[float]:
@@ -178,21 +178,6 @@ def _time(trial: Trial, names: list[str], calls: int, runs: int) -> list[float]:
     calls = fitting_calls(ops, inputs[0], CHAIN_SECONDS, calls, time.perf_counter)
     inputs += [trial.inputs(seed) for seed in range(1, min(calls, sets))]
     return side_by_side(ops, inputs, calls, runs)
-
-
-def _row(trial: Trial, found: Verdict, times: dict[str, float], floor_ms: float) -> Row:
-    return Row(
-        trial.op,
-        label(trial),
-        trial.nbytes,
-        found.error,
-        found.limit,
-        found.message,
-        times.get("custom"),
-        times.get("naive"),
-        times.get("stock"),
-        floor_ms,
-    )
 
 
 def _chain_length(trial: Trial, calls: int) -> tuple[int, int]:
