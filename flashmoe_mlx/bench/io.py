@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a table for each size of record, then one JSON line. Returns 0."""
     _check(args)
     facts = machine.facts()
-    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores\n{machine.versions(facts)}")
+    print(machine.describe(facts))
     print(f"GB/s, median of {args.rounds} rounds of {args.sample_mib} MiB in random records")
     results = []
     for source, layout in _layouts(args):

@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     facts, dtype = machine.facts(), args.dtype or machine.default_dtype()
     calls = args.calls or (64 if machine.on_gpu() else 8)
-    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores\n{machine.versions(facts)}")
+    print(machine.describe(facts))
     bandwidth, how = copy_bandwidth()
     print(f"{facts['device']}, {dtype}; copy: {bandwidth / 1e9:.1f} GB/s ({how})")
     print(f"chains of {calls}, fewer of slow ops; median of {args.runs}; milliseconds per call")

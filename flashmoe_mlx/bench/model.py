@@ -1,4 +1,4 @@
-"""What `flashmoe-bench decode`, `prefill` and `batch` share: a model of true shape, how it ran.
+"""The model that `flashmoe-bench decode`, `prefill` and `batch` measure, and how a run starts.
 
 To measure with less memory than the machine has, start the command in a cgroup:
 
@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Subject:
 
 
 def open_subject(args: argparse.Namespace) -> Subject:
-    """Make the checkpoint that the flags describe, unless it is there, and load it.
+    """Load the checkpoint that the flags describe, which is made first if it does not exist.
 
     Raises:
         FlashMoEError: a flag is out of range, or the disk is too full.
@@ -136,10 +136,8 @@ def conditions(subject: Subject) -> dict[str, Any]:
     """Print what runs here and what is measured, and return both as JSON values; bytes."""
     facts, limit = machine.facts(), cgroup_limit()
     recipe, args, plan = subject.recipe, subject.model.args, subject.store.plan
-    memory = f"{facts['memory'] / 2**30:.1f} GiB"
-    memory += f", of which the cgroup allows {limit / 2**30:.2f}" if limit else ""
-    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores, {memory}")
-    print(machine.versions(facts))
+    allowed = f", of which the cgroup allows {limit / 2**30:.2f}" if limit else ""
+    print(machine.describe(facts, f"{facts['memory'] / 2**30:.1f} GiB{allowed}"))
     print(
         f"{facts['device']}; {recipe.geometry}, {recipe.layers} of "
         f"{GEOMETRIES[recipe.geometry].num_hidden_layers} layers, {recipe.vocabulary} token ids, "
@@ -177,7 +175,7 @@ def settle(store: ExpertStore, cold: bool) -> None:
     """Bring banks and page cache into the state that a run starts from.
 
     The banks are full, as they are after some tokens: with experts 0, 1, 2, ... of each layer. The
-    page cache then holds nothing of the experts (cold), or as much as there is room for.
+    page cache holds none of the experts (cold), or as many as fit.
 
     Raises:
         FlashMoEError: cold, on a system that cannot drop a file from its page cache.
@@ -201,7 +199,7 @@ def settle(store: ExpertStore, cold: bool) -> None:
 
 
 def bandwidth(store: ExpertStore) -> float:
-    """Measure the disk: bytes per second of random experts, read cold in the way of a store."""
+    """Measure the disk: bytes per second of random experts, read cold, as a store reads them."""
     ranges = expert_ranges(store.layout)
     return time_reads(ranges, "experts", direct=store.plan.io.direct).bytes_per_s
 
@@ -209,8 +207,8 @@ def bandwidth(store: ExpertStore) -> float:
 def step_seconds(subject: Subject, batch: int = 1) -> float:
     """Return the median time of a decoding step with nothing to read.
 
-    It is one step taken again and again from the same cache, so all but the first find their
-    experts in the banks, as far as these hold so many.
+    The same step is repeated from the same cache, so all but the first find their experts in the
+    banks, as far as they fit.
     """
     model, vocabulary = subject.model, subject.recipe.vocabulary
     prompt = np.reshape(random_tokens(vocabulary, batch * PROMPT), (batch, PROMPT))
@@ -273,18 +271,10 @@ def stock_model(subject: Subject) -> nn.Module:
             f"--stock: {needed / 1e9:.2f} GB of experts do not fit in the {free / 1e9:.2f} GB of "
             "memory that are available. Leave --stock out, or give fewer --layers."
         )
-    slots = layout.layers[0].num_experts
-    store = ExpertStore(layout, CachePlan(slots, needed, "stock mlx-lm keeps all experts"))
-    settle(store, cold=False)
-    experts = {
-        f"{layer_prefix(number)}.mlp.switch_mlp.{field}": array
-        for number, bank in enumerate(store.banks)
-        for field, array in zip(FIELDS, bank.arrays, strict=True)
-    }
-    store.close()
+    experts = _all_experts(layout)
 
     class WithExperts(qwen3_5_moe.Model):
-        """Stock mlx-lm's model, whose experts come from the banks above."""
+        """Stock mlx-lm's model, whose experts come from our files."""
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             """Add the experts to the trunk."""
@@ -301,3 +291,16 @@ def stock_model(subject: Subject) -> nn.Module:
         model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return model
+
+
+def _all_experts(layout: ExpertLayout) -> dict[str, mx.array]:
+    """Read every expert into banks, and return these under the names that stock mlx-lm knows."""
+    slots = layout.layers[0].num_experts
+    plan = CachePlan(slots, layout.total_bytes, "stock mlx-lm keeps all experts")
+    with closing(ExpertStore(layout, plan)) as store:
+        settle(store, cold=False)
+        return {
+            f"{layer_prefix(number)}.mlp.switch_mlp.{field}": array
+            for number, bank in enumerate(store.banks)
+            for field, array in zip(FIELDS, bank.arrays, strict=True)
+        }

@@ -198,8 +198,9 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
     write_index(plan, directory)
     layers = [_write_layer(directory / EXPERT_DIR, layer, pools) for layer in plan.layers]
     manifest = {
-        "format": layout.MANIFEST_FORMAT, "version": layout.MANIFEST_VERSION, "source": asdict(recipe),
-        "num_experts": plan.layers[0].experts, "checksum": CHECKSUM, "layers": layers,
+        "format": layout.MANIFEST_FORMAT, "version": layout.MANIFEST_VERSION,
+        "source": asdict(recipe), "num_experts": plan.layers[0].experts,
+        "checksum": CHECKSUM, "layers": layers,
     }  # fmt: skip
     write_json(directory / EXPERT_DIR / layout.MANIFEST, manifest)
 

@@ -12,7 +12,7 @@ from ..store.store import ExpertStore
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time of a run, in seconds: the disk's share of the work, and the computer's."""
+    """The least time of a run, in seconds: of reading from the disk, and of computing."""
 
     disk: float
     compute: float
@@ -32,7 +32,7 @@ class Use:
         stats: the store's counters.
         from_disk: bytes that the disk delivered, where the system counts them.
         user: seconds of all cores in the program.
-        system: seconds of all cores in the system's kernel, which copies and finds pages.
+        system: seconds of all cores in the kernel, which copies pages.
     """
 
     seconds: float
@@ -43,10 +43,7 @@ class Use:
 
     @property
     def needed(self) -> int:
-        """Bytes that had to come from the disk: missed by the banks, and by the page cache.
-
-        Those of wrong guesses did not have to.
-        """
+        """Bytes that had to come from the disk: neither cached nor wrongly prefetched."""
         return min(self.stats.bytes_read - self.stats.bytes_useless, self._came)
 
     @property
@@ -59,8 +56,8 @@ class Use:
         """Return the run's floor.
 
         Args:
-            bandwidths: of the disk, measured about the run; it counts at their median, or at what
-                the run itself got while a read was in flight if that is more.
+            bandwidths: bytes per second of the disk, measured around the run; their median counts,
+                or what the run itself reached while a read was in flight if that is more.
             compute: seconds of computing.
         """
         reading = self.stats.seconds_reading
@@ -72,13 +69,8 @@ class Use:
         mine, theirs = asdict(self.stats), asdict(before.stats)
         stats = ExpertStats(**{name: mine[name] - theirs[name] for name in mine})
         disk = None if self.from_disk is None else self.from_disk - (before.from_disk or 0)
-        return Use(
-            self.seconds - before.seconds,
-            stats,
-            disk,
-            self.user - before.user,
-            self.system - before.system,
-        )
+        user, system = self.user - before.user, self.system - before.system
+        return Use(self.seconds - before.seconds, stats, disk, user, system)
 
 
 def now(store: ExpertStore | None) -> Use:
