@@ -165,9 +165,11 @@ def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> Row:
         if not launch.available():  # the naive form is a GPU kernel
             names = [name for name in names if name != "naive"]
         times = dict(zip(names, _time(trial, names, calls, runs), strict=True))
-    checked = found.error, found.limit, found.message
-    floor_ms = trial.nbytes / bandwidth * 1e3
-    return Row(trial.op, label(trial), trial.nbytes, *checked, *map(times.get, FORMS), floor_ms)
+    custom, naive, stock = map(times.get, FORMS)
+    return Row(
+        trial.op, label(trial), trial.nbytes, found.error, found.limit, found.message,
+        custom, naive, stock, floor_ms=trial.nbytes / bandwidth * 1e3,
+    )  # fmt: skip
 
 
 def _time(trial: Trial, names: list[str], calls: int, runs: int) -> list[float]:

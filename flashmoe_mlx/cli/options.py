@@ -53,8 +53,8 @@ def check_ranges(parser: argparse.ArgumentParser) -> None:
     """Have mlx_lm.generate's parser refuse values out of RANGES."""
     for action in parser._actions:
         if action.dest in RANGES:
-            flag, read = action.option_strings[0], action.type
-            action.type = within(flag, read, *RANGES[action.dest])
+            assert callable(action.type)
+            action.type = within(action.option_strings[0], action.type, *RANGES[action.dest])
 
 
 def check_options(args: argparse.Namespace) -> None:

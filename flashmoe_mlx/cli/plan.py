@@ -146,10 +146,13 @@ def _expert_bits(quantization: dict[str, Any], layers: int) -> float:
 
 
 def _machine(args: argparse.Namespace) -> Machine:
-    read = {"memory": _size, "ssd": _rate, "bandwidth": _rate}
     flags = {"memory": "--ram", "ssd": "--ssd", "bandwidth": "--memory-bandwidth"}
-    values = {"memory": args.ram, "ssd": args.ssd, "bandwidth": args.memory_bandwidth}
-    given = {n: read[n](value, flags[n]) for n, value in values.items() if value is not None}
+    rates = {"ssd": args.ssd, "bandwidth": args.memory_bandwidth}
+    given: dict[str, Any] = {
+        name: _rate(x, flags[name]) for name, x in rates.items() if x is not None
+    }
+    if args.ram is not None:
+        given["memory"] = _size(args.ram, "--ram")
     if args.machine:
         return replace(MACHINES[_among(args.machine, MACHINES, "--machine")], **given)
     if missing := [flag for name, flag in flags.items() if name not in given]:
