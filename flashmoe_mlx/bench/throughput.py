@@ -41,7 +41,7 @@ LEGEND = (
     "disk, comp. ms: a token's least time by the disk and by computing; share: of the longer in "
     "the time taken;\nuser, sys ms: of all cores, in the program and in the kernel"
 )
-Begin = Callable[[], Callable[[], Use]]  # begins to count; returns what tells the use since then
+Begin = Callable[[], Callable[[], Use]]  # starts counting; returns a function that reads counters
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Work:
     """One kind of run.
 
     Attributes:
-        size: what distinguishes it from the command's others, as JSON values.
+        size: how it differs from the command's other kinds, as JSON values.
         title: of its table.
         row: name of a row; "{state}" stands for cold or warm, "{run}" for a number or "median".
         tokens: decoded or read in a run, all sequences together.
-        steps: of the model in a run, by which the layers' times are divided.
-        states: whether the page cache is cold at the start, one after the other.
-        run: runs a model once with a seed, and calls `Begin` where counting begins.
+        steps: of the model in a run; layers are timed per step.
+        states: True for a cold page cache at the start, False for a warm one.
+        run: runs a model with a seed, and calls `Begin` when counting starts.
         compute: runs our model with nothing to read, and returns seconds.
     """
 
@@ -99,23 +99,31 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def works(subject: Subject, args: argparse.Namespace) -> list[Work]:
-    """Return what the flags ask for: one kind of run, or one for each length or batch size."""
+    """Return what the flags describe: one kind of run, or one for each length or batch size."""
     if args.what == "prefill":
         return [_prompt(subject, args, tokens) for tokens in args.tokens]
-    title = f"{args.tokens} tokens {{}}, page cache {_state(args.cold)} at the start"
-    decoding = partial(Work, steps=args.tokens, states=(args.cold,))
-    seconds = partial(_decode_seconds, subject, args.tokens)
     if args.what == "decode":
-        return [
-            decoding({}, title.format("a run"), "{run}", args.tokens,
-                     run=partial(decode, args), compute=partial(seconds, 1)),
-        ]  # fmt: skip
+        return [_decoding(subject, args, {}, partial(decode, args))]
     return [
-        decoding({"batch": batch}, title.format("of each sequence"), f"{{run}} of batch {batch}",
-                 batch * args.tokens, run=partial(decode_batch, args, batch),
-                 compute=partial(seconds, batch))
+        _decoding(subject, args, {"batch": batch}, partial(decode_batch, args, batch))
         for batch in args.batch
-    ]  # fmt: skip
+    ]
+
+
+def _decoding(
+    subject: Subject,
+    args: argparse.Namespace,
+    size: dict[str, int],
+    run: Callable[[nn.Module, int, Begin], Use],
+) -> Work:
+    batch = size.get("batch", 1)
+
+    def compute() -> float:
+        return args.tokens * bench.step_seconds(subject, batch)
+
+    title = f"{args.tokens} tokens of each sequence, page cache {_state(args.cold)} at the start"
+    row = f"{{run}} of batch {batch}" if size else "{run}"
+    return Work(size, title, row, batch * args.tokens, args.tokens, (args.cold,), run, compute)
 
 
 def decode(args: argparse.Namespace, model: nn.Module, seed: int, begin: Begin) -> Use:
@@ -152,10 +160,6 @@ def decode_batch(
     return took
 
 
-def _decode_seconds(subject: Subject, tokens: int, batch: int) -> float:
-    return tokens * bench.step_seconds(subject, batch)
-
-
 def prefill(prompt: list[int], chunk: int, model: nn.Module, seed: int, begin: Begin) -> Use:
     """Read a prompt, `chunk` tokens at a time, as mlx-lm's generators do; any seed will do."""
     use, cache = begin(), make_prompt_cache(model)
@@ -184,13 +188,13 @@ def _prompt(subject: Subject, args: argparse.Namespace, tokens: int) -> Work:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table for each kind of run that the flags ask for, then one JSON line. Returns 0."""
+    """Print a table for each kind of run that the flags describe, then a JSON line; return 0."""
     settings = {n: vars(args)[n] for n in ("tokens", "chunk", "batch") if n in args}
     bench.at_least_one(**settings)
     check_plot(args.plot)
     subject = bench.open_subject(args)
     found = {"benchmark": args.what, **bench.conditions(subject), **settings}
-    found |= {name: vars(args)[name] for name in ("cold", "forced") if name in args}
+    found |= {n: vars(args)[n] for n in ("cold", "forced") if n in args}
     prefill([0] * PROMPT, PROMPT, subject.model, 0, partial(begin, None, False))  # to compile
     todo = works(subject, args)
     rows = [row for work in todo for row in _report(subject, args, work)]
@@ -223,7 +227,7 @@ def begin(
 
 
 def _report(subject: Subject, args: argparse.Namespace, work: Work) -> list[dict[str, Any]]:
-    """Measure one kind of run, print it, and return a row of JSON values for each state."""
+    """Measure one kind of run, print its tables, and return JSON values for each state."""
     limit = Limit(subject.layout)
     uses, disk, compute = _measure(subject, args.runs, work, limit)
     layers, seconds = profile(subject, work)
@@ -252,10 +256,7 @@ def _report(subject: Subject, args: argparse.Namespace, work: Work) -> list[dict
 def _measure(
     subject: Subject, runs: int, work: Work, limit: Limit
 ) -> tuple[dict[bool, list[Use]], list[float], list[float]]:
-    """Return the runs in each state; the disk's bytes per second and seconds of computing between.
-
-    The limit is measured before each run.
-    """
+    """Return the runs in each state; between them the disk's bytes/s, and seconds of computing."""
     disk, compute = [bench.bandwidth(subject.store)], [work.compute()]
     uses: dict[bool, list[Use]] = {cold: [] for cold in work.states}
     for seed in range(runs):

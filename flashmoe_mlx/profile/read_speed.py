@@ -38,9 +38,7 @@ class ReadSpeed:
     """What reading took.
 
     Attributes:
-        nbytes: bytes read.
-        reads: `preadv` calls that were asked for.
-        threads: readers.
+        nbytes: bytes read, in `reads` ranges, by `threads` readers.
         seconds: from the first read to the last.
         cold: how the page cache was emptied, in words.
         source: what was read, in words.
@@ -96,7 +94,7 @@ def scratch_ranges(
     """Write a temporary file of random bytes and cut it into records, in random order.
 
     Raises:
-        OSError: the directory cannot be written, or the file would take over half of what is free.
+        OSError: the directory cannot be written, or half of its free space is too little.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if sample > (free := shutil.disk_usage(directory).free) / 2:
@@ -120,13 +118,13 @@ def time_reads(
     threads: int = StreamConfig.io_threads,
     direct: bool = False,
 ) -> ReadSpeed:
-    """Read byte ranges once, in the order given, by several threads, with read-ahead off.
+    """Read byte ranges once, cold, in the order given, by several threads without read-ahead.
 
     Args:
-        ranges: what to read.
-        source: of it, in words.
+        ranges: what to read; in whole blocks if reads are direct.
+        source: of the ranges, in words.
         threads: readers.
-        direct: read past the page cache; places and lengths must then be whole blocks.
+        direct: read past the page cache.
 
     Raises:
         FlashMoEError: a file cannot be read, or ends early.
@@ -155,7 +153,7 @@ def reads_into(
 ) -> Callable[[int], None]:
     """Return a function that reads a range by its number, into the buffers in turn.
 
-    It raises a FlashMoEError if the file ends before the range does, or cannot be read.
+    It raises a FlashMoEError if the file cannot be read, or ends before the range does.
     """
 
     def read(number: int) -> None:
@@ -174,13 +172,10 @@ def reads_into(
 
 
 def in_threads(work: Callable[[int], None], count: int, threads: int) -> float:
-    """Call `work(0)` to `work(count - 1)` in threads, each of which takes the next number.
+    """Call `work(0)` to `work(count - 1)`, each thread taking the next number.
 
-    Returns:
-        Seconds from the first call to the last, without the start of the threads.
-
-    Raises:
-        FlashMoEError: if a call raised it.
+    Returns seconds from the first call to the last, without the start of the threads, and raises
+    what a call raised.
     """
     numbers, ready = iter(range(count)), threading.Barrier(threads + 1)
 
