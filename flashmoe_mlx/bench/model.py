@@ -45,6 +45,7 @@ from .synthetic import Recipe, checkpoint, default_dir
 PROMPT = 16  # tokens before decoding starts
 WARM_UP = 3  # steps that are not counted
 COMPUTE_STEPS = 11  # of which the first is not counted
+COLD = "drop the experts from the page cache before each run"  # help of --cold
 Sampler = Callable[[mx.array], mx.array]
 
 
@@ -78,12 +79,6 @@ def add_command(
     return parser
 
 
-def add_cold(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of the commands that start either cold or warm."""
-    text = "drop the experts from the page cache before each run"
-    parser.add_argument("--cold", action="store_true", help=text)
-
-
 def at_least_one(**values: int | list[int]) -> None:
     """Refuse counts below one.
 
@@ -105,11 +100,6 @@ class Subject:
     path: Path
     model: Model
     store: ExpertStore
-
-    @property
-    def layout(self) -> ExpertLayout:
-        """Where its experts lie."""
-        return self.store.layout
 
 
 def open_subject(args: argparse.Namespace) -> Subject:
@@ -264,7 +254,7 @@ def stock_model(subject: Subject) -> nn.Module:
     Raises:
         FlashMoEError: it does not fit in memory.
     """
-    layout = subject.layout
+    layout = subject.store.layout
     needed, free = layout.total_bytes, available_bytes()
     if needed > 0.8 * free:
         raise FlashMoEError(

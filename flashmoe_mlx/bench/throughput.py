@@ -21,7 +21,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..cli.published import ROWS
 from ..models.qwen3_5.args import PREFILL_CHUNK
 from ..models.qwen3_5.geometry import GEOMETRIES
-from ..profile.counters import Floor, Use, now
+from ..profile.counters import Use, now
 from ..profile.layers import LayerTime, print_rows, timed_layers
 from ..profile.plot import check_plot, plot
 from ..store.memory import peak_bytes
@@ -77,7 +77,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     text = "Decode with a random-weight model of true shape, its experts streamed from disk."
     parser = bench.add_command(commands, "decode", text, run)
     parser.add_argument("--tokens", type=int, default=64, help="to decode (default: 64)")
-    bench.add_cold(parser)
+    parser.add_argument("--cold", action="store_true", help=bench.COLD)
     text = "feed random tokens instead of the model's own (default: yes, since random weights "
     text += "repeat themselves, and then every expert is a hit)"
     parser.add_argument("--forced", action=argparse.BooleanOptionalAction, default=True, help=text)
@@ -95,7 +95,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("--batch", nargs="+", type=int, default=sizes, help=text)
     text = "to decode, of each sequence (default: 32)"
     parser.add_argument("--tokens", type=int, default=32, help=text)
-    bench.add_cold(parser)
+    parser.add_argument("--cold", action="store_true", help=bench.COLD)
 
 
 def works(subject: Subject, args: argparse.Namespace) -> list[Work]:
@@ -228,7 +228,7 @@ def begin(
 
 def _report(subject: Subject, args: argparse.Namespace, work: Work) -> list[dict[str, Any]]:
     """Measure one kind of run, print its tables, and return JSON values for each state."""
-    limit = Limit(subject.layout)
+    limit = Limit(subject.store.layout)
     uses, disk, compute = _measure(subject, args.runs, work, limit)
     layers, seconds = profile(subject, work)
     low, high = min(disk) / 1e9, max(disk) / 1e9
@@ -236,7 +236,7 @@ def _report(subject: Subject, args: argparse.Namespace, work: Work) -> list[dict
     print(f"{work.title}\n{HEADER}")
     rows, least = [], statistics.median(compute)
     for cold, found in uses.items():
-        figures = [result(use, work.tokens, use.floor(disk, least)) for use in found]
+        figures = [result(use, work.tokens, use.disk_floor(disk), least) for use in found]
         best = middle(figures)
         for run, row in [*enumerate(figures, 1), ("median", best)]:
             print(line(row, work.tokens, work.row.format(state=_state(cold), run=run)))
@@ -285,7 +285,7 @@ def _theory(subject: Subject, layers: list[LayerTime]) -> dict[str, Any]:
     asked, hits = sum(layer.asked for layer in layers), sum(layer.hits for layer in layers)
     distinct = sum(layer.distinct for layer in layers)
     missing = distinct - hits
-    sizes = [layer.record_bytes for layer in subject.layout.layers]
+    sizes = [layer.record_bytes for layer in subject.store.layout.layers]
     nbytes = sum((x.distinct - x.hits) * size for x, size in zip(layers, sizes, strict=True))
     over = (asked - hits) / missing if missing else 1.0
     print(
@@ -311,8 +311,8 @@ def _stock(subject: Subject, runs: int, works: list[Work]) -> list[dict[str, flo
 # ---- figures -------------------------------------------------------------------------------------
 
 
-def result(use: Use, tokens: int, floor: Floor) -> dict[str, Any]:
-    """Return one run's figures as JSON values."""
+def result(use: Use, tokens: int, disk_s: float, compute_s: float) -> dict[str, Any]:
+    """Return one run's figures as JSON values; the floor is the longer of `disk_s`, `compute_s`."""
     stats = use.stats
     return {
         "tokens_per_s": tokens / use.seconds,
@@ -323,9 +323,9 @@ def result(use: Use, tokens: int, floor: Floor) -> dict[str, Any]:
         "read_bytes_per_s": stats.bytes_read / stats.seconds_waited if stats.reads else None,
         "cpu_user_s": use.user,
         "cpu_system_s": use.system,
-        "floor_disk_s": floor.disk,
-        "floor_compute_s": floor.compute,
-        "share_of_floor": floor.seconds / use.seconds,
+        "floor_disk_s": disk_s,
+        "floor_compute_s": compute_s,
+        "share_of_floor": max(disk_s, compute_s) / use.seconds,
     }
 
 

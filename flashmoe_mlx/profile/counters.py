@@ -1,4 +1,4 @@
-"""What a stretch of a run took: time, reads, memory; and the least that it could have taken."""
+"""What a stretch of a run took: time, reads, memory; and the least that its reads could take."""
 
 import os
 import statistics
@@ -8,19 +8,6 @@ from pathlib import Path
 
 from ..store.stats import ExpertStats
 from ..store.store import ExpertStore
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The least time of a run, in seconds: of reading from the disk, and of computing."""
-
-    disk: float
-    compute: float
-
-    @property
-    def seconds(self) -> float:
-        """Return the longer of the two: they can overlap."""
-        return max(self.disk, self.compute)
 
 
 @dataclass(frozen=True)
@@ -52,17 +39,16 @@ class Use:
         read = self.stats.bytes_read
         return read if self.from_disk is None else min(read, self.from_disk)
 
-    def floor(self, bandwidths: list[float], compute: float) -> Floor:
-        """Return the run's floor.
+    def disk_floor(self, bandwidths: list[float]) -> float:
+        """Return the least seconds that the disk needed for the run.
 
         Args:
             bandwidths: bytes per second of the disk, measured around the run; their median counts,
                 or what the run itself reached while a read was in flight if that is more.
-            compute: seconds of computing.
         """
         reading = self.stats.seconds_reading
         reached = self._came / reading if reading else 0.0
-        return Floor(self.needed / max(statistics.median(bandwidths), reached), compute)
+        return self.needed / max(statistics.median(bandwidths), reached)
 
     def __sub__(self, before: "Use") -> "Use":
         """Return what came after `before`."""

@@ -20,7 +20,6 @@ from flashmoe_mlx.bench.main import main
 from flashmoe_mlx.bench.model import Subject
 from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.format.layout import open_layout
-from flashmoe_mlx.profile import counters
 from flashmoe_mlx.profile.counters import Use
 from flashmoe_mlx.profile.layers import timed_layers
 from flashmoe_mlx.profile.read_speed import ReadSpeed
@@ -225,11 +224,12 @@ def test_floor_is_the_longer_of_disk_and_computing():
     assert use.needed == 3000 and replace(use, from_disk=None).needed == 4000
     assert replace(use, from_disk=9000).needed == 4000
     guessed = replace(use, stats=replace(stats, bytes_useless=1500))
-    assert guessed.needed == 2500 and guessed.floor([9.0], 0.0).disk == 2500 / 1500
+    assert guessed.needed == 2500 and guessed.disk_floor([9.0]) == 2500 / 1500
     # Probes at 1000 bytes/s; the run itself got 3000 bytes in the 2 seconds that it read.
-    assert use.floor([500.0, 1000.0, 9000.0], 1.0).seconds == 2.0
-    assert use.floor([500.0, 3000.0, 9000.0], 0.5).seconds == 1.0
-    row = throughput.result(use, 2, use.floor([1000.0], 4.0))
+    assert use.disk_floor([500.0, 1000.0, 9000.0]) == 2.0
+    assert use.disk_floor([500.0, 3000.0, 9000.0]) == 1.0
+    assert throughput.result(use, 2, 6.0, 4.0)["share_of_floor"] == 0.75
+    row = throughput.result(use, 2, 2.0, 4.0)
     assert row["share_of_floor"] == 0.5 and row["tokens_per_s"] == 0.25
     assert row["read_bytes_per_s"] == 4000
 
@@ -278,7 +278,7 @@ def test_the_median_run_is_one_that_was_measured():
 def test_columns_stand_under_their_titles():
     stats = ExpertStats(4, 1, 3, 3_000_000, 0.001, bytes_useless=500_000)
     use = Use(0.5, stats, 1_500_000, 0.4, 0.1)
-    row = throughput.result(use, 1, counters.Floor(0.1, 0.25))
+    row = throughput.result(use, 1, 0.1, 0.25)
     assert throughput.line(row, 1, "cold") == (
         "     2.00  25.0%      3.00     0.50      1.50   3.00    100.00    250.00    50%   400.00"
         "  100.00  cold"
