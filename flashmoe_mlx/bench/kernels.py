@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -32,59 +31,17 @@ HEADER = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
+def line(row: dict[str, Any]) -> str:
+    """Return a `measure_row` as one line under HEADER."""
+    times = " ".join(f"{_or_dash(row[f'{form}_ms'], '.4f'):>9}" for form in (*FORMS, "floor"))
+    share, gain = _or_dash(row["share_of_floor"], ".0%"), _or_dash(row["gain_over_stock"], ".2f")
+    gain += "x" if gain != "-" else ""
+    note = f"  [{row['message']}]" if row["message"] else ""
+    return f"{times} {share:>6} {gain:>6}  {row['op']} {row['trial']}{note}"
 
-    Attributes:
-        op: name of the op; `trial` is its shape, as `label` writes it.
-        nbytes: bytes that a call must move.
-        error: the parity check's, and its `limit`, as shares of the largest output.
-        message: why our kernel was not timed; empty if it was.
-        custom_ms: milliseconds per call of our kernel; None where not timed.
-        naive_ms: of the same op written without care.
-        stock_ms: of MLX's own ops.
-        floor_ms: of moving `nbytes` at the measured copy bandwidth.
-    """
 
-    op: str
-    trial: str
-    nbytes: int
-    error: float | None
-    limit: float | None
-    message: str
-    custom_ms: float | None
-    naive_ms: float | None
-    stock_ms: float | None
-    floor_ms: float
-
-    @property
-    def red(self) -> bool:
-        """Say whether the kernel failed, rather than having no GPU to run on."""
-        return self.message not in ("", NEEDS_GPU)
-
-    @property
-    def share(self) -> float | None:
-        """Share of the memory's speed that our kernel reaches."""
-        return self.floor_ms / self.custom_ms if self.custom_ms else None
-
-    @property
-    def gain(self) -> float | None:
-        """Stock's time over ours: above 1, ours is faster."""
-        return self.stock_ms / self.custom_ms if self.custom_ms and self.stock_ms else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return fields and ratios as plain JSON values."""
-        return {**asdict(self), "share_of_floor": self.share, "gain_over_stock": self.gain}
-
-    def __str__(self) -> str:
-        """One line under HEADER."""
-        times = self.custom_ms, self.naive_ms, self.stock_ms, self.floor_ms
-        share = "-" if self.share is None else f"{self.share:.0%}"
-        gain = "-" if self.gain is None else f"{self.gain:.2f}x"
-        columns = [f"{'-' if ms is None else f'{ms:.4f}':>9}" for ms in times]
-        note = f"  [{self.message}]" if self.message else ""
-        return f"{' '.join(columns)} {share:>6} {gain:>6}  {self.op} {self.trial}{note}"
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -119,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for trial in _selected(args, dtype):
         rows.append(measure_row(trial, calls, args.runs, bandwidth))
-        print(rows[-1], flush=True)
+        print(line(rows[-1]), flush=True)
     settings = {"dtype": dtype, "calls": calls, "runs": args.runs, "copy_bytes_per_s": bandwidth}
     settings["copy_measured_by"] = how
-    result = {"benchmark": "kernels", **facts, **settings, "rows": [r.as_dict() for r in rows]}
+    result = {"benchmark": "kernels", **facts, **settings, "rows": rows}
     print(json.dumps(result))
-    return int(any(row.red for row in rows))
+    return int(any(row["message"] not in ("", NEEDS_GPU) for row in rows))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -144,7 +101,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _selected(args: argparse.Namespace, dtype: str) -> Iterable[Trial]:
-    """Return the trials that the flags ask for, each once."""
+    """Return the kernel cases that the flags describe, each once."""
     found = [
         trial
         for geometry in args.geometry
@@ -156,8 +113,15 @@ def _selected(args: argparse.Namespace, dtype: str) -> Iterable[Trial]:
     return dict.fromkeys(found)
 
 
-def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> Row:
-    """Check a trial and time it; a kernel that fails its check is not timed, nor its op."""
+def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> dict[str, Any]:
+    """Check a kernel case and time it, unless the kernel fails its check.
+
+    Returns:
+        JSON values: op and shape; `nbytes` that a call must move; the parity check's `error` and
+        `limit`, as shares of the largest output, and its `message`, empty if all is right;
+        milliseconds per call of each of FORMS (None where not timed) and of moving `nbytes` at
+        `bandwidth` (bytes per second); the floor over our time, and stock's time over ours.
+    """
     found = measure(trial, timed=False)
     times: dict[str, float] = {}
     if found.ok or found.message == NEEDS_GPU:
@@ -165,11 +129,14 @@ def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> Row:
         if not launch.available():  # the naive form is a GPU kernel
             names = [name for name in names if name != "naive"]
         times = dict(zip(names, _time(trial, names, calls, runs), strict=True))
-    custom, naive, stock = map(times.get, FORMS)
-    return Row(
-        trial.op, label(trial), trial.nbytes, found.error, found.limit, found.message,
-        custom, naive, stock, floor_ms=trial.nbytes / bandwidth * 1e3,
-    )  # fmt: skip
+    ours, stock, floor = times.get("custom"), times.get("stock"), trial.nbytes / bandwidth * 1e3
+    return {
+        "op": trial.op, "trial": label(trial), "nbytes": trial.nbytes,
+        "error": found.error, "limit": found.limit, "message": found.message,
+        **{f"{form}_ms": times.get(form) for form in FORMS}, "floor_ms": floor,
+        "share_of_floor": floor / ours if ours else None,
+        "gain_over_stock": stock / ours if ours and stock else None,
+    }  # fmt: skip
 
 
 def _time(trial: Trial, names: list[str], calls: int, runs: int) -> list[float]:
@@ -183,7 +150,7 @@ def _time(trial: Trial, names: list[str], calls: int, runs: int) -> list[float]:
 
 
 def _chain_length(trial: Trial, calls: int) -> tuple[int, int]:
-    """Return calls, and sets of inputs: enough that none is in a cache when its turn comes."""
+    """Return calls, and sets of inputs: enough that none is still in a cache when it is used."""
     sets = -(-3 * machine.cache_bytes() // (2 * max(trial.nbytes, 1)))
     sets = min(sets, max(calls, 64))
     return max(calls, sets), sets
@@ -191,21 +158,17 @@ def _chain_length(trial: Trial, calls: int) -> tuple[int, int]:
 
 def copy_bandwidth() -> tuple[float, str]:
     """Measure the default device's memory: bytes per second, read and written, and how."""
-    seconds = _gpu_copy() if machine.on_gpu() else _cpu_copy()
-    who = "one kernel" if machine.on_gpu() else f"{machine.cores()} threads"
+    if machine.on_gpu():
+        (milliseconds,) = side_by_side([lambda x: [-x]], [[mx.ones(COPIED // 4)]], calls=8)
+        seconds, who = milliseconds / 1e3, "one kernel"
+    else:
+        seconds, who = _cpu_copy(), f"{machine.cores()} threads"
     how = f"{who}, {COPIED >> 20} MiB to {COPIED >> 20} MiB, reads and writes counted"
     return 2 * COPIED / seconds, how
 
 
-def _gpu_copy() -> float:
-    """Return seconds per copy."""
-    source = mx.ones(COPIED // 4)
-    (milliseconds,) = side_by_side([lambda x: [-x]], [[source]], calls=8)
-    return milliseconds / 1e3
-
-
 def _cpu_copy() -> float:
-    """Return seconds per copy: the best, since other programs run on these cores too."""
+    """Return seconds per copy: the best of six, since other programs run on these cores too."""
     count, best = machine.cores(), math.inf
     sources = np.array_split(np.ones(COPIED, np.uint8), count)
     targets = [np.empty_like(part) for part in sources]

@@ -204,8 +204,8 @@ def run(args: argparse.Namespace) -> int:
         _add_speedup(rows)
     else:
         unit = "tok/s" if args.what == "decode" else "tok/s prefill"
-        found["published"] = published(subject.recipe, unit)
-        print_published(found["published"], 1e3 / rows[-1]["tokens_per_s"] / subject.recipe.layers)
+        speed = rows[-1]["tokens_per_s"]
+        found["published"] = print_published(subject.recipe, unit, speed)
     if args.stock:
         found["stock"] = _stock(subject, args.runs, todo)
         found["stock_tokens_per_s"] = found["stock"][-1]["tokens_per_s"]
@@ -368,10 +368,13 @@ def _print_layers(layers: list[LayerTime], steps: int, seconds: float, usual: fl
     print(f"embedding, head, sampling and the rest: {rest:.3f} ms", flush=True)
 
 
-def published(recipe: Recipe, unit: str) -> list[dict[str, Any]]:
-    """Return what others published for whole models of this geometry and bits, in `unit`."""
+def print_published(recipe: Recipe, unit: str, speed: float) -> list[dict[str, Any]]:
+    """Print what others published, in `unit`, for whole models of this geometry and bits.
+
+    `speed` is ours, in tokens per second. Returns JSON values.
+    """
     layers = GEOMETRIES[recipe.geometry].num_hidden_layers
-    return [
+    rows = [
         {
             "name": f"{row.setup.name}, {row.name}, K={row.top_k}",
             "tokens_per_s": row.published,
@@ -381,11 +384,9 @@ def published(recipe: Recipe, unit: str) -> list[dict[str, Any]]:
         for row in ROWS
         if (row.setup.model, row.bits, row.unit) == (recipe.geometry, recipe.bits, unit)
     ]
-
-
-def print_published(rows: list[dict[str, Any]], ours: float) -> None:
-    """Print published figures beside ours, which is milliseconds per token and layer."""
     if rows:
+        ours = 1e3 / speed / recipe.layers
         print(f"ms per token and layer: {ours:.3f} here; published, of whole models elsewhere:")
-    for row in rows:
-        print(f"{row['ms_per_layer']:9.3f}  {row['tokens_per_s']} tok/s: {row['name']}")
+    for found in rows:
+        print(f"{found['ms_per_layer']:9.3f}  {found['tokens_per_s']} tok/s: {found['name']}")
+    return rows

@@ -22,7 +22,7 @@ class RunStats:
     """Counters of one generation."""
 
     def __init__(self, model: Model) -> None:
-        """Begin to count."""
+        """Start counting."""
         self._model, self._store = model, model._store
         self.prompt, self.layers = untimed(model), list[LayerTime]()
         self.tokens = {"prompt": 0, "generation": 0}
@@ -37,14 +37,14 @@ class RunStats:
             yield
 
     def note(self, prompt_tokens: int) -> None:
-        """Count a token that came."""
+        """Count a token."""
         self._uses.append(now(self._store))
         self.tokens = {"prompt": prompt_tokens, "generation": len(self._uses) - 1}
         if len(self._uses) > 2:
             self.speed.append(1 / (self._uses[-1].seconds - self._uses[-2].seconds))
 
     def phases(self) -> dict[str, dict[str, Any]]:
-        """Return each phase's figures as JSON values: the prompt's end with the first token."""
+        """Return each phase's figures as JSON values; the prompt's end with the first token."""
         first, last = self._uses[min(1, len(self._uses) - 1)], self._uses[-1]
         return {
             "prompt": _figures(first - self._uses[0], self.tokens["prompt"]),
@@ -81,7 +81,7 @@ class RunStats:
             )
         for what, layers in (("several tokens", self.prompt), ("a token each", self.layers)):
             if steps := layers[0].steps if layers else 0:
-                print(f"layers, steps of {what}: {steps}; milliseconds per step, parts waited for")
+                print(f"layers, steps of {what}: {steps}; milliseconds per step, parts one by one")
                 print_rows(layers, steps)
 
     def save(self, path: Path) -> None:
@@ -115,19 +115,14 @@ class RunStats:
 
 
 def _figures(use: Use, tokens: int) -> dict[str, Any]:
-    stats = use.stats
-    reading = stats.seconds_reading
+    stats, reading = use.stats, use.stats.seconds_reading
+    names = ("asked", "hits", "hit_rate", "reads", "bytes_read", "seconds_waited")
     return {
         "tokens": tokens,
         "seconds": use.seconds,
         "tokens_per_s": tokens / use.seconds if use.seconds else 0.0,
-        "asked": stats.asked,
-        "hits": stats.hits,
-        "hit_rate": stats.hit_rate,
-        "reads": stats.reads,
-        "bytes_read": stats.bytes_read,
+        **{name: getattr(stats, name) for name in names},
         "bytes_per_s": stats.bytes_read / reading if reading else 0.0,
         "disk_bytes": use.from_disk,
-        "seconds_waited": stats.seconds_waited,
         "seconds_reading": reading,
     }

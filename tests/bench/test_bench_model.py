@@ -291,13 +291,16 @@ def test_columns_stand_under_their_titles():
     assert unknown.split()[4] == "-"
 
 
-def test_published_figures_are_of_the_same_geometry_and_width():
-    rows = throughput.published(Recipe("397b", 4, 512, 4), "tok/s")
+def test_published_figures_are_of_the_same_geometry_and_width(capsys):
+    rows = throughput.print_published(Recipe("397b", 4, 512, 4), "tok/s", 50.0)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("ms per token and layer: 5.000 here;") and len(lines) == len(rows)
     flash_moe = next(r for r in rows if r["name"] == "Flash-MoE, M3 Max 48 GB, 4-bit, K=4")
     assert flash_moe["tokens_per_s"] == 4.36
     assert flash_moe["ms_per_layer"] == pytest.approx(3.82, abs=0.005)
     assert all("2-bit" not in row["name"] for row in rows)
-    assert not throughput.published(RECIPE, "tok/s")
+    assert not throughput.print_published(RECIPE, "tok/s", 50.0)
+    assert capsys.readouterr().out == ""
 
 
 def test_layers_are_drawn(run, tmp_path):
