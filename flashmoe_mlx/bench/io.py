@@ -1,9 +1,9 @@
-"""`flashmoe-bench io`: what disk and page cache give, and what the expert store makes of it.
+"""`flashmoe-bench io`: how fast disk and page cache are, and how close the expert store comes.
 
-Every way of reading brings random records into the same amount of memory: 16 records, as a bank
-has slots. All ways and thread counts are measured in turn, in rounds, and each figure is the
-median of its rounds, because disks drift. Cold means that the records were dropped from the page
-cache before the run, warm that they were read into it.
+Every way of reading fills the same memory with random records: 16 of them, like the slots of a
+bank. Rounds measure all ways and thread counts in random order, and each figure is the median of
+its rounds, because disks drift. Cold records were dropped from the page cache before the run, warm
+ones were read into it.
 """
 
 import argparse
@@ -13,8 +13,9 @@ import mmap
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from ..store.store import ExpertStore
 from .model import at_least_one
 
 RECORDS = (1_769_472, 7_077_888)  # bytes of an expert of 35B-A3B and of 397B-A17B, 4 bits
-FETCHED = 8  # experts that the store is asked for at a time
+FETCHED = 8  # experts in a request to the store
 SHORTEST = 3 * 3 * BLOCK  # bytes of a record: three matrices of codes, scales and biases
 PREADS = ("pread", "pread, no read-ahead", "direct")
 STORE = ("store, buffered", "store, direct")
@@ -65,8 +66,8 @@ class Case(NamedTuple):
         return self.way.endswith("direct")
 
 
-# Of each case and round: bytes per second, and the bytes that the disk delivered for each byte
-# asked for, where the system counts them.
+# Of each case and round: bytes per second, and bytes delivered by the disk for each byte read,
+# where the system counts them.
 Rounds = dict[Case, list[tuple[float, float | None]]]
 
 
@@ -222,19 +223,16 @@ def _store(case: Case, layout: ExpertLayout, experts: Sequence[int]) -> Iterator
 def _raw(case: Case, ranges: Sequence[Range], buffers: list[memoryview]) -> Iterator[Read]:
     """Yield a function that reads ranges without a store."""
     with opened(ranges, case.direct, read_ahead=case.way != "pread, no read-ahead") as files:
-        work = (
-            reads_into(buffers, ranges, files)
-            if case.way in PREADS
-            else _copies(case, ranges, files, buffers)
-        )
+        make = reads_into if case.way in PREADS else partial(_copies, case.way == "memcpy")
+        work = make(buffers, ranges, files)
         yield lambda: in_threads(work, len(ranges), case.threads)
 
 
 def _copies(
-    case: Case, ranges: Sequence[Range], files: dict[Path, int], buffers: list[memoryview]
+    memory: bool, buffers: Sequence[memoryview], ranges: Sequence[Range], files: Mapping[Path, int]
 ) -> Callable[[int], None]:
     """Return a function that copies a range from a mapped file, or as many bytes from memory."""
-    if case.way == "memcpy":
+    if memory:
         sources = {path: np.ones(max(r[1] + r[2] for r in ranges), np.uint8) for path in files}
     else:
         maps = {p: mmap.mmap(f, 0, access=mmap.ACCESS_READ) for p, f in files.items()}
@@ -304,9 +302,9 @@ def _share(state: str, found: Rounds) -> dict[str, Any]:
 class Limit:
     """How near generation comes to the best raw way of reading the same model's records.
 
-    Of a run's bytes, those that the disk delivered would take their time at the best cold way, the
-    others at the best warm one. The share is that time in the time that the run had a read in
-    flight.
+    The limit is the time that a run's bytes would take at the best raw speed: of cold reads for
+    those that the disk delivered, of warm reads for the others. The share is the limit over the
+    time during which the run had a read in flight.
     """
 
     def __init__(self, layout: ExpertLayout) -> None:
@@ -329,10 +327,10 @@ class Limit:
     def report(self, uses: dict[str, list[Use]]) -> dict[str, Any]:
         """Print the limit and what each kind of run reached, by the median; return JSON values."""
         best = {state: _best(self.rounds, state, RAW) for state in ("cold", "warm")}
-        ways = (
+        ways = [
             f"{s} {x / 1e9:.2f} GB/s ({c.way}, {c.threads} threads)" for s, (c, x) in best.items()
-        )
-        print(f"raw reads of such records at best, between the runs: {'; '.join(ways)}")
+        ]
+        print(f"raw reads of the same records at best, between the runs: {'; '.join(ways)}")
         found = {s: {**case._asdict(), "bytes_per_s": x} for s, (case, x) in best.items()}
         return {"best": found, "reached": {name: self._reached(name, uses[name]) for name in uses}}
 

@@ -6,7 +6,7 @@ To measure with less memory than the machine has, start the command in a cgroup:
 or, as root where memory has a cgroup hierarchy of its own (version 1):
     g=/sys/fs/cgroup/memory/bench; mkdir $g; echo 2G > $g/memory.limit_in_bytes
     sh -c "echo \\$\\$ > $g/cgroup.procs; exec flashmoe-bench decode --cold"
-Give --cold with it: pages that a process outside the group brought into the page cache are free.
+Give --cold too: the group is not charged for pages that another process read into the page cache.
 """
 
 import argparse
@@ -162,10 +162,10 @@ def greedy(logits: mx.array) -> mx.array:
 
 
 def settle(store: ExpertStore, cold: bool) -> None:
-    """Bring banks and page cache into the state that a run starts from.
+    """Put banks and page cache into the state that a run starts from.
 
-    The banks are full, as they are after some tokens: with experts 0, 1, 2, ... of each layer. The
-    page cache holds none of the experts (cold), or as many as fit.
+    Each bank is full, as after some tokens, and holds experts 0, 1, 2, ... of its layer. The page
+    cache holds none of the experts (cold), or as many as fit.
 
     Raises:
         FlashMoEError: cold, on a system that cannot drop a file from its page cache.

@@ -218,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
 def begin(
     store: ExpertStore | None, cold: bool, started: Callable[[], None] = lambda: None
 ) -> Callable[[], Use]:
-    """Settle our model's banks and page cache, call `started`, and begin to count."""
+    """Settle our model's banks and page cache, call `started`, and start counting."""
     if store:
         bench.settle(store, cold)
     started()
@@ -289,8 +289,8 @@ def _theory(subject: Subject, layers: list[LayerTime]) -> dict[str, Any]:
     nbytes = sum((x.distinct - x.hits) * size for x, size in zip(layers, sizes, strict=True))
     over = (asked - hits) / missing if missing else 1.0
     print(
-        f"experts that a layer asked for in a step, each once: {distinct}, of which {hits} were "
-        f"resident; bytes read: {over:.3f} of what the others have"
+        f"distinct experts per layer and step: {distinct} in all, of which {hits} were resident; "
+        f"bytes read: {over:.3f} of the others' bytes"
     )
     return {"distinct": distinct, "missing": missing, "theory_bytes": nbytes,
             "read_over_theory": over}  # fmt: skip

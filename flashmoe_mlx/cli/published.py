@@ -19,7 +19,7 @@ MLX_RESIDENT = _ALL_ENGINES["mlx-resident"]
 
 @dataclass(frozen=True)
 class Setup:
-    """Who measured what, where: names of a geometry, a machine and an engine; the publication."""
+    """What was measured: names of model, machine and engine; and where it was published."""
 
     name: str
     model: str
