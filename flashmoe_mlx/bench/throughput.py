@@ -121,7 +121,7 @@ def _decoding(
     def compute() -> float:
         return args.tokens * bench.step_seconds(subject, batch)
 
-    title = f"{args.tokens} tokens of each sequence, page cache {_state(args.cold)} at the start"
+    title = f"{args.tokens} tokens a sequence, page cache {_state(args.cold)} at the start"
     row = f"{{run}} of batch {batch}" if size else "{run}"
     return Work(size, title, row, batch * args.tokens, args.tokens, (args.cold,), run, compute)
 
@@ -210,7 +210,8 @@ def run(args: argparse.Namespace) -> int:
         found["stock"] = _stock(subject, args.runs, todo)
         found["stock_tokens_per_s"] = found["stock"][-1]["tokens_per_s"]
     found |= rows[0] if args.what == "decode" else {"rows": rows}
-    plot(args.plot, found["per_layer"], f"{args.what}, {subject.recipe.name}, {todo[-1].title}")
+    title = f"{args.what}, {subject.recipe.name}, {_size(todo[-1])}"
+    plot(args.plot, found["per_layer"], f"{title}{rows[-1]['tokens_per_s']:.2f} tok/s")
     print(json.dumps(found))
     return 0
 
@@ -302,8 +303,7 @@ def _stock(subject: Subject, runs: int, works: list[Work]) -> list[dict[str, flo
     for work in works:
         uses = [work.run(model, seed, partial(begin, None, False)) for seed in range(runs)]
         speed = work.tokens / statistics.median(use.seconds for use in uses)
-        size = "".join(f"{name} {value}, " for name, value in work.size.items())
-        print(f"stock mlx-lm, all resident: {size}{speed:.2f} tok/s")
+        print(f"stock mlx-lm, all resident: {_size(work)}{speed:.2f} tok/s")
         rows.append({**work.size, "tokens_per_s": speed})
     return rows
 
@@ -350,6 +350,10 @@ def line(row: dict[str, Any], tokens: int, name: str) -> str:
 
 def _state(cold: bool) -> str:
     return "cold" if cold else "warm"
+
+
+def _size(work: Work) -> str:
+    return "".join(f"{name} {value}, " for name, value in work.size.items())
 
 
 def _add_speedup(rows: list[dict[str, Any]]) -> None:

@@ -87,7 +87,11 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     within, rows = tally()
     return {
         "model": args.model,
-        **plan_model.as_dict(weights),
+        "trunk_bytes": round(weights.trunk),
+        "expert_bytes": round(weights.expert_bytes),
+        "record_bytes": round(weights.record),
+        "token_bytes": round(weights.token_bytes),
+        "top_k": weights.top_k,
         "layers": weights.layers,
         "experts": weights.experts,
         "machine": asdict(machine),

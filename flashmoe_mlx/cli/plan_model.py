@@ -6,7 +6,6 @@ and the system, functions raise the FlashMoEError of `free_bytes`.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import FlashMoEError
 from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs, check_top_k
@@ -222,14 +221,3 @@ def advised(weights: Weights, machine: Machine, decodes: list[Decode]) -> Decode
     smallest = min(d.bank for d in decodes)
     sound = [d for d in decodes if d.bank <= max(limit, smallest) or d.bank_hits == 1]
     return min(sound, key=lambda d: d.seconds)
-
-
-def as_dict(weights: Weights) -> dict[str, Any]:
-    """Return sizes as plain JSON values, in bytes."""
-    return {
-        "trunk_bytes": round(weights.trunk),
-        "expert_bytes": round(weights.expert_bytes),
-        "record_bytes": round(weights.record),
-        "token_bytes": round(weights.token_bytes),
-        "top_k": weights.top_k,
-    }
