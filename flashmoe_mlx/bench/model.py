@@ -112,12 +112,9 @@ def open_subject(args: argparse.Namespace) -> Subject:
     recipe = Recipe(args.geometry, args.layers, args.vocabulary, args.bits)
     path = checkpoint(recipe, args.dir)
     model, _ = load(
-        path,
-        expert_cache=args.expert_cache,
-        io_threads=args.io_threads,
-        lookahead=args.lookahead,
-        experts_per_token=args.top_k,
-    )
+        path, expert_cache=args.expert_cache, io_threads=args.io_threads,
+        lookahead=args.lookahead, experts_per_token=args.top_k,
+    )  # fmt: skip
     assert isinstance(model, Model) and model._store
     return Subject(recipe, path, model, model._store)
 

@@ -161,7 +161,7 @@ def decode_batch(
 
 
 def prefill(prompt: list[int], chunk: int, model: nn.Module, seed: int, begin: Begin) -> Use:
-    """Read a prompt, `chunk` tokens at a time, as mlx-lm's generators do; any seed will do."""
+    """Read a prompt, `chunk` tokens at a time, as mlx-lm's generators do; `seed` has no effect."""
     use, cache = begin(), make_prompt_cache(model)
     for first in range(0, len(prompt), chunk):
         model(mx.array([prompt[first : first + chunk]]), cache=cache)

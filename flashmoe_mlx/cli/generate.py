@@ -85,18 +85,12 @@ def run(args: argparse.Namespace) -> None:
     if not prompt:
         raise FlashMoEError("--prompt is empty, and there is no chat template. Give some text.")
     responses = stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=args.max_tokens,
-        sampler=sampler(args, tokenizer),
-        max_kv_size=args.max_kv_size,
-        prefill_step_size=args.prefill_step_size,
-        prompt_cache=cache,
-        kv_bits=args.kv_bits,
-        kv_group_size=args.kv_group_size,
+        model, tokenizer, prompt,
+        max_tokens=args.max_tokens, sampler=sampler(args, tokenizer),
+        prefill_step_size=args.prefill_step_size, prompt_cache=cache, max_kv_size=args.max_kv_size,
+        kv_bits=args.kv_bits, kv_group_size=args.kv_group_size,
         quantized_kv_start=args.quantized_kv_start,
-    )
+    )  # fmt: skip
     stats = RunStats(model) if args.stats or args.stats_json or args.plot else None
     live = Live(model.expert_stats()) if args.live else None
     with stats.watching() if stats else nullcontext(), live.shown() if live else nullcontext():
@@ -118,15 +112,11 @@ def open_model(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any,
     trust = {"trust_remote_code": True} if args.trust_remote_code else {}
     model, tokenizer = load(
         args.model or metadata.get("model") or BUNDLED_MODEL,
-        expert_cache=args.expert_cache,
-        io_threads=args.io_threads,
-        io_mode=args.io_mode,
-        verify=args.verify_reads or None,
-        lookahead=args.lookahead,
-        experts_per_token=args.experts_per_token,
+        expert_cache=args.expert_cache, io_threads=args.io_threads, io_mode=args.io_mode,
+        verify=args.verify_reads or None, lookahead=args.lookahead,
+        experts_per_token=args.experts_per_token, adapter_path=args.adapter_path,
         tokenizer_config=metadata.get("tokenizer_config", {}) | trust,
-        adapter_path=args.adapter_path,
-    )
+    )  # fmt: skip
     if args.top_k >= (tokens := model.args.vocab_size):
         raise FlashMoEError(f"--top-k {args.top_k}: the model has {tokens} tokens. Give fewer.")
     return model, tokenizer
@@ -135,15 +125,10 @@ def open_model(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any,
 def sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Any:
     """Return mlx-lm's sampler with the flags' settings."""
     return make_sampler(
-        args.temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
+        args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, args.top_k,
+        xtc_probability=args.xtc_probability, xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
+    )  # fmt: skip
 
 
 def print_text(
@@ -222,12 +207,9 @@ def encode_prompt(
         if prefill is not None:
             messages.append({"role": "assistant", "content": prefill})
         return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=prefill is not None,
-            add_generation_prompt=prefill is None,
-            **options,
-        )
+            messages, tokenize=False, continue_final_message=prefill is not None,
+            add_generation_prompt=prefill is None, **options,
+        )  # fmt: skip
 
     try:
         text = render(prompt)

@@ -86,27 +86,19 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     chunk = min(args.prompt, PREFILL_CHUNK)
     within, rows = tally()
     return {
-        "model": args.model,
-        "trunk_bytes": round(weights.trunk),
-        "expert_bytes": round(weights.expert_bytes),
-        "record_bytes": round(weights.record),
-        "token_bytes": round(weights.token_bytes),
-        "top_k": weights.top_k,
-        "layers": weights.layers,
-        "experts": weights.experts,
-        "machine": asdict(machine),
-        "engine": args.engine,
+        "model": args.model, "trunk_bytes": round(weights.trunk),
+        "expert_bytes": round(weights.expert_bytes), "record_bytes": round(weights.record),
+        "token_bytes": round(weights.token_bytes), "top_k": weights.top_k,
+        "layers": weights.layers, "experts": weights.experts,
+        "machine": asdict(machine), "engine": args.engine,
         "free_bytes": plan_model.free_bytes(weights, machine),
-        "caches": [asdict(d) for d in decodes],
-        "chosen": asdict(best),
-        "asked": args.cache is not None,
-        "decode_tokens_per_s": 1 / best.seconds,
+        "caches": [asdict(d) for d in decodes], "chosen": asdict(best),
+        "asked": args.cache is not None, "decode_tokens_per_s": 1 / best.seconds,
         "prompt": args.prompt,
         "distinct_experts": plan_model.distinct_experts(weights, chunk),
-        "prefill_seconds": seconds,
-        "prefill_tokens_per_s": args.prompt / seconds,
+        "prefill_seconds": seconds, "prefill_tokens_per_s": args.prompt / seconds,
         "check": {"within_20_percent": within, "predicted_rows": rows},
-    }
+    }  # fmt: skip
 
 
 def _among(value: Any, choices: Iterable[Any], name: str) -> Any:
@@ -247,11 +239,8 @@ def _reason(found: dict[str, Any]) -> str:
 def check() -> dict[str, Any]:
     """Return every published row beside its prediction, and how many lie within 20 %."""
     within, rows = tally()
-    return {
-        "rows": [row.as_dict() for row in ROWS],
-        "within_20_percent": within,
-        "predicted_rows": rows,
-    }
+    found = [row.as_dict() for row in ROWS]
+    return {"rows": found, "within_20_percent": within, "predicted_rows": rows}
 
 
 def render_check(found: dict[str, Any]) -> str:

@@ -66,14 +66,10 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Return the row as plain JSON values."""
         return {
-            "row": f"{self.setup.name}, {self.name}",
-            "unit": self.unit,
-            "published": self.published,
-            "predicted": self.predicted(),
-            "error": self.error,
-            "kind": self.kind,
-            "source": self.setup.source,
-        }
+            "row": f"{self.setup.name}, {self.name}", "unit": self.unit,
+            "published": self.published, "predicted": self.predicted(), "error": self.error,
+            "kind": self.kind, "source": self.setup.source,
+        }  # fmt: skip
 
 
 _SETUPS = {name: Setup(**values) for name, values in _DATA["setups"].items()}
