@@ -1,4 +1,4 @@
-"""Whether the installed packages are there and as new as this one needs. Imports MLX at most."""
+"""Check that installed packages are as new as this one needs. Imports MLX at most."""
 
 import importlib
 import sys
@@ -14,42 +14,31 @@ NAME = "flashmoe-mlx"
 
 
 def check_packages() -> None:
-    """Compare what is installed with what this package's own metadata asks for, and try MLX.
+    """Compare installed versions with this package's own metadata, and import MLX.
 
-    Pip does so when it installs, but not when another package is changed later.
+    pip checks when it installs, but not when it changes another package later.
 
     Raises:
-        FlashMoEError: a package is missing, too old, or MLX has no part that computes; in one of
-            our commands it is printed instead, and the command exits with 2.
+        FlashMoEError: a package is missing or too old, or MLX has no back-end; in one of our
+            commands it is printed instead, and the command exits with 2.
     """
     try:
         wanted = [Requirement(line) for line in metadata.requires(NAME) or ()]
     except metadata.PackageNotFoundError:  # a source tree that was not installed
         return
-    faults = {each: fault for each in wanted if (fault := _fault(each))}
-    if faults:
+    if faults := {each: fault for each in wanted if (fault := _fault(each))}:
         names = " ".join(f'"{each.name}{each.specifier}"' for each in faults)
         _refuse(f"{'; '.join(faults.values())}. Install them: pip install -U {names}")
     try:
         importlib.import_module("mlx.core")
-    except ImportError as error:  # on Linux without an extra of ours
+    except ImportError as error:  # on Linux, MLX installed without an extra of ours
         _refuse(
             f"MLX cannot be imported ({error}). Install what it computes with: "
             'pip install "mlx[cpu]" numba, or with an NVIDIA GPU "mlx[cuda13]" or "mlx[cuda12]"'
         )
 
 
-def _refuse(text: str) -> NoReturn:
-    error = FlashMoEError(text)
-    command = Path(sys.argv[0]).name
-    if command.startswith("flashmoe-") or command == "-m":
-        print(f"{NAME if command == '-m' else command}: error: {error}", file=sys.stderr)
-        raise SystemExit(2)
-    raise error
-
-
 def _fault(wanted: Requirement) -> str | None:
-    """Say what is wrong with a package, if anything is."""
     if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
         return None
     try:
@@ -59,3 +48,11 @@ def _fault(wanted: Requirement) -> str | None:
     if wanted.specifier.contains(found, prereleases=True):
         return None
     return f"{wanted.name} {found} is installed, but {wanted.specifier} is needed"
+
+
+def _refuse(text: str) -> NoReturn:
+    command = Path(sys.argv[0]).name
+    if command.startswith("flashmoe-") or command == "-m":
+        print(f"{NAME if command == '-m' else command}: error: {text}", file=sys.stderr)
+        raise SystemExit(2)
+    raise FlashMoEError(text)

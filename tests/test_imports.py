@@ -54,7 +54,7 @@ def test_the_graph_sees_all_ways_to_import(graph):
     assert len(graph) > 150
     assert f"{KERNELS}.cpu.block" in graph[f"{KERNELS}.cpu.entry"]  # inside a function
     assert f"{PACKAGE}.errors" in graph[f"{PACKAGE}.convert.run"]
-    assert f"{PACKAGE}.bench.figures" in graph[f"{PACKAGE}.bench.batch"]  # a module, as a name
+    assert f"{PACKAGE}.bench.model" in graph[f"{PACKAGE}.bench.throughput"]  # a module, as a name
 
 
 def test_there_is_no_circle(graph):

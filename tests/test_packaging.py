@@ -19,7 +19,7 @@ PACKAGES = {
     "custom_kernels": "flashmoe_mlx/custom_kernels",
     "convert": "flashmoe_mlx/convert",
 }
-SHIPPED = (".py", ".metal", ".cuh", "py.typed")
+SHIPPED = (".py", ".metal", ".cuh", ".toml", "py.typed")
 LITTER = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc")
 
 # Spelled in pieces, so that this file does not find itself.

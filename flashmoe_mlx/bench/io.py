@@ -1,9 +1,9 @@
-"""`flashmoe-bench io`: what disk and page cache give, and what the expert store makes of it.
+"""`flashmoe-bench io`: how fast disk and page cache are, and how close the expert store comes.
 
-Every way of reading brings random records into the same amount of memory: 16 records, as a bank
-has slots. All ways and thread counts are measured in turn, in rounds, and each figure is the
-median of its rounds, because disks drift. Cold means that the records were dropped from the page
-cache before the run, warm that they were read into it.
+Every way of reading fills the same memory with random records: 16 of them, like the slots of a
+bank. Rounds measure all ways and thread counts in random order, and each figure is the median of
+its rounds, because disks drift. Cold records were dropped from the page cache before the run, warm
+ones were read into it.
 """
 
 import argparse
@@ -13,10 +13,11 @@ import mmap
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,48 +28,37 @@ from ..format.model_files import read_config
 from ..format.names import FIELDS
 from ..loader import find_model
 from ..models.qwen3_5.args import ModelArgs
-from ..profile import machine
-from ..profile.counters import disk_bytes
-from ..profile.read_speed import (
-    BUFFERS,
-    Range,
-    forget,
-    in_threads,
-    opened,
-    ranges_of,
-    read_range,
-    reads_into,
-    record_buffers,
-    scratch_ranges,
-)
-from ..store.host import BLOCK
+from ..profile import machine, read_speed
+from ..profile.counters import Use, disk_bytes
+from ..profile.read_speed import BUFFERS, COLD_BY, Range, in_threads, opened, ranges_of, reads_into
 from ..store.io_mode import obstacle
 from ..store.sizing import BUFFERED, CachePlan, IoPlan
+from ..store.host import BLOCK
 from ..store.store import ExpertStore
 from .model import at_least_one
 
 RECORDS = (1_769_472, 7_077_888)  # bytes of an expert of 35B-A3B and of 397B-A17B, 4 bits
-FETCHED = 8  # experts that the store is asked for at a time
+FETCHED = 8  # experts in a request to the store
 SHORTEST = 3 * 3 * BLOCK  # bytes of a record: three matrices of codes, scales and biases
-COLD = ("pread", "pread, no read-ahead", "mmap", "direct", "store, buffered", "store, direct")
 PREADS = ("pread", "pread, no read-ahead", "direct")
-WARM = ("pread", "mmap", "store, buffered", "memcpy")
+STORE = ("store, buffered", "store, direct")
+RAW = (*PREADS, "mmap")
+WAYS = {
+    "cold": ("pread", "pread, no read-ahead", "mmap", "direct", *STORE),
+    "warm": ("pread", "mmap", "store, buffered", "memcpy"),
+}
+LIMIT_THREADS = (2, 4, 8)
+LIMIT_SAMPLE = 128 << 20  # bytes that each way reads in a round of `Limit`
 
 Read = Callable[[], float]  # read everything; returns seconds
 
 
-@dataclass(frozen=True)
-class Case:
-    """One cell of the table."""
+class Case(NamedTuple):
+    """One cell of the table: "cold" or "warm", one of its WAYS, and a number of threads."""
 
     state: str
     way: str
     threads: int
-
-    @property
-    def ours(self) -> bool:
-        """Say whether the expert store reads."""
-        return self.way.startswith("store")
 
     @property
     def direct(self) -> bool:
@@ -76,24 +66,9 @@ class Case:
         return self.way.endswith("direct")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What a case gave.
-
-    Attributes:
-        case: the way, cold or warm, with so many threads.
-        bytes_per_s: of each round.
-        from_disk: bytes that the disk delivered for each byte asked for, or None.
-    """
-
-    case: Case
-    bytes_per_s: list[float]
-    from_disk: float | None
-
-    @property
-    def median(self) -> float:
-        """Bytes per second, the median of the rounds."""
-        return statistics.median(self.bytes_per_s)
+# Of each case and round: bytes per second, and bytes delivered by the disk for each byte read,
+# where the system counts them.
+Rounds = dict[Case, list[tuple[float, float | None]]]
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -119,21 +94,20 @@ def run(args: argparse.Namespace) -> int:
     """Print a table for each size of record, then one JSON line. Returns 0."""
     _check(args)
     facts = machine.facts()
-    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores\n{machine.versions(facts)}")
+    print(machine.describe(facts))
     print(f"GB/s, median of {args.rounds} rounds of {args.sample_mib} MiB in random records")
     results = []
     for source, layout in _layouts(args):
-        cells, how = measure(
-            layout, cases(layout, args.threads), args.rounds, args.sample_mib << 20
-        )
-        results.append(_report(source, layout, cells, how))
+        every = cases(layout, args.threads)
+        found = measure(layout, every, args.rounds, args.sample_mib << 20)
+        results.append(_report(source, layout, found))
     settings = {"rounds": args.rounds, "sample_bytes": args.sample_mib << 20, "fetched": FETCHED}
     print(json.dumps({"benchmark": "io", **facts, **settings, "records": results}))
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    at_least_one(threads=min(args.threads), rounds=args.rounds, sample_mib=args.sample_mib)
+    at_least_one(threads=args.threads, rounds=args.rounds, sample_mib=args.sample_mib)
     for record in args.record:
         if record < SHORTEST or record % (3 * BLOCK):
             raise FlashMoEError(
@@ -153,7 +127,7 @@ def _layouts(args: argparse.Namespace) -> Iterator[tuple[str, ExpertLayout]]:
     for record in args.record:
         count = max(2 * (args.sample_mib << 20) // record, 4 * BUFFERS)
         try:
-            with scratch_ranges(args.dir, count * record, record) as ranges:
+            with read_speed.scratch_ranges(args.dir, count * record, record) as ranges:
                 yield f"a temporary file in {args.dir}", scratch_layout(ranges, record)
         except OSError as error:
             raise FlashMoEError(
@@ -163,7 +137,7 @@ def _layouts(args: argparse.Namespace) -> Iterator[tuple[str, ExpertLayout]]:
 
 
 def scratch_layout(ranges: Sequence[Range], record: int) -> ExpertLayout:
-    """Return experts of `record` bytes each, that lie one behind the other in one file."""
+    """Return experts of `record` bytes each, one behind the other in one file."""
     path = ranges[0][0]
     small = max(record // 54 // BLOCK, 1) * BLOCK  # scales, or biases: an eighteenth of a matrix
     sizes = [record // 3 - 2 * small, small, small] * 3
@@ -176,14 +150,11 @@ def scratch_layout(ranges: Sequence[Range], record: int) -> ExpertLayout:
 
 def cases(layout: ExpertLayout, threads: Sequence[int]) -> list[Case]:
     """Return every way to read that is possible, cold and warm, with each number of threads."""
-    found = [Case("cold", way, n) for way in COLD for n in threads]
-    found += [Case("warm", way, n) for way in WARM for n in threads]
+    found = [Case(state, way, n) for state, ways in WAYS.items() for way in ways for n in threads]
     return [case for case in found if not case.direct] if obstacle(layout) else found
 
 
-def measure(
-    layout: ExpertLayout, cases: Sequence[Case], rounds: int, sample: int
-) -> tuple[list[Cell], str]:
+def measure(layout: ExpertLayout, cases: Sequence[Case], rounds: int, sample: int) -> Rounds:
     """Measure cases in rounds, in random order.
 
     Args:
@@ -191,62 +162,48 @@ def measure(
         cases: what to measure.
         rounds: runs of each.
         sample: bytes in each, at most half of the experts.
-
-    Returns:
-        The cells, and in words how the page cache was kept out.
     """
     layer = layout.layers[0]
     count = min(sample // layer.record_bytes, layer.num_experts // 2)
     count = max(1, count // FETCHED) * FETCHED
-    buffers = record_buffers(max(nbytes for _, _, nbytes in ranges_of([(layer, 0)])))
-    found: dict[Case, list[tuple[float, float | None]]] = {case: [] for case in cases}
-    how = ""
+    buffers = read_speed.record_buffers(max(nbytes for _, _, nbytes in ranges_of([(layer, 0)])))
+    found: Rounds = {case: [] for case in cases}
     for _ in range(rounds):
         for case in random.sample(cases, len(cases)):
             experts = random.sample(range(layer.num_experts), count)
-            speed, from_disk, kept_out = _run(case, layout, experts, buffers)
-            how = kept_out if case.state == "cold" else how
-            found[case].append((speed, from_disk))
-    cells = []
-    for case, results in found.items():
-        disk = [ratio for _, ratio in results if ratio is not None]
-        ratio = statistics.median(disk) if disk and case.state == "cold" else None
-        cells.append(Cell(case, [speed for speed, _ in results], ratio))
-    return cells, how
+            found[case].append(_run(case, layout, experts, buffers))
+    return found
 
 
 def _run(
     case: Case, layout: ExpertLayout, experts: Sequence[int], buffers: list[memoryview]
-) -> tuple[float, float | None, str]:
-    """Return bytes per second, bytes that came from the disk for each asked for, and the cold."""
+) -> tuple[float, float | None]:
     ranges = ranges_of([(layout.layers[0], expert) for expert in experts])
-    ways = _store(case, layout, experts) if case.ours else _raw(case, ranges, buffers)
-    with ways as read:
-        how = _prepare(ranges, cold=case.state == "cold")
+    ours = case.way in STORE
+    with _store(case, layout, experts) if ours else _raw(case, ranges, buffers) as read:
+        _prepare(ranges, buffers, cold=case.state == "cold")
         before = disk_bytes()
         seconds = read()
         after, asked = disk_bytes(), sum(nbytes for _, _, nbytes in ranges)
-    from_disk = None if before is None or after is None else (after - before) / asked
-    return asked / seconds, from_disk, how
+    if before is None or after is None:
+        return asked / seconds, None
+    return asked / seconds, (after - before) / asked
 
 
-def _prepare(ranges: Sequence[Range], cold: bool) -> str:
+def _prepare(ranges: Sequence[Range], buffers: list[memoryview], cold: bool) -> None:
     """Drop ranges from the page cache, or read them into it."""
     with opened(ranges) as files:
-        how = "read before"
-        buffer = memoryview(bytearray(max(nbytes for _, _, nbytes in ranges)))
-        for place in ranges:
-            path, offset, nbytes = place
+        read = reads_into(buffers, ranges, files)
+        for number, place in enumerate(ranges):
             if cold:
-                how = forget(files[path], place)
+                read_speed.forget(files[place[0]], place)
             else:
-                read_range(files[path], path, offset, buffer[:nbytes])
-    return how
+                read(number)
 
 
 @contextlib.contextmanager
 def _store(case: Case, layout: ExpertLayout, experts: Sequence[int]) -> Iterator[Read]:
-    """Open a store whose bank is full of other experts, and yield what fetches these."""
+    """Open a store whose bank is full of other experts; yield a function that fetches these."""
     io = IoPlan(True, "as asked") if case.direct else BUFFERED
     plan = CachePlan(BUFFERS, BUFFERS * layout.token_bytes, "as the others", io)
     others = set(range(layout.layers[0].num_experts)).difference(experts)
@@ -264,21 +221,18 @@ def _store(case: Case, layout: ExpertLayout, experts: Sequence[int]) -> Iterator
 
 @contextlib.contextmanager
 def _raw(case: Case, ranges: Sequence[Range], buffers: list[memoryview]) -> Iterator[Read]:
-    """Yield what brings ranges into memory without a store."""
+    """Yield a function that reads ranges without a store."""
     with opened(ranges, case.direct, read_ahead=case.way != "pread, no read-ahead") as files:
-        work = (
-            reads_into(buffers, ranges, files)
-            if case.way in PREADS
-            else _copies(case, ranges, files, buffers)
-        )
+        make = reads_into if case.way in PREADS else partial(_copies, case.way == "memcpy")
+        work = make(buffers, ranges, files)
         yield lambda: in_threads(work, len(ranges), case.threads)
 
 
 def _copies(
-    case: Case, ranges: Sequence[Range], files: dict[Path, int], buffers: list[memoryview]
+    memory: bool, buffers: Sequence[memoryview], ranges: Sequence[Range], files: Mapping[Path, int]
 ) -> Callable[[int], None]:
-    """Return what copies a range from a mapped file, or as many bytes from memory."""
-    if case.way == "memcpy":
+    """Return a function that copies a range from a mapped file, or as many bytes from memory."""
+    if memory:
         sources = {path: np.ones(max(r[1] + r[2] for r in ranges), np.uint8) for path in files}
     else:
         maps = {p: mmap.mmap(f, 0, access=mmap.ACCESS_READ) for p, f in files.items()}
@@ -292,39 +246,102 @@ def _copies(
     return copy
 
 
-def _report(source: str, layout: ExpertLayout, cells: list[Cell], how: str) -> dict[str, Any]:
-    """Print the table and what the store reaches of the best, and return all as JSON values."""
-    threads = sorted({cell.case.threads for cell in cells})
-    print(f"\nrecords of {layout.record_bytes} bytes; {source}; {how}")
+def _report(source: str, layout: ExpertLayout, found: Rounds) -> dict[str, Any]:
+    """Print the table and the store's share of the best, and return all as JSON values."""
+    threads = sorted({case.threads for case in found})
+    print(f"\nrecords of {layout.record_bytes} bytes; {source}; {COLD_BY}")
     if why := obstacle(layout):
         print(f"no direct reads: {why}")
     print(f"{'threads':>27}", *(f"{n:>6}" for n in threads), " from disk")
-    for state, way in dict.fromkeys((c.case.state, c.case.way) for c in cells):
-        row = {c.case.threads: c for c in cells if (c.case.state, c.case.way) == (state, way)}
-        ratios = [c.from_disk for c in row.values() if c.from_disk is not None]
-        disk = f"{statistics.median(ratios):>9.2f}x" if ratios else f"{'-':>10}"
-        print(f"{state:>5} {way:>21}", *(f"{row[n].median / 1e9:6.2f}" for n in threads), disk)
     rows = [
-        {**asdict(c.case), "bytes_per_s": c.median, "rounds": c.bytes_per_s,
-         "from_disk": c.from_disk}
-        for c in cells
+        {**case._asdict(), "bytes_per_s": speed(rounds), "rounds": [round[0] for round in rounds],
+         "from_disk": _from_disk(case, rounds)}
+        for case, rounds in found.items()
     ]  # fmt: skip
-    shares = {state: _share(state, cells) for state in ("cold", "warm")}
-    return {"record": layout.record_bytes, "source": source, "cold_by": how, **shares, "rows": rows}
+    for state, way in dict.fromkeys(case[:2] for case in found):
+        row = [row for row in rows if (row["state"], row["way"]) == (state, way)]
+        row.sort(key=lambda cell: cell["threads"])
+        ratios = [cell["from_disk"] for cell in row if cell["from_disk"] is not None]
+        disk = f"{statistics.median(ratios):>9.2f}x" if ratios else f"{'-':>10}"
+        print(f"{state:>5} {way:>21}", *(f"{x['bytes_per_s'] / 1e9:6.2f}" for x in row), disk)
+    shares = {state: _share(state, found) for state in WAYS}
+    return {"record": layout.record_bytes, "source": source, "cold_by": COLD_BY, **shares,
+            "rows": rows}  # fmt: skip
 
 
-def _share(state: str, cells: list[Cell]) -> dict[str, Any]:
-    """Compare the store's best with the best of the other ways; memcpy reads nothing."""
-    mine = [c for c in cells if c.case.state == state and c.case.ours]
-    theirs = [
-        c for c in cells
-        if c.case.state == state and not c.case.ours and c.case.way != "memcpy"
-    ]  # fmt: skip
-    ours, best = (max(group, key=lambda c: c.median) for group in (mine, theirs))
-    share = ours.median / best.median
+def speed(rounds: list[tuple[float, float | None]]) -> float:
+    """Return bytes per second: the median of the rounds."""
+    return statistics.median(round[0] for round in rounds)
+
+
+def _from_disk(case: Case, rounds: list[tuple[float, float | None]]) -> float | None:
+    ratios = [ratio for _, ratio in rounds if ratio is not None and case.state == "cold"]
+    return statistics.median(ratios) if ratios else None
+
+
+def _best(found: Rounds, state: str, ways: Sequence[str]) -> tuple[Case, float]:
+    """Return the fastest case of some ways, and its bytes per second."""
+    chosen = [case for case in found if case.state == state and case.way in ways]
+    best = max(chosen, key=lambda case: speed(found[case]))
+    return best, speed(found[best])
+
+
+def _share(state: str, found: Rounds) -> dict[str, Any]:
+    """Compare the store's best with the best of the raw ways, and print that."""
+    ours, ours_speed = _best(found, state, STORE)
+    best, best_speed = _best(found, state, RAW)
+    share = ours_speed / best_speed
     print(
-        f"{state}: {ours.case.way}, {ours.case.threads} threads: {ours.median / 1e9:.2f} GB/s, "
-        f"{share:.0%} of the best ({best.case.way}, {best.case.threads}: {best.median / 1e9:.2f})"
+        f"{state}: {ours.way}, {ours.threads} threads: {ours_speed / 1e9:.2f} GB/s, "
+        f"{share:.0%} of the best ({best.way}, {best.threads}: {best_speed / 1e9:.2f})"
     )
-    return {"store_bytes_per_s": ours.median, "best_bytes_per_s": best.median, "share": share,
-            "store": asdict(ours.case), "best": asdict(best.case)}  # fmt: skip
+    return {"store_bytes_per_s": ours_speed, "best_bytes_per_s": best_speed, "share": share,
+            "store": ours._asdict(), "best": best._asdict()}  # fmt: skip
+
+
+class Limit:
+    """How near generation comes to the best raw way of reading the same model's records.
+
+    The limit is the time that a run's bytes would take at the best raw speed: of cold reads for
+    those that the disk delivered, of warm reads for the others. The share is the limit over the
+    time during which the run had a read in flight.
+    """
+
+    def __init__(self, layout: ExpertLayout) -> None:
+        """Choose the cases."""
+        self._layout = layout
+        self.rounds: Rounds = {c: [] for c in cases(layout, LIMIT_THREADS) if c.way in RAW}
+
+    def measure(self) -> None:
+        """Measure each case once more."""
+        for case, rounds in measure(self._layout, list(self.rounds), 1, LIMIT_SAMPLE).items():
+            self.rounds[case] += rounds
+
+    def share(self, use: Use) -> float | None:
+        """Return the share; None if nothing was read, or the disk's part is unknown."""
+        if not (reading := use.stats.seconds_reading) or use.from_disk is None:
+            return None
+        cold, warm = (_best(self.rounds, state, RAW)[1] for state in ("cold", "warm"))
+        return (use.needed / cold + (use.stats.bytes_read - use.needed) / warm) / reading
+
+    def report(self, uses: dict[str, list[Use]]) -> dict[str, Any]:
+        """Print the limit and what each kind of run reached, by the median; return JSON values."""
+        best = {state: _best(self.rounds, state, RAW) for state in ("cold", "warm")}
+        ways = [
+            f"{s} {x / 1e9:.2f} GB/s ({c.way}, {c.threads} threads)" for s, (c, x) in best.items()
+        ]
+        print(f"raw reads of the same records at best, between the runs: {'; '.join(ways)}")
+        found = {s: {**case._asdict(), "bytes_per_s": x} for s, (case, x) in best.items()}
+        return {"best": found, "reached": {name: self._reached(name, uses[name]) for name in uses}}
+
+    def _reached(self, name: str, uses: list[Use]) -> dict[str, float] | None:
+        """Print and return what runs reached; None if they read nothing."""
+        if not (read := [use.stats for use in uses if use.stats.seconds_reading]):
+            return None
+        found = {"bytes_per_s": statistics.median(s.bytes_read / s.seconds_reading for s in read)}
+        line = f"{name}: {found['bytes_per_s'] / 1e9:.2f} GB/s while a read was in flight"
+        if shares := [share for use in uses if (share := self.share(use)) is not None]:
+            found["share"] = statistics.median(shares)
+            line += f", {found['share']:.0%} of what its bytes allow"
+        print(line)
+        return found

@@ -1,4 +1,4 @@
-"""What `flashmoe-bench decode`, `prefill` and `batch` share: a model of true shape, how it ran.
+"""The model that `flashmoe-bench decode`, `prefill` and `batch` measure, and how a run starts.
 
 To measure with less memory than the machine has, start the command in a cgroup:
 
@@ -6,7 +6,7 @@ To measure with less memory than the machine has, start the command in a cgroup:
 or, as root where memory has a cgroup hierarchy of its own (version 1):
     g=/sys/fs/cgroup/memory/bench; mkdir $g; echo 2G > $g/memory.limit_in_bytes
     sh -c "echo \\$\\$ > $g/cgroup.procs; exec flashmoe-bench decode --cold"
-Give --cold with it: pages that a process outside the group brought into the page cache are free.
+Give --cold too: the group is not charged for pages that another process read into the page cache.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from ..loader import load
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..models.qwen3_5.model import Model
 from ..profile import machine
-from ..profile.counters import Use, now
 from ..profile.read_speed import expert_ranges, time_reads
 from ..settings import LOOKAHEAD
 from ..store.memory import available_bytes, cgroup_limit
@@ -46,13 +45,22 @@ from .synthetic import Recipe, checkpoint, default_dir
 PROMPT = 16  # tokens before decoding starts
 WARM_UP = 3  # steps that are not counted
 COMPUTE_STEPS = 11  # of which the first is not counted
+COLD = "drop the experts from the page cache before each run"  # help of --cold
 Sampler = Callable[[mx.array], mx.array]
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that all three commands have."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "To measure with" + (__doc__ or "").split("To measure with")[1]
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    """Add a subcommand with the flags that all three have, and return its parser."""
+    parser = commands.add_parser(
+        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="To measure with" + (__doc__ or "").split("To measure with")[1],
+    )  # fmt: skip
+    parser.set_defaults(run=run, what=name)
     add = parser.add_argument
     add("--geometry", choices=GEOMETRIES, default="35b", help="model (default: 35b)")
     add("--layers", type=int, default=8, help="of which so many layers (default: 8)")
@@ -61,31 +69,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, help="experts per token (default: the geometry's)")
     add("--expert-cache", help="memory for experts: 512MiB, 4GiB or auto (default: auto)")
     add("--io-threads", type=int, help="threads that read from disk (default: 8)")
-    text = "read experts early, on a guess (default: off)"
+    text = "prefetch experts before the router picks them (default: off)"
     add("--lookahead", choices=LOOKAHEAD, default="off", help=text)
     add("--runs", type=int, default=3, help="runs of each, of which the median (default: 3)")
     add("--stock", action="store_true", help="also run stock mlx-lm on the same weights")
     where = f"where checkpoints are kept (default: {default_dir()})"
     add("--dir", type=Path, default=default_dir(), help=where)
     add("--plot", type=Path, metavar="FILE.png", help="draw the layers' times and hit rates")
+    return parser
 
 
-def add_cold(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of the commands that start either cold or warm."""
-    text = "drop the experts from the page cache before each run"
-    parser.add_argument("--cold", action="store_true", help=text)
-
-
-def at_least_one(**values: int) -> None:
+def at_least_one(**values: int | list[int]) -> None:
     """Refuse counts below one.
 
     Raises:
         FlashMoEError: naming the flag, its value and the remedy.
     """
-    for name, value in values.items():
-        if value < 1:
-            flag = name.replace("_", "-")
-            raise FlashMoEError(f"--{flag} {value} measures nothing. Give at least 1.")
+    for name, given in values.items():
+        for value in given if isinstance(given, list) else [given]:
+            if value < 1:
+                flag = name.replace("_", "-")
+                raise FlashMoEError(f"--{flag} {value} measures nothing. Give at least 1.")
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,9 @@ class Subject:
     model: Model
     store: ExpertStore
 
-    @property
-    def layout(self) -> ExpertLayout:
-        """Where its experts lie."""
-        return self.store.layout
-
 
 def open_subject(args: argparse.Namespace) -> Subject:
-    """Make the checkpoint that the flags describe, unless it is there, and load it.
+    """Load the checkpoint that the flags describe, which is made first if it does not exist.
 
     Raises:
         FlashMoEError: a flag is out of range, or the disk is too full.
@@ -113,12 +112,9 @@ def open_subject(args: argparse.Namespace) -> Subject:
     recipe = Recipe(args.geometry, args.layers, args.vocabulary, args.bits)
     path = checkpoint(recipe, args.dir)
     model, _ = load(
-        path,
-        expert_cache=args.expert_cache,
-        io_threads=args.io_threads,
-        lookahead=args.lookahead,
-        experts_per_token=args.top_k,
-    )
+        path, expert_cache=args.expert_cache, io_threads=args.io_threads,
+        lookahead=args.lookahead, experts_per_token=args.top_k,
+    )  # fmt: skip
     assert isinstance(model, Model) and model._store
     return Subject(recipe, path, model, model._store)
 
@@ -127,10 +123,8 @@ def conditions(subject: Subject) -> dict[str, Any]:
     """Print what runs here and what is measured, and return both as JSON values; bytes."""
     facts, limit = machine.facts(), cgroup_limit()
     recipe, args, plan = subject.recipe, subject.model.args, subject.store.plan
-    memory = f"{facts['memory'] / 2**30:.1f} GiB"
-    memory += f", of which the cgroup allows {limit / 2**30:.2f}" if limit else ""
-    print(f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores, {memory}")
-    print(machine.versions(facts))
+    allowed = f", of which the cgroup allows {limit / 2**30:.2f}" if limit else ""
+    print(machine.describe(facts, f"{facts['memory'] / 2**30:.1f} GiB{allowed}"))
     print(
         f"{facts['device']}; {recipe.geometry}, {recipe.layers} of "
         f"{GEOMETRIES[recipe.geometry].num_hidden_layers} layers, {recipe.vocabulary} token ids, "
@@ -165,10 +159,10 @@ def greedy(logits: mx.array) -> mx.array:
 
 
 def settle(store: ExpertStore, cold: bool) -> None:
-    """Bring banks and page cache into the state that a run starts from.
+    """Put banks and page cache into the state that a run starts from.
 
-    The banks are full, as they are after some tokens: with experts 0, 1, 2, ... of each layer. The
-    page cache then holds nothing of the experts (cold), or as much as there is room for.
+    Each bank is full, as after some tokens, and holds experts 0, 1, 2, ... of its layer. The page
+    cache holds none of the experts (cold), or as many as fit.
 
     Raises:
         FlashMoEError: cold, on a system that cannot drop a file from its page cache.
@@ -192,24 +186,16 @@ def settle(store: ExpertStore, cold: bool) -> None:
 
 
 def bandwidth(store: ExpertStore) -> float:
-    """Measure the disk: bytes per second of random experts, read cold in the way of a store."""
+    """Measure the disk: bytes per second of random experts, read cold, as a store reads them."""
     ranges = expert_ranges(store.layout)
     return time_reads(ranges, "experts", direct=store.plan.io.direct).bytes_per_s
-
-
-def begin(store: ExpertStore | None, cold: bool, started: Callable[[], None]) -> Use:
-    """Settle our model's banks and page cache, call `started`, and return the counters."""
-    if store:
-        settle(store, cold)
-    started()
-    return now(store)
 
 
 def step_seconds(subject: Subject, batch: int = 1) -> float:
     """Return the median time of a decoding step with nothing to read.
 
-    It is one step taken again and again from the same cache, so all but the first find their
-    experts in the banks, as far as these hold so many.
+    The same step is repeated from the same cache, so all but the first find their experts in the
+    banks, as far as they fit.
     """
     model, vocabulary = subject.model, subject.recipe.vocabulary
     prompt = np.reshape(random_tokens(vocabulary, batch * PROMPT), (batch, PROMPT))
@@ -263,25 +249,17 @@ def stock_model(subject: Subject) -> nn.Module:
     Raises:
         FlashMoEError: it does not fit in memory.
     """
-    layout = subject.layout
+    layout = subject.store.layout
     needed, free = layout.total_bytes, available_bytes()
     if needed > 0.8 * free:
         raise FlashMoEError(
             f"--stock: {needed / 1e9:.2f} GB of experts do not fit in the {free / 1e9:.2f} GB of "
             "memory that are available. Leave --stock out, or give fewer --layers."
         )
-    slots = layout.layers[0].num_experts
-    store = ExpertStore(layout, CachePlan(slots, needed, "stock mlx-lm keeps all experts"))
-    settle(store, cold=False)
-    experts = {
-        f"{layer_prefix(number)}.mlp.switch_mlp.{field}": array
-        for number, bank in enumerate(store.banks)
-        for field, array in zip(FIELDS, bank.arrays, strict=True)
-    }
-    store.close()
+    experts = _all_experts(layout)
 
     class WithExperts(qwen3_5_moe.Model):
-        """Stock mlx-lm's model, whose experts come from the banks above."""
+        """Stock mlx-lm's model, whose experts come from our files."""
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             """Add the experts to the trunk."""
@@ -298,3 +276,16 @@ def stock_model(subject: Subject) -> nn.Module:
         model.set_dtype(mx.float32)
     mx.eval(model.parameters())
     return model
+
+
+def _all_experts(layout: ExpertLayout) -> dict[str, mx.array]:
+    """Read every expert into banks, and return these under the names that stock mlx-lm knows."""
+    slots = layout.layers[0].num_experts
+    plan = CachePlan(slots, layout.total_bytes, "stock mlx-lm keeps all experts")
+    with closing(ExpertStore(layout, plan)) as store:
+        settle(store, cold=False)
+        return {
+            f"{layer_prefix(number)}.mlp.switch_mlp.{field}": array
+            for number, bank in enumerate(store.banks)
+            for field, array in zip(FIELDS, bank.arrays, strict=True)
+        }

@@ -1,9 +1,9 @@
 """Random-weight checkpoints of true shape, in the format that streams: what benchmarks run on.
 
-The plan is `flashmoe-convert`'s own, made for a bfloat16 checkpoint that does not exist, so files,
-headers, quantisation and config.json are those of a real conversion. Only the bytes are made here:
-windows, at random places, into small pools of random codes and scales. Weights have a variance of
-1 / columns, so activations stay finite, routers spread tokens over experts, and text is nonsense.
+`flashmoe-convert` plans a bfloat16 checkpoint that does not exist, so files, headers, quantisation
+and config.json are those of a real conversion. Only the bytes are made here: random windows into
+small pools of random codes and scales. Weights have a variance of 1 / columns, so activations stay
+finite, routers spread tokens over experts, and text is nonsense.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..cli.doctor_model import examine
 from ..convert.plan.parts import LayerPlan, Options, Plan, Quant, Spec, TrunkTensor
@@ -31,14 +32,8 @@ from ..convert.write.act import CHECKSUM, record_entry, write_record
 from ..convert.write.files import TensorFile, write_file, write_json
 from ..custom_kernels.kept import cache_dir
 from ..errors import FlashMoEError
-from ..format.layout import (
-    DATA_ALIGNMENT,
-    EXPERT_DIR,
-    MANIFEST,
-    MANIFEST_FORMAT,
-    MANIFEST_VERSION,
-    TensorInfo,
-)
+from ..format import layout
+from ..format.layout import EXPERT_DIR, TensorInfo
 from ..format.names import is_expert
 from ..models.qwen3_5.args import ModelArgs
 from ..models.qwen3_5.geometry import GEOMETRIES
@@ -59,7 +54,7 @@ Words = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a synthetic checkpoint is made of; equal recipes give equal bytes.
+    """Describes a synthetic checkpoint; equal recipes give equal bytes.
 
     Attributes:
         geometry: a key of `GEOMETRIES`.
@@ -84,10 +79,9 @@ class Recipe:
             raise FlashMoEError(f"geometry {self.geometry!r} is unknown. Choose from {known}.")
         if self.bits not in (4, 2):
             raise FlashMoEError(f"bits = {self.bits}: experts are made with 4 or 2. Choose one.")
-        for name, value, least, most, why in (
-            ("layers", self.layers, 2, 1000, "so that both kinds of attention occur"),
-            ("vocabulary", self.vocabulary, LEAST_VOCABULARY, 10**7, "the tokenizer's own tokens"),
-        ):
+        layers = "layers", self.layers, 2, 1000, "so that both kinds of attention occur"
+        tokens = "vocabulary", self.vocabulary, LEAST_VOCABULARY, 10**7, "the tokenizer's own"
+        for name, value, least, most, why in (layers, tokens):
             if value < least:
                 raise FlashMoEError(f"{name} = {value} is too few: give at least {least}, {why}.")
             if value > most:
@@ -96,13 +90,11 @@ class Recipe:
     @property
     def name(self) -> str:
         """Name of the directory."""
-        return (
-            f"{self.geometry}-{self.layers}-layers-{self.vocabulary}-tokens-{self.bits}-bit"
-            f"-v{VERSION}"
-        )
+        size = f"{self.geometry}-{self.layers}-layers-{self.vocabulary}-tokens"
+        return f"{size}-{self.bits}-bit-v{VERSION}"
 
     def config(self) -> dict[str, Any]:
-        """Return the config.json of the bfloat16 checkpoint that was never there."""
+        """Return the config.json of the bfloat16 checkpoint that the plan starts from."""
         text = text_config(self.geometry, self.layers, self.vocabulary)
         return {"model_type": "qwen3_5_moe", "text_config": text, "eos_token_id": END_OF_TURN}
 
@@ -110,10 +102,9 @@ class Recipe:
         """Plan the checkpoint as flashmoe-convert plans a conversion."""
         config = self.config()
         args = ModelArgs.from_dict(config)
-        shapes = {name: x.shape for name, x in tree_flatten(Model(args).parameters())}
         trunk = {
-            name: (Path(), TensorInfo("F32" if name.endswith("A_log") else "BF16", shape, 0, 0))
-            for name, shape in shapes.items()
+            name: (Path(), TensorInfo("F32" if name.endswith("A_log") else "BF16", x.shape, 0, 0))
+            for name, x in tree_flatten(Model(args).parameters())
             if not is_expert(name)
         }
         dims = Dims(
@@ -150,7 +141,7 @@ def default_dir() -> Path:
 
 
 def checkpoint(recipe: Recipe, directory: Path | None = None) -> Path:
-    """Return a recipe's checkpoint, which is written unless it is there already, and whole.
+    """Return a recipe's checkpoint; write it first unless `directory` holds it whole.
 
     Args:
         recipe: what it is made of.
@@ -201,44 +192,35 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
     write_file(directory / MODEL_FILE, SHIM.encode())
     write_tokenizer(directory)
     for file in plan.trunk:
-        specs = [(spec.name, spec.dtype, spec.shape) for spec in file.outputs]
-        with TensorFile(directory / file.name, specs) as target:
+        with TensorFile(directory / file.name, file.specs()) as target:
             for tensor in file.tensors:
                 _write_tensor(target, tensor, pools)
     write_index(plan, directory)
     layers = [_write_layer(directory / EXPERT_DIR, layer, pools) for layer in plan.layers]
     manifest = {
-        "format": MANIFEST_FORMAT, "version": MANIFEST_VERSION, "source": asdict(recipe),
-        "num_experts": plan.layers[0].experts, "checksum": CHECKSUM, "layers": layers,
+        "format": layout.MANIFEST_FORMAT, "version": layout.MANIFEST_VERSION,
+        "source": asdict(recipe), "num_experts": plan.layers[0].experts,
+        "checksum": CHECKSUM, "layers": layers,
     }  # fmt: skip
-    write_json(directory / EXPERT_DIR / MANIFEST, manifest)
+    write_json(directory / EXPERT_DIR / layout.MANIFEST, manifest)
 
 
 def _write_layer(directory: Path, plan: LayerPlan, pools: "Pools") -> dict[str, Any]:
     """Write one layer's experts and return its entry of the manifest."""
     rng = _rng(plan.file)
-    specs = ((spec.name, spec.dtype, spec.shape) for spec in plan.outputs())
-    with TensorFile(directory / plan.file, specs, DATA_ALIGNMENT) as file:
+    with TensorFile(directory / plan.file, plan.specs(), layout.DATA_ALIGNMENT) as file:
         for expert in range(plan.experts):
-            write_record(file, expert, list(_record(plan, pools, rng)))
+            matrices = (pools.matrix(x.outputs, x.after, rng) for x in plan.projections)
+            write_record(file, expert, [part for matrix in matrices for part in matrix])
         return file.entry() | record_entry(plan, file)
 
 
-def _record(plan: LayerPlan, pools: "Pools", rng: np.random.Generator) -> Iterator[Words]:
-    for projection in plan.projections:
-        yield from pools.matrix(projection.outputs, projection.after, rng)
-
-
 def _write_tensor(file: TensorFile, tensor: TrunkTensor, pools: "Pools") -> None:
-    rng, name = _rng(tensor.outputs[0].name), tensor.outputs[0].name
-    parts = (
-        pools.matrix(tensor.outputs, tensor.quant, rng)
-        if tensor.quant
-        else [_small(tensor.outputs[0], rng)]
-    )
-    start = 0
-    for part in parts:
-        file.write(name, part.data, start)  # weight, scales and biases follow one another
+    spec, start = tensor.outputs[0], 0
+    rng = _rng(spec.name)
+    quant = tensor.quant
+    for part in pools.matrix(tensor.outputs, quant, rng) if quant else [_small(spec, rng)]:
+        file.write(spec.name, part.data, start)  # weight, scales and biases follow one another
         start += part.nbytes
 
 
@@ -304,10 +286,7 @@ def _rng(name: str) -> np.random.Generator:
 
 def write_tokenizer(directory: Path) -> None:
     """Write a byte-level tokenizer: ids are the bytes, then the special tokens."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    ids = {chr(byte): byte for byte in visible}
-    ids |= {chr(256 + index): byte for index, byte in enumerate(hidden)}
+    ids = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
 """The commands `flashmoe-generate`, `flashmoe-doctor` and `flashmoe-plan`, and their options.
 
-Nothing else imports it, but for benchmarks, which describe the machine with it.
+Only benchmarks import it, for published figures and the check of a model directory.
 """

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..profile.plot import check_plot
 from ..profile.stats import RunStats
 from ..store.memory import peak_bytes
 from .live import Live
-from .options import UNSUPPORTED, chat_options, check_options
+from .options import UNSUPPORTED, chat_options, check_options, check_ranges
 
 IF_MEMORY_IS_SHORT = "Give a smaller --expert-cache, --prefill-step-size or --max-kv-size."
 
@@ -32,42 +32,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser = setup_arg_parser()
     parser.prog = "flashmoe-generate"
     parser.description = "Generate text with a Qwen3.5 MoE model whose experts stream from disk."
-    group = parser.add_argument_group("streaming")
-    group.add_argument(
-        "--expert-cache",
-        help="Memory for experts, all layers together: 512MiB, 4GiB or auto (default: auto)",
-    )
-    group.add_argument("--io-threads", help="Threads that read from disk (default: 8)")
-    group.add_argument(
-        "--io-mode",
-        help="How to read: buffered, through the page cache; direct, past it; or auto (default)",
-    )
-    group.add_argument(
-        "--lookahead",
-        help="Read experts early, on a guess: on, off, or auto (default), which times both (CPU)",
-    )
-    group.add_argument(
-        "--experts-per-token", help="Top-k to use instead of the checkpoint's own (default: its)"
-    )
-    group.add_argument(
-        "--verify-reads", action="store_true",
-        help="Compare every expert with its checksum when it has been read (converted models)",
-    )  # fmt: skip
-    group.add_argument(
-        "--stats", action="store_true",
-        help="Also print what each phase and each layer took (slower: each part is waited for)",
-    )  # fmt: skip
-    group.add_argument(
-        "--stats-json", type=Path, metavar="FILE", help="Write the same, and more, as JSON"
-    )
-    group.add_argument(
-        "--plot", type=Path, metavar="FILE.png",
-        help="Draw the layers' times and hit rates, and tokens per second over time",
-    )  # fmt: skip
-    group.add_argument(
-        "--live", action="store_true",
-        help="Show tokens per second, the disk's GB/s and the hit rate while text comes",
-    )  # fmt: skip
+    check_ranges(parser)
+    add = parser.add_argument_group("streaming").add_argument
+    text = "Memory for experts, all layers together: 512MiB, 4GiB or auto (default: auto)"
+    add("--expert-cache", help=text)
+    add("--io-threads", help="Threads that read from disk (default: 8)")
+    text = "How to read: buffered, through the page cache; direct, past it; or auto (default)"
+    add("--io-mode", help=text)
+    text = "Prefetch experts: on, off, or auto (default), which times both (CPU only)"
+    add("--lookahead", help=text)
+    text = "Top-k to use instead of the checkpoint's own (default: its own)"
+    add("--experts-per-token", help=text)
+    text = "Compare every expert with its checksum after reading it (converted models)"
+    add("--verify-reads", action="store_true", help=text)
+    text = "Also print what each phase and each layer took (slower: parts cannot overlap)"
+    add("--stats", action="store_true", help=text)
+    add("--stats-json", type=Path, metavar="FILE", help="Write the same, and more, as JSON")
+    text = "Draw the layers' times and hit rates, and tokens per second over time"
+    add("--plot", type=Path, metavar="FILE.png", help=text)
+    text = "Show tokens per second, the disk's GB/s and the hit rate during generation"
+    add("--live", action="store_true", help=text)
     for action in parser._actions:
         if action.dest in (*UNSUPPORTED, "num_draft_tokens"):
             action.help = argparse.SUPPRESS
@@ -93,65 +77,58 @@ def run(args: argparse.Namespace) -> None:
     if args.seed is not None:
         mx.random.seed(args.seed)
     cache, metadata = open_prompt_cache(args)
-    model, tokenizer = load(
-        args.model or metadata.get("model") or BUNDLED_MODEL,
-        expert_cache=args.expert_cache,
-        io_threads=args.io_threads,
-        io_mode=args.io_mode,
-        verify=args.verify_reads or None,
-        lookahead=args.lookahead,
-        experts_per_token=args.experts_per_token,
-        tokenizer_config=metadata.get("tokenizer_config", {})
-        | ({"trust_remote_code": True} if args.trust_remote_code else {}),
-        adapter_path=args.adapter_path,
-    )
-    if args.top_k >= model.args.vocab_size:
-        raise FlashMoEError(
-            f"--top-k {args.top_k}: the model has {model.args.vocab_size} tokens. Give fewer."
-        )
+    model, tokenizer = open_model(args, metadata)
     if cache is not None:
         check_fits(args.prompt_cache_file, cache, model)
     add_eos_tokens(tokenizer, args.extra_eos_token)
     prompt = encode_prompt(args, tokenizer, cached=cache is not None)
     if not prompt:
         raise FlashMoEError("--prompt is empty, and there is no chat template. Give some text.")
-    sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
     responses = stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=args.max_tokens,
-        sampler=sampler,
-        max_kv_size=args.max_kv_size,
-        prefill_step_size=args.prefill_step_size,
-        prompt_cache=cache,
-        kv_bits=args.kv_bits,
-        kv_group_size=args.kv_group_size,
+        model, tokenizer, prompt,
+        max_tokens=args.max_tokens, sampler=sampler(args, tokenizer),
+        prefill_step_size=args.prefill_step_size, prompt_cache=cache, max_kv_size=args.max_kv_size,
+        kv_bits=args.kv_bits, kv_group_size=args.kv_group_size,
         quantized_kv_start=args.quantized_kv_start,
-    )
-    watched = bool(args.stats or args.stats_json or args.plot)
-    stats, live = RunStats(model) if watched else None, Live(model.expert_stats())
-    with ExitStack() as stack:
-        if stats:
-            stack.enter_context(stats.watching())
-        if args.live:
-            stack.enter_context(live.shown())
-        response = print_text(model, responses, stats, live if args.live else None)
+    )  # fmt: skip
+    stats = RunStats(model) if args.stats or args.stats_json or args.plot else None
+    live = Live(model.expert_stats()) if args.live else None
+    with stats.watching() if stats else nullcontext(), live.shown() if live else nullcontext():
+        response = print_text(model, responses, stats, live)
     print()
     if args.verbose and response is not None:
         print("=" * 10)
         report(model, response)
-    if stats:
-        tell(stats, args)
+    if stats and args.stats:
+        stats.print()
+    if stats and args.stats_json:
+        stats.save(args.stats_json)
+    if stats and args.plot:
+        stats.plot(args.plot)
+
+
+def open_model(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, TokenizerWrapper]:
+    """Load the model that the flags or else a prompt cache's metadata name, and its tokenizer."""
+    trust = {"trust_remote_code": True} if args.trust_remote_code else {}
+    model, tokenizer = load(
+        args.model or metadata.get("model") or BUNDLED_MODEL,
+        expert_cache=args.expert_cache, io_threads=args.io_threads, io_mode=args.io_mode,
+        verify=args.verify_reads or None, lookahead=args.lookahead,
+        experts_per_token=args.experts_per_token, adapter_path=args.adapter_path,
+        tokenizer_config=metadata.get("tokenizer_config", {}) | trust,
+    )  # fmt: skip
+    if args.top_k >= (tokens := model.args.vocab_size):
+        raise FlashMoEError(f"--top-k {args.top_k}: the model has {tokens} tokens. Give fewer.")
+    return model, tokenizer
+
+
+def sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Any:
+    """Return mlx-lm's sampler with the flags' settings."""
+    return make_sampler(
+        args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, args.top_k,
+        xtc_probability=args.xtc_probability, xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )  # fmt: skip
 
 
 def print_text(
@@ -168,21 +145,11 @@ def print_text(
     return response
 
 
-def tell(stats: RunStats, args: argparse.Namespace) -> None:
-    """Print, write and draw what a run took, as the flags ask."""
-    if args.stats:
-        stats.print()
-    if args.stats_json:
-        stats.save(args.stats_json)
-    if args.plot:
-        stats.plot(args.plot)
-
-
 def add_eos_tokens(tokenizer: TokenizerWrapper, tokens: list[str]) -> None:
-    """Have each of some tokens end the text.
+    """End the text also at each of some tokens.
 
     Raises:
-        FlashMoEError: the tokenizer has no such token.
+        FlashMoEError: the tokenizer does not have a token.
     """
     for token in tokens:
         try:
@@ -240,16 +207,13 @@ def encode_prompt(
         if prefill is not None:
             messages.append({"role": "assistant", "content": prefill})
         return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=prefill is not None,
-            add_generation_prompt=prefill is None,
-            **options,
-        )
+            messages, tokenize=False, continue_final_message=prefill is not None,
+            add_generation_prompt=prefill is None, **options,
+        )  # fmt: skip
 
     try:
         text = render(prompt)
-    except Exception as error:  # of the template's language, or of Python
+    except Exception as error:  # Jinja's or Python's
         raise FlashMoEError(
             f"the chat template fails with --chat-template-config {args.chat_template_config} "
             f"({type(error).__name__}: {error}). Change it, or give --ignore-chat-template."
@@ -271,10 +235,8 @@ def _read_stdin() -> str:
 def report(model: Any, response: Any) -> None:
     """Print speed, experts and memory, as mlx_lm.generate prints its own figures."""
     print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
-    print(
-        f"Generation: {response.generation_tokens} tokens, "
-        f"{response.generation_tps:.3f} tokens-per-sec"
-    )
+    tokens, speed = response.generation_tokens, response.generation_tps
+    print(f"Generation: {tokens} tokens, {speed:.3f} tokens-per-sec")
     print(model.expert_stats())
     print(model.expert_cache())
     print(f"Peak memory: {peak_bytes() / 2**20:.0f} MiB resident")

@@ -1,4 +1,7 @@
-"""One line that follows a generation: tokens per second, what the disk gives, and the hit rate."""
+"""One line that follows a generation: tokens per second, the disk's rate, and the hit rate.
+
+tqdm cannot keep it below text that grows without line feeds, so the terminal's scroll region does.
+"""
 
 import shutil
 import sys
@@ -16,9 +19,12 @@ class Live:
     """The line, on standard error: the last one of a terminal, or one line after another."""
 
     def __init__(self, stats: ExpertStats) -> None:
-        """Begin to count."""
+        """Start counting."""
         self._terminal = sys.stderr.isatty()
         self._interval = INTERVAL if self._terminal else 1.0
+        self._start(stats)
+
+    def _start(self, stats: ExpertStats) -> None:
         self._then, self._stats, self._tokens = time.perf_counter(), replace(stats), 0
 
     @contextmanager
@@ -29,14 +35,14 @@ class Live:
             return
         rows = shutil.get_terminal_size().lines
         # Make room, scroll all lines but the last, and come back to where the text goes on.
-        self._write(f"\n\x1b[1A\x1b7\x1b[1;{rows - 1}r\x1b8")
+        _write(f"\n\x1b[1A\x1b7\x1b[1;{rows - 1}r\x1b8")
         try:
             yield
         finally:
-            self._write(f"\x1b7\x1b[r\x1b[{rows};1H\x1b[2K\x1b8")
+            _write(f"\x1b7\x1b[r\x1b[{rows};1H\x1b[2K\x1b8")
 
     def update(self, count: Callable[[], ExpertStats]) -> None:
-        """Count a token, and show the line if it is time; `count` returns the counters now."""
+        """Count a token, and show the line when it is due; `count` returns the counters now."""
         self._tokens += 1
         seconds = time.perf_counter() - self._then
         if seconds < self._interval:
@@ -45,24 +51,18 @@ class Live:
         line = line_of(self._tokens / seconds, self._stats, stats)
         if self._terminal:
             size = shutil.get_terminal_size()
-            self._write(f"\x1b7\x1b[{size.lines};1H\x1b[2K{line[: size.columns - 1]}\x1b8")
+            _write(f"\x1b7\x1b[{size.lines};1H\x1b[2K{line[: size.columns - 1]}\x1b8")
         else:
-            self._write(f"{line}\n")
-        self._then, self._stats, self._tokens = time.perf_counter(), replace(stats), 0
+            _write(f"{line}\n")
+        self._start(stats)
 
-    def _write(self, text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+
+def _write(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
 
 
 def line_of(speed: float, before: ExpertStats, after: ExpertStats) -> str:
-    """Return the line.
-
-    Args:
-        speed: tokens per second.
-        before: the counters when it was last shown.
-        after: the counters now.
-    """
+    """Return the line for `speed` tokens per second, and counters when last shown and now."""
     asked, hits = after.asked - before.asked, after.hits - before.hits
     nbytes = after.bytes_read - before.bytes_read
     seconds = after.seconds_reading - before.seconds_reading

@@ -9,28 +9,52 @@ from typing import Any
 
 from ..errors import FlashMoEError
 
-KV_BITS = (2, 3, 4, 5, 6, 8)
-KV_GROUPS = (32, 64, 128)
 LARGEST_SEED = 2**64 - 1
-
-Check = tuple[str, Callable[[Any], bool], str]  # flag, whether a value is good, what would be
-CHECKS: tuple[Check, ...] = (
-    ("max_tokens", lambda n: n == -1 or n >= 1, "Give 1 or more, or -1 for no limit"),
-    ("temp", lambda x: 0 <= x < math.inf, "Give 0 (the likeliest token) or more"),
-    ("top_p", lambda x: 0 <= x <= 1, "Give a probability from 0 to 1"),
-    ("min_p", lambda x: 0 <= x <= 1, "Give a probability from 0 to 1"),
-    ("top_k", lambda n: n >= 0, "Give 1 or more tokens, or 0 for all"),
-    ("xtc_probability", lambda x: 0 <= x <= 1, "Give a probability from 0 to 1"),
-    ("xtc_threshold", lambda x: 0 <= x <= 0.5, "Give a probability from 0 to 0.5"),
-    ("min_tokens_to_keep", lambda n: n >= 1, "Give 1 or more"),
-    ("seed", lambda n: 0 <= n <= LARGEST_SEED, f"Give a whole number from 0 to {LARGEST_SEED}"),
-    ("max_kv_size", lambda n: n >= 8, "Give 8 or more tokens, or leave it out for all"),
-    ("prefill_step_size", lambda n: n >= 1, "Give 1 or more tokens"),
-    ("kv_bits", lambda n: n in KV_BITS, "Give 2, 3, 4, 5, 6 or 8"),
-    ("kv_group_size", lambda n: n in KV_GROUPS, "Give 32, 64 or 128"),
-    ("quantized_kv_start", lambda n: n >= 0, "Give 0 or more tokens"),
-)
+PROBABILITY = "Give a probability from 0 to 1"
+# By option: whether a value is in range, and what to give instead.
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_tokens": (lambda n: n == -1 or n >= 1, "Give 1 or more, or -1 for no limit"),
+    "temp": (lambda x: 0 <= x < math.inf, "Give 0 (the likeliest token) or more"),
+    "top_p": (lambda x: 0 <= x <= 1, PROBABILITY),
+    "min_p": (lambda x: 0 <= x <= 1, PROBABILITY),
+    "top_k": (lambda n: n >= 0, "Give 1 or more tokens, or 0 for all"),
+    "xtc_probability": (lambda x: 0 <= x <= 1, PROBABILITY),
+    "xtc_threshold": (lambda x: 0 <= x <= 0.5, "Give a probability from 0 to 0.5"),
+    "min_tokens_to_keep": (lambda n: n >= 1, "Give 1 or more"),
+    "seed": (lambda n: 0 <= n <= LARGEST_SEED, f"Give a whole number from 0 to {LARGEST_SEED}"),
+    "max_kv_size": (lambda n: n >= 8, "Give 8 or more tokens, or leave it out for all"),
+    "prefill_step_size": (lambda n: n >= 1, "Give 1 or more tokens"),
+    "kv_bits": (lambda n: n in (2, 3, 4, 5, 6, 8), "Give 2, 3, 4, 5, 6 or 8"),
+    "kv_group_size": (lambda n: n in (32, 64, 128), "Give 32, 64 or 128"),
+    "quantized_kv_start": (lambda n: n >= 0, "Give 0 or more tokens"),
+}
 UNSUPPORTED = ("draft_model", "image", "quantize_activations")
+
+
+def within(
+    flag: str, read: Callable[[str], Any], good: Callable[[Any], bool], remedy: str
+) -> Callable[[str], Any]:
+    """Return a `type=` for argparse: a value that `read` reads and that is `good`.
+
+    It raises an ArgumentError that names the flag, its value and the remedy.
+    """
+
+    def checked(text: str) -> Any:
+        value = read(text)
+        if not good(value):
+            raise argparse.ArgumentError(None, f"{flag} {value} is out of range. {remedy}.")
+        return value
+
+    checked.__name__ = read.__name__  # argparse says it where `read` fails
+    return checked
+
+
+def check_ranges(parser: argparse.ArgumentParser) -> None:
+    """Have mlx_lm.generate's parser refuse values out of RANGES."""
+    for action in parser._actions:
+        if action.dest in RANGES:
+            assert callable(action.type)
+            action.type = within(action.option_strings[0], action.type, *RANGES[action.dest])
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -41,17 +65,16 @@ def check_options(args: argparse.Namespace) -> None:
     """
     for name in UNSUPPORTED:
         if getattr(args, name):
-            raise FlashMoEError(
-                f"{_flag(name)} is not supported for streamed models; leave it out."
-            )
-    for name, good, remedy in CHECKS:
-        value = getattr(args, name)
-        if value is not None and not good(value):
-            raise FlashMoEError(f"{_flag(name)} {value} is out of range. {remedy}.")
+            flag = name.replace("_", "-")
+            raise FlashMoEError(f"--{flag} is not supported for streamed models; leave it out.")
     if args.model == "":
         raise FlashMoEError("--model is empty. Give a directory, or a name on the Hub.")
-    if args.adapter_path is not None:
-        _check_adapters(Path(args.adapter_path))
+    for name in ("adapter_config.json", "adapters.safetensors") if args.adapter_path else ():
+        if not Path(args.adapter_path, name).is_file():
+            raise FlashMoEError(
+                f"--adapter-path {args.adapter_path}: no {name} there. "
+                "Give a directory that mlx_lm.lora wrote."
+            )
     if args.stats_json is not None and not (folder := args.stats_json.absolute().parent).is_dir():
         raise FlashMoEError(f"--stats-json {args.stats_json}: {folder} is not a directory.")
     chat_options(args.chat_template_config)
@@ -63,28 +86,15 @@ def chat_options(text: str | None) -> dict[str, Any]:
     Raises:
         FlashMoEError: it is not an object in JSON.
     """
+    example = '{"enable_thinking": false}'
     try:
         options = json.loads(text or "{}")
     except ValueError as error:
         raise FlashMoEError(
-            f"--chat-template-config {text}: not JSON ({error}). "
-            'Give an object such as {"enable_thinking": false}.'
+            f"--chat-template-config {text}: not JSON ({error}). Give an object such as {example}."
         ) from error
     if not isinstance(options, dict):
         raise FlashMoEError(
-            f"--chat-template-config {text}: not an object. "
-            'Give one such as {"enable_thinking": false}.'
+            f"--chat-template-config {text}: not an object. Give one such as {example}."
         )
     return options
-
-
-def _check_adapters(path: Path) -> None:
-    for name in ("adapter_config.json", "adapters.safetensors"):
-        if not (path / name).is_file():
-            raise FlashMoEError(
-                f"--adapter-path {path}: no {name} there. Give a directory that mlx_lm.lora wrote."
-            )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -1,38 +1,27 @@
-"""How fast a streamed model ought to be: a small model of reads, copies, weights and launches.
+"""Predicts a streamed model's speed from reads, copies, weights and launches.
 
-`docs/plan.md` derives each formula and names the publication each constant was taken from.
-Bytes are bytes, rates are bytes per second, times are seconds.
+`docs/plan.md` derives each formula and names the source of each constant. Sizes are bytes, rates
+bytes per second, times seconds. Where `Machine.memory` does not hold the trunk, one token's experts
+and the system, functions raise the FlashMoEError of `free_bytes`.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import FlashMoEError
 from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs, check_top_k
 from ..models.qwen3_5.geometry import GEOMETRIES
 
-# What an LRU cache of a share f of the experts hits: f ** HIT_EXPONENT.
-HIT_EXPONENT = 0.2
-# Copying an expert out of the page cache, as a share of the memory's bandwidth.
-COPY_SHARE = 0.07
-# What kernels reach of the memory's bandwidth when they read weights.
-KERNEL_SHARE = 0.8
-# What the system and other programs keep of the memory, for the page cache to do without.
-SYSTEM_BYTES = 7.5e9
-# What macOS lets the GPU and its banks take of the memory, as in `memory.available_bytes`.
-GPU_SHARE = 0.75
+HIT_EXPONENT = 0.2  # an LRU cache of a share f of the experts hits f ** HIT_EXPONENT
+COPY_SHARE = 0.07  # of the memory's bandwidth: copying an expert out of the page cache
+KERNEL_SHARE = 0.8  # of the memory's bandwidth: kernels that read weights
+SYSTEM_BYTES = 7.5e9  # memory that the system and other programs keep
+GPU_SHARE = 0.75  # of the memory, which macOS lets the GPU and its banks take
 VOCABULARY = 248_320
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine's memory in bytes, its bandwidths in bytes per second, and who published them.
-
-    Attributes:
-        memory: what is installed.
-        ssd: cold reads of whole experts in random order.
-        bandwidth: the memory's, as its vendor states it.
-    """
+    """A machine: installed memory, SSD rate of random cold reads of experts, memory bandwidth."""
 
     memory: float
     ssd: float
@@ -42,12 +31,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Engine:
-    """What one implementation adds to reading and computing.
-
-    Attributes:
-        layer_seconds: launches, waits and CPU work of one layer and token.
-        overlaps: whether it reads experts while the GPU works.
-    """
+    """What an implementation adds: seconds of a layer and token; whether it reads meanwhile."""
 
     layer_seconds: float
     overlaps: bool = False
@@ -55,12 +39,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a model's bytes are.
-
-    Attributes:
-        trunk: resident bytes; `trunk_read` of them are read for each token.
-        record: bytes of one expert.
-    """
+    """A model's bytes: its resident trunk, what a token reads of that, and one expert's record."""
 
     trunk: float
     trunk_read: float
@@ -82,10 +61,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Decode:
-    """One token's prediction; `hits` counts the bank's and the page cache's.
+    """One token's prediction.
 
-    `copied`, `read`, `computed` and `waited` are seconds: copies from the page cache, SSD reads,
-    reading weights from memory, and launches and waits.
+    `hits` counts the bank's and the page cache's. Seconds: `copied` from the page cache, `read`
+    from the SSD, `computed` (weights read from memory), `waited` (launches and waits).
     """
 
     bank: float
@@ -177,23 +156,15 @@ def free_bytes(weights: Weights, machine: Machine) -> float:
 
 
 def largest_bank(weights: Weights, machine: Machine) -> float:
-    """Return the bytes that slot banks can have at most.
-
-    Raises:
-        FlashMoEError: the memory does not hold one token's experts.
-    """
+    """Return the bytes that slot banks can have at most."""
     return min(free_bytes(weights, machine), GPU_SHARE * machine.memory - weights.trunk)
 
 
 def decode(weights: Weights, machine: Machine, engine: Engine, bank: float = 0.0) -> Decode:
-    """Predict one decoded token in the steady state.
+    """Predict one decoded token in the steady state, with slot banks of `bank` bytes.
 
-    Args:
-        bank: bytes of the slot banks. What the page cache holds of the same experts is counted
-            once: of the two the larger decides how many requests spare the SSD.
-
-    Raises:
-        FlashMoEError: the memory does not hold one token's experts.
+    Bank and page cache hold the same experts, so the larger of the two decides how many requests
+    spare the SSD.
     """
     page_cache = max(0.0, free_bytes(weights, machine) - bank)
     bank_hits = hit_rate(bank / weights.expert_bytes)
@@ -208,23 +179,17 @@ def decode(weights: Weights, machine: Machine, engine: Engine, bank: float = 0.0
 
 
 def distinct_experts(weights: Weights, tokens: int) -> float:
-    """Return how many experts of a layer a chunk of tokens touches if routing is uniform.
-
-    Real routing repeats itself, so this is the most to expect.
-    """
+    """Return how many experts of a layer a chunk of tokens touches at most: by uniform routing."""
     return weights.experts * (1 - (1 - weights.top_k / weights.experts) ** tokens)
 
 
 def prefill_seconds(
     weights: Weights, machine: Machine, engine: Engine, tokens: int, bank: float = 0.0
 ) -> float:
-    """Predict the least time of an expert-major prefill; the GPU's arithmetic is not counted.
+    """Predict the least time of a prefill that reads each expert once per chunk.
 
-    Each chunk reads each expert that it touches once. Of the experts the memory holds a share, and
-    since a chunk touches nearly all of them, that share is also the hit rate.
-
-    Raises:
-        FlashMoEError: the memory does not hold one token's experts.
+    A chunk touches nearly all experts, so the share of them in memory is also the hit rate. The
+    GPU's arithmetic is not counted.
     """
     page_cache = max(0.0, free_bytes(weights, machine) - bank)
     in_bank = min(1.0, bank / weights.expert_bytes)
@@ -240,11 +205,7 @@ def prefill_seconds(
 
 
 def bank_sizes(weights: Weights, machine: Machine) -> list[float]:
-    """Return the bank sizes worth comparing: the smallest, shares of the free memory, or all.
-
-    Raises:
-        FlashMoEError: the memory does not hold one token's experts.
-    """
+    """Return the bank sizes worth comparing: the smallest, shares of the free memory, or all."""
     free, most = free_bytes(weights, machine), largest_bank(weights, machine)
     shares = [free * share for share in (0.125, 0.25, 0.5, 0.75)]
     sizes = [s for s in (*shares, weights.expert_bytes) if weights.token_bytes < s <= most]
@@ -252,23 +213,11 @@ def bank_sizes(weights: Weights, machine: Machine) -> list[float]:
 
 
 def advised(weights: Weights, machine: Machine, decodes: list[Decode]) -> Decode:
-    """Return the fastest of the decodes whose bank is sound.
+    """Return the fastest of the decodes whose bank holds all experts or half of the free memory.
 
-    A bank of all experts is sound. Another takes half of the free memory at most: larger ones
-    lost speed to memory pressure wherever they were published, which this model does not hold.
+    Larger banks lost speed to memory pressure wherever they were published.
     """
     limit = free_bytes(weights, machine) / 2
     smallest = min(d.bank for d in decodes)
     sound = [d for d in decodes if d.bank <= max(limit, smallest) or d.bank_hits == 1]
     return min(sound, key=lambda d: d.seconds)
-
-
-def as_dict(weights: Weights) -> dict[str, Any]:
-    """Return sizes as plain JSON values, in bytes."""
-    return {
-        "trunk_bytes": round(weights.trunk),
-        "expert_bytes": round(weights.expert_bytes),
-        "record_bytes": round(weights.record),
-        "token_bytes": round(weights.token_bytes),
-        "top_k": weights.top_k,
-    }

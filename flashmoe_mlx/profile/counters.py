@@ -1,4 +1,4 @@
-"""What a stretch of a run took: time, reads, memory; and the least that it could have taken."""
+"""What a stretch of a run took: time, reads, memory; and the least that its reads could take."""
 
 import os
 import statistics
@@ -11,19 +11,6 @@ from ..store.store import ExpertStore
 
 
 @dataclass(frozen=True)
-class Floor:
-    """The least time of a run, in seconds: the disk's share of the work, and the computer's."""
-
-    disk: float
-    compute: float
-
-    @property
-    def seconds(self) -> float:
-        """Return the longer of the two: they can overlap."""
-        return max(self.disk, self.compute)
-
-
-@dataclass(frozen=True)
 class Use:
     """What a stretch of work took.
 
@@ -32,7 +19,7 @@ class Use:
         stats: the store's counters.
         from_disk: bytes that the disk delivered, where the system counts them.
         user: seconds of all cores in the program.
-        system: seconds of all cores in the system's kernel, which copies and finds pages.
+        system: seconds of all cores in the kernel, which copies pages.
     """
 
     seconds: float
@@ -43,10 +30,7 @@ class Use:
 
     @property
     def needed(self) -> int:
-        """Bytes that had to come from the disk: missed by the banks, and by the page cache.
-
-        Those of wrong guesses did not have to.
-        """
+        """Bytes that had to come from the disk: neither cached nor wrongly prefetched."""
         return min(self.stats.bytes_read - self.stats.bytes_useless, self._came)
 
     @property
@@ -55,30 +39,24 @@ class Use:
         read = self.stats.bytes_read
         return read if self.from_disk is None else min(read, self.from_disk)
 
-    def floor(self, bandwidths: list[float], compute: float) -> Floor:
-        """Return the run's floor.
+    def disk_floor(self, bandwidths: list[float]) -> float:
+        """Return the least seconds that the disk needed for the run.
 
         Args:
-            bandwidths: of the disk, measured about the run; it counts at their median, or at what
-                the run itself got while a read was in flight if that is more.
-            compute: seconds of computing.
+            bandwidths: bytes per second of the disk, measured around the run; their median counts,
+                or what the run itself reached while a read was in flight if that is more.
         """
         reading = self.stats.seconds_reading
         reached = self._came / reading if reading else 0.0
-        return Floor(self.needed / max(statistics.median(bandwidths), reached), compute)
+        return self.needed / max(statistics.median(bandwidths), reached)
 
     def __sub__(self, before: "Use") -> "Use":
         """Return what came after `before`."""
         mine, theirs = asdict(self.stats), asdict(before.stats)
         stats = ExpertStats(**{name: mine[name] - theirs[name] for name in mine})
         disk = None if self.from_disk is None else self.from_disk - (before.from_disk or 0)
-        return Use(
-            self.seconds - before.seconds,
-            stats,
-            disk,
-            self.user - before.user,
-            self.system - before.system,
-        )
+        user, system = self.user - before.user, self.system - before.system
+        return Use(self.seconds - before.seconds, stats, disk, user, system)
 
 
 def now(store: ExpertStore | None) -> Use:

@@ -17,8 +17,9 @@ PACKAGES = ("flashmoe-mlx", "mlx", "mlx-lm", "transformers", "numpy", "numba")
 
 def facts() -> dict[str, Any]:
     """Return machine, versions and device as plain values; memory in bytes."""
+    release = platform.mac_ver()[0] if sys.platform == "darwin" else platform.release()
     return {
-        "system": f"{platform.system()} {system_version()}, {platform.machine()}",
+        "system": f"{platform.system()} {release}, {platform.machine()}",
         "cpu": cpu_name(),
         "cores": cores(),
         "memory": memory_bytes(),
@@ -31,6 +32,12 @@ def facts() -> dict[str, Any]:
 def versions(facts: dict[str, Any]) -> str:
     """Return the installed packages of `facts` in one line."""
     return ", ".join(f"{name} {found}" for name, found in facts["packages"].items() if found)
+
+
+def describe(facts: dict[str, Any], *more: str) -> str:
+    """Return system, processor and cores, and `more`, in one line; then the packages."""
+    here = f"{facts['system']}, {facts['cpu']}, {facts['cores']} cores"
+    return ", ".join((here, *more)) + f"\n{versions(facts)}"
 
 
 def on_gpu() -> bool:
@@ -51,11 +58,6 @@ def version(package: str) -> str | None:
         return None
 
 
-def system_version() -> str:
-    """Return the release of the operating system."""
-    return platform.mac_ver()[0] if sys.platform == "darwin" else platform.release()
-
-
 def cores() -> int:
     """Return the cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -66,7 +68,9 @@ def cores() -> int:
 def cpu_name() -> str:
     """Return the processor's name as the system gives it."""
     if sys.platform == "darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.processor()
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.strip() or platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -82,19 +86,9 @@ def memory_bytes() -> int:
 
 def cache_bytes() -> int:
     """Return the size of the largest cache above the default device's memory, or a safe guess."""
-    found = [96 << 20] if on_gpu() else [_cpu_cache(path) for path in _cache_files()]
-    return max(found, default=32 << 20)
-
-
-def _cache_files() -> list[Path]:
-    return sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
-
-
-def _cpu_cache(path: Path) -> int:
-    text = path.read_text().strip()
-    return int(text.rstrip("KM")) << {"K": 10, "M": 20}.get(text[-1:], 0)
-
-
-def _sysctl(name: str) -> str:
-    done = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True)
-    return done.stdout.strip()
+    if on_gpu():
+        return 96 << 20
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    texts = [path.read_text().strip() for path in files]
+    units = {"K": 10, "M": 20}
+    return max((int(x.rstrip("KM")) << units.get(x[-1:], 0) for x in texts), default=32 << 20)

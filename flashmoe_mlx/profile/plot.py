@@ -14,8 +14,7 @@ def check_plot(path: Path | None) -> None:
     """Refuse a picture that could not be drawn, before anything is measured.
 
     Raises:
-        FlashMoEError: it is no picture's name, matplotlib is not installed, or the directory does
-            not exist.
+        FlashMoEError: the suffix is unknown, matplotlib or the directory is missing.
     """
     if path is None:
         return

@@ -10,8 +10,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ from ..store.io_mode import open_expert_file
 SAMPLE = 256 << 20  # bytes read
 RECORD = 1_769_472  # bytes of an expert of 35B-A3B at 4 bits
 BUFFERS = 16  # records of memory that reads go to in turn, as they go to the slots of a bank
+COLD_BY = (
+    "cold (posix_fadvise DONTNEED)"
+    if hasattr(os, "posix_fadvise")
+    else "uncached (F_NOCACHE), but what the page cache held already came from there"
+)
 Range = tuple[Path, int, int]  # file, offset, bytes
 
 
@@ -33,11 +38,9 @@ class ReadSpeed:
     """What reading took.
 
     Attributes:
-        nbytes: bytes read.
-        reads: `preadv` calls that were asked for.
-        threads: readers.
+        nbytes: bytes read, in `reads` ranges, by `threads` readers.
         seconds: from the first read to the last.
-        cold: how the page cache was kept out, in words.
+        cold: how the page cache was emptied, in words.
         source: what was read, in words.
         direct: whether reads went past the page cache.
     """
@@ -91,7 +94,7 @@ def scratch_ranges(
     """Write a temporary file of random bytes and cut it into records, in random order.
 
     Raises:
-        OSError: the directory cannot be written, or the file would take over half of what is free.
+        OSError: the directory cannot be written, or half of its free space is too little.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if sample > (free := shutil.disk_usage(directory).free) / 2:
@@ -100,7 +103,7 @@ def scratch_ranges(
     block = os.urandom(record)
     offsets = list(range(0, sample // record * record, record))
     with tempfile.NamedTemporaryFile(dir=directory, prefix="read-speed-") as file:
-        _keep_out(file.fileno())
+        _bypass_cache(file.fileno())
         for _ in offsets:
             file.write(block)
         file.flush()
@@ -115,13 +118,13 @@ def time_reads(
     threads: int = StreamConfig.io_threads,
     direct: bool = False,
 ) -> ReadSpeed:
-    """Read byte ranges once, in the order given, by several threads, with read-ahead off.
+    """Read byte ranges once, cold, in the order given, by several threads without read-ahead.
 
     Args:
-        ranges: what to read.
-        source: of it, in words.
+        ranges: what to read; in whole blocks if reads are direct.
+        source: of the ranges, in words.
         threads: readers.
-        direct: read past the page cache; places and lengths must then be whole blocks.
+        direct: read past the page cache.
 
     Raises:
         FlashMoEError: a file cannot be read, or ends early.
@@ -129,10 +132,10 @@ def time_reads(
     buffers = record_buffers(max(nbytes for _, _, nbytes in ranges))
     with opened(ranges, direct) as files:
         for place in ranges:
-            cold = forget(files[place[0]], place)
+            forget(files[place[0]], place)
         seconds = in_threads(reads_into(buffers, ranges, files), len(ranges), threads)
     total = sum(nbytes for _, _, nbytes in ranges)
-    how = f"direct, {cold}" if direct else cold
+    how = f"direct, {COLD_BY}" if direct else COLD_BY
     return ReadSpeed(total, len(ranges), threads, seconds, how, source, direct)
 
 
@@ -145,68 +148,50 @@ def record_buffers(nbytes: int) -> list[memoryview]:
     return [memory[i * stride : i * stride + nbytes] for i in range(BUFFERS)]
 
 
-def read_range(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
-    """Fill `view` from a file.
-
-    Raises:
-        FlashMoEError: the file ends before, or cannot be read.
-    """
-    while len(view):
-        try:
-            count = os.preadv(descriptor, [view], offset)
-        except OSError as error:
-            raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
-        if count == 0:
-            raise FlashMoEError(f"{path}: ends at byte {offset}. Download or convert it again.")
-        offset, view = offset + count, view[count:]
-
-
 def reads_into(
     buffers: Sequence[memoryview], ranges: Sequence[Range], files: Mapping[Path, int]
 ) -> Callable[[int], None]:
-    """Return what reads a range by its number, into BUFFERS buffers in turn."""
+    """Return a function that reads a range by its number, into the buffers in turn.
+
+    It raises a FlashMoEError if the file cannot be read, or ends before the range does.
+    """
 
     def read(number: int) -> None:
         path, offset, nbytes = ranges[number]
-        read_range(files[path], path, offset, buffers[number % BUFFERS][:nbytes])
+        view = buffers[number % len(buffers)][:nbytes]
+        while len(view):
+            try:
+                count = os.preadv(files[path], [view], offset)
+            except OSError as error:
+                raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
+            if count == 0:
+                raise FlashMoEError(f"{path}: ends at byte {offset}. Download or convert it again.")
+            offset, view = offset + count, view[count:]
 
     return read
 
 
 def in_threads(work: Callable[[int], None], count: int, threads: int) -> float:
-    """Call `work(0)` to `work(count - 1)` in threads that take the numbers in turn.
+    """Call `work(0)` to `work(count - 1)`, each thread taking the next number.
 
-    Returns:
-        Seconds from the first call to the last, without the start of the threads.
-
-    Raises:
-        FlashMoEError: what a call raised.
+    Returns seconds from the first call to the last, without the start of the threads, and raises
+    what a call raised.
     """
-    todo, errors = deque(range(count)), []
-    ready = threading.Barrier(threads + 1)
+    numbers, ready = iter(range(count)), threading.Barrier(threads + 1)
 
     def loop() -> None:
         ready.wait()
-        while True:
-            try:
-                number = todo.popleft()
-            except IndexError:
-                return
-            try:
-                work(number)
-            except FlashMoEError as error:
-                errors.append(error)
+        for number in numbers:
+            work(number)
 
-    pool = [threading.Thread(target=loop) for _ in range(threads)]
-    for thread in pool:
-        thread.start()
-    ready.wait()
-    start = time.perf_counter()
-    for thread in pool:
-        thread.join()
-    seconds = time.perf_counter() - start
-    if errors:
-        raise errors[0]
+    with ThreadPoolExecutor(threads) as pool:
+        loops = [pool.submit(loop) for _ in range(threads)]
+        ready.wait()
+        start = time.perf_counter()
+        wait(loops)
+        seconds = time.perf_counter() - start
+    for each in loops:
+        each.result()  # raises what the thread raised
     return seconds
 
 
@@ -219,21 +204,20 @@ def opened(
     Raises:
         FlashMoEError: a file cannot be opened.
     """
+    plain = read_ahead and not direct
     with contextlib.ExitStack() as stack:
         files: dict[Path, int] = {}
         for path in sorted({path for path, _, _ in ranges}):
             try:
-                plain = read_ahead and not direct
-                files[path] = (
-                    os.open(path, os.O_RDONLY) if plain else open_expert_file(path, direct)
-                )
+                file = os.open(path, os.O_RDONLY) if plain else open_expert_file(path, direct)
             except OSError as error:
                 raise FlashMoEError(f"{path}: cannot be read ({error.strerror}).") from error
-            stack.callback(os.close, files[path])
+            stack.callback(os.close, file)
+            files[path] = file
         yield files
 
 
-def _keep_out(descriptor: int) -> None:
+def _bypass_cache(descriptor: int) -> None:
     """Keep a file's bytes out of macOS's page cache."""
     if sys.platform == "darwin":
         import fcntl
@@ -241,10 +225,9 @@ def _keep_out(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
 
 
-def forget(descriptor: int, place: Range) -> str:
-    """Drop a range from the page cache where the system lets us; say in words what was done."""
+def forget(descriptor: int, place: Range) -> None:
+    """Drop a range from the page cache, as far as the system can: COLD_BY says how."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, place[1], place[2], os.POSIX_FADV_DONTNEED)
-        return "cold (posix_fadvise DONTNEED)"
-    _keep_out(descriptor)
-    return "uncached (F_NOCACHE), but what the page cache held already came from there"
+    else:
+        _bypass_cache(descriptor)

@@ -1,7 +1,7 @@
 """What a generation took: its two phases, each layer's parts, and the tokens over time.
 
-For the layers every part of every layer is waited for (`bench_layers`), so the run is slower than
-one that nobody watches; its tokens are the same.
+To time the layers, every part is evaluated before the next (`layers`), so a watched run is slower;
+its tokens are the same.
 """
 
 import json
@@ -17,14 +17,12 @@ from .counters import Use, now
 from .layers import LayerTime, print_rows, timed_layers, untimed
 from .plot import draw_layers
 
-PHASES = ("prompt", "generation")
-
 
 class RunStats:
     """Counters of one generation."""
 
     def __init__(self, model: Model) -> None:
-        """Begin to count."""
+        """Start counting."""
         self._model, self._store = model, model._store
         self.prompt, self.layers = untimed(model), list[LayerTime]()
         self.tokens = {"prompt": 0, "generation": 0}
@@ -39,29 +37,29 @@ class RunStats:
             yield
 
     def note(self, prompt_tokens: int) -> None:
-        """Count a token that came."""
+        """Count a token."""
         self._uses.append(now(self._store))
         self.tokens = {"prompt": prompt_tokens, "generation": len(self._uses) - 1}
         if len(self._uses) > 2:
             self.speed.append(1 / (self._uses[-1].seconds - self._uses[-2].seconds))
 
     def phases(self) -> dict[str, dict[str, Any]]:
-        """Return each phase's figures as JSON values: the prompt's end with the first token."""
+        """Return each phase's figures as JSON values; the prompt's end with the first token."""
         first, last = self._uses[min(1, len(self._uses) - 1)], self._uses[-1]
-        uses = {"prompt": first - self._uses[0], "generation": last - first}
-        tokens = {"prompt": self.tokens["prompt"], "generation": max(0, len(self._uses) - 2)}
-        return {name: _figures(uses[name], tokens[name]) for name in PHASES}
+        return {
+            "prompt": _figures(first - self._uses[0], self.tokens["prompt"]),
+            "generation": _figures(last - first, max(0, len(self._uses) - 2)),
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON values; times of layers are milliseconds per step."""
-        by_phase = dict(zip(PHASES, (self.prompt, self.layers), strict=True))
+        layers = {"prompt": self.prompt, "generation": self.layers}
         return {
             "expert_cache": str(self._model.expert_cache()),
             "tokens": self.tokens,
             "phases": self.phases(),
             "layers": {
-                name: [layer.as_dict(max(1, layer.steps)) for layer in layers]
-                for name, layers in by_phase.items()
+                n: [x.as_dict(max(1, x.steps)) for x in found] for n, found in layers.items()
             },
             "tokens_per_s": self.speed,
             "total": self._model.expert_stats().as_dict(),
@@ -81,10 +79,9 @@ class RunStats:
                 f"{row['asked']:7} {hits:>6} {row['bytes_read'] / 1e6:9.1f} "
                 f"{row['reads']:6} {row['bytes_per_s'] / 1e9:6.2f} {row['seconds_waited']:8.3f}"
             )
-        for name, layers in zip(PHASES, (self.prompt, self.layers), strict=True):
+        for what, layers in (("several tokens", self.prompt), ("a token each", self.layers)):
             if steps := layers[0].steps if layers else 0:
-                what = "of a token each" if name == "generation" else "of several tokens"
-                print(f"layers, steps {what}: {steps}; milliseconds per step, parts waited for")
+                print(f"layers, steps of {what}: {steps}; milliseconds per step, parts one by one")
                 print_rows(layers, steps)
 
     def save(self, path: Path) -> None:
@@ -118,19 +115,14 @@ class RunStats:
 
 
 def _figures(use: Use, tokens: int) -> dict[str, Any]:
-    stats = use.stats
-    reading = stats.seconds_reading
+    stats, reading = use.stats, use.stats.seconds_reading
+    names = ("asked", "hits", "hit_rate", "reads", "bytes_read", "seconds_waited")
     return {
         "tokens": tokens,
         "seconds": use.seconds,
         "tokens_per_s": tokens / use.seconds if use.seconds else 0.0,
-        "asked": stats.asked,
-        "hits": stats.hits,
-        "hit_rate": stats.hit_rate,
-        "reads": stats.reads,
-        "bytes_read": stats.bytes_read,
+        **{name: getattr(stats, name) for name in names},
         "bytes_per_s": stats.bytes_read / reading if reading else 0.0,
         "disk_bytes": use.from_disk,
-        "seconds_waited": stats.seconds_waited,
         "seconds_reading": reading,
     }

@@ -97,8 +97,10 @@ def test_inputs_outgrow_the_cache(monkeypatch):
 
 
 def test_columns_stand_under_their_titles():
-    row = kernels.Row("op", "a=1", 10, 0.1, 0.2, "", 2.0, None, 5.0, 1.0)
-    assert str(row) == "   2.0000         -    5.0000    1.0000    50%  2.50x  op a=1"
+    times = {"custom_ms": 2.0, "naive_ms": None, "stock_ms": 5.0, "floor_ms": 1.0}
+    row = times | {"op": "op", "trial": "a=1", "message": ""}
+    row |= {"share_of_floor": 0.5, "gain_over_stock": 2.5}
+    assert kernels.line(row) == "   2.0000         -    5.0000    1.0000    50%  2.50x  op a=1"
     assert kernels.HEADER == "     ours     naive     stock     floor  share   gain  op and shape"
 
 

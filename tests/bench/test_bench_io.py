@@ -30,7 +30,7 @@ def test_every_way_is_measured_and_the_file_goes_away(tmp_path, capsys):
     assert [entry["record"] for entry in found["records"]] == [110592, 49152]
     with scratch_ranges(tmp_path, 110592, 110592) as ranges:
         direct = obstacle(bench_io.scratch_layout(ranges, 110592)) is None
-    ways = [(s, w) for s, ws in (("cold", bench_io.COLD), ("warm", bench_io.WARM)) for w in ws]
+    ways = [(s, w) for s, ws in bench_io.WAYS.items() for w in ws]
     ways = [way for way in ways if direct or "direct" not in way[1]]
     for entry in found["records"]:
         cases = [(row["state"], row["way"], row["threads"]) for row in entry["rows"]]

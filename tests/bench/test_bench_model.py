@@ -4,6 +4,7 @@ import json
 import os
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -11,16 +12,14 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe_mlx import load
-from flashmoe_mlx.bench import decode, figures
-from flashmoe_mlx.bench import limit as bench_limit
+from flashmoe_mlx.bench import io as bench_io
 from flashmoe_mlx.bench import model as bench_model
-from flashmoe_mlx.bench.layers import profile
-from flashmoe_mlx.bench.limit import Limit
+from flashmoe_mlx.bench import throughput
+from flashmoe_mlx.bench.io import Limit
 from flashmoe_mlx.bench.main import main
 from flashmoe_mlx.bench.model import Subject
 from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.format.layout import open_layout
-from flashmoe_mlx.profile import counters
 from flashmoe_mlx.profile.counters import Use
 from flashmoe_mlx.profile.layers import timed_layers
 from flashmoe_mlx.profile.read_speed import ReadSpeed
@@ -84,6 +83,7 @@ def test_decode_counts_what_it_reads(run):
     assert result["limit"]["best"]["cold"]["bytes_per_s"] > 0
     assert result["limit"]["reached"]["decode"]["bytes_per_s"] > 0
     assert sum(line.endswith("  median") for line in table) == 1
+    assert sum(line.endswith("  1") for line in table) == len(result["runs"]) == 1
 
 
 def test_resident_experts_are_hits_and_nothing_is_read(run):
@@ -95,16 +95,17 @@ def test_resident_experts_are_hits_and_nothing_is_read(run):
 
 @pytest.mark.parametrize("forced", [True, False])
 def test_tokens_are_random_or_the_models_own(forced, subject, monkeypatch):
-    tokens, real = [], decode.generate_step
+    tokens, real = [], throughput.generate_step
 
     def watched(*args, **options):
         for token, logits in real(*args, **options):
             tokens.append((token, mx.argmax(logits).item()))
             yield token, logits
 
-    monkeypatch.setattr(decode, "generate_step", watched)
-    args = Namespace(vocabulary=512, tokens=6, forced=forced, cold=False)
-    decode.decode(subject.model, subject.store, args, seed=4)
+    monkeypatch.setattr(throughput, "generate_step", watched)
+    args = Namespace(vocabulary=512, tokens=6, forced=forced)
+    begin = partial(throughput.begin, subject.store, cold=False)
+    throughput.decode(args, subject.model, seed=4, begin=begin)
     given, likeliest = zip(*tokens, strict=True)
     assert len(given) == bench_model.WARM_UP + 6 + 1
     expected = bench_model.random_tokens(512, len(given), seed=5) if forced else likeliest
@@ -179,14 +180,14 @@ def test_profiling_leaves_the_model_as_it_was(subject):
 
 
 def test_only_what_counts_is_profiled(subject):
-    def work(started):
-        logits(subject.model)
-        started()
-        before = counters.now(subject.store)
-        logits(subject.model, [1])
-        return counters.now(subject.store) - before
+    def run(model, seed, begin):
+        logits(model)
+        use = begin()
+        logits(model, [1])
+        return use()
 
-    layers, seconds = profile(subject, work)
+    work = throughput.Work({}, "", "", 1, 1, (False,), run, compute=float)
+    layers, seconds = throughput.profile(subject, work)
     assert [layer.asked for layer in layers] == [4] * 4
     assert sum(layer.seconds for layer in layers) < seconds
 
@@ -223,11 +224,12 @@ def test_floor_is_the_longer_of_disk_and_computing():
     assert use.needed == 3000 and replace(use, from_disk=None).needed == 4000
     assert replace(use, from_disk=9000).needed == 4000
     guessed = replace(use, stats=replace(stats, bytes_useless=1500))
-    assert guessed.needed == 2500 and guessed.floor([9.0], 0.0).disk == 2500 / 1500
+    assert guessed.needed == 2500 and guessed.disk_floor([9.0]) == 2500 / 1500
     # Probes at 1000 bytes/s; the run itself got 3000 bytes in the 2 seconds that it read.
-    assert use.floor([500.0, 1000.0, 9000.0], 1.0).seconds == 2.0
-    assert use.floor([500.0, 3000.0, 9000.0], 0.5).seconds == 1.0
-    row = figures.result(use, 2, use.floor([1000.0], 4.0))
+    assert use.disk_floor([500.0, 1000.0, 9000.0]) == 2.0
+    assert use.disk_floor([500.0, 3000.0, 9000.0]) == 1.0
+    assert throughput.result(use, 2, 6.0, 4.0)["share_of_floor"] == 0.75
+    row = throughput.result(use, 2, 2.0, 4.0)
     assert row["share_of_floor"] == 0.5 and row["tokens_per_s"] == 0.25
     assert row["read_bytes_per_s"] == 4000
 
@@ -236,14 +238,14 @@ def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, mon
     layout = open_layout(checkpoint(RECIPE, directory), 4, 16)
     limit = Limit(layout)
     with monkeypatch.context() as patch:
-        patch.setattr(bench_limit, "SAMPLE", 1)
+        patch.setattr(bench_io, "LIMIT_SAMPLE", 1)
         limit.measure()
         limit.measure()
-    assert {c.case.state for c in (limit.best("cold"), limit.best("warm"))} == {"cold", "warm"}
-    for case, speeds in limit._rounds.items():
-        assert len(speeds) == 2 and not case.ours and case.way != "memcpy"
+    assert {case.state for case in limit.rounds} == {"cold", "warm"}
+    for case, rounds in limit.rounds.items():
+        assert len(rounds) == 2 and case.way in ("pread", "pread, no read-ahead", "direct", "mmap")
         speed = {("cold", "mmap", 4): 2000.0, ("warm", "pread", 2): 8000.0}
-        speeds[:] = [speed.get((case.state, case.way, case.threads), 1000.0)] * 2
+        rounds[:] = [(speed.get(case, 1000.0), None)] * 2
     stats = ExpertStats(asked=4, reads=4, bytes_read=4000, seconds_waited=1.0, seconds_reading=2.5)
     use = Use(8.0, stats, 2000, 1.0, 0.5)
     assert limit.share(use) == pytest.approx((2000 / 2000 + 2000 / 8000) / 2.5)
@@ -269,33 +271,36 @@ def test_the_disk_is_measured_as_the_store_reads(subject, monkeypatch):
 
 def test_the_median_run_is_one_that_was_measured():
     rows = [{"tokens_per_s": speed} for speed in (3.0, 1.0, 4.0, 2.0)]
-    assert figures.middle(rows) is rows[3]
-    assert figures.middle(rows[:3]) is rows[0]
+    assert throughput.middle(rows) is rows[3]
+    assert throughput.middle(rows[:3]) is rows[0]
 
 
 def test_columns_stand_under_their_titles():
     stats = ExpertStats(4, 1, 3, 3_000_000, 0.001, bytes_useless=500_000)
     use = Use(0.5, stats, 1_500_000, 0.4, 0.1)
-    row = figures.result(use, 1, counters.Floor(0.1, 0.25))
-    assert figures.line(row, 1, "cold") == (
+    row = throughput.result(use, 1, 0.1, 0.25)
+    assert throughput.line(row, 1, "cold") == (
         "     2.00  25.0%      3.00     0.50      1.50   3.00    100.00    250.00    50%   400.00"
         "  100.00  cold"
     )
-    assert figures.HEADER == (
+    assert throughput.HEADER == (
         "    tok/s   hits  MB/token  in vain   disk MB   GB/s   disk ms  comp. ms  share  user ms"
         "  sys ms  run"
     )
-    unknown = figures.line(row | {"disk_bytes_per_token": None}, 1, "warm")
+    unknown = throughput.line(row | {"disk_bytes_per_token": None}, 1, "warm")
     assert unknown.split()[4] == "-"
 
 
-def test_published_figures_are_of_the_same_geometry_and_width():
-    rows = figures.published(Recipe("397b", 4, 512, 4), "tok/s")
+def test_published_figures_are_of_the_same_geometry_and_width(capsys):
+    rows = throughput.print_published(Recipe("397b", 4, 512, 4), "tok/s", 50.0)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("ms per token and layer: 5.000 here;") and len(lines) == len(rows)
     flash_moe = next(r for r in rows if r["name"] == "Flash-MoE, M3 Max 48 GB, 4-bit, K=4")
     assert flash_moe["tokens_per_s"] == 4.36
     assert flash_moe["ms_per_layer"] == pytest.approx(3.82, abs=0.005)
     assert all("2-bit" not in row["name"] for row in rows)
-    assert not figures.published(RECIPE, "tok/s")
+    assert not throughput.print_published(RECIPE, "tok/s", 50.0)
+    assert capsys.readouterr().out == ""
 
 
 def test_layers_are_drawn(run, tmp_path):
@@ -338,12 +343,8 @@ def test_cold_needs_a_system_that_drops_pages(capsys, monkeypatch, directory):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["decode", "--tokens", "0"], "--tokens 0 measures nothing. Give at least 1."),
-        (["decode", "--runs", "0"], "--runs 0 measures nothing. Give at least 1."),
         (["prefill", "--tokens", "8", "0"], "--tokens 0 measures nothing. Give at least 1."),
-        (["prefill", "--chunk", "0"], "--chunk 0 measures nothing. Give at least 1."),
         (["batch", "--batch", "2", "0"], "--batch 0 measures nothing. Give at least 1."),
-        (["decode", "--bits", "3"], "bits = 3: experts are made with 4 or 2. Choose one."),
         (["decode", "--top-k", "17"], "experts_per_token = 17, but the model has 16 experts"),
         (["decode", "--expert-cache", "1KiB"], "expert_cache = 1024 bytes holds 0 experts"),
         (["decode", "--plot", "no/x.png"], "--plot no/x.png: "),

@@ -139,8 +139,8 @@ def test_lines_follow_one_another_where_there_is_no_terminal(capsys, monkeypatch
 
 SHOW = """
 import time
-from flashmoe_mlx.expert_store import ExpertStats
-from flashmoe_mlx.live import Live
+from flashmoe_mlx.store.stats import ExpertStats
+from flashmoe_mlx.cli.live import Live
 live = Live(ExpertStats())
 with live.shown():
     print("text", end="", flush=True)
