@@ -165,13 +165,13 @@ def write_checkpoints(root: Path) -> Path:
 def unpack(packed: Path, out: Path, shards: int = 1) -> Path:
     """Write a packed directory's weights as the stock checkpoint that holds them all in memory."""
     config = read(packed / "config.json")
-    del config["model_file"]
+    del config["model_file"], config["flashmoe"]
     text = config["text_config"]
     experts = stacked_experts(packed, text["num_hidden_layers"], text["num_experts"])
     save_in_order(out, config, load(packed) | experts, shards)
-    written = "config.json", "model.safetensors.index.json"
+    ours = "config.json", "model.safetensors.index.json", "flashmoe_model.py"
     for source in packed.iterdir():
-        if source.suffix in (".json", ".jinja", ".py") and source.name not in written:
+        if source.suffix in (".json", ".jinja", ".py") and source.name not in ours:
             shutil.copy(source, out)
     return out
 
