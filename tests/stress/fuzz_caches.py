@@ -8,7 +8,6 @@ check their bounds.
 """
 
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -204,5 +203,4 @@ class Cases(harness.Cases):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("FLASHMOE_DEBUG_BOUNDS", "1")
     harness.main(__doc__, Cases)

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import io
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -95,13 +96,14 @@ def _run_until_death(
             raise SystemExit("the cases could not be prepared") from None
         seeds = seeds[1:]
         wrong.append(f"case {seed}: the process ended with {process.exitcode}")
-    process.kill()
+    if seeds:
+        process.kill()
     process.join()
     return seeds
 
 
 def main(about: str | None, make: Callable[[Path], Cases], argv: list[str] | None = None) -> None:
-    """Run a fuzzer as a command: exit code 1 if anything went wrong."""
+    """Run a fuzzer as a command, kernels checking their bounds; exit code 1 if a case is wrong."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -109,6 +111,7 @@ def main(about: str | None, make: Callable[[Path], Cases], argv: list[str] | Non
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
     args = parser.parse_args(argv)
+    os.environ |= {"FLASHMOE_DEBUG_BOUNDS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     ended, wrong = run(make, range(args.seed, args.seed + args.cases), args.minutes)
     for line in wrong[:20]:
         print(line)
