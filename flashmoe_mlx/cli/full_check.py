@@ -66,7 +66,7 @@ QUESTIONS = (
     "Translate 'good morning' into French.", "Say goodbye.",
 )  # fmt: skip
 # A token may differ where stock's best two logits are closer than this: in float32 the sum of two
-# tolerances of 1e-4, else some steps of the dtype.
+# tolerances of 1e-4, else some steps of the dtype (the bundled model on an H100: 5 at most).
 TIE, TIE_STEPS = 2e-4, 8
 ALLOWANCE = 400 * 10**6  # bytes beside trunk and expert cache
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
