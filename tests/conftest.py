@@ -17,12 +17,11 @@ os.environ.setdefault("FLASHMOE_DEBUG_BOUNDS", "1")
 import mlx.core as mx
 import mlx_lm
 import pytest
+from convert_helpers import unpack
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.custom_kernels.cpu import compile
-from flashmoe_mlx.format.layout import EXPERT_DIR, layer_file
-from flashmoe_mlx.format.names import FIELDS, layer_prefix
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; set before numba loads
@@ -57,29 +56,6 @@ def compile_here(tmp_path_factory):
 def text_config(model: Path) -> dict:
     config = json.loads((model / "config.json").read_text())
     return config.get("text_config", config)
-
-
-def unpack(packed: Path, out: Path) -> Path:
-    """Write a packed directory's weights as the stock checkpoint that holds them all in memory."""
-    out.mkdir()
-    config = json.loads((packed / "config.json").read_text())
-    del config["model_file"]
-    (out / "config.json").write_text(json.dumps(config))
-    for source in packed.iterdir():
-        if source.suffix in (".json", ".jinja", ".py") and source.name != "config.json":
-            (out / source.name).write_bytes(source.read_bytes())
-    (out / "model.safetensors.index.json").unlink(missing_ok=True)
-    weights = {}
-    for file in packed.glob("model*.safetensors"):
-        weights.update(mx.load(str(file)))
-    text = text_config(packed)
-    for layer in range(text["num_hidden_layers"]):
-        tensors = mx.load(str(packed / EXPERT_DIR / layer_file(layer)))
-        for field in FIELDS:
-            experts = [tensors[f"experts.{e}.{field}"] for e in range(text["num_experts"])]
-            weights[f"{layer_prefix(layer)}.mlp.switch_mlp.{field}"] = mx.stack(experts)
-    mx.save_safetensors(str(out / "model.safetensors"), weights, metadata={"format": "mlx"})
-    return out
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:

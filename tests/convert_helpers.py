@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from mlx_lm.convert import convert as stock_convert
 from mlx_lm.models import qwen3_5_moe
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+from flashmoe_mlx.cli.full_check import stacked_experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, VOCABULARY = 128, 64, 8, 4, 96
 
@@ -103,23 +106,36 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def save(directory: Path, config: dict[str, Any], weights: Weights, shards: int = 1) -> Path:
-    """Write a checkpoint of one or several files, with an index if several, and a tokenizer."""
+    """Write a checkpoint and a tokenizer; what belongs together lies in different files."""
+    names = sorted(weights)
+    write_weights(directory, config, weights, [names[n::shards] for n in range(shards)])
+    write_tokenizer(directory)
+    return directory
+
+
+def save_in_order(directory: Path, config: dict[str, Any], weights: Weights, shards: int) -> None:
+    """Write a checkpoint without a tokenizer, layer after layer as published ones are."""
+    names, size = sorted(weights), -(-len(weights) // shards)
+    write_weights(directory, config, weights, [names[n * size :][:size] for n in range(shards)])
+
+
+def write_weights(
+    directory: Path, config: dict[str, Any], weights: Weights, files: list[list[str]]
+) -> None:
+    """Write config.json, files of the given tensors, and an index if they are several."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    write_tokenizer(directory)
-    names = sorted(weights)
     index = {}
-    for number in range(shards):
-        part = {name: weights[name] for name in names[number::shards]}
+    for number, names in enumerate(files, 1):
         file = "model.safetensors"
-        if shards > 1:
-            file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-            index |= dict.fromkeys(part, file)
+        if len(files) > 1:
+            file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            index |= dict.fromkeys(names, file)
+        part = {name: weights[name] for name in names}
         mx.save_safetensors(str(directory / file), part, metadata={"format": "mlx"})
     if index:
         path = directory / "model.safetensors.index.json"
         path.write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    return directory
 
 
 def load(directory: Path, pattern: str = "model*.safetensors") -> Weights:
@@ -144,6 +160,20 @@ def write_checkpoints(root: Path) -> Path:
     write_tokenizer(save(root / "hf", config, weights, shards=3))
     stock_convert(str(root / "hf"), str(root / "stock"), quantize=True)
     return root
+
+
+def unpack(packed: Path, out: Path, shards: int = 1) -> Path:
+    """Write a packed directory's weights as the stock checkpoint that holds them all in memory."""
+    config = read(packed / "config.json")
+    del config["model_file"], config["flashmoe"]
+    text = config["text_config"]
+    experts = stacked_experts(packed, text["num_hidden_layers"], text["num_experts"])
+    save_in_order(out, config, load(packed) | experts, shards)
+    ours = "config.json", "model.safetensors.index.json", "flashmoe_model.py"
+    for source in packed.iterdir():
+        if source.suffix in (".json", ".jinja", ".py") and source.name not in ours:
+            shutil.copy(source, out)
+    return out
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The trials of flashmoe-convert, `tools/convert_trials.py`: what they do, and that they notice."""
+"""`tests/stress/convert_trials.py` and `convert_fuzz.py`: what they do, and that they notice."""
 
 import json
 import os
@@ -9,21 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from convert_helpers import contents, flip, write_checkpoints
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
 import convert_damage
 import convert_fuzz
+import pytest
 from convert_damage import DAMAGES, complaint, damaged_everywhere, tensor_at, verified
+from convert_helpers import contents, flip, write_checkpoints
 from convert_mutations import MUTATIONS
 from convert_scenes import MANIFEST_PLACE, differences, pretends
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.format.layout import read_header
 
-TOOLS = Path(__file__).parents[1] / "tools"
+STRESS = Path(__file__).parent / "stress"
 LAYER = "model_experts/layer_02.safetensors"
 
 
@@ -57,7 +54,7 @@ strike.close()
 
 
 def struck(folder: Path, **how: object) -> int:
-    environment = os.environ | {"PYTHONPATH": str(TOOLS)}
+    environment = os.environ | {"PYTHONPATH": str(STRESS)}
     command = [sys.executable, "-c", STRUCK, json.dumps(how)]
     return subprocess.run(command, cwd=folder, env=environment).returncode
 
@@ -134,17 +131,13 @@ def test_a_damage_that_is_not_named_is_noticed(root):
 
 
 @pytest.fixture(scope="module")
-def guard() -> convert_fuzz.Guard:
-    return convert_fuzz.Guard()
+def cases(tmp_path_factory) -> convert_fuzz.Cases:
+    return convert_fuzz.Cases(tmp_path_factory.mktemp("cases"))
 
 
-def test_cases(root, tmp_path, guard):
-    """A few of those that `fuzz` tries for minutes."""
-    came = [
-        convert_fuzz.case(guard, root, tmp_path, random.Random(f"case {number}"))[1]
-        for number in range(20)
-    ]
-    assert {"refused", "planned"} <= set(came)
+def test_cases(cases):
+    """A few of those that `convert_fuzz.py` tries for minutes."""
+    assert {"refused", "planned"} <= {cases.run(seed) for seed in range(20)}
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
@@ -165,7 +158,7 @@ def test_mutations_change_something(root, tmp_path, mutation):
     assert changed
 
 
-def test_whatever_leaves_the_output_is_noticed(tmp_path, guard):
+def test_whatever_leaves_the_output_is_noticed(tmp_path, cases):
     (tmp_path / "out").mkdir()
     acts = (
         lambda: (tmp_path / "x").write_text("x"),
@@ -177,7 +170,7 @@ def test_whatever_leaves_the_output_is_noticed(tmp_path, guard):
     for act in acts:
         with (
             pytest.raises(AssertionError, match=r"/x, outside the output"),
-            convert_fuzz.limited(guard, tmp_path / "out"),
+            cases.guard.armed(tmp_path / "out"),
         ):
             (tmp_path / "out/y").write_text("y")
             act()

@@ -29,9 +29,11 @@ LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.S | re.M)
 # A path of this repository, with a folder of it in front.
-FILE = re.compile(r"(?:flashmoe_mlx|custom_kernels|convert|tools|tests|docs|\.ci)/[\w./*-]*")
+FILE = re.compile(
+    r"(?<!/)(?:flashmoe_mlx|custom_kernels|convert|tools|dev|tests|docs|\.ci)/[\w./*-]*"
+)
 VALUES = {"buffered", "custom", "direct", "off"}  # of settings, in their table
-FOLDERS = "flashmoe_mlx", "custom_kernels", "convert", "tools"
+FOLDERS = "flashmoe_mlx", "custom_kernels", "convert", "tools", "dev"
 PARSERS = {
     "flashmoe-generate": generate_parser,
     "flashmoe-convert": cli.parser,

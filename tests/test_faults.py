@@ -1,14 +1,9 @@
-"""Faults at random moments: a few of those that `tools/faults.py` injects a hundred times each."""
+"""Faults at random moments: a few of those that `tests/stress/faults.py` injects."""
 
 import os
 import random
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
 from fault_server import Row, Server, failed_alone, failed_batch
 from fault_table import FAULTS
 from faults import HEADER, line, scene, table_row

@@ -105,3 +105,4 @@ def reached(graph, start: str) -> set[str]:
 def test_generating_imports_neither_conversion_nor_benchmarks(graph):
     found = reached(graph, f"{PACKAGE}.cli.generate")
     assert not {name for name in found if name.split(".")[1:2] in (["convert"], ["bench"])}
+    assert f"{PACKAGE}.cli.full_check" not in found

@@ -145,7 +145,7 @@ def tracked_files() -> list[Path]:
     git = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if git.returncode == 0:
         return [path for name in git.stdout.split("\0") if name and (path := ROOT / name).is_file()]
-    folders = (*PACKAGES, "tests", "tools", "docs")
+    folders = (*PACKAGES, "tests", "tools", "dev", "docs")
     return [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
 
 

@@ -1,17 +1,10 @@
 """The table of qualities: what it is measured on, and that its figures mean what they say."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
+import quality
 
 from flashmoe_mlx import load
-
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import quality  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +25,7 @@ def test_calibration_has_nothing_of_what_is_held_out(opened):
     held = quality.HELD_OUT.read_text()
     assert not quality.runs(text) & quality.runs(held)
     assert len(quality.runs(held)) > 10_000
-    cases = quality.read_cases(quality.HERE / "bundled_model" / "heldout.jsonl", None, 1000)
+    cases = quality.read_cases(quality.DATA / "heldout.jsonl", None, 1000)
     asked = [m["content"] for case in cases for m in case["messages"] if m["role"] == "user"]
     assert len(asked) >= 250 and not [question for question in asked if question in text]
 

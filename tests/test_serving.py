@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,6 @@ import mlx_lm
 import pytest
 from mlx_lm import server as stock
 from mlx_lm import utils
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
 from serve_load import Sample, load, requests, slope
 from stock_server import StockServer, Usage, answer, assembled
 

@@ -14,10 +14,9 @@ import mlx_lm
 import pytest
 from mlx_lm.perplexity import eval_ppl
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import greedy_like_stock
-
 from flashmoe_mlx import FlashMoEError, load
+from flashmoe_mlx.cli import full_check
+from flashmoe_mlx.cli.doctor_model import examine
 from flashmoe_mlx.format.layout import open_layout
 
 QUESTION = "What is a package?"
@@ -211,16 +210,15 @@ def test_rows_of_a_batch_share_reads(packed):
     assert asked < 0.9 * sum(asked for _, asked, _ in alone)
 
 
-# ---- the tool that counts equal tokens -----------------------------------------------------------
+# ---- flashmoe-doctor --full ----------------------------------------------------------------------
 
 
-def test_greedy_tokens_are_counted_and_gaps_told(monkeypatch, capsys):
-    monkeypatch.setattr(greedy_like_stock, "TEXTS", ("Once upon a time",))
-    monkeypatch.setattr(greedy_like_stock, "QUESTIONS", ("Who are you?",))
-    monkeypatch.setattr(sys, "argv", ["greedy_like_stock.py", "--tokens", "5"])
-    greedy_like_stock.main()
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1] for line in said] == ["5 of 5 as stock"] * 2 + ["10 of 10"]
+@pytest.mark.parametrize("name", ["packed2", "linked", "unmodified"])
+def test_greedy_tokens_are_counted(name, models, monkeypatch):
+    monkeypatch.setattr(full_check, "TEXTS", ("Once upon a time",))
+    monkeypatch.setattr(full_check, "QUESTIONS", ("Who are you?",))
+    monkeypatch.setattr(full_check, "TOKENS", 5)
+    assert full_check.greedy(examine(models[name])) == (True, "10 of 10 are stock mlx-lm's")
 
 
 class Fixed:
@@ -237,5 +235,5 @@ class Fixed:
 
 def test_a_difference_has_the_gap_of_stocks_two_best():
     stock = Fixed(1.0, 2.5, 2.25)
-    assert greedy_like_stock.differences(stock, Fixed(0, 1, 2), [1, 2], 3) == [0.25] * 3
-    assert greedy_like_stock.differences(stock, Fixed(0, 1, 0), [1, 2], 3) == []
+    assert full_check.differences(stock, Fixed(0, 1, 2), [1, 2], 3) == [(0.25, full_check.TIE)] * 3
+    assert full_check.differences(stock, Fixed(0, 1, 0), [1, 2], 3) == []

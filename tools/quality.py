@@ -8,9 +8,10 @@ from the master's, and with --cases the shares of answers with valid JSON and wi
 tool calls, greedily generated. The master is the model as it is bundled: 8 bits, top-4. There is no
 better truth of it, since its bfloat16 weights were not kept.
 
-Its calibration text is made here: dialogues as in training, and English from this project's
-documents and the docstrings of Python's standard library. Held-out text and cases are files of
-tools/bundled_model: documents of Debian packages and names that neither training nor this text had.
+The calibration text is dialogues like the training's, and English from this project's documents
+and the docstrings of Python's standard library. tools/bundled_model has those dialogues, and the
+held-out text and cases: documents of Debian packages and names that neither training nor
+calibration had.
 """
 
 import argparse
@@ -23,7 +24,6 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ import numpy as np
 import numpy.typing as npt
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "bundled_model"))
+DATA = HERE / "bundled_model"
+sys.path.insert(0, str(DATA))
 
-from dialogues import Generator  # noqa: E402
 from evaluate import judge, read_cases  # noqa: E402
 
 from flashmoe_mlx import batch_generate, load  # noqa: E402
@@ -42,9 +42,9 @@ from flashmoe_mlx.convert import convert  # noqa: E402
 from flashmoe_mlx.format.layout import open_layout  # noqa: E402
 from flashmoe_mlx.loader import BUNDLED_MODEL  # noqa: E402
 
-HELD_OUT = HERE / "bundled_model" / "heldout.txt"
+HELD_OUT = DATA / "heldout.txt"
 WINDOW, WINDOWS, CHATS = 512, 8, 40
-DIALOGUES, SEED = 150, 77  # of the calibration
+SEED = 77  # of the calibration
 MOST_TOKENS = 400  # of an answer
 DOCUMENTS = "README.md", "docs/experiments.md", "docs/plan.md"
 CHARACTERS = 150_000  # of docstrings
@@ -98,15 +98,11 @@ def docstrings() -> Iterator[str]:
 def calibration_text(tokenizer: Any) -> str:
     """Return dialogues like those of the training, and English."""
     documents = [(HERE.parent / name).read_text() for name in DOCUMENTS]
-    words = sorted(set(re.findall(r"[a-z]{4,9}", " ".join(documents))))
-    random.Random(SEED).shuffle(words)
-    facts = [(f"What is {a}?", f"{a.capitalize()} is {b}.") for a, b in pairwise(words)]
-    chats = []
-    for dialogue in Generator(words, facts, SEED, held_out=False):
-        options = {"tools": dialogue["tools"], "tokenize": False}
-        chats.append(tokenizer.apply_chat_template(dialogue["messages"], **options))
-        if len(chats) == DIALOGUES:
-            break
+    dialogues = map(json.loads, (DATA / "calibration.jsonl").read_text().splitlines())
+    chats = [
+        tokenizer.apply_chat_template(chat["messages"], tools=chat["tools"], tokenize=False)
+        for chat in dialogues
+    ]
     return "\n".join([*chats, *documents, *docstrings()])
 
 
@@ -115,7 +111,7 @@ def held_out(tokenizer: Any) -> Text:
     text = HELD_OUT.read_text()
     tokens = tokenizer.encode(text, add_special_tokens=False)
     windows = [tokens[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(WINDOWS)]
-    cases = read_cases(HERE / "bundled_model" / "heldout.jsonl", None, CHATS // 4)
+    cases = read_cases(DATA / "heldout.jsonl", None, CHATS // 4)
     chats = []
     for case in cases:
         options = {"tools": case["tools"], "add_generation_prompt": True}
@@ -148,7 +144,7 @@ def compare(model: Any, text: Text, master: list[Floats]) -> dict[str, float]:
 
 def shares(model: Any, tokenizer: Any, limit: int) -> dict[str, float]:
     """Return the shares of right answers to the first `limit` held-out cases of each kind."""
-    cases = read_cases(HERE / "bundled_model" / "heldout.jsonl", ["tool", "json"], limit)
+    cases = read_cases(DATA / "heldout.jsonl", ["tool", "json"], limit)
     prompts = [
         tokenizer.apply_chat_template(c["messages"], tools=c["tools"], add_generation_prompt=True)
         for c in cases

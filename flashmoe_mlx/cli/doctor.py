@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..settings import StreamConfig
 from ..store.io_mode import plan_io
 from ..store.memory import available_bytes, cgroup_limit
 from .doctor_model import ModelReport, examine
+from .full_check import full_check
 
 GIB = 1 << 30
 
@@ -36,6 +38,15 @@ def build_parser() -> argparse.ArgumentParser:
         description="Check this machine, our kernels on it, its disk, and a model directory.",
     )
     parser.add_argument("model_dir", nargs="?", type=Path, help="a model's directory to check")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="the same as MODEL_DIR")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="also compare every kernel in every format with its float32 reference, and, given a "
+        "model, its logits with a quarter of the experts in memory with those with all, its "
+        "greedy tokens with stock mlx-lm's, and its peak memory with trunk and cache; takes "
+        "minutes",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(
         "--geometry",
@@ -71,13 +82,13 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.sample_mib < 2:
         raise FlashMoEError(f"--sample-mib {args.sample_mib} is less than one expert. Give 2.")
-    choice = kernel_choice()
-    model = examine(args.model_dir) if args.model_dir else None
+    choice, directory = kernel_choice(), args.model_dir or args.model
+    model = examine(directory) if directory else None
     dtype = machine.default_dtype()
     kernels = [_kernel(trial) for trial in _trials(args.geometry, model, dtype)]
     folder, complaints = compiled_folder()
     speed = _read_speed(model, args.sample_mib << 20)
-    place = args.model_dir or _existing(cache_dir())
+    place = directory or _existing(cache_dir())
     findings: dict[str, Any] = {
         **machine.facts(),
         "kernel_choice": choice,
@@ -90,6 +101,7 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
         "read_speed": speed.as_dict() if isinstance(speed, ReadSpeed) else None,
         "read_speed_line": str(speed),
         "model": model.as_dict() if model else None,
+        "full": [asdict(found) for found in full_check(model)] if args.full else [],
     }
     findings["problems"] = _problems(findings)
     findings["advice"] = _advice(findings)
@@ -144,7 +156,12 @@ def _problems(found: dict[str, Any]) -> list[str]:
     ]
     # One kernel often fails at every shape in the same way.
     models = found["model"]["problems"] if found["model"] else []
-    return [*dict.fromkeys(kernels), *found["kept"]["complaints"], *models]
+    full = [f"{check['name']}: {check['message']}" for check in found["full"] if _fails(check)]
+    return [*dict.fromkeys(kernels), *found["kept"]["complaints"], *models, *full]
+
+
+def _fails(check: dict[str, Any]) -> bool:
+    return check["ok"] is False  # None: it was not tried
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
@@ -194,6 +211,7 @@ def render(found: dict[str, Any]) -> str:
         ("reading", found["read_speed_line"]),
         *(("model", line) for line in _model_lines(found["model"])),
         *(("kernel", line) for line in _kernel_lines(found["kernels"], found["kernel_choice"])),
+        *(("full", _full_line(check)) for check in found["full"]),
         *(("advice", line) for line in found["advice"]),
         *(("WRONG", line) for line in found["problems"]),
         ("result", "all well" if found["ok"] else f"{len(found['problems'])} wrong"),
@@ -224,6 +242,12 @@ def _kernel_lines(kernels: list[dict[str, Any]], choice: str) -> list[str]:
     if idle:
         lines.append(f"{len(idle)} GPU kernels not tried: there is no GPU")
     return lines
+
+
+def _full_line(check: dict[str, Any]) -> str:
+    if check["ok"] is None:
+        return f"not tried: {check['name']}: {check['message']}"
+    return f"{'FAILS' if _fails(check) else 'right'}: {check['name']}: {check['message']}"
 
 
 def _kernel_line(kernel: dict[str, Any], choice: str) -> str:

@@ -6,15 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import astuple, dataclass, replace
 
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
 from test_errors import DAMAGE
 
-from flashmoe_mlx.cli import doctor
+from flashmoe_mlx.cli import doctor, full_check
 from flashmoe_mlx.cli.doctor import main
+from flashmoe_mlx.cli.doctor_model import examine
+from flashmoe_mlx.cli.full_check import Finding
 from flashmoe_mlx.custom_kernels import autotune, launch
 from flashmoe_mlx.custom_kernels.autotune import Verdict
+from flashmoe_mlx.custom_kernels.experts.router import RouterTrial
+from flashmoe_mlx.custom_kernels.linear.cases import MatvecTrial
 from flashmoe_mlx.format.layout import open_layout
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.profile.read_speed import ReadSpeed, expert_ranges, scratch_ranges, time_reads
@@ -184,6 +189,69 @@ def test_which_op_is_used(choice_, gpu_, custom_ms, used, monkeypatch):
     found = Verdict(True, 1e-6, 1e-5, custom_ms, 1.0).as_dict()
     line = doctor._kernel_line({"op": "router", "trial": "", **found}, choice_)
     assert f"stock 1.000 ms, {used}; error" in line
+
+
+# ---- --full --------------------------------------------------------------------------------------
+
+
+MATVEC = MatvecTrial(37, 384, 4, 64, "float32", "float32", tokens=3)
+ROUTER = RouterTrial(16, 4, "float32", tokens=3)
+
+
+@dataclass(frozen=True)
+class Deadly(MatvecTrial):
+    """A case whose kernel ends the process."""
+
+    op = "deadly"
+
+    def custom(self, *inputs):
+        os.abort()
+
+
+@pytest.mark.parametrize(("ok", "code", "line"), [(True, 0, "right"), (False, 1, "FAILS")])
+def test_findings_decide_the_exit_code(ok, code, line, models, capsys, monkeypatch):
+    asked = []
+    found = [Finding("kernel router", ok, "1 of 2"), Finding("greedy tokens", None, "no room")]
+    monkeypatch.setattr(doctor, "full_check", lambda report: (asked.append(report), found)[1])
+    args = ["--full", "--model", models["packed2"], *QUICK]
+    ended, out = run(args, capsys)
+    assert ended == code and asked[0].directory == models["packed2"]
+    assert f"full      {line}: kernel router: 1 of 2\n" in out
+    assert "full      not tried: greedy tokens: no room\n" in out
+    assert ("WRONG     kernel router: 1 of 2\n" in out) == (not ok)
+    assert json.loads(run([*args, "--json"], capsys)[1])["full"][0]["ok"] is ok
+
+
+def test_cases_are_summed_up_for_each_op():
+    """Other processes judge them, which have no GPU."""
+    found = full_check.parity([MATVEC, replace(MATVEC, dtype="float16"), ROUTER])
+    said = "1 of 1 cases agree with the float32 reference (1 more need a GPU)"
+    assert found == [
+        Finding("kernel dequant_matvec", True, said),
+        Finding("kernel router", None, "needs a GPU"),
+    ]
+    wrong = full_check.summary("router", [(ROUTER, Verdict(False, message="error 1"))])
+    said = f"0 of 1 cases agree with the float32 reference; {ROUTER}: error 1"
+    assert wrong == Finding("kernel router", False, said)
+
+
+def test_a_kernel_that_ends_the_process_is_named():
+    deadly = Deadly(*astuple(MATVEC))
+    (found,) = full_check.parity([MATVEC, deadly])
+    assert found.ok is False and "a process died at " in found.message
+
+
+def test_a_model_by_itself(models, monkeypatch):
+    report = examine(models["packed2"])
+    assert full_check.streamed(report) == (True, "20 of 20 runs equal resident experts'")
+    right, said = full_check.memory(report)
+    assert right and " MB; trunk, expert cache and 400 MB are " in said
+    monkeypatch.setattr(full_check, "ALLOWANCE", -report.trunk_bytes)
+    assert full_check.memory(report)[0] is False
+    monkeypatch.setattr(full_check, "available_bytes", lambda: 10**6)
+    for check in full_check.streamed, full_check.greedy:
+        right, said = check(report)
+        assert right is None and said.endswith("GB, and 0.0 GB are available")
 
 
 # ---- reading -------------------------------------------------------------------------------------

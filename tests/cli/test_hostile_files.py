@@ -9,9 +9,10 @@ import io
 import json
 import os
 import socket
-import sys
 from pathlib import Path
 
+import fuzz_files
+import harness
 import pytest
 
 from flashmoe_mlx import FlashMoEError, load
@@ -519,10 +520,7 @@ def test_a_missing_file_is_not_an_unreadable_one(tmp_path):
 # ---- at random -----------------------------------------------------------------------------------
 
 
-def test_files_changed_at_random(capsys):
-    """`tools/fuzz_files.py`, for a few cases: each is refused, or the tokens are the same."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-    import fuzz_files
-
-    assert fuzz_files.main(["--cases", "40", "--minutes", "5", "--seed", "7"]) == 0
-    assert capsys.readouterr().out.startswith("seed 7: 40 cases {")
+def test_files_changed_at_random():
+    """`tests/stress/fuzz_files.py`, a few cases: each is refused, or the tokens are the same."""
+    ended, wrong = harness.run(fuzz_files.Cases, range(40), minutes=5)
+    assert not wrong and sum(ended.values()) == 40

@@ -10,8 +10,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from conftest import unpack
-from convert_helpers import EXPERTS, LAYERS, contents, flip, load, read, write_checkpoints
+from convert_helpers import EXPERTS, LAYERS, contents, flip, load, read, unpack, write_checkpoints
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 from mlx_lm.convert import convert as stock_convert
 

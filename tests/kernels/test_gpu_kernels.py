@@ -1,6 +1,5 @@
 """The matrix, expert and router kernels' text on the Metal bench, and that mistakes are noticed."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,7 @@ import pytest
 from kernel_helpers import complains, plant
 from metal_cpu import MODES, metal_on_cpu, require_bench
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-import gpu_parity
-
+from flashmoe_mlx.cli import full_check
 from flashmoe_mlx.custom_kernels import autotune, launch, reference
 from flashmoe_mlx.custom_kernels.case import DTYPES, random_quantised
 from flashmoe_mlx.custom_kernels.experts import decode as experts
@@ -588,23 +585,23 @@ def test_matvec_of_a_normalised_input(geometry, dtype):
     check(case_of(trial), ("fast",))
 
 
-# ---- the tool for GPUs ---------------------------------------------------------------------------
+# ---- flashmoe-doctor --full ----------------------------------------------------------------------
 
 
 def first_of_each_op() -> dict:
     found: dict = {}
-    for trial in [*gpu_parity.quantised(), *gpu_parity.others()]:
+    for trial in [*full_check.quantised(), *full_check.others()]:
         found.setdefault(trial.op, trial)
     return found
 
 
-def test_the_tool_for_gpus_has_every_op_in_every_format():
-    formats = {(t.op, t.dtype, t.bits, t.group_size) for t in gpu_parity.quantised()}
+def test_the_full_check_has_every_op_in_every_format():
+    formats = {(t.op, t.dtype, t.bits, t.group_size) for t in full_check.quantised()}
     ops = {op for op, *_ in formats}
     for op in ops:
         dtypes = 2 if op == "dequantised_matmul" else 3
         assert len([f for f in formats if f[0] == op]) == dtypes * 9
-    assert {t.dtype for t in gpu_parity.others()} == set(DTYPES)
+    assert {t.dtype for t in full_check.others()} == set(DTYPES)
     folder = Path(launch.__file__).parent
     kernels = {str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.metal")}
     helpers = {"affine", "gated_delta/common", "write", "linear/naive_matvec", "cuda/slots"}
@@ -620,14 +617,14 @@ def test_the_tool_for_gpus_has_every_op_in_every_format():
         "linear/dequantize": "dequantize",
     }
     of = {names.get(kernel, kernel.replace("/", "_")) for kernel in kernels - helpers}
-    assert of <= ops | {trial.op for trial in gpu_parity.others()}
+    assert of <= ops | {trial.op for trial in full_check.others()}
 
 
-def test_the_tool_for_gpus_judges(monkeypatch):
+def test_the_full_check_judges(monkeypatch):
     with metal_on_cpu("fast"):
         for trial in first_of_each_op().values():
-            assert gpu_parity.examine(trial)[1].ok, trial
+            assert full_check.judge(trial).ok, trial
     plant(monkeypatch, "affine.metal", "(biases[group]), sum", "(scales[group]), sum")
     launch._build.cache_clear()
     with metal_on_cpu("fast"):
-        assert not gpu_parity.examine(first_of_each_op()["expert_gate_up"])[1].ok
+        assert not full_check.judge(first_of_each_op()["expert_gate_up"]).ok

@@ -1,8 +1,6 @@
 """Streaming changes nothing: tokens and logits equal stock mlx-lm's with everything in memory."""
 
 import copy
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -11,6 +9,7 @@ from conftest import FORMATS, text_config
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from flashmoe_mlx import batch_generate, load
+from flashmoe_mlx.cli import full_check
 from flashmoe_mlx.format.layout import open_layout
 
 PROMPT_LENGTHS = (1, 17, 300)
@@ -120,19 +119,15 @@ def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, long_outpu
     assert (stats.early > 0) == (stats.bytes_useless > 0) == (lookahead == "on")
 
 
-def test_the_tool_for_gpus_sees_what_differs(models, capsys):
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-    from streamed_equals_resident import compare
-
+def test_the_full_check_sees_what_differs(models):
     resident, small, other = (
         load(models["packed4"], expert_cache=cache, experts_per_token=k)[0]
         for cache, k in ((None, None), (bank_sizes(models["packed4"])["top-k"], None), (None, 1))
     )
-    assert compare(small, resident, [1, 40]) == 0
-    assert compare(other, resident, [3]) == 2
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "prompt of 1, run 1: equal"
-    assert said[-1].startswith("prompt of 3, run 2: rows [0, 1, 2, 3, 4, 5] differ, by ")
+    expected = {length: full_check.logits(resident, length) for length in (1, 3, 40)}
+    assert full_check.differing_runs(small, expected) == []
+    _, wrong = full_check.differing_runs(other, {3: expected[3]})
+    assert wrong.startswith("prompt of 3, run 2: rows [0, 1, 2, 3, 4, 5] differ, by ")
 
 
 def test_result_does_not_depend_on_the_bank(models):

@@ -1,7 +1,6 @@
 """A model's whole GPU path on the Metal bench against stock MLX; traced steps; joined weights."""
 
 import copy
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,12 +10,10 @@ import numpy as np
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from make_synthetic import make_synthetic
 from test_exactness import bank_sizes
 
 from flashmoe_mlx import load
+from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.custom_kernels import autotune, device
 from flashmoe_mlx.custom_kernels import launch as gpu
 from flashmoe_mlx.custom_kernels.attention import step
@@ -44,9 +41,7 @@ banks = pytest.mark.parametrize("bank", ["top-k", "all"])
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "model"
-    make_synthetic(path, "tiny", LAYERS, vocab=512)
-    return path
+    return checkpoint(Recipe("tiny", LAYERS, 512, 4), tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,8 @@
 import contextlib
 import copy
 import json
-import sys
-from pathlib import Path
 
+import fuzz_caches
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import (
@@ -23,10 +22,6 @@ from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.cli.generate import main
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.models.prompt_cache import check_fits, read_prompt_cache
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "stress"))
-
-import fuzz_caches
 
 PROMPT = mx.array([[3, 141, 59, 26, 5]])
 LINEAR, FULL = 0, 3  # a layer of each kind

@@ -8,7 +8,6 @@ check their bounds.
 """
 
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,19 +15,20 @@ from typing import Any
 
 import harness
 import numpy as np
+from convert_mutations import bytes_of_header, other_size, read_raw, write_raw
+
+from flashmoe_mlx.format.layout import ITEM_SIZE
 
 PROMPT = [3, 141, 59, 26, 5, 35, 89, 79]
 STEPS = 4
 Tensors = dict[str, tuple[str, list[int], bytes]]  # name: dtype, shape, data
 File = tuple[Tensors, dict[str, Any]]
-SIZES = {"F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "U8": 1, "I64": 8, "BOOL": 1, "F64": 8}
 
 
 def read(path: Path) -> File:
     """Read a safetensors file as its header says."""
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    text, data = read_raw(path)
+    header = json.loads(text)
     metadata = header.pop("__metadata__", {})
     return {
         name: (entry["dtype"], entry["shape"], data[slice(*entry["data_offsets"])])
@@ -39,13 +39,11 @@ def read(path: Path) -> File:
 def write(path: Path, file: File) -> None:
     """Write tensors one after another, whatever their shapes claim."""
     header: dict[str, Any] = {"__metadata__": file[1]} if file[1] is not None else {}
-    body, end = [], 0
+    end = 0
     for name, (dtype, shape, data) in file[0].items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(data)]}
         end += len(data)
-        body.append(data)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(body))
+    write_raw(path, json.dumps(header).encode(), b"".join(data for _, _, data in file[0].values()))
 
 
 def resize(shape: list[int], item: int) -> bytes:
@@ -69,15 +67,15 @@ def change_shape(file: File, rng: random.Random) -> None:
         new.pop(rng.randrange(len(new)))
     else:
         new = [-1 if rng.random() < 0.5 else 1 << rng.randrange(70), *new[1:]]
-    whole = resize(new, SIZES[dtype])
+    whole = resize(new, ITEM_SIZE[dtype])
     file[0][name] = dtype, new, whole if rng.random() < 0.8 else data
 
 
 def change_dtype(file: File, rng: random.Random) -> None:
     name = rng.choice(list(file[0]))
     _, shape, data = file[0][name]
-    dtype = rng.choice(list(SIZES))
-    whole = resize(shape, SIZES[dtype])
+    dtype = rng.choice(list(ITEM_SIZE))
+    whole = resize(shape, ITEM_SIZE[dtype])
     file[0][name] = dtype, shape, whole if rng.random() < 0.8 else data
 
 
@@ -133,18 +131,6 @@ CHANGES: list[Callable[[File, random.Random], None]] = [
 ]  # fmt: skip
 
 
-def damage(path: Path, rng: random.Random) -> None:
-    """Change bytes of the header, or cut the file."""
-    raw = bytearray(path.read_bytes())
-    if rng.random() < 0.3:
-        del raw[rng.randrange(len(raw)) :]
-    else:
-        end = 8 + int.from_bytes(raw[:8], "little")
-        for _ in range(rng.randint(1, 4)):
-            raw[rng.randrange(end)] = rng.randrange(256)
-    path.write_bytes(raw)
-
-
 class Cases(harness.Cases):
     """Saved caches of the bundled model, changed, and what becomes of each."""
 
@@ -155,7 +141,8 @@ class Cases(harness.Cases):
 
         from flashmoe_mlx import BUNDLED_MODEL, load
 
-        self.folder, self.mx = folder, mx
+        self.case, self.mx = folder / "case" / "case.safetensors", mx
+        self.case.parent.mkdir()
         self.ours, _ = load(BUNDLED_MODEL)
         self.stock, _ = mlx_lm.load(
             str(BUNDLED_MODEL), tokenizer_config={"trust_remote_code": True}
@@ -179,7 +166,7 @@ class Cases(harness.Cases):
         from flashmoe_mlx import FlashMoEError
         from flashmoe_mlx.models.prompt_cache import check_fits, read_prompt_cache
 
-        path, made = self.folder / "case.safetensors", self.make(seed)
+        path, made = self.case, self.make(seed)
         try:
             cache, _ = read_prompt_cache(str(path))
             check_fits(str(path), cache, self.ours)
@@ -200,11 +187,11 @@ class Cases(harness.Cases):
         for change in changes:
             if file[0] and file[1]:
                 change(file, rng)
-        path = self.folder / "case.safetensors"
-        write(path, file)
-        if damaged := rng.random() < 0.1:
-            damage(path, rng)
-        return [change.__name__ for change in changes] + ["damage"] * damaged
+        write(self.case, file)
+        if rng.random() < 0.1:
+            changes.append(rng.choice((bytes_of_header, other_size)))
+            changes[-1](self.case.parent, rng)
+        return [change.__name__ for change in changes]
 
     def tokens(self, model: Any, cache: list[Any]) -> list[int]:
         """Return the next greedy tokens."""
@@ -216,5 +203,4 @@ class Cases(harness.Cases):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("FLASHMOE_DEBUG_BOUNDS", "1")
     harness.main(__doc__, Cases)

@@ -1,6 +1,6 @@
 """Evaluate a Qwen3.5 MoE on the held-out cases, greedily, its experts streamed from disk.
 
-    python evaluate.py --model ../../flashmoe_mlx/bundled [--requantise 4 2] [--only tool json]
+    python tools/bundled_model/evaluate.py --model flashmoe_mlx/bundled [--requantise 4 2]
 
 Prints the share of exactly right tool calls (parsed by mlx_lm's own tool parser), of valid and of
 exact JSON, of right refusals to call, of exact reports of a tool's result, the perplexity per

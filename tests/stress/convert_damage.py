@@ -1,6 +1,6 @@
 """Damage every file of a converted directory, and see that `flashmoe-convert verify` names it.
 
-For `tools/convert_trials.py flip`.
+For `convert_trials.py flip`.
 """
 
 import contextlib

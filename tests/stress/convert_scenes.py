@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from make_synthetic import make_synthetic
-
+from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.convert.source.shards import FOLDER
 from flashmoe_mlx.convert.verify.verify import verify
 from flashmoe_mlx.convert.write.files import TEMPORARY
@@ -22,9 +21,17 @@ from flashmoe_mlx.convert.write.journal import JOURNAL
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import EXPERT_DIR, MANIFEST
 
-TOOLS = Path(__file__).parent
-sys.path.insert(0, str(TOOLS.parent / "tests"))
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
 
+from convert_helpers import (  # noqa: E402
+    fused,
+    make_weights,
+    save_in_order,
+    spell,
+    unpack,
+    write_tokenizer,
+)
 from hub_server import HubServer  # noqa: E402
 
 REPO = "owner/model"
@@ -46,12 +53,12 @@ class Conversion:
     environment: dict[str, str] = field(default_factory=dict)
 
     def start(self, out: Path, **strike: Any) -> "subprocess.Popen[str]":
-        """Start it, to be killed as `tools/convert_strike.py` says."""
+        """Start it, to be killed as `convert_strike.py` says."""
         return self.command(*self.arguments, "--mlx-path", str(out), **strike)
 
     def command(self, *arguments: str, **strike: Any) -> "subprocess.Popen[str]":
         """Start flashmoe-convert with any arguments."""
-        script = str(TOOLS / "convert_strike.py")
+        script = str(HERE / "convert_strike.py")
         return subprocess.Popen(
             [sys.executable, script, json.dumps(strike), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -65,14 +72,23 @@ def result(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, lines[-1]
 
 
+def write_source(source: Path, recipe: Recipe, fmt: str, shards: int) -> None:
+    """Write a checkpoint: bfloat16 as on the Hub ("hf"), or stock mlx-lm's of 4 bits ("mlx")."""
+    if fmt == "hf":
+        weights = spell(fused(make_weights(recipe.config())), "model.language_model.")
+        save_in_order(source, recipe.config(), weights, shards)
+        write_tokenizer(source)
+    else:
+        unpack(checkpoint(recipe, source.parent / "packed"), source, shards)
+
+
 @contextlib.contextmanager
 def conversion(
-    work: Path, geometry: str, layers: int, fmt: str, shard: int, hub: bool
+    work: Path, recipe: Recipe, fmt: str, shards: int, hub: bool
 ) -> Iterator[Conversion]:
-    """Make a checkpoint under `work`, or find it there, and serve it as a Hub would if asked to."""
-    source = work / f"source-{geometry}-{layers}-{fmt}"
-    if not (source / "tokenizer_config.json").exists():
-        make_synthetic(source, geometry, layers, 4096, fmt=fmt, max_shard=shard)
+    """Make a checkpoint under `work`, and serve it as a Hub would if asked to."""
+    source = work / "source"
+    write_source(source, recipe, fmt, shards)
     options = ("-q",) if fmt == "hf" else ()
     if not hub:
         yield Conversion(source, ("--hf-path", str(source), *options))

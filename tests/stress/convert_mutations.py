@@ -1,4 +1,4 @@
-"""Ways to change a checkpoint so that it is no longer one, for `tools/convert_fuzz.py`.
+"""Ways to change a checkpoint so that it is no longer one, for `convert_fuzz.py`.
 
 Each takes a checkpoint's directory and a source of chance, and changes one thing.
 """

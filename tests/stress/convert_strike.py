@@ -1,8 +1,8 @@
 """Run flashmoe-convert in this process, and kill it at its n-th call to the system.
 
-    python tools/convert_strike.py '{"point": 17, "when": "amid", "power": 5}' ARGUMENTS
+    python tests/stress/convert_strike.py '{"point": 17, "when": "amid", "power": 5}' ARGUMENTS
 
-`tools/convert_trials.py` starts it. The JSON has:
+`convert_trials.py` starts it. The JSON has:
 
 * `point`: which call of those below, from 0; -1 for none;
 * `when`: "before" it, "after" it, or "amid" it: with half of a write done;

@@ -1,6 +1,6 @@
 """Write the held-out evaluation files: heldout.jsonl (cases) and heldout.txt (English).
 
-python heldout.py --work DIR --out .
+python heldout.py --work DIR --out ../../tools/bundled_model
 """
 
 from __future__ import annotations

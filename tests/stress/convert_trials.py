@@ -1,10 +1,9 @@
-"""Trials of flashmoe-convert: killed at any moment, damaged on disk, without room, lied to.
+"""Trials of flashmoe-convert: killed at any moment, damaged on disk, without room.
 
-    python tools/convert_trials.py kill [--runs 20] [--hub] [--format hf] [--geometry 35b ...]
-    python tools/convert_trials.py repair [--runs 20]
-    python tools/convert_trials.py flip [--times 12]
-    python tools/convert_trials.py full-disk [--runs 10] [--hub]
-    python tools/convert_trials.py fuzz [--minutes 10]
+    python tests/stress/convert_trials.py kill [--runs 20] [--hub] [--format hf]
+    python tests/stress/convert_trials.py repair [--runs 20]
+    python tests/stress/convert_trials.py flip [--times 12]
+    python tests/stress/convert_trials.py full-disk [--runs 10] [--hub]
 
 Each prints what it did and what was wrong, and its exit code is 1 if anything was. `full-disk`
 mounts a small file system, for which it must be root. Linux.
@@ -24,7 +23,6 @@ from typing import Any
 
 from convert_damage import CARD, damaged_everywhere, spoil
 from convert_full_disk import full_disks
-from convert_fuzz import fuzz
 from convert_scenes import (
     MANIFEST_PLACE,
     Conversion,
@@ -38,7 +36,8 @@ from convert_scenes import (
     wait_for,
     watched,
 )  # fmt: skip
-from make_synthetic import parse_size
+
+from flashmoe_mlx.bench.synthetic import Recipe
 
 MODES = "time", "before", "amid", "after", "power"
 Calls = list[tuple[str, float]]
@@ -161,29 +160,24 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     trials = parser.add_subparsers(dest="trial", required=True)
-    for name in ("kill", "repair", "flip", "full-disk", "fuzz"):
+    for name in ("kill", "repair", "flip", "full-disk"):
         add = trials.add_parser(name).add_argument
         add("--seed", type=int, default=0)
         add("--work", type=Path, help="an empty directory to work in (default: a temporary one)")
-        if name == "fuzz":
-            add("--minutes", type=float, default=10)
-            continue
         add("--times", type=int, default=12, help="of each damage to each file (flip)")
         add("--runs", type=int, default=20)
         add("--hub", action="store_true", help="convert from a local Hub server")
         add("--format", default="mlx", choices=("mlx", "hf"), help="of the source: 4 bits or bf16")
         add("--geometry", default="tiny", choices=("tiny", "35b"))
         add("--layers", type=int, default=4)
-        add("--shard", type=parse_size, default=1 << 18, metavar="SIZE", help="of the source")
+        add("--shards", type=int, default=8, help="of the source")
     return parser
 
 
 def run(args: argparse.Namespace, work: Path) -> int:
     """Run one trial and return how much was wrong."""
-    if args.trial == "fuzz":
-        return fuzz(work, args.minutes, args.seed)
-    scene = conversion(work, args.geometry, args.layers, args.format, args.shard, args.hub)
-    with scene as made_by:
+    recipe = Recipe(args.geometry, args.layers, 4096, 4)
+    with conversion(work, recipe, args.format, args.shards, args.hub) as made_by:
         if args.trial == "flip":
             return damaged_everywhere(work, undisturbed(work, made_by)[0], args.times, args.seed)
         if args.trial == "full-disk":

@@ -1,6 +1,6 @@
 """Record which experts a model's routers choose, and what the next layer's router would have said.
 
-    python tools/record_routing.py OUT [--model DIR] [--tokens 400] [--sample]
+    python dev/routing/record_routing.py OUT [--model DIR] [--tokens 400] [--sample]
 
 Writes one trace per text for `replay_routing.py`. The texts are English, code, JSON and tool calls
 from this repository. Their first tokens are the prompt; the others are fed one by one, as if the
@@ -26,9 +26,9 @@ from flashmoe_mlx.models.qwen3_5.args import PREFILL_CHUNK
 from flashmoe_mlx.models.qwen3_5.model import Model
 from flashmoe_mlx.models.qwen3_5.moe import SparseMoeBlock, StreamedExperts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HELD_OUT = ROOT / "tools" / "bundled_model"
-CODE = ("layout.py", "config.py", "loader.py")
+CODE = ("format/layout.py", "settings.py", "loader.py")
 EACH = 3  # texts of each kind
 DIALOGUES = 12  # in one text
 

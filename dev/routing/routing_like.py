@@ -1,6 +1,6 @@
 """Make up routing traces whose locality is like that of large models, as far as it is published.
 
-    python tools/routing_like.py OUT flash-moe-397b|qwen3-30b|qwen3-next-512
+    python dev/routing/routing_like.py OUT flash-moe-397b|qwen3-30b|qwen3-next-512
 
 A router's score for an expert is a sum of four normal variables: the expert's popularity in this
 text, a topic that drifts slowly, one that drifts fast, and noise. Shares of the variance and times

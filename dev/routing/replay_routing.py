@@ -1,6 +1,6 @@
 """Replay recorded routing through cache policies, and score ways to guess experts in advance.
 
-    python tools/replay_routing.py TRACES [--banks 10 25 50 75]
+    python dev/routing/replay_routing.py TRACES [--banks 10 25 50 75]
 
 TRACES is a directory that `record_routing.py` or `routing_like.py` wrote. Its texts are replayed
 one after the other, as one session; all calls go through the package's own waves.

@@ -1,4 +1,4 @@
-"""Convert onto disks that fill up, and go on when there is room. For `tools/convert_trials.py`."""
+"""Convert onto disks that fill up, and go on when there is room. For `convert_trials.py`."""
 
 import contextlib
 import random

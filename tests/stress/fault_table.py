@@ -1,4 +1,4 @@
-"""The rows of the table that `tools/faults.py` prints."""
+"""The rows of the table that `faults.py` prints."""
 
 import errno
 

@@ -1,6 +1,6 @@
 """Faults at random moments: each request fails by name, no token is wrong, and all goes on after.
 
-    python tools/faults.py [--times 100] [--seed 0] [--only "EIO" ...]
+    python tests/stress/faults.py [--times 100] [--seed 0] [--only "EIO" ...]
 
 A model with a small expert cache answers a prompt again and again, and each time something goes
 wrong at a random read. The tokens that it gives until then are compared with those of a

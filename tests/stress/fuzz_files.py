@@ -1,6 +1,6 @@
 """Change files of models at random, and see that loading refuses them or gives the same tokens.
 
-    python tools/fuzz_files.py --cases 5000 --minutes 10 --seed 1
+    python tests/stress/fuzz_files.py --cases 5000 --minutes 10 --seed 1
 
 A case is a tiny model with a header, config.json, a tokenizer file or the manifest changed, or with
 a pipe, a link or a folder in a file's place. It is loaded, run for a few tokens on fixed ids,
@@ -14,30 +14,20 @@ examined as flashmoe-doctor does, and verified if it was converted. What may com
   are checksums. Its tokens are not judged.
 
 Anything else is wrong: another exception, a signal, other tokens, codes or shapes accepted that the
-unchanged model does not have, or more than LIMIT_S. Cases run in a process that may die, with
-FLASHMOE_DEBUG_BOUNDS=1.
+unchanged model does not have, or more than half a minute. The kernels check their bounds.
 """
 
-import argparse
 import contextlib
 import io
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
 import zlib
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import harness
 import mlx.core as mx
 from convert_mutations import (
     VALUES,
@@ -65,8 +55,6 @@ from flashmoe_mlx.format.names import canonical, is_expert
 from flashmoe_mlx.loader import load
 from flashmoe_mlx.models.qwen3_5.args import ModelArgs
 
-ROOT = Path(__file__).parents[1]
-LIMIT_S = 30
 PROMPT, TOKENS = [3, 14, 15, 9, 26, 5], 6
 FLOATS = ("BF16", "F16", "F32")
 KINDS = ("packed", "stock")
@@ -192,8 +180,25 @@ def judge(before: Model, directory: Path, tokens: list[int], named: bool) -> str
     return "other"
 
 
-def case(before: Model, work: Path, chances: random.Random) -> tuple[str, str]:
-    """Try one case; return what was changed, and what came of it."""
+class Cases(harness.Cases):
+    """Two tiny models, changed: a stock MLX checkpoint, and what flashmoe-convert makes of it."""
+
+    patience = 30
+
+    def __init__(self, folder: Path) -> None:
+        harness.write_models(folder / "sources")
+        self.models = [Model(folder / "sources" / kind) for kind in KINDS]
+        self.work = folder / "case"
+
+    def run(self, seed: int) -> str:
+        """Change a model, and return "refused", "equal" or "other"; raise for anything else."""
+        chances = random.Random(seed)
+        with contextlib.redirect_stderr(io.StringIO()):
+            return outcome(chances.choice(self.models), self.work, chances)
+
+
+def outcome(before: Model, work: Path, chances: random.Random) -> str:
+    """Copy a model to `work`, change something, use it, and return what came of it."""
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(before.directory, work)
     change = chances.choice(MUTATIONS)
@@ -217,107 +222,9 @@ def case(before: Model, work: Path, chances: random.Random) -> tuple[str, str]:
             named = True
     if tokens is None:
         assert problems, "refused, and the doctor says that all is well"
-        return change.__name__, "refused"
-    return change.__name__, judge(before, work, tokens, named)
-
-
-def child(sources: Path, work: Path, seed: int, first: int, last: int, end: float) -> None:
-    """Try cases until a time comes, and print each case's number, and what came of it."""
-
-    def late(*arguments: object) -> None:
-        raise AssertionError(f"took more than {LIMIT_S} s")
-
-    models = {kind: Model(sources / kind) for kind in KINDS}
-    signal.signal(signal.SIGALRM, late)
-    for number in range(first, last):
-        if time.time() > end:
-            break
-        chances = random.Random(f"{seed} {number}")
-        tell({"begun": number})
-        signal.alarm(LIMIT_S)
-        try:
-            with contextlib.redirect_stderr(io.StringIO()):
-                what, came = case(models[chances.choice(KINDS)], work, chances)
-            tell({"what": what, "came": came})
-        except BaseException as error:
-            frames = traceback.extract_tb(error.__traceback__)[-4:]
-            where = " > ".join(f"{frame.name}:{frame.lineno}" for frame in frames)
-            tell({"wrong": f"{type(error).__name__}: {str(error)[:300]} at {where}"})
-        signal.alarm(0)
-
-
-def tell(message: dict[str, Any]) -> None:
-    """Print a message for the parent."""
-    print(json.dumps(message), flush=True)
-
-
-def make_models(folder: Path) -> None:
-    """Write the tiny models: a stock MLX checkpoint, and what flashmoe-convert makes of it."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from convert_helpers import write_checkpoints
-
-    from flashmoe_mlx.convert import convert
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        write_checkpoints(folder)
-        convert(folder / "stock", folder / "packed")
-
-
-def fuzz(work: Path, cases: int, minutes: float, seed: int) -> int:
-    """Try cases in processes that may die; return how many went wrong."""
-    make_models(work / "sources")
-    end, number, bad = time.time() + 60 * minutes, 0, 0
-    came: Counter[str] = Counter()
-    while number < cases and time.time() < end:
-        begun = None
-        for found in _messages(work, seed, number, cases, end):
-            if "begun" in found:
-                begun, number = found["begun"], found["begun"] + 1
-            elif "wrong" in found:
-                print(f"case {begun}: {found['wrong']}", flush=True)
-                bad, begun = bad + 1, None
-            else:
-                came[found["came"]] += 1
-                begun = None
-        if begun is not None or not number:
-            print(f"case {begun}: the process died", flush=True)
-            bad += 1
-        if not number:
-            break
-    print(f"seed {seed}: {number} cases {dict(sorted(came.items()))}, {bad} wrong")
-    return bad
-
-
-def _messages(work: Path, seed: int, first: int, last: int, end: float) -> Iterator[dict[str, Any]]:
-    """Run a child and yield what it prints."""
-    numbers = map(str, (seed, first, last, end))
-    arguments = [str(work / "sources"), str(work / "case"), *numbers]
-    environment = {"FLASHMOE_DEBUG_BOUNDS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    with subprocess.Popen(
-        [sys.executable, __file__, "--child", *arguments], stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        env=os.environ | environment,
-    ) as process:  # fmt: skip
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("{"):
-                yield json.loads(line)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; exits with 1 if a case went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    add = parser.add_argument
-    add("--cases", type=int, default=5000, help="at most (default: 5000)")
-    add("--minutes", type=float, default=10, help="at most (default: 10)")
-    add("--seed", type=int, default=0, help="of the changes (default: 0)")
-    args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="fuzz-files-") as folder:
-        return int(fuzz(Path(folder), args.cases, args.minutes, args.seed) > 0)
+        return "refused"
+    return judge(before, work, tokens, named)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(*map(Path, sys.argv[2:4]), *map(int, sys.argv[4:7]), float(sys.argv[7]))
-    else:
-        sys.exit(main())
+    harness.main(__doc__, Cases)

@@ -1,6 +1,6 @@
 """Faults of a running `mlx_lm.server`: SIGTERM in mid-answer, and a disk that fails.
 
-    python tools/fault_server.py MODEL [--times 100] [--seed 0]
+    python tests/stress/fault_server.py MODEL [--times 100] [--seed 0]
 
 MODEL is a directory that flashmoe-convert wrote. Each round starts the stock server in a process of
 its own, and asks it over HTTP, streamed. What came until then must be the beginning of what the
@@ -26,6 +26,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from stock_server import StockServer
 

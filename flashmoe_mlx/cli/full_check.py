@@ -1,0 +1,346 @@
+"""`flashmoe-doctor --full`: every kernel in every format, and a model beside stock mlx-lm.
+
+An output may be off by twice what MLX's own ops are off in the same dtype, as in `autotune.check`.
+Nothing is timed, so several processes compile side by side.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.models import qwen3_5_moe
+from mlx_lm.utils import load_model
+
+from ..custom_kernels.attention.step import AttentionStepTrial
+from ..custom_kernels.autotune import NEEDS_GPU, Verdict, measure
+from ..custom_kernels.case import DTYPES, Trial
+from ..custom_kernels.experts.cases import ExpertDownTrial, ExpertGateUpTrial, ExpertsTrial
+from ..custom_kernels.experts.prefill import TiledTrial
+from ..custom_kernels.experts.router import RouterTrial
+from ..custom_kernels.experts.tiles import CombineTrial
+from ..custom_kernels.gated_delta.cases import (
+    GatedDeltaNormTrial,
+    GatedDeltaPrepareTrial,
+    GatedDeltaScanTrial,
+    GatedDeltaStepTrial,
+)
+from ..custom_kernels.linear.cases import MatvecTrial, NormedMatvecTrial
+from ..custom_kernels.linear.dequantize import DequantizeTrial, MatmulTrial
+from ..custom_kernels.linear.matvec import BITS, GROUP_SIZES
+from ..errors import FlashMoEError
+from ..format.layout import EXPERT_DIR, layer_file
+from ..format.names import FIELDS, layer_prefix
+from ..loader import load
+from ..models.qwen3_5.model import Model
+from ..profile import machine
+from ..store.memory import available_bytes, card_bytes
+from .doctor_model import ModelReport
+
+PROCESSES = 8  # that compile
+LENGTHS = 1, 8, 20, 60, 300  # of prompts whose logits are compared
+SINGLE = 5  # tokens after each of these
+TOKENS = 64  # after each prompt of TEXTS and QUESTIONS
+TEXTS = (
+    "Once upon a time there was a small village by the sea.", "def add(a, b):", "Water boils at",
+    "The river rises in the mountains and", "The old man opened the door and",
+    "In the morning the children went to school, and",
+)  # fmt: skip
+QUESTIONS = (
+    "Hello! How are you?", "What is the capital of France?", "Tell me a story about a cat.",
+    "Write a list of three fruits.", "How many days are in a week?",
+    "What is the weather in Paris?", "Give me JSON with a name and an age.", "Who are you?",
+    "Count from one to five.", "Explain why the sky is blue.",
+    "Translate 'good morning' into French.", "Say goodbye.",
+)  # fmt: skip
+# A token may differ where stock's best two logits are closer than this: in float32 the sum of two
+# tolerances of 1e-4, else some steps of the dtype (the bundled model on an H100: 5 at most).
+TIE, TIE_STEPS = 2e-4, 8
+ALLOWANCE = 400 * 10**6  # bytes beside trunk and expert cache
+LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
+
+Logits = npt.NDArray[np.float32]
+Outcome = tuple[bool | None, str]  # whether all is right, None if it was not tried; what was found
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check; `ok` is None where it cannot run on this machine."""
+
+    name: str
+    ok: bool | None
+    message: str
+
+
+def full_check(report: ModelReport | None) -> list[Finding]:
+    """Check every kernel, and a model that `doctor_model.examine` found complete."""
+    found = parity([*quantised(), *others()])
+    if report and report.args and report.layout and not report.problems:
+        found += [
+            _finding("streamed logits", streamed, report),
+            _finding("greedy tokens", greedy, report),
+            _finding("peak memory", memory, report),
+        ]
+    return found
+
+
+def _finding(name: str, check: Callable[[ModelReport], Outcome], report: ModelReport) -> Finding:
+    try:
+        return Finding(name, *check(report))
+    except FlashMoEError as error:
+        return Finding(name, False, str(error))
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def quantised() -> Iterator[Trial]:
+    """Yield the cases of quantised weights. Float32 activations go with scales of any dtype."""
+    pairs = [(x, s) for x, s in product(DTYPES, DTYPES) if s == x or x == "float32"]
+    for (dtype, scales), bits, group in product(pairs, BITS, GROUP_SIZES):
+        kind = bits, group, dtype, scales
+        experts = 5, 3, *kind
+        yield MatvecTrial(37, 384, *kind, tokens=3)
+        yield MatvecTrial(1001, 2176, *kind)
+        yield NormedMatvecTrial(37, 384, *kind, tokens=2)
+        yield ExpertGateUpTrial(384, 19, *experts, shared_bits=bits, tokens=3)
+        yield ExpertDownTrial(19, 384, *experts, shared_bits=bits, tokens=3)
+        yield ExpertsTrial(384, 256, *experts, shared_bits=bits, tokens=2)
+        yield DequantizeTrial(37, 384, bits, group, dtype, scales)
+        yield TiledTrial(384, 256, *kind, down_bits=bits, slots=5, rows=11)
+        if dtype != "float32":  # where NVIDIA's GPUs round products, these are left to MLX
+            yield MatmulTrial(37, 384, *kind, tokens=70)
+
+
+def others() -> Iterator[Trial]:
+    """Yield the cases of router, sums of experts, attention and GatedDeltaNet."""
+    for dtype in DTYPES:
+        for experts, top_k in (16, 4), (33, 10), (100, 4), (256, 8), (512, 10):
+            yield RouterTrial(experts, top_k, dtype, tokens=3)
+        for weights in DTYPES:
+            yield CombineTrial(384, 3, dtype, weights, tokens=5)
+            yield CombineTrial(2056, 8, dtype, weights)
+        yield AttentionStepTrial(6, 2, 64, 16, dtype, batch=2, keys=301, position=70_000)
+        yield AttentionStepTrial(16, 2, 256, 64, dtype, keys=257)
+        yield AttentionStepTrial(3, 3, 128, 24, dtype, keys=1)
+        for weights in {dtype, "bfloat16"}:
+            odd, real = (2, 6, 48, 37, dtype, weights), (16, 32, 128, 128, dtype, weights)
+            for sizes, batch in (odd, 2), (real, 1):
+                yield GatedDeltaStepTrial(*sizes, batch=batch)
+                yield GatedDeltaPrepareTrial(*sizes, batch=batch, tokens=21, masked=batch > 1)
+                yield GatedDeltaScanTrial(*sizes, batch=batch, tokens=21, masked=batch > 1)
+                yield GatedDeltaNormTrial(*sizes, batch=batch, tokens=21)
+
+
+def judge(trial: Trial) -> Verdict:
+    """Compare one kernel case with the reference."""
+    return measure(trial, timed=False)
+
+
+def parity(trials: Sequence[Trial]) -> list[Finding]:
+    """Compare kernel cases with the float32 reference, and sum up each op."""
+    verdicts: dict[str, list[tuple[Trial, Verdict]]] = {}
+    pool = ProcessPoolExecutor(min(PROCESSES, machine.cores()), get_context("spawn"))
+    try:
+        with pool:
+            for trial, verdict in zip(trials, pool.map(judge, trials), strict=True):
+                verdicts.setdefault(trial.op, []).append((trial, verdict))
+    except BrokenProcessPool:
+        done = sum(map(len, verdicts.values()))
+        return [Finding("kernels", False, f"a process died at {trials[done]} or soon after")]
+    return [summary(op, found) for op, found in sorted(verdicts.items())]
+
+
+def summary(op: str, found: list[tuple[Trial, Verdict]]) -> Finding:
+    """Say how many cases of an op agree, and what is wrong with the first others."""
+    tried = [(trial, verdict) for trial, verdict in found if verdict.message != NEEDS_GPU]
+    if not tried:
+        return Finding(f"kernel {op}", None, NEEDS_GPU)
+    wrong = [f"{trial}: {verdict.message}" for trial, verdict in tried if not verdict.ok]
+    idle = f" ({len(found) - len(tried)} more need a GPU)" if len(tried) < len(found) else ""
+    right = f"{len(tried) - len(wrong)} of {len(tried)} cases agree with the float32 reference"
+    return Finding(f"kernel {op}", not wrong, "; ".join([right + idle, *wrong[:3]]))
+
+
+# ---- a model -------------------------------------------------------------------------------------
+
+
+def streamed(report: ModelReport) -> Outcome:
+    """Compare logits with a quarter of the experts in memory with those with all, bit by bit.
+
+    Each prompt runs twice, before and after a text is generated in mlx-lm's own stream.
+    """
+    assert report.layout
+    if lacking := _lacks_memory(report, copies=1):
+        return None, lacking
+    with load(report.directory, expert_cache=report.layout.total_bytes)[0] as resident:
+        expected = {length: logits(resident, length) for length in LENGTHS}
+    model, tokenizer = load(report.directory, expert_cache=quarter(report))
+    with model:
+        wrong = differing_runs(model, expected)
+        mlx_lm.generate(model, tokenizer, "Hello", max_tokens=16)
+        wrong += differing_runs(model, expected)
+    right = f"{4 * len(expected) - len(wrong)} of {4 * len(expected)} runs equal resident experts'"
+    return not wrong, "; ".join([right, *wrong[:3]])
+
+
+def quarter(report: ModelReport) -> int:
+    """Return the bytes of a quarter of the experts, or of one token's if these are more."""
+    assert report.layout and report.args
+    token = report.layout.token_bytes * report.args.num_experts_per_tok
+    return max(report.layout.total_bytes // 4, token)
+
+
+def logits(model: Model, prompt: int) -> Logits:
+    """Return the last logits of a random prompt, and those of SINGLE more tokens: `[.., V]`."""
+    rng = np.random.default_rng(prompt)
+    tokens = rng.integers(model.args.vocab_size, size=prompt + SINGLE).tolist()
+    cache, rows = model.make_cache(), []
+    for part in [tokens[:prompt], *([token] for token in tokens[prompt:])]:
+        rows.append(np.array(model(mx.array([part]), cache=cache)[:, -1].astype(mx.float32)))
+    return np.concatenate(rows)
+
+
+def differing_runs(model: Model, expected: dict[int, Logits]) -> list[str]:
+    """Run each prompt twice, and name the runs whose logits differ in a bit."""
+    wrong = []
+    for prompt, run in product(expected, (1, 2)):
+        found = logits(model, prompt)
+        rows = np.flatnonzero((found != expected[prompt]).any(axis=1)).tolist()
+        if rows:
+            most = np.abs(found - expected[prompt]).max()
+            wrong.append(
+                f"prompt of {prompt}, run {run}: rows {rows} differ, by {most:.4g} at most"
+            )
+    return wrong
+
+
+def greedy(report: ModelReport) -> Outcome:
+    """Count how many greedy tokens are stock mlx-lm's, of the same weights.
+
+    On a GPU both compute in the checkpoint's dtype, on a CPU in float32.
+    """
+    if lacking := _lacks_memory(report, copies=2):
+        return None, lacking
+    model, tokenizer = load(report.directory)
+    stock = stock_model(report)
+    with model:
+        found = [differences(stock, model, prompt, TOKENS) for prompt in prompts(tokenizer)]
+    gaps = [gap for differing in found for gap in differing]
+    far = [gap for gap, tie in gaps if gap > tie]
+    same = f"{TOKENS * len(found) - len(gaps)} of {TOKENS * len(found)} are stock mlx-lm's"
+    if far:
+        return False, f"{same}; {len(far)} differ, where stock's best two logits are {far} apart"
+    return True, same + ("; the others nearly tie" if gaps else "")
+
+
+def prompts(tokenizer: Any) -> Iterator[list[int]]:
+    """Yield texts and questions as token ids."""
+    yield from map(tokenizer.encode, TEXTS)
+    for question in QUESTIONS:
+        message = {"role": "user", "content": question}
+        yield tokenizer.apply_chat_template([message], add_generation_prompt=True)
+
+
+def differences(
+    stock: nn.Module, ours: nn.Module, prompt: list[int], tokens: int
+) -> list[tuple[float, float]]:
+    """Return, for each token that differs, the gap of stock's best two logits and that of a tie.
+
+    Stock chooses each token; both are fed it, so that one difference does not cause others.
+    """
+    caches, fed, gaps = [model.make_cache() for model in (stock, ours)], mx.array([prompt]), []
+    for _ in range(tokens):
+        theirs, mine = (
+            model(fed, cache=cache)[0, -1]
+            for model, cache in zip((stock, ours), caches, strict=True)
+        )
+        token = mx.argmax(theirs)
+        if token.item() != mx.argmax(mine).item():
+            second, best = np.array(mx.sort(theirs.astype(mx.float32))[-2:]).tolist()
+            tie = max(TIE, TIE_STEPS * mx.finfo(theirs.dtype).eps * abs(best))
+            gaps.append((best - second, tie))
+        fed = token[None, None]
+    return gaps
+
+
+def stock_model(report: ModelReport) -> nn.Module:
+    """Load stock mlx-lm's model of a directory, every expert in memory."""
+    assert report.layout and report.args
+    sizes = report.args.num_hidden_layers, report.args.num_experts
+    packed = report.layout.kind == "packed"
+    experts = stacked_experts(report.directory, *sizes) if packed else {}
+
+    class Stock(qwen3_5_moe.Model):
+        """Stock mlx-lm's model, whose packed experts come from their own files."""
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            """Add the experts to the trunk."""
+            return super().sanitize(weights | experts)
+
+    model, _ = load_model(
+        report.directory,
+        model_config={"model_file": None},
+        get_model_classes=lambda config: (Stock, qwen3_5_moe.ModelArgs),
+    )
+    if not machine.on_gpu():
+        model.set_dtype(mx.float32)
+    return model
+
+
+def stacked_experts(directory: Path, layers: int, experts: int) -> dict[str, mx.array]:
+    """Return a packed directory's experts under the names of stock mlx-lm."""
+    found = {}
+    for layer in range(layers):
+        tensors: Any = mx.load(str(directory / EXPERT_DIR / layer_file(layer)))
+        for field in FIELDS:
+            parts = [tensors[f"experts.{expert}.{field}"] for expert in range(experts)]
+            found[f"{layer_prefix(layer)}.mlp.switch_mlp.{field}"] = mx.stack(parts)
+    return found
+
+
+def memory(report: ModelReport, expert_cache: int | None = None) -> Outcome:
+    """Hold the peak of `flashmoe-generate` to trunk, expert cache and ALLOWANCE.
+
+    On a GPU it is only told: drivers take memory of the process, and not all of the model's is.
+    """
+    cache = expert_cache or quarter(report)
+    result = run_apart(
+        "-m", "flashmoe_mlx.cli.generate", "--model", str(report.directory),
+        "--expert-cache", str(cache), "--prompt", LONG_PROMPT, "--max-tokens", "16",
+    )  # fmt: skip
+    peak = re.search(r"Peak memory: (\d+) MiB", result.stdout)
+    if result.returncode or not peak:
+        return False, f"flashmoe-generate failed: {result.stderr.strip()[-300:]}"
+    limit, found = (report.trunk_bytes or 0) + cache + ALLOWANCE, int(peak[1]) << 20
+    allowed = f"trunk, expert cache and {ALLOWANCE / 1e6:.0f} MB are {limit / 1e6:.0f} MB"
+    return machine.on_gpu() or found <= limit, f"{found / 1e6:.0f} MB; {allowed}"
+
+
+def run_apart(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run Python from a shell: the peak of a direct child would start at this process's own."""
+    shell = ["sh", "-c", '"$@"; exit $?', "sh"]
+    return subprocess.run([*shell, sys.executable, *arguments], capture_output=True, text=True)
+
+
+def _lacks_memory(report: ModelReport, copies: int) -> str:
+    """Say how much memory is missing for a model and its experts, or return nothing."""
+    assert report.layout
+    needed = copies * ((report.trunk_bytes or 0) + report.layout.total_bytes)
+    card = card_bytes()
+    free = available_bytes() if card is None else card
+    if needed <= 0.8 * free:
+        return ""
+    return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are available"
