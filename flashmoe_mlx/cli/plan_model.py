@@ -1,6 +1,6 @@
 """How fast a streamed model ought to be: a small model of reads, copies, weights and launches.
 
-`docs/reference/plan.md` derives each formula and names the publication each constant was taken from.
+`docs/reference/plan.md` derives each formula and names the publication each constant comes from.
 Bytes are bytes, rates are bytes per second, times are seconds.
 """
 
