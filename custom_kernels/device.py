@@ -42,7 +42,7 @@ def _cpu_module() -> ModuleType | None:
     if kernel_choice() == "stock" or _rejected:
         return None
     # Threads that spin for long while they wait are taken for busy, and put off for whole time
-    # slices when another program runs: decoding then slows down tenfold. See docs/kernels.md.
+    # slices when another program runs: decoding slows down tenfold (docs/concepts/kernels.md).
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:

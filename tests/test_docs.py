@@ -23,16 +23,20 @@ from flashmoe_mlx.settings import StreamConfig
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "tests/metal_cpu/README.md")
+    for path in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("dev/**/*.md"),
+        ROOT / "tests/metal_cpu/README.md",
+    )
 )
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.S | re.M)
 # A path of this repository, with a folder of it in front.
-FILE = re.compile(
-    r"(?<!/)(?:flashmoe_mlx|custom_kernels|convert|tools|dev|tests|docs|\.ci)/[\w./*-]*"
-)
+FILE = re.compile(r"(?:flashmoe_mlx|custom_kernels|convert|tools|(?<!/)dev|tests|docs|\.ci)/[\w./*-]*")
 VALUES = {"buffered", "custom", "direct", "off"}  # of settings, in their table
+MOST_WORDS = 900  # of README, besides code
 FOLDERS = "flashmoe_mlx", "custom_kernels", "convert", "tools", "dev"
 PARSERS = {
     "flashmoe-generate": generate_parser,
@@ -133,7 +137,7 @@ def test_messages_of_troubleshooting_are_the_programs():
         path.read_text(encoding="utf-8") for f in FOLDERS for path in (ROOT / f).rglob("*.py")
     )
     said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # literals that go on on the next line
-    rows = re.findall(r"^\| `([^`]+)` \|", text("docs/troubleshooting.md"), re.M)
+    rows = re.findall(r"^\| `([^`]+)` \|", text("docs/guides/troubleshooting.md"), re.M)
     assert len(rows) > 10
     for message in rows:
         for part in re.split(r" ?\.\.\. ?|\(manifest\.json|\(Input/output error\)", message):
@@ -141,9 +145,9 @@ def test_messages_of_troubleshooting_are_the_programs():
 
 
 def test_prediction_in_full_is_that_of_the_plan(capsys):
-    (quoted,) = re.findall(r"^decode .*$", text("docs/models.md"), re.M)
+    (quoted,) = re.findall(r"^decode .*$", text("docs/guides/large-models.md"), re.M)
     plan.main(["--check"])
-    assert capsys.readouterr().out.splitlines()[-1] in text("docs/models.md")
+    assert capsys.readouterr().out.splitlines()[-1] in text("docs/guides/large-models.md")
     plan.main(["--model", "397b", "--bits", "4", "--top-k", "4", "--machine", "m3-max-48"])
     assert quoted in capsys.readouterr().out
 
@@ -168,7 +172,7 @@ def needs(model: str, bits: int) -> list[float]:
 
 
 def speed(flags: str) -> str:
-    """Return tokens/s and the cache in GB, as docs/models.md writes them."""
+    """Return tokens/s and the cache in GB, as docs/guides/large-models.md writes them."""
     try:
         found = planned(flags)
     except FlashMoEError:
@@ -185,7 +189,16 @@ def brief(value: float) -> str:
 
 
 def test_tables_of_models_are_those_of_the_plan():
-    room, speeds = tables(text("docs/models.md"))
+    sizes, room, speeds = tables(text("docs/guides/large-models.md"))
+    assert [row[0] for row in sizes[2:]] == [
+        "experts on disk, 4-bit / 2-bit",
+        "expert bytes per token, 4-bit, trained top-k",
+    ]
+    for column, model in enumerate(("397b", "122b", "35b"), 1):
+        four, two = (planned(f"--model {model} --bits {b} --machine m5-max-128") for b in (4, 2))
+        experts = f"{four['expert_bytes'] / 1e9:.0f} / {two['expert_bytes'] / 1e9:.0f} GB"
+        token = f"{four['token_bytes'] / 1e9:.2f} GB"
+        assert [row[column] for row in sizes[2:]] == [experts, token]
     for column, model in enumerate(room[0][1:], 1):
         expected = zip(needs(model, 4), needs(model, 2), strict=True)
         cells = [f"{brief(four)} ({brief(two)}) GB" for four, two in expected]
@@ -206,28 +219,51 @@ def test_sample_output_of_the_readme(capsys):
     command, *arguments = words(commands.split("&& .venv/bin/")[-1])
     assert command == "flashmoe-generate"
     generate_main(arguments)
-    assert without_figures(capsys.readouterr().out) == without_figures(shown)
+    said = capsys.readouterr().out
+    assert said.splitlines()[0] == shown.splitlines()[0]  # the answer, to the letter
+    assert without_figures(said) == without_figures(shown)
+
+
+def test_second_command_of_the_readme_runs_the_tests():
+    """The first two sh blocks are pasted as they stand, and .ci/run evaluates the second."""
+    _, second, *_ = (block for kind, block in BLOCK.findall(text("README.md")) if kind == "sh")
+    assert second == (
+        'python3 -m venv .venv && .venv/bin/pip install -q -e ".[cpu,test]" && .venv/bin/pytest\n'
+    )
+
+
+def test_readme_is_short():
+    assert len(BLOCK.sub("", text("README.md")).split()) <= MOST_WORDS
 
 
 def without_figures(output: str) -> list[str]:
     return re.sub(r"\d+(\.\d+)?", "0", output).splitlines()
 
 
-def test_settings_table_of_the_readme():
-    """Every setting is there in each of its three forms, and no other."""
-    body = re.search(
-        r"^\| `flashmoe-generate` \|.*\n\|[-|]+\n((?:\|.*\n)+)", text("README.md"), re.M
-    )
+def columns_of(document: str, heading: str, count: int) -> list[str]:
+    """Return the first columns of the table that begins with a heading, each as one text."""
+    head = rf"^\| {heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)"
+    body = re.search(head, text(document), re.M)
     assert body
-    columns = [
-        " ".join(c)
-        for c in zip(*(row.split("|")[1:4] for row in body[1].splitlines()), strict=True)
-    ]
-    flags, variables, entries = (re.findall(r"(?<=`)[\w-]+", column) for column in columns)
+    rows = (row.split("|")[1 : count + 1] for row in body[1].splitlines())
+    return [" ".join(column) for column in zip(*rows, strict=True)]
+
+
+def test_options_of_the_readme_are_those_of_generate():
+    (flags,) = columns_of("README.md", "Option", 1)
+    assert sorted(re.findall(r"--[\w-]+", flags)) == streaming_options()
+
+
+def streaming_options() -> list[str]:
     streaming = next(g for g in generate_parser()._action_groups if g.title == "streaming")
-    assert sorted(set(flags) - VALUES) == sorted(
-        a.option_strings[0] for a in streaming._group_actions
-    )
+    return sorted(a.option_strings[0] for a in streaming._group_actions)
+
+
+def test_settings_table():
+    """Every setting is there in each of its three forms, and no other."""
+    columns = columns_of("docs/reference/settings.md", "`flashmoe-generate`", 3)
+    flags, variables, entries = (re.findall(r"(?<=`)[\w-]+", column) for column in columns)
+    assert sorted(set(flags) - VALUES) == streaming_options()
     fields = [field.name for field in dataclasses.fields(StreamConfig)]
     assert sorted(entries) == sorted(fields)
     sources = [

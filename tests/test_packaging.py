@@ -101,12 +101,12 @@ def test_wheel_has_a_licence_and_the_readme(wheel):
 
 
 def test_types_reach_users(wheel, tmp_path):
-    """The script of docs/python-api.md passes mypy --strict with the wheel, and a mistake fails."""
+    """The script of python-api.md passes mypy --strict with the wheel, and a mistake fails."""
     for name, data in wheel.items():
         path = tmp_path / "wheel" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    page = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/reference/python-api.md").read_text(encoding="utf-8")
     script = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.S | re.M))
     wrong = "cache: int = model.expert_cache()\n"
     (tmp_path / "user.py").write_text(script + wrong, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The Python API: docs/python-api.md as it stands, closing, several models, threads, copies."""
+"""The Python API: python-api.md as it stands, closing, several models, threads, copies."""
 
 import copy
 import gc
@@ -24,7 +24,7 @@ import flashmoe_mlx
 from flashmoe_mlx import BUNDLED_MODEL, FlashMoEError, generate, load, stream_generate
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/python-api.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/reference/python-api.md").read_text(encoding="utf-8")
 CLOSED = r"^this model was closed; load it again\.$"
 # What others, and the first use on a machine, say on stderr. No warning is among it.
 SAID = re.compile(

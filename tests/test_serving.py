@@ -148,7 +148,7 @@ def test_what_troubleshooting_quotes_of_mlx_lm_is_there():
     said = "".join(
         re.sub(r'"\s*\n\s*f?"', "", Path(module.__file__).read_text()) for module in (stock, utils)
     )
-    text = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
+    text = " ".join((ROOT / "docs/guides/troubleshooting.md").read_text().split())
     for message in (
         "requires importing and running a custom module (",
         "tool text was likely truncated mid-generation",
@@ -159,8 +159,8 @@ def test_what_troubleshooting_quotes_of_mlx_lm_is_there():
 
 
 def test_the_size_of_a_state():
-    """The table of docs/serving.md: float32 states, and keys and values in bfloat16."""
-    rows = (ROOT / "docs" / "serving.md").read_text()
+    """The table of docs/guides/serve.md: float32 states, and keys and values in bfloat16."""
+    rows = (ROOT / "docs/guides/serve.md").read_text()
     models = [GEOMETRIES[name] for name in ("397b", "122b", "35b")]
     fixed = [
         g.num_hidden_layers * 3 // 4

@@ -1,4 +1,4 @@
-"""Quality of a model by the bits of its experts and the way they were found: the table of README.
+"""Quality of a model by the bits of its experts: the table of docs/guides/quantise.md.
 
     python tools/quality.py [--only "2 bits"] [--top-k 4 2] [--cases 100]
 
@@ -46,7 +46,7 @@ HELD_OUT = DATA / "heldout.txt"
 WINDOW, WINDOWS, CHATS = 512, 8, 40
 SEED = 77  # of the calibration
 MOST_TOKENS = 400  # of an answer
-DOCUMENTS = "README.md", "docs/experiments.md", "docs/plan.md"
+DOCUMENTS = "README.md", "dev/LOG.md", "docs/reference/plan.md"
 CHARACTERS = 150_000  # of docstrings
 VARIANTS: dict[str, dict[str, Any]] = {
     "8 bits (master)": {},

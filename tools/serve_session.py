@@ -1,6 +1,6 @@
 """Use stock `mlx_lm.server` as its clients do, by the `openai` package, and record the session.
 
-    python tools/serve_session.py DIR --out docs/serving-session.md [--minutes 10]
+    python tools/serve_session.py DIR --out docs/reference/serving-session.md [--minutes 10]
 
 DIR is the bundled model as flashmoe-convert wrote it. Two servers, one with all experts in memory
 and one whose expert cache holds a quarter of them: tool calls, JSON, a chat whose second turn finds
@@ -33,7 +33,7 @@ from stock_server import StockServer, answer, assembled
 from flashmoe_mlx.profile.machine import facts, versions
 
 CLIENTS, TIMES = 16, 5
-# Large arrays by mmap, so that what is freed goes back to the system; see docs/serving.md.
+# Large arrays by mmap, so that what is freed goes back to the system; see docs/guides/serve.md.
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 WARM_UP = 0.2  # of the sampled load; memory's slope is that of what follows
 QUESTION = "Create a file with path = notes.txt"

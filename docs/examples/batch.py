@@ -1,4 +1,4 @@
-"""Answer several questions together: an expert that several of them need is read once.
+"""Answer several questions in one batch: an expert that several need is read once.
 
 python docs/examples/batch.py [MODEL]
 """
@@ -12,7 +12,7 @@ QUESTIONS = ["What is a library?", "What is a disk?", "What is a token?"]
 
 
 def main(path: str = str(BUNDLED_MODEL)) -> None:
-    """Answer all questions in one batch."""
+    """Answer all questions."""
     model, tokenizer = load(path)
     prompts = [
         tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)

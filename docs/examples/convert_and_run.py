@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flashmoe_mlx import generate, load
 from flashmoe_mlx.convert import convert
-from flashmoe_mlx.convert.verify.verify.verify import verify
+from flashmoe_mlx.convert.verify.verify import verify
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
 

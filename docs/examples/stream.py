@@ -1,8 +1,8 @@
-"""Print an answer as it comes, then what the experts took.
+"""Stream an answer, then print the counters of the experts.
 
     python docs/examples/stream.py [MODEL] [QUESTION]
 
-MODEL is a directory or a Hub name; the bundled model unless given.
+MODEL is a directory or a Hub name (default: the bundled model).
 """
 
 import sys

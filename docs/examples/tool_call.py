@@ -1,9 +1,9 @@
-"""Have a model call a tool, through stock `mlx_lm.server` as any OpenAI client does.
+"""Let a model call a tool, through stock `mlx_lm.server`, as any OpenAI client does.
 
     mlx_lm.server --model DIR --trust-remote-code --port 8080
     python docs/examples/tool_call.py http://127.0.0.1:8080
 
-With the `openai` package installed its client asks, else the standard library does.
+It asks through the `openai` package if installed, else through the standard library.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Run a server, and end when it no longer serves, so that a supervisor starts both again.
+"""Run a server and exit when it is unhealthy, so that a supervisor restarts both.
 
     python docs/examples/watched_server.py http://127.0.0.1:8080/health \\
         mlx_lm.server --model DIR --trust-remote-code --port 8080
 
-`mlx_lm.server` stays, and answers 503, when the thread that generates has died.
+`mlx_lm.server` keeps running and answers 503 after its generation thread has died.
 """
 
 import signal
@@ -15,17 +15,17 @@ from urllib.request import urlopen
 
 
 def well(url: str) -> bool:
-    """Say whether a server is well, or does not listen yet."""
+    """Return whether a server is healthy, or does not listen yet."""
     try:
         urlopen(url, timeout=60).close()
     except OSError as error:
-        return not isinstance(error, HTTPError)  # 503; others mean that it does not listen yet
+        return not isinstance(error, HTTPError)  # 503; other errors: not listening yet
     return True
 
 
 def main(url: str, *command: str) -> int:
-    """Run the command while it is well, and return its exit code, or 1 if it was ended."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `finally`
+    """Run the command while it is healthy; return its exit code, or 1 if it was stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs `finally`
     server = subprocess.Popen(command)
     try:
         while server.poll() is None and well(url):

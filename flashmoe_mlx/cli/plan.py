@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = argparse.ArgumentParser(
         prog="flashmoe-plan",
-        description="Predict memory, hit rate and speed of a streamed model (docs/plan.md).",
+        description="Predict memory, hits and speed of a streamed model (docs/reference/plan.md).",
     )
     add = parser.add_argument
     add("--model", help=f"{', '.join(NAMES)}, or a model's directory, of which config.json is read")

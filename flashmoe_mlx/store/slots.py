@@ -29,7 +29,7 @@ class Demand:
     """How much each expert of a layer was used, of late above all.
 
     Between least recently used (a half-life of one use) and least frequently used (no end of it).
-    docs/experiments.md says what that gains.
+    dev/LOG.md says what that gains.
     """
 
     def __init__(self, experts: int, half_life: float = HALF_LIFE) -> None:

@@ -66,7 +66,7 @@ def test_check_hides_no_row(capsys):
 
 
 def test_the_documentation_shows_the_check():
-    page = Path(__file__).parents[2].joinpath("docs/plan.md").read_text()
+    page = Path(__file__).parents[2].joinpath("docs/reference/plan.md").read_text()
     assert render_check(check()) in page
 
 

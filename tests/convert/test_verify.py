@@ -386,7 +386,7 @@ def edit(out: Path, change, indent: int | None = 4) -> None:
 
 
 def test_the_documented_settings_are_those_of_the_package():
-    page = (Path(__file__).parents[2] / "docs/format.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/reference/format.md").read_text(encoding="utf-8")
     (row,) = [line for line in page.splitlines() if "settings may be added by hand" in line]
     listed = row.split("settings may be added by hand: ")[1]
     assert set(re.findall(r"`(\w+)`", listed)) == verify.SETTINGS == set(SETTINGS)

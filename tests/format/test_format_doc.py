@@ -1,4 +1,4 @@
-"""docs/format.md says what the files say: its example is made, its code is run."""
+"""docs/reference/format.md says what the files say: its example is made, its code is run."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.models.qwen3_5.geometry import GEOMETRIES
 from flashmoe_mlx.store.host import BLOCK
 
-DOC = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).parents[2] / "docs/reference/format.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| (\d+) \| (\d+) \| `([\w.]+)` \| (\w+) \| (\d+) x (\d+) \|$", re.M)
 KEY = re.compile(r"^\| `([a-z_]+(?:[\[.][\w.\[\]]*)?)` \| (?:(`[^`]*`) )?\|", re.M)
 DUMP = re.compile(r"^[0-9a-f]{8}: ((?:[0-9a-f]{4} ?)+)$", re.M)
