@@ -193,7 +193,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 KILLER = """
 import os, signal, sys, threading
 from flashmoe_mlx import loader  # so that forks need not load transformers
-from flashmoe_mlx.convert import convert, min_max_cpu  # nor numba
+from flashmoe_mlx.convert import convert
+from flashmoe_mlx.convert.quant import min_max_cpu  # nor numba
 
 calls, last, lock = [], 0, threading.Lock()
 

@@ -34,7 +34,9 @@ LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.S | re.M)
 # A path of this repository, with a folder of it in front.
-FILE = re.compile(r"(?:flashmoe_mlx|custom_kernels|convert|tools|(?<!/)dev|tests|docs|\.ci)/[\w./*-]*")
+FILE = re.compile(
+    r"(?:flashmoe_mlx|custom_kernels|convert|tools|(?<!/)dev|tests|docs|\.ci)/[\w./*-]*"
+)
 VALUES = {"buffered", "custom", "direct", "off"}  # of settings, in their table
 MOST_WORDS = 900  # of README, besides code
 FOLDERS = "flashmoe_mlx", "custom_kernels", "convert", "tools", "dev"

@@ -16,7 +16,7 @@ from dialogues import Generator
 
 COUNT, SEED = 150, 77
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = "README.md", "docs/experiments.md", "docs/plan.md"  # for their words
+DOCUMENTS = "README.md", "dev/LOG.md", "docs/reference/plan.md"  # for their words
 
 
 def main() -> None:

@@ -31,9 +31,9 @@ from ..models.qwen3_5.args import ModelArgs
 from ..profile import machine, read_speed
 from ..profile.counters import Use, disk_bytes
 from ..profile.read_speed import BUFFERS, COLD_BY, Range, in_threads, opened, ranges_of, reads_into
+from ..store.host import BLOCK
 from ..store.io_mode import obstacle
 from ..store.sizing import BUFFERED, CachePlan, IoPlan
-from ..store.host import BLOCK
 from ..store.store import ExpertStore
 from .model import at_least_one
 

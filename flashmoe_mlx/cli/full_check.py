@@ -46,7 +46,8 @@ from ..format.names import FIELDS, layer_prefix
 from ..loader import load
 from ..models.qwen3_5.model import Model
 from ..profile import machine
-from ..store.memory import available_bytes, card_bytes
+from ..store.devices import choose
+from ..store.memory import available_bytes
 from .doctor_model import ModelReport
 
 PROCESSES = 8  # that compile
@@ -339,8 +340,8 @@ def _lacks_memory(report: ModelReport, copies: int) -> str:
     """Say how much memory is missing for a model and its experts, or return nothing."""
     assert report.layout
     needed = copies * ((report.trunk_bytes or 0) + report.layout.total_bytes)
-    card = card_bytes()
-    free = available_bytes() if card is None else card
+    own = choose().free_bytes
+    free = available_bytes() if own is None else own
     if needed <= 0.8 * free:
         return ""
     return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are available"

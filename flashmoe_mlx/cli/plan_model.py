@@ -1,8 +1,8 @@
 """Predicts a streamed model's speed from reads, copies, weights and launches.
 
-`docs/reference/plan.md` derives each formula and names the source of each constant. Sizes are bytes, rates
-bytes per second, times seconds. Where `Machine.memory` does not hold the trunk, one token's experts
-and the system, functions raise the FlashMoEError of `free_bytes`.
+`docs/reference/plan.md` derives each formula and names the source of each constant. Sizes are
+bytes, rates bytes per second, times seconds. Where `Machine.memory` does not hold the trunk, one
+token's experts and the system, functions raise the FlashMoEError of `free_bytes`.
 """
 
 from dataclasses import dataclass

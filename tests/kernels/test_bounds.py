@@ -544,7 +544,7 @@ def test_numbers_that_are_not_a_prompts_weights_are_named(number, change, what):
 PLANTED = """
 import numpy as np
 from numba import prange
-from flashmoe_mlx.custom_kernels.bounds import jit
+from flashmoe_mlx.custom_kernels.cpu.bounds import jit
 
 @jit(parallel=True)
 def beyond(x, out):

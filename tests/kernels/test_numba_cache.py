@@ -207,7 +207,7 @@ def add(a, b):
 """
 RUN = """
 import importlib.util, sys
-from flashmoe_mlx.custom_kernels import numba_cache
+from flashmoe_mlx.custom_kernels.cpu import numba_cache
 numba_cache.take_turns()
 spec = importlib.util.spec_from_file_location("flashmoe_mlx.tiny", sys.argv[1])
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

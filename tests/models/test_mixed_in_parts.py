@@ -4,9 +4,9 @@ import mlx.core as mx
 import pytest
 
 from flashmoe_mlx import load
+from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.custom_kernels.cpu import prefill
 from flashmoe_mlx.loader import BUNDLED_MODEL
-from flashmoe_mlx.models.qwen3_5 import model as model_module
 from flashmoe_mlx.models.qwen3_5 import moe
 
 TOLERANCE = 1e-4  # of logits up to 25, in float32
@@ -40,7 +40,7 @@ def test_parts_of_a_prompt_equal_the_whole(bundled, monkeypatch, tokens):
         return call(self, h, *others)
 
     monkeypatch.setattr(mixer, "__call__", counted)
-    monkeypatch.setattr(model_module, "MIXED_AT_ONCE", tokens)
+    monkeypatch.setattr(device, "PROMPT_PART", tokens)
     assert mx.abs(run(bundled, chunks) - whole).max().item() < TOLERANCE
     assert max(parts) == tokens
 

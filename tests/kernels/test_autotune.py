@@ -217,9 +217,9 @@ def test_measured_once_in_a_process(monkeypatch):
 SCRIPT = f"""
 import sys
 sys.path[:0] = {sys.path!r}
-from test_choice import Doubling, choice
-choice.measure = lambda *a: print("measured") or choice.Verdict(True, 0.0, 1.0, 1.0, 2.0)
-print(choice.prefers_custom(Doubling()))
+from test_autotune import Doubling, autotune
+autotune.measure = lambda *a: print("measured") or autotune.Verdict(True, 0.0, 1.0, 1.0, 2.0)
+print(autotune.prefers_custom(Doubling()))
 """
 
 
