@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--hf-path", "--model", required=True, metavar="PATH",
         help="The checkpoint: a directory, or a name on the Hugging Face Hub. Hugging Face's own "
-        "format or MLX's, quantised or not.",
+        "format or MLX's, quantized or not.",
     )  # fmt: skip
     add(
         "--mlx-path",
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "-q", "--quantize", action="store_true",
-        help="Quantise. Without it, a source that is quantised already is repacked as it is.",
+        help="Quantize. Without it, a source that is quantized already is repacked as it is.",
     )  # fmt: skip
     add(
         "--q-bits", type=int, metavar="N",
@@ -67,13 +67,13 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--calibrate", metavar="FILE",
-        help="Quantise each expert for what it sees of this text (UTF-8), which the model reads: "
-        "some thousand words of the kind that it will be used for. Needs a quantised source, "
+        help="Quantize each expert for what it sees of this text (UTF-8), which the model reads: "
+        "some thousand words of the kind that it will be used for. Needs a quantized source, "
         "memory to run it, and hours for a large model.",
     )  # fmt: skip
     add(
         "--dtype", choices=sorted(DTYPES),
-        help="Type of what is not quantised (default: the config's, or bfloat16).",
+        help="Type of what is not quantized (default: the config's, or bfloat16).",
     )  # fmt: skip
     add("--revision", help="Branch, tag or commit on the Hub.")
     add(
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="Print what would be written, and write nothing.")
     add(
         "--link", action="store_true",
-        help="Stream from a quantised MLX checkpoint where it lies: symlinks, no copies.",
+        help="Stream from a quantized MLX checkpoint where it lies: symlinks, no copies.",
     )  # fmt: skip
     add(
         "--no-remote-code", action="store_true",
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     seen = result.add_mutually_exclusive_group()
     seen.add_argument(
         "--private", action="store_const", const=True,
-        help="With --upload-repo: only you, or your organisation, may see the repository.",
+        help="With --upload-repo: only you, or your organization, may see the repository.",
     )  # fmt: skip
     seen.add_argument(
         "--public", dest="private", action="store_const", const=False,

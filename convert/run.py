@@ -83,17 +83,17 @@ def convert(
         hf_path: a checkpoint's directory, or its name on the Hugging Face Hub.
         mlx_path: the directory to write: it does not exist, is empty, or was begun by the same
             call before, which then goes on from there.
-        quantize: quantise the experts (and the trunk, if the source is not quantised).
+        quantize: quantize the experts (and the trunk, if the source is not quantized).
         q_group_size: weights that share a scale and a bias; 64 unless given.
         q_bits: bits of an expert's weight; 4 unless given.
         q_method: "min-max" or "least-squares", for the scales of experts; the latter below 4 bits
             unless given, else the former, which gives what mlx_lm.convert gives.
-        calibrate: a text, for what experts see of which they are quantised.
+        calibrate: a text, for what experts see of which they are quantized.
         quant_predicate: a name in `recipes.RECIPES`: bits of experts matrix by matrix.
-        dtype: "bfloat16", "float16" or "float32" for what is not quantised; else the config's.
+        dtype: "bfloat16", "float16" or "float32" for what is not quantized; else the config's.
         revision: branch, tag or commit on the Hub.
         dry_run: print what would be written, and write nothing; from the Hub, headers are enough.
-        link: stream from the (quantised MLX) source where it lies instead of copying it.
+        link: stream from the (quantized MLX) source where it lies instead of copying it.
         keep_source: download a repository whole into the Hub's own cache, where it stays. Else its
             files are fetched one after the other, and deleted when nothing more needs them. (They
             stay with `link` and `calibrate`, which need them all.)
@@ -101,7 +101,7 @@ def convert(
             call made before is uploaded as it is.
         no_remote_code: leave out Python files of the source, and what of its configuration names
             code (`auto_map`), which `trust_remote_code` would run. Else they go along unchanged.
-        private: whether `upload_repo` is for you or your organisation only; must be said.
+        private: whether `upload_repo` is for you or your organization only; must be said.
 
     Raises:
         FlashMoEError: the source, the options or the disk does not allow it. If it happens after
@@ -231,7 +231,7 @@ def _begun(source: Source, options: Options, link: bool, stamps: Stamps) -> Begu
 
 
 def tools() -> str:
-    """Return what quantises: two versions or devices may round in different ways."""
+    """Return what quantizes: two versions or devices may round in different ways."""
     return f"mlx {version('mlx')}, {mx.default_device().type.name}"
 
 

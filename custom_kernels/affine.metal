@@ -1,4 +1,4 @@
-// Dot products with affine-quantised weights, w = code * scale + bias. Over a run of columns that
+// Dot products with affine-quantized weights, w = code * scale + bias. Over a run of columns that
 // share a scale
 //     sum w x = scale * sum code x + bias * sum x,
 // so each code costs one fused multiply-add. Codes lie in 32-bit words, lowest bits first.

@@ -21,8 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from . import launch
-from .case import Trial
-from .device import kernel_choice
+from .case import KernelCase
+from .device import kernel_mode
 from .kept import cache_dir, write_whole
 from .timing import Clock, fitting_calls, ops_of, side_by_side
 
@@ -40,7 +40,7 @@ CEILING = 1 / 16
 
 @dataclass(frozen=True)
 class Verdict:
-    """What measuring one trial on one device found.
+    """What measuring one case on one device found.
 
     Attributes:
         ok: the kernel ran and agrees with the reference.
@@ -80,23 +80,23 @@ class Verdict:
         return made
 
 
-_choices: dict[Trial, bool] = {}
+_choices: dict[KernelCase, bool] = {}
 _reported: set[str] = set()
 
 
-def prefers_custom(trial: Trial) -> bool:
+def prefers_custom(case: KernelCase) -> bool:
     """Say whether to run an op by our kernel, on the device that was the default at first use.
 
-    The first call for a trial may measure; later ones are a dictionary look-up.
+    The first call for a case may measure; later ones are a dictionary look-up.
     `FLASHMOE_KERNELS=stock` always says no, `custom` says yes if the kernel is right.
 
     Raises:
         FlashMoEError: FLASHMOE_KERNELS is none of auto, stock and custom.
     """
     try:
-        return _choices[trial]
+        return _choices[case]
     except KeyError:
-        return _choices.setdefault(trial, _choose(trial))
+        return _choices.setdefault(case, _choose(case))
 
 
 def forget() -> None:
@@ -105,55 +105,55 @@ def forget() -> None:
     _reported.clear()
 
 
-def _choose(trial: Trial) -> bool:
-    choice = kernel_choice()
+def _choose(case: KernelCase) -> bool:
+    choice = kernel_mode()
     if choice == "stock":
         return False
     timed = choice == "auto"
-    found = _recall(trial, timed)
+    found = _recall(case, timed)
     if found is None:
-        found = verdict(trial, timed=timed, fresh=True)
-        report(trial, found)
+        found = verdict(case, timed=timed, fresh=True)
+        report(case, found)
     return found.faster if timed else found.ok
 
 
-def report(trial: Trial, found: Verdict) -> None:
+def report(case: KernelCase, found: Verdict) -> None:
     """Tell the user of a kernel that fails, once per op."""
-    if found.ok or found.message == NEEDS_GPU or trial.op in _reported:
+    if found.ok or found.message == NEEDS_GPU or case.op in _reported:
         return
-    _reported.add(trial.op)
+    _reported.add(case.op)
     print(
-        f"[flashmoe] kernel {trial.op} on {device_name()}: {found.message} ({trial}). MLX's own "
+        f"[flashmoe] kernel {case.op} on {device_name()}: {found.message} ({case}). MLX's own "
         "ops are used instead; please report it with the output of `flashmoe-doctor --json`.",
         file=sys.stderr,
     )
 
 
 def verdict(
-    trial: Trial, *, timed: bool = True, fresh: bool = False, clock: Clock = time.perf_counter
+    case: KernelCase, *, timed: bool = True, fresh: bool = False, clock: Clock = time.perf_counter
 ) -> Verdict:
-    """Return the verdict on a trial on the default device: the remembered one, or a new one.
+    """Return the verdict on a case on the default device: the remembered one, or a new one.
 
     Args:
-        trial: the op and its shape.
+        case: the op and its shape.
         timed: also compare its speed with stock's.
         fresh: measure even if a verdict is remembered.
         clock: seconds.
     """
-    found = None if fresh else _recall(trial, timed)
+    found = None if fresh else _recall(case, timed)
     if found is None:
-        found = measure(trial, timed, clock)
-        _remember(trial, found)
+        found = measure(case, timed, clock)
+        _remember(case, found)
     return found
 
 
-def measure(trial: Trial, timed: bool = True, clock: Clock = time.perf_counter) -> Verdict:
-    """Check a trial and time it, without looking at or leaving anything on disk."""
+def measure(case: KernelCase, timed: bool = True, clock: Clock = time.perf_counter) -> Verdict:
+    """Check a case and time it, without looking at or leaving anything on disk."""
     try:
-        found = check(trial)
+        found = check(case)
         if not (found.ok and timed):
             return found
-        custom_ms, stock_ms = _race(trial, clock)
+        custom_ms, stock_ms = _race(case, clock)
         return Verdict(True, found.error, found.limit, custom_ms, stock_ms)
     except Exception as error:  # whatever a compiler, a driver or a launch may raise
         if not launch.available() and "back-end" in str(error):
@@ -164,16 +164,16 @@ def measure(trial: Trial, timed: bool = True, clock: Clock = time.perf_counter) 
         mx.clear_cache()
 
 
-def check(trial: Trial) -> Verdict:
+def check(case: KernelCase) -> Verdict:
     """Compare a trial's kernel with the reference.
 
     Each output may be at most twice as far off as stock's, with a floor of a few ulps and a
     ceiling. Passes on what the kernel raises.
     """
-    inputs = trial.inputs()
-    outputs = trial.custom(*inputs)
+    inputs = case.inputs()
+    outputs = case.custom(*inputs)
     mx.eval(outputs)
-    truths, stocks = trial.reference(*inputs), trial.stock(*inputs)
+    truths, stocks = case.reference(*inputs), case.stock(*inputs)
     if [y.shape for y in outputs] != [y.shape for y in stocks]:
         return Verdict(False, message=f"gives shapes {[y.shape for y in outputs]}")
     pairs = [
@@ -204,13 +204,13 @@ def _limit(stock: mx.array, truth: mx.array) -> float:
     return max(floor, min(2 * _error(stock, truth), CEILING))
 
 
-def _race(trial: Trial, clock: Clock) -> list[float]:
+def _race(case: KernelCase, clock: Clock) -> list[float]:
     """Return milliseconds per call of custom and stock, in about a tenth of a second."""
-    inputs = [trial.inputs()]
-    ops = ops_of(trial, ("custom", "stock"))
+    inputs = [case.inputs()]
+    ops = ops_of(case, ("custom", "stock"))
     calls = fitting_calls(ops, inputs[0], SECONDS, MOST_CALLS, clock)
-    sets = min(calls, 1 + ROTATED // max(trial.nbytes, 1))
-    inputs += [trial.inputs(seed) for seed in range(1, sets)]
+    sets = min(calls, 1 + ROTATED // max(case.nbytes, 1))
+    inputs += [case.inputs(seed) for seed in range(1, sets)]
     # Other programs only ever add to a time, so the least is the op's own.
     return side_by_side(ops, inputs, calls, RUNS, clock, min)
 
@@ -257,19 +257,19 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _recall(trial: Trial, timed: bool) -> Verdict | None:
+def _recall(case: KernelCase, timed: bool) -> Verdict | None:
     """Return a remembered verdict that answers the question, or None."""
     try:
-        found = Verdict.from_dict(_read(_file()[0])[str(trial)])
+        found = Verdict.from_dict(_read(_file()[0])[str(case)])
     except (KeyError, TypeError):
         return None
     return None if timed and found.ok and found.custom_ms is None else found
 
 
-def _remember(trial: Trial, found: Verdict) -> None:
+def _remember(case: KernelCase, found: Verdict) -> None:
     """Add a verdict to the file, whole or not at all; a read-only home measures again."""
     path, facts = _file()
-    text = json.dumps({**facts, "verdicts": {**_read(path), str(trial): found.as_dict()}}, indent=1)
+    text = json.dumps({**facts, "verdicts": {**_read(path), str(case): found.as_dict()}}, indent=1)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text.encode())

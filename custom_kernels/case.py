@@ -8,12 +8,12 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class Trial(Protocol):
+class KernelCase(Protocol):
     """An op at one shape and dtype. Implementations are frozen dataclasses of plain numbers.
 
     `custom`, `stock` and `reference` take what `inputs` returns and give the same outputs:
     by our kernels on the default device, by MLX's own ops, and in float32 by `reference.py`.
-    A trial whose ops look at the values of their inputs, and so cannot be traced, says so by
+    A case whose ops look at the values of their inputs, and so cannot be traced, says so by
     `reads_values = True`.
     """
 
@@ -36,7 +36,7 @@ class Trial(Protocol):
         """Compute the truth in float32."""
 
 
-def random_quantised(
+def random_quantized(
     key: mx.array, shape: tuple[int, ...], bits: int, group_size: int, dtype: mx.Dtype
 ) -> list[mx.array]:
     """Make random codes, scales and biases of `[..., rows, columns]` weights.

@@ -1,29 +1,29 @@
-"""The trials of a model: every op that has a kernel, at that model's shapes."""
+"""The cases of a model: every op that has a kernel, at that model's shapes."""
 
 from dataclasses import fields
 from typing import Any
 
-from .attention.step import AttentionStepTrial
-from .case import Trial
-from .experts.cases import ExpertDownTrial, ExpertGateUpTrial, ExpertsTrial
-from .experts.prefill import TiledTrial
-from .experts.router import RouterTrial
-from .experts.tiles import CombineTrial
+from .attention.step import AttentionStepCase
+from .case import KernelCase
+from .experts.cases import ExpertDownCase, ExpertGateUpCase, ExpertsCase
+from .experts.prefill import TiledCase
+from .experts.router import RouterCase
+from .experts.tiles import CombineCase
 from .gated_delta.cases import (
-    GatedDeltaNormTrial,
-    GatedDeltaPrepareTrial,
-    GatedDeltaScanTrial,
-    GatedDeltaStepTrial,
+    GatedDeltaNormCase,
+    GatedDeltaPrepareCase,
+    GatedDeltaScanCase,
+    GatedDeltaStepCase,
 )
-from .linear.cases import MatvecTrial
+from .linear.cases import MatvecCase
 
 GROUP_SIZE = 64
 ROUTER_BITS = 8
 TOKENS = 64  # of a prompt
 
 
-def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[Trial]:
-    """List the trials of one model, without doubles.
+def cases(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[KernelCase]:
+    """List the cases of one model, without doubles.
 
     Args:
         sizes: anything with config.json's sizes: a `Geometry` or `ModelArgs`.
@@ -34,7 +34,7 @@ def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[
     top_k = top_k or sizes.num_experts_per_tok
     scales = "float16" if dtype == "float16" else "bfloat16"
     matvecs = [
-        MatvecTrial(rows, columns, width, GROUP_SIZE, dtype, scales)
+        MatvecCase(rows, columns, width, GROUP_SIZE, dtype, scales)
         for rows, columns, width in _matrices(sizes, bits)
     ]
     # One slot more than experts used: a kernel that ignores the slots is found out.
@@ -42,17 +42,17 @@ def trials(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[
     experts = sizes.hidden_size, sizes.moe_intermediate_size, slots, top_k, bits, GROUP_SIZE
     return [
         *dict.fromkeys(matvecs),
-        RouterTrial(sizes.num_experts, top_k, "float32"),
-        ExpertGateUpTrial(*experts, dtype, scales),
-        ExpertDownTrial(*experts, dtype, scales),
-        ExpertsTrial(*experts, dtype, scales),
-        TiledTrial(*experts[:2], bits, GROUP_SIZE, dtype, scales, bits, slots=8, rows=8),
-        CombineTrial(sizes.hidden_size, top_k, dtype, dtype, tokens=TOKENS),
-        AttentionStepTrial(*_attention(sizes), dtype),
-        GatedDeltaStepTrial(*_heads(sizes), dtype, scales),
-        GatedDeltaPrepareTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
-        GatedDeltaScanTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
-        GatedDeltaNormTrial(*_heads(sizes), dtype, scales, tokens=TOKENS),
+        RouterCase(sizes.num_experts, top_k, "float32"),
+        ExpertGateUpCase(*experts, dtype, scales),
+        ExpertDownCase(*experts, dtype, scales),
+        ExpertsCase(*experts, dtype, scales),
+        TiledCase(*experts[:2], bits, GROUP_SIZE, dtype, scales, bits, slots=8, rows=8),
+        CombineCase(sizes.hidden_size, top_k, dtype, dtype, tokens=TOKENS),
+        AttentionStepCase(*_attention(sizes), dtype),
+        GatedDeltaStepCase(*_heads(sizes), dtype, scales),
+        GatedDeltaPrepareCase(*_heads(sizes), dtype, scales, tokens=TOKENS),
+        GatedDeltaScanCase(*_heads(sizes), dtype, scales, tokens=TOKENS),
+        GatedDeltaNormCase(*_heads(sizes), dtype, scales, tokens=TOKENS),
     ]
 
 
@@ -67,13 +67,13 @@ def _heads(sizes: Any) -> tuple[int, int, int, int]:
     return keys, values, sizes.linear_key_head_dim, sizes.linear_value_head_dim
 
 
-def label(trial: Trial) -> str:
+def label(case: KernelCase) -> str:
     """Write a trial's shape: its fields but the dtypes, without what is at its default."""
-    values: Any = trial  # a dataclass, which a protocol cannot say
+    values: Any = case  # a dataclass, which a protocol cannot say
     shown = [
-        f"{f.name}={getattr(trial, f.name)}"
+        f"{f.name}={getattr(case, f.name)}"
         for f in fields(values)
-        if "dtype" not in f.name and getattr(trial, f.name) != f.default
+        if "dtype" not in f.name and getattr(case, f.name) != f.default
     ]
     return " ".join(shown)
 

@@ -13,7 +13,7 @@ from . import launch
 PROMPT_PART = 512  # tokens
 
 
-def kernel_choice() -> str:
+def kernel_mode() -> str:
     """Return FLASHMOE_KERNELS: "auto" (the default), "stock" or "custom".
 
     Raises:
@@ -39,7 +39,7 @@ def reject_cpu_kernels(reason: str) -> None:
 
 @functools.cache
 def _cpu_module() -> ModuleType | None:
-    if kernel_choice() == "stock" or _rejected:
+    if kernel_mode() == "stock" or _rejected:
         return None
     # Threads that spin for long while they wait are taken for busy, and put off for whole time
     # slices when another program runs: decoding slows down tenfold (docs/concepts/kernels.md).
@@ -60,7 +60,7 @@ def _cpu_module() -> ModuleType | None:
 def on_gpu(x: mx.array) -> bool:
     """Say whether `x` is computed on a GPU that our kernels run on, and they are wanted."""
     gpu_dtype = x.dtype in (mx.bfloat16, mx.float16, mx.float32)
-    return gpu_dtype and _gpu_is_default() and kernel_choice() != "stock"
+    return gpu_dtype and _gpu_is_default() and kernel_mode() != "stock"
 
 
 def _gpu_is_default() -> bool:

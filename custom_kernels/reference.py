@@ -84,8 +84,8 @@ def gated_delta(
     Per head: S <- g S; S <- S + beta (v - S k) k^T; y = S q. A masked token leaves S as it was.
 
     Args:
-        q: `[B, T, Hk, Dk]` normalised queries, scale folded in.
-        k: `[B, T, Hk, Dk]` normalised keys.
+        q: `[B, T, Hk, Dk]` normalized queries, scale folded in.
+        k: `[B, T, Hk, Dk]` normalized keys.
         v: `[B, T, Hv, Dv]` values; Hv is a multiple of Hk.
         g: `[B, T, Hv]` decay in (0, 1].
         beta: `[B, T, Hv]` write strength.

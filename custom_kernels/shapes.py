@@ -45,10 +45,10 @@ def expect_below(name: str, numbers: np.ndarray, limit: int) -> None:
         )
 
 
-def expect_quantised(
+def expect_quantized(
     name: str, codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
 ) -> None:
-    """Compare a quantised matrix, or a bank of them, with its format.
+    """Compare a quantized matrix, or a bank of them, with its format.
 
     Args:
         name: in errors.

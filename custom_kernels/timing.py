@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from .case import Trial
+from .case import KernelCase
 
 Op = Callable[..., list[mx.array]]
 Clock = Callable[[], float]
@@ -21,13 +21,13 @@ def _add_nothing(x: mx.array, *scalars: mx.array) -> mx.array:
 _add_nothing_at_once = mx.compile(_add_nothing)
 
 
-def ops_of(trial: Trial, names: Sequence[str]) -> list[Op]:
+def ops_of(case: KernelCase, names: Sequence[str]) -> list[Op]:
     """Return a trial's ops by name as decoding runs them: on a GPU traced once, if they can be.
 
     Else the time that Python takes to prepare launches would decide.
     """
-    ops: list[Op] = [getattr(trial, name) for name in names]
-    if mx.default_device() != mx.Device(mx.gpu) or getattr(trial, "reads_values", False):
+    ops: list[Op] = [getattr(case, name) for name in names]
+    if mx.default_device() != mx.Device(mx.gpu) or getattr(case, "reads_values", False):
         return ops
     return [mx.compile(op) for op in ops]
 

@@ -1,4 +1,4 @@
-"""Quantised matrices, and what is remembered of them while they stay the same arrays."""
+"""Quantized matrices, and what is remembered of them while they stay the same arrays."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from .shapes import expect, expect_quantised
+from .shapes import expect, expect_quantized
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """One projection of the experts of a layer, affine-quantised; or one matrix, without S.
+    """One projection of the experts of a layer, affine-quantized; or one matrix, without S.
 
     Attributes:
         codes: `[S, out, in * bits / 32]` uint32.
@@ -63,7 +63,7 @@ class QuantizedMatrix:
         Raises:
             FlashMoEError: they do not belong together.
         """
-        expect_quantised(name, self.codes, self.scales, self.biases, self.bits, self.group_size)
+        expect_quantized(name, self.codes, self.scales, self.biases, self.bits, self.group_size)
         expect(name, self, shape)
 
     @cached_property
@@ -107,6 +107,6 @@ def remembered(
 
 
 def is_affine(layer: nn.Module) -> bool:
-    """Say whether a layer is a plain affine-quantised matrix."""
+    """Say whether a layer is a plain affine-quantized matrix."""
     plain = type(layer) is nn.QuantizedLinear and layer.mode == "affine" and "bias" not in layer
     return plain and not layer.training

@@ -20,7 +20,7 @@ from .format.layout import (
     TensorInfo,
     checkpoint_headers,
     open_layout,
-    quantisation,
+    quantization,
     weight_files,
 )
 from .format.model_files import check_small_files, read_config
@@ -144,7 +144,7 @@ def kernel_formats(
         for index, projection in enumerate(PROJECTIONS):
             shape = args.expert_shape(projection)
             dtype = layer.fields[3 * index + 1].dtype
-            formats.add((*quantisation(layer, projection, shape), dtype))
+            formats.add((*quantization(layer, projection, shape), dtype))
     dtypes = {info.dtype for name, info in trunk.items() if name.endswith(".scales")}
     for entry in (args.quantization, *args.quantization.values()):
         if isinstance(entry, dict) and {"bits", "group_size"} <= entry.keys():

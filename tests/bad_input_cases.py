@@ -126,7 +126,7 @@ CONVERT = [
     ),
     (
         "--hf-path {bundled} --mlx-path {out} --upload-repo a/b",
-        "--upload-repo a/b: who may see it? Add --private (you, or your organisation) or --public",
+        "--upload-repo a/b: who may see it? Add --private (you, or your organization) or --public",
     ),
     (
         "--hf-path {bundled} --mlx-path {out} --upload-repo a/b --private --public",

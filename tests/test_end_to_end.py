@@ -28,8 +28,8 @@ PREFIXES = {
 }
 
 
-def quantised(weights: dict, bits: int, group: int, router_bits: int) -> tuple[dict, dict]:
-    """Quantise as mlx_lm.convert does, with routers at `router_bits`; also return the config."""
+def quantized(weights: dict, bits: int, group: int, router_bits: int) -> tuple[dict, dict]:
+    """Quantize as mlx_lm.convert does, with routers at `router_bits`; also return the config."""
     result, config = {}, {"group_size": group, "bits": bits, "mode": "affine"}
     for name, value in weights.items():
         path, _, kind = name.rpartition(".")
@@ -78,7 +78,7 @@ def logits_of_ours(directory) -> mx.array:
 )
 def test_mlx_checkpoints(bits, group, router_bits, dtype, spelling, tmp_path):
     config = make_config(**WIDE)
-    weights, entry = quantised(make_weights(config, dtype), bits, group, router_bits)
+    weights, entry = quantized(make_weights(config, dtype), bits, group, router_bits)
     weights = spell(weights, PREFIXES[spelling])
     if spelling == "vision-language":
         weights |= extras()

@@ -136,7 +136,7 @@ def test_load_counts_what_is_wrong():
 
 @pytest.mark.parametrize(("period", "least", "most"), [(2, 2, 3), (8, 4, 6)])
 def test_slope(period, least, most):
-    """100 MiB that grow by 60 an hour, with noise of 1 MiB; long waves tell less."""
+    """100 MiB that grow by 60 an hour, with noise of 1 MiB; long batches tell less."""
     noise = [int(n % period >= period / 2) for n in range(96)]
     samples = [Sample(5.0 * n, Usage(100 + n / 12 + noise[n], 8, 4, 0.0, 0)) for n in range(96)]
     growth, error = slope(samples)

@@ -1,4 +1,4 @@
-"""Quality of a model by the bits of its experts: the table of docs/guides/quantise.md.
+"""Quality of a model by the bits of its experts: the table of docs/guides/quantize.md.
 
     python tools/quality.py [--only "2 bits"] [--top-k 4 2] [--cases 100]
 

@@ -44,7 +44,7 @@ def flags(options: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Quant:
-    """Affine quantisation: bits a weight, and weights that share a scale and a bias."""
+    """Affine quantization: bits a weight, and weights that share a scale and a bias."""
 
     bits: int
     group_size: int
@@ -120,7 +120,7 @@ class Projection:
     @property
     def outputs(self) -> tuple[Spec, Spec, Spec]:
         """Weight, scales and biases of one expert."""
-        return quantised(self.name, self.rows, self.columns, self.after, self.dtype)
+        return quantized(self.name, self.rows, self.columns, self.after, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Plan:
         return sum(file.nbytes for file in self.trunk)
 
 
-def quantised(
+def quantized(
     path: str, rows: int, columns: int, quant: Quant, dtype: str
 ) -> tuple[Spec, Spec, Spec]:
     """Return weight `[rows, columns * bits / 32]`, scales and biases `[rows, columns / group]`."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...errors import FlashMoEError
-from ...format.layout import LayerLayout, quantisation
+from ...format.layout import LayerLayout, quantization
 from ...format.names import PROJECTIONS, layer_prefix
 from ..source.checkpoint import Dims, Source
 from ..source.foreign_code import KEYS, SHIM_NAME, without
@@ -31,15 +31,15 @@ def build_plan(source: Source, options: Options) -> Plan:
     layers: tuple[LayerPlan, ...]
     if source.layout:
         layers = tuple(
-            _quantised_layer(source.dims, x, target, method) for x in source.layout.layers
+            _quantized_layer(source.dims, x, target, method) for x in source.layout.layers
         )
         _check_dtype(options, layers)
         tensors = plan_trunk(source, None, None)
-        entry = _kept_quantisation(source, layers)
+        entry = _kept_quantization(source, layers)
     else:
         if target is None:
             raise FlashMoEError(
-                f"{source.name}: the experts are not quantised, and only quantised ones can be "
+                f"{source.name}: the experts are not quantized, and only quantized ones can be "
                 "streamed. Add -q (and --q-bits 4, or 2)."
             )
         dtype = _target_dtype(source, options)
@@ -47,7 +47,7 @@ def build_plan(source: Source, options: Options) -> Plan:
             _float_layer(source.dims, n, target, dtype, method) for n in range(source.dims.layers)
         )
         tensors = plan_trunk(source, target.trunk, dtype)
-        entry = _new_quantisation(target.trunk, tensors, layers)
+        entry = _new_quantization(target.trunk, tensors, layers)
     # No model code of the source's, at any depth; other code if it is wanted.
     dropped = ("model_file", *(KEYS if options.no_remote_code else ()))
     config = without(source.config, dropped)
@@ -57,7 +57,7 @@ def build_plan(source: Source, options: Options) -> Plan:
 
 
 def output_config(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the config to write: the source's, its quantisation, and what makes it ours."""
+    """Return the config to write: the source's, its quantization, and what makes it ours."""
     extra = {"model_file": SHIM_NAME, "flashmoe": {"format_version": 1}}
     if entry:
         extra |= {"quantization": entry, "quantization_config": entry}
@@ -75,7 +75,7 @@ def _check_calibration(source: Source, method: str) -> None:
         raise FlashMoEError(f"--calibrate does not go with --q-method {method}. Drop one of them.")
     if source.layout is None:
         raise FlashMoEError(
-            f"{source.name}: --calibrate runs the model, and experts that are not quantised cannot "
+            f"{source.name}: --calibrate runs the model, and experts that are not quantized cannot "
             "be streamed. Convert to 8 bits first, and that with --calibrate then."
         )
 
@@ -143,7 +143,7 @@ def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
         for projection in layer.projections:
             if options.dtype and DTYPES[options.dtype] != projection.dtype:
                 raise FlashMoEError(
-                    f"--dtype {options.dtype}: the source is quantised already, with scales of "
+                    f"--dtype {options.dtype}: the source is quantized already, with scales of "
                     f"{projection.dtype} (layer {layer.layer} {projection.name}), and keeps them. "
                     "Leave --dtype out."
                 )
@@ -157,20 +157,20 @@ def _float_layer(dims: Dims, layer: int, target: Target, dtype: str, method: str
     return LayerPlan(layer, dims.experts, tuple(projections))
 
 
-def _quantised_layer(
+def _quantized_layer(
     dims: Dims, layout: LayerLayout, target: Target | None, method: str
 ) -> LayerPlan:
     projections = []
     for index, name in enumerate(PROJECTIONS):
         scales = layout.fields[3 * index + 1]
         shape = dims.rows(name), dims.columns(name)
-        before = Quant(*quantisation(layout, name, shape))
+        before = Quant(*quantization(layout, name, shape))
         after = target.experts(layout.layer, name) if target else before
         projections.append(Projection(name, *shape, before, after, scales.dtype, method))
     return LayerPlan(layout.layer, layout.num_experts, tuple(projections))
 
 
-def _new_quantisation(
+def _new_quantization(
     default: Quant, tensors: list[TrunkTensor], layers: tuple[LayerPlan, ...]
 ) -> dict[str, Any]:
     """Return config["quantization"] as mlx-lm writes it: a default, and paths that differ."""
@@ -184,10 +184,10 @@ def _new_quantisation(
     }
 
 
-def _kept_quantisation(source: Source, layers: tuple[LayerPlan, ...]) -> dict[str, Any]:
+def _kept_quantization(source: Source, layers: tuple[LayerPlan, ...]) -> dict[str, Any]:
     """Return the source's config["quantization"], with the entries of the experts brought up."""
     first = layers[0].projections[0]
-    entry = _entry(first.before or first.after) | source.default_quantisation
+    entry = _entry(first.before or first.after) | source.default_quantization
     default = Quant(entry["bits"], entry["group_size"])
     for path, quant in _expert_paths(layers):
         entry.pop(path, None)

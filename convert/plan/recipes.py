@@ -57,7 +57,7 @@ RECIPES: dict[str, Bits] = {
 
 @dataclass(frozen=True)
 class Target:
-    """How to quantise a model whose experts have `layers` layers.
+    """How to quantize a model whose experts have `layers` layers.
 
     Attributes:
         layers: of the model.
@@ -72,7 +72,7 @@ class Target:
     recipe: str | None = None
 
     def experts(self, layer: int, projection: str) -> Quant:
-        """Return how one layer's gate_proj, up_proj or down_proj is quantised."""
+        """Return how one layer's gate_proj, up_proj or down_proj is quantized."""
         bits = self.bits
         if self.recipe:
             bits = RECIPES[self.recipe](layer, projection, self.layers)
@@ -87,7 +87,7 @@ class Target:
 
     @property
     def trunk(self) -> Quant:
-        """How what is not an expert is quantised: by the fewest bits, and by 4 at least."""
+        """How what is not an expert is quantized: by the fewest bits, and by 4 at least."""
         return Quant(max(self.lowest, TRUNK_BITS), self.group_size)
 
 

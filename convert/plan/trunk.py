@@ -1,8 +1,8 @@
-"""Plan the trunk: what mlx-lm's `sanitize` and quantisation predicate do, from headers alone."""
+"""Plan the trunk: what mlx-lm's `sanitize` and quantization predicate do, from headers alone."""
 
 from ...errors import FlashMoEError
 from ..source.checkpoint import FLOAT_DTYPES, Place, Source
-from .parts import Quant, Spec, TrunkFile, TrunkTensor, quantised
+from .parts import Quant, Spec, TrunkFile, TrunkTensor, quantized
 
 # Hugging Face stores these as w and applies 1 + w; MLX checkpoints hold the sum.
 _SHIFTED_NORMS = (
@@ -14,7 +14,7 @@ ROUTER_QUANT = Quant(8, 64)
 
 
 def plan_trunk(source: Source, default: Quant | None, dtype: str | None) -> list[TrunkTensor]:
-    """Plan the trunk; with `default` None its tensors keep dtype and quantisation."""
+    """Plan the trunk; with `default` None its tensors keep dtype and quantization."""
     # As in mlx-lm, one look at the whole checkpoint decides: Hugging Face's conv1d is [C, 1, 4].
     raw = any("conv1d.weight" in n and t.shape[-1:] != (1,) for n, (_, t) in source.trunk.items())
     ordered = sorted(source.trunk.items(), key=lambda item: (item[1][0], item[1][1].offset))
@@ -49,7 +49,7 @@ def _trunk_tensor(
     quant = _tensor_quant(name, shape, default) if default else None
     if quant:
         path = name.removesuffix(".weight")
-        outputs: tuple[Spec, ...] = quantised(path, shape[0], shape[1], quant, target)
+        outputs: tuple[Spec, ...] = quantized(path, shape[0], shape[1], quant, target)
     else:
         outputs = (Spec(name, target, shape),)
     return TrunkTensor(place, target, shift, quant, outputs)

@@ -67,7 +67,7 @@ def model_card(source: Source, plan: Plan, options: Options, tools: str) -> byte
         source: the checkpoint; some of its own card's front matter is kept.
         plan: the conversion.
         options: what the user asked for.
-        tools: what quantises.
+        tools: what quantizes.
 
     Raises:
         FlashMoEError: the source's card has a front matter that is none.

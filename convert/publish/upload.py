@@ -91,7 +91,7 @@ def check_repo(repo: str, private: bool | None) -> Destination:
         ) from None
     if private is None:
         raise FlashMoEError(
-            f"--upload-repo {repo}: who may see it? Add --private (you, or your organisation) or "
+            f"--upload-repo {repo}: who may see it? Add --private (you, or your organization) or "
             "--public (everybody)."
         )
     if not get_token():

@@ -1,4 +1,4 @@
-"""What a model's experts see of a text, layer by layer, and experts quantised for it.
+"""What a model's experts see of a text, layer by layer, and experts quantized for it.
 
 The model streams its experts as in generation, one layer at a time: while a layer is converted, the
 inputs of its mixture and the router's choices are in memory (6 H + 4 K bytes a token), and nothing
@@ -62,9 +62,9 @@ class LayerInputs:
     def quantize(
         self, expert: int, matrices: Sequence[mx.array], projections: Sequence[Projection]
     ) -> list[Codes]:
-        """Quantise an expert's gate, up and down for what it sees.
+        """Quantize an expert's gate, up and down for what it sees.
 
-        An input counts by what an error there does to the layer's output. Down is quantised for
+        An input counts by what an error there does to the layer's output. Down is quantized for
         what the new gate and up give, and towards what the old ones gave.
 
         Args:
@@ -105,7 +105,7 @@ def _sensitivities(rows: Floats, gate: Floats, up: Floats, down: Floats) -> tupl
 
 
 def _quantized(weights: Floats, moments: Floats, projection: Projection) -> Codes:
-    """Quantise one matrix `[rows, columns]`."""
+    """Quantize one matrix `[rows, columns]`."""
     dtype = FLOATS[projection.dtype]
     several = quantize_for(weights[None], moments[None], projection.after, dtype)
     return Codes(*(part[0] for part in several))

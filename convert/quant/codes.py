@@ -1,4 +1,4 @@
-"""Quantised matrices, and quantisation by each group's smallest and largest weight."""
+"""Quantized matrices, and quantization by each group's smallest and largest weight."""
 
 import importlib.util
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from ..plan.parts import Quant
 
 
 class Codes(NamedTuple):
-    """A quantised matrix: packed uint32 `[..., rows, columns * bits / 32]`, and one per group."""
+    """A quantized matrix: packed uint32 `[..., rows, columns * bits / 32]`, and one per group."""
 
     codes: mx.array
     scales: mx.array
@@ -22,7 +22,7 @@ class Codes(NamedTuple):
 
 
 def quantize(weights: mx.array, quant: Quant) -> Codes:
-    """Quantise float `[..., rows, columns]` by each group's extremes, to the bit as mlx-lm does.
+    """Quantize float `[..., rows, columns]` by each group's extremes, to the bit as mlx-lm does.
 
     Returns:
         Packed codes uint32 `[..., rows, columns * bits / 32]`; scales and biases

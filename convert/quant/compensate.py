@@ -1,4 +1,4 @@
-"""Quantisation that makes up for each column's error in the columns that follow (GPTQ).
+"""Quantization that makes up for each column's error in the columns that follow (GPTQ).
 
 What counts is not how far weights are off but how far products with a layer's usual inputs are.
 With H the second moments of these inputs, rounding column j changes a product by an error that the
@@ -25,7 +25,7 @@ DAMPING = 0.05  # of the mean second moment, added to each: inputs never seen mu
 def quantize_for(
     weights: Floats, moments: Floats, quant: Quant, dtype: mx.Dtype, damping: float = DAMPING
 ) -> Codes:
-    """Quantise experts' matrices for the inputs that each of them sees.
+    """Quantize experts' matrices for the inputs that each of them sees.
 
     Args:
         weights: `[experts, rows, columns]` float32.
@@ -46,7 +46,7 @@ def quantize_for(
 
 
 def _compensated(left: Floats, upper: Floats, quant: Quant, dtype: mx.Dtype) -> Fit:
-    """Quantise `left` group by group, which becomes what is left to quantise."""
+    """Quantize `left` group by group, which becomes what is left to quantize."""
     size = quant.group_size
     codes, found = np.empty_like(left), []
     for first in range(0, left.shape[-1], size):

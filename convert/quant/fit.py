@@ -1,4 +1,4 @@
-"""Quantisation with less error than by each group's smallest and largest weight.
+"""Quantization with less error than by each group's smallest and largest weight.
 
 A group of weights w shares a scale s and a bias b; its codes q are whole numbers, and s q + b is
 what the model will compute with. From several shares of the group's range, codes and (s, b) are
@@ -24,7 +24,7 @@ CHUNK = 1 << 22  # weights at a time: some thirty times as many bytes are in use
 def fit(
     weights: mx.array, quant: Quant, dtype: mx.Dtype, importance: mx.array | None = None
 ) -> Codes:
-    """Quantise with the least error found.
+    """Quantize with the least error found.
 
     Args:
         weights: `[..., rows, columns]`, floats; columns a multiple of the group size.

@@ -1,4 +1,4 @@
-"""`mx.quantize` by numba, to the last bit, for processors: vectorised, and on all cores."""
+"""`mx.quantize` by numba, to the last bit, for processors: vectorized, and on all cores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ _ROUNDER = np.float32(3 << 22)  # added, it leaves a code, rounded ties to even,
 
 
 def takes(dtype: mx.Dtype, bits: int) -> bool:
-    """Whether `min_max` quantises weights of this dtype to this many bits."""
+    """Whether `min_max` quantizes weights of this dtype to this many bits."""
     return dtype in _CARRIERS and bits in BITS
 
 
@@ -47,7 +47,7 @@ def min_max(weights: mx.array, group_size: int, bits: int) -> tuple[mx.array, mx
 def _extreme(name: str) -> Any:
     """Make a function for numba: the extreme of 32 float32 from a pointer on, none of them NaN.
 
-    Written out because numba's own vectoriser makes neither vectors nor one loop of it.
+    Written out because numba's own vectorizer makes neither vectors nor one loop of it.
     """
 
     @intrinsic
@@ -71,7 +71,7 @@ _least, _greatest = _extreme("fmin"), _extreme("fmax")
 def _quantize(
     words: Array, shift: int, bits: int, packed: Array, scales: Array, biases: Array
 ) -> None:
-    """Quantise each group, a row of `words`; what is computed, and in which order, is as in MLX."""
+    """Quantize each group, a row of `words`; what is computed, and in which order, is as in MLX."""
     groups, size = words.shape
     each = size * bits // 32
     most, least = np.float32((1 << bits) - 1), np.float32(1e-7)

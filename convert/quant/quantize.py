@@ -18,7 +18,7 @@ Part: TypeAlias = mx.array | Bytes
 def encode_floats(
     matrices: Sequence[tuple[Bytes, str]], plan: LayerPlan, streams: Iterator[mx.Stream]
 ) -> list[Part]:
-    """Quantise one expert's float matrices, given as (bytes, dtype) in the plan's order.
+    """Quantize one expert's float matrices, given as (bytes, dtype) in the plan's order.
 
     By extremes the cast to the target dtype comes first: mlx-lm's order, and it changes the codes.
     """
@@ -35,7 +35,7 @@ def encode_floats(
 def encode_record(
     record: Bytes, before: Sequence[Spec], plan: LayerPlan, streams: Iterator[mx.Stream]
 ) -> list[Part]:
-    """Requantise one expert's record where bits or group size change, and copy it elsewhere.
+    """Requantize one expert's record where bits or group size change, and copy it elsewhere.
 
     Args:
         record: the nine tensors of the expert as the source has them, end to end.

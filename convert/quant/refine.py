@@ -1,4 +1,4 @@
-"""Codes, scales and biases of quantised matrices, each improved in turn for the inputs they see.
+"""Codes, scales and biases of quantized matrices, each improved in turn for the inputs they see.
 
 With D the error of the weights and H the moments of the inputs, products are off by D H D^T. For
 given codes the scales and biases that make it least solve a linear system, row by row: what a group
@@ -27,7 +27,7 @@ def refine(
     dtype: mx.Dtype,
     rounds: int = ROUNDS,
 ) -> Fit:
-    """Improve a quantisation; no row of the result is worse than it was.
+    """Improve a quantization; no row of the result is worse than it was.
 
     Args:
         weights: `[experts, rows, columns]`.

@@ -71,7 +71,7 @@ class Source:
         config: its config.json, unchanged.
         dims: sizes from the config.
         trunk: every tensor of text generation that is no expert's, by canonical name.
-        layout: the quantised experts, or None if the experts are floats.
+        layout: the quantized experts, or None if the experts are floats.
         matrices: where float experts lie, by (layer, expert, projection).
     """
 
@@ -85,7 +85,7 @@ class Source:
     matrices: dict[tuple[int, int, str], Matrix] = field(repr=False)
 
     @property
-    def default_quantisation(self) -> dict[str, Any]:
+    def default_quantization(self) -> dict[str, Any]:
         """The config's "quantization" entry, under either of its names; empty if it has none."""
         return self.config.get("quantization") or self.config.get("quantization_config") or {}
 
@@ -98,11 +98,11 @@ def open_source(directory: Path, name: str, revision: str | None = None) -> Sour
     """
     config = read_config(directory)
     dims = _dims(directory / "config.json", config)
-    _check_quantisation(directory / "config.json", config)
+    _check_quantization(directory / "config.json", config)
     headers = checkpoint_headers(directory)
     _check_index(directory, headers)
     layout, matrices = None, {}
-    if _has_quantised_experts(directory, headers):
+    if _has_quantized_experts(directory, headers):
         layout = open_layout(directory, dims.layers, dims.experts)
     else:
         matrices = _find_matrices(directory, dims, headers)
@@ -163,8 +163,8 @@ def _dims(path: Path, config: dict[str, Any]) -> Dims:
     return dims
 
 
-def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
-    """Refuse quantisation schemes that are not MLX's affine one."""
+def _check_quantization(path: Path, config: dict[str, Any]) -> None:
+    """Refuse quantization schemes that are not MLX's affine one."""
     text = config.get("text_config") or config
     for entry in (config, text):
         for key in ("quantization", "quantization_config"):
@@ -176,13 +176,13 @@ def _check_quantisation(path: Path, config: dict[str, Any]) -> None:
         method = (entry.get("quantization_config") or {}).get("quant_method")
         if method and "quantization" not in config:
             raise FlashMoEError(
-                f"{path}: the checkpoint is quantised with {_shown(method)}, which cannot be "
+                f"{path}: the checkpoint is quantized with {_shown(method)}, which cannot be "
                 "converted. Start from the bfloat16 checkpoint, or from an MLX one."
             )
     mode = (config.get("quantization") or {}).get("mode", "affine")
     if mode != "affine":
         raise FlashMoEError(
-            f"{path}: quantisation mode {_shown(mode)} cannot be converted; only 'affine' can. "
+            f"{path}: quantization mode {_shown(mode)} cannot be converted; only 'affine' can. "
             "Start from the bfloat16 checkpoint, or from an affine MLX one."
         )
 
@@ -212,7 +212,7 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
             )
 
 
-def _has_quantised_experts(directory: Path, headers: dict[str, Place]) -> bool:
+def _has_quantized_experts(directory: Path, headers: dict[str, Place]) -> bool:
     if exists(directory / EXPERT_DIR):
         return True
     stacked = (stacked_expert(name) for name in headers)

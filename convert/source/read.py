@@ -70,7 +70,7 @@ class Reader:
 
     @staticmethod
     def buffer(nbytes: int) -> Bytes:
-        """Return uninitialised memory, uint8 `[nbytes]`, that starts on a page."""
+        """Return uninitialized memory, uint8 `[nbytes]`, that starts on a page."""
         memory = np.empty(nbytes + PAGE, np.uint8)
         start = -memory.ctypes.data % PAGE
         return memory[start : start + nbytes]

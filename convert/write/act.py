@@ -54,7 +54,7 @@ def write_trunk(
 
 
 def _write_tensor(tensor: TrunkTensor, file: TensorFile, reader: Reader) -> None:
-    """Write one tensor in blocks of rows (quantised) or of elements (everything else)."""
+    """Write one tensor in blocks of rows (quantized) or of elements (everything else)."""
     path, info = tensor.source
     count = math.prod(info.shape)
     unit = info.shape[-1] if tensor.quant else 1

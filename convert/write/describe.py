@@ -67,7 +67,7 @@ def human(nbytes: int) -> str:
 def describe_time(source: Source, plan: Plan, share: float, fetching: Fetched) -> str:
     """Return about how long it takes to write a share of the experts (0 to 1), in words.
 
-    A few experts of random weights are quantised to see: seconds, or less.
+    A few experts of random weights are quantized to see: seconds, or less.
     """
     kinds: dict[object, list[LayerPlan]] = {}
     for layer in plan.layers:

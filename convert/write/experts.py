@@ -27,7 +27,7 @@ class ExpertSteps:
     def __init__(
         self, source: Source, plan: LayerPlan, reader: Reader, seen: LayerInputs | None = None
     ) -> None:
-        """Prepare; nothing is read yet. `seen` is what to quantise the experts for, if told."""
+        """Prepare; nothing is read yet. `seen` is what to quantize the experts for, if told."""
         self._seen = seen
         self._source, self._plan, self._reader = source, plan, reader
         self._layout = source.layout.layers[plan.layer] if source.layout else None
@@ -91,7 +91,7 @@ class ExpertSteps:
 
 
 def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) -> list[Bytes]:
-    """Read quantised experts that follow one another: each one's nine tensors end to end.
+    """Read quantized experts that follow one another: each one's nine tensors end to end.
 
     What lies together in a file is read together.
     """
@@ -124,7 +124,7 @@ _LOCAL = threading.local()  # as streams belong to the thread that made them
 
 
 def _streams() -> Iterator[mx.Stream]:
-    """Take turns between one stream per core on the CPU, where a quantisation uses one thread."""
+    """Take turns between one stream per core on the CPU, where a quantization uses one thread."""
     if not hasattr(_LOCAL, "streams"):
         cores = min(os.cpu_count() or 1, 8)
         count = cores if mx.default_device() == mx.Device(mx.cpu) else 1

@@ -19,7 +19,7 @@ def attention(
 
     Args:
         queries: `[B, heads, T, D]`.
-        keys: `[B, key heads, S, D]`, or what a quantised cache has for them.
+        keys: `[B, key heads, S, D]`, or what a quantized cache has for them.
         values: like `keys`.
         scale: of the products.
         mask: as for mlx-lm's `scaled_dot_product_attention`.

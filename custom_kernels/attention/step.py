@@ -21,7 +21,7 @@ BLOCK = 256  # slots by which mlx-lm's caches grow
 HEAD_DIMS = (32, 64, 128, 256)
 LANES = 512  # of a head's threadgroup
 FLIGHT = 4  # keys that a team of lanes reads at a time
-ROPE_BASE, EPS = 1e7, 1e-6  # of trials
+ROPE_BASE, EPS = 1e7, 1e-6  # of cases
 
 _prepare = Kernel(
     "attention/prepare",
@@ -172,8 +172,8 @@ def turns(dims: int, base: float) -> mx.array:
 
 
 @dataclass(frozen=True)
-class AttentionStepTrial:
-    """`prepare` and `attend` at one shape; see `trial.Trial`. Outputs y and the new keys.
+class AttentionStepCase:
+    """`prepare` and `attend` at one shape; see `case.KernelCase`. Outputs y and the new keys.
 
     The cache is left as it is: to add keys and values to it is the same work for all.
 
@@ -273,8 +273,8 @@ class AttentionStepTrial:
         )
 
 
-def deciding_trial(heads: AttentionHeads, x: mx.array, keys: int) -> AttentionStepTrial | None:
-    """Return the trial that decides for steps of `x` with so many keys, None if none can win.
+def deciding_case(heads: AttentionHeads, x: mx.array, keys: int) -> AttentionStepCase | None:
+    """Return the case that decides for steps of `x` with so many keys, None if none can win.
 
     Our kernels take GPUs and not too many keys.
     """
@@ -284,4 +284,4 @@ def deciding_trial(heads: AttentionHeads, x: mx.array, keys: int) -> AttentionSt
     if tried is None:
         return None
     sizes = heads.queries, heads.keys, heads.dim, heads.rope_dims
-    return AttentionStepTrial(*sizes, NAMES[x.dtype], len(x), tried)
+    return AttentionStepCase(*sizes, NAMES[x.dtype], len(x), tried)

@@ -1,7 +1,7 @@
 """Decoding on a CPU, one token per row: MLX modules in, blocks of compiled code underneath.
 
 Each function returns None where its kernels do not apply: for more than one token per row, or
-weights that are not affine-quantised. What they know of a module's weights stays with the module
+weights that are not affine-quantized. What they know of a module's weights stays with the module
 for as long as it has the same weights.
 """
 
@@ -16,7 +16,7 @@ from ..gated_delta.weights import Heads, MixerWeights
 from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
 from .decode import NOTHING, Group, project
 from .gated_delta_step import DeltaBlock
-from .moe import MoeBlock, Waves
+from .moe import Batches, MoeBlock
 from .prefill import Array, rows, supports, view
 
 
@@ -30,7 +30,7 @@ def linear_step(
 
     Args:
         x: float32.
-        layers: all quantised, or the answer is None.
+        layers: all quantized, or the answer is None.
         norm: to apply to x first.
         residual: `[..., 1, out]` to add, with one layer only.
     """
@@ -88,7 +88,8 @@ def delta_step(
 
 def moe_step(
     h: mx.array, router: nn.Module, switch: nn.Module, shared: Sequence[nn.Module],
-    banks: Sequence[QuantizedMatrix], norm: nn.RMSNorm, top_k: int, renormalise: bool, waves: Waves,
+    banks: Sequence[QuantizedMatrix], norm: nn.RMSNorm, top_k: int, renormalize: bool,
+    batches: Batches,
 ) -> mx.array | None:  # fmt: skip
     """Run a mixture of experts on one token per row: h + moe(norm(h)), `[B, 1, H]`.
 
@@ -100,8 +101,8 @@ def moe_step(
         banks: gate, up and down of the routed experts (`weights.QuantizedMatrix`).
         norm: the norm before the block.
         top_k: experts per row.
-        renormalise: whether the chosen experts' scores sum to one.
-        waves: brings experts into memory, see `cpu_moe.Waves`.
+        renormalize: whether the chosen experts' scores sum to one.
+        batches: brings experts into memory, see `cpu_moe.Batches`.
     """
     if h.shape[1] != 1:
         return None
@@ -110,13 +111,13 @@ def moe_step(
     def make() -> MoeBlock:
         first, second, *rest = map(QuantizedMatrix.of_layer, layers)
         gain = _float32(norm, norm.weight)
-        return MoeBlock(first, second, rest, banks, gain, norm.eps, top_k, renormalise)
+        return MoeBlock(first, second, rest, banks, gain, norm.eps, top_k, renormalize)
 
     if not all(supports(b.bits, b.group_size, b.scales) for b in banks):
         return None
     arrays = [array for b in banks for array in (b.codes, b.scales, b.biases)]
     block = _remember(router, layers, make, norm.weight, *arrays)
-    return None if block is None else mx.array(block(rows(h), waves)).reshape(h.shape)
+    return None if block is None else mx.array(block(rows(h), batches)).reshape(h.shape)
 
 
 def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | None:
@@ -124,7 +125,7 @@ def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | N
 
     Args:
         h: `[B, 1, H]` float32.
-        router: to one logit per expert; quantised, or the answer is None.
+        router: to one logit per expert; quantized, or the answer is None.
         norm: the norm before it.
     """
     if h.shape[1] != 1:
@@ -147,7 +148,7 @@ def multiply(x: mx.array, group: Group) -> mx.array:
     return mx.array(project(rows(x), group)[0])
 
 
-def _is_quantised(layer: nn.Module) -> bool:
+def _is_quantized(layer: nn.Module) -> bool:
     return is_affine(layer) and supports(layer.bits, layer.group_size, layer.scales)
 
 
@@ -163,13 +164,13 @@ def _float32(owner: nn.Module, weight: mx.array) -> Array:
 def _remember(
     owner: nn.Module, layers: Sequence[nn.Module], make: Callable[[], Any], *others: mx.array
 ) -> Any:
-    """Return what `make` made of these layers' and other weights; None if not all are quantised."""
+    """Return what `make` made of these layers' and other weights; None if not all are quantized."""
 
     def weights() -> tuple[Any, ...]:
         return *arrays_of(layers), *others
 
     def made() -> Any:
-        return make() if all(map(_is_quantised, layers)) else None
+        return make() if all(map(_is_quantized, layers)) else None
 
     return remembered(owner, "_step", weights, made)
 
@@ -192,7 +193,7 @@ def prepare() -> None:
     bank = QuantizedMatrix(one.weight[None], one.scales[None], one.biases[None], 4, 32)
     shared, banks = [layer(32) for _ in range(3)], [bank] * 3
 
-    def waves(ids: Array) -> Iterator[tuple[Array, Array]]:
+    def batches(ids: Array) -> Iterator[tuple[Array, Array]]:
         yield np.arange(ids.size), ids.reshape(-1)
 
-    moe_step(h, layer(1), layer(1), shared, banks, norm, 1, True, waves)
+    moe_step(h, layer(1), layer(1), shared, banks, norm, 1, True, batches)

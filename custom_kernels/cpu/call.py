@@ -1,6 +1,6 @@
 """Compiled functions that others call by address, for numba.
 
-numba copies each function that is called into its callers and optimises it again there, inlined
+numba copies each function that is called into its callers and optimizes it again there, inlined
 or not. What is called by address is compiled once, for all of them.
 """
 

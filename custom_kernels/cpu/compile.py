@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..autotune import report, verdict
 from ..device import computes_at_once, reject_cpu_kernels
-from ..linear.cases import MatvecTrial
+from ..linear.cases import MatvecCase
 from ..linear.matvec import supports
 
 
@@ -90,8 +90,8 @@ def check_cpu_kernels(formats: Iterable[tuple[int, int, str]]) -> None:
         return
     for bits, group_size, dtype in sorted(formats):
         if supports(bits, group_size):
-            trial = MatvecTrial(67, 2 * group_size, bits, group_size, "float32", dtype, 3)
-            found = verdict(trial, timed=False)
+            case = MatvecCase(67, 2 * group_size, bits, group_size, "float32", dtype, 3)
+            found = verdict(case, timed=False)
             if not found.ok:
-                report(trial, found)
+                report(case, found)
                 reject_cpu_kernels(found.message)

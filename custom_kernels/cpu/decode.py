@@ -1,4 +1,4 @@
-"""Quantised matrices times a few activation rows: what decoding does.
+"""Quantized matrices times a few activation rows: what decoding does.
 
 A matrix is a row of numbers (`numbers_of`), so that one compiled function takes every format
 and any mix of formats. An activation row is a *record* of float32: `columns` that hold its
@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from numba import prange, types
 
-from ..shapes import expect, expect_quantised
+from ..shapes import expect, expect_quantized
 from ..weights import QuantizedMatrix
 from .bounds import CHECKED, inside, within
 from .call import Apart, caller
@@ -44,7 +44,7 @@ TINY, HUGE = (int(np.float32(limit).view(np.int32)) for limit in (1e-29, 1e38))
 
 def numbers_of(matrix: QuantizedMatrix) -> Array:
     """Return what the kernels read of it: addresses, format and sizes, `[10]` int64."""
-    expect_quantised("a matrix", *matrix.arrays, matrix.bits, matrix.group_size)
+    expect_quantized("a matrix", *matrix.arrays, matrix.bits, matrix.group_size)
     mx.eval(matrix.arrays)
     addresses = [view(a).ctypes.data for a in matrix.arrays]
     *lead, height, columns = matrix.shape
@@ -132,7 +132,7 @@ def cut(x: Array, matrix: Array, out: Array) -> None:
 def cut_rows(
     h: Array, norm: Array, eps: float, matrices: Array, forms: Array, records: Array
 ) -> None:
-    """Normalise rows `h` and cut each for every form: record `form * rows + row`."""
+    """Normalize rows `h` and cut each for every form: record `form * rows + row`."""
     x = np.empty(h.shape[1], np.float32)
     for row in range(h.shape[0]):
         rms_norm(h[row], norm, eps, x)
@@ -292,7 +292,7 @@ def times_rows(matrix: Array, slot: int, first: int, last: int, table: Array, ou
 
 @serial
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> None:
-    """Normalise `x` `[columns]` to `out`; an empty weight copies."""
+    """Normalize `x` `[columns]` to `out`; an empty weight copies."""
     if weight.size == 0:
         copy(x, out)
         return

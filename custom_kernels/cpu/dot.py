@@ -1,4 +1,4 @@
-"""Quantised weight rows times activation rows, in integers, for numba: what decoding does.
+"""Quantized weight rows times activation rows, in integers, for numba: what decoding does.
 
 Activations become 30-bit integers, scaled per group of columns and cut into two halves of 16
 bits. One multiply-add instruction then takes twice as many weights as in float32, and no code is

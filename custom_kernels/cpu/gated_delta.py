@@ -22,7 +22,7 @@ ROWS = 32  # rows of the state per unit of parallel work
 def _convolve(
     window: Array, weight: Array, q: Array, k: Array, v: Array, eps: float, scale: float
 ) -> None:
-    """Convolve each head's channels, apply SiLU, and normalise q and k to length `scale` and 1."""
+    """Convolve each head's channels, apply SiLU, and normalize q and k to length `scale` and 1."""
     batch, tokens, key_heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     taps = weight.shape[1]

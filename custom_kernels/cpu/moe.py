@@ -1,7 +1,7 @@
 """The mixture-of-experts block of one token per row, on a CPU, without a round trip through MLX.
 
 It takes three calls into compiled code: from hidden states to expert ids; then, once for each
-wave of experts that the caller brings into memory, the experts; then their weighted sum.
+batch of experts that the caller brings into memory, the experts; then their weighted sum.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -36,7 +36,7 @@ GATE, UP, DOWN, SHARED_DOWN = range(4)
 
 
 @serial
-def choose(logits: Array, renormalise: bool, ids: Array, scores: Array) -> None:
+def choose(logits: Array, renormalize: bool, ids: Array, scores: Array) -> None:
     """Write the largest logits' places to `ids`, best first, and their softmax to `scores`."""
     largest = logits.max()
     total = np.float32(0)
@@ -53,13 +53,13 @@ def choose(logits: Array, renormalise: bool, ids: Array, scores: Array) -> None:
         ids[k], scores[k] = best, left[best]
         chosen += left[best]
         left[best] = np.float32(-1)
-    scores /= chosen if renormalise else total
+    scores /= chosen if renormalize else total
 
 
 @compiled
 def _route(
     run: int, h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
-    renormalise: bool, x: Array, hidden: Array, switch: Array, ids: Array, scores: Array,
+    renormalize: bool, x: Array, hidden: Array, switch: Array, ids: Array, scores: Array,
 ) -> None:  # fmt: skip
     batch = h.shape[0]
     records = new_records(forms.size * batch, record_size(matrices, forms))
@@ -77,7 +77,7 @@ def _route(
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
     for row in range(batch):
-        choose(out[row * experts : (row + 1) * experts], renormalise, ids[row], scores[row])
+        choose(out[row * experts : (row + 1) * experts], renormalize, ids[row], scores[row])
         switch[row] = np.float32(1) / (np.float32(1) + np.exp(-out[switches + row]))
         copy(out[hiddens + row * inner : hiddens + (row + 1) * inner], hidden[row])
 
@@ -135,9 +135,9 @@ def _combine(h: Array, scores: Array, switch: Array, y: Array, out: Array) -> No
                 total[i] += score * expert[i]
 
 
-# Brings experts into memory: takes ids `[rows, K]`, yields the flat places in it that a wave
+# Brings experts into memory: takes ids `[rows, K]`, yields the flat places in it that a batch
 # serves, and each one's slot.
-Waves = Callable[[Array], Iterable[tuple[Array, Array]]]
+Batches = Callable[[Array], Iterable[tuple[Array, Array]]]
 
 
 class MoeBlock:
@@ -152,7 +152,7 @@ class MoeBlock:
         norm: Array,
         eps: float,
         top_k: int,
-        renormalise: bool,
+        renormalize: bool,
     ) -> None:
         """Take the layer's weights.
 
@@ -164,13 +164,13 @@ class MoeBlock:
             norm: `[H]` float32 weight of the RMS norm.
             eps: of that norm.
             top_k: experts per row.
-            renormalise: whether the chosen experts' scores sum to one.
+            renormalize: whether the chosen experts' scores sum to one.
         """
         self._route = Group(router, switch, *shared[:2])
         self._inputs = Group(*experts[:2])
         self._all = Group(*experts, shared[2])
         self._norm, self._eps = norm, eps
-        self._top_k, self._renormalise = top_k, renormalise
+        self._top_k, self._renormalize = top_k, renormalize
         self._slots, inner, _ = experts[GATE].shape
         hidden, extra = norm.size, shared[0].shape[-2]
         for name, matrix, shape in (
@@ -190,7 +190,7 @@ class MoeBlock:
         """Share it: a copy would hold the addresses of arrays that it does not keep."""
         return self
 
-    def __call__(self, h: Array, waves: Waves) -> Array:
+    def __call__(self, h: Array, batches: Batches) -> Array:
         """Map hidden states `[rows, H]` float32 to `h + moe(norm(h))`."""
         (batch, width), top_k = h.shape, self._top_k
         expect("hidden states", h, (batch, self._norm.size), np.float32)
@@ -202,11 +202,11 @@ class MoeBlock:
         use_threads(ALL)
         _route(
             UNIT_OF_WORK.address, h, self._norm, self._eps, *self._route.arguments,
-            self._renormalise, x, shared, switch, ids, scores,
+            self._renormalize, x, shared, switch, ids, scores,
         )  # fmt: skip
         y = np.empty((batch * (top_k + 1), width), np.float32)
         inputs = self._all.numbers, self._inputs.forms, self._inputs.form_of
-        for places, slots in waves(ids):
+        for places, slots in batches(ids):
             expect_below("places of experts", places, ids.size)
             expect_below("slots of experts", slots, self._slots)
             if batch > 1:  # rows of one expert are computed together

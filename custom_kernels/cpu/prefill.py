@@ -1,6 +1,6 @@
-"""CPU kernels by numba: quantised matmul and expert MLP.
+"""CPU kernels by numba: quantized matmul and expert MLP.
 
-MLX's own CPU quantised matmul reaches 1 GB/s in float32; these stay near the memory's bandwidth.
+MLX's own CPU quantized matmul reaches 1 GB/s in float32; these stay near the memory's bandwidth.
 They work on NumPy views of MLX arrays, float32 in and out. Layouts and rules as in `reference.py`.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray, config, prange, set_num_threads, types
 
 from ...errors import FlashMoEError
-from ..shapes import expect, expect_below, expect_quantised
+from ..shapes import expect, expect_below, expect_quantized
 from .bounds import CHECKED, inside, jit, within
 from .call import Apart, caller
 from .simd import (
@@ -64,7 +64,7 @@ def use_threads(work: int) -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """A bank of quantised matrices as NumPy views; a single matrix is a bank of one.
+    """A bank of quantized matrices as NumPy views; a single matrix is a bank of one.
 
     Attributes:
         codes: `[S, out, in * bits / 8]` uint8.
@@ -127,7 +127,7 @@ def rows(x: mx.array) -> Array:
 
 def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int) -> Packed:
     """View evaluated, row-contiguous MLX arrays; no byte is copied."""
-    expect_quantised("a matrix", codes, scales, biases, bits, group)
+    expect_quantized("a matrix", codes, scales, biases, bits, group)
 
     def bank(array: Array) -> Array:
         return array.reshape(-1, *array.shape[-2:])

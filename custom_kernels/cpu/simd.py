@@ -1,6 +1,6 @@
 """The inner loop of the CPU kernels, in explicit LLVM vectors, for numba.
 
-Written out because numba's own vectoriser reaches about 0.75 of the speed: it picks narrower
+Written out because numba's own vectorizer reaches about 0.75 of the speed: it picks narrower
 vectors and reduces them once per group. LLVM lowers the same vectors to AVX-512, AVX2 or NEON.
 """
 
@@ -167,7 +167,7 @@ def dot_tile(
     _context: Any, bits: Any, group: Any, tile: Any, rows: Any, codes: Any, scales: Any, x: Any,
     groups: Any, out: Any,
 ) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
-    """Dot a few quantised weight rows with a few activation rows, without the biases.
+    """Dot a few quantized weight rows with a few activation rows, without the biases.
 
     out[w, r] = sum over groups of scale[w] * (sum over the group of code[w] * x[r]).
 

@@ -8,12 +8,12 @@ import mlx.core as mx
 
 from .. import reference
 from ..autotune import prefers_custom
-from ..case import DTYPES, NAMES, random_quantised
+from ..case import DTYPES, NAMES, random_quantized
 from ..linear.linear import swiglu
 from ..linear.matvec import MAX_TOKENS
 from ..weights import QuantizedMatrix
 from .decode import expert_down_combine, expert_gate_up, expert_mlp_by_kernels, supports
-from .router import MAX_TOP_K, RouterTrial
+from .router import MAX_TOP_K, RouterCase
 
 
 def wanted(
@@ -29,7 +29,7 @@ def wanted(
     slots, inner, _ = gate.scales.shape
     if len({b.group_size for b in (*banks, *shared)}) > 1 or shared[0].scales.shape[0] != inner:
         return False
-    trial = ExpertsTrial(
+    case = ExpertsCase(
         x.shape[-1],
         inner,
         min(slots, top_k + 1),
@@ -42,12 +42,12 @@ def wanted(
         shared[0].bits,
         tokens,
     )
-    return prefers_custom(trial) and prefers_custom(RouterTrial(slots, top_k, "float32", tokens))
+    return prefers_custom(case) and prefers_custom(RouterCase(slots, top_k, "float32", tokens))
 
 
 @dataclass(frozen=True)
-class ExpertsTrial:
-    """Routed and shared experts of a few tokens; see `trial.Trial`.
+class ExpertsCase:
+    """Routed and shared experts of a few tokens; see `case.KernelCase`.
 
     Attributes:
         hidden: H.
@@ -114,7 +114,7 @@ class ExpertsTrial:
         arrays = [x, slots, weights.astype(dtype), shared.astype(dtype)[:rows]]
         for key, (shape, bits) in zip(keys[4:], self._shapes, strict=True):
             scale_dtype = DTYPES[self.scale_dtype]
-            arrays += random_quantised(key, shape, bits, self.group_size, scale_dtype)
+            arrays += random_quantized(key, shape, bits, self.group_size, scale_dtype)
         mx.eval(arrays)
         return arrays
 
@@ -160,9 +160,9 @@ class ExpertsTrial:
     def _true_hidden(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
         x, slots, banks = inputs[0].astype(mx.float32), inputs[1], self._banks(inputs)
         gate, up = (
-            (_dequantise(bank, slots) @ x[:, None, :, None]).squeeze(-1) for bank in banks[:2]
+            (_dequantize(bank, slots) @ x[:, None, :, None]).squeeze(-1) for bank in banks[:2]
         )
-        shared_gate, shared_up = (x @ _dequantise(bank).T for bank in banks[3:5])
+        shared_gate, shared_up = (x @ _dequantize(bank).T for bank in banks[3:5])
         return gate * mx.sigmoid(gate) * up, shared_gate * mx.sigmoid(shared_gate) * shared_up
 
     def _true_combine(
@@ -172,13 +172,13 @@ class ExpertsTrial:
             t if t.dtype == mx.uint32 else t.astype(mx.float32) for t in inputs[:4]
         )
         banks = self._banks(inputs)
-        y = (_dequantise(banks[2], slots) @ hidden.astype(mx.float32)[..., None]).squeeze(-1)
-        other = shared.astype(mx.float32) @ _dequantise(banks[5]).T
+        y = (_dequantize(banks[2], slots) @ hidden.astype(mx.float32)[..., None]).squeeze(-1)
+        other = shared.astype(mx.float32) @ _dequantize(banks[5]).T
         return [x + (y * weights[..., None]).sum(axis=-2) + shared_weight * other]
 
 
 @dataclass(frozen=True)
-class ExpertGateUpTrial(ExpertsTrial):
+class ExpertGateUpCase(ExpertsCase):
     """The first half: silu(gate x) * up x."""
 
     op: ClassVar[str] = "expert_gate_up"
@@ -202,7 +202,7 @@ class ExpertGateUpTrial(ExpertsTrial):
 
 
 @dataclass(frozen=True)
-class ExpertDownTrial(ExpertsTrial):
+class ExpertDownCase(ExpertsCase):
     """The second half: down, weighted sum, shared expert, residual."""
 
     op: ClassVar[str] = "expert_down_combine"
@@ -256,7 +256,7 @@ def _multiply(x: mx.array, bank: QuantizedMatrix) -> mx.array:
     )
 
 
-def _dequantise(bank: QuantizedMatrix, slots: mx.array | None = None) -> mx.array:
+def _dequantize(bank: QuantizedMatrix, slots: mx.array | None = None) -> mx.array:
     arrays = bank.codes, bank.scales, bank.biases
     if slots is not None:
         arrays = arrays[0][slots], arrays[1][slots], arrays[2][slots]

@@ -37,7 +37,7 @@ _down_combine = Kernel(
 
 
 def supports(gate: QuantizedMatrix, up: QuantizedMatrix, down: QuantizedMatrix) -> bool:
-    """Say whether the kernels take such experts: gate and up must be quantised alike."""
+    """Say whether the kernels take such experts: gate and up must be quantized alike."""
     return (gate.bits, gate.group_size) == (up.bits, up.group_size) and all(
         matvec.supports(bank.bits, bank.group_size) for bank in (gate, up, down)
     )

@@ -1,4 +1,4 @@
-"""Routed experts: SwiGLU over experts that sit in slots of quantised weight banks."""
+"""Routed experts: SwiGLU over experts that sit in slots of quantized weight banks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import reference
 from ..autotune import prefers_custom
-from ..case import DTYPES, NAMES, random_quantised
+from ..case import DTYPES, NAMES, random_quantized
 from ..device import cpu_kernels, on_gpu
 from ..launch import is_cuda
 from ..linear.linear import swiglu
@@ -20,7 +20,7 @@ from .tiles import cut, take_rows
 
 # Where MLX begins to multiply otherwise, and so to round otherwise: on NVIDIA's GPUs with so many
 # pairs of row and expert; on Apple's with so many for each slot of the bank, if told their order.
-LEAST_PAIRS, LEAST_PER_SLOT = 8, 4
+LEAST_ASSIGNMENTS, LEAST_PER_SLOT = 8, 4
 # Rows of a tile: as many as MLX's kernels multiply at once, on NVIDIA's GPUs two kinds of them.
 TILE_ROWS, FEW_ROWS, MANY_ROWS = 32, 16, 64
 MOST_TRIED_ROWS = 64  # per expert
@@ -96,7 +96,7 @@ def _gathered(
 ) -> tuple[mx.array, mx.array]:
     """Multiply row by row, slots ascending; repeat the last until all parts go one way."""
     in_order = not is_cuda() and part_of.pairs >= LEAST_PER_SLOT * max(part_of.of, 4)
-    least = LEAST_PER_SLOT * max(len(banks[0].codes), 4) if in_order else LEAST_PAIRS
+    least = LEAST_PER_SLOT * max(len(banks[0].codes), 4) if in_order else LEAST_ASSIGNMENTS
     padding = max(0, min(least, part_of.pairs) - slots.size)
     order = mx.argsort(slots)
     places = mx.put_along_axis(slots, order, mx.arange(slots.size, dtype=mx.uint32), axis=0)
@@ -139,7 +139,7 @@ def _wants_tiles(x: mx.array, part_of: Routed, banks: Banks) -> bool:
     if gate.bits != up.bits or len({bank.group_size for bank in banks}) > 1:
         return False
     rows = min(max(1, part_of.pairs // part_of.of), MOST_TRIED_ROWS)
-    trial = TiledTrial(
+    case = TiledCase(
         x.shape[-1],
         gate.scales.shape[1],
         gate.bits,
@@ -149,12 +149,12 @@ def _wants_tiles(x: mx.array, part_of: Routed, banks: Banks) -> bool:
         down.bits,
         rows=1 << rows.bit_length() - 1,
     )
-    return prefers_custom(trial)
+    return prefers_custom(case)
 
 
 @dataclass(frozen=True)
-class TiledTrial:
-    """Many rows through some experts, in tiles or row by row; see `trial.Trial`.
+class TiledCase:
+    """Many rows through some experts, in tiles or row by row; see `case.KernelCase`.
 
     Attributes:
         hidden: H.
@@ -197,7 +197,7 @@ class TiledTrial:
         wide, tall = (self.inner, self.hidden), (self.hidden, self.inner)
         for key, shape, bits in zip(keys[2:], (wide, wide, tall), self._bits, strict=True):
             scale_dtype = DTYPES[self.scale_dtype]
-            arrays += random_quantised(
+            arrays += random_quantized(
                 key, (self.slots, *shape), bits, self.group_size, scale_dtype
             )
         mx.eval(arrays)

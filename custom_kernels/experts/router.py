@@ -1,4 +1,4 @@
-"""From router logits to experts: softmax, top-k and renormalisation."""
+"""From router logits to experts: softmax, top-k and renormalization."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,14 +19,14 @@ _kernel = Kernel("experts/router", ("logits",), ("ids", "weights", "shared"))
 
 
 def route(
-    logits: mx.array, top_k: int, *, renormalise: bool, shared: bool
+    logits: mx.array, top_k: int, *, renormalize: bool, shared: bool
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Choose each token's experts, by the GPU kernel.
 
     Args:
         logits: `[..., experts]`, or `[..., experts + 1]` with `shared`.
         top_k: experts per token, at most MAX_TOP_K.
-        renormalise: make the chosen weights add up to 1.
+        renormalize: make the chosen weights add up to 1.
         shared: the last logit is the gate of the shared expert.
 
     Returns:
@@ -48,7 +48,7 @@ def route(
         T=logits.dtype,
         EXPERTS=width - shared,
         K=top_k,
-        RENORMALISE=renormalise,
+        RENORMALISE=renormalize,
         SHARED=shared,
         SPARE=max(0, LEAST_ELEMENTS - tokens),
     )
@@ -56,14 +56,14 @@ def route(
 
 
 def route_by_mlx(
-    logits: mx.array, top_k: int, *, renormalise: bool, shared: bool
+    logits: mx.array, top_k: int, *, renormalize: bool, shared: bool
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Do what `route` does with MLX's own ops, as mlx-lm does; ids come in any order."""
     gate = mx.sigmoid(logits[..., -1:]) if shared else mx.zeros(0)
     scores = mx.softmax(logits[..., :-1] if shared else logits, axis=-1, precise=True)
     ids = mx.argpartition(scores, kth=-top_k, axis=-1)[..., -top_k:]
     weights = mx.take_along_axis(scores, ids, axis=-1)
-    if renormalise:
+    if renormalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return ids, weights, gate
 
@@ -87,8 +87,8 @@ def _logits_by_cpu(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> np.ndarr
 
 
 @dataclass(frozen=True)
-class RouterTrial:
-    """`route` at one shape; see `trial.Trial`. Outputs every expert's weight, 0 if not chosen."""
+class RouterCase:
+    """`route` at one shape: every expert's weight, 0 if not chosen. See `case.KernelCase`."""
 
     op: ClassVar[str] = "router"
     experts: int
@@ -114,11 +114,11 @@ class RouterTrial:
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
-        return self._spread(*route(inputs[0], self.top_k, renormalise=True, shared=True))
+        return self._spread(*route(inputs[0], self.top_k, renormalize=True, shared=True))
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by MLX's own ops."""
-        return self._spread(*route_by_mlx(inputs[0], self.top_k, renormalise=True, shared=True))
+        return self._spread(*route_by_mlx(inputs[0], self.top_k, renormalize=True, shared=True))
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""

@@ -112,8 +112,8 @@ def _combine_by_gpu(outputs: mx.array, places: mx.array, weights: mx.array) -> m
     kind, weight_kind = NAMES.get(outputs.dtype), NAMES.get(weights.dtype)
     if not (on_gpu(outputs) and hidden % EIGHT == 0 and kind and weight_kind):
         return None
-    trial = CombineTrial(hidden, places.shape[-1], kind, weight_kind)
-    return combine_by_kernel(outputs, places, weights) if prefers_custom(trial) else None
+    case = CombineCase(hidden, places.shape[-1], kind, weight_kind)
+    return combine_by_kernel(outputs, places, weights) if prefers_custom(case) else None
 
 
 def combine_by_kernel(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:
@@ -139,8 +139,8 @@ def combine_by_mlx(outputs: mx.array, places: mx.array, weights: mx.array) -> mx
 
 
 @dataclass(frozen=True)
-class CombineTrial:
-    """`combine` at one shape; see `trial.Trial`."""
+class CombineCase:
+    """`combine` at one shape; see `case.KernelCase`."""
 
     op: ClassVar[str] = "expert_combine"
     hidden: int

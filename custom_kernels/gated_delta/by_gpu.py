@@ -5,10 +5,10 @@ import mlx.core as mx
 from ..autotune import prefers_custom
 from ..case import NAMES
 from .cases import (
-    GatedDeltaNormTrial,
-    GatedDeltaPrepareTrial,
-    GatedDeltaScanTrial,
-    GatedDeltaStepTrial,
+    GatedDeltaNormCase,
+    GatedDeltaPrepareCase,
+    GatedDeltaScanCase,
+    GatedDeltaStepCase,
 )
 from .naive import last_inputs, mix, or_zeros
 from .prepare import gated_norm, prepare
@@ -46,7 +46,7 @@ def mix_joined(
     past, state = or_zeros(past, state, weights, batch, projected.dtype)
     if heads.key_dim >= LEAST_KEY_DIM:
         if tokens == 1 and mask is None and ends is None:
-            if prefers_custom(GatedDeltaStepTrial(*_sizes(projected, weights), batch)):
+            if prefers_custom(GatedDeltaStepCase(*_sizes(projected, weights), batch)):
                 return step(projected, weights, past, state)
         elif _wants_prefill(projected, weights):
             q, k, v, g, beta = prepare(projected, weights, past, mask)
@@ -70,7 +70,7 @@ def _sizes(projected: mx.array, weights: MixerWeights) -> tuple[int, int, int, i
 def _wants_prefill(projected: mx.array, weights: MixerWeights) -> bool:
     sizes = *_sizes(projected, weights), 1
     return (
-        prefers_custom(GatedDeltaScanTrial(*sizes, TRIED_SCAN))
-        and prefers_custom(GatedDeltaPrepareTrial(*sizes, TRIED_TOKENS))
-        and prefers_custom(GatedDeltaNormTrial(*sizes, TRIED_TOKENS))
+        prefers_custom(GatedDeltaScanCase(*sizes, TRIED_SCAN))
+        and prefers_custom(GatedDeltaPrepareCase(*sizes, TRIED_TOKENS))
+        and prefers_custom(GatedDeltaNormCase(*sizes, TRIED_TOKENS))
     )

@@ -88,8 +88,8 @@ def _split_heads(qkv: mx.array, heads: Heads) -> tuple[mx.array, mx.array, mx.ar
 
 
 @dataclass(frozen=True)
-class _MixerTrial:
-    """What the trials share: sizes, and inputs from the projections on.
+class _MixerCase:
+    """What the cases share: sizes, and inputs from the projections on.
 
     Attributes:
         key_heads: Hk.
@@ -162,8 +162,8 @@ class _MixerTrial:
 
 
 @dataclass(frozen=True)
-class GatedDeltaStepTrial(_MixerTrial):
-    """`step` at one shape; see `trial.Trial`."""
+class GatedDeltaStepCase(_MixerCase):
+    """`step` at one shape; see `case.KernelCase`."""
 
     op: ClassVar[str] = "gated_delta_step"
 
@@ -207,8 +207,8 @@ class GatedDeltaStepTrial(_MixerTrial):
 
 
 @dataclass(frozen=True)
-class GatedDeltaScanTrial(_MixerTrial):
-    """`scan` at one shape; see `trial.Trial`."""
+class GatedDeltaScanCase(_MixerCase):
+    """`scan` at one shape; see `case.KernelCase`."""
 
     op: ClassVar[str] = "gated_delta_scan"
 
@@ -247,8 +247,8 @@ class GatedDeltaScanTrial(_MixerTrial):
 
 
 @dataclass(frozen=True)
-class GatedDeltaPrepareTrial(_MixerTrial):
-    """`prepare` at one shape; see `trial.Trial`."""
+class GatedDeltaPrepareCase(_MixerCase):
+    """`prepare` at one shape; see `case.KernelCase`."""
 
     op: ClassVar[str] = "gated_delta_prepare"
 
@@ -285,8 +285,8 @@ class GatedDeltaPrepareTrial(_MixerTrial):
 
 
 @dataclass(frozen=True)
-class GatedDeltaNormTrial(_MixerTrial):
-    """`gated_norm` at one shape; see `trial.Trial`."""
+class GatedDeltaNormCase(_MixerCase):
+    """`gated_norm` at one shape; see `case.KernelCase`."""
 
     op: ClassVar[str] = "gated_delta_norm"
 

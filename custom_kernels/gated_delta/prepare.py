@@ -35,7 +35,7 @@ def prepare(
     mask: mx.array | None = None,
     tokens: int = TOKENS,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-    """Convolve, normalise q and k, and make the gates of T tokens, as `gated_delta.mix` does.
+    """Convolve, normalize q and k, and make the gates of T tokens, as `gated_delta.mix` does.
 
     Args:
         projected: `[B, T, 2 Hk Dk + Hv Dv + Hv Dv + Hv + Hv]`, qkv, z, b and a side by side.
@@ -81,7 +81,7 @@ def prepare(
 
 
 def gated_norm(y: mx.array, projected: mx.array, weights: "MixerWeights") -> mx.array:
-    """Normalise the rule's output and gate it: y * rsqrt(mean y^2 + eps) * norm * silu(z).
+    """Normalize the rule's output and gate it: y * rsqrt(mean y^2 + eps) * norm * silu(z).
 
     Args:
         y: `[B, T, Hv, Dv]`.

@@ -1,1 +1,1 @@
-"""Quantised matrices times rows: dequantise in FMA form, matrix by vector, and plain ops."""
+"""Quantized matrices times rows: dequantize in FMA form, matrix by vector, and plain ops."""

@@ -1,4 +1,4 @@
-"""A quantised matrix times a few vectors, as kernel cases: to check, to time, to choose by."""
+"""A quantized matrix times a few vectors, as kernel cases: to check, to time, to choose by."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from .. import reference
-from ..case import DTYPES, random_quantised
+from ..case import DTYPES, random_quantized
 from ..cpu.entry import cpu_steps
 from ..launch import available as gpu_available
 from ..launch import scalar
@@ -17,8 +17,8 @@ NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class MatvecTrial:
-    """`dequant_matvec` at one shape; see `trial.Trial`."""
+class MatvecCase:
+    """`dequant_matvec` at one shape; see `case.KernelCase`."""
 
     op: ClassVar[str] = "dequant_matvec"
     rows: int
@@ -42,7 +42,7 @@ class MatvecTrial:
         x = mx.random.normal((self.tokens, self.columns), key=keys[0]).astype(DTYPES[self.dtype])
         shape = self.rows, self.columns
         scale_dtype = DTYPES[self.scale_dtype]
-        arrays = [x, *random_quantised(keys[1], shape, self.bits, self.group_size, scale_dtype)]
+        arrays = [x, *random_quantized(keys[1], shape, self.bits, self.group_size, scale_dtype)]
         mx.eval(arrays)
         return arrays
 
@@ -78,8 +78,8 @@ class MatvecTrial:
 
 
 @dataclass(frozen=True)
-class NormedMatvecTrial(MatvecTrial):
-    """`dequant_matvec` of a normalised input, which stock normalises in a launch of its own."""
+class NormedMatvecCase(MatvecCase):
+    """`dequant_matvec` of a normalized input, which stock normalizes in a launch of its own."""
 
     op: ClassVar[str] = "dequant_matvec_normed"
 

@@ -1,5 +1,5 @@
 // y[n, row] = sum over columns of W[row, column] * x[n, column]
-// With NORM, x is RMS-normalised first; with RESIDUAL, residual[n, row] is added.
+// With NORM, x is RMS-normalized first; with RESIDUAL, residual[n, row] is added.
 // Grid: x = 32 * SPLIT * UNITS * ceil(ROWS / (TILE * UNITS)), y = n. Threadgroup: 32 * SPLIT * UNITS.
 // A unit of SPLIT simdgroups makes TILE rows; each lane takes CHUNK columns at a time, and all rows
 // reuse the activations.

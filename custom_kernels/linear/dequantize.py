@@ -1,4 +1,4 @@
-"""Quantised matrices written out, for products with many rows, where each weight serves often."""
+"""Quantized matrices written out, for products with many rows, where each weight serves often."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,10 +8,10 @@ import numpy as np
 
 from .. import reference
 from ..autotune import prefers_custom
-from ..case import DTYPES, NAMES, random_quantised
+from ..case import DTYPES, NAMES, random_quantized
 from ..launch import Kernel
 from ..weights import QuantizedMatrix
-from .cases import MatvecTrial
+from .cases import MatvecCase
 from .matvec import supports
 
 LANES = 256
@@ -31,10 +31,10 @@ def dequantize(bank: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
     rows, groups = bank.scales.shape
     columns = groups * bank.group_size
     if supports(bank.bits, bank.group_size):
-        trial = DequantizeTrial(
+        case = DequantizeCase(
             rows, columns, bank.bits, bank.group_size, NAMES[dtype], NAMES[bank.scales.dtype]
         )
-        if prefers_custom(trial):
+        if prefers_custom(case):
             return dequantize_by_kernel(bank, dtype)
     return dequantize_by_mlx(bank, dtype)
 
@@ -69,7 +69,7 @@ def dequantize_by_mlx(bank: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
 
 
 def matmul(x: mx.array, bank: QuantizedMatrix) -> mx.array:
-    """Multiply many rows by one matrix, dequantised first: `[..., in]` to `[..., out]`."""
+    """Multiply many rows by one matrix, dequantized first: `[..., in]` to `[..., out]`."""
     return x @ dequantize(bank, x.dtype).T
 
 
@@ -80,8 +80,8 @@ def matmul_by_mlx(x: mx.array, bank: QuantizedMatrix) -> mx.array:
 
 
 @dataclass(frozen=True)
-class DequantizeTrial:
-    """`dequantize` of one matrix; see `trial.Trial`."""
+class DequantizeCase:
+    """`dequantize` of one matrix; see `case.KernelCase`."""
 
     op: ClassVar[str] = "dequantize"
     rows: int
@@ -101,7 +101,7 @@ class DequantizeTrial:
     def inputs(self, seed: int = 0) -> list[mx.array]:
         """Make codes, scales and biases."""
         shape, dtype = (self.rows, self.columns), DTYPES[self.scale_dtype]
-        arrays = random_quantised(mx.random.key(seed), shape, self.bits, self.group_size, dtype)
+        arrays = random_quantized(mx.random.key(seed), shape, self.bits, self.group_size, dtype)
         mx.eval(arrays)
         return arrays
 
@@ -123,14 +123,14 @@ class DequantizeTrial:
 
 
 @dataclass(frozen=True)
-class MatmulTrial(MatvecTrial):
-    """`matmul` at one shape; see `trial.Trial`."""
+class MatmulCase(MatvecCase):
+    """`matmul` at one shape; see `case.KernelCase`."""
 
-    op: ClassVar[str] = "dequantised_matmul"
+    op: ClassVar[str] = "dequantized_matmul"
     tokens: int = 512
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
-        """Dequantise, then multiply."""
+        """Dequantize, then multiply."""
         return [matmul(inputs[0], self._bank(inputs))]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:

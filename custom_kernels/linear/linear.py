@@ -16,8 +16,8 @@ from ..device import cpu_kernels, on_gpu
 from ..launch import rounds_products, scalar
 from ..op import Op
 from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
-from .cases import MatvecTrial, NormedMatvecTrial
-from .dequantize import MatmulTrial, matmul, matmul_by_mlx
+from .cases import MatvecCase, NormedMatvecCase
+from .dequantize import MatmulCase, matmul, matmul_by_mlx
 from .matvec import MAX_TOKENS, dequant_matvec, supports
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ def linear(
 ) -> list[mx.array]:
     """Apply each linear layer to the same input: `[..., in]` to one `[..., out]` per layer.
 
-    Kernels take affine-quantised layers without bias; all else goes to the layer itself.
+    Kernels take affine-quantized layers without bias; all else goes to the layer itself.
 
     Args:
         x: `[..., in]`.
@@ -136,7 +136,7 @@ class Joined(NamedTuple):
 
 
 def join(layers: Sequence[nn.Module]) -> Joined | None:
-    """Join the weights of layers, or return None if they are not quantised alike.
+    """Join the weights of layers, or return None if they are not quantized alike.
 
     It takes no memory: each layer's weights become views of the joined ones.
     """
@@ -173,8 +173,8 @@ def _by_gpu(
 ) -> mx.array:
     bank, tokens = weight.bank, x.size // x.shape[-1]
     keeps = x.dtype in (bank.scales.dtype, mx.float32)  # else stock widens the result
-    kind = MatvecTrial if norm is None else NormedMatvecTrial
-    if keeps and tokens <= MAX_TOKENS and prefers_custom(_trial(kind, bank, x, tokens)):
+    kind = MatvecCase if norm is None else NormedMatvecCase
+    if keeps and tokens <= MAX_TOKENS and prefers_custom(_case(kind, bank, x, tokens)):
         arrays = bank.codes, bank.scales, bank.biases
         gain = None if norm is None else (norm.weight, scalar(norm.eps))
         return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual, dtype=dtype)
@@ -182,14 +182,14 @@ def _by_gpu(
         x = norm(x)
     tried = max((n for n in TRIED_TOKENS if n <= tokens), default=0)
     by_matmul = tried and keeps and not rounds_products(x)
-    if by_matmul and prefers_custom(_trial(MatmulTrial, bank, x, tried)):
+    if by_matmul and prefers_custom(_case(MatmulCase, bank, x, tried)):
         y = matmul(x, bank)
     else:
         y = matmul_by_mlx(x, bank)
     return y.astype(dtype) if residual is None else residual + y
 
 
-def _trial(kind: Callable[..., T], bank: QuantizedMatrix, x: mx.array, tokens: int) -> T:
+def _case(kind: Callable[..., T], bank: QuantizedMatrix, x: mx.array, tokens: int) -> T:
     rows, columns = bank.scales.shape[0], x.shape[-1]
     dtypes = NAMES[x.dtype], NAMES[bank.scales.dtype]
     return kind(rows, columns, bank.bits, bank.group_size, *dtypes, tokens)

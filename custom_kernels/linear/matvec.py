@@ -1,10 +1,10 @@
-"""Quantised matrix times a few vectors, on a GPU."""
+"""Quantized matrix times a few vectors, on a GPU."""
 
 import mlx.core as mx
 
 from ...errors import FlashMoEError
 from ..launch import SIMD, Kernel, is_cuda
-from ..shapes import expect, expect_quantised
+from ..shapes import expect, expect_quantized
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -24,7 +24,7 @@ _naive_kernel = Kernel("linear/naive_matvec", ("x", "codes", "scales", "biases")
 
 
 def supports(bits: int, group_size: int) -> bool:
-    """Say whether the kernels take weights quantised so."""
+    """Say whether the kernels take weights quantized so."""
     return bits in BITS and group_size in GROUP_SIZES
 
 
@@ -77,7 +77,7 @@ def geometry(columns: int, bits: int, *, cuda: bool) -> dict[str, int]:
 def naive_matvec(
     x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, bits: int
 ) -> mx.array:
-    """Multiply as `dequant_matvec` does, but dequantise each weight: a baseline for benchmarks."""
+    """Multiply as `dequant_matvec` does, but dequantize each weight: a baseline for benchmarks."""
     return _launch(_naive_kernel, [x, codes, scales, biases], bits, x.dtype)
 
 
@@ -90,7 +90,7 @@ def _launch(
     if group not in GROUP_SIZES:
         raise FlashMoEError(f"groups of {group} columns, but this layer takes {GROUP_SIZES}.")
     expect("codes", codes, (rows, columns * bits // 32))
-    expect_quantised("a matrix", codes, scales, biases, bits, group)
+    expect_quantized("a matrix", codes, scales, biases, bits, group)
     shape = geometry(columns, bits, cuda=is_cuda())
     (y,) = kernel(
         arrays,

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..custom_kernels import launch
 from ..custom_kernels.autotune import NEEDS_GPU, measure
-from ..custom_kernels.case import DTYPES, Trial
-from ..custom_kernels.cases import label, trials
+from ..custom_kernels.case import DTYPES, KernelCase
+from ..custom_kernels.cases import cases, label
 from ..custom_kernels.experts.router import MAX_TOP_K
 from ..custom_kernels.linear.matvec import BITS
 from ..custom_kernels.timing import fitting_calls, ops_of, side_by_side
@@ -24,7 +24,7 @@ from ..profile import machine
 
 CHAIN_SECONDS = 0.5
 COPIED = 256 << 20  # bytes of each array that the bandwidth is measured with
-OPS = tuple(dict.fromkeys(trial.op for trial in trials(GEOMETRIES["35b"], 4, "float32")))
+OPS = tuple(dict.fromkeys(case.op for case in cases(GEOMETRIES["35b"], 4, "float32")))
 FORMS = ("custom", "naive", "stock")  # of an op: ours, ours without care, MLX's
 HEADER = (
     f"{'ours':>9} {'naive':>9} {'stock':>9} {'floor':>9} {'share':>6} {'gain':>6}  op and shape"
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"chains of {calls}, fewer of slow ops; median of {args.runs}; milliseconds per call")
     print(HEADER, flush=True)
     rows = []
-    for trial in _selected(args, dtype):
-        rows.append(measure_row(trial, calls, args.runs, bandwidth))
+    for case in _selected(args, dtype):
+        rows.append(measure_row(case, calls, args.runs, bandwidth))
         print(line(rows[-1]), flush=True)
     settings = {"dtype": dtype, "calls": calls, "runs": args.runs, "copy_bytes_per_s": bandwidth}
     settings["copy_measured_by"] = how
@@ -100,20 +100,20 @@ def _check(args: argparse.Namespace) -> None:
                 raise FlashMoEError(f"{flag} {value} is not among what can be measured: {known}.")
 
 
-def _selected(args: argparse.Namespace, dtype: str) -> Iterable[Trial]:
+def _selected(args: argparse.Namespace, dtype: str) -> Iterable[KernelCase]:
     """Return the kernel cases that the flags describe, each once."""
     found = [
-        trial
+        case
         for geometry in args.geometry
         for bits in args.bits
         for top_k in args.top_k
-        for trial in trials(GEOMETRIES[geometry], bits, dtype, top_k)
-        if not args.op or trial.op in args.op
+        for case in cases(GEOMETRIES[geometry], bits, dtype, top_k)
+        if not args.op or case.op in args.op
     ]
     return dict.fromkeys(found)
 
 
-def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> dict[str, Any]:
+def measure_row(case: KernelCase, calls: int, runs: int, bandwidth: float) -> dict[str, Any]:
     """Check a kernel case and time it, unless the kernel fails its check.
 
     Returns:
@@ -122,16 +122,16 @@ def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> dict[s
         milliseconds per call of each of FORMS (None where not timed) and of moving `nbytes` at
         `bandwidth` (bytes per second); the floor over our time, and stock's time over ours.
     """
-    found = measure(trial, timed=False)
+    found = measure(case, timed=False)
     times: dict[str, float] = {}
     if found.ok or found.message == NEEDS_GPU:
-        names = [name for name in (FORMS if found.ok else ("stock",)) if hasattr(trial, name)]
+        names = [name for name in (FORMS if found.ok else ("stock",)) if hasattr(case, name)]
         if not launch.available():  # the naive form is a GPU kernel
             names = [name for name in names if name != "naive"]
-        times = dict(zip(names, _time(trial, names, calls, runs), strict=True))
-    ours, stock, floor = times.get("custom"), times.get("stock"), trial.nbytes / bandwidth * 1e3
+        times = dict(zip(names, _time(case, names, calls, runs), strict=True))
+    ours, stock, floor = times.get("custom"), times.get("stock"), case.nbytes / bandwidth * 1e3
     return {
-        "op": trial.op, "trial": label(trial), "nbytes": trial.nbytes,
+        "op": case.op, "trial": label(case), "nbytes": case.nbytes,
         "error": found.error, "limit": found.limit, "message": found.message,
         **{f"{form}_ms": times.get(form) for form in FORMS}, "floor_ms": floor,
         "share_of_floor": floor / ours if ours else None,
@@ -139,19 +139,19 @@ def measure_row(trial: Trial, calls: int, runs: int, bandwidth: float) -> dict[s
     }  # fmt: skip
 
 
-def _time(trial: Trial, names: list[str], calls: int, runs: int) -> list[float]:
+def _time(case: KernelCase, names: list[str], calls: int, runs: int) -> list[float]:
     """Return milliseconds per call of each op, in chains of at most CHAIN_SECONDS or one call."""
-    calls, sets = _chain_length(trial, calls)
-    inputs = [trial.inputs()]
-    ops = ops_of(trial, names)
+    calls, sets = _chain_length(case, calls)
+    inputs = [case.inputs()]
+    ops = ops_of(case, names)
     calls = fitting_calls(ops, inputs[0], CHAIN_SECONDS, calls, time.perf_counter)
-    inputs += [trial.inputs(seed) for seed in range(1, min(calls, sets))]
+    inputs += [case.inputs(seed) for seed in range(1, min(calls, sets))]
     return side_by_side(ops, inputs, calls, runs)
 
 
-def _chain_length(trial: Trial, calls: int) -> tuple[int, int]:
+def _chain_length(case: KernelCase, calls: int) -> tuple[int, int]:
     """Return calls, and sets of inputs: enough that none is still in a cache when it is used."""
-    sets = -(-3 * machine.cache_bytes() // (2 * max(trial.nbytes, 1)))
+    sets = -(-3 * machine.cache_bytes() // (2 * max(case.nbytes, 1)))
     sets = min(sets, max(calls, 64))
     return max(calls, sets), sets
 

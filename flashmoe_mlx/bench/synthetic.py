@@ -1,6 +1,6 @@
 """Random-weight checkpoints of true shape, in the format that streams: what benchmarks run on.
 
-`flashmoe-convert` plans a bfloat16 checkpoint that does not exist, so files, headers, quantisation
+`flashmoe-convert` plans a bfloat16 checkpoint that does not exist, so files, headers, quantization
 and config.json are those of a real conversion. Only the bytes are made here: random windows into
 small pools of random codes and scales. Weights have a variance of 1 / columns, so activations stay
 finite, routers spread tokens over experts, and text is nonsense.
@@ -225,7 +225,7 @@ def _write_tensor(file: TensorFile, tensor: TrunkTensor, pools: "Pools") -> None
 
 
 def _small(spec: Spec, rng: np.random.Generator) -> Words:
-    """Return an unquantised tensor: norms about 1, decay rates from slow to fast, or normals."""
+    """Return an unquantized tensor: norms about 1, decay rates from slow to fast, or normals."""
     if spec.name.endswith("A_log"):
         return np.log(rng.uniform(0.01, 8, spec.shape)).astype(np.float32)
     mean, deviation = 1.0, 0.1
@@ -246,7 +246,7 @@ class Pools:
     def matrix(
         self, outputs: Sequence[Spec], quant: Quant, rng: np.random.Generator
     ) -> Iterator[Words]:
-        """Yield a quantised matrix's bytes, piece by piece: codes, then scales, then biases."""
+        """Yield a quantized matrix's bytes, piece by piece: codes, then scales, then biases."""
         codes, scales, _ = outputs
         columns = codes.shape[1] * 32 // quant.bits
         yield from windows(self._codes, math.prod(codes.shape), rng)

@@ -12,10 +12,10 @@ from typing import Any
 
 from ..commands import as_command
 from ..custom_kernels.autotune import NEEDS_GPU, Verdict, verdict
-from ..custom_kernels.case import Trial
-from ..custom_kernels.cases import label, trials
+from ..custom_kernels.case import KernelCase
+from ..custom_kernels.cases import cases, label
 from ..custom_kernels.cpu.compile import compiled_folder
-from ..custom_kernels.device import kernel_choice
+from ..custom_kernels.device import kernel_mode
 from ..custom_kernels.kept import cache_dir
 from ..custom_kernels.linear.matvec import BITS
 from ..errors import FlashMoEError
@@ -82,16 +82,16 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.sample_mib < 2:
         raise FlashMoEError(f"--sample-mib {args.sample_mib} is less than one expert. Give 2.")
-    choice, directory = kernel_choice(), args.model_dir or args.model
+    choice, directory = kernel_mode(), args.model_dir or args.model
     model = examine(directory) if directory else None
     dtype = machine.default_dtype()
-    kernels = [_kernel(trial) for trial in _trials(args.geometry, model, dtype)]
+    kernels = [_kernel(case) for case in _trials(args.geometry, model, dtype)]
     folder, complaints = compiled_folder()
     speed = _read_speed(model, args.sample_mib << 20)
     place = directory or _existing(cache_dir())
     findings: dict[str, Any] = {
         **machine.facts(),
-        "kernel_choice": choice,
+        "kernel_mode": choice,
         "dtype": dtype,
         "kernels": kernels,
         "kept": {"kernels": folder, "verdicts": str(cache_dir()), "complaints": complaints},
@@ -109,16 +109,16 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
     return findings
 
 
-def _trials(geometry: str | None, model: ModelReport | None, dtype: str) -> list[Trial]:
-    """Return the model's trials at its experts' bits, or those of the geometry given, at 4 bits."""
+def _trials(geometry: str | None, model: ModelReport | None, dtype: str) -> list[KernelCase]:
+    """Return the model's cases at its experts' bits, or those of the geometry given, at 4 bits."""
     if model and model.args and not geometry:
         known = [bits for bits in model.bits if bits in BITS] or [4]
-        return list(dict.fromkeys(t for bits in known for t in trials(model.args, bits, dtype)))
-    return trials(GEOMETRIES[geometry or "35b"], 4, dtype)
+        return list(dict.fromkeys(t for bits in known for t in cases(model.args, bits, dtype)))
+    return cases(GEOMETRIES[geometry or "35b"], 4, dtype)
 
 
-def _kernel(trial: Trial) -> dict[str, Any]:
-    return {"op": trial.op, "trial": label(trial), **verdict(trial, fresh=True).as_dict()}
+def _kernel(case: KernelCase) -> dict[str, Any]:
+    return {"op": case.op, "trial": label(case), **verdict(case, fresh=True).as_dict()}
 
 
 def _read_speed(model: ModelReport | None, sample: int) -> ReadSpeed | str:
@@ -200,7 +200,7 @@ def render(found: dict[str, Any]) -> str:
     memory = f"{found['memory_available'] / GIB:.1f} of {found['memory'] / GIB:.1f} GiB available"
     if found["memory_limit"]:
         memory += f", cgroup limit {found['memory_limit'] / GIB:.1f} GiB"
-    device = f"{found['device']}, {found['dtype']}, FLASHMOE_KERNELS={found['kernel_choice']}"
+    device = f"{found['device']}, {found['dtype']}, FLASHMOE_KERNELS={found['kernel_mode']}"
     disk = found["disk"]
     lines = [
         ("machine", f"{found['system']}; {found['cpu']}, {found['cores']} cores"),
@@ -210,7 +210,7 @@ def render(found: dict[str, Any]) -> str:
         ("disk", f"{disk['free'] / GIB:.1f} GiB free at {disk['path']}"),
         ("reading", found["read_speed_line"]),
         *(("model", line) for line in _model_lines(found["model"])),
-        *(("kernel", line) for line in _kernel_lines(found["kernels"], found["kernel_choice"])),
+        *(("kernel", line) for line in _kernel_lines(found["kernels"], found["kernel_mode"])),
         *(("full", _full_line(check)) for check in found["full"]),
         *(("advice", line) for line in found["advice"]),
         *(("WRONG", line) for line in found["problems"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import FlashMoEError
 from ..format.json_file import exists, read_object
-from ..format.layout import ExpertLayout, checkpoint_headers, open_layout, quantisation
+from ..format.layout import ExpertLayout, checkpoint_headers, open_layout, quantization
 from ..format.model_files import read_config
 from ..format.names import PROJECTIONS
 from ..loader import check_tokenizer, find_model, without_experts
@@ -114,7 +114,7 @@ def _experts(report: ModelReport) -> None:
         return
     layout = open_layout(report.directory, args.num_hidden_layers, args.num_experts)
     found = {
-        quantisation(layer, projection, args.expert_shape(projection))[0]
+        quantization(layer, projection, args.expert_shape(projection))[0]
         for layer in layout.layers
         for projection in PROJECTIONS
     }

@@ -24,21 +24,21 @@ import numpy.typing as npt
 from mlx_lm.models import qwen3_5_moe
 from mlx_lm.utils import load_model
 
-from ..custom_kernels.attention.step import AttentionStepTrial
+from ..custom_kernels.attention.step import AttentionStepCase
 from ..custom_kernels.autotune import NEEDS_GPU, Verdict, measure
-from ..custom_kernels.case import DTYPES, Trial
-from ..custom_kernels.experts.cases import ExpertDownTrial, ExpertGateUpTrial, ExpertsTrial
-from ..custom_kernels.experts.prefill import TiledTrial
-from ..custom_kernels.experts.router import RouterTrial
-from ..custom_kernels.experts.tiles import CombineTrial
+from ..custom_kernels.case import DTYPES, KernelCase
+from ..custom_kernels.experts.cases import ExpertDownCase, ExpertGateUpCase, ExpertsCase
+from ..custom_kernels.experts.prefill import TiledCase
+from ..custom_kernels.experts.router import RouterCase
+from ..custom_kernels.experts.tiles import CombineCase
 from ..custom_kernels.gated_delta.cases import (
-    GatedDeltaNormTrial,
-    GatedDeltaPrepareTrial,
-    GatedDeltaScanTrial,
-    GatedDeltaStepTrial,
+    GatedDeltaNormCase,
+    GatedDeltaPrepareCase,
+    GatedDeltaScanCase,
+    GatedDeltaStepCase,
 )
-from ..custom_kernels.linear.cases import MatvecTrial, NormedMatvecTrial
-from ..custom_kernels.linear.dequantize import DequantizeTrial, MatmulTrial
+from ..custom_kernels.linear.cases import MatvecCase, NormedMatvecCase
+from ..custom_kernels.linear.dequantize import DequantizeCase, MatmulCase
 from ..custom_kernels.linear.matvec import BITS, GROUP_SIZES
 from ..errors import FlashMoEError
 from ..format.layout import EXPERT_DIR, layer_file
@@ -87,7 +87,7 @@ class Finding:
 
 def full_check(report: ModelReport | None) -> list[Finding]:
     """Check every kernel, and a model that `doctor_model.examine` found complete."""
-    found = parity([*quantised(), *others()])
+    found = parity([*quantized(), *others()])
     if report and report.args and report.layout and not report.problems:
         found += [
             _finding("streamed logits", streamed, report),
@@ -107,69 +107,69 @@ def _finding(name: str, check: Callable[[ModelReport], Outcome], report: ModelRe
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-def quantised() -> Iterator[Trial]:
-    """Yield the cases of quantised weights. Float32 activations go with scales of any dtype."""
+def quantized() -> Iterator[KernelCase]:
+    """Yield the cases of quantized weights. Float32 activations go with scales of any dtype."""
     pairs = [(x, s) for x, s in product(DTYPES, DTYPES) if s == x or x == "float32"]
     for (dtype, scales), bits, group in product(pairs, BITS, GROUP_SIZES):
         kind = bits, group, dtype, scales
         experts = 5, 3, *kind
-        yield MatvecTrial(37, 384, *kind, tokens=3)
-        yield MatvecTrial(1001, 2176, *kind)
-        yield NormedMatvecTrial(37, 384, *kind, tokens=2)
-        yield ExpertGateUpTrial(384, 19, *experts, shared_bits=bits, tokens=3)
-        yield ExpertDownTrial(19, 384, *experts, shared_bits=bits, tokens=3)
-        yield ExpertsTrial(384, 256, *experts, shared_bits=bits, tokens=2)
-        yield DequantizeTrial(37, 384, bits, group, dtype, scales)
-        yield TiledTrial(384, 256, *kind, down_bits=bits, slots=5, rows=11)
+        yield MatvecCase(37, 384, *kind, tokens=3)
+        yield MatvecCase(1001, 2176, *kind)
+        yield NormedMatvecCase(37, 384, *kind, tokens=2)
+        yield ExpertGateUpCase(384, 19, *experts, shared_bits=bits, tokens=3)
+        yield ExpertDownCase(19, 384, *experts, shared_bits=bits, tokens=3)
+        yield ExpertsCase(384, 256, *experts, shared_bits=bits, tokens=2)
+        yield DequantizeCase(37, 384, bits, group, dtype, scales)
+        yield TiledCase(384, 256, *kind, down_bits=bits, slots=5, rows=11)
         if dtype != "float32":  # where NVIDIA's GPUs round products, these are left to MLX
-            yield MatmulTrial(37, 384, *kind, tokens=70)
+            yield MatmulCase(37, 384, *kind, tokens=70)
 
 
-def others() -> Iterator[Trial]:
+def others() -> Iterator[KernelCase]:
     """Yield the cases of router, sums of experts, attention and GatedDeltaNet."""
     for dtype in DTYPES:
         for experts, top_k in (16, 4), (33, 10), (100, 4), (256, 8), (512, 10):
-            yield RouterTrial(experts, top_k, dtype, tokens=3)
+            yield RouterCase(experts, top_k, dtype, tokens=3)
         for weights in DTYPES:
-            yield CombineTrial(384, 3, dtype, weights, tokens=5)
-            yield CombineTrial(2056, 8, dtype, weights)
-        yield AttentionStepTrial(6, 2, 64, 16, dtype, batch=2, keys=301, position=70_000)
-        yield AttentionStepTrial(16, 2, 256, 64, dtype, keys=257)
-        yield AttentionStepTrial(3, 3, 128, 24, dtype, keys=1)
+            yield CombineCase(384, 3, dtype, weights, tokens=5)
+            yield CombineCase(2056, 8, dtype, weights)
+        yield AttentionStepCase(6, 2, 64, 16, dtype, batch=2, keys=301, position=70_000)
+        yield AttentionStepCase(16, 2, 256, 64, dtype, keys=257)
+        yield AttentionStepCase(3, 3, 128, 24, dtype, keys=1)
         for weights in {dtype, "bfloat16"}:
             odd, real = (2, 6, 48, 37, dtype, weights), (16, 32, 128, 128, dtype, weights)
             for sizes, batch in (odd, 2), (real, 1):
-                yield GatedDeltaStepTrial(*sizes, batch=batch)
-                yield GatedDeltaPrepareTrial(*sizes, batch=batch, tokens=21, masked=batch > 1)
-                yield GatedDeltaScanTrial(*sizes, batch=batch, tokens=21, masked=batch > 1)
-                yield GatedDeltaNormTrial(*sizes, batch=batch, tokens=21)
+                yield GatedDeltaStepCase(*sizes, batch=batch)
+                yield GatedDeltaPrepareCase(*sizes, batch=batch, tokens=21, masked=batch > 1)
+                yield GatedDeltaScanCase(*sizes, batch=batch, tokens=21, masked=batch > 1)
+                yield GatedDeltaNormCase(*sizes, batch=batch, tokens=21)
 
 
-def judge(trial: Trial) -> Verdict:
-    """Compare one kernel case with the reference."""
-    return measure(trial, timed=False)
+def judge(case: KernelCase) -> Verdict:
+    """Compare one kernel kernel_case with the reference."""
+    return measure(case, timed=False)
 
 
-def parity(trials: Sequence[Trial]) -> list[Finding]:
+def parity(cases: Sequence[KernelCase]) -> list[Finding]:
     """Compare kernel cases with the float32 reference, and sum up each op."""
-    verdicts: dict[str, list[tuple[Trial, Verdict]]] = {}
+    verdicts: dict[str, list[tuple[KernelCase, Verdict]]] = {}
     pool = ProcessPoolExecutor(min(PROCESSES, machine.cores()), get_context("spawn"))
     try:
         with pool:
-            for trial, verdict in zip(trials, pool.map(judge, trials), strict=True):
-                verdicts.setdefault(trial.op, []).append((trial, verdict))
+            for case, verdict in zip(cases, pool.map(judge, cases), strict=True):
+                verdicts.setdefault(case.op, []).append((case, verdict))
     except BrokenProcessPool:
         done = sum(map(len, verdicts.values()))
-        return [Finding("kernels", False, f"a process died at {trials[done]} or soon after")]
+        return [Finding("kernels", False, f"a process died at {cases[done]} or soon after")]
     return [summary(op, found) for op, found in sorted(verdicts.items())]
 
 
-def summary(op: str, found: list[tuple[Trial, Verdict]]) -> Finding:
+def summary(op: str, found: list[tuple[KernelCase, Verdict]]) -> Finding:
     """Say how many cases of an op agree, and what is wrong with the first others."""
-    tried = [(trial, verdict) for trial, verdict in found if verdict.message != NEEDS_GPU]
+    tried = [(case, verdict) for case, verdict in found if verdict.message != NEEDS_GPU]
     if not tried:
         return Finding(f"kernel {op}", None, NEEDS_GPU)
-    wrong = [f"{trial}: {verdict.message}" for trial, verdict in tried if not verdict.ok]
+    wrong = [f"{case}: {verdict.message}" for case, verdict in tried if not verdict.ok]
     idle = f" ({len(found) - len(tried)} more need a GPU)" if len(tried) < len(found) else ""
     right = f"{len(tried) - len(wrong)} of {len(tried)} cases agree with the float32 reference"
     return Finding(f"kernel {op}", not wrong, "; ".join([right + idle, *wrong[:3]]))

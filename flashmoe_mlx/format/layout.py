@@ -205,7 +205,7 @@ def open_layout(model_dir: Path | str, num_layers: int, num_experts: int) -> Exp
         num_experts: routed experts per layer, from the model's config.
 
     Raises:
-        FlashMoEError: experts are missing, incomplete, unquantised or damaged.
+        FlashMoEError: experts are missing, incomplete, unquantized or damaged.
     """
     model_dir = Path(model_dir)
     experts_dir = model_dir / EXPERT_DIR
@@ -390,7 +390,7 @@ def _stock_layer(
     fields = []
     for name in FIELDS:
         if name not in found:
-            state = "experts are not quantised" if "up_proj.weight" in found else "no experts found"
+            state = "experts are not quantized" if "up_proj.weight" in found else "no experts found"
             raise FlashMoEError(
                 f"{directory}: layer {layer}: {state} (no switch_mlp.{name}). Repack it first: "
                 f"flashmoe-convert --hf-path {directory} --mlx-path OUT -q"
@@ -406,7 +406,7 @@ def _stock_layer(
     return LayerLayout(layer, num_experts, tuple(fields))
 
 
-def quantisation(layer: LayerLayout, projection: str, shape: tuple[int, int]) -> tuple[int, int]:
+def quantization(layer: LayerLayout, projection: str, shape: tuple[int, int]) -> tuple[int, int]:
     """Return (bits, group size) of one projection, derived from its shapes.
 
     Args:
@@ -442,7 +442,7 @@ def quantisation(layer: LayerLayout, projection: str, shape: tuple[int, int]) ->
         raise FlashMoEError(
             f"{weight.file}: layer {layer.layer} {projection}: weight {weight.dtype}"
             f"{list(weight.shape)} with scales {scales.dtype}{list(scales.shape)} is not affine "
-            f"quantisation of {in_features} columns. Only affine modes can be streamed; convert "
+            f"quantization of {in_features} columns. Only affine modes can be streamed; convert "
             "from the original checkpoint with flashmoe-convert -q."
         )
     return bits, group_size

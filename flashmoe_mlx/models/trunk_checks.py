@@ -24,7 +24,7 @@ Place = tuple[Path, TensorInfo]
 FLOATS = ("BF16", "F16", "F32")
 UNREAD = ("F8_E5M2", "F64")
 REMEDY = "Restore the checkpoint's own files"
-# What MLX has besides affine quantisation, which has scales of bytes and no biases.
+# What MLX has besides affine quantization, which has scales of bytes and no biases.
 MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
@@ -99,12 +99,12 @@ def _random_state_kept() -> Iterator[None]:
 def _parameters(trunk: Mapping[str, Place], args: ModelArgs) -> dict[str, mx.array]:
     """Return the parameters of the model that config.json describes, none of them computed.
 
-    Layers are quantised as mlx-lm does it: by their own entry, or, if the checkpoint has scales for
+    Layers are quantized as mlx-lm does it: by their own entry, or, if the checkpoint has scales for
     them, by what the shapes say.
     """
     model, entry = Model(args), args.quantization
 
-    def quantised(path: str, module: nn.Module) -> Any:
+    def quantized(path: str, module: nn.Module) -> Any:
         if is_expert(f"{path}.weight"):
             return False
         if path in entry:
@@ -116,7 +116,7 @@ def _parameters(trunk: Mapping[str, Place], args: ModelArgs) -> dict[str, mx.arr
 
     if entry:
         mode = entry.get("mode", "affine")
-        nn.quantize(model, entry["group_size"], entry["bits"], mode=mode, class_predicate=quantised)
+        nn.quantize(model, entry["group_size"], entry["bits"], mode=mode, class_predicate=quantized)
     parameters = dict(tree_flatten(model.parameters()))
     return {name: array for name, array in parameters.items() if not is_expert(name)}
 
@@ -132,7 +132,7 @@ def _check_width(path: str, module: nn.Module, entry: Any) -> None:
 
 
 def _inferred(path: str, module: nn.Module, trunk: Mapping[str, Place]) -> dict[str, Any]:
-    """Return the quantisation that the shapes of a layer's codes and scales say."""
+    """Return the quantization that the shapes of a layer's codes and scales say."""
     columns = module["weight"].shape[-1]
     file, scales = trunk[f"{path}.scales"]
     weight = trunk[f"{path}.weight"][1] if f"{path}.weight" in trunk else scales
@@ -143,7 +143,7 @@ def _inferred(path: str, module: nn.Module, trunk: Mapping[str, Place]) -> dict[
         return {"group_size": group, "bits": bits, "mode": mode}
     raise FlashMoEError(
         f"{file}: {path}: weight {weight.dtype}{list(weight.shape)} with scales "
-        f"{scales.dtype}{list(scales.shape)} is not a quantisation of {columns} columns. {REMEDY}."
+        f"{scales.dtype}{list(scales.shape)} is not a quantization of {columns} columns. {REMEDY}."
     )
 
 

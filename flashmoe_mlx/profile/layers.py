@@ -107,9 +107,9 @@ class _Experts:
         """Count time in which a GPU brought experts by itself."""
         self._brought += seconds
 
-    def guess(self, *args: Any) -> None:
+    def prefetch(self, *args: Any) -> None:
         """Guess as the block does; that takes no part of the layer's time."""
-        self._module.guess(*args)
+        self._module.prefetch(*args)
 
     def __call__(self, h: mx.array, *rest: Any) -> Any:
         mx.eval(h)

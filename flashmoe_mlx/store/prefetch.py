@@ -1,8 +1,8 @@
-"""Whether to read experts before their router has chosen them, on a guess.
+"""Prefetch: whether to read experts before their router has chosen them.
 
-The guess is what the next layer's router says of the residual stream as it leaves this layer. While
-the next layer's attention is computed, the experts arrive. Wrong guesses cost bytes, so in `auto`
-the steps of a generation are timed with and without, and what is faster goes on for a while.
+The next layer's router is asked about the residual stream as it leaves this layer, and the experts
+that it likes best are read while the next layer's attention runs. A wrong prefetch costs bytes, so
+`auto` times the steps of a generation with and without, and keeps the faster for a while.
 """
 
 import statistics

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import FlashMoEError
 from .backend import Backend, BulkReads, Row
-from .signals import unbroken
+from .signals import defer_signals
 
 
 class Arrival:
@@ -188,7 +188,7 @@ class Reader:
         Who has to wait anyway is awake already, and the other threads need not wake it. Ctrl-C
         ends it behind the piece that is being read.
         """
-        with self._helping, unbroken() as interrupted:
+        with self._helping, defer_signals() as interrupted:
             while not interrupted and (piece := self._take(batch)):
                 self._read(piece)
 
@@ -200,7 +200,7 @@ class Reader:
             unwanted: give up only what belongs to these.
         """
         error = FlashMoEError("reading was given up; load the model again.")
-        with unbroken(), self._lock:
+        with defer_signals(), self._lock:
             pieces, kept = batch.pieces, list[Piece]()
             while pieces:
                 piece = pieces.popleft()

@@ -33,7 +33,7 @@ def expert_batches(
     flat, bank = ids.reshape(-1), store.banks[layer]
     counts = np.bincount(flat, minlength=bank.layout.num_experts)
     wanted = np.flatnonzero(counts)
-    if bank.complete:
+    if bank.holds_all:
         store.count_hits(layer, wanted.tolist())
         yield np.arange(flat.size), flat.astype(np.int64)
         return
@@ -48,7 +48,7 @@ def expert_batches(
         places = np.flatnonzero(slots >= 0)
         return places, slots[places]
 
-    store.decide(layer, wanted.tolist())
+    store.cancel_prefetch(layer, wanted.tolist())
     try:
         for batch in split(store, layer, wanted, counts[wanted]):
             while len(batch) > room:

@@ -15,7 +15,7 @@ SIGNALS = tuple(
 )
 
 
-class unbroken:
+class defer_signals:
     """Let signals wait until the block is over, and have them handled there.
 
     Python calls a signal's handler in the main thread between any two steps. If it raises, as

@@ -25,7 +25,7 @@ NEVER = -1e30  # log2 of no uses, as a number
 HALF_LIFE = 128  # uses of a layer's experts, after which an earlier one counts half
 
 
-class Demand:
+class DecayedLFU:
     """How much each expert of a layer was used, of late above all.
 
     Between least recently used (a half-life of one use) and least frequently used (no end of it).
@@ -80,7 +80,7 @@ class SlotBank:
         self._cuts: dict[tuple[int, int], list[Cut]] = {}
         self._free = dict.fromkeys(range(slots))
         self._slot_of: dict[int, int] = {}
-        self._demand = Demand(layout.num_experts)
+        self._demand = DecayedLFU(layout.num_experts)
         self._expert_in: dict[int, int] = {}
         self.arriving: dict[int, tuple[int, Arrival]] = {}
 
@@ -116,7 +116,7 @@ class SlotBank:
         self._demand.adopt(scores)
 
     @property
-    def complete(self) -> bool:
+    def holds_all(self) -> bool:
         """Say whether every expert is resident; then expert e lies in slot e."""
         return len(self._slot_of) == self.layout.num_experts
 
@@ -142,7 +142,7 @@ class SlotBank:
             del self._slot_of[self._expert_in.pop(slot)]
         self.arriving[expert] = slot, arrival
 
-    def settle(self) -> list[Arrival]:
+    def complete(self) -> list[Arrival]:
         """Make experts resident whose bytes are whole, and free the slots of those that failed.
 
         Returns:

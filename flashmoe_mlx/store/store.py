@@ -25,7 +25,7 @@ from .io_mode import open_expert_file
 from .prefetch import Lookahead
 from .reader import Arrival, Batch, Piece, Preadv, Reader
 from .requests import Consumer, Pending
-from .signals import unbroken
+from .signals import defer_signals
 from .sizing import CachePlan
 from .slots import SlotBank
 from .stats import ExpertStats as ExpertStats
@@ -94,11 +94,11 @@ class ExpertStore:
         self.banks: list[SlotBank] = []
         # References that call nothing when a request dies: Ctrl-C would be lost in there.
         self._pending: list[list[weakref.ref[Pending]]] = [[] for _ in layout.layers]
-        self._guessed: list[dict[int, tuple[Batch, Arrival]]] = [{} for _ in layout.layers]
+        self._prefetched: list[dict[int, tuple[Batch, Arrival]]] = [{} for _ in layout.layers]
         self._consumers: list[Consumer] = []
         self._lock = threading.Lock()
         self._process = os.getpid()
-        with unbroken():
+        with defer_signals():
             files = _open_files(paths, plan.io.direct)
             names = {number: path for path, number in files.items()}
             try:
@@ -183,7 +183,7 @@ class ExpertStore:
             slots: the slots that it reads, all of the layer's unless given; it is evaluated
                 before one of them is written anew.
         """
-        if self.banks[layer].complete:
+        if self.banks[layer].holds_all:
             return
         with self._lock:
             if self._loader and self._loader.of_layer[layer].leads:
@@ -206,7 +206,7 @@ class ExpertStore:
         """
         return self.request(layer, experts).wait()
 
-    def bring(self, layer: int, ids: mx.array, earlier: mx.array) -> mx.array | None:
+    def load_by_device(self, layer: int, ids: mx.array, earlier: mx.array) -> mx.array | None:
         """Have the GPU itself make experts resident and find their slots, if it can.
 
         Args:
@@ -258,17 +258,17 @@ class ExpertStore:
         with self._lock:
             self.check_usable()
             self._recall(layer)
-            self._settle(bank, experts)
+            self._complete(bank, experts)
             missing = bank.absent(experts)
             self._stats.asked += len(experts)
-            early = len(self._guessed[layer].keys() & set(experts) - set(missing))
+            early = len(self._prefetched[layer].keys() & set(experts) - set(missing))
             self._stats.hits += len(experts) - len(missing) - early
             self._stats.early += early
             for expert in experts:
-                self._guessed[layer].pop(expert, None)
+                self._prefetched[layer].pop(expert, None)
             batch = None
             if missing:
-                with unbroken():
+                with defer_signals():
                     slots = self._slots(layer, missing, self._kept(layer, experts))
                     batch = self._read(layer, missing, slots)
             slots = [bank.touch(e) for e in experts]
@@ -310,7 +310,7 @@ class ExpertStore:
         nbytes, seconds = self._lately
         return nbytes > FAST * seconds and self.backend.shares_cores
 
-    def guess(self, layer: int, experts: Sequence[int]) -> None:
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read experts that will probably be asked for next; nothing waits for them.
 
         Args:
@@ -323,23 +323,23 @@ class ExpertStore:
         bank = self.banks[layer]
         with self._lock:
             self.check_usable()
-            self._settle(bank)
+            self._complete(bank)
             missing = bank.absent(experts)
             slots = bank.choose(missing, self._kept(layer, experts)) if missing else None
             if slots is None:
                 return
-            with unbroken():
+            with defer_signals():
                 batch = self._read(layer, missing, slots)
                 for expert in missing:
-                    self._guessed[layer][expert] = batch, bank.arriving[expert][1]
+                    self._prefetched[layer][expert] = batch, bank.arriving[expert][1]
 
-    def decide(self, layer: int, experts: Iterable[int]) -> None:
-        """Say what is asked for of a layer, in one request or several: other guesses were wrong."""
+    def cancel_prefetch(self, layer: int, experts: Iterable[int]) -> None:
+        """Cancel prefetches of a layer but those of `experts`, which are about to be asked for."""
         self._recall(layer)
-        guessed = self._guessed[layer]
+        guessed = self._prefetched[layer]
         if not guessed:
             return
-        with unbroken(), self._lock:
+        with defer_signals(), self._lock:
             for expert in guessed.keys() - set(experts):
                 batch, arrival = guessed.pop(expert)
                 self._reader.drop(batch, {arrival})
@@ -441,29 +441,29 @@ class ExpertStore:
                 self._reader.drop(batch)
             raise
         finally:
-            with unbroken(), self._lock:
-                self._settle(self.banks[layer])
+            with defer_signals(), self._lock:
+                self._complete(self.banks[layer])
                 self._stats.seconds_waited += time.perf_counter() - start
 
     def _rest(self, bank: SlotBank) -> None:
         """Wait for all bytes that are on their way into a bank."""
         for _, arrival in bank.arriving.values():
             arrival.wait()
-        self._settle(bank)
+        self._complete(bank)
 
     def _recall(self, layer: int) -> None:
         """Take a layer's table back from the device, if that has the newer one."""
         if self._loader and self._loader.of_layer[layer].leads:
             self.banks[layer].adopt(*self._loader.of_layer[layer].give())
 
-    def _settle(self, bank: SlotBank, wanted: Iterable[int] = ()) -> None:
+    def _complete(self, bank: SlotBank, wanted: Iterable[int] = ()) -> None:
         """Take note of experts that have arrived, and of those wanted that never will."""
         if bank.arriving:
             for _, arrival in (bank.arriving[e] for e in wanted if e in bank.arriving):
                 if arrival.doomed:
                     arrival.wait()
             nbytes, seconds = 0, self._reader.take_seconds()
-            for arrival in bank.settle():
+            for arrival in bank.complete():
                 nbytes += arrival.nbytes
                 self._stats.reads += arrival.pieces
                 self._stats.bytes_read += arrival.nbytes

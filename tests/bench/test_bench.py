@@ -11,15 +11,15 @@ from flashmoe_mlx.bench import kernels
 from flashmoe_mlx.bench.main import main
 from flashmoe_mlx.custom_kernels import launch
 from flashmoe_mlx.custom_kernels.autotune import NEEDS_GPU
-from flashmoe_mlx.custom_kernels.linear.cases import MatvecTrial
+from flashmoe_mlx.custom_kernels.linear.cases import MatvecCase
 from flashmoe_mlx.profile import machine
 
 QUICK = ["kernels", "--geometry", "tiny", "--calls", "1", "--runs", "1", "--dtype", "float32"]
-MATVEC = MatvecTrial(24, 128, 4, 64, "float32", "bfloat16")
+MATVEC = MatvecCase(24, 128, 4, 64, "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class ShiftedMatvec(MatvecTrial):
+class ShiftedMatvec(MatvecCase):
     """The real kernel, whose rows land one too far."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:

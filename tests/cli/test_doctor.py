@@ -18,8 +18,8 @@ from flashmoe_mlx.cli.doctor_model import examine
 from flashmoe_mlx.cli.full_check import Finding
 from flashmoe_mlx.custom_kernels import autotune, launch
 from flashmoe_mlx.custom_kernels.autotune import Verdict
-from flashmoe_mlx.custom_kernels.experts.router import RouterTrial
-from flashmoe_mlx.custom_kernels.linear.cases import MatvecTrial
+from flashmoe_mlx.custom_kernels.experts.router import RouterCase
+from flashmoe_mlx.custom_kernels.linear.cases import MatvecCase
 from flashmoe_mlx.format.layout import open_layout
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.profile.read_speed import ReadSpeed, expert_ranges, scratch_ranges, time_reads
@@ -142,13 +142,13 @@ def test_bad_usage(capsys):
 def test_right_kernels_are_measured_afresh(capsys, monkeypatch):
     require_bench()
     launch._build.cache_clear()
-    trials = doctor.trials
-    monkeypatch.setattr(doctor, "trials", lambda *a: [t for t in trials(*a) if t.op == "router"])
+    cases = doctor.cases
+    monkeypatch.setattr(doctor, "trials", lambda *a: [t for t in cases(*a) if t.op == "router"])
     with metal_on_cpu():
-        (trial,) = doctor.trials(doctor.GEOMETRIES["tiny"], 4, "float32")
-        autotune._remember(trial, Verdict(False, message="old"))
+        (case,) = doctor.cases(doctor.GEOMETRIES["tiny"], 4, "float32")
+        autotune._remember(case, Verdict(False, message="old"))
         code, out = run(QUICK, capsys)
-        assert autotune.verdict(trial).ok
+        assert autotune.verdict(case).ok
     launch._build.cache_clear()
     assert code == 0
     assert "kernel    right, " in out and "router experts=16 top_k=4" in out
@@ -164,7 +164,7 @@ def test_right_kernels_are_measured_afresh(capsys, monkeypatch):
 def test_a_failing_kernel(failing, line, capsys, monkeypatch):
     right = Verdict(True, 1e-6, 1e-5, 0.5, 1.0)
     found = {"router": failing}
-    monkeypatch.setattr(doctor, "verdict", lambda trial, fresh: found.get(trial.op, right))
+    monkeypatch.setattr(doctor, "verdict", lambda case, fresh: found.get(case.op, right))
     code, out = run(QUICK, capsys)
     assert code == 1
     assert out.count(f"WRONG     kernel router: {line}") == 1
@@ -194,12 +194,12 @@ def test_which_op_is_used(choice_, gpu_, custom_ms, used, monkeypatch):
 # ---- --full --------------------------------------------------------------------------------------
 
 
-MATVEC = MatvecTrial(37, 384, 4, 64, "float32", "float32", tokens=3)
-ROUTER = RouterTrial(16, 4, "float32", tokens=3)
+MATVEC = MatvecCase(37, 384, 4, 64, "float32", "float32", tokens=3)
+ROUTER = RouterCase(16, 4, "float32", tokens=3)
 
 
 @dataclass(frozen=True)
-class Deadly(MatvecTrial):
+class Deadly(MatvecCase):
     """A case whose kernel ends the process."""
 
     op = "deadly"

@@ -388,7 +388,7 @@ def test_other_entries(model, entries, message):
     refused(model, message)
 
 
-def test_quantised_activations(model):
+def test_quantized_activations(model):
     edit(model / "config.json", quantize_activations=True)
     refused(model, r"config\.json: quantize_activations is not supported for streamed models")
 

@@ -1,4 +1,4 @@
-"""Calibration sees what stock mlx-lm's experts see, and quantises for it."""
+"""Calibration sees what stock mlx-lm's experts see, and quantizes for it."""
 
 import mlx.core as mx
 import mlx_lm
@@ -119,7 +119,7 @@ def test_an_experts_output_comes_out_better(expert):
 
 
 @pytest.mark.parametrize("layer_sees", ["much", "one token"])
-def test_an_expert_that_saw_nothing_is_quantised_for_its_layer(expert, layer_sees):
+def test_an_expert_that_saw_nothing_is_quantized_for_its_layer(expert, layer_sees):
     matrices, seen = expert
     if layer_sees == "one token":
         seen = LayerInputs(seen.inputs[:1], seen.experts[:1], seen.scores[:1])
@@ -133,7 +133,7 @@ def test_an_expert_that_saw_nothing_is_quantised_for_its_layer(expert, layer_see
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A small quantised model with a tokenizer."""
+    """A small quantized model with a tokenizer."""
     return checkpoint(Recipe("tiny", 2, 512, 4), tmp_path_factory.mktemp("source"))
 
 

@@ -1,4 +1,4 @@
-"""Quantisation for given inputs: products come out better than by rounding each weight alone."""
+"""Quantization for given inputs: products come out better than by rounding each weight alone."""
 
 import mlx.core as mx
 import numpy as np

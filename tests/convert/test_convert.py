@@ -84,7 +84,7 @@ def assert_experts_equal(out: Path, stock: Path, experts: int = EXPERTS) -> None
                 assert same(found[f"experts.{expert}.{field}"], stacked[expert])
 
 
-# --- floats to quantised -------------------------------------------------------------------------
+# --- floats to quantized -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_equals_stock(root, tmp_path, bits, group, dtype):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-def test_casts_before_quantising(tmp_path, dtype):
+def test_casts_before_quantizing(tmp_path, dtype):
     source = hf_like(tmp_path / "hf", dtype=dtype)
     write_tokenizer(source)
     stock_convert(str(source), str(tmp_path / "stock"), quantize=True)
@@ -138,7 +138,7 @@ PARTS = "weight", "scales", "biases"
 
 
 def restored(codes, scales, biases, group_size, bits):
-    """Dequantise to float32."""
+    """Dequantize to float32."""
     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(codes, scales, biases, group_size, bits)
 
@@ -212,7 +212,7 @@ def test_small_blocks_and_files_change_nothing(root, tmp_path, monkeypatch):
     assert index["metadata"]["total_size"] == nbytes
 
 
-# --- quantised to quantised ----------------------------------------------------------------------
+# --- quantized to quantized ----------------------------------------------------------------------
 
 
 def router_bits(bits: int):
@@ -254,7 +254,7 @@ def test_repack_copies_every_byte(tmp_path, bits, group, dtype, router):
     assert entries[0] == entries[1]
 
 
-def test_equal_bits_are_not_requantised(root, tmp_path):
+def test_equal_bits_are_not_requantized(root, tmp_path):
     convert(str(root / "stock"), tmp_path / "plain")
     convert(str(root / "stock"), tmp_path / "asked", quantize=True, q_bits=4, q_group_size=64)
     convert(str(root / "hf"), tmp_path / "direct", quantize=True)
@@ -265,14 +265,14 @@ def test_equal_bits_are_not_requantised(root, tmp_path):
         assert plain == (tmp_path / "direct" / name).read_bytes()
 
 
-def requantised(weights: Weights, path: str, before: tuple[int, int], after: tuple[int, int]):
+def requantized(weights: Weights, path: str, before: tuple[int, int], after: tuple[int, int]):
     codes, *others = (weights[f"{path}.{part}"] for part in ("weight", "scales", "biases"))
     floats = mx.dequantize(codes, *(x.astype(mx.float32) for x in others), *before)
     codes, *new = mx.quantize(floats, *after)
     return [codes, *(x.astype(others[0].dtype) for x in new)]
 
 
-def test_requantises_from_float32(tmp_path):
+def test_requantizes_from_float32(tmp_path):
     source = stock_like(tmp_path / "mlx", q_bits=8, q_group_size=32)
     options = {"quantize": True, "q_bits": 2, "q_group_size": 64, "q_method": "min-max"}
     convert(str(source), tmp_path / "out", **options)
@@ -282,7 +282,7 @@ def test_requantises_from_float32(tmp_path):
         found = layer(tmp_path / "out", number)
         for name in PROJECTIONS:
             path = f"{PREFIX}.{number}.mlp.switch_mlp.{name}"
-            new = requantised(weights, path, (32, 8), (64, 2))
+            new = requantized(weights, path, (32, 8), (64, 2))
             for part, stacked in zip(("weight", "scales", "biases"), new, strict=True):
                 for expert in range(EXPERTS):
                     assert same(found[f"experts.{expert}.{name}.{part}"], stacked[expert])
@@ -291,20 +291,20 @@ def test_requantises_from_float32(tmp_path):
     assert entry[f"{PREFIX}.0.mlp.switch_mlp.up_proj"]["bits"] == 2
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("bits, method, better", [
     (2, None, True), (2, "least-squares", True), (2, "min-max", False),
     (4, None, False), (4, "least-squares", True),
 ])  # fmt: skip
-def test_least_squares_come_closer(root, tmp_path, quantised, bits, method, better):
+def test_least_squares_come_closer(root, tmp_path, quantized, bits, method, better):
     """From floats and from 8-bit codes; and only where asked for, or below 4 bits."""
-    source = stock_like(tmp_path / "mlx", q_bits=8, q_group_size=32) if quantised else root / "hf"
+    source = stock_like(tmp_path / "mlx", q_bits=8, q_group_size=32) if quantized else root / "hf"
     errors = []
     for name, chosen in (("out", method), ("plain", "min-max")):
         options = {"quantize": True, "q_bits": bits, "q_group_size": 64, "q_method": chosen}
         convert(str(source), tmp_path / name, **options)
         experts = layer(tmp_path / name, 0)
-        if quantised:
+        if quantized:
             path = f"{PREFIX}.0.mlp.switch_mlp.down_proj"
             truth = restored(*(load(source)[f"{path}.{p}"][1] for p in PARTS), 32, 8)
         else:
@@ -329,7 +329,7 @@ def test_mixed_source_copies_what_fits_already(tmp_path):
     weights, found = load(source), layer(tmp_path / "out", 1)
     path = f"{PREFIX}.1.mlp.switch_mlp"
     assert same(found["experts.5.up_proj.weight"], weights[f"{path}.up_proj.weight"][5])
-    down = requantised(weights, f"{path}.down_proj", (64, 6), (64, 4))
+    down = requantized(weights, f"{path}.down_proj", (64, 6), (64, 4))
     assert same(found["experts.5.down_proj.weight"], down[0][5])
     # The source named the projection's 6 bits; 4 are the default.
     assert f"{path}.down_proj" not in read(tmp_path / "out" / "config.json")["quantization"]

@@ -40,7 +40,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({}, ["the experts are not quantised", "Add -q"]),
+        ({}, ["the experts are not quantized", "Add -q"]),
         ({"q_bits": 4}, ["--q-bits 4 has no effect without -q"]),
         ({"quantize": True, "q_bits": 7}, ["--q-bits 7", "2, 3, 4, 5, 6, 8"]),
         ({"quantize": True, "q_group_size": 48}, ["--q-group-size 48", "32, 64, 128"]),
@@ -50,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["moe_intermediate_size = 64", "Sizes that fit this model: 32, 64."],
         ),
         ({"quantize": True, "revision": "main"}, ["--revision main has no effect on the local"]),
-        ({"link": True}, ["the experts are not quantised"]),
+        ({"link": True}, ["the experts are not quantized"]),
         ({"link": True, "quantize": True}, ["--link copies nothing"]),
     ],
 )
@@ -62,8 +62,8 @@ def test_bad_options(root, tmp_path, options, parts):
     assert not (tmp_path / "out").exists()
 
 
-def test_dtype_of_a_quantised_source_stays(root, tmp_path):
-    with pytest.raises(FlashMoEError, match=r"--dtype float16: the source is quantised already"):
+def test_dtype_of_a_quantized_source_stays(root, tmp_path):
+    with pytest.raises(FlashMoEError, match=r"--dtype float16: the source is quantized already"):
         convert(str(root / "stock"), tmp_path / "out", dtype="float16")
     convert(str(root / "stock"), tmp_path / "out", dtype="bfloat16")
 
@@ -120,7 +120,7 @@ def test_missing_files(root, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_foreign_quantisation_modes(root, tmp_path):
+def test_foreign_quantization_modes(root, tmp_path):
     source = tmp_path / "mlx"
     shutil.copytree(root / "stock", source)
     config = read(source / "config.json")

@@ -224,7 +224,7 @@ def test_wrong_dtypes(tmp_path, name, match):
     refused(source, match)
 
 
-def test_wrong_dtypes_of_a_quantised_source(root, tmp_path):
+def test_wrong_dtypes_of_a_quantized_source(root, tmp_path):
     source = shutil.copytree(root / "stock", tmp_path / "mlx")
     name = "language_model.model.layers.2.mlp.switch_mlp.down_proj"
     retyped(source, f"{name}.weight", lambda value: value.view(mx.int32))

@@ -1,4 +1,4 @@
-"""Quantisation by least squares: never worse than mx.quantize, and packed as MLX packs."""
+"""Quantization by least squares: never worse than mx.quantize, and packed as MLX packs."""
 
 import mlx.core as mx
 import numpy as np

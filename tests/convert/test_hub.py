@@ -257,7 +257,7 @@ def test_room_for_the_output_and_what_is_held(root, server, tmp_path, monkeypatc
     assert_same(root, tmp_path / "out")
 
 
-def test_quantised_sources(root, server, tmp_path):
+def test_quantized_sources(root, server, tmp_path):
     """One that mlx-lm wrote, and one that flashmoe-convert wrote, layer by layer."""
     stock_convert(str(root / "chain"), str(tmp_path / "stock"), quantize=True)
     for name, source in (("stock", tmp_path / "stock"), ("packed", root / "whole")):

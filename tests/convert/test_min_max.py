@@ -1,4 +1,4 @@
-"""Quantisation by extremes on all cores gives the bits of `mx.quantize`."""
+"""Quantization by extremes on all cores gives the bits of `mx.quantize`."""
 
 import mlx.core as mx
 import numpy as np

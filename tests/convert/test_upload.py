@@ -74,7 +74,7 @@ def test_converted_and_uploaded(root, server, tmp_path, capsys):
 
 
 def test_a_finished_conversion_is_uploaded_as_it_is(root, server, tmp_path, monkeypatch):
-    """To an organisation; what the user wrote into the card stays."""
+    """To an organization; what the user wrote into the card stays."""
     out = tmp_path / "out"
     convert(root / "stock", out)
     card = (out / "README.md").read_text() + "Mine.\n"

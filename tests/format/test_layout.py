@@ -16,7 +16,7 @@ from flashmoe_mlx.format.layout import (
     DATA_ALIGNMENT,
     ExpertLayout,
     open_layout,
-    quantisation,
+    quantization,
     read_header,
     read_manifest,
 )  # fmt: skip
@@ -78,7 +78,7 @@ def test_packed_and_stock_give_the_same_bytes(root):
     assert packed.total_bytes == stock.total_bytes == EXPERTS * LAYERS * 13824
     for layer in range(LAYERS):
         assert [f.name for f in packed.layers[layer].fields] == list(FIELDS)
-        assert quantisation(packed.layers[layer], "down_proj", (HIDDEN, INTERMEDIATE)) == (4, 64)
+        assert quantization(packed.layers[layer], "down_proj", (HIDDEN, INTERMEDIATE)) == (4, 64)
         for expert in range(EXPERTS):
             assert len(packed.layers[layer].spans(expert)) == 1
             assert len(stock.layers[layer].spans(expert)) == 9
@@ -236,7 +236,7 @@ def test_float_experts_cannot_be_streamed(root, tmp_path):
         opened(tmp_path)
 
 
-def test_quantisation_that_is_not_affine(root):
+def test_quantization_that_is_not_affine(root):
     layer = opened(root / "stock").layers[0]
-    with pytest.raises(FlashMoEError, match=r"is not affine quantisation of 96 columns"):
-        quantisation(layer, "up_proj", (INTERMEDIATE, 96))
+    with pytest.raises(FlashMoEError, match=r"is not affine quantization of 96 columns"):
+        quantization(layer, "up_proj", (INTERMEDIATE, 96))

@@ -6,13 +6,13 @@ from math import tau
 import mlx.core as mx
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
-from test_gpu_kernels import Case, case_of, caught, check, verify
+from test_gpu_kernels import BenchCase, case_of, caught, check, verify
 
 from flashmoe_mlx.custom_kernels import launch
 from flashmoe_mlx.custom_kernels.attention import step
 from flashmoe_mlx.custom_kernels.attention.step import (
     AttentionHeads,
-    AttentionStepTrial,
+    AttentionStepCase,
     attend,
     integer,
     prepare,
@@ -22,7 +22,7 @@ from flashmoe_mlx.custom_kernels.case import DTYPES
 
 require_bench()
 
-TRIAL = AttentionStepTrial(6, 2, 64, 16, "bfloat16", batch=2, keys=301, position=70_000)
+TRIAL = AttentionStepCase(6, 2, 64, 16, "bfloat16", batch=2, keys=301, position=70_000)
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +49,16 @@ def test_few_keys_and_a_full_cache(dtype, keys):
 ])  # fmt: skip
 @pytest.mark.parametrize("heads, kv_heads", [(16, 2), (3, 3)])
 def test_attention_at_other_sizes(heads, kv_heads, dim, rope_dims):
-    trial = AttentionStepTrial(heads, kv_heads, dim, rope_dims, "float32", keys=77)
-    check(case_of(trial), ("fast", "checked"))
+    case = AttentionStepCase(heads, kv_heads, dim, rope_dims, "float32", keys=77)
+    check(case_of(case), ("fast", "checked"))
 
 
 @pytest.mark.parametrize("position", [0, 1, 4095, 131_072, 262_143])
 def test_positions(position):
     """Stock's angles are off by 0.01 at the largest, so only the truth is compared with."""
-    trial = AttentionStepTrial(2, 1, 256, 64, "float32", keys=9, position=position)
-    inputs = trial.inputs()
-    check(Case(lambda: trial.custom(*inputs), trial.reference(*inputs)), ("fast",))
+    case = AttentionStepCase(2, 1, 256, 64, "float32", keys=9, position=position)
+    inputs = case.inputs()
+    check(BenchCase(lambda: case.custom(*inputs), case.reference(*inputs)), ("fast",))
 
 
 @pytest.mark.parametrize("base", [1e4, 1e7])
@@ -84,16 +84,16 @@ def test_a_cache_of_another_dtype():
     projected, q_norm, k_norm, keys, values, *scalars = TRIAL.inputs()
     inputs = [projected, q_norm, k_norm, keys.astype(mx.float32), values.astype(mx.float16)]
     inputs += scalars
-    check(Case(lambda: TRIAL.custom(*inputs), TRIAL.reference(*inputs)), ("fast", "types"))
+    check(BenchCase(lambda: TRIAL.custom(*inputs), TRIAL.reference(*inputs)), ("fast", "types"))
 
 
 def test_scores_that_exp_cannot_take():
-    trial = replace(TRIAL, dtype="float32", position=3)
-    projected, q_norm, *others = trial.inputs()
+    case = replace(TRIAL, dtype="float32", position=3)
+    projected, q_norm, *others = case.inputs()
     inputs = [projected, 100 * q_norm, *others]
     with metal_on_cpu("fast"):
-        y, _ = trial.custom(*inputs)
-    right = trial.reference(*inputs)[0]
+        y, _ = case.custom(*inputs)
+    right = case.reference(*inputs)[0]
     assert mx.abs(y - right).max() <= 1e-3 * mx.abs(right).max()
 
 

@@ -14,12 +14,12 @@ from metal_cpu import metal_on_cpu, require_bench
 from flashmoe_mlx import FlashMoEError
 from flashmoe_mlx.custom_kernels import autotune, device, launch
 from flashmoe_mlx.custom_kernels.autotune import Verdict, prefers_custom, verdict
-from flashmoe_mlx.custom_kernels.cases import label, trials
+from flashmoe_mlx.custom_kernels.cases import cases, label
 from flashmoe_mlx.custom_kernels.cpu import block, compile
-from flashmoe_mlx.custom_kernels.linear.cases import MatvecTrial
+from flashmoe_mlx.custom_kernels.linear.cases import MatvecCase
 from flashmoe_mlx.models.qwen3_5.geometry import GEOMETRIES
 
-SMALL = MatvecTrial(24, 128, 4, 64, "float32", "bfloat16")
+SMALL = MatvecCase(24, 128, 4, 64, "float32", "bfloat16")
 
 
 class FakeClock:
@@ -66,7 +66,7 @@ class Doubling:
 
 
 @dataclass(frozen=True)
-class SwappedMatvec(MatvecTrial):
+class SwappedMatvec(MatvecCase):
     """The real kernel, given scales for biases and biases for scales."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
@@ -75,7 +75,7 @@ class SwappedMatvec(MatvecTrial):
 
 
 @dataclass(frozen=True)
-class ShiftedMatvec(MatvecTrial):
+class ShiftedMatvec(MatvecCase):
     """The real kernel, whose rows land one too far."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
@@ -88,7 +88,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FLASHMOE_KERNELS", raising=False)
     real = autotune.measure
-    monkeypatch.setattr(autotune, "measure", lambda trial, timed, _: real(trial, timed, clock))
+    monkeypatch.setattr(autotune, "measure", lambda case, timed, _: real(case, timed, clock))
     autotune.forget()
     yield
     autotune.forget()
@@ -133,10 +133,10 @@ def test_times_are_per_call():
         ),
     ],
 )
-def test_a_failing_kernel_is_reported_once_and_not_used(trial, message, capsys):
-    assert not prefers_custom(trial)
+def test_a_failing_kernel_is_reported_once_and_not_used(case, message, capsys):
+    assert not prefers_custom(case)
     autotune._choices.clear()
-    assert not prefers_custom(trial)
+    assert not prefers_custom(case)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert err.startswith(f"[flashmoe] kernel doubling on {autotune.device_name()}: {message}")
@@ -163,8 +163,8 @@ def test_a_failing_verdict_is_plain_json():
     ],
 )
 def test_the_limit_follows_stock_between_a_floor_and_a_ceiling(offset, stock_offset, dtype, ok):
-    trial = Doubling(offset=offset, stock_offset=stock_offset, dtype=dtype)
-    assert verdict(trial, timed=False).ok == ok
+    case = Doubling(offset=offset, stock_offset=stock_offset, dtype=dtype)
+    assert verdict(case, timed=False).ok == ok
 
 
 def test_shapes_are_compared():
@@ -182,12 +182,12 @@ def test_shapes_are_compared():
 )
 def test_the_variable(setting, chosen, monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHMOE_KERNELS", setting)
-    trials = Doubling(ms=1), Doubling(ms=3), Doubling(offset=1)
-    assert [prefers_custom(trial) for trial in trials] == chosen
+    cases = Doubling(ms=1), Doubling(ms=3), Doubling(offset=1)
+    assert [prefers_custom(case) for case in cases] == chosen
     if setting == "stock":
         assert not list(tmp_path.iterdir())
     else:
-        timed = json.loads(cache_file(tmp_path).read_text())["verdicts"][str(trials[0])]
+        timed = json.loads(cache_file(tmp_path).read_text())["verdicts"][str(cases[0])]
         assert (timed["custom_ms"] is None) == (setting == "custom")
 
 
@@ -210,7 +210,7 @@ def test_a_wrong_variable_is_named(monkeypatch):
 
 def test_measured_once_in_a_process(monkeypatch):
     assert prefers_custom(Doubling())
-    monkeypatch.setattr(autotune, "_choose", lambda trial: pytest.fail("asked twice"))
+    monkeypatch.setattr(autotune, "_choose", lambda case: pytest.fail("asked twice"))
     assert prefers_custom(Doubling())
 
 
@@ -284,10 +284,10 @@ def test_a_fresh_verdict_replaces_the_old_one():
 
 def test_a_model_has_each_trial_once():
     for geometry in GEOMETRIES.values():
-        found = trials(geometry, 2, "float16", 3)
+        found = cases(geometry, 2, "float16", 3)
         assert len(set(found)) == len(found)
-        assert all(trial.nbytes > 0 for trial in found)
-        others = {trial.op: trial.dtype for trial in found if trial.dtype != "float16"}
+        assert all(case.nbytes > 0 for case in found)
+        others = {case.op: case.dtype for case in found if case.dtype != "float16"}
         assert others == {"router": "float32"}
     assert label(SMALL) == "rows=24 columns=128 bits=4 group_size=64"
 
@@ -295,9 +295,9 @@ def test_a_model_has_each_trial_once():
 def test_without_a_gpu_its_kernels_are_not_used_and_nothing_is_reported(capsys):
     if launch.available():
         pytest.skip("there is a GPU")
-    trial = replace(SMALL, dtype="bfloat16")  # the CPU's kernels take float32
-    assert not prefers_custom(trial)
-    assert verdict(trial).message == autotune.NEEDS_GPU
+    case = replace(SMALL, dtype="bfloat16")  # the CPU's kernels take float32
+    assert not prefers_custom(case)
+    assert verdict(case).message == autotune.NEEDS_GPU
     assert capsys.readouterr().err == ""
 
 
@@ -307,9 +307,9 @@ def test_the_real_kernel_passes(bench):
     assert found.error <= found.limit < 1e-5
 
 
-@pytest.mark.parametrize("trial", trials(GEOMETRIES["tiny"], 4, "float32"), ids=label)
-def test_every_trial_passes(trial, bench):
-    found = autotune.check(trial)
+@pytest.mark.parametrize("trial", cases(GEOMETRIES["tiny"], 4, "float32"), ids=label)
+def test_every_trial_passes(case, bench):
+    found = autotune.check(case)
     assert found.ok, found
 
 
@@ -317,10 +317,10 @@ def test_every_trial_passes(trial, bench):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_planted_error_is_caught(kind, dtype, bench, capsys, monkeypatch):
     monkeypatch.setenv("FLASHMOE_KERNELS", "custom")
-    trial = kind(24, 128, 4, 64, dtype, "bfloat16")
-    assert not prefers_custom(trial)
+    case = kind(24, 128, 4, 64, dtype, "bfloat16")
+    assert not prefers_custom(case)
     assert "kernel dequant_matvec" in capsys.readouterr().err
-    found = verdict(trial)
+    found = verdict(case)
     assert found.error > 5 * found.limit
 
 

@@ -245,7 +245,7 @@ def test_a_mixture_names_a_slot_that_its_bank_has_not(slot):
     lambda c, s, b: (c, s, b.astype(mx.bfloat16)),
     lambda c, s, b: (c, mx.repeat(s, 2, axis=1), mx.repeat(b, 2, axis=1)),  # other groups
 ])  # fmt: skip
-def test_a_quantised_matrix_belongs_together(change):
+def test_a_quantized_matrix_belongs_together(change):
     m = matrix(8, HIDDEN)
     arrays = change(*m.arrays)
     mx.eval(arrays)
@@ -332,8 +332,8 @@ TABLE = expert_slots.Table(mx.zeros(8, mx.uint32), zeros(8), mx.zeros(4, mx.uint
     lambda: attention_step.attend(zeros(2, 4, 64), zeros(2, 1, WIDTH), ATTENTION,
                                   zeros(2, 2, 256, 64), zeros(2, 2, 128, 64),
                                   attention_step.integer(3)),
-    lambda: router.route(zeros(1, 9), 9, renormalise=True, shared=True),
-    lambda: router.route(zeros(1, 99), 33, renormalise=True, shared=True),
+    lambda: router.route(zeros(1, 9), 9, renormalize=True, shared=True),
+    lambda: router.route(zeros(1, 99), 33, renormalize=True, shared=True),
     lambda: matvec.dequant_matvec(zeros(1, 96), *matrix(8, HIDDEN).arrays, 4),
     lambda: matvec.dequant_matvec(zeros(1, HIDDEN), *matrix(8, HIDDEN).arrays, 4,
                                   norm=(zeros(96), zeros(4))),
@@ -579,7 +579,7 @@ def test_another_mode_is_refused(monkeypatch):
 
 
 def test_kernels_without_checks():
-    """What users run is other code: with threads, and vectorised where a check would be."""
+    """What users run is other code: with threads, and vectorized where a check would be."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *WITHOUT_CHECKS],

@@ -182,7 +182,7 @@ def test_logits_of_a_padded_batch(monkeypatch, calls):
 
 
 def test_other_work_is_left_to_stock(monkeypatch, calls):
-    """One token, half precision, a quantised cache, and all where stock kernels are wanted."""
+    """One token, half precision, a quantized cache, and all where stock kernels are wanted."""
     for dtype, count, cache in (
         (mx.float32, 1, None),
         (mx.bfloat16, 9, None),

@@ -35,7 +35,7 @@ def random(*shape) -> np.ndarray:
     return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
 
 
-def normalised(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def normalized(h: np.ndarray, weight: np.ndarray) -> np.ndarray:
     h = h.astype(np.float64)
     return h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6) * weight
 
@@ -87,7 +87,7 @@ def test_project_mixes_formats_and_keeps_rows_apart(columns, dtype):
     group, h, norm = Group(*matrices), random(11, columns), random(columns)
     together = project(h, group, norm, 1e-6)
     for m, y in zip(group.matrices, together, strict=True):
-        assert np.abs(y - normalised(h, norm) @ dense(m).T).max() <= 5e-6
+        assert np.abs(y - normalized(h, norm) @ dense(m).T).max() <= 5e-6
     for row in range(11):
         alone = project(h[row : row + 1], group, norm, 1e-6)
         assert all(np.array_equal(a[0], t[row]) for a, t in zip(alone, together, strict=True))
@@ -96,8 +96,8 @@ def test_project_mixes_formats_and_keeps_rows_apart(columns, dtype):
 
 
 @pytest.mark.parametrize("bits", [(4, 4, 4), (2, 4, 8)])
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_mixture_of_experts(bits, renormalise):
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_mixture_of_experts(bits, renormalize):
     """12 rows of 3 experts each: some of the 16 experts have many rows, some none."""
     experts, top_k, hidden, inner = 16, 3, 128, 96
     router, switch = matrix(experts, hidden, bits=8), matrix(1, hidden, bits=8)
@@ -105,23 +105,23 @@ def test_mixture_of_experts(bits, renormalise):
     shapes = (experts, inner, hidden), (experts, inner, hidden), (experts, hidden, inner)
     banks = [matrix(*s, bits=b) for s, b in zip(shapes, bits, strict=True)]
     norm, h = random(hidden), random(12, hidden)
-    block = MoeBlock(router, switch, shared, banks, norm, 1e-6, top_k, renormalise)
+    block = MoeBlock(router, switch, shared, banks, norm, 1e-6, top_k, renormalize)
 
     def at_once(ids):
         yield np.arange(ids.size), ids.reshape(-1)
 
-    def in_waves(ids):
+    def in_batches(ids):
         for places in np.array_split(np.arange(ids.size)[::-1], 3):
             yield places, ids.reshape(-1)[places]
 
     y = block(h, at_once)
-    assert np.array_equal(y, block(h, in_waves))
-    x, weights = normalised(h, norm), [dense(b) for b in banks]
+    assert np.array_equal(y, block(h, in_batches))
+    x, weights = normalized(h, norm), [dense(b) for b in banks]
     for row in range(12):
         assert np.array_equal(y[row], block(h[row : row + 1], at_once)[0])
         scores = np.exp(dense(router) @ x[row])
         best = np.argsort(-scores)[:top_k]
-        scores /= scores[best].sum() if renormalise else scores.sum()
+        scores /= scores[best].sum() if renormalize else scores.sum()
         expected = h[row].astype(np.float64)
         for e in best:
             gate, up, down = (w[e] for w in weights)
@@ -143,7 +143,7 @@ def test_gated_delta_net():
     block = DeltaBlock(inputs, out, norm, 1e-6, weights)
     new_past, new = np.empty_like(past), np.empty_like(state)
     y = block(h, past, state, new_past, new)
-    x = normalised(h, norm)
+    x = normalized(h, norm)
     projected = [mx.array((x @ dense(m).T).astype(np.float32))[:, None] for m in inputs]
     caches = mx.array(past), mx.array(state)
     mixed, stock_past, stock_state = mix.naive(*projected, weights, *caches)

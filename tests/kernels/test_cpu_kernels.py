@@ -21,7 +21,7 @@ QUANTISATIONS = [(b, g) for b in prefill.BITS for g in prefill.GROUP_SIZES]
 DTYPES = [mx.float32, mx.bfloat16]
 
 
-def quantised(shape, bits, group_size, dtype):
+def quantized(shape, bits, group_size, dtype):
     key = mx.random.key(sum(shape) + bits + group_size)
     weight = mx.random.normal(shape, key=key) / shape[-1] ** 0.5
     tensors = mx.quantize(weight.astype(dtype), group_size, bits)
@@ -45,7 +45,7 @@ def truth(x, codes, scales, biases, bits) -> np.ndarray:
 
 @pytest.mark.parametrize(("bits", "group_size"), [*QUANTISATIONS, (3, 64), (6, 32)])
 def test_reference_unpacks_as_mlx_does(bits, group_size):
-    codes, scales, biases = quantised((7, 384), bits, group_size, mx.float32)
+    codes, scales, biases = quantized((7, 384), bits, group_size, mx.float32)
     ours = reference.dequantize(codes, scales, biases, bits)
     theirs = mx.dequantize(codes, scales, biases, group_size, bits)
     assert mx.abs(ours - theirs).max().item() <= 1e-6
@@ -56,7 +56,7 @@ def test_reference_unpacks_as_mlx_does(bits, group_size):
 def test_matmul_is_as_exact_as_stock(bits, group_size, dtype):
     """Odd row counts: 37 weight rows fill no tile, 11 activation rows are 2 fours and 3 ones."""
     for height, rows in ((37, 1), (132, 11)):
-        weight = quantised((height, 384), bits, group_size, dtype)
+        weight = quantized((height, 384), bits, group_size, dtype)
         x = random(rows, 384)
         exact = truth(x, *weight, bits)
         ours = times(np.array(x), prefill.packed(*weight, bits, group_size))
@@ -67,7 +67,7 @@ def test_matmul_is_as_exact_as_stock(bits, group_size, dtype):
 
 @pytest.mark.parametrize("bits", prefill.BITS)
 def test_a_row_does_not_depend_on_the_others(bits):
-    bank = quantised((5, 36, 128), bits, 64, mx.bfloat16)
+    bank = quantized((5, 36, 128), bits, 64, mx.bfloat16)
     weight = prefill.packed(*bank, bits, 64)
     x, slots = np.array(random(19, 128)), np.sort(np.arange(19) * 7 % 5)
     together = times(x, weight, slots)
@@ -82,7 +82,7 @@ def test_a_row_does_not_depend_on_the_others(bits):
 @pytest.mark.parametrize("bits", [(4, 4, 4), (2, 2, 2), (2, 2, 4), (8, 8, 8)])
 def test_expert_mlp(bits, dtype):
     shapes = (6, 96, 64), (6, 96, 64), (6, 64, 96)
-    banks = [quantised(s, b, 32, dtype) for s, b in zip(shapes, bits, strict=True)]
+    banks = [quantized(s, b, 32, dtype) for s, b in zip(shapes, bits, strict=True)]
     x, slots = random(9, 64), np.array([0, 0, 0, 0, 0, 2, 3, 3, 5])
     packed = [QuantizedMatrix(*t, b, 32) for t, b in zip(banks, bits, strict=True)]
     kernels = cpu_experts(x, packed)

@@ -11,8 +11,8 @@ from flashmoe_mlx.custom_kernels import launch as gpu
 from flashmoe_mlx.custom_kernels.case import DTYPES
 from flashmoe_mlx.custom_kernels.experts import prefill
 from flashmoe_mlx.custom_kernels.experts import tiles as expert_tiles
-from flashmoe_mlx.custom_kernels.experts.prefill import TiledTrial
-from flashmoe_mlx.custom_kernels.experts.tiles import CombineTrial, cut, most_tiles
+from flashmoe_mlx.custom_kernels.experts.prefill import TiledCase
+from flashmoe_mlx.custom_kernels.experts.tiles import CombineCase, cut, most_tiles
 
 require_bench()
 
@@ -86,7 +86,7 @@ def test_a_mistake_in_cutting_is_caught(monkeypatch, old, new):
 
 
 def test_a_prompt_of_another_length_compiles_nothing(monkeypatch):
-    """Each combination of constants is compiled anew, for seconds; waves all differ in size."""
+    """Each combination of constants is compiled anew, for seconds; batches all differ in size."""
     seen, launch = set(), gpu.Kernel.__call__
 
     def spy(self, inputs, outputs, groups, lanes, **constants):
@@ -120,9 +120,9 @@ def test_there_are_tiles_enough(pairs, of, rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_are_added_up(dtype, weights, mode):
     for sizes in (384, 3), (1032, 8), (8, 1):
-        trial = CombineTrial(*sizes, dtype, weights, tokens=5)
+        case = CombineCase(*sizes, dtype, weights, tokens=5)
         with metal_on_cpu(mode) as session:
-            assert autotune.check(trial).ok
+            assert autotune.check(case).ok
         assert session.launches
 
 
@@ -140,7 +140,7 @@ def test_a_mistake_in_adding_up_is_caught(monkeypatch, old, new):
 
     def check() -> None:
         with metal_on_cpu("checked"):
-            assert autotune.check(CombineTrial(1032, 3, "bfloat16", "float32", tokens=5)).ok
+            assert autotune.check(CombineCase(1032, 3, "bfloat16", "float32", tokens=5)).ok
 
     assert complains(check)
 
@@ -187,9 +187,9 @@ def test_a_mistake_in_taking_is_caught(monkeypatch, old, new):
 def test_tiles_of_experts(monkeypatch, bits, group_size, dtype, nvidia):
     monkeypatch.setattr(prefill, "is_cuda", lambda: nvidia)
     for slots, rows in ((5, 9), (40, 1), (1, 1), (3, 70)):
-        trial = TiledTrial(384, 128, bits, group_size, dtype, dtype, bits, slots, rows)
+        case = TiledCase(384, 128, bits, group_size, dtype, dtype, bits, slots, rows)
         with metal_on_cpu("fast") as session:
-            assert autotune.check(trial).ok
+            assert autotune.check(case).ok
         assert session.launches
 
 
@@ -212,5 +212,5 @@ def test_wrong_tiles_are_found_out_at_first_use(monkeypatch, capsys, file, old, 
     """And MLX's own products are used."""
     plant(monkeypatch, f"{file}.metal", old, new)
     with metal_on_cpu("fast"):
-        assert not autotune.prefers_custom(TiledTrial(384, 128, 4, 64, *["float32"] * 2, 4, 5, 9))
+        assert not autotune.prefers_custom(TiledCase(384, 128, 4, 64, *["float32"] * 2, 4, 5, 9))
     assert "tiled_experts" in capsys.readouterr().err

@@ -11,10 +11,10 @@ from metal_cpu import MODES, metal_on_cpu, require_bench
 from flashmoe_mlx.custom_kernels import launch
 from flashmoe_mlx.custom_kernels.case import DTYPES
 from flashmoe_mlx.custom_kernels.gated_delta.cases import (
-    GatedDeltaNormTrial,
-    GatedDeltaPrepareTrial,
-    GatedDeltaScanTrial,
-    GatedDeltaStepTrial,
+    GatedDeltaNormCase,
+    GatedDeltaPrepareCase,
+    GatedDeltaScanCase,
+    GatedDeltaStepCase,
 )
 from flashmoe_mlx.custom_kernels.gated_delta.prepare import gated_norm, prepare
 from flashmoe_mlx.custom_kernels.gated_delta.scan import ScanShape, scan
@@ -25,10 +25,10 @@ require_bench()
 
 ODD = {"key_heads": 2, "value_heads": 6, "key_dim": 48, "value_dim": 37, "batch": 2}
 ULPS = 16 * 2**-23  # of the largest output: sums of float32 in another order
-STEP = GatedDeltaStepTrial(**ODD, dtype="bfloat16")
-SCAN = GatedDeltaScanTrial(**ODD, dtype="bfloat16", tokens=5)
-PREPARE = GatedDeltaPrepareTrial(**ODD, dtype="bfloat16", tokens=5)
-NORM = GatedDeltaNormTrial(**ODD, dtype="bfloat16", tokens=5)
+STEP = GatedDeltaStepCase(**ODD, dtype="bfloat16")
+SCAN = GatedDeltaScanCase(**ODD, dtype="bfloat16", tokens=5)
+PREPARE = GatedDeltaPrepareCase(**ODD, dtype="bfloat16", tokens=5)
+NORM = GatedDeltaNormCase(**ODD, dtype="bfloat16", tokens=5)
 dtype_cases = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -52,20 +52,20 @@ def excesses(outputs, stocks, truths) -> list[float]:
     return shares
 
 
-def check(trial, modes=tuple(MODES), edit=None) -> None:
+def check(case, modes=tuple(MODES), edit=None) -> None:
     """Run a trial's kernel in the bench's modes; raise AssertionError if a result is off."""
-    inputs = trial.inputs()
-    others = trial.stock(*inputs), trial.reference(*inputs)
+    inputs = case.inputs()
+    others = case.stock(*inputs), case.reference(*inputs)
     for mode in modes:
         with metal_on_cpu(mode):
-            outputs = trial.custom(*inputs)
+            outputs = case.custom(*inputs)
         assert max(excesses(outputs, *others)) <= 1, mode
 
 
-def caught(trial, monkeypatch, file, old, new) -> bool:
+def caught(case, monkeypatch, file, old, new) -> bool:
     """Say whether an edit of a kernel's text makes the bench or the comparison complain."""
     plant(monkeypatch, file, old, new)
-    return complains(lambda: check(trial, ("fast", "checked")))
+    return complains(lambda: check(case, ("fast", "checked")))
 
 
 @dtype_cases
@@ -95,15 +95,15 @@ def test_step_in_other_geometries(lanes, row_lanes):
 
 def test_step_of_extreme_gates():
     """Softplus neither overflows nor loses the small decay of a long memory."""
-    trial = replace(STEP, dtype="float32", weight_dtype="float32")
-    projected, *others = trial.inputs()
+    case = replace(STEP, dtype="float32", weight_dtype="float32")
+    projected, *others = case.inputs()
     gates = mx.array([-1e4, -88, -17, 17, 88, 1e4])
     projected[:, :, -6:] = gates
     projected[:, :, -12:-6] = gates[::-1]
     inputs = [projected, *others]
     with metal_on_cpu("fast"):
-        outputs = trial.custom(*inputs)
-    assert max(excesses(outputs, trial.stock(*inputs), trial.reference(*inputs))) <= 1
+        outputs = case.custom(*inputs)
+    assert max(excesses(outputs, case.stock(*inputs), case.reference(*inputs))) <= 1
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
@@ -169,11 +169,11 @@ def test_scan_at_other_sizes(changes):
     ScanShape(4, 1, 2, 3), ScanShape(16, 4, 1, 4), ScanShape(32, 8, 2, 1), ScanShape(1, 1, 1, 8),
 ])  # fmt: skip
 def test_scan_in_other_geometries(shape):
-    trial = replace(SCAN, tokens=7, masked=True)
-    inputs = trial.inputs()
+    case = replace(SCAN, tokens=7, masked=True)
+    inputs = case.inputs()
     with metal_on_cpu("checked"):
         outputs = scan(*inputs, shape=shape)
-    assert max(excesses(outputs, trial.stock(*inputs), trial.reference(*inputs))) <= 1
+    assert max(excesses(outputs, case.stock(*inputs), case.reference(*inputs))) <= 1
 
 
 def test_scan_takes_a_dtype_per_input():
@@ -210,8 +210,8 @@ def test_scan_takes_a_dtype_per_input():
 def test_a_mistake_in_scan_is_caught(monkeypatch, old, new):
     # The last y comes after the loop if the tiles are full, else from inside.
     tokens = 16 if "}" in new else 11
-    trial = replace(SCAN, tokens=tokens, masked=True, key_dim=12, value_dim=9)
-    assert caught(trial, monkeypatch, "gated_delta/scan.metal", old, new)
+    case = replace(SCAN, tokens=tokens, masked=True, key_dim=12, value_dim=9)
+    assert caught(case, monkeypatch, "gated_delta/scan.metal", old, new)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -256,8 +256,8 @@ def test_prepare_in_other_geometries(tokens):
     ("scalars[HV + hv]", "scalars[hv]"),
 ])  # fmt: skip
 def test_a_mistake_in_prepare_is_caught(monkeypatch, old, new):
-    trial = replace(PREPARE, masked=True)
-    assert caught(trial, monkeypatch, "gated_delta/prepare.metal", old, new)
+    case = replace(PREPARE, masked=True)
+    assert caught(case, monkeypatch, "gated_delta/prepare.metal", old, new)
 
 
 @dtype_cases

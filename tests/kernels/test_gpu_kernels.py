@@ -13,17 +13,17 @@ from metal_cpu import MODES, metal_on_cpu, require_bench
 
 from flashmoe_mlx.cli import full_check
 from flashmoe_mlx.custom_kernels import autotune, launch, reference
-from flashmoe_mlx.custom_kernels.case import DTYPES, random_quantised
+from flashmoe_mlx.custom_kernels.case import DTYPES, random_quantized
 from flashmoe_mlx.custom_kernels.experts import decode as experts
 from flashmoe_mlx.custom_kernels.experts.cases import (
-    ExpertDownTrial,
-    ExpertGateUpTrial,
-    ExpertsTrial,
+    ExpertDownCase,
+    ExpertGateUpCase,
+    ExpertsCase,
 )
-from flashmoe_mlx.custom_kernels.experts.router import RouterTrial, route
+from flashmoe_mlx.custom_kernels.experts.router import RouterCase, route
 from flashmoe_mlx.custom_kernels.linear import matvec
-from flashmoe_mlx.custom_kernels.linear.cases import MatvecTrial, NormedMatvecTrial
-from flashmoe_mlx.custom_kernels.linear.dequantize import DequantizeTrial, MatmulTrial
+from flashmoe_mlx.custom_kernels.linear.cases import MatvecCase, NormedMatvecCase
+from flashmoe_mlx.custom_kernels.linear.dequantize import DequantizeCase, MatmulCase
 from flashmoe_mlx.custom_kernels.linear.matvec import dequant_matvec, naive_matvec
 from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 
@@ -66,7 +66,7 @@ def geometry(request, monkeypatch):
 
 
 @dataclass
-class Case:
+class BenchCase:
     """A call of a kernel, what is right, and what stock MLX makes of it."""
 
     custom: Callable[[], list[mx.array]]
@@ -74,9 +74,9 @@ class Case:
     stocks: list[mx.array] | None = None
 
 
-def case_of(trial) -> Case:
-    inputs = trial.inputs()
-    return Case(lambda: trial.custom(*inputs), trial.reference(*inputs), trial.stock(*inputs))
+def case_of(case) -> BenchCase:
+    inputs = case.inputs()
+    return BenchCase(lambda: case.custom(*inputs), case.reference(*inputs), case.stock(*inputs))
 
 
 def verify(outputs, truths, stocks=None) -> None:
@@ -92,19 +92,19 @@ def verify(outputs, truths, stocks=None) -> None:
             assert autotune._error(output, truth) <= autotune._limit(stocks[index], truth)
 
 
-def check(case: Case, modes=tuple(MODES)) -> None:
+def check(bench_case: BenchCase, modes=tuple(MODES)) -> None:
     """Run a kernel in the bench's modes; raise AssertionError if a result is off."""
     for mode in modes:
         with metal_on_cpu(mode) as session:
-            outputs = case.custom()
+            outputs = bench_case.custom()
         assert session.launches, mode
-        verify(outputs, case.truths, case.stocks)
+        verify(outputs, bench_case.truths, bench_case.stocks)
 
 
-def caught(case: Case, monkeypatch, file, old, new) -> bool:
+def caught(bench_case: BenchCase, monkeypatch, file, old, new) -> bool:
     """Say whether an edit of a kernel's text makes the bench or the comparison complain."""
     plant(monkeypatch, file, old, new)
-    return complains(lambda: check(case, FAST))
+    return complains(lambda: check(bench_case, FAST))
 
 
 def random(*shape, dtype="float32") -> mx.array:
@@ -113,7 +113,7 @@ def random(*shape, dtype="float32") -> mx.array:
 
 def bank(*shape, bits=4, group_size=32, dtype="bfloat16", seed=0) -> QuantizedMatrix:
     key = mx.random.key(sum(shape) + seed)
-    arrays = random_quantised(key, shape, bits, group_size, DTYPES[dtype])
+    arrays = random_quantized(key, shape, bits, group_size, DTYPES[dtype])
     return QuantizedMatrix(*arrays, bits, group_size)
 
 
@@ -121,7 +121,7 @@ def dense(b: QuantizedMatrix) -> mx.array:
     return reference.dequantize(b.codes, b.scales, b.biases, b.bits)
 
 
-def normalised(x: mx.array, gain: mx.array) -> mx.array:
+def normalized(x: mx.array, gain: mx.array) -> mx.array:
     x = x.astype(mx.float32)
     return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + EPS) * gain.astype(mx.float32)
 
@@ -146,11 +146,11 @@ def modes_for(dtype: str, bits: int, group_size: int) -> tuple[str, ...]:
 @group_cases
 def test_matvecs(geometry, dtype, bits, group_size):
     modes = modes_for(dtype, bits, group_size)
-    trial = MatvecTrial(37, 384, bits, group_size, dtype, scales_of(dtype, group_size), tokens=3)
-    case = case_of(trial)
-    check(case, modes)
-    inputs = trial.inputs()
-    check(Case(lambda: trial.naive(*inputs), case.truths, case.stocks), modes)
+    case = MatvecCase(37, 384, bits, group_size, dtype, scales_of(dtype, group_size), tokens=3)
+    bench_case = case_of(case)
+    check(bench_case, modes)
+    inputs = case.inputs()
+    check(BenchCase(lambda: case.naive(*inputs), bench_case.truths, bench_case.stocks), modes)
 
 
 @both
@@ -160,42 +160,42 @@ def test_matvecs(geometry, dtype, bits, group_size):
 def test_experts(geometry, dtype, bits, group_size):
     modes = modes_for(dtype, bits, group_size)
     others = 3, 2, bits, group_size, dtype, scales_of(dtype, group_size)
-    check(case_of(ExpertGateUpTrial(384, 19, *others, shared_bits=bits, tokens=3)), modes)
-    check(case_of(ExpertDownTrial(19, 384, *others, shared_bits=bits, tokens=3)), modes)
+    check(case_of(ExpertGateUpCase(384, 19, *others, shared_bits=bits, tokens=3)), modes)
+    check(case_of(ExpertDownCase(19, 384, *others, shared_bits=bits, tokens=3)), modes)
 
 
 @both
 def test_whole_mixture(geometry):
     """In half precision, rounding between the halves is allowed for by comparing with stock."""
     others = 96, 64, 5, 3, 2, 32
-    trial = ExpertsTrial(*others, "float32", "float16", down_bits=4, shared_bits=8)
-    check(case_of(trial), FAST)
+    case = ExpertsCase(*others, "float32", "float16", down_bits=4, shared_bits=8)
+    check(case_of(case), FAST)
     for dtype in ("float16", "bfloat16"):
         with metal_on_cpu("fast"):
-            trial = ExpertsTrial(*others, dtype, dtype, down_bits=4, shared_bits=8)
-            verdict = autotune.check(trial)
+            case = ExpertsCase(*others, dtype, dtype, down_bits=4, shared_bits=8)
+            verdict = autotune.check(case)
         assert verdict.ok, verdict
 
 
 @dtype_cases
 @pytest.mark.parametrize("experts, top_k", [(16, 4), (33, 10), (100, 4), (33, 32), (512, 10)])
 def test_router(dtype, experts, top_k):
-    check(case_of(RouterTrial(experts, top_k, dtype, tokens=3)), ("fast",))
+    check(case_of(RouterCase(experts, top_k, dtype, tokens=3)), ("fast",))
 
 
 # ---- every branch --------------------------------------------------------------------------------
 
 
-def matvec_case(columns=384, norm=True, residual=True, bits=4, dtype="bfloat16") -> Case:
+def matvec_case(columns=384, norm=True, residual=True, bits=4, dtype="bfloat16") -> BenchCase:
     weight = bank(37, columns, bits=bits, group_size=64, dtype=dtype)
     x, gain, past = (random(*s, dtype=dtype) for s in ((3, columns), (columns,), (3, 37)))
-    truth = (normalised(x, gain) if norm else x.astype(mx.float32)) @ dense(weight).T
+    truth = (normalized(x, gain) if norm else x.astype(mx.float32)) @ dense(weight).T
     options = {
         "norm": (gain, mx.array([EPS])) if norm else None,
         "residual": past if residual else None,
     }
     arrays = x, weight.codes, weight.scales, weight.biases, bits
-    return Case(
+    return BenchCase(
         lambda: [dequant_matvec(*arrays, **options)],
         [truth + past.astype(mx.float32) if residual else truth],
     )
@@ -227,9 +227,9 @@ def test_other_splits_of_columns(geometry, columns, bits, split):
 
 @both
 def test_naive_matvec_with_columns_split(geometry):
-    trial = MatvecTrial(11, 2176, 4, 64, "bfloat16", "bfloat16")
-    x, *weight = inputs = trial.inputs()
-    check(Case(lambda: [naive_matvec(x, *weight, 4)], trial.reference(*inputs)))
+    case = MatvecCase(11, 2176, 4, 64, "bfloat16", "bfloat16")
+    x, *weight = inputs = case.inputs()
+    check(BenchCase(lambda: [naive_matvec(x, *weight, 4)], case.reference(*inputs)))
 
 
 @both
@@ -237,10 +237,10 @@ def test_one_row_and_more_axes_and_float32_from_bfloat16(geometry):
     weight, x = bank(1, 128, group_size=128), random(2, 1, 3, 128, dtype="bfloat16")
     truth = x.astype(mx.float32) @ dense(weight).T
     arrays = x, weight.codes, weight.scales, weight.biases, 4
-    case = Case(lambda: [dequant_matvec(*arrays, dtype=mx.float32)], [truth])
-    check(case, FAST)
+    bench_case = BenchCase(lambda: [dequant_matvec(*arrays, dtype=mx.float32)], [truth])
+    check(bench_case, FAST)
     with metal_on_cpu("fast"):
-        assert case.custom()[0].dtype == mx.float32
+        assert bench_case.custom()[0].dtype == mx.float32
 
 
 def swiglu(x: mx.array, gate: mx.array, up: mx.array) -> mx.array:
@@ -252,22 +252,22 @@ def chosen(tokens: int, slots: int, top_k: int) -> mx.array:
     return mx.array(np.stack([rng.permutation(slots)[:top_k] for _ in range(tokens)]).astype("u4"))
 
 
-def gate_up_case(norm=True, shared=True, top_k=3, bits=8, hidden=384) -> Case:
+def gate_up_case(norm=True, shared=True, top_k=3, bits=8, hidden=384) -> BenchCase:
     """A shared expert of another width, group size and height."""
     inner, tokens, slots = 13, 2, top_k + 2
     gate, up = (bank(slots, inner, hidden, bits=bits, seed=s) for s in (1, 2))
     others = tuple(bank(27, hidden, bits=4, group_size=64, seed=s) for s in (3, 4))
     x, gain = random(tokens, hidden, dtype="bfloat16"), random(hidden, dtype="bfloat16")
     where = chosen(tokens, slots, top_k)
-    rows = normalised(x, gain) if norm else x.astype(mx.float32)
+    rows = normalized(x, gain) if norm else x.astype(mx.float32)
     truth = swiglu(rows[:, None, None, :], dense(gate)[where], dense(up)[where]).flatten(1)
     if shared:
         truth = mx.concatenate([truth, swiglu(rows, *map(dense, others))], axis=1)
     options = others if shared else None, (gain, mx.array([EPS])) if norm else None
-    return Case(lambda: [experts.expert_gate_up(x, where, gate, up, *options)], [truth])
+    return BenchCase(lambda: [experts.expert_gate_up(x, where, gate, up, *options)], [truth])
 
 
-def down_case(residual=True, shared=True, top_k=3, bits=8) -> Case:
+def down_case(residual=True, shared=True, top_k=3, bits=8) -> BenchCase:
     """Columns that two simdgroups share, and more of them."""
     height, inner, extra, tokens, slots = 21, 704, 1088 if shared else 0, 2, top_k + 2
     down = bank(slots, height, inner, bits=bits)
@@ -283,7 +283,7 @@ def down_case(residual=True, shared=True, top_k=3, bits=8) -> Case:
     if residual:
         truth = truth + past.astype(mx.float32)
     options = (other, strength) if shared else None, past if residual else None, mx.bfloat16
-    return Case(
+    return BenchCase(
         lambda: [experts.expert_down_combine(hidden, where, weights, down, *options)], [truth]
     )
 
@@ -308,33 +308,33 @@ def test_more_experts_than_simdgroups(geometry):
     check(down_case(top_k=1, shared=False), FAST)
 
 
-def router_case(renormalise=True, shared=True, experts=70, top_k=32) -> Case:
+def router_case(renormalize=True, shared=True, experts=70, top_k=32) -> BenchCase:
     """The ids in their order, too; most logits tie, and the lower id comes first."""
     logits = mx.round(2 * random(3, experts + shared)) / 2
     logits[0, experts - 1] = 5
     scores = np.array(mx.softmax(logits[:, :experts], axis=-1))
     ids = np.argsort(-np.array(logits[:, :experts]), axis=-1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(scores, ids, -1)
-    weights /= weights.sum(-1, keepdims=True) if renormalise else 1
+    weights /= weights.sum(-1, keepdims=True) if renormalize else 1
     gate = mx.sigmoid(logits[:, experts:]) if shared else mx.full((3, 1), 0.5)
 
     def custom():
-        ids, *others = route(logits, top_k, renormalise=renormalise, shared=shared)
+        ids, *others = route(logits, top_k, renormalize=renormalize, shared=shared)
         return [ids.astype(mx.float32), *others]
 
-    return Case(custom, [mx.array(ids.astype(np.float32)), mx.array(weights), gate])
+    return BenchCase(custom, [mx.array(ids.astype(np.float32)), mx.array(weights), gate])
 
 
-@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_router_with_ties(renormalise, shared):
-    check(router_case(renormalise, shared))
+def test_router_with_ties(renormalize, shared):
+    check(router_case(renormalize, shared))
 
 
 @pytest.mark.parametrize("logit", [-1e30, -200, 0, 200, 1e30])
 def test_router_of_large_equal_logits(logit):
     with metal_on_cpu("fast"):
-        ids, weights, _ = route(mx.full((1, 40), logit), 4, renormalise=True, shared=False)
+        ids, weights, _ = route(mx.full((1, 40), logit), 4, renormalize=True, shared=False)
     assert ids.tolist() == [[0, 1, 2, 3]]
     assert weights.tolist() == [[0.25] * 4]
 
@@ -342,7 +342,7 @@ def test_router_of_large_equal_logits(logit):
 def test_router_of_no_numbers_stays_inside():
     """Ids index the experts' banks, so not even broken weights may make them too large."""
     with metal_on_cpu("fast"):
-        ids, weights, _ = route(mx.full((2, 40), mx.nan), 4, renormalise=True, shared=False)
+        ids, weights, _ = route(mx.full((2, 40), mx.nan), 4, renormalize=True, shared=False)
     assert ids.max().item() < 40
     assert mx.isnan(weights).all()
 
@@ -420,10 +420,10 @@ def test_a_mistake_in_dequant_matvec_is_caught(monkeypatch, name, old, new):
 ])  # fmt: skip
 def test_a_mistake_in_naive_matvec_is_caught(monkeypatch, name, old, new):
     launch_as(name, monkeypatch)
-    trial = MatvecTrial(11, 2176, 4, 64, "bfloat16", "bfloat16", tokens=2)
-    inputs = trial.inputs()
-    case = Case(lambda: trial.naive(*inputs), trial.reference(*inputs))
-    assert caught(case, monkeypatch, "linear/naive_matvec.metal", old, new)
+    case = MatvecCase(11, 2176, 4, 64, "bfloat16", "bfloat16", tokens=2)
+    inputs = case.inputs()
+    bench_case = BenchCase(lambda: case.naive(*inputs), case.reference(*inputs))
+    assert caught(bench_case, monkeypatch, "linear/naive_matvec.metal", old, new)
 
 
 @pytest.mark.parametrize("old, new", [
@@ -523,8 +523,8 @@ def test_a_mistake_in_router_is_caught(monkeypatch, old, new):
     ("RENORMALISE ? 0.0f : simd_sum(total)", "RENORMALISE ? 0.0f : total"),
     ("RENORMALISE ? share : 0.0f", "share"),
 ])  # fmt: skip
-def test_a_mistake_in_router_without_renormalising_is_caught(monkeypatch, old, new):
-    assert caught(router_case(renormalise=False), monkeypatch, "experts/router.metal", old, new)
+def test_a_mistake_in_router_without_renormalizing_is_caught(monkeypatch, old, new):
+    assert caught(router_case(renormalize=False), monkeypatch, "experts/router.metal", old, new)
 
 
 # ---- many rows -----------------------------------------------------------------------------------
@@ -535,12 +535,12 @@ def test_a_mistake_in_router_without_renormalising_is_caught(monkeypatch, old, n
 @group_cases
 def test_dequantize(dtype, bits, group_size):
     scales = scales_of(dtype, group_size)
-    trial = DequantizeTrial(7, 384, bits, group_size, dtype, scales)
-    check(case_of(trial), modes_for(dtype, bits, group_size))
+    case = DequantizeCase(7, 384, bits, group_size, dtype, scales)
+    check(case_of(case), modes_for(dtype, bits, group_size))
 
 
 def test_dequantize_in_every_mode():
-    check(case_of(DequantizeTrial(11, 768, 4, 64, "bfloat16", "bfloat16")))
+    check(case_of(DequantizeCase(11, 768, 4, 64, "bfloat16", "bfloat16")))
 
 
 @pytest.mark.parametrize("file, old, new", [
@@ -555,13 +555,13 @@ def test_dequantize_in_every_mode():
     ("write.metal", "low | high << 16", "high | low << 16"),
 ])  # fmt: skip
 def test_a_mistake_in_dequantize_is_caught(monkeypatch, file, old, new):
-    trial = DequantizeTrial(11, 768, 4, 64, "bfloat16", "bfloat16")
-    assert caught(case_of(trial), monkeypatch, file, old, new)
+    case = DequantizeCase(11, 768, 4, 64, "bfloat16", "bfloat16")
+    assert caught(case_of(case), monkeypatch, file, old, new)
 
 
 @pytest.fixture
 def always_ours(monkeypatch, tmp_path):
-    """Dequantise by our kernel, whatever is faster on the bench."""
+    """Dequantize by our kernel, whatever is faster on the bench."""
     monkeypatch.setenv("FLASHMOE_KERNELS", "custom")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     autotune.forget()
@@ -572,17 +572,17 @@ def always_ours(monkeypatch, tmp_path):
 @dtype_cases
 @pytest.mark.usefixtures("always_ours")
 def test_products_of_many_rows(dtype):
-    trial = MatmulTrial(37, 384, 4, 64, dtype, scales_of(dtype, 64))
+    case = MatmulCase(37, 384, 4, 64, dtype, scales_of(dtype, 64))
     with metal_on_cpu("fast") as session:
-        verdict = autotune.check(trial)
+        verdict = autotune.check(case)
     assert verdict.ok and session.launches
 
 
 @dtype_cases
 @both
-def test_matvec_of_a_normalised_input(geometry, dtype):
-    trial = NormedMatvecTrial(37, 384, 4, 64, dtype, scales_of(dtype, 64), tokens=3)
-    check(case_of(trial), ("fast",))
+def test_matvec_of_a_normalized_input(geometry, dtype):
+    case = NormedMatvecCase(37, 384, 4, 64, dtype, scales_of(dtype, 64), tokens=3)
+    check(case_of(case), ("fast",))
 
 
 # ---- flashmoe-doctor --full ----------------------------------------------------------------------
@@ -590,16 +590,16 @@ def test_matvec_of_a_normalised_input(geometry, dtype):
 
 def first_of_each_op() -> dict:
     found: dict = {}
-    for trial in [*full_check.quantised(), *full_check.others()]:
-        found.setdefault(trial.op, trial)
+    for case in [*full_check.quantized(), *full_check.others()]:
+        found.setdefault(case.op, case)
     return found
 
 
 def test_the_full_check_has_every_op_in_every_format():
-    formats = {(t.op, t.dtype, t.bits, t.group_size) for t in full_check.quantised()}
+    formats = {(t.op, t.dtype, t.bits, t.group_size) for t in full_check.quantized()}
     ops = {op for op, *_ in formats}
     for op in ops:
-        dtypes = 2 if op == "dequantised_matmul" else 3
+        dtypes = 2 if op == "dequantized_matmul" else 3
         assert len([f for f in formats if f[0] == op]) == dtypes * 9
     assert {t.dtype for t in full_check.others()} == set(DTYPES)
     folder = Path(launch.__file__).parent
@@ -617,13 +617,13 @@ def test_the_full_check_has_every_op_in_every_format():
         "linear/dequantize": "dequantize",
     }
     of = {names.get(kernel, kernel.replace("/", "_")) for kernel in kernels - helpers}
-    assert of <= ops | {trial.op for trial in full_check.others()}
+    assert of <= ops | {case.op for case in full_check.others()}
 
 
 def test_the_full_check_judges(monkeypatch):
     with metal_on_cpu("fast"):
-        for trial in first_of_each_op().values():
-            assert full_check.judge(trial).ok, trial
+        for case in first_of_each_op().values():
+            assert full_check.judge(case).ok, case
     plant(monkeypatch, "affine.metal", "(biases[group]), sum", "(scales[group]), sum")
     launch._build.cache_clear()
     with metal_on_cpu("fast"):

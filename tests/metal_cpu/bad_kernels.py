@@ -121,7 +121,7 @@ BAD = (
     Bad("ragged grid without guard", "o[i] = x[i];", grid=70, group=32),
     Bad("ragged grid with guard", "if (i < 64) o[i] = x[i];", grid=70, group=32),
     Bad("writes to an input", "auto p = (device float*)x; p[i] = 1.0f; o[i] = p[i];"),
-    # Initialisation.
+    # Initialization.
     Bad(
         "threadgroup memory half written",
         "threadgroup float t[64]; if (l & 1) t[l] = x[i];\n" + BARRIER + "o[i] = t[l];",
@@ -139,7 +139,7 @@ BAD = (
     Bad("C's function, not Metal's", "o[i] = expf(x[i]);"),
     Bad("compiler built-in", "o[i] = __builtin_sqrtf(x[i]);"),
     Bad("math without metal::", "o[i] = sqrt(x[i]);"),
-    # Undefined behaviour.
+    # Undefined behavior.
     Bad("signed overflow", "int v = 2147483600 + int(l); o[i] = float(v);"),
     Bad("shift by 32 and more", "o[i] = float(1u << l);"),
     Bad("misaligned vector load", "auto p = (const device float4*)(x + 1); o[i] = p[l / 8].x;"),

@@ -4,7 +4,7 @@
 class BenchError(Exception):
     """A kernel did something wrong, or the bench cannot run it; `kind` says which.
 
-    Kinds: compile, rules, out of bounds, uninitialised, race, divergence, undefined,
+    Kinds: compile, rules, out of bounds, uninitialized, race, divergence, undefined,
     read-only, static state, limits, timeout, order (results differ between runs that must agree),
     wrong (results differ from the reference), record and bench (the bench itself).
     """

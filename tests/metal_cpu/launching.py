@@ -27,7 +27,7 @@ class _Buffer(ctypes.Structure):
         ("size", U64),
         ("name", ctypes.c_char_p),
         ("writable", U32),
-        ("initialised", U32),
+        ("initialized", U32),
     )
 
 

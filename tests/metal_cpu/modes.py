@@ -18,7 +18,7 @@ _launches: Counter[str] = Counter()
 
 
 def _plain_build(text: str, strict: bool) -> Path:
-    """Compile without checks; optimise what is launched often, as that takes longer than a run."""
+    """Compile without checks; optimize what is launched often, as that takes longer than a run."""
     _launches[text] += 1
     return compile_kernel(text, FAST if _launches[text] > OFTEN else QUICK, strict)
 
@@ -46,7 +46,7 @@ def _plain(launch: Launch, strict: bool) -> Outputs:
 
 
 def checked(launch: Launch, strict: bool = True) -> Outputs:
-    """Check every load and store (bounds, initialisation, races) and undefined behaviour."""
+    """Check every load and store (bounds, initialization, races) and undefined behavior."""
     return run(launch, compile_kernel(to_cpp(launch), CHECKED, strict), Conditions(checked=True))
 
 
@@ -60,7 +60,7 @@ def order(launch: Launch, strict: bool = True) -> Outputs:
         "the order of lanes (reversed)": (pattern, replace(base, order="reversed")),
         "the order of lanes (random)": (pattern, replace(base, order="random")),
         "what outputs or threadgroup memory held before": (pattern, replace(base, fill=0)),
-        "an uninitialised local variable": (zero, base),
+        "an uninitialized local variable": (zero, base),
     }
     for cause, (library, how) in others.items():
         _compare(launch, first, run(launch, library, how), cause)

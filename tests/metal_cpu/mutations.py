@@ -92,7 +92,7 @@ def matvec(
 def arrays(
     dtype: mx.Dtype = mx.float32, rows: int = ROWS, columns: int = COLUMNS
 ) -> list[mx.array]:
-    """Return quantised weights, scales, biases and a vector, always the same."""
+    """Return quantized weights, scales, biases and a vector, always the same."""
     random = np.random.default_rng(7)
     weights = mx.array(random.normal(size=(rows, columns)).astype(np.float32)).astype(dtype)
     x = mx.array(random.normal(size=columns).astype(np.float32)).astype(dtype)

@@ -44,8 +44,8 @@ class Build:
     flags: tuple[str, ...]
 
 
-# Address spaces 1, 2, 3: type-checked by clang, ignored by x86. Uninitialised locals hold a
-# pattern in one build and zero in another; the order test compares the two. Optimised or not,
+# Address spaces 1, 2, 3: type-checked by clang, ignored by x86. Uninitialized locals hold a
+# pattern in one build and zero in another; the order test compares the two. Optimized or not,
 # floats come out the same. Without the stack's protector a lane that runs over its own array
 # would return to anywhere, and what comes next would be up to chance.
 PLAIN = ("-DBENCH_SPACES=1", "-fstack-protector-strong")
@@ -53,7 +53,7 @@ QUICK = Build("quick", (*PLAIN, "-O0", "-ftrivial-auto-var-init=pattern"))
 FAST = Build("fast", (*PLAIN, "-O1", "-ftrivial-auto-var-init=pattern"))
 ZERO = Build("zero", (*PLAIN, "-O0", "-ftrivial-auto-var-init=zero"))
 # The thread-sanitizer pass skips other address spaces, hence none; and accesses wider than 16
-# bytes, hence no vectorising.
+# bytes, hence no vectorizing.
 CHECKED = Build(
     "checked",
     (

@@ -131,7 +131,7 @@ def test_the_full_check_sees_what_differs(models):
 
 
 def test_result_does_not_depend_on_the_bank(models):
-    """Waves, hits and misses must not show in a single bit."""
+    """Batches, hits and misses must not show in a single bit."""
     results = []
     for size in bank_sizes(models["packed4"]).values():
         model, tokenizer = load(models["packed4"], expert_cache=size)

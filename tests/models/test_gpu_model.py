@@ -134,9 +134,9 @@ def test_logits_equal_stock(open_model, by_stock, bank, capsys):
         rest = decode(model, prompt=[], cache=cache)
     assert differ(mx.concatenate([prompt, rest]), right) <= TOLERANCE
     times = dict.fromkeys(SCAN_KERNELS, LINEAR) | {"experts_combine": LAYERS}
-    waves = launched(prefill)["experts_tiles"]
-    assert waves == LAYERS if bank == "all" else waves > LAYERS
-    assert launched(prefill) == times | dict.fromkeys(TILE_KERNELS, waves)
+    batches = launched(prefill)["experts_tiles"]
+    assert batches == LAYERS if bank == "all" else batches > LAYERS
+    assert launched(prefill) == times | dict.fromkeys(TILE_KERNELS, batches)
     # Projections in and out of each mixer, router of each layer; the head.
     times = {"gated_delta_step": LINEAR, "linear_dequant_matvec": 3 * LAYERS + 1}
     times |= dict.fromkeys(ATTENTION_KERNELS, LAYERS - LINEAR)
@@ -157,10 +157,10 @@ def test_more_keys_than_were_tried_go_through_stock(open_model, by_stock, monkey
 
 def test_a_step_that_stock_does_faster_is_asked_for_once(open_model, by_stock, monkeypatch):
     asked = []
-    monkeypatch.setattr(model_module, "prefers_custom", lambda trial: bool(asked.append(trial)))
+    monkeypatch.setattr(model_module, "prefers_custom", lambda case: bool(asked.append(case)))
     right, model = by_stock(decode, open_model()), open_model()
     assert differ(decode_on_bench(model), right) <= TOLERANCE
-    assert [(trial.heads, trial.keys) for trial in asked] == [(4, 500)]
+    assert [(case.heads, case.keys) for case in asked] == [(4, 500)]
 
 
 def test_steps_while_the_cache_grows_and_shrinks(open_model, by_stock, monkeypatch):
@@ -211,7 +211,7 @@ def test_the_host_is_not_told_which_experts_a_prompt_needs_if_all_are_there(
     """It would wait for each layer."""
     model = open_model("all")
     right = decode_on_bench(model)
-    monkeypatch.setattr(StreamedExperts, "waves", None)
+    monkeypatch.setattr(StreamedExperts, "batches", None)
     with metal_on_cpu() as session:
         assert mx.array_equal(decode(model), right)
     assert launched(session)["experts_tiles"] == LAYERS
@@ -417,7 +417,7 @@ def attend_by_mlx(queries, projected, heads, keys, values, length):
 def test_traced_attention_takes_offset_and_length_anew(open_model, monkeypatch):
     """The bench runs without mx.compile, so here the kernels' work is done by MLX's ops."""
     monkeypatch.setattr(KVCache, "step", 4)
-    monkeypatch.setattr(model_module, "prefers_custom", lambda trial: True)
+    monkeypatch.setattr(model_module, "prefers_custom", lambda case: True)
     monkeypatch.setattr(model_module, "prepare", prepare_by_mlx)
     monkeypatch.setattr(model_module, "attend", attend_by_mlx)
     layer, twin = (open_model().layers[LINEAR] for _ in range(2))
@@ -436,7 +436,7 @@ def test_traced_attention_takes_offset_and_length_anew(open_model, monkeypatch):
 # ---- joined weights ------------------------------------------------------------------------------
 
 
-def quantised(rows: int, bits: int = 4, group_size: int = 32) -> nn.QuantizedLinear:
+def quantized(rows: int, bits: int = 4, group_size: int = 32) -> nn.QuantizedLinear:
     layer = nn.QuantizedLinear(128, rows, bias=False, bits=bits, group_size=group_size)
     layer.weight, layer.scales, layer.biases = mx.quantize(
         mx.random.normal((rows, 128), key=mx.random.key(rows)), group_size, bits
@@ -445,7 +445,7 @@ def quantised(rows: int, bits: int = 4, group_size: int = 32) -> nn.QuantizedLin
 
 
 def test_joined_weights_are_views_of_equal_value():
-    layers = [quantised(rows) for rows in (5, 64, 1)]
+    layers = [quantized(rows) for rows in (5, 64, 1)]
     before = [dict(layer.items()) for layer in layers]
     weight = join(layers)
     assert weight.ends == [5, 69]
@@ -461,7 +461,7 @@ def test_joined_weights_are_views_of_equal_value():
 
 
 def test_joining_takes_no_memory():
-    layers = [quantised(512) for _ in range(4)]
+    layers = [quantized(512) for _ in range(4)]
     mx.eval([layer.parameters() for layer in layers])
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -472,22 +472,22 @@ def test_joining_takes_no_memory():
 
 
 @pytest.mark.parametrize("other", [
-    lambda: quantised(8, bits=8),
-    lambda: quantised(8, group_size=64),
+    lambda: quantized(8, bits=8),
+    lambda: quantized(8, group_size=64),
     lambda: nn.Linear(128, 8, bias=False),
-    lambda: quantised(8).train(),
+    lambda: quantized(8).train(),
     lambda: nn.QuantizedLinear(128, 8, bias=True, group_size=32).eval(),
     lambda: nn.QuantizedLinear(128, 8, bias=False, mode="mxfp4").eval(),
 ])  # fmt: skip
-def test_what_is_not_quantised_alike_is_not_joined(other):
-    layers = quantised(8), other()
+def test_what_is_not_quantized_alike_is_not_joined(other):
+    layers = quantized(8), other()
     weights = [layer.weight for layer in layers]
     assert join(layers) is None
     assert all(layer.weight is w for layer, w in zip(layers, weights, strict=True))
 
 
 def test_layers_that_are_not_joined_give_their_own_outputs():
-    x, layers = mx.random.normal((2, 128)), [quantised(5), quantised(8, bits=8)]
+    x, layers = mx.random.normal((2, 128)), [quantized(5), quantized(8, bits=8)]
     with metal_on_cpu() as session:
         apart, together = linear(x, *layers), joined(x, *layers)
     assert not session.launches
@@ -499,7 +499,7 @@ def test_layers_that_are_not_joined_give_their_own_outputs():
     ["weight"], ["weight", "scales", "biases"], ["scales", "biases"],
 ])  # fmt: skip
 def test_joined_weights_follow_a_change(names):
-    x, layers = mx.random.normal((2, 128)), [quantised(5), quantised(70)]
+    x, layers = mx.random.normal((2, 128)), [quantized(5), quantized(70)]
     join(layers)
     fresh = {"weight": ~layers[1].weight, "scales": -layers[1].scales, "biases": mx.ones((70, 4))}
     for name in names:

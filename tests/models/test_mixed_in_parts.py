@@ -56,7 +56,7 @@ def test_pairs_of_token_and_expert_are_computed_in_parts(bundled, monkeypatch, p
         return compute(x, gate, up, down, slots)
 
     monkeypatch.setattr(prefill, "mlp", counted)
-    monkeypatch.setattr(moe, "PAIRS_AT_ONCE", pairs)
+    monkeypatch.setattr(moe, "ASSIGNMENTS_AT_ONCE", pairs)
     assert mx.abs(run_one(bundled, ids) - whole).max().item() < TOLERANCE
     assert max(sizes) == pairs
 

@@ -135,7 +135,7 @@ def test_a_prompt_of_other_rows_is_refused(model, cache):
     lambda c: setattr(c, "values", [c.values[0], c.values[1][..., :0], c.values[2]]),
     lambda c: setattr(c, "offset", 10**6),
 ])  # fmt: skip
-def test_a_quantised_cache_that_does_not_fit_is_refused(model, cache, change):
+def test_a_quantized_cache_that_does_not_fit_is_refused(model, cache, change):
     cache[FULL] = cache[FULL].to_quantized(group_size=32, bits=8)
     mx.eval(model(PROMPT, cache=cache))
     cache = copy.deepcopy(cache)

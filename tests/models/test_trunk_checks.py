@@ -107,7 +107,7 @@ DAMAGE = {
     "F32 for codes": (f"{EMBEDDING}.weight", retyped("F32"), r"is F32\[96, 16\], .* of U32 by con"),
     "I32 for codes": (f"{SHARED}.weight", retyped("I32"), r"is I32\[64, 16\], expected \[64, 16\]"),
     "U64 for codes": (f"{ROUTER}.weight", retyped("U64"), r"mlp\.gate\.weight is U64"),
-    "U8 for scales": (f"{QUERIES}.scales", retyped("U8"), r"q_proj.* is not a quantisation of 128"),
+    "U8 for scales": (f"{QUERIES}.scales", retyped("U8"), r"q_proj.* is not a quantization of 128"),
     "F32 biases": (f"{SHARED}.biases", retyped("F32"), r"biases is F32, expected BF16 as its scal"),
     "U16 biases": (f"{SHARED}.biases", retyped("U16"), r"biases is U16\[64, 2\], expected"),
     "F64 norm": (f"{NORM}.weight", retyped("F64"), r"norm\.weight is F64, which MLX cannot read"),
@@ -117,7 +117,7 @@ DAMAGE = {
     "fewer codes": (f"{QUERIES}.weight", reshaped(256, 9), r"is U32\[256, 9\], expected"),
     "no groups": (f"{QUERIES}.scales", reshaped(256, 0), r"scales BF16\[256, 0\] is not a quantis"),
     "other taps": (f"{CONV}.weight", reshaped(320, 3, 1), r"conv1d\.weight is BF16\[320, 3, 1\]"),
-    "scalar": (f"{QUERIES}.scales", reshaped(), r"scales BF16\[\] is not a quantisation"),
+    "scalar": (f"{QUERIES}.scales", reshaped(), r"scales BF16\[\] is not a quantization"),
 }  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def test_the_set_of_tensors(copy, change):
         ({"group_size": 64, "bits": 4, QUERIES: {"x": 4}}, r"a model that cannot be built \(TypeE"),
     ],
 )
-def test_quantisation_that_the_shapes_do_not_have(copy, entry, message):
+def test_quantization_that_the_shapes_do_not_have(copy, entry, message):
     path = copy / "config.json"
     config = read_config(copy)
     path.unlink()
@@ -243,7 +243,7 @@ def test_the_largest_model_takes_no_memory(root):
     }  # fmt: skip
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    with pytest.raises(FlashMoEError, match=r"expected \[|not a quantisation of"):
+    with pytest.raises(FlashMoEError, match=r"expected \[|not a quantization of"):
         args = ModelArgs.from_dict(config)
         check_trunk(root, checkpoint_headers(root / "packed"), args)
     assert mx.get_peak_memory() - before < 1 << 20
@@ -293,8 +293,8 @@ def test_a_conversion_that_could_not_be_loaded_is_refused(
     for path in (root / kind).iterdir():
         (source / path.name).write_bytes(path.read_bytes())
     spoil(source)
-    quantise = ["-q"] if kind == "hf" else []
-    assert cli.main(["--hf-path", str(source), "--mlx-path", str(out), *quantise]) == 2
+    quantize = ["-q"] if kind == "hf" else []
+    assert cli.main(["--hf-path", str(source), "--mlx-path", str(out), *quantize]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(message, error)
     assert not out.exists()

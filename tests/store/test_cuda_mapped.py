@@ -76,7 +76,7 @@ def ids_of(*experts: int) -> mx.array:
 
 def bring(store, card, layer: int, *experts: int) -> list[int]:
     """Bring experts, and compare what is in their slots then."""
-    there = store.bring(layer, ids_of(*experts), X)
+    there = store.load_by_device(layer, ids_of(*experts), X)
     card.catch_up()
     for expert, slot in zip(experts, there.reshape(-1).tolist(), strict=True):
         assert contents(store, layer, slot) == record(layer, expert)
@@ -108,14 +108,14 @@ def test_host_and_card_go_on_from_each_others_table(tmp_path, card):
     assert store.stats.bytes_read == 4 * RECORD
     bring(store, card, 0, 7)
     assert 7 not in store.banks[0].resident(range(10))  # the host's is old now
-    store.decide(0, [1])
+    store.cancel_prefetch(0, [1])
     assert 7 in store.banks[0].resident(range(10))
     store.close()
 
 
 def test_what_the_host_asks_for_waits_for_what_the_card_began(tmp_path, card):
     store = make_store(tmp_path, slots=3)
-    store.bring(0, ids_of(0, 1, 2), X)
+    store.load_by_device(0, ids_of(0, 1, 2), X)
     assert card.waiting
     slots = store.request(0, [5, 6]).wait()
     assert not card.waiting  # or they would land on top of 5 and 6
@@ -126,11 +126,11 @@ def test_what_the_host_asks_for_waits_for_what_the_card_began(tmp_path, card):
 def test_nothing_is_brought_before_who_reads_the_bank_is_done(tmp_path, card):
     store = make_store(tmp_path, slots=3)
     del card.earlier[:]
-    first = store.bring(0, ids_of(0, 1, 2), X)
+    first = store.load_by_device(0, ids_of(0, 1, 2), X)
     y = mx.zeros((1, 8))
     store.hold(y, 0)
-    store.bring(0, ids_of(3), X)
-    third = store.bring(0, ids_of(4), X)  # whoever asked for 3 never used it
+    store.load_by_device(0, ids_of(3), X)
+    third = store.load_by_device(0, ids_of(4), X)  # whoever asked for 3 never used it
     assert card.earlier[0] is X and card.earlier[1] is y
     assert card.earlier[2] is not X and card.earlier[2].tolist() != third.tolist()
     assert first.tolist() == [[0, 1, 2]]
@@ -138,22 +138,22 @@ def test_nothing_is_brought_before_who_reads_the_bank_is_done(tmp_path, card):
     store.fetch(0, [4])
     store.hold(read, 0)
     assert [held.array for held in store._consumers] == [read]
-    store.bring(0, ids_of(5), X)
+    store.load_by_device(0, ids_of(5), X)
     assert not store._consumers and card.earlier[-1] is X
     store.close()
 
 
 def test_more_experts_than_slots_and_a_bank_in_use_are_the_hosts(tmp_path, card):
     store = make_store(tmp_path, slots=3)
-    assert store.bring(0, ids_of(0, 1, 2, 3), X) is None
+    assert store.load_by_device(0, ids_of(0, 1, 2, 3), X) is None
     pending = store.request(0, [1, 2])
     pending.wait()
-    assert store.bring(0, ids_of(4), X) is None
+    assert store.load_by_device(0, ids_of(4), X) is None
     pending.release()
     bring(store, card, 0, 4, 1)
     store.close()
     with pytest.raises(FlashMoEError, match="closed"):
-        store.bring(0, ids_of(4), X)
+        store.load_by_device(0, ids_of(4), X)
 
 
 def test_a_bank_whose_thread_is_gone_is_empty(tmp_path, card, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_bank_whose_thread_is_gone_is_empty(tmp_path, card, monkeypatch):
     store = make_store(tmp_path, slots=3)
     bring(store, card, 0, 1, 2)
     assert store.stats.asked == 2
-    store.bring(0, ids_of(3), X)
+    store.load_by_device(0, ids_of(3), X)
     there = resident.mx
 
     def no_stream(*arrays):
@@ -196,7 +196,7 @@ def test_counters_that_another_thread_has_begun_come_later(tmp_path, card, monke
 def test_another_thread_goes_on_from_what_is_done(tmp_path, card):
     store, found = make_store(tmp_path, slots=3), []
     bring(store, card, 0, 1, 2)
-    mx.eval(store.bring(0, ids_of(2, 7), X))  # the bytes are still on their way
+    mx.eval(store.load_by_device(0, ids_of(2, 7), X))  # the bytes are still on their way
     card_bank, taken = store._loader.of_layer[0], []
     take = card_bank.take
     card_bank.take = lambda *table: taken.append(not card.waiting) or take(*table)
@@ -254,7 +254,7 @@ def test_what_the_card_cannot_do_the_host_does(tmp_path, card, monkeypatch, faul
 
     if fault == "lock":
         monkeypatch.setattr(card, "lock", locks_one)
-        monkeypatch.setattr(mapped, "LOCKERS", 1)
+        monkeypatch.setattr(mapped, "PINNERS", 1)
     elif fault == "wrong bytes":
         monkeypatch.setattr(resident, "_copy", lambda tasks, slots, *others: slots)
     elif fault == "no compiler":
@@ -263,7 +263,7 @@ def test_what_the_card_cannot_do_the_host_does(tmp_path, card, monkeypatch, faul
         monkeypatch.setattr(resident, "choose_slots", wrong(fault))
     store = make_store(tmp_path, slots=3)
     assert store._loader is None and not card.locked
-    assert store.bring(1, ids_of(7), X) is None
+    assert store.load_by_device(1, ids_of(7), X) is None
     (slot,) = store.fetch(1, [7])
     assert contents(store, 1, slot) == record(1, 7)
     store.close()
@@ -366,7 +366,7 @@ def test_a_file_that_cannot_be_mapped_is_named(tmp_path, card):
 def test_another_thread_begins_anew_where_the_first_has_only_begun(tmp_path, card):
     """MLX evaluates in the thread that built a graph; what may be in the bank is not known."""
     store, found = make_store(tmp_path, slots=3), []
-    store.bring(0, ids_of(2, 7), X)
+    store.load_by_device(0, ids_of(2, 7), X)
     card.waiting = []
     thread = threading.Thread(target=lambda: found.extend(bring(store, card, 0, 7, 2)))
     thread.start()

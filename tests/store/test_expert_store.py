@@ -148,7 +148,7 @@ def test_held_consumers_do_not_pile_up(tmp_path):
 def test_a_complete_bank_holds_nobody(tmp_path):
     store = make_store(tmp_path, slots=EXPERTS)
     slots = store.fetch(0, list(range(EXPERTS)))
-    assert slots == list(range(EXPERTS)) and store.banks[0].complete
+    assert slots == list(range(EXPERTS)) and store.banks[0].holds_all
     for slots in ([1], None):  # they would pile up, since nothing is requested any more
         store.hold(_double(store, 1), 0, slots)
         assert not store._consumers
@@ -171,16 +171,16 @@ def test_slots_of_a_request_are_its_own_until_it_is_dropped(tmp_path):
 
 def test_half_a_bank_is_read_while_the_other_is_used(tmp_path):
     store = make_store(tmp_path, slots=4)
-    waves, sums = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]], []
-    pending = store.request(0, waves[0])
-    for following in [*waves[1:], None]:
+    batches, sums = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]], []
+    pending = store.request(0, batches[0])
+    for following in [*batches[1:], None]:
         slots = pending.wait()
         y = store.banks[0].arrays[0][mx.array(slots)].sum()
         store.hold(y, 0, slots)
         sums.append(y)
         if following:
             pending = store.request(0, following)
-    assert [y.item() for y in sums] == [sum(100 * e for e in wave) for wave in waves]
+    assert [y.item() for y in sums] == [sum(100 * e for e in batch) for batch in batches]
 
 
 def test_a_store_of_another_process_is_refused(tmp_path, monkeypatch):
@@ -273,7 +273,7 @@ def test_banks_of_all_experts_are_filled_at_load(tmp_path, scattered):
     layout = make_store(tmp_path, 2, scattered).layout
     store = ExpertStore(layout, CachePlan(EXPERTS, 0, "a test"), 3, preload=True)
     for layer, bank in enumerate(store.banks):
-        assert bank.complete and not bank.arriving
+        assert bank.holds_all and not bank.arriving
         for expert in range(EXPERTS):
             assert contents(store, layer, expert) == record(layer, expert)
     stats = store.stats

@@ -58,8 +58,8 @@ def test_who_chose_is_not_asked_again(clock, mode):
 
 def test_right_guesses_are_misses_that_came_early(tmp_path):
     store = make_store(tmp_path, slots=4)
-    store.guess(0, [1, 2])
-    store.decide(0, [2, 5])
+    store.prefetch(0, [1, 2])
+    store.cancel_prefetch(0, [2, 5])
     for expert, slot in zip([2, 5], store.fetch(0, [2, 5]), strict=True):
         assert contents(store, 0, slot) == record(0, expert)
     store.fetch(0, [2, 5])
@@ -73,10 +73,10 @@ def test_right_guesses_are_misses_that_came_early(tmp_path):
 def test_what_was_guessed_wrong_and_not_begun_is_given_up(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     store = make_store(tmp_path, slots=8)  # three threads
-    store.guess(0, [1, 2, 3, 4, 5, 6])
+    store.prefetch(0, [1, 2, 3, 4, 5, 6])
     while len(gate.reads) < 3:
         time.sleep(0.001)
-    store.decide(0, [6])
+    store.cancel_prefetch(0, [6])
     gate.opened.set()
     (slot,) = store.fetch(0, [6])
     assert contents(store, 0, slot) == record(0, 6)
@@ -91,15 +91,15 @@ def test_what_was_guessed_wrong_and_not_begun_is_given_up(tmp_path, monkeypatch)
 def test_a_guess_takes_no_slot_that_is_in_use(tmp_path):
     store = make_store(tmp_path, slots=3)
     held = store.request(0, [1, 2, 3])
-    store.guess(0, [4])
+    store.prefetch(0, [4])
     held.wait()
-    store.guess(0, [4, 5])
-    assert store.stats.bytes_read == 3 * RECORD and not store._guessed[0]
-    store.guess(1, [1, 2, 3, 4])  # more than the bank holds
-    assert not store._guessed[1]
+    store.prefetch(0, [4, 5])
+    assert store.stats.bytes_read == 3 * RECORD and not store._prefetched[0]
+    store.prefetch(1, [1, 2, 3, 4])  # more than the bank holds
+    assert not store._prefetched[1]
     del held
-    store.guess(0, [4])
-    store.decide(0, [4])
+    store.prefetch(0, [4])
+    store.cancel_prefetch(0, [4])
     (slot,) = store.fetch(0, [4])
     assert contents(store, 0, slot) == record(0, 4)
     store.close()
@@ -112,11 +112,11 @@ def test_a_guess_that_cannot_be_read_is_read_when_it_is_wanted(tmp_path, monkeyp
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", fails)
-    store.guess(0, [1, 2])
+    store.prefetch(0, [1, 2])
     for _, arrival in [*store.banks[0].arriving.values()]:
         arrival.wait()
     monkeypatch.setattr(os, "preadv", real)
-    store.decide(0, [1])
+    store.cancel_prefetch(0, [1])
     (slot,) = store.fetch(0, [1])
     assert contents(store, 0, slot) == record(0, 1)
     assert (store.stats.early, store.stats.hits, store.stats.bytes_read) == (0, 0, RECORD)
@@ -127,7 +127,7 @@ def test_a_closed_store_guesses_nothing(tmp_path):
     store = make_store(tmp_path, slots=3)
     store.close()
     with pytest.raises(FlashMoEError, match="closed"):
-        store.guess(0, [1])
+        store.prefetch(0, [1])
 
 
 def logits(model, tokens: list[int]) -> np.ndarray:
@@ -138,7 +138,7 @@ def logits(model, tokens: list[int]) -> np.ndarray:
 
 
 def test_tokens_are_the_same_with_right_and_wrong_guesses(monkeypatch):
-    """Sequences of the bundled model; then guesses that are as good as random."""
+    """Sequences of the bundled model; then prefetches that are as good as random."""
     tokens = [5, 900, 17, 3, 3, 256, 1000, 41] * 3
     real = block.router_logits
     found, shares = [], []
@@ -151,7 +151,9 @@ def test_tokens_are_the_same_with_right_and_wrong_guesses(monkeypatch):
             found.append(logits(m, tokens))
             stats, layout = m.expert_stats(), m._store.layout
         missed = (stats.asked - stats.hits) * layout.layers[0].record_bytes
-        assert stats.bytes_read <= missed + stats.bytes_useless  # the last guesses may be under way
+        assert (
+            stats.bytes_read <= missed + stats.bytes_useless
+        )  # the last prefetches may be under way
         shares.append(stats.early / (stats.asked - stats.hits))
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
     assert shares[0] == 0 and shares[1] > 2 * shares[2] > 0

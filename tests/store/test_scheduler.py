@@ -67,7 +67,7 @@ def test_more_than_the_bank_holds_come_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(scheduler, "FEW", 2)
     store = make_store(tmp_path, slots=4)
     batches = batches_of(store, [*range(EXPERTS), 9])
-    assert all(len(wave) <= 2 for wave in batches) and batches[-1][-1] == 9
+    assert all(len(batch) <= 2 for batch in batches) and batches[-1][-1] == 9
     store.close()
 
 

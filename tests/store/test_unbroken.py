@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from flashmoe_mlx.store.signals import unbroken
+from flashmoe_mlx.store.signals import defer_signals
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def python_handler():
 
 def test_ctrl_c_waits_for_the_end():
     done = []
-    with pytest.raises(KeyboardInterrupt), unbroken() as interrupted:
+    with pytest.raises(KeyboardInterrupt), defer_signals() as interrupted:
         assert not interrupted
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -27,7 +27,7 @@ def test_ctrl_c_waits_for_the_end():
 
 
 def test_errors_come_out_and_ctrl_c_works_again():
-    with pytest.raises(ValueError, match="mine"), unbroken():
+    with pytest.raises(ValueError, match="mine"), defer_signals():
         raise ValueError("mine")
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -36,7 +36,7 @@ def test_errors_come_out_and_ctrl_c_works_again():
 def test_the_handler_of_others_is_called():
     calls = []
     signal.signal(signal.SIGINT, lambda *args: calls.append(args[0]))
-    with unbroken(), unbroken():
+    with defer_signals(), defer_signals():
         signal.raise_signal(signal.SIGINT)
         assert not calls
     assert calls == [signal.SIGINT]
@@ -47,7 +47,7 @@ def test_other_threads_are_never_interrupted():
     found = []
 
     def work() -> None:
-        with unbroken() as interrupted:
+        with defer_signals() as interrupted:
             found.append((interrupted, signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=work)
@@ -66,7 +66,7 @@ def test_handlers_of_other_signals_wait_too_and_all_are_called():
 
     before = [(n, signal.signal(n, leave)) for n in (signal.SIGTERM, signal.SIGALRM)]
     try:
-        with pytest.raises(KeyboardInterrupt) as caught, unbroken() as interrupted:
+        with pytest.raises(KeyboardInterrupt) as caught, defer_signals() as interrupted:
             for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
                 signal.raise_signal(number)
             assert len(interrupted) == 3
@@ -82,5 +82,5 @@ def test_handlers_of_other_signals_wait_too_and_all_are_called():
 
 def test_signals_that_end_the_process_still_do():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    with unbroken():
+    with defer_signals():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

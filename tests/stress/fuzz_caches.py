@@ -150,7 +150,7 @@ class Cases(harness.Cases):
         self.stock.set_dtype(mx.float32)
         metadata = {"model": str(BUNDLED_MODEL), "tokenizer_config": "{}"}
         self.files = []
-        for name, bits in (("plain", None), ("quantised", 8)):
+        for name, bits in (("plain", None), ("quantized", 8)):
             cache = make_prompt_cache(self.ours)
             self.ours(mx.array([PROMPT]), cache=cache)
             if bits:

@@ -168,7 +168,7 @@ def judge(before: Model, directory: Path, tokens: list[int], named: bool) -> str
         if name in found and found[name] != (dtype, shape, checksum):
             floats = dtype in FLOATS and found[name][0] in FLOATS
             assert floats or found[name][0] == dtype, f"accepted {name} as {found[name][0]}"
-            # Of a quantised matrix fewer words are fewer bits, which mlx-lm takes from the shapes.
+            # Of a quantized matrix fewer words are fewer bits, which mlx-lm takes from the shapes.
             packed = dtype == "U32" and found[name][1][:-1] == shape[:-1]
             same = found[name][1] == shape or name.endswith("conv1d.weight") or packed
             assert same or other, f"accepted {name} as {found[name][1]}"

@@ -1,10 +1,10 @@
 """Evaluate a Qwen3.5 MoE on the held-out cases, greedily, its experts streamed from disk.
 
-    python tools/bundled_model/evaluate.py --model flashmoe_mlx/bundled [--requantise 4 2]
+    python tools/bundled_model/evaluate.py --model flashmoe_mlx/bundled [--requantize 4 2]
 
 Prints the share of exactly right tool calls (parsed by mlx_lm's own tool parser), of valid and of
 exact JSON, of right refusals to call, of exact reports of a tool's result, the perplexity per
-token, and a few English continuations. --requantise also runs copies whose experts
+token, and a few English continuations. --requantize also runs copies whose experts
 flashmoe-convert brought to other bits; the trunk stays as it is.
 """
 
@@ -137,14 +137,14 @@ def main() -> None:
     """Evaluate the model, then its coarser copies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
-    parser.add_argument("--requantise", type=int, nargs="*", default=[], metavar="BITS")
+    parser.add_argument("--requantize", type=int, nargs="*", default=[], metavar="BITS")
     parser.add_argument("--only", nargs="*", help="kinds of cases: tool json no_tool result")
     parser.add_argument("--limit", type=int, default=1000, help="cases of each kind")
     parser.add_argument("--show", type=int, default=0, help="how many wrong answers to print")
     args = parser.parse_args()
     report(args.model, evaluate(args.model, args.only, args.limit, args.show))
     with tempfile.TemporaryDirectory() as scratch:
-        for bits in args.requantise:
+        for bits in args.requantize:
             made = f"{scratch}/{bits}bit"
             convert(args.model, made, quantize=True, q_bits=bits, q_group_size=64)
             report(f"{bits}-bit experts", evaluate(made, args.only, args.limit, args.show))

@@ -18,9 +18,9 @@ from mlx_lm.models.rope_utils import initialize_rope
 from ...custom_kernels.attention.prompt import attention
 from ...custom_kernels.attention.step import (
     AttentionHeads,
-    AttentionStepTrial,
+    AttentionStepCase,
     attend,
-    deciding_trial,
+    deciding_case,
     integer,
     prepare,
 )
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         super().__init__()
         self._step, self._fused_step = Traced(), Traced()
         self._fused_keys = 0
-        self._refused: AttentionStepTrial | None = None
+        self._refused: AttentionStepCase | None = None
         self.heads, self.kv_heads = args.num_attention_heads, args.num_key_value_heads
         self.head_dim, bias = args.head_dim, args.attention_bias
         width = self.heads * self.head_dim
@@ -117,8 +117,8 @@ class Attention(nn.Module):
 
     def _fuses(self, h: mx.array, keys: int) -> bool:
         """Find out whether a step with so many keys, and maybe more, goes through our kernels."""
-        trial = deciding_trial(self._heads, h, keys)
-        if trial is None or trial == self._refused:
+        case = deciding_case(self._heads, h, keys)
+        if case is None or case == self._refused:
             return False
         norms = self.q_norm, self.k_norm
         fuses = (
@@ -126,9 +126,9 @@ class Attention(nn.Module):
             and self.rope.scale == 1
             and all(n.weight.dtype == h.dtype and n.eps == self.q_norm.eps for n in norms)
             and join((self.q_proj, self.k_proj, self.v_proj)) is not None
-            and prefers_custom(trial)
+            and prefers_custom(case)
         )
-        self._fused_keys, self._refused = (trial.keys, None) if fuses else (0, trial)
+        self._fused_keys, self._refused = (case.keys, None) if fuses else (0, case)
         return fuses
 
     def _run_fused(self, h: mx.array, norm: nn.RMSNorm, cache: KVCache, traced: bool) -> mx.array:
@@ -336,10 +336,10 @@ class Decoder(nn.Module):
         _forget_padding(caches)
         masks: dict[bool, Any] = {}
         lookahead = self._lookahead if h.shape[1] == 1 else None
-        guesses = lookahead is not None and lookahead.begin()
+        prefetches = lookahead is not None and lookahead.begin()
         for number, (layer, c) in enumerate(zip(self.layers, caches, strict=True)):
-            if guesses and number:
-                layer.mlp.guess(h, layer.post_attention_layernorm)
+            if prefetches and number:
+                layer.mlp.prefetch(h, layer.post_attention_layernorm)
             if layer.is_linear not in masks:
                 make_mask = create_ssm_mask if layer.is_linear else create_attention_mask
                 masks[layer.is_linear] = make_mask(h, c)
@@ -423,7 +423,7 @@ class Model(StreamedModule):
 
     @property
     def quant_predicate(self) -> Any:
-        """Which layers mlx_lm quantises at which width: routers and gates at 8 bits."""
+        """Which layers mlx_lm quantizes at which width: routers and gates at 8 bits."""
 
         def predicate(path: str, _: nn.Module) -> bool | dict[str, int]:
             if path.endswith(("mlp.gate", "shared_expert_gate")):

@@ -21,14 +21,14 @@ from ...custom_kernels.linear.linear import join, joined, linear, mlp
 from ...custom_kernels.op import Op
 from ...custom_kernels.traced import Traced
 from ...custom_kernels.weights import QuantizedMatrix, arrays_of, remembered
-from ...format.layout import quantisation
+from ...format.layout import quantization
 from ...format.names import PROJECTIONS
 from ...store.scheduler import expert_batches
 from ...store.store import ExpertStore
 from .args import ModelArgs
 
-GUESSED = 5 / 8  # of as many experts as a token has; the others are wrong too often
-PAIRS_AT_ONCE = 2048  # of token and expert, on a CPU; what they make takes 60 MB at 35B size
+PREFETCHED = 5 / 8  # of as many experts as a token has; the others are wrong too often
+ASSIGNMENTS_AT_ONCE = 2048  # of token and expert, on a CPU; what they make takes 60 MB at 35B size
 Step = Callable[..., Any]
 
 
@@ -47,7 +47,7 @@ class MLP(nn.Module):
         return mlp(x, self.gate_proj, self.up_proj, self.down_proj)
 
     def banks(self) -> list[QuantizedMatrix] | None:
-        """Return the weights of gate, up and down, or None if they are not affine-quantised."""
+        """Return the weights of gate, up and down, or None if they are not affine-quantized."""
         weights = [join([self[name]]) for name in PROJECTIONS]
         return [w.bank for w in weights if w] if all(weights) else None
 
@@ -56,7 +56,7 @@ class ResidentExperts(SwitchGLU):
     """Experts as ordinary parameters, in mlx-lm's names: expert e lies in slot e."""
 
     def banks(self) -> list[QuantizedMatrix] | None:
-        """Return gate, up and down, or None if they are not affine-quantised."""
+        """Return gate, up and down, or None if they are not affine-quantized."""
         layers = [self[name] for name in PROJECTIONS]
 
         def make() -> list[QuantizedMatrix] | None:
@@ -70,7 +70,7 @@ class ResidentExperts(SwitchGLU):
         """Return the slots of experts, which are their ids."""
         return ids
 
-    def waves(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield all places in `ids` and their slots, which are the ids."""
         yield np.arange(ids.size), ids.reshape(-1)
 
@@ -97,7 +97,7 @@ class StreamedExperts(nn.Module):
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
         self._banks = []
         for index, projection in enumerate(PROJECTIONS):
-            bits, group_size = quantisation(layout, projection, args.expert_shape(projection))
+            bits, group_size = quantization(layout, projection, args.expert_shape(projection))
             three = arrays[3 * index : 3 * index + 3]
             self._banks.append(QuantizedMatrix.of(three, bits, group_size))
 
@@ -106,9 +106,9 @@ class StreamedExperts(nn.Module):
         return self._banks
 
     @property
-    def complete(self) -> bool:
+    def holds_all(self) -> bool:
         """Say whether all experts are resident; then expert e lies in slot e."""
-        return self._store.banks[self._layer].complete
+        return self._store.banks[self._layer].holds_all
 
     @property
     def count(self) -> int:
@@ -125,9 +125,9 @@ class StreamedExperts(nn.Module):
             ids: `[..., K]`.
             x: `[..., H]`, what they were chosen for.
         """
-        if self.complete:
+        if self.holds_all:
             return ids
-        if (there := self._store.bring(self._layer, ids, x)) is not None:
+        if (there := self._store.load_by_device(self._layer, ids, x)) is not None:
             return there
         chosen, places = np.unique(self._store.backend.to_host(ids), return_inverse=True)
         if len(chosen) > len(self._store.banks[self._layer]):
@@ -135,13 +135,13 @@ class StreamedExperts(nn.Module):
         slots = np.array(self._store.fetch(self._layer, chosen.tolist()), dtype=np.uint32)
         return self._store.backend.to_device(slots[places].reshape(ids.shape))
 
-    def waves(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Load experts in batches: see `expert_batches`."""
         return expert_batches(self._store, self._layer, ids)
 
-    def guess(self, ids: np.ndarray) -> None:
+    def prefetch(self, ids: np.ndarray) -> None:
         """Begin to read experts `[..., K]` that are likely to be asked for next."""
-        self._store.guess(self._layer, np.unique(ids).tolist())
+        self._store.prefetch(self._layer, np.unique(ids).tolist())
 
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
         """Keep the bank, or some slots of it, as they are until `consumer` is evaluated."""
@@ -188,13 +188,13 @@ def streamed_mixture(
         `[..., H]`.
     """
     banks = experts.banks()
-    if experts.complete:
+    if experts.holds_all:
         return _mixture_of_residents(x, indices, scores, banks)
     rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
     ids = np.array(indices).reshape(-1)
     part_of = Routed(ids.size, experts.count)
     outputs, places, orders, done = [], [], [], 0
-    for pairs, slots in experts.waves(ids):
+    for pairs, slots in experts.batches(ids):
         tokens, where = mx.array(np.stack([pairs // top_k, slots]).astype(np.uint32))
         y, there = expert_mlp(rows, tokens, where, banks, part_of)
         experts.hold(y, slots)
@@ -220,9 +220,9 @@ def _streamed_by_cpu(
     ids, top_k = np.array(indices).reshape(-1), indices.shape[-1]
     rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [b.packed for b in banks]
     outputs = np.empty((ids.size, x.shape[-1]), np.float32)
-    for pairs, slots in experts.waves(ids):
+    for pairs, slots in experts.batches(ids):
         order = ascending(slots)
-        for part in np.split(order, range(PAIRS_AT_ONCE, len(order), PAIRS_AT_ONCE)):
+        for part in np.split(order, range(ASSIGNMENTS_AT_ONCE, len(order), ASSIGNMENTS_AT_ONCE)):
             tokens = pairs[part] // top_k
             outputs[pairs[part]] = kernels.mlp(rows[tokens], *packed, slots[part])
     # By numpy: all outputs of a prompt are many, and MLX would copy them twice.
@@ -277,16 +277,16 @@ class SparseMoeBlock(nn.Module):
         """
         return sparse_moe(self, h, norm, rows)
 
-    def guess(self, h: mx.array, norm: nn.RMSNorm) -> None:
+    def prefetch(self, h: mx.array, norm: nn.RMSNorm) -> None:
         """Begin to read experts that the router likes best for `[B, 1, H]`, if a CPU computes.
 
         The layer before has made h; attention will add to it before the router is asked.
         """
         logits = router_logits(h, self.gate, norm)
         if logits is not None:
-            few = math.ceil(GUESSED * self.top_k)
+            few = math.ceil(PREFETCHED * self.top_k)
             best = np.argpartition(logits, -few, axis=-1)[:, -few:]
-            self.switch_mlp.guess(best)
+            self.switch_mlp.prefetch(best)
 
 
 @Op
@@ -296,7 +296,7 @@ def sparse_moe(
     """Run a block: see `SparseMoeBlock.__call__`."""
     x = norm(h)
     logits, shared_gate = linear(x, block.gate, block.shared_expert_gate)
-    choice = {"renormalise": block.norm_topk_prob, "shared": False}
+    choice = {"renormalize": block.norm_topk_prob, "shared": False}
     indices, scores, _ = route_by_mlx(logits, block.top_k, **choice)
     indices = _of_real_rows(indices, rows)
     shared = mx.sigmoid(shared_gate) * block.shared_expert(x)
@@ -340,7 +340,7 @@ def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[St
         # In float32: a rounding that changes the choice is felt in every later layer.
         gates = block.gate, block.shared_expert_gate
         logits = joined(h, *gates, norm=norm, dtype=mx.float32)
-        return route(logits, block.top_k, renormalise=block.norm_topk_prob, shared=True)
+        return route(logits, block.top_k, renormalize=block.norm_topk_prob, shared=True)
 
     def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:
         mixture = h, slots, scores, banks, shared, gate
@@ -358,7 +358,7 @@ def _step_by_cpu(
     if not (steps := cpu_steps(h)) or (banks := block.switch_mlp.banks()) is None:
         return None
     shared = [block.shared_expert[name] for name in PROJECTIONS]
-    waves, choice = block.switch_mlp.waves, (block.top_k, block.norm_topk_prob)
+    batches, choice = block.switch_mlp.batches, (block.top_k, block.norm_topk_prob)
     return steps.moe_step(
-        h, block.gate, block.shared_expert_gate, shared, banks, norm, *choice, waves
+        h, block.gate, block.shared_expert_gate, shared, banks, norm, *choice, batches
     )

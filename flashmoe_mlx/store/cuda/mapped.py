@@ -13,7 +13,7 @@ from ...errors import FlashMoEError
 from ...format.layout import Field
 from .pinned import Driver
 
-LOCKERS = 8  # threads that bring pages into memory and pin them
+PINNERS = 8  # threads that bring pages into memory and pin them
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux's mman.h
 
 
@@ -28,7 +28,7 @@ class MappedFiles:
         """
         self._driver = driver
         self._maps: dict[Path, tuple[mmap.mmap, int]] = {}
-        with ThreadPoolExecutor(LOCKERS) as pool:
+        with ThreadPoolExecutor(PINNERS) as pool:
             jobs = [(path, pool.submit(self._lock, path)) for path in paths]
         try:
             self._maps = {path: job.result() for path, job in jobs if not job.exception()}

@@ -3,7 +3,7 @@
 The expert files are mapped and their pages locked, so that the card reads them over the bus. No
 thread of the host touches the bytes, and no memory is taken but the page cache's. In decoding the
 card also knows which expert lies in which slot, and decides who gives way: nothing waits for the
-host, which prepares the next launches meanwhile. For the waves of a prompt the host decides; then
+host, which prepares the next launches meanwhile. For the batches of a prompt the host decides; then
 the bank's table goes there, and comes back with the next token.
 """
 
