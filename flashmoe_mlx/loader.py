@@ -14,15 +14,9 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 from .custom_kernels.cpu.compile import check_cpu_kernels, prepare
 from .custom_kernels.device import computes_at_once
 from .errors import FlashMoEError, named
+from .format.headers import TensorInfo, checkpoint_headers, weight_files
 from .format.json_file import exists
-from .format.layout import (
-    ExpertLayout,
-    TensorInfo,
-    checkpoint_headers,
-    open_layout,
-    quantization,
-    weight_files,
-)
+from .format.layout import ExpertLayout, open_layout, quantization
 from .format.model_files import check_small_files, read_config
 from .format.names import PROJECTIONS, is_expert
 from .models.qwen3_5.args import ModelArgs, check_top_k

@@ -18,7 +18,7 @@ from convert_mutations import MUTATIONS
 from convert_scenes import MANIFEST_PLACE, differences, pretends
 
 from flashmoe_mlx.convert import convert
-from flashmoe_mlx.format.layout import read_header
+from flashmoe_mlx.format.headers import read_header
 
 STRESS = Path(__file__).parent / "stress"
 LAYER = "model_experts/layer_02.safetensors"

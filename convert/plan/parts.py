@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...format.layout import ITEM_SIZE, layer_file
+from ...format.headers import ITEM_SIZE
+from ...format.layout import layer_file
 from ..source.checkpoint import Place
 
 

@@ -6,16 +6,9 @@ from typing import Any
 
 from ...errors import FlashMoEError
 from ...format.config_entries import MOST
+from ...format.headers import ITEM_SIZE, MAX_NAME, TensorInfo, checkpoint_headers
 from ...format.json_file import exists, read_object
-from ...format.layout import (
-    EXPERT_DIR,
-    ITEM_SIZE,
-    MAX_NAME,
-    ExpertLayout,
-    TensorInfo,
-    checkpoint_headers,
-    open_layout,
-)
+from ...format.layout import EXPERT_DIR, ExpertLayout, open_layout
 from ...format.names import canonical, fused_expert, is_expert, single_expert, stacked_expert
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from ...errors import FlashMoEError
-from ...format.layout import EXPERT_DIR, MAX_HEADER
+from ...format.headers import MAX_HEADER
+from ...format.layout import EXPERT_DIR
 
 # What mlx-lm downloads.
 PATTERNS = (

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import FlashMoEError
+from ...format.headers import ITEM_SIZE
 from ...format.json_file import unreadable
-from ...format.layout import ITEM_SIZE
 
 T = TypeVar("T")
 R = TypeVar("R")

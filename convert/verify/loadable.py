@@ -5,7 +5,7 @@ mlx-lm and transformers take seconds to import, so the checks are imported when 
 
 from pathlib import Path
 
-from ...format.layout import TensorInfo, checkpoint_headers
+from ...format.headers import TensorInfo, checkpoint_headers
 from ...format.model_files import read_config
 from ...models.qwen3_5.args import ModelArgs
 from ..plan.parts import Plan

@@ -14,8 +14,9 @@ from typing import Any
 from tqdm import tqdm
 
 from ...errors import FlashMoEError
+from ...format.headers import list_weight_files
 from ...format.json_file import exists, read_bytes, unreadable
-from ...format.layout import EXPERT_DIR, MANIFEST, layer_file, list_weight_files, read_manifest
+from ...format.layout import EXPERT_DIR, MANIFEST, layer_file, read_manifest
 from ...format.names import FIELDS
 from ...settings import StreamConfig
 from ..source.read import Reader

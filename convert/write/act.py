@@ -7,7 +7,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ...format.layout import DATA_ALIGNMENT, ITEM_SIZE
+from ...format.headers import ITEM_SIZE
+from ...format.layout import DATA_ALIGNMENT
 from ...format.names import FIELDS
 from ..plan.parts import LayerPlan, TrunkFile, TrunkTensor
 from ..quant.calibrate import LayerInputs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...format.layout import ITEM_SIZE
+from ...format.headers import ITEM_SIZE
 from ...format.names import FIELDS
 from ..plan.parts import LayerPlan, Plan, Quant
 from ..source.checkpoint import Source

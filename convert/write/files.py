@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ...format.layout import ITEM_SIZE
+from ...format.headers import ITEM_SIZE
 from ..source.read import PAGE
 from .checksum import as_text, joined
 

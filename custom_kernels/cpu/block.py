@@ -14,10 +14,11 @@ import numpy as np
 
 from ..gated_delta.weights import Heads, MixerWeights
 from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
+from .arrays import Array, rows, view
 from .decode import NOTHING, Group, project
 from .gated_delta_step import DeltaBlock
 from .moe import Batches, MoeBlock
-from .prefill import Array, rows, supports, view
+from .prefill import supports
 
 
 def linear_step(

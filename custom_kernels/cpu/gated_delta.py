@@ -13,7 +13,7 @@ from numba import prange
 from ...errors import FlashMoEError
 from ..gated_delta.weights import Heads, MixerWeights
 from ..shapes import expect
-from .prefill import Array, compiled, copy, use_threads
+from .arrays import Array, compiled, copy, use_threads
 
 ROWS = 32  # rows of the state per unit of parallel work
 

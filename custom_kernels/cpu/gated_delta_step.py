@@ -8,20 +8,9 @@ from numba import prange
 
 from ..shapes import expect
 from ..weights import QuantizedMatrix
-from .decode import (
-    HEIGHT,
-    UNIT_OF_WORK,
-    UNITS,
-    Group,
-    add_job,
-    cut,
-    cut_rows,
-    new_records,
-    record_size,
-    run_unit,
-    silu,
-)
-from .prefill import ALL, Array, compiled, copy, serial, use_threads
+from .arrays import ALL, Array, compiled, copy, serial, use_threads
+from .decode import UNIT_OF_WORK, UNITS, Group, add_job, run_unit, silu
+from .records import HEIGHT, cut, cut_rows, new_records, record_size
 
 QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # places in the group of matrices
 F32 = np.dtype(np.float32)

@@ -12,23 +12,9 @@ from numba import prange
 
 from ..shapes import expect, expect_below, expect_count
 from ..weights import QuantizedMatrix
-from .decode import (
-    HEIGHT,
-    ROWS,
-    SLOT,
-    START,
-    UNIT_OF_WORK,
-    UNITS,
-    Group,
-    add_job,
-    cut,
-    cut_rows,
-    new_records,
-    record_size,
-    rms_norm,
-    run_unit,
-)
-from .prefill import ALL, Array, compiled, copy, serial, use_threads
+from .arrays import ALL, Array, compiled, copy, serial, use_threads
+from .decode import ROWS, SLOT, START, UNIT_OF_WORK, UNITS, Group, add_job, run_unit
+from .records import HEIGHT, cut, cut_rows, new_records, record_size, rms_norm
 
 # Places in the groups of matrices.
 ROUTER, SWITCH, SHARED_GATE, SHARED_UP = range(4)

@@ -8,26 +8,22 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
-from numba import carray, config, prange, set_num_threads, types
+from numba import prange, types
 
-from ...errors import FlashMoEError
 from ..shapes import expect, expect_below, expect_quantized
+from .arrays import FAST, SCALE_TYPES, Array, compiled, scale_kind, use_threads, view, widen
+from .arrays import rows as rows
 from .bounds import CHECKED, inside, jit, within
 from .call import Apart, caller
 from .simd import (
     HAS_PERMUTE,
     address,
-    bfloat_to_f32,
     dot_tile,
-    floats,
-    half_to_f32,
     lanes_of,
     octets,
-    unsigned_shorts,
 )
 
 BITS = (2, 4, 8)
@@ -35,31 +31,6 @@ GROUP_SIZES = (32, 64, 128)
 # Activation rows and weight rows that are multiplied at once: their sums fill the registers.
 ROWS, TILE = 4, 4 if HAS_PERMUTE else 2
 UNIT = 32  # weight rows per unit of parallel work
-ALL = 1 << 30  # multiply-adds that surely deserve all threads
-
-Array = np.ndarray[Any, Any]
-Function = TypeVar("Function", bound=Callable[..., Any])
-F32_SCALES, BF16_SCALES, F16_SCALES = range(3)  # what numbers scales and biases are
-SCALE_TYPES = mx.float32, mx.bfloat16, mx.float16
-FAST: dict[str, Any] = {"fastmath": True, "error_model": "numpy"}
-
-
-def compiled(function: Function) -> Function:
-    """Compile a function whose `prange` loops use all threads."""
-    return jit(parallel=True, **FAST)(function)
-
-
-def serial(function: Function) -> Function:
-    """Compile a function for use inside the parallel ones."""
-    return jit(**FAST)(function)
-
-
-def use_threads(work: int) -> None:
-    """Use all threads for `work` multiply-adds, or one if that takes less than about 0.1 ms.
-
-    Waking the others costs 10 microseconds, and milliseconds when other programs hold the cores.
-    """
-    set_num_threads(config.NUMBA_NUM_THREADS if work > 1 << 20 else 1)
 
 
 @dataclass(frozen=True)
@@ -112,19 +83,6 @@ def supports(bits: int, group_size: int, scales: mx.array) -> bool:
     return bits in BITS and group_size in GROUP_SIZES and scales.dtype in SCALE_TYPES
 
 
-def scale_kind(scales: mx.array) -> int:
-    """Return the kernels' number for the scales' dtype."""
-    return SCALE_TYPES.index(scales.dtype)
-
-
-def rows(x: mx.array) -> Array:
-    """Evaluate float32 activations `[..., columns]` and view them as `[rows, columns]`.
-
-    NumPy does the reshaping: through MLX it would be one more evaluation, 50 microseconds.
-    """
-    return np.ascontiguousarray(np.asarray(x)).reshape(-1, x.shape[-1])
-
-
 def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int) -> Packed:
     """View evaluated, row-contiguous MLX arrays; no byte is copied."""
     expect_quantized("a matrix", codes, scales, biases, bits, group)
@@ -140,45 +98,6 @@ def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group
         group,
         scale_kind(scales),
     )
-
-
-def view(array: mx.array) -> Array:
-    """View an evaluated row-contiguous MLX array; bfloat16 and float16 as uint16."""
-    memory = memoryview(array)  # type: ignore[arg-type]
-    if not memory.c_contiguous:
-        raise FlashMoEError(f"{list(array.shape)} is not row-contiguous: pass mx.contiguous of it.")
-    if array.dtype in (mx.bfloat16, mx.float16):
-        return np.frombuffer(memory.cast("B"), np.uint16).reshape(array.shape)
-    return np.asarray(array)
-
-
-@serial
-def copy(source: Array, target: Array) -> None:
-    """Write a row to another of its size; an assignment would compile an error message, too."""
-    for i in range(target.size):
-        target[i] = source[i]
-
-
-@serial
-def widen(kind: int, source: int, place: int, out: Array) -> None:
-    """Write scales or biases as float32 to `out`: its size of them, from number `place` on.
-
-    Args:
-        kind: what numbers they are.
-        source: address of the first one.
-        place: how many to skip.
-        out: flat float32.
-    """
-    if kind == F32_SCALES:
-        copy(carray(floats(source + 4 * place), out.size), out)
-        return
-    stored = carray(unsigned_shorts(source + 2 * place), out.size)
-    if kind == BF16_SCALES:
-        for i in range(out.size):
-            out[i] = bfloat_to_f32(stored[i])
-    else:
-        for i in range(out.size):
-            out[i] = half_to_f32(stored[i])
 
 
 @functools.cache
@@ -322,13 +241,13 @@ def _many_matrices(slots: Array) -> tuple[Block, ...]:
     place = np.arange(slots.size) - np.repeat(begins, lengths)
     fours = place < np.repeat(lengths - lengths % ROWS, lengths)
     blocks = []
-    for chosen, rows in ((np.flatnonzero(fours), ROWS), (np.flatnonzero(~fours), 1)):
+    for chosen, together in ((np.flatnonzero(fours), ROWS), (np.flatnonzero(~fours), 1)):
         if chosen.size:
-            units = slots[chosen[::rows]]
+            units = slots[chosen[::together]]
             starts = np.flatnonzero(np.diff(units, prepend=-1))
             runs = units[starts], np.append(starts, units.size)
             whole = chosen.size == slots.size
-            blocks.append(Block(rows, slice(None) if whole else chosen, *runs))
+            blocks.append(Block(together, slice(None) if whole else chosen, *runs))
     return tuple(blocks)
 
 

@@ -33,7 +33,8 @@ from ..convert.write.files import TensorFile, write_file, write_json
 from ..custom_kernels.kept import cache_dir
 from ..errors import FlashMoEError
 from ..format import layout
-from ..format.layout import EXPERT_DIR, TensorInfo
+from ..format.headers import TensorInfo
+from ..format.layout import EXPERT_DIR
 from ..format.names import is_expert
 from ..models.qwen3_5.args import ModelArgs
 from ..models.qwen3_5.geometry import GEOMETRIES

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FlashMoEError
+from ..format.headers import checkpoint_headers
 from ..format.json_file import exists, read_object
-from ..format.layout import ExpertLayout, checkpoint_headers, open_layout, quantization
+from ..format.layout import ExpertLayout, open_layout, quantization
 from ..format.model_files import read_config
 from ..format.names import PROJECTIONS
 from ..loader import check_tokenizer, find_model, without_experts

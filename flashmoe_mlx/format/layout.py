@@ -11,14 +11,13 @@ In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all
 `LayerLayout` stores. Every header is checked before a byte is trusted.
 """
 
-import math
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..errors import FlashMoEError
-from .json_file import exists, list_files, open_regular, parse, read_json, unreadable
+from .headers import TensorInfo, checkpoint_headers, read_header
+from .json_file import exists, read_json
 from .names import FIELDS, PROJECTIONS, stacked_expert
 
 EXPERT_DIR = "model_experts"
@@ -26,23 +25,6 @@ MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "flashmoe-experts"
 MANIFEST_VERSION = 1
 DATA_ALIGNMENT = 16384
-
-MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
-MAX_NAME = 1000
-ITEM_SIZE = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
-    "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a safetensors file; `offset` counts from the start of the file, in bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -117,83 +99,6 @@ class ExpertLayout:
     def total_bytes(self) -> int:
         """Bytes of all experts of all layers."""
         return sum(layer.record_bytes * layer.num_experts for layer in self.layers)
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read and check the header of a safetensors file.
-
-    Raises:
-        FlashMoEError: the file is missing, cut short, or its header does not describe it.
-    """
-    try:
-        file, size = open_regular(path, "Put the checkpoint's file there.")
-    except FileNotFoundError as error:
-        raise FlashMoEError(
-            f"{path}: missing ({error.strerror}). Download or convert it again."
-        ) from error
-    with file:
-        try:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise FlashMoEError(
-                    f"{path}: not a whole safetensors file ({size} bytes, header of {length}). "
-                    "Download or convert it again."
-                )
-            raw = file.read(length)
-        except OSError as error:
-            raise unreadable(path, error) from error
-    try:
-        header = parse(raw)
-        _check_metadata(header.pop("__metadata__", None))
-        tensors = {name: _tensor(name, entry, 8 + length) for name, entry in header.items()}
-        end = _check_gapless(tensors, 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FlashMoEError(
-            f"{path}: damaged safetensors header ({error}). Download or convert it again."
-        ) from error
-    if end != size:
-        raise FlashMoEError(
-            f"{path}: truncated or altered: {size} bytes long, but its header describes {end}. "
-            "Download or convert it again."
-        )
-    return tensors
-
-
-def _check_metadata(found: Any) -> None:
-    """Refuse metadata that MLX cannot read: what is there must be strings by name."""
-    if found is not None and not (
-        isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-    ):
-        raise ValueError("__metadata__ is not an object of strings")
-
-
-def _check_gapless(tensors: dict[str, TensorInfo], end: int) -> int:
-    """Check that tensors follow one another from byte `end`, and return where the last one ends."""
-    for name, tensor in sorted(tensors.items(), key=lambda t: (t[1].offset, t[1].nbytes)):
-        if tensor.offset != end:
-            fault = "overlaps the tensor before it" if tensor.offset < end else "follows a gap"
-            raise ValueError(
-                f"tensor {name!r} at byte {tensor.offset} {fault}, which ends at {end}"
-            )
-        end += tensor.nbytes
-    return end
-
-
-def _tensor(name: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
-    if len(name) > MAX_NAME:  # Python refuses to read numbers of thousands of digits
-        raise ValueError(f"tensor {name[:40]!r}... has a name of {len(name)} characters")
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if any(type(n) is not int or n.bit_length() > 63 for n in (begin, end, *shape)):
-        raise ValueError(
-            f"tensor {name!r} has a shape or offsets that are not whole numbers below 2^63"
-        )
-    if entry["dtype"] not in ITEM_SIZE:
-        raise ValueError(f"tensor {name!r} has the unknown dtype {entry['dtype']!r}")
-    nbytes = math.prod(shape) * ITEM_SIZE[entry["dtype"]]
-    if not 0 <= begin <= end or end - begin != nbytes or min(shape, default=0) < 0:
-        raise ValueError(f"tensor {name!r} of {nbytes} bytes has offsets {begin}..{end}")
-    return TensorInfo(entry["dtype"], shape, data_start + begin, nbytes)
 
 
 def open_layout(model_dir: Path | str, num_layers: int, num_experts: int) -> ExpertLayout:
@@ -322,48 +227,6 @@ def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
         if t
     )
     return LayerLayout(layer, num_experts, fields)
-
-
-def list_weight_files(directory: Path) -> list[Path]:
-    """Return every `model*.safetensors` in a directory, the files that stock mlx-lm loads.
-
-    Raises:
-        FlashMoEError: it cannot be listed.
-    """
-    return [path for path in list_files(directory) if fnmatch(path.name, "model*.safetensors")]
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Return every `model*.safetensors` in a directory.
-
-    Raises:
-        FlashMoEError: there is none.
-    """
-    files = list_weight_files(directory)
-    if not files:
-        raise FlashMoEError(
-            f"{directory}: no model*.safetensors found. Give the directory of a Qwen3.5 MoE "
-            "checkpoint, or the name of one on the Hugging Face Hub."
-        )
-    return files
-
-
-def checkpoint_headers(directory: Path) -> dict[str, tuple[Path, TensorInfo]]:
-    """Read the headers of a directory's weight files: tensor name to (file, place).
-
-    Raises:
-        FlashMoEError: there is no such file, one is damaged, or two hold the same tensor.
-    """
-    found: dict[str, tuple[Path, TensorInfo]] = {}
-    for file in weight_files(directory):
-        for name, info in read_header(file).items():
-            if name in found:
-                raise FlashMoEError(
-                    f"{file}: {name} is in {found[name][0].name} too. Remove the file that does "
-                    "not belong to the checkpoint."
-                )
-            found[name] = file, info
-    return found
 
 
 def _open_stock(kind: str, directory: Path, num_layers: int, num_experts: int) -> ExpertLayout:

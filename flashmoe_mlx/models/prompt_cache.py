@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import load_prompt_cache
 
 from ..errors import FlashMoEError
-from ..format.layout import read_header
+from ..format.headers import read_header
 
 CLASSES = ("ArraysCache", "KVCache", "QuantizedKVCache", "RotatingKVCache")
 _ARRAY = re.compile(r"\d{1,4}(\.\d{1,2}){1,3}")  # layer, then places in the cache's state

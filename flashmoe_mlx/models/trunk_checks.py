@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import FlashMoEError, named
 from ..format.config_entries import BITS, GROUP_SIZES
-from ..format.layout import TensorInfo
+from ..format.headers import TensorInfo
 from ..format.names import canonical, is_expert
 from .qwen3_5.args import ModelArgs
 from .qwen3_5.model import Model

@@ -7,6 +7,9 @@ that it likes best are read while the next layer's attention runs. A wrong prefe
 
 import statistics
 import time
+from collections.abc import Iterable, Iterator
+
+from .reader import Arrival, Batch
 
 BLOCK = 4  # steps that are timed together, the first of them not: its bank is the other way's
 BLOCKS = 8  # of each way in a trial
@@ -56,3 +59,36 @@ class Lookahead:
         if self.mode != "auto":
             return self.mode
         return ("on" if self._pays else "off") + ", by trial" if self._left else "on trial"
+
+
+class Prefetched:
+    """Experts of each layer that were read, or are, before anybody asked for them."""
+
+    def __init__(self, layers: int) -> None:
+        """Start without any."""
+        self._of: list[dict[int, tuple[Batch, Arrival]]] = [{} for _ in range(layers)]
+
+    def any(self, layer: int) -> bool:
+        """Say whether a layer has some."""
+        return bool(self._of[layer])
+
+    def add(
+        self, layer: int, batch: Batch, experts: Iterable[int], arrivals: Iterable[Arrival]
+    ) -> None:
+        """Note experts whose reads begin."""
+        for expert, arrival in zip(experts, arrivals, strict=True):
+            self._of[layer][expert] = batch, arrival
+
+    def claim(self, layer: int, experts: Iterable[int], missing: Iterable[int]) -> int:
+        """Return how many experts that are asked for came early, and forget all of them."""
+        early = len(self._of[layer].keys() & set(experts) - set(missing))
+        for expert in experts:
+            self._of[layer].pop(expert, None)
+        return early
+
+    def drop_others(
+        self, layer: int, experts: Iterable[int]
+    ) -> Iterator[tuple[int, Batch, Arrival]]:
+        """Yield and forget those that are not among `experts`."""
+        for expert in self._of[layer].keys() - set(experts):
+            yield expert, *self._of[layer].pop(expert)

@@ -1,6 +1,7 @@
 """Experts asked for, and what was computed from them: who keeps slots from being written anew."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 from .reader import Arrival, Batch
 
 Wait = Callable[[int, Batch | None, list[Arrival]], None]
+KEPT_CONSUMERS = 2  # one for each half of a layer's slots
 
 
 class Consumer(NamedTuple):
@@ -22,6 +24,34 @@ class Consumer(NamedTuple):
         """Say whether it may read one of some slots."""
         mine = self.slots is None or not self.slots.isdisjoint(slots)
         return self.layer == layer and mine
+
+
+class Consumers(list[Consumer]):
+    """What was computed from slots and may not be evaluated yet; each keeps memory."""
+
+    def hold(self, consumer: Consumer) -> None:
+        """Add one, and evaluate the oldest when there are more than KEPT_CONSUMERS."""
+        self.append(consumer)
+        self.evaluate(self[:-KEPT_CONSUMERS])
+
+    def of_layer(self, layer: int) -> list[Consumer]:
+        """Return those that read a layer's slots."""
+        return [held for held in self if held.layer == layer]
+
+    def of_slots(self, layer: int, slots: Iterable[int]) -> list[Consumer]:
+        """Return those that may read one of some slots."""
+        return [held for held in self if held.reads(layer, slots)]
+
+    def evaluate(self, consumers: list[Consumer]) -> None:
+        """Evaluate some and forget them."""
+        if consumers:
+            mx.eval([consumer.array for consumer in consumers])
+            self.forget(consumers)
+
+    def forget(self, consumers: list[Consumer]) -> None:
+        """Drop some."""
+        done = set(map(id, consumers))
+        self[:] = [held for held in self if id(held) not in done]
 
 
 class Pending:
@@ -77,3 +107,26 @@ class Pending:
     def release(self) -> None:
         """Let others have the slots once they are at rest, as if it lived no more."""
         self.released = True
+
+
+class Requests:
+    """The requests of each layer that still need their slots."""
+
+    def __init__(self, layers: int) -> None:
+        """Start without any."""
+        # References that call nothing when a request dies: Ctrl-C would be lost in there.
+        self._of: list[list[weakref.ref[Pending]]] = [[] for _ in range(layers)]
+
+    def add(self, pending: Pending) -> None:
+        """Remember a request for as long as somebody keeps it."""
+        living = (*self.living(pending.layer), pending)
+        self._of[pending.layer] = [weakref.ref(request) for request in living]
+
+    def living(self, layer: int) -> list[Pending]:
+        """Return the requests whose slots must stay theirs."""
+        found = (reference() for reference in self._of[layer])
+        return [pending for pending in found if pending and not pending.released]
+
+    def kept(self, layer: int, experts: Iterable[int]) -> set[int]:
+        """Return experts whose slots must stay theirs: these, and those of living requests."""
+        return set(experts).union(*(pending.experts for pending in self.living(layer)))

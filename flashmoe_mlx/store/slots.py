@@ -195,3 +195,16 @@ class SlotBank:
         if not 0 <= slot < self._slots:
             raise FlashMoEError(f"slot {slot} is not one of {self._slots}. Load the model again.")
         return self._views[index][slot * size : (slot + 1) * size]
+
+
+def no_room(layer: int, missing: int, slots: int, others: bool) -> FlashMoEError:
+    """Return the error for experts that find no slot, perhaps because of other threads."""
+    if others:
+        return FlashMoEError(
+            f"layer {layer}: this model computes in another thread as well, and a bank of "
+            f"{slots} slots has no room for both. Let one generation at a time use it."
+        )
+    return FlashMoEError(
+        f"layer {layer}: {missing} more experts do not fit into a bank of {slots} slots beside "
+        "those in use. Ask for fewer at a time, or raise expert_cache."
+    )

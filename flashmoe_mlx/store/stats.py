@@ -1,6 +1,13 @@
 """Counters of experts asked for and of bytes read."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+FAST = 3e9  # bytes per second; what comes faster is copied out of the page cache
+DECAY = 0.98  # what a read still counts for when the next one comes
 
 
 @dataclass
@@ -32,6 +39,14 @@ class ExpertStats:
     seconds_preloading: float = 0.0
     early: int = 0
     bytes_useless: int = 0
+
+    def add_loaded(self, asked: int, loaded: int, nanoseconds: int, record_bytes: int) -> None:
+        """Add what a device has loaded by itself, for one layer."""
+        self.asked += asked
+        self.hits += asked - loaded
+        self.reads += loaded
+        self.bytes_read += loaded * record_bytes
+        self.seconds_reading += nanoseconds / 1e9
 
     @property
     def hit_rate(self) -> float:
@@ -65,3 +80,33 @@ class ExpertStats:
     def preloaded(self) -> str:
         """A few words for people on what was read at load."""
         return f"{self.bytes_preloaded / 1e6:.1f} MB at load in {self.seconds_preloading:.2f} s"
+
+
+class Observer(Protocol):
+    """Hears of what is asked of a store, as benchmarks and profiles do."""
+
+    def asked(self, layer: int, experts: Sequence[int]) -> None:
+        """Hear of distinct experts that are asked for, before anything is read."""
+        ...
+
+    def loading(self, layer: int, ids: mx.array, slots: mx.array) -> None:
+        """Hear of experts `[..., K]` that the device loads; their bytes are there with `slots`."""
+        ...
+
+
+class ReadRate:
+    """How fast reads were, the latest counting most."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._nbytes = self._seconds = 0.0
+
+    def add(self, nbytes: int, seconds: float) -> None:
+        """Count reads that are over."""
+        self._nbytes = DECAY * self._nbytes + nbytes
+        self._seconds = DECAY * self._seconds + seconds
+
+    @property
+    def fast(self) -> bool:
+        """Say whether bytes come out of the page cache, which takes a core's time."""
+        return self._nbytes > FAST * self._seconds

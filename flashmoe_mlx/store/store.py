@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,32 +21,18 @@ from ..format.layout import ExpertLayout
 from .backend import Backend, DeviceLoader
 from .checks import RecordChecks
 from .devices import choose
-from .io_mode import open_expert_file
-from .prefetch import Lookahead
+from .files import close, close_files, open_files
+from .prefetch import Lookahead, Prefetched
 from .reader import Arrival, Batch, Piece, Preadv, Reader
-from .requests import Consumer, Pending
+from .requests import Consumer, Consumers, Pending, Requests
 from .signals import defer_signals
 from .sizing import CachePlan
-from .slots import SlotBank
+from .slots import SlotBank, no_room
 from .stats import ExpertStats as ExpertStats
+from .stats import Observer, ReadRate
 
-KEPT_CONSUMERS = 2  # one for each half of a bank
 LEAST_PIECE = 256 << 10  # bytes; cutting a record finer costs more than it gains
-FAST = 3e9  # bytes per second; what comes faster is copied out of the page cache
-LATELY = 0.98  # what a read still counts for when the next one comes
 LAYERS_AHEAD = 2  # that are read while memory for the next is allocated
-
-
-class Observer(Protocol):
-    """Hears of what is asked of a store, as benchmarks and profiles do."""
-
-    def asked(self, layer: int, experts: Sequence[int]) -> None:
-        """Hear of distinct experts that are asked for, before anything is read."""
-        ...
-
-    def loading(self, layer: int, ids: mx.array, slots: mx.array) -> None:
-        """Hear of experts `[..., K]` that the device loads; their bytes are there with `slots`."""
-        ...
 
 
 class ExpertStore:
@@ -87,28 +73,27 @@ class ExpertStore:
         self._checks = checks
         self.lookahead = Lookahead(lookahead)
         self._stats = ExpertStats()
-        self._lately = 0.0, 0.0  # bytes and seconds of reads
+        self._rate = ReadRate()
         self._loader: DeviceLoader | None = None
         self.observer: Observer | None = None
         paths = {f.file for layer in layout.layers for f in layer.fields}
         self.banks: list[SlotBank] = []
-        # References that call nothing when a request dies: Ctrl-C would be lost in there.
-        self._pending: list[list[weakref.ref[Pending]]] = [[] for _ in layout.layers]
-        self._prefetched: list[dict[int, tuple[Batch, Arrival]]] = [{} for _ in layout.layers]
-        self._consumers: list[Consumer] = []
+        self._requests = Requests(len(layout.layers))
+        self._prefetched = Prefetched(len(layout.layers))
+        self._consumers = Consumers()
         self._lock = threading.Lock()
         self._process = os.getpid()
         with defer_signals():
-            files = _open_files(paths, plan.io.direct)
+            files = open_files(paths, plan.io.direct)
             names = {number: path for path, number in files.items()}
             try:
                 self._reader = Reader(names, io_threads, self.backend)
             except BaseException:
-                _close_files(files.values())
+                close_files(files.values())
                 raise
             loaders: list[DeviceLoader] = []
             closing = self._reader, loaders, [*names], self._process
-            self._finalizer = weakref.finalize(self, _close, *closing)
+            self._finalizer = weakref.finalize(self, close, *closing)
         try:
             self._fill(files, preload)
             arrays = [bank.arrays for bank in self.banks]
@@ -150,14 +135,11 @@ class ExpertStore:
     def _count(self) -> None:
         """Add what a GPU has brought by itself since this was last called."""
         if self._loader and self._finalizer.alive and os.getpid() == self._process:
-            for layer, (asked, brought, nanoseconds) in zip(
+            for layer, counts in zip(
                 self.layout.layers, self._loader.counted().tolist(), strict=True
             ):
-                self._stats.asked += asked
-                self._stats.hits += asked - brought
-                self._stats.reads += brought
-                self._stats.bytes_read += brought * layer.record_bytes
-                self._stats.seconds_reading += nanoseconds / 1e9
+                asked, loaded, nanoseconds = counts
+                self._stats.add_loaded(asked, loaded, nanoseconds, layer.record_bytes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ExpertStore":
         """Share the store: it is a cache over files that do not change."""
@@ -190,8 +172,7 @@ class ExpertStore:
                 self._loader.of_layer[layer].hold(consumer)
                 return
             read = None if slots is None else frozenset(slots)
-            self._consumers.append(Consumer(consumer, layer, read))
-            self._evaluate(self._consumers[:-KEPT_CONSUMERS])
+            self._consumers.hold(Consumer(consumer, layer, read))
 
     def fetch(self, layer: int, experts: Sequence[int]) -> list[int]:
         """Make experts resident and return their slots, in the order given.
@@ -227,10 +208,10 @@ class ExpertStore:
             if table.thread != threading.get_ident():  # which alone evaluates what it has begun
                 self._recall(layer)
             if not table.leads:
-                if self._living(layer):
+                if self._requests.living(layer):
                     return None
                 self._rest(bank)
-                self._evaluate([held for held in self._consumers if held.layer == layer])
+                self._consumers.evaluate(self._consumers.of_layer(layer))
                 table.take(*bank.table())
             there = table.load(ids, earlier)
         if self.observer:
@@ -261,21 +242,19 @@ class ExpertStore:
             self._complete(bank, experts)
             missing = bank.absent(experts)
             self._stats.asked += len(experts)
-            early = len(self._prefetched[layer].keys() & set(experts) - set(missing))
+            early = self._prefetched.claim(layer, experts, missing)
             self._stats.hits += len(experts) - len(missing) - early
             self._stats.early += early
-            for expert in experts:
-                self._prefetched[layer].pop(expert, None)
             batch = None
             if missing:
                 with defer_signals():
-                    slots = self._slots(layer, missing, self._kept(layer, experts))
+                    slots = self._slots(layer, missing, self._requests.kept(layer, experts))
                     batch = self._read(layer, missing, slots)
             slots = [bank.touch(e) for e in experts]
             arrivals = [bank.arriving[e][1] for e in experts if e in bank.arriving]
             arrivals.reverse()  # the last is over last: fewer times to wake up
             pending = Pending(layer, experts, slots, self._wait, (batch, arrivals))
-            self._pending[layer] = [weakref.ref(p) for p in (*self._living(layer), pending)]
+            self._requests.add(pending)
         return pending
 
     def count_hits(self, layer: int, experts: Sequence[int]) -> None:
@@ -307,8 +286,7 @@ class ExpertStore:
     @property
     def reads_compute(self) -> bool:
         """Say whether reads take the time of the cores that compute, as they come from memory."""
-        nbytes, seconds = self._lately
-        return nbytes > FAST * seconds and self.backend.shares_cores
+        return self._rate.fast and self.backend.shares_cores
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Begin to read experts that will probably be asked for next; nothing waits for them.
@@ -325,33 +303,26 @@ class ExpertStore:
             self.check_usable()
             self._complete(bank)
             missing = bank.absent(experts)
-            slots = bank.choose(missing, self._kept(layer, experts)) if missing else None
+            slots = bank.choose(missing, self._requests.kept(layer, experts)) if missing else None
             if slots is None:
                 return
             with defer_signals():
                 batch = self._read(layer, missing, slots)
-                for expert in missing:
-                    self._prefetched[layer][expert] = batch, bank.arriving[expert][1]
+                arrivals = [bank.arriving[expert][1] for expert in missing]
+                self._prefetched.add(layer, batch, missing, arrivals)
 
     def cancel_prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Cancel prefetches of a layer but those of `experts`, which are about to be asked for."""
         self._recall(layer)
-        guessed = self._prefetched[layer]
-        if not guessed:
+        if not self._prefetched.any(layer):
             return
         with defer_signals(), self._lock:
-            for expert in guessed.keys() - set(experts):
-                batch, arrival = guessed.pop(expert)
+            for expert, batch, arrival in self._prefetched.drop_others(layer, experts):
                 self._reader.drop(batch, {arrival})
                 if arrival.over and expert not in self.banks[layer].arriving:
                     self._stats.bytes_useless += arrival.nbytes
-                else:  # counted when it is settled
+                else:  # counted when it is complete
                     arrival.useless = True
-
-    def _living(self, layer: int) -> list[Pending]:
-        """Return the requests whose slots must stay theirs."""
-        found = (reference() for reference in self._pending[layer])
-        return [pending for pending in found if pending and not pending.released]
 
     def check_usable(self) -> None:
         """Refuse a store that was closed, or that another process opened.
@@ -367,22 +338,18 @@ class ExpertStore:
                 "bring along; load it again in this one."
             )
 
-    def _kept(self, layer: int, experts: Sequence[int]) -> set[int]:
-        """Return experts whose slots must stay theirs: these, and those of living requests."""
-        return set(experts).union(*(p.experts for p in self._living(layer)))
-
     def _read(self, layer: int, missing: Sequence[int], slots: Sequence[int]) -> Batch:
         """Put experts into slots that were chosen, beginning to read in the order of the file."""
         bank = self.banks[layer]
-        readers = [held for held in self._consumers if held.reads(layer, slots)]
+        readers = self._consumers.of_slots(layer, slots)
         if self._loader:
             arrays = [held.array for held in readers]
             arrivals = self._loader.copy(layer, missing, slots, arrays)
-            self._forget(readers)
+            self._consumers.forget(readers)
             for expert, slot, coming in zip(missing, slots, arrivals, strict=True):
                 bank.expect(expert, slot, coming)
             return Batch(())
-        self._evaluate(readers)
+        self._consumers.evaluate(readers)
         parts = self._parts(bank, len(missing))
         brought = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
         batch = Batch(sorted((p for _, pieces in brought for p in pieces), key=_place))
@@ -401,32 +368,15 @@ class ExpertStore:
         if slots is None and bank.arriving:
             self._rest(bank)
             slots = bank.choose(missing, keep)
-        if slots is None and any(p.thread != threading.get_ident() for p in self._living(layer)):
-            raise FlashMoEError(
-                f"layer {layer}: this model computes in another thread as well, and a bank of "
-                f"{len(bank)} slots has no room for both. Let one generation at a time use it."
-            )
         if slots is None:
-            raise FlashMoEError(
-                f"layer {layer}: {len(missing)} more experts do not fit into a bank of {len(bank)} "
-                "slots beside those in use. Ask for fewer at a time, or raise expert_cache."
-            )
+            others = any(p.thread != threading.get_ident() for p in self._requests.living(layer))
+            raise no_room(layer, len(missing), len(bank), others)
         return slots
 
     def _parts(self, bank: SlotBank, experts: int) -> int:
         """Return into how many pieces to cut each record, so that all threads have something."""
         wanted = -(-self._reader.width // experts)
         return max(1, min(wanted, bank.layout.record_bytes // LEAST_PIECE))
-
-    def _evaluate(self, consumers: list[Consumer]) -> None:
-        """Evaluate consumers and forget them."""
-        if consumers:
-            mx.eval([consumer.array for consumer in consumers])
-            self._forget(consumers)
-
-    def _forget(self, consumers: list[Consumer]) -> None:
-        done = set(map(id, consumers))
-        self._consumers = [c for c in self._consumers if id(c) not in done]
 
     def _wait(self, layer: int, batch: Batch | None, arrivals: list[Arrival]) -> None:
         """Read what no thread has begun, and wait for the rest."""
@@ -469,40 +419,9 @@ class ExpertStore:
                 self._stats.bytes_read += arrival.nbytes
                 self._stats.bytes_useless += arrival.useless * arrival.nbytes
             self._stats.seconds_reading += seconds
-            bytes_before, seconds_before = self._lately
-            self._lately = LATELY * bytes_before + nbytes, LATELY * seconds_before + seconds
+            self._rate.add(nbytes, seconds)
 
 
 def _place(piece: Piece) -> tuple[int, int]:
     """Return where a piece lies: its file, and the offset."""
     return piece[:2]
-
-
-def _open_files(paths: set[Path], direct: bool) -> dict[Path, int]:
-    files: dict[Path, int] = {}
-    try:
-        for path in sorted(paths):
-            files[path] = open_expert_file(path, direct)
-    except OSError as error:
-        _close_files(files.values())
-        raise FlashMoEError(
-            f"{error.filename}: cannot be opened ({error.strerror}). "
-            "Check that the model directory is complete and readable."
-        ) from error
-    return files
-
-
-def _close(reader: Reader, loaders: list[DeviceLoader], files: list[int], process: int) -> None:
-    if threading.current_thread() in reader.threads:  # the garbage collector runs anywhere
-        threading.Thread(target=_close, args=(reader, loaders, files, process)).start()
-        return
-    if os.getpid() == process:  # a fork has no reader threads, and perhaps locks that stay shut
-        for loader in loaders:
-            loader.close()
-        reader.close()
-    _close_files(files)
-
-
-def _close_files(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -16,7 +16,8 @@ from flashmoe_mlx.bench import synthetic
 from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.cli.doctor_model import examine
 from flashmoe_mlx.convert import convert
-from flashmoe_mlx.format.layout import DATA_ALIGNMENT, EXPERT_DIR, MANIFEST, layer_file, read_header
+from flashmoe_mlx.format.headers import read_header
+from flashmoe_mlx.format.layout import DATA_ALIGNMENT, EXPERT_DIR, MANIFEST, layer_file
 
 TINY = Recipe("tiny", 4, 512, 4)
 

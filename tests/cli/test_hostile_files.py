@@ -22,8 +22,8 @@ from flashmoe_mlx.convert import cli, convert
 from flashmoe_mlx.convert.verify.verify import verify
 from flashmoe_mlx.errors import named
 from flashmoe_mlx.format.config_entries import MOST
+from flashmoe_mlx.format.headers import read_header
 from flashmoe_mlx.format.json_file import MOST_BYTES, parse, read_json
-from flashmoe_mlx.format.layout import read_header
 from flashmoe_mlx.format.model_files import READ_AS_JSON, check_small_files
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.models.qwen3_5.args import ModelArgs

@@ -32,7 +32,8 @@ from flashmoe_mlx.convert.source.read import check_finite
 from flashmoe_mlx.convert.verify import verify
 from flashmoe_mlx.convert.write.output import write_manifest
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.format.layout import MAX_HEADER, open_layout, read_header
+from flashmoe_mlx.format.headers import MAX_HEADER, read_header
+from flashmoe_mlx.format.layout import open_layout
 
 INDEX = "model.safetensors.index.json"
 

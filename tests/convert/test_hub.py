@@ -44,7 +44,7 @@ from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.convert.source import hub
 from flashmoe_mlx.convert.source.shards import FOLDER
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.format.layout import read_header
+from flashmoe_mlx.format.headers import read_header
 
 MANIFEST = "model_experts/manifest.json"
 JOURNAL = "model_experts/unfinished.json"

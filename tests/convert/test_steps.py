@@ -19,7 +19,7 @@ from flashmoe_mlx.convert.plan.parts import (
 from flashmoe_mlx.convert.source.checkpoint import Dims, Matrix, Source
 from flashmoe_mlx.convert.write.output import place
 from flashmoe_mlx.convert.write.steps import Fetched, Step, fetched, plan_steps
-from flashmoe_mlx.format.layout import TensorInfo
+from flashmoe_mlx.format.headers import TensorInfo
 from flashmoe_mlx.format.names import FIELDS, PROJECTIONS
 
 Where = Callable[[int, int, str], int]

@@ -18,7 +18,8 @@ from flashmoe_mlx.convert.verify import repair, verify
 from flashmoe_mlx.convert.write import checksum
 from flashmoe_mlx.convert.write.output import write_manifest
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.format.layout import open_layout, read_header, read_manifest, record_checksums
+from flashmoe_mlx.format.headers import read_header
+from flashmoe_mlx.format.layout import open_layout, read_manifest, record_checksums
 from flashmoe_mlx.format.names import FIELDS
 
 RECORD = 13824

@@ -11,7 +11,7 @@ import pytest
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.write.output import SHIM
-from flashmoe_mlx.format.layout import read_header
+from flashmoe_mlx.format.headers import read_header
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.models.qwen3_5.geometry import GEOMETRIES
 from flashmoe_mlx.store.host import BLOCK

@@ -12,14 +12,14 @@ from convert_helpers import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, write_checkpo
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.format.headers import read_header
 from flashmoe_mlx.format.layout import (
     DATA_ALIGNMENT,
     ExpertLayout,
     open_layout,
     quantization,
-    read_header,
     read_manifest,
-)  # fmt: skip
+)
 from flashmoe_mlx.format.names import FIELDS
 
 LAYER = "model_experts/layer_01.safetensors"

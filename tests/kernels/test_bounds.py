@@ -17,8 +17,9 @@ from numba import prange, types
 from store_helpers import make_store
 
 from flashmoe_mlx.custom_kernels.attention import step as attention_step
-from flashmoe_mlx.custom_kernels.cpu import attention, bounds, gated_delta, prefill
+from flashmoe_mlx.custom_kernels.cpu import arrays, attention, bounds, gated_delta, prefill
 from flashmoe_mlx.custom_kernels.cpu import decode as cpu_decode
+from flashmoe_mlx.custom_kernels.cpu import records as cpu_records
 from flashmoe_mlx.custom_kernels.cpu.call import Apart, caller
 from flashmoe_mlx.custom_kernels.cpu.decode import Group, numbers_of, project
 from flashmoe_mlx.custom_kernels.cpu.gated_delta_step import DeltaBlock
@@ -385,50 +386,50 @@ def test_a_read_has_the_room_that_it_needs(tmp_path, room):
     store.close()
 
 
-@prefill.compiled
-def _too_far(x: prefill.Array, out: prefill.Array) -> None:
+@arrays.compiled
+def _too_far(x: arrays.Array, out: arrays.Array) -> None:
     for i in prange(x.size + 1):
         out[i // 2] = x[i]
 
 
-@prefill.serial
-def _inner(x: prefill.Array, i: int) -> float:
+@arrays.serial
+def _inner(x: arrays.Array, i: int) -> float:
     return x[i + 3]
 
 
-@prefill.compiled
-def _by_another(x: prefill.Array, out: prefill.Array) -> None:
+@arrays.compiled
+def _by_another(x: arrays.Array, out: arrays.Array) -> None:
     for i in prange(out.size):
         out[i] = _inner(x, i)
 
 
-@prefill.compiled
-def _too_low(x: prefill.Array, out: prefill.Array) -> None:
+@arrays.compiled
+def _too_low(x: arrays.Array, out: arrays.Array) -> None:
     for i in prange(out.shape[0]):
         out[i, 0] = x[i - x.size - 1]
 
 
-@prefill.serial
-def _too_wide(x: prefill.Array, out: prefill.Array) -> None:
-    prefill.copy(x, out)
+@arrays.serial
+def _too_wide(x: arrays.Array, out: arrays.Array) -> None:
+    arrays.copy(x, out)
 
 
-@prefill.serial
-def _addressed(x: prefill.Array, first: int, count: int) -> int:
+@arrays.serial
+def _addressed(x: arrays.Array, first: int, count: int) -> int:
     bounds.within("activations", first, count, x.size)
-    return cpu_decode.start_of(x) + 4 * first
+    return cpu_records.start_of(x) + 4 * first
 
 
-def _unit(unit: int, x: prefill.Array) -> None:
+def _unit(unit: int, x: arrays.Array) -> None:
     x[unit] = 1
 
 
 _KIND = types.void(types.int64, types.float32[::1])
-_APART, _call = Apart(_KIND, _unit, **prefill.FAST), caller(_KIND)
+_APART, _call = Apart(_KIND, _unit, **arrays.FAST), caller(_KIND)
 
 
-@prefill.compiled
-def _by_address(run: int, x: prefill.Array) -> None:
+@arrays.compiled
+def _by_address(run: int, x: arrays.Array) -> None:
     for unit in prange(x.size + 2):
         _call(run, (unit, x))
 
@@ -453,10 +454,10 @@ def test_a_mistake_in_a_kernel_is_named(mistake, where, numbers):
     assert error.value.args[1:] == numbers
 
 
-@prefill.compiled
+@arrays.compiled
 def _run_jobs(
-    run: int, units: int, jobs: prefill.Array, matrices: prefill.Array, records: prefill.Array,
-    sources: prefill.Array, targets: prefill.Array, out: prefill.Array,
+    run: int, units: int, jobs: arrays.Array, matrices: arrays.Array, records: arrays.Array,
+    sources: arrays.Array, targets: arrays.Array, out: arrays.Array,
 ) -> None:  # fmt: skip
     for unit in prange(units):
         cpu_decode.run_unit(run, (unit, jobs, matrices, records, sources, targets, out))
@@ -470,7 +471,7 @@ def run_jobs(places=2, records=2, wide=0, out=0, **wrong: int) -> None:
     jobs[1, cpu_decode.UNITS] = 2
     for name, value in wrong.items():
         jobs[0, getattr(cpu_decode, name)] = value
-    size = cpu_decode.record_size(group.numbers, group.forms)
+    size = cpu_records.record_size(group.numbers, group.forms)
     rows = np.zeros((records, size + wide), F32)
     arrays = rows, np.arange(2), np.arange(2)[:places], np.zeros(80 + out, F32)
     _run_jobs(cpu_decode.UNIT_OF_WORK.address, 2, jobs, group.numbers, *arrays)
@@ -500,11 +501,11 @@ def test_a_wrong_entry_of_a_job_table_is_named(wrong, what):
 
 def test_an_activation_row_and_its_record_have_room():
     (numbers,) = Group(matrix(8, HIDDEN)).numbers
-    size = cpu_decode.record_size(numbers[None], np.zeros(1, np.int64))
-    cpu_decode.cut(np.zeros(HIDDEN, F32), numbers, np.zeros(size, F32))
+    size = cpu_records.record_size(numbers[None], np.zeros(1, np.int64))
+    cpu_records.cut(np.zeros(HIDDEN, F32), numbers, np.zeros(size, F32))
     for columns, room, what in ((96, size, "activations"), (HIDDEN, size - 1, "a record")):
         with pytest.raises(IndexError, match=f"cut .*: {what}: first, count, size"):
-            cpu_decode.cut(np.zeros(columns, F32), numbers, np.zeros(room, F32))
+            cpu_records.cut(np.zeros(columns, F32), numbers, np.zeros(room, F32))
 
 
 @pytest.mark.parametrize(("field", "change"), [
@@ -513,14 +514,14 @@ def test_an_activation_row_and_its_record_have_room():
 ])  # fmt: skip
 def test_an_address_that_is_not_the_matrixs_is_named(field, change):
     group, block = Group(matrix(2, 8, HIDDEN)), moe_block()
-    group.numbers[0, getattr(cpu_decode, field)] += change
+    group.numbers[0, getattr(cpu_records, field)] += change
     with pytest.raises(IndexError, match=r"matrix 0: bytes .* of an array of"):
         project(np.zeros((1, HIDDEN), F32), group)
-    block._all.numbers[3, getattr(cpu_decode, field)] += change
+    block._all.numbers[3, getattr(cpu_records, field)] += change
     with pytest.raises(IndexError, match=r"matrix 3: bytes .* of an array of"):
         block(np.zeros((1, HIDDEN), F32), at_once)
     delta = delta_block()
-    delta._all.numbers[4, getattr(cpu_decode, field)] += change
+    delta._all.numbers[4, getattr(cpu_records, field)] += change
     new = [np.zeros(shape, F32) for shape in (PAST, STATE)]
     with pytest.raises(IndexError, match=r"matrix 4: bytes .* of an array of"):
         delta(np.zeros((2, HIDDEN), F32), *new, *new)

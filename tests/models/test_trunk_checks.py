@@ -14,7 +14,7 @@ from convert_helpers import make_config, make_weights, save, write_checkpoints
 from flashmoe_mlx import FlashMoEError, load
 from flashmoe_mlx.cli.doctor_model import examine
 from flashmoe_mlx.convert import cli, convert
-from flashmoe_mlx.format.layout import ITEM_SIZE, TensorInfo, checkpoint_headers
+from flashmoe_mlx.format.headers import ITEM_SIZE, TensorInfo, checkpoint_headers
 from flashmoe_mlx.format.model_files import read_config
 from flashmoe_mlx.models.qwen3_5.args import ModelArgs
 from flashmoe_mlx.models.trunk_checks import check_trunk

@@ -94,9 +94,9 @@ def test_a_guess_takes_no_slot_that_is_in_use(tmp_path):
     store.prefetch(0, [4])
     held.wait()
     store.prefetch(0, [4, 5])
-    assert store.stats.bytes_read == 3 * RECORD and not store._prefetched[0]
+    assert store.stats.bytes_read == 3 * RECORD and not store._prefetched.any(0)
     store.prefetch(1, [1, 2, 3, 4])  # more than the bank holds
-    assert not store._prefetched[1]
+    assert not store._prefetched.any(1)
     del held
     store.prefetch(0, [4])
     store.cancel_prefetch(0, [4])

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from store_helpers import EXPERTS, contents, make_store, record
 
-from flashmoe_mlx.store import scheduler
-from flashmoe_mlx.store import store as expert_store
+from flashmoe_mlx.store import scheduler, stats
 from flashmoe_mlx.store.host import UnifiedBackend
 from flashmoe_mlx.store.scheduler import expert_batches
 
@@ -24,12 +23,12 @@ def batches_of(store, ids: list[int]) -> list[list[int]]:
 
 @pytest.fixture
 def slow(monkeypatch):
-    monkeypatch.setattr(expert_store, "FAST", float("inf"))
+    monkeypatch.setattr(stats, "FAST", float("inf"))
 
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(expert_store, "FAST", 0.0)
+    monkeypatch.setattr(stats, "FAST", 0.0)
 
 
 @pytest.mark.usefixtures("slow")
@@ -73,8 +72,8 @@ def test_more_than_the_bank_holds_come_in_parts(tmp_path, monkeypatch):
 
 def test_what_was_read_long_ago_counts_less(tmp_path, monkeypatch):
     store = make_store(tmp_path, slots=3)
-    store._lately = 1000.0, 1.0
+    store._rate.add(1000, 1.0)
     store.fetch(0, [1])
-    nbytes, seconds = store._lately
+    nbytes, seconds = store._rate._nbytes, store._rate._seconds
     assert 980 < nbytes < 980 + 4 * 36 and 0.98 < seconds < 1.5
     store.close()

@@ -15,7 +15,8 @@ from store_helpers import EXPERTS, Gate, assert_whole, big_layout
 from flashmoe_mlx import FlashMoEError, generate, load
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
-from flashmoe_mlx.format.layout import read_header, read_manifest
+from flashmoe_mlx.format.headers import read_header
+from flashmoe_mlx.format.layout import read_manifest
 from flashmoe_mlx.format.names import FIELDS
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.settings import StreamConfig

@@ -17,7 +17,8 @@ from convert_scenes import MANIFEST_PLACE, files
 from flashmoe_mlx import load
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.format.layout import EXPERT_DIR, read_header
+from flashmoe_mlx.format.headers import read_header
+from flashmoe_mlx.format.layout import EXPERT_DIR
 
 CARD = "README.md"  # a text for people, which may be edited
 Damage = Callable[[Path, random.Random], None]

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.format.layout import EXPERT_DIR, ITEM_SIZE
+from flashmoe_mlx.format.headers import ITEM_SIZE
+from flashmoe_mlx.format.layout import EXPERT_DIR
 
 INDEX = "model.safetensors.index.json"
 VALUES: tuple[Any, ...] = (

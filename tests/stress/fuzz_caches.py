@@ -17,7 +17,7 @@ import harness
 import numpy as np
 from convert_mutations import bytes_of_header, other_size, read_raw, write_raw
 
-from flashmoe_mlx.format.layout import ITEM_SIZE
+from flashmoe_mlx.format.headers import ITEM_SIZE
 
 PROMPT = [3, 141, 59, 26, 5, 35, 89, 79]
 STEPS = 4

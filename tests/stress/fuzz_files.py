@@ -50,7 +50,7 @@ from mlx_lm.generate import generate_step
 from flashmoe_mlx.cli.doctor_model import examine
 from flashmoe_mlx.convert.verify.verify import verify
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.format.layout import ITEM_SIZE, checkpoint_headers
+from flashmoe_mlx.format.headers import ITEM_SIZE, checkpoint_headers
 from flashmoe_mlx.format.names import canonical, is_expert
 from flashmoe_mlx.loader import load
 from flashmoe_mlx.models.qwen3_5.args import ModelArgs
