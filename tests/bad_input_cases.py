@@ -57,7 +57,7 @@ GENERATE = [
     ("--io-mode fast", "io_mode = 'fast' is not one of auto, buffered, direct."),
     (
         "--verify-reads --model {bundled}",
-        "bundled is no conversion, so its experts have no checksums. Convert it with flashmoe-con",
+        "bundled is not a converted model, so its experts have no checksums. Convert it",
     ),
     (
         "--experts-per-token 101",
@@ -277,6 +277,10 @@ CONFIG = [
     ("top", {"flashmoe": {"io_threads": -1}}, '"flashmoe": io_threads = -1 is not a whole number'),
     ("top", {"flashmoe": {"io_mode": 3}}, '"flashmoe": io_mode = 3 is not one of auto, buffered'),
     ("top", {"flashmoe": {"verify": 2}}, '"flashmoe": verify = 2 is not a switch. Write 1 or 0.'),
-    ("top", {"flashmoe": {"verify": True}}, "is no conversion, so its experts have no checksums."),
+    (
+        "top",
+        {"flashmoe": {"verify": True}},
+        "is not a converted model, so its experts have no checksums.",
+    ),
     ("top", {"flashmoe": {"stats": "maybe"}}, "\"flashmoe\": stats = 'maybe' is not a switch."),
 ]

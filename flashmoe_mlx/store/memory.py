@@ -1,4 +1,4 @@
-"""How much memory this machine, and this process's cgroup, still has."""
+"""Available memory of the machine and of this process's cgroup."""
 
 import resource
 import sys
@@ -8,10 +8,10 @@ import mlx.core as mx
 
 
 def available_bytes() -> int:
-    """Return the bytes a process may still take before the machine or its cgroup runs short.
+    """Return the bytes that this process may still allocate.
 
-    Linux: `MemAvailable`, or what is left under the cgroup's limit if that is less (page cache
-    that can be dropped counts as free). macOS: 75 % of the installed memory.
+    Linux: `MemAvailable`, or the rest of the cgroup's limit if that is less (reclaimable page cache
+    counts as free). macOS: 75 % of the installed memory.
     """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
@@ -30,10 +30,10 @@ def available_bytes() -> int:
 
 
 def cgroup_limit() -> int | None:
-    """Return the smallest memory limit of the process's cgroups in bytes, None without one."""
+    """Return the smallest memory limit of the process's cgroups in bytes, or None."""
     names = "memory.max", "memory.limit_in_bytes"
     limits = [_number(base / name) for base in _cgroup_dirs() for name in names]
-    # cgroup v1 writes "no limit" as a huge number.
+    # cgroup v1 writes a huge number for "no limit".
     return min((limit for limit in limits if limit is not None and limit < 1 << 60), default=None)
 
 

@@ -1,4 +1,4 @@
-"""Experts on their way: faults of the disk, requests side by side, and consumers of slots."""
+"""Experts being read: disk errors, concurrent requests, and consumers of slots."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ preadv = os.preadv
 
 @pytest.fixture
 def disk(monkeypatch):
-    """Have a function answer `preadv` from now on."""
+    """Replace `preadv`."""
     return lambda answer: monkeypatch.setattr(os, "preadv", answer)
 
 
@@ -62,23 +62,23 @@ def test_a_failing_disk_is_named_and_the_store_goes_on(tmp_path, disk, code):
     whole(store, 0, [5, 6], store.fetch(0, [5, 6]))
 
 
-def test_requests_of_two_layers_are_under_way_at_once(tmp_path, disk):
-    store, gate, begun = make_store(tmp_path, slots=2), threading.Event(), threading.Semaphore(0)
+def test_requests_of_two_layers_are_in_flight_at_once(tmp_path, disk):
+    store, gate, started = make_store(tmp_path, slots=2), threading.Event(), threading.Semaphore(0)
 
     def slow(descriptor, rows, offset):
-        begun.release()
+        started.release()
         assert gate.wait(20)
         return preadv(descriptor, rows, offset)
 
     disk(slow)
     first, second = store.request(0, [3]), store.request(1, [4])
-    assert begun.acquire(timeout=20) and begun.acquire(timeout=20)
+    assert started.acquire(timeout=20) and started.acquire(timeout=20)
     gate.set()
     whole(store, 0, [3], first.wait())
     whole(store, 1, [4], second.wait())
 
 
-def test_experts_under_way_are_not_read_twice_and_keep_their_slots(tmp_path):
+def test_experts_in_flight_are_not_read_twice_and_keep_their_slots(tmp_path):
     store = make_store(tmp_path, slots=3)
     first = store.request(0, [1, 2])
     second = store.request(0, [2, 3])
@@ -91,7 +91,7 @@ def test_experts_under_way_are_not_read_twice_and_keep_their_slots(tmp_path):
     whole(store, 0, [4], store.fetch(0, [4]))
 
 
-def test_a_dropped_request_loses_nothing(tmp_path):
+def test_the_reads_of_a_dropped_request_complete(tmp_path):
     store = make_store(tmp_path, slots=2)
     for expert in range(8):
         store.request(0, [expert])
