@@ -155,7 +155,7 @@ BENCH = [
     ("io --record 5000", "--record 5000 is not a multiple of 12288 from 36864 on"),
     ("io --threads 0", "--threads 0 measures nothing. Give at least 1."),
     ("io --sample-mib 0", "--sample-mib 0 measures nothing. Give at least 1."),
-    ("io --sample-mib 999999999", "1999999998 MiB are asked for, and "),
+    ("io --sample-mib 999999999", "1999999998 MiB are needed, and "),
     ("io --rounds -1", "--rounds -1 measures nothing. Give at least 1."),
     (
         "io --dir {bundled}/config.json",

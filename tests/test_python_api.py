@@ -217,7 +217,7 @@ if (child := os.fork()) == 0:
     os._exit(0)
 os.waitpid(child, 0)
 """
-    told = "this model was loaded in another process, whose reader threads a fork does not"
+    told = "this model was loaded in another process, and a fork does not copy its reader threads"
     assert run_strictly(script).count(told) == 2
 
 

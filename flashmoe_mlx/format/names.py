@@ -1,7 +1,7 @@
-"""Tensor names: every published spelling of a Qwen3.5 MoE checkpoint, mapped to mlx-lm's own.
+"""Tensor names: every published spelling of a Qwen3.5 MoE checkpoint, mapped to mlx-lm's.
 
 Checkpoints spell the language model's prefix in three ways (`model.language_model.`,
-`language_model.model.`, or plain `model.`), and carry tensors that text generation does not use
+`language_model.model.`, or plain `model.`), and hold tensors that text generation does not use
 (vision tower, multi-token-prediction head).
 """
 
@@ -58,5 +58,5 @@ def single_expert(name: str) -> tuple[int, int, str] | None:
 
 
 def is_expert(name: str) -> bool:
-    """Say whether a tensor belongs to a routed expert, in whichever spelling."""
+    """Say whether a tensor belongs to a routed expert, in any spelling."""
     return any(match(name) for match in (stacked_expert, fused_expert, single_expert))

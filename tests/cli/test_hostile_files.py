@@ -113,7 +113,7 @@ def test_a_folder_of_templates_is_looked_at_too(model):
 def test_too_large_to_be_one(model, name):
     with open(model / name, "wb") as file:
         file.truncate(MOST_BYTES + 1)
-    refused(model, rf"{name}: 100000001 bytes long, but such a file has at most 100000000\.")
+    refused(model, rf"{name}: 100000001 bytes long, but at most 100000000 are allowed\.")
 
 
 TEXTS = {

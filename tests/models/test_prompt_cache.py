@@ -239,11 +239,11 @@ def test_code_of_a_model_in_a_data_file_never_runs(tmp_path, cache, capsys, monk
 
 
 FILES = [
-    ({"0.model": "no such directory"}, "no directory here and no Hub name"),
-    ({"0.model": "a/b/c"}, "no directory here and no Hub name"),
+    ({"0.model": "no such directory"}, "neither a local directory nor a Hub name"),
+    ({"0.model": "a/b/c"}, "neither a local directory nor a Hub name"),
     ({"0.model": None}, "cannot be read as a prompt cache"),
-    ({"1.0": "load_prompt_cache"}, "a cache of the class 'load_prompt_cache'"),
-    ({"1.0": "CacheList"}, "a cache of the class 'CacheList'"),
+    ({"1.0": "load_prompt_cache"}, "a cache of class 'load_prompt_cache'"),
+    ({"1.0": "CacheList"}, "a cache of class 'CacheList'"),
     ({"1.99999999": "KVCache"}, "an entry called '1.99999999'"),
     ({"3.0": "x"}, "an entry called '3.0'"),
     ({"2.1.0": "9.9"}, "cannot be read as a prompt cache"),

@@ -115,7 +115,7 @@ DAMAGE = {
     "F8 norm": (f"{NORM}.weight", retyped("F8_E4M3"), r"norm\.weight is F8_E4M3\[128\]"),
     "short norm": (f"{NORM}.weight", reshaped(127), r"norm\.weight is BF16\[127\], expected \[128"),
     "fewer codes": (f"{QUERIES}.weight", reshaped(256, 9), r"is U32\[256, 9\], expected"),
-    "no groups": (f"{QUERIES}.scales", reshaped(256, 0), r"scales BF16\[256, 0\] is not a quantis"),
+    "no groups": (f"{QUERIES}.scales", reshaped(256, 0), r"scales BF16\[256, 0\] is not a quantiz"),
     "other taps": (f"{CONV}.weight", reshaped(320, 3, 1), r"conv1d\.weight is BF16\[320, 3, 1\]"),
     "scalar": (f"{QUERIES}.scales", reshaped(), r"scales BF16\[\] is not a quantization"),
 }  # fmt: skip
