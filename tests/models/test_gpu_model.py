@@ -46,13 +46,13 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache_home(tmp_path_factory) -> Path:
-    """Verdicts on kernels, found once."""
+    """Verdicts on kernels, computed once."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
 def gpu_path(cache_home, monkeypatch):
-    """Take the GPU path, and the CPU's never."""
+    """Use the GPU path, never the CPU's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     monkeypatch.setenv("FLASHMOE_KERNELS", "custom")
     monkeypatch.setattr(device, "_gpu_is_default", lambda: True)
@@ -66,7 +66,7 @@ def gpu_path(cache_home, monkeypatch):
 
 @pytest.fixture
 def open_model(tiny):
-    """Load the model in a dtype, with banks of a size; close it in the end."""
+    """Load the model in a dtype with a cache size; close it at the end."""
     opened = []
 
     def open_it(bank="all", dtype=mx.float32):
@@ -125,7 +125,7 @@ def test_logits_equal_stock(open_model, by_stock, bank, capsys):
     right = by_stock(decode, open_model("all"))
     model = open_model(bank)
     with metal_on_cpu():
-        assert differ(decode(model), right) <= TOLERANCE  # the kernels are tried here
+        assert differ(decode(model), right) <= TOLERANCE  # the kernels are timed here
     assert capsys.readouterr().err == ""
     with metal_on_cpu() as prefill:
         cache = model.make_cache()
@@ -145,7 +145,7 @@ def test_logits_equal_stock(open_model, by_stock, bank, capsys):
     }
 
 
-def test_more_keys_than_were_tried_go_through_stock(open_model, by_stock, monkeypatch):
+def test_more_keys_than_were_timed_use_stock_ops(open_model, by_stock, monkeypatch):
     monkeypatch.setattr(step, "TRIED_KEYS", (4, len(PROMPT) + 1))
     right = by_stock(decode, open_model())
     model = open_model()
@@ -155,7 +155,7 @@ def test_more_keys_than_were_tried_go_through_stock(open_model, by_stock, monkey
     assert launched(session)["attention_step"] == LAYERS - LINEAR
 
 
-def test_a_step_that_stock_does_faster_is_asked_for_once(open_model, by_stock, monkeypatch):
+def test_a_step_that_stock_runs_faster_is_timed_once(open_model, by_stock, monkeypatch):
     asked = []
     monkeypatch.setattr(model_module, "prefers_custom", lambda case: bool(asked.append(case)))
     right, model = by_stock(decode, open_model()), open_model()
@@ -164,7 +164,7 @@ def test_a_step_that_stock_does_faster_is_asked_for_once(open_model, by_stock, m
 
 
 def test_steps_while_the_cache_grows_and_shrinks(open_model, by_stock, monkeypatch):
-    """Its buffers change their shape under traced steps, and then hold keys that do not count."""
+    """Its buffers change shape between traced steps, and then hold unused keys."""
     monkeypatch.setattr(KVCache, "step", 4)
 
     def run(model):
@@ -181,8 +181,8 @@ def test_steps_while_the_cache_grows_and_shrinks(open_model, by_stock, monkeypat
 
 
 @banks
-def test_a_short_prompt_goes_through_the_kernels_of_steps(open_model, by_stock, bank):
-    """Unless a layer's experts do not fit its bank."""
+def test_a_short_prompt_uses_the_step_kernels(open_model, by_stock, bank):
+    """Unless a layer has too few slots."""
     right = by_stock(decode, open_model(), PROMPT[:3])
     model = open_model(bank)
     decode_on_bench(model, PROMPT[:3], [])
@@ -195,7 +195,7 @@ def test_a_short_prompt_goes_through_the_kernels_of_steps(open_model, by_stock, 
 
 @banks
 def test_steps_in_bfloat16(open_model, by_stock, bank):
-    """Weights and activations as checkpoints have them; rounding sends tokens to other experts."""
+    """Checkpoints' dtype, in which rounding changes the router's choices."""
     right = by_stock(decode, open_model())
     stock = by_stock(decode, open_model(dtype=mx.bfloat16))
     with metal_on_cpu() as session:
@@ -205,10 +205,8 @@ def test_steps_in_bfloat16(open_model, by_stock, bank):
     assert launched(session).keys() == STEP_KERNELS | PREFILL_KERNELS
 
 
-def test_the_host_is_not_told_which_experts_a_prompt_needs_if_all_are_there(
-    open_model, monkeypatch
-):
-    """It would wait for each layer."""
+def test_the_host_does_not_read_a_prompts_expert_ids_if_all_are_resident(open_model, monkeypatch):
+    """The host would wait for each layer."""
     model = open_model("all")
     right = decode_on_bench(model)
     monkeypatch.setattr(StreamedExperts, "batches", None)
@@ -318,7 +316,7 @@ def test_a_copy_follows_its_own_weights(open_model):
 
 
 class Layer(nn.Module):
-    """A scale, and a norm that another module holds."""
+    """A scale, and a norm of another module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -372,7 +370,7 @@ def test_traced_functions_hold_for_one_shape_and_dtype():
     assert traced.ready(mx.ones((2, 4))) and not traced.ready(x)
 
 
-def test_weights_that_come_back_are_known_again():
+def test_restored_weights_reuse_their_trace():
     layer, _, x, traced = traced_layer()
     scale = layer.scale
     layer.scale = mx.zeros(4)
@@ -414,8 +412,8 @@ def attend_by_mlx(queries, projected, heads, keys, values, length):
     return (y[:, :, 0] * mx.sigmoid(gate[..., heads.dim :])).reshape(batch, 1, -1)
 
 
-def test_traced_attention_takes_offset_and_length_anew(open_model, monkeypatch):
-    """The bench runs without mx.compile, so here the kernels' work is done by MLX's ops."""
+def test_traced_attention_uses_the_new_offset_and_length(open_model, monkeypatch):
+    """The Metal bench lacks mx.compile, so MLX's ops replace the kernels here."""
     monkeypatch.setattr(KVCache, "step", 4)
     monkeypatch.setattr(model_module, "prefers_custom", lambda case: True)
     monkeypatch.setattr(model_module, "prepare", prepare_by_mlx)
@@ -479,14 +477,14 @@ def test_joining_takes_no_memory():
     lambda: nn.QuantizedLinear(128, 8, bias=True, group_size=32).eval(),
     lambda: nn.QuantizedLinear(128, 8, bias=False, mode="mxfp4").eval(),
 ])  # fmt: skip
-def test_what_is_not_quantized_alike_is_not_joined(other):
+def test_differently_quantized_layers_are_not_joined(other):
     layers = quantized(8), other()
     weights = [layer.weight for layer in layers]
     assert join(layers) is None
     assert all(layer.weight is w for layer, w in zip(layers, weights, strict=True))
 
 
-def test_layers_that_are_not_joined_give_their_own_outputs():
+def test_layers_that_are_not_joined_compute_separately():
     x, layers = mx.random.normal((2, 128)), [quantized(5), quantized(8, bits=8)]
     with metal_on_cpu() as session:
         apart, together = linear(x, *layers), joined(x, *layers)
