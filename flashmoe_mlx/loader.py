@@ -146,11 +146,6 @@ def kernel_formats(
     return {(b, g, str(DTYPES[d]).split(".")[-1]) for b, g, d in formats if d in DTYPES}
 
 
-def trunk_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """Return the resident tensors, from the headers of the weight files."""
-    return without_experts(checkpoint_headers(directory))
-
-
 def without_experts(headers: dict[str, tuple[Path, TensorInfo]]) -> dict[str, TensorInfo]:
     """Return the resident tensors among those of the headers."""
     return {name: info for name, (_, info) in headers.items() if not is_expert(name)}

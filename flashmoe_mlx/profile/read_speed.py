@@ -120,11 +120,7 @@ def time_reads(
 ) -> ReadSpeed:
     """Read byte ranges once, cold, in the order given, by several threads without read-ahead.
 
-    Args:
-        ranges: byte ranges, in whole blocks if reads are direct.
-        source: description of the files.
-        threads: readers.
-        direct: bypass the page cache.
+    Direct reads bypass the page cache and need ranges of whole blocks.
 
     Raises:
         FlashMoEError: a file cannot be read, or ends early.

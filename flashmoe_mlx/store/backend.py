@@ -87,7 +87,7 @@ class DeviceLoader(Protocol):
 
         Args:
             layer: decoder layer.
-            experts: ids.
+            experts: expert ids.
             slots: one for each expert.
             after: arrays that read these slots; copies start when they are computed.
         """
@@ -152,11 +152,5 @@ class Backend(Protocol):
     def loader(
         self, layout: ExpertLayout, plan: CachePlan, arrays: Sequence[Sequence[mx.array]]
     ) -> DeviceLoader | None:
-        """Return a loader, None if the host must read the experts.
-
-        Args:
-            layout: where the experts lie.
-            plan: slots per layer.
-            arrays: nine per layer, with a row per slot.
-        """
+        """Return a loader into nine arrays per layer, None if the host must read the experts."""
         ...

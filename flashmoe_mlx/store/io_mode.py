@@ -24,12 +24,9 @@ F_RDAHEAD, F_NOCACHE = 45, 48  # of macOS's fcntl.h; Python's fcntl has them onl
 
 
 def plan_io(mode: str, layout: ExpertLayout, room: int) -> IoPlan:
-    """Choose between buffered and direct reads.
+    """Choose between buffered and direct reads, by the mode "buffered", "direct" or "auto".
 
-    Args:
-        mode: "buffered", "direct" or "auto".
-        layout: where the experts lie.
-        room: bytes of memory that can hold experts, in slots or page cache.
+    `room` is memory that can hold experts, in slots or page cache, in bytes.
 
     Raises:
         FlashMoEError: direct reads are requested but not possible here.
@@ -55,12 +52,7 @@ def plan_load(mode: str, layout: ExpertLayout, io: IoPlan) -> IoPlan:
     """Choose how to preload all experts.
 
     Each is read once, so the page cache helps only with what it already holds. On Linux, 3.6 GB of
-    uncached experts take 2.7 s direct and 6.4 to 11 s buffered.
-
-    Args:
-        mode: "buffered", "direct" or "auto".
-        layout: where the experts lie.
-        io: the choice of `plan_io` for reads on demand.
+    uncached experts take 2.7 s direct and 6.4 to 11 s buffered. `io` is the choice of `plan_io`.
     """
     if mode != "auto" or io.direct or sys.platform == "darwin" or obstacle(layout):
         return io

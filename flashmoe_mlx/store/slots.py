@@ -64,14 +64,7 @@ class SlotBank:
     def __init__(
         self, layout: LayerLayout, slots: int, files: Mapping[Path, int], backend: Backend
     ) -> None:
-        """Allocate `slots` rows for each of the layer's nine tensors.
-
-        Args:
-            layout: the layer's experts.
-            slots: number of slots.
-            files: descriptors of the open expert files.
-            backend: device that computes.
-        """
+        """Allocate `slots` rows for each of the nine tensors; `files` maps paths to descriptors."""
         self.layout = layout
         self.arrays = [backend.allocate((slots, *f.shape), DTYPES[f.dtype]) for f in layout.fields]
         self._slots = slots

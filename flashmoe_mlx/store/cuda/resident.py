@@ -36,11 +36,9 @@ TRIES, TRIED = 4, 8  # loads in the self-test, and experts in each
 
 
 class GpuTable:
-    """One layer's table of slots, kept on the GPU while it decodes.
+    """One layer's table of slots, kept on the GPU while it decodes: a `DeviceTable`.
 
     Attributes:
-        is_newer: whether this table is newer than the host's.
-        thread: the thread that loaded last.
         record_bytes: bytes of an expert.
         clock: `[LEAST_ELEMENTS]` uint64, written by the GPU: start of the running copies, thread
             groups that are done, and total nanoseconds of copies.
@@ -49,13 +47,7 @@ class GpuTable:
     def __init__(
         self, mapped: MappedFiles, layout: LayerLayout, slots: int, arrays: Sequence[mx.array]
     ) -> None:
-        """Record the addresses of experts and slots.
-
-        Args:
-            mapped: the files.
-            layout: the layer's experts.
-            slots: number of slots.
-            arrays: the layer's nine, `[slots, ...]`.
+        """Record the addresses of experts, and of the layer's nine arrays `[slots, ...]`.
 
         Raises:
             FlashMoEError: a file is shorter than the layout says.
@@ -109,11 +101,9 @@ class GpuTable:
             return np.full(self._experts, none), np.full(self._experts, never)
 
     def load(self, ids: mx.array, after: mx.array) -> mx.array:
-        """Return the slots of experts `[..., K]`; evaluating them loads the bytes.
+        """Return the slots of experts `[..., K]` uint32; evaluating them loads the bytes.
 
-        Args:
-            ids: uint32, with at most as many distinct ids as slots.
-            after: any array; the load starts when it is computed.
+        At most as many ids as slots may differ. The load starts when `after` is computed.
         """
         after = after if self._last is None else self._last
         *table, slots = _load(self._slots)(*self._table, ids, after, self._fields, self.clock)
@@ -177,16 +167,7 @@ class GpuLoader:
         slots: Sequence[int],
         after: Sequence[mx.array],
     ) -> list[Arrival]:
-        """Start to copy experts into slots, beside the GPU's other work; the table is unchanged.
-
-        Args:
-            layer: decoder layer.
-            experts: ids.
-            slots: one for each expert.
-            after: arrays that read these slots; copies start when they are computed.
-
-        Returns:
-            The arrival of each expert.
+        """Start to copy experts into slots, beside the GPU's other work: see `DeviceLoader`.
 
         Raises:
             FlashMoEError: the GPU refuses.
@@ -251,14 +232,8 @@ def _load(slots: int) -> Any:
 def map_files(
     layout: ExpertLayout, plan: CachePlan, arrays: Sequence[Sequence[mx.array]]
 ) -> GpuLoader | None:
-    """Return a loader, or None if the GPU cannot load by itself or would not gain from it.
-
-    Args:
-        layout: where the experts lie.
-        plan: slots per layer. With slots for all experts, each is read only once.
-        arrays: nine per layer.
-    """
-    if plan.io.direct or plan.slots == layout.layers[0].num_experts:
+    """Return a loader into nine arrays per layer, None if the GPU cannot load or gains nothing."""
+    if plan.io.direct or plan.slots == layout.layers[0].num_experts:  # or each is read once
         return None
     if layout.total_bytes > USEFUL_MEMORY * available_bytes():
         return None
