@@ -27,7 +27,7 @@ from .store.checks import RecordChecks
 from .store.devices import choose
 from .store.io_mode import plan_io, plan_load
 from .store.memory import available_bytes
-from .store.sizing import asked_slots, plan_cache
+from .store.sizing import plan_cache, requested_slots
 from .store.slots import DTYPES
 from .store.store import ExpertStore
 
@@ -94,7 +94,7 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     trunk = without_experts(headers)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
     formats = kernel_formats(trunk, args, layout)
-    asked_slots(
+    requested_slots(
         stream.expert_cache, layout, args.num_experts_per_tok
     )  # raises before kernels compile
     prepare(formats)
@@ -242,7 +242,9 @@ def load(
         verify=verify,
         lookahead=lookahead,
     )
-    with named(path, "its weights do not fit its config.json", "Restore the checkpoint's own"):
+    with named(
+        path, "its weights do not fit its config.json", "Restore the checkpoint's own files"
+    ):
         model, config = load_model(
             path,
             lazy,
@@ -252,7 +254,7 @@ def load(
         )
     try:
         if adapter_path is not None:
-            with named(adapter_path, "adapters that do not fit this model", "Train them for it"):
+            with named(adapter_path, "adapters that do not fit this model", "Train them on it"):
                 model = load_adapters(model, adapter_path)
                 model.eval()
         # The bundled tokenizer's class is part of this package.
@@ -294,6 +296,6 @@ def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> 
     token, largest = max(tokens, key=lambda item: item[1], default=("", 0))
     if largest >= vocab_size:
         raise FlashMoEError(
-            f"{directory}: its tokenizer gives {token!r} the id {largest}, but the model has "
+            f"{directory}: its tokenizer maps {token!r} to id {largest}, but the model has "
             f"vocab_size = {vocab_size}. Restore the checkpoint's own files."
         )

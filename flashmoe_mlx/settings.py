@@ -82,7 +82,7 @@ class StreamConfig:
         names = [f.name for f in fields(cls)]
         if unknown := from_config.keys() - {*names, "format_version"}:
             raise FlashMoEError(
-                f'config.json "flashmoe": no setting is called {", ".join(sorted(unknown))}. '
+                f'config.json "flashmoe": unknown setting {", ".join(sorted(unknown))}. '
                 f"Choose among {', '.join(names)}."
             )
         for f in fields(cls):
@@ -109,7 +109,7 @@ def _read_setting(setting: str, value: Any, source: str) -> Any:
     if setting in ("stats", "verify"):
         if str(value).lower() in ("0", "false", "1", "true"):
             return str(value).lower() in ("1", "true")
-        raise FlashMoEError(f"{source} = {value!r} is not a switch. Write 1 or 0.")
+        raise FlashMoEError(f"{source} = {value!r} must be 1 or 0.")
     if re.fullmatch(r"[0-9]{1,9}", str(value)) and int(value) >= 1:
         if setting == "io_threads" and int(value) > MOST_THREADS:
             raise FlashMoEError(f"{source} = {value} is too many. Give at most {MOST_THREADS}.")

@@ -54,7 +54,7 @@ def check_entry(name: str, kind: Any, value: Any) -> None:
         raise FlashMoEError(f"config.json: {name} = {value!r} is not {wanted}. {RESTORE}")
     if most and value > most:
         raise FlashMoEError(
-            f"config.json: {name} = {value!r} is more than {most:.15g}, and no model has so much. "
+            f"config.json: {name} = {value!r} is more than {most:.15g}, above any known model. "
             f"{RESTORE}"
         )
 
@@ -88,7 +88,7 @@ def check_quantization(entry: Mapping[str, Any]) -> None:
     longest = max(entry, key=len, default="")
     if len(longest) > MOST_NAME:
         raise FlashMoEError(
-            f"config.json: quantization[{longest[:40]!r}...] is a name of {len(longest)} "
+            f"config.json: quantization[{longest[:40]!r}...] is too long: {len(longest)} "
             f"characters. {RESTORE}"
         )
     for where, found in {"": entry, **own}.items():

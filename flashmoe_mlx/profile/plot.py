@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import FlashMoEError
 from .layers import PARTS
 
-PICTURES = (".png", ".svg", ".pdf")
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path | None) -> None:
@@ -18,8 +18,8 @@ def check_plot(path: Path | None) -> None:
     """
     if path is None:
         return
-    if path.suffix not in PICTURES:
-        raise FlashMoEError(f"--plot {path}: not a picture. End it in {', '.join(PICTURES)}.")
+    if path.suffix not in SUFFIXES:
+        raise FlashMoEError(f"--plot {path}: not an image file. Use {', '.join(SUFFIXES)}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise FlashMoEError(
             f"--plot {path}: matplotlib is not installed. Install it: "

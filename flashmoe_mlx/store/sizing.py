@@ -38,7 +38,7 @@ class CachePlan:
         )
 
 
-def asked_slots(expert_cache: int | str, layout: ExpertLayout, top_k: int) -> int | None:
+def requested_slots(expert_cache: int | str, layout: ExpertLayout, top_k: int) -> int | None:
     """Return the slots per layer for a size in bytes, None for "auto".
 
     Raises:
@@ -89,7 +89,7 @@ def plan_cache(
     per_slot = layout.token_bytes
     smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts", io)
     whole = CachePlan(experts, experts * per_slot, "all experts fit in memory", io)
-    slots = asked_slots(expert_cache, layout, top_k)
+    slots = requested_slots(expert_cache, layout, top_k)
     if slots is not None:
         if slots * per_slot > available:
             raise FlashMoEError(

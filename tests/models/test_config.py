@@ -67,7 +67,7 @@ def test_explicit_settings_beat_variables_beat_config(monkeypatch):
         ("FLASHMOE_IO_THREADS", "0", "FLASHMOE_IO_THREADS = '0' is not a whole number"),
         ("FLASHMOE_IO_THREADS", "two", "FLASHMOE_IO_THREADS = 'two' is not a whole number"),
         ("FLASHMOE_EXPERTS_PER_TOKEN", "-1", "FLASHMOE_EXPERTS_PER_TOKEN = '-1' is not"),
-        ("FLASHMOE_STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' is not a switch"),
+        ("FLASHMOE_STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' must be 1 or 0"),
     ],
 )
 def test_bad_variables_are_named(monkeypatch, variable, value, message):

@@ -235,7 +235,7 @@ def test_only_where_it_helps_and_memory_has_room(tmp_path, gpu, monkeypatch, slo
 def test_the_host_loads_if_the_gpu_fails_its_self_test(tmp_path, gpu, monkeypatch, fault):
     def pins_one(address, nbytes):
         if gpu.pinned:
-            raise FlashMoEError("CUDA's driver: cuMemHostRegister_v2 failed with error 801.")
+            raise FlashMoEError("CUDA driver: cuMemHostRegister_v2 failed with error 801.")
         return LateDriver.pin(gpu, address, nbytes)
 
     def compiles_nothing(*arrays):

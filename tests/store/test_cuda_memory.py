@@ -139,7 +139,7 @@ def test_a_driver_error_fails_the_request(tmp_path, driver, monkeypatch):
     with monkeypatch.context() as patch:
 
         def fail(*_):
-            raise FlashMoEError("CUDA's driver: cuMemcpyHtoDAsync failed with error 700 of cuda.h.")
+            raise FlashMoEError("CUDA driver: cuMemcpyHtoDAsync failed with error 700.")
 
         patch.setattr(driver, "copy", fail)
         with pytest.raises(FlashMoEError, match="failed with error 700"):

@@ -25,8 +25,8 @@ from flashmoe_mlx.store.store import ExpertStore
 
 
 @pytest.mark.parametrize("scattered", [False, True])
-def test_slots_hold_the_experts_asked_for(tmp_path, scattered):
-    store = make_store(tmp_path, slots=4, scattered=scattered)
+def test_slots_hold_the_requested_experts_and_only_misses_are_read(tmp_path, scattered):
+    store = make_store(tmp_path, slots=5, scattered=scattered)
     rng = np.random.default_rng(0)
     for _ in range(60):
         layer = int(rng.integers(2))
@@ -35,17 +35,8 @@ def test_slots_hold_the_experts_asked_for(tmp_path, scattered):
         assert len(set(slots)) == len(experts)
         for expert, slot in zip(experts, slots, strict=True):
             assert contents(store, layer, slot) == record(layer, expert)
-
-
-@pytest.mark.parametrize("scattered", [False, True])
-def test_bytes_read_are_those_of_the_misses(tmp_path, scattered):
-    store = make_store(tmp_path, slots=5, scattered=scattered)
-    rng = np.random.default_rng(3)
-    for _ in range(40):
-        store.fetch(int(rng.integers(2)), rng.choice(EXPERTS, size=4, replace=False).tolist())
     misses = store.stats.asked - store.stats.hits
-    assert 40 < misses < 160
-    assert store.stats.bytes_read == misses * RECORD
+    assert 0 < misses < store.stats.asked and store.stats.bytes_read == misses * RECORD
 
 
 def test_spans_are_one_range_if_packed_and_nine_if_not(tmp_path):
@@ -225,30 +216,6 @@ def test_truncated_file_is_an_error_and_the_store_stays_usable(tmp_path):
     path.write_bytes(whole)
     for expert, slot in zip([9, 4], store.fetch(0, [9, 4]), strict=True):
         assert contents(store, 0, slot) == record(0, expert)
-
-
-def test_failed_read_names_file_and_reason(tmp_path, monkeypatch):
-    store = make_store(tmp_path, slots=2)
-
-    def broken(*_):
-        raise OSError(5, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.preadv", broken)
-        with pytest.raises(
-            FlashMoEError, match=r"0\.bin: reading an expert at byte .*Input/output"
-        ):
-            store.fetch(0, [3])
-    assert contents(store, 0, store.fetch(0, [3])[0]) == record(0, 3)
-
-
-def test_short_reads_are_continued(tmp_path, monkeypatch):
-    whole = os.preadv
-    monkeypatch.setattr(
-        "os.preadv", lambda fd, rows, offset: whole(fd, [memoryview(rows[0])[:3]], offset)
-    )
-    store = make_store(tmp_path, slots=2)
-    assert contents(store, 1, store.fetch(1, [6])[0]) == record(1, 6)
 
 
 def test_missing_file_is_named(tmp_path):

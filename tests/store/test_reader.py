@@ -96,7 +96,8 @@ def test_direct_reads_detect_a_truncated_file(tmp_path):
         store.fetch(0, [9])
 
 
-def test_short_and_interrupted_reads_are_continued(tmp_path, small_pieces, monkeypatch):
+@pytest.mark.parametrize("scattered", [False, True])
+def test_short_and_interrupted_reads_are_continued(tmp_path, small_pieces, monkeypatch, scattered):
     rng, lock, whole, calls = np.random.default_rng(2), threading.Lock(), os.preadv, []
 
     def preadv(descriptor, rows, offset):
@@ -108,7 +109,7 @@ def test_short_and_interrupted_reads_are_continued(tmp_path, small_pieces, monke
         return whole(descriptor, next(cut(rows, most)), offset)
 
     monkeypatch.setattr("os.preadv", preadv)
-    store = big_store(big_layout(tmp_path, UNEQUAL), 4, slots=4)
+    store = big_store(big_layout(tmp_path, UNEQUAL, scattered), 4, slots=4)
     experts = [8, 1, 5]
     assert_whole(store, experts, store.fetch(0, experts))
     assert len(calls) > 3 * store.stats.reads

@@ -4,7 +4,6 @@ import errno
 import os
 import threading
 
-import mlx.core as mx
 import pytest
 from store_helpers import contents, make_store, record
 
@@ -22,24 +21,6 @@ def disk(monkeypatch):
 def whole(store, layer: int, experts: list[int], slots: list[int]) -> None:
     for expert, slot in zip(experts, slots, strict=True):
         assert contents(store, layer, slot) == record(layer, expert)
-
-
-@pytest.mark.parametrize("scattered", [False, True])
-def test_short_and_interrupted_reads_go_on(tmp_path, disk, scattered):
-    calls = []
-
-    def stutter(descriptor, rows, offset):
-        calls.append(offset)
-        if len(calls) % 3 == 0:
-            raise InterruptedError
-        return preadv(descriptor, [rows[0][: 1 + len(calls) % 4]], offset)
-
-    store = make_store(tmp_path, slots=4, scattered=scattered)
-    disk(stutter)
-    experts = [7, 2, 9]
-    whole(store, 1, experts, store.fetch(1, experts))
-    assert store.stats.bytes_read == 3 * 36
-    assert len(calls) > 3 * 9
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENODEV])
@@ -96,27 +77,3 @@ def test_the_reads_of_a_dropped_request_complete(tmp_path):
     for expert in range(8):
         store.request(0, [expert])
         whole(store, 0, [9 - expert % 2], store.fetch(0, [9 - expert % 2]))
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_only_consumers_of_a_slot_that_is_taken_are_evaluated(tmp_path, told):
-    store = make_store(tmp_path, slots=2)
-    (kept,), (taken,) = store.fetch(0, [1]), store.fetch(0, [2])
-    bank = store.banks[0].arrays[0]
-    reads = []
-
-    def consumer(slot: int) -> mx.array:
-        y = bank[mx.array([slot])] * 2
-        store.hold(y, 0, [slot] if told else None)
-        return y
-
-    lazy = consumer(kept), consumer(taken)
-    evaluate = mx.eval
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "flashmoe_mlx.store.store.mx.eval", lambda ys: (reads.append(len(ys)), evaluate(ys))
-        )
-        store.fetch(0, [1])  # used last, so 2 goes next
-        store.fetch(0, [5])
-    assert reads == [1 if told else 2]
-    assert [y.item() for y in lazy] == [2 * record(0, 1)[0], 2 * record(0, 2)[0]]

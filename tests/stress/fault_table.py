@@ -25,7 +25,7 @@ FAULTS = (
     Fault("EIO", r"layer_\d+\.safetensors: reading .* \(Input/output error\).*Check the disk",
           disk_error(errno.EIO)),
     Fault("EIO in the rest of a read", r"\(Input/output error\)", half_then_error),
-    Fault("ENODEV from then on", r"\(No such device\).*connect it again",
+    Fault("ENODEV from then on", r"\(No such device\).*reconnect it",
           disk_error(errno.ENODEV, lasting=True)),
     Fault("ENOMEM", r"\(Cannot allocate memory\).*smaller expert_cache", disk_error(errno.ENOMEM)),
     Fault("MemoryError in a read", r"layer_\d+\.safetensors: .*MemoryError.*smaller expert_cache",
