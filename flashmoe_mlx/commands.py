@@ -86,9 +86,7 @@ def as_command(
         if sentence := _sentence(error, memory_advice):
             _say(f"{name}: error: {' '.join(sentence.split())}")
             return FAILED
-        if (
-            isinstance(error, KeyboardInterrupt) or interrupts
-        ):  # possibly converted to another error
+        if isinstance(error, KeyboardInterrupt) or interrupts:  # perhaps as another error
             _say(str(error) if isinstance(error, KeyboardInterrupt) and error.args else _bye(name))
             return INTERRUPTED
         raise

@@ -21,7 +21,7 @@ from .format.model_files import check_small_files, read_config
 from .format.names import PROJECTIONS, is_expert
 from .models.qwen3_5.args import ModelArgs, check_top_k
 from .models.qwen3_5.model import Model
-from .models.trunk_checks import check_readable, check_trunk
+from .models.trunk_checks import REMEDY, check_readable, check_trunk
 from .settings import StreamConfig
 from .store.checks import RecordChecks
 from .store.devices import choose
@@ -34,9 +34,7 @@ from .store.store import ExpertStore
 Format = tuple[int, int, str]
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
 # Any exception: transformers and Rust only parse here.
-TOKENIZER = (
-    "its tokenizer cannot be loaded", "Restore the checkpoint's own files", (Exception,),
-)  # fmt: skip
+TOKENIZER = "its tokenizer cannot be loaded", REMEDY, (Exception,)
 DOWNLOAD_PATTERNS = [
     "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
     "*.txt", "*.jsonl", "*.jinja",
@@ -94,9 +92,7 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     trunk = without_experts(headers)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
     formats = kernel_formats(trunk, args, layout)
-    requested_slots(
-        stream.expert_cache, layout, args.num_experts_per_tok
-    )  # raises before kernels compile
+    requested_slots(stream.expert_cache, layout, args.num_experts_per_tok)  # raises early
     prepare(formats)
     check_cpu_kernels(formats)
     available = available_bytes()  # after the kernels, which take memory
@@ -242,9 +238,7 @@ def load(
         verify=verify,
         lookahead=lookahead,
     )
-    with named(
-        path, "its weights do not fit its config.json", "Restore the checkpoint's own files"
-    ):
+    with named(path, "its weights do not fit its config.json", REMEDY):
         model, config = load_model(
             path,
             lazy,
@@ -257,10 +251,8 @@ def load(
             with named(adapter_path, "adapters that do not fit this model", "Train them on it"):
                 model = load_adapters(model, adapter_path)
                 model.eval()
-        # The bundled tokenizer's class is part of this package.
-        trusted = {
-            "trust_remote_code": path == BUNDLED_MODEL
-        }  # if unset, transformers asks on stdin
+        # The bundled tokenizer's class is part of this package. Unset, transformers asks on stdin.
+        trusted = {"trust_remote_code": path == BUNDLED_MODEL}
         with named(path, *TOKENIZER):
             tokenizer = load_tokenizer(
                 path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id")
@@ -297,5 +289,5 @@ def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> 
     if largest >= vocab_size:
         raise FlashMoEError(
             f"{directory}: its tokenizer maps {token!r} to id {largest}, but the model has "
-            f"vocab_size = {vocab_size}. Restore the checkpoint's own files."
+            f"vocab_size = {vocab_size}. {REMEDY}."
         )

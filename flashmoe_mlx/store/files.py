@@ -41,9 +41,7 @@ def close(reader: Reader, loaders: list[DeviceLoader], files: list[int], process
     if threading.current_thread() in reader.threads:  # the garbage collector runs anywhere
         threading.Thread(target=close, args=(reader, loaders, files, process)).start()
         return
-    if (
-        os.getpid() == process
-    ):  # a fork has no reader threads, and may have locks that nothing releases
+    if os.getpid() == process:  # a fork has no reader threads to release locks
         for loader in loaders:
             loader.close()
         reader.close()
