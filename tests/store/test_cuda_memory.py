@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import threading
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -147,6 +148,19 @@ def test_a_driver_error_fails_the_request(tmp_path, driver, monkeypatch):
     (slot,) = store.fetch(0, [1])
     assert contents(store, 0, slot) == record(0, 1)
     store.close()
+
+
+def test_errors_of_the_driver_are_named():
+    def answer(text):
+        return lambda code, pointer: setattr(pointer._obj, "value", text)
+
+    driver = object.__new__(pinned.Driver)
+    name, text = answer(b"CUDA_ERROR_NOT_SUPPORTED"), answer(b"operation not supported")
+    driver._library = SimpleNamespace(cuGetErrorName=name, cuGetErrorString=text)
+    driver._check("cuInit", 0)
+    message = r"cuInit failed with error 801 \(CUDA_ERROR_NOT_SUPPORTED: operation not supported\)"
+    with pytest.raises(FlashMoEError, match=message):
+        driver._check("cuInit", 801)
 
 
 def test_pinned_memory_is_freed_with_its_thread(driver):
