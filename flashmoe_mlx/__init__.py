@@ -2,7 +2,7 @@
 
 from .commands import take_interrupts
 
-take_interrupts()  # first, as the other imports take long
+take_interrupts()  # first: the other imports are slow
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,8 @@ __all__ = [
     "stream_generate",
 ]
 
-# Where names come from that are imported when they are first asked for: mlx-lm brings transformers,
-# which takes longer than a small conversion.
-_LATER = {
+# Imported on first use: mlx-lm imports transformers, which takes longer than a small conversion.
+_LAZY = {
     "BUNDLED_MODEL": ".loader",
     "ExpertStats": ".store.stats",
     "Model": ".models.qwen3_5.model",
@@ -48,13 +47,13 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
-    if name not in _LATER:
+    """Import a public name on first use."""
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_LATER[name], __name__), name)
+    value = globals()[name] = getattr(importlib.import_module(_LAZY[name], __name__), name)
     return value
 
 
 def __dir__() -> list[str]:
-    """Return all names, also those that are not imported yet."""
+    """Return all names, including those not imported yet."""
     return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
-"""How each command starts and ends: Ctrl-C at any moment, and one line for what its user can mend.
+"""Start and end of each command: Ctrl-C at any moment, and one-line errors that users can fix.
 
-The package imports this first. An exception raised while a C extension is being set up, or while
-the interpreter shuts down, may surface anywhere or nowhere, so Ctrl-C ends the process there.
+The package imports this first. An exception during the set-up of a C extension or during shutdown
+may get lost, so Ctrl-C ends the process there.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from types import FrameType
 
 from .errors import FlashMoEError
 
-_MODULES = {  # of the commands, as `python -m` takes them
+_MODULES = {  # of the commands, for `python -m`
     "flashmoe_mlx.bench.main": "flashmoe-bench",
     "flashmoe_mlx.convert.cli": "flashmoe-convert",
     "flashmoe_mlx.cli.doctor": "flashmoe-doctor",
@@ -25,17 +25,17 @@ _MODULES = {  # of the commands, as `python -m` takes them
     "flashmoe_mlx.cli.plan": "flashmoe-plan",
 }
 FAILED, INTERRUPTED = 2, 130  # exit codes
-OUT_OF_MEMORY = "[malloc", "out of memory", "insufficient memory"  # MLX's, by back-end
+OUT_OF_MEMORY = "[malloc", "out of memory", "insufficient memory"  # in MLX's errors
 PERMISSION = "Change its permissions, or choose another place."
 SPACE = "Free some space."
-REMEDIES = {  # of what a machine refuses; other errors of the system are faults of ours
+REMEDIES = {  # other OSErrors are bugs of ours
     errno.EIO: "The disk failed: copy the file from elsewhere, or choose another place.",
     errno.ENOSPC: SPACE,
     errno.EDQUOT: SPACE,
-    errno.EFBIG: "Choose a place whose file system takes larger files.",
+    errno.EFBIG: "Choose a file system that supports larger files.",
     errno.EACCES: PERMISSION,
     errno.EPERM: PERMISSION,
-    errno.EROFS: "Choose a place that can be written.",
+    errno.EROFS: "Choose a writable place.",
     errno.EMFILE: "Raise the limit on open files (ulimit -n).",
     errno.ENFILE: "Close other programs.",
     errno.ENODEV: "Attach the disk again.",
@@ -47,16 +47,16 @@ REMEDIES = {  # of what a machine refuses; other errors of the system are faults
 
 @functools.cache
 def running() -> str | None:
-    """Return the name of the command that this process runs, or None in any other program."""
-    name = os.path.basename("".join(getattr(sys, "argv", [])[:1]))  # none where Python is embedded
-    if name == "-m":  # python -m flashmoe_mlx.cli.generate, while it imports the package
+    """Return the command that this process runs, or None in any other program."""
+    name = os.path.basename("".join(getattr(sys, "argv", [])[:1]))  # no argv in embedded Python
+    if name == "-m":  # python -m, during the import of the package
         module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
         name = _MODULES.get("".join(module), "")
     return name if name in _MODULES.values() else None
 
 
 def take_interrupts() -> None:
-    """Have Ctrl-C end this process at once while a command starts; other programs keep theirs."""
+    """Let Ctrl-C end a command at once while it starts; other programs keep their handler."""
     if running() and get_handler(SIGINT) is default_int_handler:
         set_handler(SIGINT, _leave)
 
@@ -64,14 +64,14 @@ def take_interrupts() -> None:
 def as_command(
     name: str, work: Callable[[], int | None], memory_advice: str = "Close other programs."
 ) -> int:
-    """Do a command's work and return its exit code.
+    """Run a command and return its exit code.
 
-    That is what `work` returns; 2 after one line about bad input, or about a disk or memory that
-    fails; 130 after Ctrl-C. What remains is a fault of ours and keeps its traceback.
+    The code is the result of `work`; 2 after a one-line error about bad input, disk or memory; 130
+    after Ctrl-C. Any other exception is a bug of ours and keeps its traceback.
 
     Args:
         name: of the command.
-        work: parses the arguments, too. May raise KeyboardInterrupt with a line of its own.
+        work: parses arguments and runs. A KeyboardInterrupt may carry its own message.
         memory_advice: what to do if memory is short.
     """
     interrupts: list[int] = []
@@ -80,13 +80,13 @@ def as_command(
             return _flushed(work)
     except (Exception, KeyboardInterrupt) as error:
         reader_left = isinstance(error, BrokenPipeError) and _reader_left()  # as `head` does
-        _settle_output()
+        _flush_output()
         if reader_left:
             return 0
         if sentence := _sentence(error, memory_advice):
             _say(f"{name}: error: {' '.join(sentence.split())}")
             return FAILED
-        if isinstance(error, KeyboardInterrupt) or interrupts:  # what it was turned into
+        if isinstance(error, KeyboardInterrupt) or interrupts:  # perhaps as another error
             _say(str(error) if isinstance(error, KeyboardInterrupt) and error.args else _bye(name))
             return INTERRUPTED
         raise
@@ -103,13 +103,13 @@ def _flushed(work: Callable[[], int | None]) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether Python or MLX was refused memory."""
+    """Say whether an allocation of Python or MLX failed."""
     refused = any(words in str(error).lower() for words in OUT_OF_MEMORY)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and refused)
 
 
 def _sentence(error: BaseException, memory_advice: str) -> str | None:
-    """Say what is wrong if it is of a kind that the user can mend."""
+    """Return the message for an error that the user can fix, else None."""
     if isinstance(error, FlashMoEError):
         return str(error)
     if is_out_of_memory(error):
@@ -124,13 +124,13 @@ def _sentence(error: BaseException, memory_advice: str) -> str | None:
 
 @contextlib.contextmanager
 def _interruptible(interrupts: list[int]) -> Iterator[None]:
-    """Have Ctrl-C raise KeyboardInterrupt in the block, so that work is left in order."""
+    """Let Ctrl-C raise KeyboardInterrupt in the block, so that work cleans up."""
 
     def interrupt(number: int, _: FrameType | None) -> None:
         interrupts.append(number)
         raise KeyboardInterrupt
 
-    if get_handler(SIGINT) is not _leave:  # another program called `main`
+    if get_handler(SIGINT) is not _leave:  # called from another program
         yield
         return
     try:
@@ -152,16 +152,16 @@ def _bye(name: str) -> str:
 
 
 def _reader_left() -> bool:
-    """Say whether it was standard output whose pipe broke, and not a connection of ours."""
-    import select  # late, as nothing may delay `take_interrupts`
+    """Say whether the broken pipe is standard output, and not a connection of ours."""
+    import select  # not at the top: it would delay `take_interrupts`
 
     poll = select.poll()
     poll.register(1, 0)
     return bool(poll.poll(0))
 
 
-def _settle_output() -> None:
-    """Flush the output; drop what cannot be written, which would be complained about at exit."""
+def _flush_output() -> None:
+    """Flush the output, or discard it if nobody reads it: Python would complain at exit."""
     try:
         sys.stdout.flush()
     except OSError:

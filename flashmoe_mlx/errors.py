@@ -1,25 +1,25 @@
-"""The one exception that bad input raises: it names the value, the place and the remedy."""
+"""The exception for bad input: it names the value, the place and the remedy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# How what MLX says about files begins.
+# Prefixes of MLX's errors about files.
 FROM_MLX = "[load", "[read", "[safetensor", "[json.exception"
-LONGEST, END = 1200, 300  # characters of a message; of its end, where the remedy is
+LONGEST, END = 1200, 300  # characters of a message, and of its end, which holds the remedy
 
 
 class FlashMoEError(ValueError):
     """A user-facing error: a bad argument, a damaged file, a model that cannot be streamed."""
 
     def __init__(self, message: str) -> None:
-        """Take a message, and leave out the middle of one that a damaged file made too long."""
+        """Store a message; shorten the middle of one that a damaged file makes too long."""
         if (excess := len(message) - LONGEST) > 0:
             message = f"{message[: LONGEST - END]} [{excess} characters left out] {message[-END:]}"
         super().__init__(message)
 
 
-# What other libraries raise about files that do not fit; a RuntimeError may be a fault of ours.
+# What other libraries raise about bad files; a RuntimeError may be a bug of ours.
 ABOUT_FILES = ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError
 
 
@@ -30,23 +30,23 @@ def named(
     remedy: str,
     kinds: tuple[type[Exception], ...] = ABOUT_FILES,
 ) -> Iterator[None]:
-    """Give what other libraries raise about some files a place and a remedy.
+    """Convert other libraries' errors about files to FlashMoEError.
 
     Args:
         place: where the files are.
         fault: what is wrong with them.
         remedy: what to do, without a full stop.
-        kinds: what is raised about them. MLX's and Rust's errors about files are always caught.
+        kinds: exceptions to convert, besides MLX's and Rust's errors about files.
 
     Raises:
-        FlashMoEError: in place of such an error.
+        FlashMoEError: instead of such an error.
     """
     try:
         yield
     except (FlashMoEError, MemoryError):
         raise
     except BaseException as error:
-        panic = type(error).__name__ == "PanicException"  # Rust's, which is no Exception
+        panic = type(error).__name__ == "PanicException"  # from Rust; not a subclass of Exception
         unread = isinstance(error, RuntimeError) and str(error).startswith(FROM_MLX)
         if not (isinstance(error, kinds) or panic or unread):
             raise

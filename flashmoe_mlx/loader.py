@@ -21,22 +21,20 @@ from .format.model_files import check_small_files, read_config
 from .format.names import PROJECTIONS, is_expert
 from .models.qwen3_5.args import ModelArgs, check_top_k
 from .models.qwen3_5.model import Model
-from .models.trunk_checks import check_readable, check_trunk
+from .models.trunk_checks import REMEDY, check_readable, check_trunk
 from .settings import StreamConfig
 from .store.checks import RecordChecks
 from .store.devices import choose
 from .store.io_mode import plan_io, plan_load
 from .store.memory import available_bytes
-from .store.sizing import asked_slots, plan_cache
+from .store.sizing import plan_cache, requested_slots
 from .store.slots import DTYPES
 from .store.store import ExpertStore
 
 Format = tuple[int, int, str]
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
-# Of a tokenizer everything may be raised: transformers and Rust read it, and compute nothing else.
-TOKENIZER = (
-    "its tokenizer cannot be loaded", "Restore the checkpoint's own files", (Exception,),
-)  # fmt: skip
+# Any exception: transformers and Rust only parse here.
+TOKENIZER = "its tokenizer cannot be loaded", REMEDY, (Exception,)
 DOWNLOAD_PATTERNS = [
     "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model",
     "*.txt", "*.jsonl", "*.jinja",
@@ -44,10 +42,9 @@ DOWNLOAD_PATTERNS = [
 
 
 def bind(shim: str) -> tuple[type[Model], type[ModelArgs]]:
-    """Return the classes that stock mlx-lm builds a converted model from.
+    """Return the classes from which stock mlx-lm builds a converted model.
 
-    A converted directory's `flashmoe_model.py` calls this with its own `__file__`; the
-    directory's experts then stream.
+    A converted directory's `flashmoe_model.py` calls this with its own `__file__`.
     """
     return bound_classes(Path(shim).parent)
 
@@ -57,14 +54,14 @@ def bound_classes(directory: Path, **settings: Any) -> tuple[type[Model], type[M
 
     Args:
         directory: the model's directory.
-        settings: `StreamConfig` fields given by the caller; None means not given.
+        settings: `StreamConfig` fields; None means not given.
     """
 
     class BoundModel(Model):
         """A `Model` with an expert store on one directory."""
 
         def __init__(self, args: ModelArgs) -> None:
-            """Open the store, then make the model around it."""
+            """Open the store, then build the model."""
             stream = StreamConfig.resolve(args.flashmoe, **settings)
             if stream.experts_per_token is not None:
                 check_top_k(stream.experts_per_token, args.num_experts, "experts_per_token")
@@ -75,12 +72,10 @@ def bound_classes(directory: Path, **settings: Any) -> tuple[type[Model], type[M
 
 
 def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> ExpertStore:
-    """Open a directory's experts with banks of the configured size.
-
-    If these have room for all experts, all are read now.
+    """Open a directory's experts with the configured cache, and preload them if all fit.
 
     Raises:
-        FlashMoEError: experts are missing or damaged, or the cache holds less than one token's.
+        FlashMoEError: experts are missing or damaged, or the cache is smaller than one token needs.
     """
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
     headers = checkpoint_headers(directory)
@@ -88,8 +83,8 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     if not computes_at_once():
         if stream.lookahead == "on":
             raise FlashMoEError(
-                "lookahead = 'on': experts are guessed by this package's CPU kernels only, which "
-                "do not compute here. Choose auto, or off."
+                "lookahead = 'on': prefetch needs this package's CPU kernels, which are not used "
+                "here. Choose auto, or off."
             )
         stream = replace(stream, lookahead="off")
     backend = choose()
@@ -97,10 +92,10 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     trunk = without_experts(headers)
     trunk_bytes = sum(info.nbytes for info in trunk.values())
     formats = kernel_formats(trunk, args, layout)
-    asked_slots(stream.expert_cache, layout, args.num_experts_per_tok)  # before kernels compile
+    requested_slots(stream.expert_cache, layout, args.num_experts_per_tok)  # raises early
     prepare(formats)
     check_cpu_kernels(formats)
-    available = available_bytes()  # behind the kernels, which take some
+    available = available_bytes()  # after the kernels, which take memory
     io = plan_io(stream.io_mode, layout, available - trunk_bytes)
     own = backend.free_bytes
     plan = plan_cache(
@@ -113,7 +108,7 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         args.activation_bytes,
         apart=own is not None,
     )
-    if plan.slots == args.num_experts:  # nothing is read later
+    if plan.slots == args.num_experts:  # nothing is read after loading
         plan = replace(plan, io=plan_load(stream.io_mode, layout, io))
         stream = replace(stream, lookahead="off")
     store = ExpertStore(layout, plan, stream.io_threads, True, checks, stream.lookahead, backend)
@@ -132,7 +127,7 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
 def kernel_formats(
     trunk: dict[str, TensorInfo], args: ModelArgs, layout: ExpertLayout
 ) -> set[Format]:
-    """Return (bits, group size, dtype of the scales) of the matrices in experts and trunk."""
+    """Return (bits, group size, dtype of the scales) of all matrices."""
     formats = set()
     for layer in layout.layers:
         for index, projection in enumerate(PROJECTIONS):
@@ -147,21 +142,16 @@ def kernel_formats(
     return {(b, g, str(DTYPES[d]).split(".")[-1]) for b, g, d in formats if d in DTYPES}
 
 
-def trunk_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """Return the tensors that stay resident, from the headers of the weight files."""
-    return without_experts(checkpoint_headers(directory))
-
-
 def without_experts(headers: dict[str, tuple[Path, TensorInfo]]) -> dict[str, TensorInfo]:
-    """Return the tensors that stay resident of those that headers list."""
+    """Return the resident tensors among those of the headers."""
     return {name: info for name, (_, info) in headers.items() if not is_expert(name)}
 
 
 def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """Return a local directory, downloading from the Hugging Face Hub if it is not one.
+    """Return a local directory, after a download from the Hugging Face Hub if it is not local.
 
     Raises:
-        FlashMoEError: it has no config.json or no weights, or the Hub does not have it.
+        FlashMoEError: it lacks config.json or weights, or the Hub does not deliver it.
     """
     path = Path(path_or_hub_id)
     if not exists(path):
@@ -182,7 +172,7 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     weight_files(path)
     if glob.has_magic(str(path)):
         raise FlashMoEError(
-            f"{path}: mlx-lm reads no directory with *, ? or [ in its name. Rename it."
+            f"{path}: mlx-lm cannot read a directory with *, ? or [ in its name. Rename it."
         )
     return path
 
@@ -208,27 +198,27 @@ def load(
         path_or_hub_id: a directory that flashmoe-convert wrote, an unmodified MLX checkpoint of a
             Qwen3.5 MoE, or the Hub name of either.
         expert_cache: memory for the experts of all layers together, in bytes or as "512MiB";
-            "auto" (the default) decides by the memory available. If it holds all, all are read now.
-        io_threads: threads that read from disk (default 8).
-        experts_per_token: top-k to use instead of the checkpoint's own.
+            "auto" (the default) depends on the available memory. If all fit, all are read now.
+        io_threads: reader threads (default 8).
+        experts_per_token: top-k instead of the checkpoint's.
         tokenizer_config: extra arguments for the tokenizer.
         model_config: entries that replace those of config.json.
         adapter_path: LoRA adapters to apply.
-        lazy: leave the trunk unread until it is used, which must be in the thread that loads.
+        lazy: read the trunk on first use, which must be in the thread that loads.
         revision: branch, tag or commit on the Hub.
-        io_mode: "buffered" reads experts through the page cache, "direct" past it; "auto" (the
-            default) reads past it where it could hold few of them.
-        verify: compare every expert with its checksum when it has been read, before it is used.
-            Needs a converted directory.
-        lookahead: on a CPU, "on" reads experts while the layer's attention is computed, on a guess;
-            "off" waits for the router; "auto" (the default) times both and goes on with the faster.
+        io_mode: "buffered" reads experts through the page cache, "direct" bypasses it; "auto" (the
+            default) bypasses it if it could hold few of them.
+        verify: compare every expert with its checksum after its read, before its use. Needs a
+            converted directory.
+        lookahead: on a CPU, "on" prefetches likely experts while the layer's attention runs; "off"
+            waits for the router; "auto" (the default) times both and keeps the faster.
 
     Returns:
         (model, tokenizer), for mlx_lm's and this package's `generate` functions. `model.close()`,
-        or the end of `with model:`, closes its files and stops its threads.
+        or the end of `with model:`, closes files and stops threads.
 
     Raises:
-        FlashMoEError: something is missing, damaged, of another kind or out of range.
+        FlashMoEError: a file is missing, damaged or unsupported, or a value is out of range.
     """
     if adapter_path is not None and not Path(adapter_path).is_dir():
         raise FlashMoEError(
@@ -237,7 +227,7 @@ def load(
     path = find_model(path_or_hub_id, revision)
     ModelArgs.from_dict(read_config(path) | (model_config or {}))  # before anything is allocated
     check_small_files(path)
-    # Before MLX reads them, which says less about a damaged file.
+    # Before MLX reads them: its errors about damaged files say less.
     check_readable(checkpoint_headers(path))
     classes = bound_classes(
         path,
@@ -248,21 +238,21 @@ def load(
         verify=verify,
         lookahead=lookahead,
     )
-    with named(path, "its weights do not fit its config.json", "Restore the checkpoint's own"):
+    with named(path, "its weights do not fit its config.json", REMEDY):
         model, config = load_model(
             path,
             lazy,
-            # Without the shim that stock mlx-lm would follow: these classes carry the settings.
+            # Not the directory's shim: these classes carry the settings.
             model_config={**(model_config or {}), "model_file": None},
             get_model_classes=lambda config: classes,
         )
     try:
         if adapter_path is not None:
-            with named(adapter_path, "adapters that do not fit this model", "Train them for it"):
+            with named(adapter_path, "adapters that do not fit this model", "Train them on it"):
                 model = load_adapters(model, adapter_path)
                 model.eval()
-        # The bundled tokenizer's one class is part of this package.
-        trusted = {"trust_remote_code": path == BUNDLED_MODEL}  # or transformers asks on stdin
+        # The bundled tokenizer's class is part of this package. Unset, transformers asks on stdin.
+        trusted = {"trust_remote_code": path == BUNDLED_MODEL}
         with named(path, *TOKENIZER):
             tokenizer = load_tokenizer(
                 path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id")
@@ -275,10 +265,10 @@ def load(
 
 
 def check_tokenizer(directory: Path, vocab_size: int) -> None:
-    """Load a directory's tokenizer, and no code of that directory, to see that it can be.
+    """Check that a directory's tokenizer loads, without running code of that directory.
 
     Raises:
-        FlashMoEError: it cannot be, or has tokens that the model does not have.
+        FlashMoEError: it does not, or has tokens that the model lacks.
     """
     check_small_files(directory)
     with named(directory, *TOKENIZER):
@@ -287,12 +277,10 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
 
 
 def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
-    """Try a tokenizer, and refuse tokens that the embedding has no row for.
-
-    What lies behind the embedding would be read for them.
+    """Try a tokenizer, and refuse ids beyond the embedding, which MLX would read out of bounds.
 
     Raises:
-        FlashMoEError: it encodes nothing, or has such a token.
+        FlashMoEError: it fails, or has such an id.
     """
     with named(directory, *TOKENIZER):
         tokenizer.decode(tokenizer.encode("Hello"))
@@ -300,6 +288,6 @@ def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> 
     token, largest = max(tokens, key=lambda item: item[1], default=("", 0))
     if largest >= vocab_size:
         raise FlashMoEError(
-            f"{directory}: its tokenizer gives {token!r} the id {largest}, but the model has "
-            f"vocab_size = {vocab_size}. Restore the checkpoint's own files."
+            f"{directory}: its tokenizer maps {token!r} to id {largest}, but the model has "
+            f"vocab_size = {vocab_size}. {REMEDY}."
         )

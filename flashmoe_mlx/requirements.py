@@ -1,4 +1,4 @@
-"""Check that installed packages are as new as this one needs. Imports MLX at most."""
+"""Check that installed packages are new enough. Imports MLX at most."""
 
 import importlib
 import sys
@@ -14,26 +14,26 @@ NAME = "flashmoe-mlx"
 
 
 def check_packages() -> None:
-    """Compare installed versions with this package's own metadata, and import MLX.
+    """Compare installed versions with this package's metadata, and import MLX.
 
-    pip checks when it installs, but not when it changes another package later.
+    pip does not repeat this check when it later changes another package.
 
     Raises:
-        FlashMoEError: a package is missing or too old, or MLX has no back-end; in one of our
-            commands it is printed instead, and the command exits with 2.
+        FlashMoEError: a package is missing or too old, or MLX has no back-end. Our commands print
+            it and exit with 2.
     """
     try:
         wanted = [Requirement(line) for line in metadata.requires(NAME) or ()]
-    except metadata.PackageNotFoundError:  # a source tree that was not installed
+    except metadata.PackageNotFoundError:  # a source tree that is not installed
         return
     if faults := {each: fault for each in wanted if (fault := _fault(each))}:
         names = " ".join(f'"{each.name}{each.specifier}"' for each in faults)
         _refuse(f"{'; '.join(faults.values())}. Install them: pip install -U {names}")
     try:
         importlib.import_module("mlx.core")
-    except ImportError as error:  # on Linux, MLX installed without an extra of ours
+    except ImportError as error:  # on Linux, MLX without a back-end extra
         _refuse(
-            f"MLX cannot be imported ({error}). Install what it computes with: "
+            f"MLX cannot be imported ({error}). Install its back-end: "
             'pip install "mlx[cpu]" numba, or with an NVIDIA GPU "mlx[cuda13]" or "mlx[cuda12]"'
         )
 

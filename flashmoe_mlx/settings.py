@@ -1,4 +1,4 @@
-"""What the user asks for: how experts are streamed."""
+"""User settings: how experts are streamed."""
 
 import os
 import re
@@ -9,8 +9,8 @@ from typing import Any, Self
 from .errors import FlashMoEError
 
 LOOKAHEAD = ("auto", "on", "off")
-MOST_CACHE = 1 << 50  # bytes; no machine has as much memory
-MOST_THREADS = 1024  # that read; disks are at their best with a few
+MOST_CACHE = 1 << 50  # bytes, above any machine's memory
+MOST_THREADS = 1024  # of the reader
 IO_MODES = ("auto", "buffered", "direct")
 UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -21,7 +21,7 @@ def parse_size(value: int | str, name: str) -> int | str:
     """Read a number of bytes: 536870912, "512MiB", "4GB", "1.5g", or "auto".
 
     Raises:
-        FlashMoEError: anything else; `name` says which setting it came from.
+        FlashMoEError: any other value; `name` is the setting in the message.
     """
     if value == "auto":
         return value
@@ -50,13 +50,13 @@ class StreamConfig:
     """How experts are streamed.
 
     Attributes:
-        expert_cache: bytes for the slot banks of all layers together, or "auto".
-        io_threads: threads that read from disk.
+        expert_cache: bytes for the experts of all layers together, or "auto".
+        io_threads: reader threads.
         io_mode: "buffered" reads through the page cache, "direct" reads past it, or "auto".
-        experts_per_token: top-k to use instead of the checkpoint's own, or None.
+        experts_per_token: top-k instead of the checkpoint's, or None.
         stats: print the counters at exit.
-        verify: compare every expert with its checksum when it has been read.
-        lookahead: "on" reads experts early, on a guess, "off" does not; "auto" times both.
+        verify: compare every expert with its checksum after its read.
+        lookahead: "on" prefetches experts, "off" does not; "auto" times both.
     """
 
     expert_cache: int | str = "auto"
@@ -73,16 +73,16 @@ class StreamConfig:
 
         Args:
             from_config: the "flashmoe" entry of config.json.
-            explicit: values that were given by the caller; None means not given.
+            explicit: values from the caller; None means not given.
 
         Raises:
-            FlashMoEError: a value is out of range; the message names where it came from.
+            FlashMoEError: a value is invalid; the message names its source.
         """
         settings: dict[str, Any] = {}
         names = [f.name for f in fields(cls)]
         if unknown := from_config.keys() - {*names, "format_version"}:
             raise FlashMoEError(
-                f'config.json "flashmoe": no setting is called {", ".join(sorted(unknown))}. '
+                f'config.json "flashmoe": unknown setting {", ".join(sorted(unknown))}. '
                 f"Choose among {', '.join(names)}."
             )
         for f in fields(cls):
@@ -109,7 +109,7 @@ def _read_setting(setting: str, value: Any, source: str) -> Any:
     if setting in ("stats", "verify"):
         if str(value).lower() in ("0", "false", "1", "true"):
             return str(value).lower() in ("1", "true")
-        raise FlashMoEError(f"{source} = {value!r} is not a switch. Write 1 or 0.")
+        raise FlashMoEError(f"{source} = {value!r} must be 1 or 0.")
     if re.fullmatch(r"[0-9]{1,9}", str(value)) and int(value) >= 1:
         if setting == "io_threads" and int(value) > MOST_THREADS:
             raise FlashMoEError(f"{source} = {value} is too many. Give at most {MOST_THREADS}.")

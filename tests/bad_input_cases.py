@@ -57,7 +57,7 @@ GENERATE = [
     ("--io-mode fast", "io_mode = 'fast' is not one of auto, buffered, direct."),
     (
         "--verify-reads --model {bundled}",
-        "bundled is no conversion, so its experts have no checksums. Convert it with flashmoe-con",
+        "bundled is not a converted model, so its experts have no checksums. Convert it",
     ),
     (
         "--experts-per-token 101",
@@ -155,7 +155,7 @@ BENCH = [
     ("io --record 5000", "--record 5000 is not a multiple of 12288 from 36864 on"),
     ("io --threads 0", "--threads 0 measures nothing. Give at least 1."),
     ("io --sample-mib 0", "--sample-mib 0 measures nothing. Give at least 1."),
-    ("io --sample-mib 999999999", "1999999998 MiB are asked for, and "),
+    ("io --sample-mib 999999999", "1999999998 MiB are needed, and "),
     ("io --rounds -1", "--rounds -1 measures nothing. Give at least 1."),
     (
         "io --dir {bundled}/config.json",
@@ -173,7 +173,7 @@ BENCH = [
     ("decode --tokens 0", "--tokens 0 measures nothing. Give at least 1."),
     ("decode --runs 0", "--runs 0 measures nothing. Give at least 1."),
     ("decode --plot {out}/x.png", "out is not a directory."),
-    ("decode --plot x.gifs", "--plot x.gifs: not a picture. End it in .png, .svg, .pdf."),
+    ("decode --plot x.gifs", "--plot x.gifs: not an image file. Use .png, .svg, .pdf."),
     ("prefill --chunk 0", "--chunk 0 measures nothing. Give at least 1."),
     ("batch --batch 0", "--batch 0 measures nothing. Give at least 1."),
     ("kernels --op sum", "--op sum is not among what can be measured: dequant_matvec"),
@@ -221,8 +221,8 @@ VARIABLES = [
         "101",
         "experts_per_token = 101, but the model has 100 experts per layer",
     ),
-    ("VERIFY", "all", "FLASHMOE_VERIFY = 'all' is not a switch. Write 1 or 0."),
-    ("STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' is not a switch. Write 1 or 0."),
+    ("VERIFY", "all", "FLASHMOE_VERIFY = 'all' must be 1 or 0."),
+    ("STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' must be 1 or 0."),
 ]
 
 # Entries of config.json: of its text_config, or beside it; None takes one away.
@@ -272,11 +272,15 @@ CONFIG = [
     ),
     ("top", {"model_type": None}, "model_type None cannot be streamed; supported are qwen3_5_moe"),
     ("top", {"flashmoe": [1]}, "flashmoe = [1] is not an object."),
-    ("top", {"flashmoe": {"expert_cach": 1}}, '"flashmoe": no setting is called expert_cach. Choo'),
+    ("top", {"flashmoe": {"expert_cach": 1}}, '"flashmoe": unknown setting expert_cach. Choo'),
     ("top", {"flashmoe": {"expert_cache": "x"}}, "expert_cache = 'x' is not a size."),
     ("top", {"flashmoe": {"io_threads": -1}}, '"flashmoe": io_threads = -1 is not a whole number'),
     ("top", {"flashmoe": {"io_mode": 3}}, '"flashmoe": io_mode = 3 is not one of auto, buffered'),
-    ("top", {"flashmoe": {"verify": 2}}, '"flashmoe": verify = 2 is not a switch. Write 1 or 0.'),
-    ("top", {"flashmoe": {"verify": True}}, "is no conversion, so its experts have no checksums."),
-    ("top", {"flashmoe": {"stats": "maybe"}}, "\"flashmoe\": stats = 'maybe' is not a switch."),
+    ("top", {"flashmoe": {"verify": 2}}, '"flashmoe": verify = 2 must be 1 or 0.'),
+    (
+        "top",
+        {"flashmoe": {"verify": True}},
+        "is not a converted model, so its experts have no checksums.",
+    ),
+    ("top", {"flashmoe": {"stats": "maybe"}}, "\"flashmoe\": stats = 'maybe' must be 1 or 0."),
 ]

@@ -1,4 +1,4 @@
-"""Small stores over files whose bytes say what they are, and reads that wait for a gate."""
+"""Small stores over files whose bytes identify their expert, and reads that wait for a gate."""
 
 import os
 import threading
@@ -72,10 +72,9 @@ def assert_whole(store: ExpertStore, experts: list[int], slots: list[int]) -> No
 
 
 class Gate:
-    """Reads that wait until the gate opens, and are counted.
+    """Records reads, and delays them until the gate opens.
 
-    Nobody waits for ever: a store whose reads never end could not be closed, so a failing test
-    would hang.
+    The delay has a limit: a failing test would otherwise hang when it closes the store.
     """
 
     def __init__(self, monkeypatch) -> None:

@@ -168,7 +168,7 @@ def test_two_threads_in_one_bank_are_told(loaded):
     bank = len(store.banks[0])
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(store.request, 0, list(range(bank))).result()
-    told = f"layer 0: this model computes in another thread as well, and a bank of {bank} slots"
+    told = f"layer 0: another thread is generating with this model, and {bank} slots are too few"
     with pytest.raises(FlashMoEError, match=told):
         store.request(0, [bank])
     pending.release()
@@ -217,7 +217,7 @@ if (child := os.fork()) == 0:
     os._exit(0)
 os.waitpid(child, 0)
 """
-    told = "this model was loaded in another process, whose reader threads a fork does not"
+    told = "this model was loaded in another process, and a fork does not copy its reader threads"
     assert run_strictly(script).count(told) == 2
 
 

@@ -1,11 +1,11 @@
-"""Whether entries of config.json are of the types and sizes that a model can have."""
+"""Check types and bounds of config.json entries."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import FlashMoEError
 
-# Far above any model known, and small enough that nothing sized by them fills the memory.
+# Far above any known model, and too small to exhaust memory.
 MOST = {
     "hidden_size": 1 << 18,
     "num_hidden_layers": 1000,
@@ -30,11 +30,11 @@ MOST_NAME = 1000  # characters; Python refuses to read numbers of thousands of d
 LAYER_TYPES = ("linear_attention", "full_attention")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (16, 32, 64, 128)
-RESTORE = "Restore the checkpoint's own."
+RESTORE = "Restore the checkpoint's own file."
 
 
 def check_entry(name: str, kind: Any, value: Any) -> None:
-    """Refuse an entry of config.json that is of another type, or out of bounds.
+    """Refuse an entry of config.json with another type, or out of bounds.
 
     Raises:
         FlashMoEError: naming the entry, its value and the remedy.
@@ -54,7 +54,7 @@ def check_entry(name: str, kind: Any, value: Any) -> None:
         raise FlashMoEError(f"config.json: {name} = {value!r} is not {wanted}. {RESTORE}")
     if most and value > most:
         raise FlashMoEError(
-            f"config.json: {name} = {value!r} is more than {most:.15g}, and no model has so much. "
+            f"config.json: {name} = {value!r} is more than {most:.15g}, above any known model. "
             f"{RESTORE}"
         )
 
@@ -69,7 +69,7 @@ def object_in(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return an entry that is an object, empty if it is missing.
 
     Raises:
-        FlashMoEError: it is something else.
+        FlashMoEError: it is not an object.
     """
     found = values.get(name) or {}
     check_entry(name, dict, found)
@@ -77,9 +77,9 @@ def object_in(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def check_quantization(entry: Mapping[str, Any]) -> None:
-    """Refuse a "quantization" entry whose widths or group sizes MLX does not have.
+    """Refuse a "quantization" entry with bits or group sizes that MLX does not support.
 
-    It is a default, and entries of the same form by the path of a layer, or true or false.
+    It holds defaults, and per layer path an object of the same form, true or false.
 
     Raises:
         FlashMoEError: naming the path, the value and the remedy.
@@ -88,7 +88,7 @@ def check_quantization(entry: Mapping[str, Any]) -> None:
     longest = max(entry, key=len, default="")
     if len(longest) > MOST_NAME:
         raise FlashMoEError(
-            f"config.json: quantization[{longest[:40]!r}...] is a name of {len(longest)} "
+            f"config.json: quantization[{longest[:40]!r}...] is too long: {len(longest)} "
             f"characters. {RESTORE}"
         )
     for where, found in {"": entry, **own}.items():
@@ -104,7 +104,7 @@ def check_quantization(entry: Mapping[str, Any]) -> None:
 
 
 def check_layer_types(types: list[Any], layers: int, interval: int) -> None:
-    """Refuse a list of layer types that is not what the other entries say.
+    """Refuse a list of layer types that contradicts the other entries.
 
     Raises:
         FlashMoEError: naming the entry and the remedy.

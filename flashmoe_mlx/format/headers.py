@@ -1,4 +1,4 @@
-"""Headers of safetensors files: where each tensor's bytes lie, checked before anything is read."""
+"""Headers of safetensors files: where each tensor lies, checked before any tensor is read."""
 
 import math
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file.
 
     Raises:
-        FlashMoEError: the file is missing, cut short, or its header does not describe it.
+        FlashMoEError: the file is missing or truncated, or its header does not match it.
     """
     try:
         file, size = open_regular(path, "Put the checkpoint's file there.")
@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _check_metadata(found: Any) -> None:
-    """Refuse metadata that MLX cannot read: what is there must be strings by name."""
+    """Refuse metadata that MLX cannot read: it must map names to strings."""
     if found is not None and not (
         isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
     ):
@@ -76,7 +76,7 @@ def _check_metadata(found: Any) -> None:
 
 
 def _check_gapless(tensors: dict[str, TensorInfo], end: int) -> int:
-    """Check that tensors follow one another from byte `end`, and return where the last one ends."""
+    """Check that tensors are contiguous from byte `end`, and return the end of the last one."""
     for name, tensor in sorted(tensors.items(), key=lambda t: (t[1].offset, t[1].nbytes)):
         if tensor.offset != end:
             fault = "overlaps the tensor before it" if tensor.offset < end else "follows a gap"
@@ -108,7 +108,7 @@ def list_weight_files(directory: Path) -> list[Path]:
     """Return every `model*.safetensors` in a directory, the files that stock mlx-lm loads.
 
     Raises:
-        FlashMoEError: it cannot be listed.
+        FlashMoEError: the directory cannot be listed.
     """
     return [path for path in list_files(directory) if fnmatch(path.name, "model*.safetensors")]
 
@@ -117,7 +117,7 @@ def weight_files(directory: Path) -> list[Path]:
     """Return every `model*.safetensors` in a directory.
 
     Raises:
-        FlashMoEError: there is none.
+        FlashMoEError: the directory has none.
     """
     files = list_weight_files(directory)
     if not files:
@@ -132,7 +132,7 @@ def checkpoint_headers(directory: Path) -> dict[str, tuple[Path, TensorInfo]]:
     """Read the headers of a directory's weight files: tensor name to (file, place).
 
     Raises:
-        FlashMoEError: there is no such file, one is damaged, or two hold the same tensor.
+        FlashMoEError: a file is missing or damaged, or two hold the same tensor.
     """
     found: dict[str, tuple[Path, TensorInfo]] = {}
     for file in weight_files(directory):

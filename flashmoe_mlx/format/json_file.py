@@ -1,7 +1,4 @@
-"""Read a file that may be anything: its kind, size and depth are checked before it is used.
-
-Standard library only.
-"""
+"""Read untrusted files: check kind, size and depth first. Standard library only."""
 
 import json
 import os
@@ -14,26 +11,26 @@ from typing import Any, BinaryIO
 from ..errors import FlashMoEError
 
 MOST_BYTES = 100_000_000  # a tokenizer.json of 260,000 tokens has 34 million
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # Python takes half of a pair, MLX does not
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # Python accepts half of a pair, MLX does not
 MOST_LEVELS = 100  # of arrays and objects inside one another
 
 
 def unreadable(path: Path | str, error: OSError) -> FlashMoEError:
-    """Return what to raise where the system refuses to read: nothing is said about the content."""
+    """Return the error for a file that the system refuses to read."""
     return FlashMoEError(
         f"{path}: unreadable ({error.strerror}). Check the file's permissions and the disk."
     )
 
 
 def exists(path: Path) -> bool:
-    """Say whether there is something at `path`.
+    """Say whether `path` exists.
 
     Raises:
-        FlashMoEError: the system does not tell.
+        FlashMoEError: the system refuses to tell.
     """
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a NUL in the name
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
         return False
     except OSError as error:
         raise unreadable(path, error) from error
@@ -41,7 +38,7 @@ def exists(path: Path) -> bool:
 
 
 def list_files(directory: Path) -> list[Path]:
-    """Return what a directory holds, sorted; nothing if there is no directory.
+    """Return a directory's entries, sorted; none if it does not exist.
 
     Raises:
         FlashMoEError: it cannot be listed.
@@ -58,12 +55,12 @@ def open_regular(path: Path, remedy: str) -> tuple[BinaryIO, int]:
     """Open a regular file; return it and its size.
 
     Raises:
-        FileNotFoundError: there is no file.
-        FlashMoEError: it is unreadable, or a pipe, a device or a directory, which stay unopened.
+        FileNotFoundError: it does not exist.
+        FlashMoEError: it is unreadable, or not a regular file; it is then not opened.
     """
     try:
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait forever
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would block
             raise FlashMoEError(f"{path}: not a regular file. {remedy}")
         return open(path, "rb"), found.st_size
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -76,14 +73,14 @@ def read_bytes(path: Path, remedy: str, most: int = MOST_BYTES) -> bytes:
     """Read a regular file of at most `most` bytes.
 
     Raises:
-        FileNotFoundError: there is no file.
-        FlashMoEError: it is of another kind, too large, or unreadable.
+        FileNotFoundError: it does not exist.
+        FlashMoEError: it is not a regular file, too large, or unreadable.
     """
     file, size = open_regular(path, remedy)
     with file:
         if size > most:
             raise FlashMoEError(
-                f"{path}: {size} bytes long, but such a file has at most {most}. {remedy}"
+                f"{path}: {size} bytes long, but at most {most} are allowed. {remedy}"
             )
         try:
             return file.read(most)
@@ -95,8 +92,8 @@ def parse(text: bytes) -> Any:
     """Read JSON from UTF-8.
 
     Raises:
-        ValueError: it is something else, nested too deep, has a key twice in one object, or half
-            of a surrogate pair, which is no character.
+        ValueError: it is not JSON, is nested too deep, repeats a key in an object, or has half of
+            a surrogate pair.
     """
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
@@ -111,15 +108,11 @@ def parse(text: bytes) -> Any:
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: the file.
-        remedy: a sentence: what to do about a file that is no good.
+    """Read a JSON file; errors end with the sentence `remedy`.
 
     Raises:
-        FileNotFoundError: there is no file.
-        FlashMoEError: it is of another kind, too large, unreadable, or not JSON.
+        FileNotFoundError: it does not exist.
+        FlashMoEError: it is not a regular file, too large, unreadable, or not JSON.
     """
     raw = read_bytes(path, remedy)
     try:
@@ -129,12 +122,7 @@ def read_json(path: Path, remedy: str) -> Any:
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
-
-    Raises:
-        FileNotFoundError: there is no file.
-        FlashMoEError: it is of another kind, too large, unreadable, or not a JSON object.
-    """
+    """Read a JSON file that holds an object: as `read_json`, which see for errors."""
     value = read_json(path, remedy)
     if not isinstance(value, dict):
         raise FlashMoEError(f"{path}: not a JSON object. {remedy}")
@@ -142,7 +130,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a dict of JSON's pairs; the last of several equal keys would win unnoticed."""
+    """Build an object, and refuse repeated keys, of which Python keeps the last."""
     result = dict(pairs)
     if len(result) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -151,7 +139,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _levels(value: Any) -> int:
-    """Return how many arrays and objects lie inside one another at most, counted to the limit."""
+    """Return the nesting depth of arrays and objects, counted up to MOST_LEVELS + 1."""
     level, depth = [value] if isinstance(value, dict | list) else [], 0
     while level and depth <= MOST_LEVELS:
         depth += 1

@@ -1,14 +1,14 @@
 """Where every expert lies on disk. Standard library only.
 
-Two kinds of directory are understood, and look alike from outside:
+Two kinds of directory share one interface:
 
 * **packed**, written by `flashmoe-convert`: `model_experts/layer_NN.safetensors`, in which the
-  nine tensors of one expert follow one another (a *record*), so one expert is one byte range;
+  nine tensors of an expert are contiguous (a *record*), so an expert is one byte range;
 * **stock**, an unmodified MLX checkpoint: stacked `switch_mlp` tensors `[experts, out, in]`, in
-  which one expert is nine byte ranges.
+  which an expert is nine byte ranges.
 
 In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all that
-`LayerLayout` stores. Every header is checked before a byte is trusted.
+`LayerLayout` stores. Every header is checked first.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ DATA_ALIGNMENT = 16384
 
 @dataclass(frozen=True)
 class Field:
-    """One of an expert's nine tensors: where expert 0's copy starts, and the step to the next."""
+    """One of an expert's nine tensors: the offset for expert 0, and the stride to the next."""
 
     name: str
     dtype: str
@@ -106,8 +106,8 @@ def open_layout(model_dir: Path | str, num_layers: int, num_experts: int) -> Exp
 
     Args:
         model_dir: the model's directory.
-        num_layers: decoder layers, from the model's config.
-        num_experts: routed experts per layer, from the model's config.
+        num_layers: decoder layers, from config.json.
+        num_experts: routed experts per layer, from config.json.
 
     Raises:
         FlashMoEError: experts are missing, incomplete, unquantized or damaged.
@@ -160,7 +160,7 @@ def record_checksums(manifest: dict[str, Any]) -> list[list[int]]:
     """Return the CRC-32 (`zlib.crc32`) of every record, by layer and expert.
 
     Raises:
-        FlashMoEError: the manifest has none, or has others.
+        FlashMoEError: the manifest lacks them, or has another kind.
     """
     try:
         if manifest["checksum"] != "crc32":
@@ -273,12 +273,12 @@ def quantization(layer: LayerLayout, projection: str, shape: tuple[int, int]) ->
     """Return (bits, group size) of one projection, derived from its shapes.
 
     Args:
-        layer: the experts of a layer.
+        layer: a layer's experts.
         projection: one of `names.PROJECTIONS`.
-        shape: rows and columns that the model's config states.
+        shape: rows and columns by config.json.
 
     Raises:
-        FlashMoEError: the shapes fit no affine 2/3/4/5/6/8-bit layout of such a matrix.
+        FlashMoEError: the shapes match no affine 2/3/4/5/6/8-bit layout of this matrix.
     """
     in_features = shape[1]
     base = PROJECTIONS.index(projection) * 3

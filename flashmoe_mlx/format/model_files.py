@@ -1,4 +1,4 @@
-"""The small files of a model directory, checked before mlx-lm and transformers open them.
+"""Check a model directory's small files before mlx-lm and transformers open them.
 
 Standard library only.
 """
@@ -13,6 +13,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from ..errors import FlashMoEError
+from .config_entries import RESTORE
 from .json_file import MOST_BYTES, exists, list_files, read_object, unreadable
 
 CONFIG = "config.json"
@@ -22,16 +23,15 @@ READ_AS_JSON = (
     CONFIG, GENERATION, TOKENIZER_CONFIG, "hf_quant_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.json", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-# What those libraries read besides. That a tokenizer.json is JSON they find out for themselves:
-# to parse a large one takes as long as to load it.
+# Other files that those libraries read. They parse tokenizer.json themselves: a check would take as
+# long as loading it.
 READ = (
     "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "*.jinja",
 )  # fmt: skip
-OPENED = (*READ, "*.json", "*.txt", "*.py")  # perhaps
-# A directory without any gives an empty tokenizer, of which transformers says nothing.
+OPENED = (*READ, "*.json", "*.txt", "*.py")  # possibly
+# Without one of these, transformers silently makes an empty tokenizer.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "*.tiktoken", "vocab.txt")
-RESTORE = "Restore the checkpoint's own."
-# Entries of tokenizer_config.json that name a module of mlx-lm, which it imports.
+# Entries of tokenizer_config.json that name a module for mlx-lm to import.
 MODULES = {"tool_parser_type": "tool_parsers", "chat_template_type": "chat_templates"}
 
 
@@ -39,7 +39,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json.
 
     Raises:
-        FlashMoEError: there is none, or it is not a JSON object that can be read.
+        FlashMoEError: it is missing, unreadable, or not a JSON object.
     """
     try:
         return read_object(directory / CONFIG, RESTORE)
@@ -48,11 +48,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def check_small_files(directory: Path) -> None:
-    """Check everything that mlx-lm and transformers read of a model but its weights.
+    """Check all files that mlx-lm and transformers read, except weights.
 
     Raises:
-        FlashMoEError: a file is a pipe or a device, is too large, is not JSON, or names a module
-            that mlx-lm does not have; or no file has a vocabulary.
+        FlashMoEError: a file is a pipe or a device, too large, not JSON, or names a module that
+            mlx-lm lacks; or the vocabulary is missing.
     """
     found = list(_files(directory))
     for path in found:
@@ -69,7 +69,7 @@ def check_small_files(directory: Path) -> None:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """Yield what has the name of a file that those libraries may open."""
+    """Yield existing files that those libraries may open."""
     for folder in (directory, directory / "additional_chat_templates"):
         for path in list_files(folder):
             if any(fnmatch(path.name, pattern) for pattern in OPENED) and exists(path):
@@ -82,16 +82,15 @@ def _check_kind(path: Path) -> None:
     except OSError as error:
         raise unreadable(path, error) from error
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-        raise FlashMoEError(f"{path}: not a regular file. {RESTORE}")  # a pipe is waited for
+        raise FlashMoEError(f"{path}: not a regular file. {RESTORE}")  # opening a pipe would block
     if found.st_size > MOST_BYTES and any(fnmatch(path.name, pattern) for pattern in READ):
         raise FlashMoEError(
-            f"{path}: {found.st_size} bytes long, but such a file has at most {MOST_BYTES}. "
-            f"{RESTORE}"
+            f"{path}: {found.st_size} bytes long, but at most {MOST_BYTES} are allowed. {RESTORE}"
         )
 
 
 def _check_ends(directory: Path, contents: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse what should be the ids of the tokens that end a text, and is not."""
+    """Refuse an eos_token_id that is neither a token id nor a list of them."""
     for name in (CONFIG, GENERATION):
         ends = contents.get(name, {}).get("eos_token_id")
         ids = ends if isinstance(ends, list) else [ends]
@@ -103,7 +102,7 @@ def _check_ends(directory: Path, contents: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def _check_modules(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse the name of a module that mlx-lm would import and does not have."""
+    """Refuse the name of a module that mlx-lm lacks."""
     for entry, package in MODULES.items():
         name = content.get(entry)
         if name and name not in (known := _modules(package)):
@@ -114,7 +113,7 @@ def _check_modules(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _modules(package: str) -> list[str]:
-    """Return the modules of one of mlx-lm's packages, without importing it."""
+    """Return the modules of a package of mlx-lm, without importing it."""
     spec = find_spec("mlx_lm")
     roots = spec.submodule_search_locations if spec else None
     folders = [os.path.join(root, package) for root in roots or ()]

@@ -1,7 +1,7 @@
-"""Tensor names: every published spelling of a Qwen3.5 MoE checkpoint, mapped to mlx-lm's own.
+"""Tensor names: every published spelling of a Qwen3.5 MoE checkpoint, mapped to mlx-lm's.
 
 Checkpoints spell the language model's prefix in three ways (`model.language_model.`,
-`language_model.model.`, or plain `model.`), and carry tensors that text generation does not use
+`language_model.model.`, or plain `model.`), and hold tensors that text generation does not use
 (vision tower, multi-token-prediction head).
 """
 
@@ -20,9 +20,7 @@ _SINGLE = re.compile(
 
 def canonical(name: str) -> str | None:
     """Return mlx-lm's name for a checkpoint tensor, or None if text generation does not need it."""
-    if name.startswith(("vision_tower.", "visual.", "model.visual.")):
-        return None
-    if "mtp." in name:
+    if name.startswith(("vision_tower.", "visual.", "model.visual.")) or "mtp." in name:
         return None
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
@@ -38,25 +36,22 @@ def layer_prefix(layer: int) -> str:
 
 def stacked_expert(name: str) -> tuple[int, str] | None:
     """Match MLX's stacked experts `[experts, out, in]`: (layer, field such as "up_proj.scales")."""
-    if (full := canonical(name)) and (match := _STACKED.search(full)):
-        return int(match[1]), f"{match[2]}.{match[3]}"
-    return None
+    match = _STACKED.search(canonical(name) or "")
+    return (int(match[1]), f"{match[2]}.{match[3]}") if match else None
 
 
 def fused_expert(name: str) -> tuple[int, str] | None:
     """Match Hugging Face's fused experts: (layer, "gate_up_proj" or "down_proj")."""
-    if (full := canonical(name)) and (match := _FUSED.search(full)):
-        return int(match[1]), match[2]
-    return None
+    match = _FUSED.search(canonical(name) or "")
+    return (int(match[1]), match[2]) if match else None
 
 
 def single_expert(name: str) -> tuple[int, int, str] | None:
     """Match Hugging Face's per-expert keys: (layer, expert, projection)."""
-    if (full := canonical(name)) and (match := _SINGLE.search(full)):
-        return int(match[1]), int(match[2]), match[3]
-    return None
+    match = _SINGLE.search(canonical(name) or "")
+    return (int(match[1]), int(match[2]), match[3]) if match else None
 
 
 def is_expert(name: str) -> bool:
-    """Say whether a tensor belongs to a routed expert, in whichever spelling."""
+    """Say whether a tensor belongs to a routed expert, in any spelling."""
     return any(match(name) for match in (stacked_expert, fused_expert, single_expert))

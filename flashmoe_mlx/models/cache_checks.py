@@ -1,4 +1,4 @@
-"""Whether a prompt cache fits the model: kernels take sizes and addresses from its arrays."""
+"""Check that a prompt cache fits the model, because kernels trust its arrays' sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ REMEDY = "Give a prompt cache that this model made."
 
 
 @dataclass(frozen=True)
-class Recurrent:
-    """What a GatedDeltaNet layer keeps: an `ArraysCache` of two, without the batch dimension.
+class DeltaCacheSpec:
+    """A GatedDeltaNet layer's cache: an `ArraysCache` of two arrays, given without batch dimension.
 
     Attributes:
         past: `[taps - 1, channels]`, the convolution's last inputs.
@@ -30,22 +30,26 @@ class Recurrent:
     def check(self, cache: Any, batch: int, wide: bool) -> None:
         """Compare a layer's cache with the layer; widen 16-bit arrays if `wide`."""
         if not isinstance(cache, ArraysCache) or len(cache.cache) != 2:
-            raise _Unfit(f"is {_name(cache)}, but GatedDeltaNet keeps an ArraysCache of two arrays")
+            raise _Mismatch(
+                f"is {_name(cache)}, but GatedDeltaNet needs an ArraysCache of two arrays"
+            )
         past, state = cache.cache
         if (past is None) != (state is None):
-            raise _Unfit("has only one of the convolution's past and the delta state")
+            raise _Mismatch("has only one of the convolution's past and the delta state")
         if past is not None:
-            cache.cache[0] = _fitted("the convolution's past", past, (batch, *self.past), wide)
-            cache.cache[1] = _fitted("the delta state", state, (batch, *self.state), True)
+            cache.cache[0] = _checked("the convolution's past", past, (batch, *self.past), wide)
+            cache.cache[1] = _checked("the delta state", state, (batch, *self.state), True)
         for name in ("left_padding", "lengths"):
             rows = getattr(cache, name)
             if rows is not None and not _counts(rows, batch):
-                raise _Unfit(f"has {name} {_show(rows)}, needed are {batch} whole numbers")
+                raise _Mismatch(
+                    f"has {name} {_show(rows)}, but the layer needs {batch} whole numbers"
+                )
 
 
 @dataclass(frozen=True)
-class Attending:
-    """What a full attention layer keeps: keys and values `[B, heads, slots, dim]`."""
+class KeyValueSpec:
+    """A full attention layer's cache: keys and values `[B, heads, slots, dim]`."""
 
     heads: int
     dim: int
@@ -53,7 +57,7 @@ class Attending:
     def check(self, cache: Any, batch: int, wide: bool) -> None:
         """Compare a layer's cache with the layer; widen 16-bit arrays if `wide`."""
         if isinstance(cache, ArraysCache) or not hasattr(cache, "update_and_fetch"):
-            raise _Unfit(f"is {_name(cache)}, but attention keeps keys and values")
+            raise _Mismatch(f"is {_name(cache)}, but attention needs keys and values")
         if (keys := cache.keys) is None:
             return
         if hasattr(cache, "bits"):
@@ -61,81 +65,85 @@ class Attending:
         else:
             slots = keys.shape[2] if keys.ndim == 4 else 0
             shape = batch, self.heads, slots, self.dim
-            cache.keys = _fitted("keys", keys, shape, wide)
-            cache.values = _fitted("values", cache.values, shape, wide)
+            cache.keys = _checked("keys", keys, shape, wide)
+            cache.values = _checked("values", cache.values, shape, wide)
             if cache.keys.dtype != cache.values.dtype:
-                raise _Unfit(f"has keys {_show(keys)} and values {_show(cache.values)}")
+                raise _Mismatch(f"has keys {_show(keys)} and values {_show(cache.values)}")
         self._check_places(cache, batch)
 
     def _check_quantized(self, cache: Any, batch: int) -> None:
         bits, group = cache.bits, cache.group_size
         if bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128) or self.dim % group:
-            raise _Unfit(f"has {bits} bits in groups of {group}, for heads of {self.dim}")
+            raise _Mismatch(f"has {bits} bits in groups of {group}, for heads of {self.dim}")
         for name, arrays in (("keys", cache.keys), ("values", cache.values)):
             if len(arrays) != 3 or arrays[0].ndim != 4:
-                raise _Unfit(f"has {name} that are not codes, scales and biases")
+                raise _Mismatch(f"has {name} that are not codes, scales and biases")
             shape = batch, self.heads, cache.keys[0].shape[2]
             codes, *others = arrays
             if codes.shape != (*shape, self.dim * bits // 32) or codes.dtype != mx.uint32:
-                raise _Unfit(f"has codes of {name} {_show(codes)}")
+                raise _Mismatch(f"has codes of {name} {_show(codes)}")
             for other in others:
-                _fitted(f"scales or biases of {name}", other, (*shape, self.dim // group), False)
+                _checked(f"scales or biases of {name}", other, (*shape, self.dim // group), False)
 
     def _check_places(self, cache: Any, batch: int) -> None:
-        """Check how many slots are in use: `offset`, or `_idx` where offsets differ by row."""
+        """Check the slots in use: `offset`, or `_idx` if offsets differ by row."""
         whole = cache.keys[0] if hasattr(cache, "bits") else cache.keys
         name = "_idx" if hasattr(cache, "_idx") else "offset"
         used = getattr(cache, name)
         if type(used) is not int or not 0 <= used <= whole.shape[2]:
-            raise _Unfit(f"has {name} = {used!r}, but {whole.shape[2]} slots")
+            raise _Mismatch(f"has {name} = {used!r}, but {whole.shape[2]} slots")
         for name in ("offset", "left_padding"):
             rows = getattr(cache, name, 0)
             if type(rows) is not int and not _counts(rows, batch):
-                raise _Unfit(f"has {name} {_show(rows)}, needed are {batch} whole numbers")
+                raise _Mismatch(
+                    f"has {name} {_show(rows)}, but the layer needs {batch} whole numbers"
+                )
 
 
-class _Unfit(Exception):
-    """How a cache differs from what its layer needs."""
+class _Mismatch(Exception):
+    """A difference between a cache and its layer."""
 
 
-def check_caches(caches: Sequence[Any], kept: Sequence[Recurrent | Attending], h: mx.array) -> None:
-    """Compare every layer's cache with the layer, before any kernel sees it.
+def check_caches(
+    caches: Sequence[Any], specs: Sequence[DeltaCacheSpec | KeyValueSpec], h: mx.array
+) -> None:
+    """Compare every layer's cache with the layer, before any kernel uses it.
 
-    Float arrays of 16 bits are widened in place, as stock mlx-lm's ops do, where the layer computes
-    in float32. Once compared, caches are trusted as long as the first of them and the number of
-    rows stay: a token's 40 layers would take 0.1 ms. Kernels compare sizes of their own.
+    If the layer computes in float32, 16-bit arrays are widened in place, as in stock mlx-lm. Caches
+    are not compared again while the first cache and the batch size stay the same: 40 layers would
+    take 0.1 ms per token.
 
     Args:
-        caches: one per layer; None keeps nothing.
-        kept: what each layer keeps.
-        h: `[B, T, H]`, what the first layer gets.
+        caches: one per layer, or None.
+        specs: one per layer.
+        h: `[B, T, H]`, input of the first layer.
 
     Raises:
-        FlashMoEError: an entry is of another kind, shape or dtype; names layer, found and needed.
+        FlashMoEError: an entry has another kind, shape or dtype.
     """
-    if len(caches) != len(kept):
+    if len(caches) != len(specs):
         raise FlashMoEError(
-            f"the prompt cache has {len(caches)} layers, but the model has {len(kept)}. {REMEDY}"
+            f"the prompt cache has {len(caches)} layers, but the model has {len(specs)}. {REMEDY}"
         )
     first, batch, wide = caches[0], h.shape[0], h.dtype == mx.float32
     known = isinstance(first, _BaseCache) and _compared.get(first)
-    if known and known[0] is kept and known[1] == batch:
+    if known and known[0] is specs and known[1] == batch:
         return
-    for layer, (cache, keeps) in enumerate(zip(caches, kept, strict=True)):
+    for layer, (cache, spec) in enumerate(zip(caches, specs, strict=True)):
         if cache is None:
             continue
         try:
-            keeps.check(cache, batch, wide)
-        except (_Unfit, AttributeError, TypeError) as error:
+            spec.check(cache, batch, wide)
+        except (_Mismatch, AttributeError, TypeError) as error:
             raise FlashMoEError(f"the prompt cache of layer {layer} {error}. {REMEDY}") from error
     if isinstance(first, _BaseCache):
-        _compared[first] = kept, batch
+        _compared[first] = specs, batch
 
 
-def _fitted(name: str, array: Any, shape: tuple[int, ...], wide: bool) -> mx.array:
-    """Return the array, in float32 if `wide`; raise if it is not floats of this shape."""
+def _checked(name: str, array: Any, shape: tuple[int, ...], wide: bool) -> mx.array:
+    """Return the array, as float32 if `wide`; raise if it is not float, or of another shape."""
     if array.shape != shape or array.dtype not in FLOATS:
-        raise _Unfit(f"has {name} {_show(array)}, but the layer needs floats {list(shape)}")
+        raise _Mismatch(f"has {name} {_show(array)}, but the layer needs floats {list(shape)}")
     return array.astype(mx.float32) if wide and array.dtype != mx.float32 else array
 
 

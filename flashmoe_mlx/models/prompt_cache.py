@@ -1,4 +1,4 @@
-"""Prompt caches in files are data: what their metadata says is checked before it has an effect."""
+"""Read prompt cache files as untrusted data: check all metadata before use."""
 
 import json
 import re
@@ -20,13 +20,13 @@ _MODEL = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 def read_prompt_cache(path: str) -> tuple[list[Any], dict[str, Any]]:
     """Read a file that mlx_lm.cache_prompt wrote: (a cache per layer, metadata).
 
-    The metadata has "model" and "tokenizer_config", which holds an `eos_token` or nothing: a file
-    cannot ask for code to be run.
+    The metadata has "model" and "tokenizer_config", with at most an `eos_token`: a file cannot
+    request code execution.
 
     Raises:
-        FlashMoEError: the file is something else, or its metadata asks for more.
+        FlashMoEError: the file is not a prompt cache, or its metadata has other entries.
     """
-    read_header(Path(path))  # before MLX reads it
+    read_header(Path(path))  # before MLX reads the file
     try:
         loaded: Any = mx.load(path, return_metadata=True)
         _check_names(*loaded)
@@ -36,7 +36,7 @@ def read_prompt_cache(path: str) -> tuple[list[Any], dict[str, Any]]:
         return caches, _checked(metadata)
     except FlashMoEError:
         raise
-    except Exception as error:  # whatever a foreign file makes of it
+    except Exception as error:  # an untrusted file can cause any
         raise FlashMoEError(
             f"{path}: cannot be read as a prompt cache ({type(error).__name__}: {error}). "
             "Make one with mlx_lm.cache_prompt."
@@ -44,10 +44,10 @@ def read_prompt_cache(path: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def check_fits(path: str, caches: list[Any], model: Any) -> None:
-    """Compare a file's caches with the model that is to go on from them.
+    """Compare a file's caches with the model.
 
     Raises:
-        FlashMoEError: an entry does not fit its layer.
+        FlashMoEError: a cache does not fit its layer.
     """
     try:
         model.model.check_caches(caches, rows=1)
@@ -56,7 +56,7 @@ def check_fits(path: str, caches: list[Any], model: Any) -> None:
 
 
 def _check_names(arrays: dict[str, mx.array], entries: dict[str, str]) -> None:
-    """Refuse names that would make lists of any length, and classes that keep no such state."""
+    """Refuse names that would create huge lists, and unknown cache classes."""
     for name in arrays:
         if not _ARRAY.fullmatch(name):
             raise ValueError(f"an array called {name[:40]!r}")
@@ -64,18 +64,20 @@ def _check_names(arrays: dict[str, mx.array], entries: dict[str, str]) -> None:
         if not _ENTRY.fullmatch(name):
             raise ValueError(f"an entry called {name[:40]!r}")
         if name.startswith("1.") and value not in CLASSES:
-            raise ValueError(f"a cache of the class {value[:40]!r}; known are {', '.join(CLASSES)}")
+            raise ValueError(f"a cache of class {value[:40]!r}, not one of {', '.join(CLASSES)}")
 
 
 def _checked(metadata: dict[str, str]) -> dict[str, Any]:
-    """Return the model and the one setting of its tokenizer that may come from a file."""
+    """Return the model and the only tokenizer setting that a file may give."""
     model = metadata["model"]
     if not (_MODEL.fullmatch(model) or Path(model).is_dir()):
-        raise ValueError(f"made with {model[:80]!r}, which is no directory here and no Hub name")
+        raise ValueError(
+            f"made with {model[:80]!r}, which is neither a local directory nor a Hub name"
+        )
     settings = json.loads(metadata.get("tokenizer_config", "{}"))
     if not isinstance(settings, dict):
         raise ValueError("its tokenizer_config is not an object")
-    settings.pop("trust_remote_code", None)  # mlx_lm.cache_prompt notes its flag; ours decides
+    settings.pop("trust_remote_code", None)  # mlx_lm.cache_prompt stores its flag; ours applies
     if unknown := settings.keys() - {"eos_token"}:
         raise ValueError(f"its tokenizer_config sets {', '.join(sorted(unknown))[:80]}")
     if not isinstance(settings.get("eos_token", ""), str):

@@ -1,4 +1,4 @@
-"""What a model holds beside its weights, expert files and reader threads: close, copy, count."""
+"""A module with an expert store: close, copy, statistics."""
 
 import copy
 from types import TracebackType
@@ -13,7 +13,7 @@ class StreamedModule(nn.Module):
     """A module whose experts may come from an `ExpertStore`; `with` closes it at the end."""
 
     def __init__(self, store: ExpertStore | None) -> None:
-        """Remember the store; None means that all experts are parameters."""
+        """Keep the store; None means that all experts are parameters."""
         super().__init__()
         self._store = store
 
@@ -22,23 +22,24 @@ class StreamedModule(nn.Module):
         return self._store.stats if self._store else ExpertStats()
 
     def expert_cache(self) -> str:
-        """Say in one line how large the expert cache is, and why."""
+        """Describe the size of the expert cache, and its reason, in one line."""
         return str(self._store.plan) if self._store else "Expert cache: all experts are resident"
 
     def close(self) -> None:
-        """Close the expert files and stop the reader threads, of copies too; twice does no harm.
+        """Close the expert files and stop the reader threads, also for copies of the model.
 
-        The model computes no more. Its memory is given back when nobody refers to it any longer.
+        The model can no longer compute. Closing twice is safe. Memory is freed with the last
+        reference to the model.
         """
         if self._store:
             self._store.close()
 
     def check_usable(self) -> None:
-        """Refuse to compute with a store that is closed, even if it needs no more reads.
+        """Refuse to compute with a closed store, even if all experts are resident.
 
         Raises:
-            FlashMoEError: the model was closed, or loaded in another process, of which this one is
-                a fork.
+            FlashMoEError: the model was closed, or this process is a fork of the one that loaded
+                it.
         """
         if self._store:
             self._store.check_usable()
@@ -58,16 +59,16 @@ class StreamedModule(nn.Module):
         self.close()
 
     def __copy__(self) -> Self:
-        """Return a module that shares weights and store."""
+        """Return a module with the same weights and store."""
         return self._twin(dict(self), self.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a module with weights of its own that shares the store."""
+        """Return a module with copied weights and the same store."""
         return self._twin(copy.deepcopy(dict(self), memo), copy.deepcopy(self.__dict__, memo))
 
     def _twin(self, parameters: dict[str, Any], others: dict[str, Any]) -> Self:
         twin = type(self).__new__(type(self))
-        dict.update(twin, parameters)  # nn.Module's own `update` means something else
+        dict.update(twin, parameters)  # nn.Module's `update` differs
         twin.__dict__.update(others)
         return twin
 

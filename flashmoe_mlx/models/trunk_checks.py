@@ -1,7 +1,7 @@
-"""Whether a checkpoint's trunk is what config.json describes, from headers alone.
+"""Check from headers alone that a checkpoint's trunk matches config.json.
 
-The model is built as mlx-lm builds it, which costs no memory, since MLX computes nothing until it
-is asked to; then every parameter's name, shape and dtype are compared with the headers.
+The model is built as mlx-lm builds it, which takes no memory because MLX is lazy. Then every
+parameter's name, shape and dtype are compared with the headers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ Place = tuple[Path, TensorInfo]
 FLOATS = ("BF16", "F16", "F32")
 UNREAD = ("F8_E5M2", "F64")
 REMEDY = "Restore the checkpoint's own files"
-# What MLX has besides affine quantization, which has scales of bytes and no biases.
+# MLX's other modes, with byte scales and no biases, by (bits, group size).
 MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
@@ -32,12 +32,12 @@ def check_trunk(directory: Path, headers: Mapping[str, Place], args: ModelArgs) 
     """Compare the tensors of a checkpoint that are not experts with the model's parameters.
 
     Args:
-        directory: what to name where a tensor is missing.
+        directory: named in errors about missing tensors.
         headers: file and place of each tensor, by its name in the checkpoint.
-        args: what config.json says.
+        args: the architecture.
 
     Raises:
-        FlashMoEError: a tensor is missing, is not in the model, or has another shape or dtype.
+        FlashMoEError: a tensor is missing, unknown, or has another shape or dtype.
     """
     check_readable(headers)
     trunk = _trunk(headers, args)
@@ -54,14 +54,14 @@ def check_trunk(directory: Path, headers: Mapping[str, Place], args: ModelArgs) 
             raise FlashMoEError(
                 f"{directory}: no tensor {name}, which config.json asks for. {REMEDY}."
             )
-    _check_pairs(trunk)
+    _check_scale_dtypes(trunk)
 
 
 def check_readable(headers: Mapping[str, Place]) -> None:
-    """Refuse a checkpoint with a dtype that MLX cannot read, be it of a tensor that is not used.
+    """Refuse a checkpoint with a dtype that MLX cannot read, even of an unused tensor.
 
     Raises:
-        FlashMoEError: naming such a tensor.
+        FlashMoEError: naming the tensor.
     """
     for name, (file, info) in headers.items():
         if info.dtype in UNREAD:
@@ -69,7 +69,7 @@ def check_readable(headers: Mapping[str, Place]) -> None:
 
 
 def _trunk(headers: Mapping[str, Place], args: ModelArgs) -> dict[str, Place]:
-    """Return what `sanitize` keeps of the tensors, under the model's names."""
+    """Return the tensors that `sanitize` keeps, under the model's names."""
     trunk: dict[str, Place] = {}
     for key, place in headers.items():
         name = canonical(key)
@@ -87,8 +87,8 @@ def _trunk(headers: Mapping[str, Place], args: ModelArgs) -> dict[str, Place]:
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Have a model's random weights take nothing from what a seed gives."""
-    random: Any = mx.random  # whose stubs do not know that the state is a list
+    """Restore MLX's random state, which building a model advances."""
+    random: Any = mx.random  # its stubs do not know that the state is a list
     state = random.state[0]
     try:
         yield
@@ -97,10 +97,10 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _parameters(trunk: Mapping[str, Place], args: ModelArgs) -> dict[str, mx.array]:
-    """Return the parameters of the model that config.json describes, none of them computed.
+    """Return the unevaluated parameters of the model that config.json describes.
 
-    Layers are quantized as mlx-lm does it: by their own entry, or, if the checkpoint has scales for
-    them, by what the shapes say.
+    Layers are quantized as in mlx-lm: by their own entry, or, if the checkpoint has scales for
+    them, by their shapes.
     """
     model, entry = Model(args), args.quantization
 
@@ -132,7 +132,7 @@ def _check_width(path: str, module: nn.Module, entry: Any) -> None:
 
 
 def _inferred(path: str, module: nn.Module, trunk: Mapping[str, Place]) -> dict[str, Any]:
-    """Return the quantization that the shapes of a layer's codes and scales say."""
+    """Infer a layer's quantization from the shapes of its codes and scales."""
     columns = module["weight"].shape[-1]
     file, scales = trunk[f"{path}.scales"]
     weight = trunk[f"{path}.weight"][1] if f"{path}.weight" in trunk else scales
@@ -159,8 +159,8 @@ def _compare(file: Path, name: str, found: TensorInfo, expected: mx.array) -> No
         )
 
 
-def _check_pairs(trunk: Mapping[str, Place]) -> None:
-    """Refuse scales and biases of two dtypes, of which the kernels read the second as the first."""
+def _check_scale_dtypes(trunk: Mapping[str, Place]) -> None:
+    """Refuse biases with another dtype than their scales: kernels read both as one dtype."""
     for name, (file, biases) in trunk.items():
         scales = trunk.get(name.removesuffix(".biases") + ".scales")
         if name.endswith(".biases") and scales and scales[1].dtype != biases.dtype:

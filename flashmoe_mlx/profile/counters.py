@@ -1,4 +1,4 @@
-"""What a stretch of a run took: time, reads, memory; and the least that its reads could take."""
+"""Resources that a part of a run used, and a lower bound of its time on disk."""
 
 import os
 import statistics
@@ -12,14 +12,14 @@ from ..store.store import ExpertStore
 
 @dataclass(frozen=True)
 class Use:
-    """What a stretch of work took.
+    """Resources used.
 
     Attributes:
-        seconds: by the clock.
+        seconds: wall-clock time.
         stats: the store's counters.
-        from_disk: bytes that the disk delivered, where the system counts them.
-        user: seconds of all cores in the program.
-        system: seconds of all cores in the kernel, which copies pages.
+        from_disk: bytes read from disk, None if the system does not count them.
+        user: CPU seconds in user mode, all cores.
+        system: CPU seconds in the kernel, all cores.
     """
 
     seconds: float
@@ -30,28 +30,28 @@ class Use:
 
     @property
     def needed(self) -> int:
-        """Bytes that had to come from the disk: neither cached nor wrongly prefetched."""
-        return min(self.stats.bytes_read - self.stats.bytes_useless, self._came)
+        """Bytes needed from disk: neither cached nor prefetched without use."""
+        return min(self.stats.bytes_read - self.stats.bytes_useless, self._read_from_disk)
 
     @property
-    def _came(self) -> int:
-        """Bytes read that came from the disk."""
+    def _read_from_disk(self) -> int:
+        """Bytes of experts read from disk."""
         read = self.stats.bytes_read
         return read if self.from_disk is None else min(read, self.from_disk)
 
     def disk_floor(self, bandwidths: list[float]) -> float:
-        """Return the least seconds that the disk needed for the run.
+        """Return the least time that the disk needs for these bytes, in seconds.
 
         Args:
-            bandwidths: bytes per second of the disk, measured around the run; their median counts,
-                or what the run itself reached while a read was in flight if that is more.
+            bandwidths: bytes per second of the disk, measured before and after the run. The bound
+                uses their median, or the run's own speed while reading if that is higher.
         """
         reading = self.stats.seconds_reading
-        reached = self._came / reading if reading else 0.0
+        reached = self._read_from_disk / reading if reading else 0.0
         return self.needed / max(statistics.median(bandwidths), reached)
 
     def __sub__(self, before: "Use") -> "Use":
-        """Return what came after `before`."""
+        """Return the difference to an earlier `now`."""
         mine, theirs = asdict(self.stats), asdict(before.stats)
         stats = ExpertStats(**{name: mine[name] - theirs[name] for name in mine})
         disk = None if self.from_disk is None else self.from_disk - (before.from_disk or 0)
@@ -60,14 +60,14 @@ class Use:
 
 
 def now(store: ExpertStore | None) -> Use:
-    """Return the counters as they stand; subtract two of these."""
+    """Return the current counters; subtract two of these."""
     stats = replace(store.stats) if store else ExpertStats()
     cpu = os.times()
     return Use(time.perf_counter(), stats, disk_bytes(), cpu.user, cpu.system)
 
 
 def disk_bytes() -> int | None:
-    """Return the bytes that disks have delivered for this process, where the system counts them."""
+    """Return the bytes that this process has read from disk, None if the system does not count."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:

@@ -1,8 +1,7 @@
-"""Where a layer's time goes: a pass in which every part of every layer is waited for.
+"""Time each part of each layer, in a pass that evaluates every part before the next.
 
-The model's code is not changed: for the length of the pass its modules are replaced by proxies
-that evaluate what they return and look at the clock. Parts can then not overlap, so the pass is
-slower than the runs that it explains; its total is printed beside theirs.
+Proxies replace the model's modules during the pass; they evaluate their results and read the clock.
+Parts cannot overlap, so the pass is slower than the runs that it explains; both totals are printed.
 """
 
 import time
@@ -23,20 +22,20 @@ PARTS = ("attention", "router", "read", "experts")
 
 @dataclass
 class LayerTime:
-    """Seconds and counters of one layer, all steps together.
+    """Seconds and counters of one layer, summed over all steps.
 
     Attributes:
         kind: "linear" or "full" attention.
         attention: the mixer, with its norm and residual.
-        router: until the first expert is asked for: norm, router, and on a CPU the first half of
-            the shared expert.
-        read: waiting for experts to be read.
+        router: until the first expert request: norm, router, and on a CPU the first half of the
+            shared expert.
+        read: waits for reads of experts.
         experts: the rest: routed and shared experts.
-        asked: experts asked for, once a step.
-        hits: of these, those that were resident.
-        distinct: different experts asked for, added up over the steps.
-        bytes_read: bytes that came into the bank.
-        steps: times that the layer ran.
+        asked: experts requested, once per step.
+        hits: requested experts that were resident.
+        distinct: distinct experts requested, summed over the steps.
+        bytes_read: bytes read into slots.
+        steps: runs of the layer.
     """
 
     kind: str
@@ -56,12 +55,12 @@ class LayerTime:
 
     @property
     def seconds(self) -> float:
-        """All parts together."""
+        """Sum of all parts."""
         return sum(getattr(self, part) for part in PARTS)
 
     @property
     def hit_rate(self) -> float:
-        """Share of the experts asked for that were resident, 0 to 1."""
+        """Share of the requested experts that were resident, 0 to 1."""
         return self.hits / self.asked if self.asked else 0.0
 
     def as_dict(self, steps: int) -> dict[str, Any]:
@@ -71,11 +70,11 @@ class LayerTime:
         return {"kind": self.kind, **times, **counts, "hit_rate": self.hit_rate}
 
 
-Pick = Callable[[mx.array], LayerTime]  # where to count what is done for hidden states [B, T, H]
+Pick = Callable[[mx.array], LayerTime]  # chooses the counters for hidden states [B, T, H]
 
 
 class _Attention:
-    """Stands in for a layer's mixer."""
+    """Proxy of a layer's mixer."""
 
     def __init__(self, module: Callable[..., Any], pick: Pick) -> None:
         self._module, self._pick = module, pick
@@ -90,37 +89,37 @@ class _Attention:
 
 
 class _Experts:
-    """Stands in for a layer's mixture of experts."""
+    """Proxy of a layer's mixture of experts."""
 
     def __init__(self, module: Any, pick: Pick, store: ExpertStore) -> None:
         self._module, self._pick, self._store = module, pick, store
         self._first: float | None = None
         self._ids: set[int] = set()
-        self._brought = 0.0
+        self._device_seconds = 0.0
 
     def asked(self, experts: Sequence[int]) -> None:
-        """Note when the first experts are asked for, and which."""
+        """Record a request, and the time of the first one."""
         self._first = self._first or time.perf_counter()
         self._ids.update(experts)
 
-    def brought(self, seconds: float) -> None:
-        """Count time in which a GPU brought experts by itself."""
-        self._brought += seconds
+    def add_device_seconds(self, seconds: float) -> None:
+        """Add the time of loads by the GPU itself."""
+        self._device_seconds += seconds
 
     def prefetch(self, *args: Any) -> None:
-        """Guess as the block does; that takes no part of the layer's time."""
+        """Prefetch as the block does, untimed."""
         self._module.prefetch(*args)
 
     def __call__(self, h: mx.array, *rest: Any) -> Any:
         mx.eval(h)
-        self._first, self._ids, self._brought = None, set(), 0.0
+        self._first, self._ids, self._device_seconds = None, set(), 0.0
         before: ExpertStats = replace(self._store.stats)
         start = time.perf_counter()
         y = self._module(h, *rest)
         mx.eval(y)
         seconds, after, times = time.perf_counter() - start, self._store.stats, self._pick(h)
         router = self._first - start if self._first else 0.0
-        read = after.seconds_waited - before.seconds_waited + self._brought
+        read = after.seconds_waited - before.seconds_waited + self._device_seconds
         times.router += router
         times.read += read
         times.experts += seconds - router - read
@@ -133,7 +132,7 @@ class _Experts:
 
 
 class _Listener:
-    """Tells each layer's proxy what is asked of the store."""
+    """Passes the store's requests to each layer's proxy."""
 
     def __init__(self, proxies: list[_Experts]) -> None:
         self._proxies = proxies
@@ -145,19 +144,19 @@ class _Listener:
         self._proxies[layer].asked(np.unique(np.array(ids)).tolist())
         start = time.perf_counter()
         mx.eval(slots)
-        self._proxies[layer].brought(time.perf_counter() - start)
+        self._proxies[layer].add_device_seconds(time.perf_counter() - start)
 
 
 @contextmanager
 def timed_layers(
     model: Model, store: ExpertStore, prompt: list[LayerTime] | None = None
 ) -> Iterator[list[LayerTime]]:
-    """Time the layers' parts while the block runs; the model is then as it was before.
+    """Time the layers' parts while the block runs, then restore the model.
 
     Args:
-        model: ours.
-        store: its experts.
-        prompt: one for each layer; where to count steps of more than one token, if apart.
+        model: the model.
+        store: its store.
+        prompt: counters per layer for steps of several tokens, by default the same ones.
     """
     found = untimed(model)
     originals, proxies = [], list[_Experts]()
@@ -179,7 +178,7 @@ def timed_layers(
 
 
 def untimed(model: Model) -> list[LayerTime]:
-    """Return figures of zero for each layer."""
+    """Return zeroed counters for each layer."""
     return [LayerTime("linear" if layer.is_linear else "full") for layer in model.layers]
 
 
@@ -192,7 +191,7 @@ def _mixer(layer: DecoderLayer) -> str:
 
 
 def print_rows(layers: list[LayerTime], steps: int) -> LayerTime:
-    """Print a line for each layer and one for all, and return that."""
+    """Print a line for each layer and one for the total, and return the total."""
     parts = " ".join(f"{part:>9}" for part in PARTS)
     print(f"{'layer':>5} {'kind':>6} {parts}    total   hits  MB/step")
     for number, layer in enumerate(layers):

@@ -1,4 +1,4 @@
-"""What runs here: machine, versions, device. Facts for benchmarks and bug reports."""
+"""Machine, versions and device, for benchmarks and bug reports."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ PACKAGES = ("flashmoe-mlx", "mlx", "mlx-lm", "transformers", "numpy", "numba")
 
 
 def facts() -> dict[str, Any]:
-    """Return machine, versions and device as plain values; memory in bytes."""
+    """Return machine, versions and device as JSON values; memory in bytes."""
     release = platform.mac_ver()[0] if sys.platform == "darwin" else platform.release()
     return {
         "system": f"{platform.system()} {release}, {platform.machine()}",
@@ -46,7 +46,7 @@ def on_gpu() -> bool:
 
 
 def default_dtype() -> str:
-    """Return the dtype that a model's activations have on the default device."""
+    """Return the dtype of a model's activations on the default device."""
     return "bfloat16" if on_gpu() else "float32"
 
 
@@ -59,14 +59,14 @@ def version(package: str) -> str | None:
 
 
 def cores() -> int:
-    """Return the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_name() -> str:
-    """Return the processor's name as the system gives it."""
+    """Return the system's name of the processor."""
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -80,12 +80,12 @@ def cpu_name() -> str:
 
 
 def memory_bytes() -> int:
-    """Return the installed memory."""
+    """Return the installed memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cache_bytes() -> int:
-    """Return the size of the largest cache above the default device's memory, or a safe guess."""
+    """Return the size of the device's last-level cache in bytes, or a safe default."""
     if on_gpu():
         return 96 << 20
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")

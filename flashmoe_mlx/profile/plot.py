@@ -1,4 +1,4 @@
-"""A picture of a profiling pass: each layer's time by its parts, and its hit rate."""
+"""Plot a profiling pass: each layer's time by part, and its hit rate."""
 
 import importlib.util
 from pathlib import Path
@@ -7,19 +7,19 @@ from typing import Any
 from ..errors import FlashMoEError
 from .layers import PARTS
 
-PICTURES = (".png", ".svg", ".pdf")
+SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path | None) -> None:
-    """Refuse a picture that could not be drawn, before anything is measured.
+    """Refuse a plot that cannot be drawn, before anything is measured.
 
     Raises:
         FlashMoEError: the suffix is unknown, matplotlib or the directory is missing.
     """
     if path is None:
         return
-    if path.suffix not in PICTURES:
-        raise FlashMoEError(f"--plot {path}: not a picture. End it in {', '.join(PICTURES)}.")
+    if path.suffix not in SUFFIXES:
+        raise FlashMoEError(f"--plot {path}: not an image file. Use {', '.join(SUFFIXES)}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise FlashMoEError(
             f"--plot {path}: matplotlib is not installed. Install it: "
@@ -30,7 +30,7 @@ def check_plot(path: Path | None) -> None:
 
 
 def plot(path: Path | None, layers: list[dict[str, Any]], title: str) -> None:
-    """Draw the layers of a benchmark's JSON into a file; nothing if `path` is None."""
+    """Draw the layers of a benchmark's JSON into a file, if `path` is given."""
     if path is None:
         return
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def plot(path: Path | None, layers: list[dict[str, Any]], title: str) -> None:
 
 
 def draw_layers(figure: Any, axes: Any, layers: list[dict[str, Any]], title: str) -> None:
-    """Draw each layer's time by its parts, and its hit rate, with a legend for the figure."""
+    """Draw each layer's time by part, its hit rate, and a legend."""
     bottom = [0.0] * len(layers)
     for part in PARTS:
         heights = [layer[f"{part}_ms"] for layer in layers]

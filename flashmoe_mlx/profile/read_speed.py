@@ -1,4 +1,4 @@
-"""How fast experts come from a disk: record-sized random reads by several threads."""
+"""Read speed of a disk: random reads of expert size by several threads."""
 
 import contextlib
 import errno
@@ -24,25 +24,25 @@ from ..store.io_mode import open_expert_file
 
 SAMPLE = 256 << 20  # bytes read
 RECORD = 1_769_472  # bytes of an expert of 35B-A3B at 4 bits
-BUFFERS = 16  # records of memory that reads go to in turn, as they go to the slots of a bank
+BUFFERS = 16  # records of memory that reads rotate through, like slots
 COLD_BY = (
     "cold (posix_fadvise DONTNEED)"
     if hasattr(os, "posix_fadvise")
-    else "uncached (F_NOCACHE), but what the page cache held already came from there"
+    else "uncached (F_NOCACHE), except pages that the page cache already held"
 )
 Range = tuple[Path, int, int]  # file, offset, bytes
 
 
 @dataclass(frozen=True)
 class ReadSpeed:
-    """What reading took.
+    """A measured read speed.
 
     Attributes:
         nbytes: bytes read, in `reads` ranges, by `threads` readers.
         seconds: from the first read to the last.
-        cold: how the page cache was emptied, in words.
-        source: what was read, in words.
-        direct: whether reads went past the page cache.
+        cold: description of how the page cache was emptied.
+        source: description of the files.
+        direct: whether reads bypassed the page cache.
     """
 
     nbytes: int
@@ -55,7 +55,7 @@ class ReadSpeed:
 
     @property
     def bytes_per_s(self) -> float:
-        """Bytes per second, all threads together."""
+        """Bytes per second of all threads."""
         return self.nbytes / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class ReadSpeed:
         return {**asdict(self), "bytes_per_s": self.bytes_per_s}
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Return one readable line."""
         return (
             f"{self.bytes_per_s / 1e9:.2f} GB/s: {self.reads} random reads of "
             f"{self.nbytes / self.reads / 1e6:.3g} MB, {self.threads} threads, {self.cold}; "
@@ -72,14 +72,14 @@ class ReadSpeed:
 
 
 def expert_ranges(layout: ExpertLayout, sample: int = SAMPLE) -> list[Range]:
-    """Pick random experts of a model, at most `sample` bytes or each expert once."""
+    """Choose random distinct experts of a model, of at most `sample` bytes."""
     experts = [(layer, expert) for layer in layout.layers for expert in range(layer.num_experts)]
     count = max(1, sample // layout.record_bytes)
     return ranges_of(random.sample(experts, min(count, len(experts))))
 
 
 def ranges_of(experts: Iterable[tuple[LayerLayout, int]]) -> list[Range]:
-    """Return where experts of layers lie."""
+    """Return the byte ranges of experts."""
     return [
         (span.file, span.offset, sum(f.nbytes for f in layer.fields[span.first : span.last]))
         for layer, expert in experts
@@ -94,11 +94,11 @@ def scratch_ranges(
     """Write a temporary file of random bytes and cut it into records, in random order.
 
     Raises:
-        OSError: the directory cannot be written, or half of its free space is too little.
+        OSError: the directory cannot be written, or `sample` exceeds half of its free space.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if sample > (free := shutil.disk_usage(directory).free) / 2:
-        text = f"{sample >> 20} MiB are asked for, and {free >> 20} are free"
+        text = f"{sample >> 20} MiB are needed, and {free >> 20} are free"
         raise OSError(errno.ENOSPC, text, str(directory))
     block = os.urandom(record)
     offsets = list(range(0, sample // record * record, record))
@@ -120,11 +120,7 @@ def time_reads(
 ) -> ReadSpeed:
     """Read byte ranges once, cold, in the order given, by several threads without read-ahead.
 
-    Args:
-        ranges: what to read; in whole blocks if reads are direct.
-        source: of the ranges, in words.
-        threads: readers.
-        direct: read past the page cache.
+    Direct reads bypass the page cache and need ranges of whole blocks.
 
     Raises:
         FlashMoEError: a file cannot be read, or ends early.
@@ -140,7 +136,7 @@ def time_reads(
 
 
 def record_buffers(nbytes: int) -> list[memoryview]:
-    """Return memory for BUFFERS records, each at a block boundary, touched once."""
+    """Return memory for BUFFERS records, aligned to blocks and already mapped."""
     stride = -(-nbytes // BLOCK) * BLOCK
     memory = memoryview(mmap.mmap(-1, stride * BUFFERS))
     for start in range(0, len(memory), BLOCK):
@@ -151,9 +147,9 @@ def record_buffers(nbytes: int) -> list[memoryview]:
 def reads_into(
     buffers: Sequence[memoryview], ranges: Sequence[Range], files: Mapping[Path, int]
 ) -> Callable[[int], None]:
-    """Return a function that reads a range by its number, into the buffers in turn.
+    """Return a function that reads a range by its number, into the buffers in rotation.
 
-    It raises a FlashMoEError if the file cannot be read, or ends before the range does.
+    It raises FlashMoEError if the file cannot be read, or ends early.
     """
 
     def read(number: int) -> None:
@@ -172,10 +168,9 @@ def reads_into(
 
 
 def in_threads(work: Callable[[int], None], count: int, threads: int) -> float:
-    """Call `work(0)` to `work(count - 1)`, each thread taking the next number.
+    """Call `work(0)` to `work(count - 1)` in threads; return the seconds without their start.
 
-    Returns seconds from the first call to the last, without the start of the threads, and raises
-    what a call raised.
+    An exception of a call is raised again.
     """
     numbers, ready = iter(range(count)), threading.Barrier(threads + 1)
 
@@ -191,7 +186,7 @@ def in_threads(work: Callable[[int], None], count: int, threads: int) -> float:
         wait(loops)
         seconds = time.perf_counter() - start
     for each in loops:
-        each.result()  # raises what the thread raised
+        each.result()
     return seconds
 
 
@@ -218,7 +213,7 @@ def opened(
 
 
 def _bypass_cache(descriptor: int) -> None:
-    """Keep a file's bytes out of macOS's page cache."""
+    """Keep a file out of macOS's page cache."""
     if sys.platform == "darwin":
         import fcntl
 
@@ -226,7 +221,7 @@ def _bypass_cache(descriptor: int) -> None:
 
 
 def forget(descriptor: int, place: Range) -> None:
-    """Drop a range from the page cache, as far as the system can: COLD_BY says how."""
+    """Drop a range from the page cache if the system can: see COLD_BY."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, place[1], place[2], os.POSIX_FADV_DONTNEED)
     else:

@@ -1,7 +1,7 @@
-"""What a generation took: its two phases, each layer's parts, and the tokens over time.
+"""Statistics of a generation: its two phases, each layer's parts, and speed over time.
 
-To time the layers, every part is evaluated before the next (`layers`), so a watched run is slower;
-its tokens are the same.
+Timing the layers evaluates every part before the next (`layers`): the run is slower, its tokens are
+the same.
 """
 
 import json
@@ -44,7 +44,7 @@ class RunStats:
             self.speed.append(1 / (self._uses[-1].seconds - self._uses[-2].seconds))
 
     def phases(self) -> dict[str, dict[str, Any]]:
-        """Return each phase's figures as JSON values; the prompt's end with the first token."""
+        """Return each phase's figures as JSON values; the prompt ends with the first token."""
         first, last = self._uses[min(1, len(self._uses) - 1)], self._uses[-1]
         return {
             "prompt": _figures(first - self._uses[0], self.tokens["prompt"]),
@@ -98,7 +98,7 @@ class RunStats:
             ) from error
 
     def plot(self, path: Path) -> None:
-        """Draw layers, and tokens per second over time, into a file."""
+        """Plot the layers, and tokens per second over time, into a file."""
         from matplotlib.figure import Figure
 
         found = self.as_dict()

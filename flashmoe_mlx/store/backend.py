@@ -1,6 +1,6 @@
-"""The one door for devices: where experts' bytes lie, and how small arrays cross.
+"""The interface of a device: memory for experts, and transfers of small arrays.
 
-A store is given a back-end when it is opened, and asks nothing else about the device.
+A store receives a back-end when it opens, and asks nothing else about the device.
 """
 
 from collections.abc import Sequence
@@ -14,64 +14,64 @@ from .sizing import CachePlan
 
 
 class Row(Protocol):
-    """Some bytes of a slot: a memoryview, or an address in a GPU's memory."""
+    """A byte range of a slot: a memoryview, or an address in GPU memory."""
 
     def __len__(self) -> int:
-        """Return how many bytes these are."""
+        """Return the number of bytes."""
         ...
 
     def __getitem__(self, part: slice, /) -> "Row":
-        """Return a slice in steps of one."""
+        """Return a slice with step 1."""
         ...
 
 
 class BulkReads(Protocol):
-    """Reads of many pieces by one call, for back-ends whose threads are better left alone."""
+    """Reads of many pieces in one call, for back-ends where that is faster than threads."""
 
     @property
     def width(self) -> int:
-        """How many pieces are read at a time."""
+        """How many pieces are read concurrently."""
         ...
 
     def takes(self, piece: Any) -> bool:
-        """Say whether `read` has room for a piece, and the piece for its bytes."""
+        """Say whether `read` can take a piece."""
         ...
 
     def read(self, pieces: Sequence[Any]) -> list[int]:
-        """Fill the rows of pieces, and return how many bytes of each came."""
+        """Fill the rows of pieces, and return the bytes read of each."""
         ...
 
 
 class DeviceTable(Protocol):
-    """Which expert lies in which slot of a layer, as the device knows it.
+    """The device's table of which expert lies in which slot of a layer.
 
     Attributes:
-        leads: whether the device's table is newer than the host's.
-        thread: the one that asked for experts last.
+        is_newer: whether this table is newer than the host's.
+        thread: the thread that loaded last.
     """
 
-    leads: bool
+    is_newer: bool
     thread: int
 
-    def take(self, slot_of: np.ndarray, demand: np.ndarray) -> None:
-        """Go on from a table of the host's: `[experts]` uint32 slots or NONE, float32 log2 uses."""
+    def take_from_host(self, slot_of: np.ndarray, scores: np.ndarray) -> None:
+        """Continue from the host's table: `[experts]` uint32 slots or NONE, float32 log2 uses."""
         ...
 
-    def give(self) -> tuple[np.ndarray, np.ndarray]:
-        """Wait for all that was begun, and return the table; now the host may change it."""
+    def give_to_host(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for running loads, and return the table, which the host may then change."""
         ...
 
-    def load(self, ids: mx.array, earlier: mx.array) -> mx.array:
-        """Return the slots of experts `[..., K]`, whose bytes are there when they are computed."""
+    def load(self, ids: mx.array, after: mx.array) -> mx.array:
+        """Return the slots of experts `[..., K]`; evaluating them loads the bytes."""
         ...
 
     def hold(self, consumer: mx.array) -> None:
-        """Load nothing more before `consumer`, which reads the slots, is computed."""
+        """Start the next load only when `consumer`, which reads the slots, is computed."""
         ...
 
 
 class DeviceLoader(Protocol):
-    """Loads experts on the device itself; `of_layer` has each layer's table."""
+    """Loads experts from the device; `of_layer` has each layer's table."""
 
     @property
     def of_layer(self) -> Sequence[DeviceTable]: ...  # noqa: D102
@@ -81,35 +81,35 @@ class DeviceLoader(Protocol):
         layer: int,
         experts: Sequence[int],
         slots: Sequence[int],
-        earlier: Sequence[mx.array],
+        after: Sequence[mx.array],
     ) -> Sequence[Any]:
-        """Begin to load experts into slots that the host chose; return the arrival of each.
+        """Start to copy experts into slots that the host chose; return the arrival of each.
 
         Args:
             layer: decoder layer.
-            experts: ids.
-            slots: of the layer, as many.
-            earlier: what reads these slots, and is computed before.
+            experts: expert ids.
+            slots: one for each expert.
+            after: arrays that read these slots; copies start when they are computed.
         """
         ...
 
     def counted(self) -> np.ndarray:
-        """Return experts asked for, experts loaded and nanoseconds, `[layers, 3]`, since last."""
+        """Return `[layers, 3]` since the last call: experts requested, loaded, nanoseconds."""
         ...
 
     def close(self) -> None:
-        """Wait for what is under way, and give the files back."""
+        """Wait for running loads, and release the files."""
         ...
 
 
 class Backend(Protocol):
-    """What a store asks of a device.
+    """What a store needs from a device.
 
     Attributes:
-        visible: whether the host sees the bytes in the rows, so that they can be checked.
-        shares_cores: whether computing and reading take the same cores' time.
-        bulk: how to read many pieces at once, None to leave all to the reader threads.
-        free_bytes: of a memory that only the device has, None if it uses the host's.
+        visible: whether the host can read the rows, so that checksums work.
+        shares_cores: whether the cores that compute also read.
+        bulk: reads of many pieces in one call, None to use the reader threads alone.
+        free_bytes: free bytes of the device's memory, None if it uses the host's.
     """
 
     @property
@@ -125,7 +125,7 @@ class Backend(Protocol):
         """Reserve memory and release it: MLX aborts the process when an allocation fails.
 
         Raises:
-            FlashMoEError: the system refuses so much.
+            FlashMoEError: the system refuses it.
         """
         ...
 
@@ -134,29 +134,23 @@ class Backend(Protocol):
         ...
 
     def rows(self, arrays: Sequence[mx.array]) -> Sequence[Row]:
-        """Return each array's bytes, to be written to by `preadv`."""
+        """Return each array's bytes, for `preadv` to fill."""
         ...
 
     def preadv(self, descriptor: int, rows: Sequence[Any], offset: int) -> int:
-        """Fill rows from a file, as `os.preadv` does, and return how many bytes came."""
+        """Fill rows from a file as `os.preadv` does, and return the bytes read."""
         ...
 
     def to_host(self, ids: mx.array) -> np.ndarray:
-        """Return the values of a uint32 array, none of them 2**32 - 1, once it is computed."""
+        """Wait for a uint32 array without 2**32 - 1, and return its values."""
         ...
 
     def to_device(self, slots: np.ndarray) -> mx.array:
-        """Return uint32 values as an array."""
+        """Return uint32 values as an MLX array."""
         ...
 
     def loader(
         self, layout: ExpertLayout, plan: CachePlan, arrays: Sequence[Sequence[mx.array]]
     ) -> DeviceLoader | None:
-        """Return what loads experts on the device itself, None if the host has to.
-
-        Args:
-            layout: where the experts lie.
-            plan: how many slots each layer has.
-            arrays: of each layer, nine with a row per slot.
-        """
+        """Return a loader into nine arrays per layer, None if the host must read the experts."""
         ...

@@ -1,4 +1,4 @@
-"""Compare every expert with its checksum when it has been read, before anything uses it."""
+"""Compare every expert with its checksum after its read, before anything uses it."""
 
 import zlib
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from .backend import Backend
 
 
 class RecordChecks:
-    """The checksums that a converted directory's manifest has of its experts (CRC-32)."""
+    """The CRC-32 of every expert, from a converted directory's manifest."""
 
     def __init__(self, layout: ExpertLayout, backend: Backend) -> None:
         """Read the manifest.
 
         Raises:
-            FlashMoEError: the directory has no checksums, or not one for every expert; or experts
-                go into a GPU's own memory, where nothing here can look at them.
+            FlashMoEError: an expert has no checksum, or experts go into GPU memory, which the host
+                cannot read.
         """
         if not backend.visible:
             raise FlashMoEError(
@@ -25,8 +25,8 @@ class RecordChecks:
             )
         if layout.kind != "packed":
             raise FlashMoEError(
-                f"verify = true: {layout.directory} is no conversion, so its experts have no "
-                "checksums. Convert it with flashmoe-convert, or leave verify out."
+                f"verify = true: {layout.directory} is not a converted model, so its experts have "
+                "no checksums. Convert it with flashmoe-convert, or leave verify out."
             )
         path = layout.directory / EXPERT_DIR / MANIFEST
         self._expected = record_checksums(read_manifest(path))
@@ -39,7 +39,7 @@ class RecordChecks:
             )
 
     def compare(self, layer: int, expert: int, rows: Sequence[memoryview]) -> FlashMoEError | None:
-        """Return what is wrong with an expert's nine tensors, in the order of the file, or None."""
+        """Compare an expert's nine tensors, given in file order; return the error, or None."""
         found, expected = 0, self._expected[layer][expert]
         for row in rows:
             found = zlib.crc32(row, found)

@@ -1,4 +1,4 @@
-"""Chooses the back-end of the device that MLX computes on."""
+"""The back-end for the device that MLX computes on."""
 
 import mlx.core as mx
 

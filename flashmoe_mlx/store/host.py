@@ -1,4 +1,4 @@
-"""The back-ends that share the host's memory: `preadv` writes where MLX reads."""
+"""The back-ends that use host memory: `preadv` writes directly into MLX arrays."""
 
 import math
 import mmap
@@ -13,7 +13,7 @@ from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout
 from .sizing import CachePlan
 
-BLOCK = 4096  # bytes; direct reads want memory, places and lengths in whole blocks
+BLOCK = 4096  # bytes; direct reads need addresses, offsets and lengths in whole blocks
 
 
 class UnifiedBackend:
@@ -25,10 +25,10 @@ class UnifiedBackend:
     free_bytes = None
 
     def check_room(self, nbytes: int) -> None:
-        """Leave it to the GPU's allocator, whose memory may be another."""
+        """Do nothing: MLX checks its GPU allocations."""
 
     def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """Return evaluated zeros; MLX aligns a GPU's arrays itself."""
+        """Return evaluated zeros."""
         array = mx.zeros(shape, dtype=dtype)
         mx.eval(array)
         return array
@@ -38,15 +38,15 @@ class UnifiedBackend:
         return [memoryview(a).cast("B") for a in arrays]  # type: ignore[arg-type]
 
     def preadv(self, descriptor: int, rows: Sequence[Any], offset: int) -> int:
-        """Fill rows from a file and return how many bytes came."""
+        """Fill rows from a file, and return the bytes read."""
         return os.preadv(descriptor, rows, offset)
 
     def to_host(self, ids: mx.array) -> np.ndarray:
-        """Return an array's values once it is computed."""
+        """Wait for an array, and return its values."""
         return np.array(ids)
 
     def to_device(self, slots: np.ndarray) -> mx.array:
-        """Return values as an array."""
+        """Return values as an MLX array."""
         return mx.array(slots)
 
     def loader(
@@ -56,7 +56,7 @@ class UnifiedBackend:
 
 
 class CpuBackend(UnifiedBackend):
-    """The cores that also read."""
+    """CPU cores, which compute and read."""
 
     shares_cores = True
 
@@ -64,7 +64,7 @@ class CpuBackend(UnifiedBackend):
         """Reserve memory and release it: MLX aborts the process when an allocation fails.
 
         Raises:
-            FlashMoEError: the system refuses so much.
+            FlashMoEError: the system refuses it.
         """
         try:
             mmap.mmap(-1, nbytes).close()
@@ -76,10 +76,10 @@ class CpuBackend(UnifiedBackend):
             ) from error
 
     def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """Return evaluated zeros that start at a block boundary in memory.
+        """Return evaluated zeros aligned to a block.
 
-        MLX's own start 8 or 24 bytes behind one, and the kernel then copies from the page cache at
-        a third of its speed.
+        MLX's own arrays start 8 or 24 bytes after a block, where copies from the page cache run at
+        a third of the speed.
         """
         flat = mx.zeros(math.prod(shape) + BLOCK // dtype.size, dtype=dtype)
         start = -_address(flat) % BLOCK // dtype.size
@@ -89,6 +89,6 @@ class CpuBackend(UnifiedBackend):
 
 
 def _address(array: mx.array) -> int:
-    """Return where an array lies in memory."""
+    """Return an array's address."""
     mx.eval(array)
     return np.frombuffer(memoryview(array).cast("B"), np.uint8).ctypes.data  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
 """How expert files are read: through the page cache (buffered), or past it (direct).
 
-Measured on Linux with records of 1.8 and 7 MB: direct reads arrive 1.3 to 2 times as fast as
-buffered ones that the page cache does not have, and a third to a half as fast as those that it has.
-So direct reads pay where the page cache could hold few of the experts, and the banks then get the
-memory that it would have had. On macOS nobody here could measure; there the page cache is kept.
+On Linux, with records of 1.8 and 7 MB, direct reads are 1.3 to 2 times as fast as buffered reads
+that miss the page cache, and a third to half as fast as those that hit it. So direct reads pay if
+the page cache could hold few of the experts; the slots then get its memory. macOS is not measured
+and uses the page cache.
 """
 
 import contextlib
@@ -19,20 +19,17 @@ from .host import BLOCK
 from .sizing import IoPlan
 
 USEFUL_CACHE = 0.8  # share of the experts that the page cache must have room for
-PROBES = 16  # bytes of each layer that the page cache is asked for
-F_RDAHEAD, F_NOCACHE = 45, 48  # of macOS's fcntl.h; Python's fcntl module has them only there
+PROBES = 16  # bytes per layer to look up in the page cache
+F_RDAHEAD, F_NOCACHE = 45, 48  # of macOS's fcntl.h; Python's fcntl has them only on macOS
 
 
 def plan_io(mode: str, layout: ExpertLayout, room: int) -> IoPlan:
-    """Choose between buffered and direct reads.
+    """Choose between buffered and direct reads, by the mode "buffered", "direct" or "auto".
 
-    Args:
-        mode: "buffered", "direct" or "auto".
-        layout: where the experts lie.
-        room: bytes of memory that could hold experts, in banks or page cache.
+    `room` is memory that can hold experts, in slots or page cache, in bytes.
 
     Raises:
-        FlashMoEError: direct reads were asked for, but cannot be had here.
+        FlashMoEError: direct reads are requested but not possible here.
     """
     if mode == "buffered":
         return IoPlan(False, "as asked")
@@ -52,15 +49,10 @@ def plan_io(mode: str, layout: ExpertLayout, room: int) -> IoPlan:
 
 
 def plan_load(mode: str, layout: ExpertLayout, io: IoPlan) -> IoPlan:
-    """Choose how to read all experts at once into banks that have room for them.
+    """Choose how to preload all experts.
 
-    Each is read once, so the page cache helps only with what it holds already. Measured on Linux
-    with 3.6 GB of experts, of which it held none: 2.7 s directly, 6.4 to 11 s through it.
-
-    Args:
-        mode: "buffered", "direct" or "auto".
-        layout: where the experts lie.
-        io: what `plan_io` chose for experts that come one by one.
+    Each is read once, so the page cache helps only with what it already holds. On Linux, 3.6 GB of
+    uncached experts take 2.7 s direct and 6.4 to 11 s buffered. `io` is the choice of `plan_io`.
     """
     if mode != "auto" or io.direct or sys.platform == "darwin" or obstacle(layout):
         return io
@@ -71,9 +63,9 @@ def plan_load(mode: str, layout: ExpertLayout, io: IoPlan) -> IoPlan:
 
 
 def cached_share(layout: ExpertLayout) -> float | None:
-    """Estimate which share of the experts the page cache holds, or return None if it cannot be.
+    """Estimate the share of the experts in the page cache, None if the system cannot tell.
 
-    Bytes at random places are asked for, since some are brought in by being asked for.
+    It samples random bytes, because a lookup itself can start to cache its page.
     """
     if not hasattr(os, "RWF_NOWAIT"):
         return None
@@ -101,39 +93,39 @@ def _is_cached(descriptor: int, buffer: list[bytearray], place: int) -> bool | N
 
 
 def obstacle(layout: ExpertLayout) -> str | None:
-    """Return why a model's experts cannot be read directly into banks, or None."""
+    """Return why a model's experts cannot be read with direct reads, or None."""
     if sys.platform == "darwin":
         return None
     if not hasattr(os, "O_DIRECT"):
-        return "this system cannot read past its page cache"
+        return "this system has no direct reads (O_DIRECT)"
     for field in (field for layer in layout.layers for field in layer.fields):
         if (field.offset | field.stride | field.nbytes) % BLOCK:
-            return f"{field.file} was not written in blocks of {BLOCK} bytes"
+            return f"{field.file} is not laid out in blocks of {BLOCK} bytes"
     first = layout.layers[0].fields[0]
     try:
         descriptor = open_expert_file(first.file, direct=True)
     except OSError as error:
-        return f"{first.file} cannot be opened so ({error.strerror})"
+        return f"{first.file} cannot be opened for direct reads ({error.strerror})"
     try:
         os.preadv(descriptor, [mmap.mmap(-1, BLOCK)], first.offset)
     except OSError as error:
-        return f"{first.file} cannot be read so ({error.strerror})"
+        return f"{first.file} does not support direct reads ({error.strerror})"
     finally:
         os.close(descriptor)
     return None
 
 
 def open_expert_file(path: Path, direct: bool) -> int:
-    """Open a file for reads of whole experts in no order, and return its descriptor.
+    """Open a file for reads of experts in random order, and return its descriptor.
 
-    Read-ahead is turned off: it delays the bytes that were asked for.
+    Read-ahead is off: it delays the requested bytes.
 
     Raises:
-        OSError: it cannot be opened, or not so.
+        OSError: the file cannot be opened, or not for direct reads.
     """
     unbuffered = getattr(os, "O_DIRECT", 0) if direct else 0
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | unbuffered)
-    with contextlib.suppress(OSError):  # a file system without such settings reads as it does
+    with contextlib.suppress(OSError):  # some file systems have no such settings
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         elif sys.platform == "darwin":

@@ -1,40 +1,47 @@
-"""How much memory this machine, and this process's cgroup, still has."""
+"""Available memory of the machine and of this process's cgroup."""
 
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 
+CGROUP_FILES = (  # limit and usage, of cgroup v2 and v1
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
+
 
 def available_bytes() -> int:
-    """Return the bytes a process may still take before the machine or its cgroup runs short.
+    """Return the bytes that this process may still allocate.
 
-    Linux: `MemAvailable`, or what is left under the cgroup's limit if that is less (page cache
-    that can be dropped counts as free). macOS: 75 % of the installed memory.
+    Linux: `MemAvailable`, or the rest of the cgroup's limit if that is less (reclaimable page cache
+    counts as free). macOS: 75 % of the installed memory.
     """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return int(mx.device_info()["memory_size"]) * 3 // 4
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     free = [int(fields["MemAvailable"].split()[0]) * 1024]
-    for base in _cgroup_dirs():
-        for limit_name, usage_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, usage = _number(base / limit_name), _number(base / usage_name)
-            if limit is not None and usage is not None:
-                free.append(max(0, limit - usage + _reclaimable(base)))
+    for base, limit, usage_name in _cgroup_limits():
+        if (usage := _number(base / usage_name)) is not None:
+            free.append(max(0, limit - usage + _reclaimable(base)))
     return min(free)
 
 
 def cgroup_limit() -> int | None:
-    """Return the smallest memory limit of the process's cgroups in bytes, None without one."""
-    names = "memory.max", "memory.limit_in_bytes"
-    limits = [_number(base / name) for base in _cgroup_dirs() for name in names]
-    # cgroup v1 writes "no limit" as a huge number.
-    return min((limit for limit in limits if limit is not None and limit < 1 << 60), default=None)
+    """Return the smallest memory limit of the process's cgroups in bytes, or None."""
+    # cgroup v1 writes a huge number for "no limit".
+    return min((limit for _, limit, _ in _cgroup_limits() if limit < 1 << 60), default=None)
+
+
+def _cgroup_limits() -> Iterator[tuple[Path, int, str]]:
+    """Yield a cgroup's directory, its memory limit in bytes, and the name of its usage file."""
+    for base in _cgroup_dirs():
+        for limit_name, usage_name in CGROUP_FILES:
+            if (limit := _number(base / limit_name)) is not None:
+                yield base, limit, usage_name
 
 
 def _cgroup_dirs() -> list[Path]:

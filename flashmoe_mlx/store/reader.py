@@ -1,7 +1,7 @@
-"""Reader threads: byte ranges of files straight into memory that is already there.
+"""Reader threads: read byte ranges of files into existing memory.
 
-A *piece* is one `preadv`. The pieces of one expert share an `Arrival`, which is over when the last
-of them is; only then may anybody read those bytes, or write others there.
+A *piece* is one `preadv`. The pieces of one expert share an `Arrival`, which is done when its last
+piece is; until then its memory must not be read or reused.
 """
 
 import contextlib
@@ -21,97 +21,97 @@ from .signals import defer_signals
 
 
 class Arrival:
-    """Bytes on their way into memory.
+    """An expert's reads in flight.
 
     Attributes:
-        pieces: how many `preadv` calls bring them, if none returns early.
-        left: pieces that are not over yet, and one more while the whole is to be checked.
-        nbytes: bytes that came.
-        error: why they are not all there; the first reason found.
-        useless: whether nobody wants them, as it turned out.
+        pieces: number of pieces.
+        left: pieces that are not done, plus one for a checksum that is not compared yet.
+        nbytes: bytes read so far.
+        error: the first error, if any.
+        useless: whether this was a prefetch that no request used.
     """
 
-    __slots__ = ("_over", "check", "error", "left", "nbytes", "pieces", "useless")
+    __slots__ = ("_running", "check", "error", "left", "nbytes", "pieces", "useless")
 
     def __init__(self, pieces: int) -> None:
-        """Expect so many pieces, at least one."""
+        """Expect `pieces` pieces, at least one."""
         self.pieces = self.left = pieces
         self.nbytes = 0
         self.error: FlashMoEError | None = None
         self.useless = False
         self.check: Callable[[], FlashMoEError | None] | None = None
-        self._over = threading.Lock()  # held until it is over; a third of the cost of an Event
-        self._over.acquire()
+        self._running = threading.Lock()  # held until done; a third of the cost of an Event
+        self._running.acquire()
 
     def expect_check(self, check: Callable[[], FlashMoEError | None]) -> None:
-        """Have the bytes checked when all are there; called before the first is read."""
+        """Check the bytes once all are read. Call this before the first read."""
         self.check = check
         self.left += 1
 
     @property
-    def unchecked(self) -> bool:
-        """Say whether all bytes are there, and whoever brought the last has to check them now."""
+    def needs_check(self) -> bool:
+        """Say whether all bytes are read, so that the thread of the last piece must check them."""
         return self.left == 1 and self.check is not None and not self.error
 
     @property
-    def over(self) -> bool:
-        """Say whether nothing will be written any more, be the bytes whole or not."""
+    def done(self) -> bool:
+        """Say whether all writes have ended, with or without an error."""
         return not self.left
 
     def wait(self) -> None:
-        """Return when it is over."""
-        with self._over:
+        """Return when it is done."""
+        with self._running:
             pass
 
     @property
-    def doomed(self) -> bool:
-        """Say whether bytes are still being written, and yet it will not be whole."""
+    def failing(self) -> bool:
+        """Say whether it has an error while other pieces are still being read."""
         return bool(self.left and self.error)
 
     def advance(self, nbytes: int, error: FlashMoEError | None) -> None:
-        """Count a piece that is over. Callers hold one lock."""
+        """Count a piece that is done. Callers hold a common lock."""
         self.nbytes += nbytes
         self.error = self.error or error
         self.left -= 1
-        if self.left == 1 and self.check and self.error:  # there is nothing to check
+        if self.left == 1 and self.check and self.error:  # incomplete bytes need no check
             self.left = 0
         if not self.left:
-            self._over.release()
+            self._running.release()
 
 
 REMEDIES = {
-    errno.ENODEV: "The disk is gone: connect it again, and load the model again.",
-    errno.ENXIO: "The disk is gone: connect it again, and load the model again.",
-    errno.ENOMEM: "Memory is short: end other programs, or load with a smaller expert_cache.",
-    errno.ESTALE: "The file server has another file there: load the model again.",
+    errno.ENODEV: "The disk is disconnected: reconnect it, and load the model again.",
+    errno.ENXIO: "The disk is disconnected: reconnect it, and load the model again.",
+    errno.ENOMEM: "Memory is short: close other programs, or load with a smaller expert_cache.",
+    errno.ESTALE: "The file server has replaced the file: load the model again.",
 }
-OTHERS = "Check the disk."
+DEFAULT_REMEDY = "Check the disk."
 
-Preadv = Callable[[int, Sequence[Any], int], int]  # descriptor, rows, offset; bytes that came
-Piece = tuple[int, int, int, list[Row], Arrival]  # descriptor, offset, bytes, rows, of what
+Preadv = Callable[[int, Sequence[Any], int], int]  # descriptor, rows, offset -> bytes read
+Piece = tuple[int, int, int, list[Row], Arrival]  # descriptor, offset, bytes, rows, expert
 
 
 class Batch:
-    """Pieces that are asked for together, in the order to read them."""
+    """Pieces of one request, in the order to read them."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        """Collect pieces that nobody has begun."""
+        """Collect pieces that have not started."""
         self.pieces = deque(pieces)
 
 
 class Reader:
-    """Threads that live as long as the files are open, and read pieces in the order given."""
+    """Threads that read pieces in the order given, until the files close."""
 
     def __init__(self, names: Mapping[int, Path], threads: int, backend: Backend) -> None:
         """Start the threads.
 
         Args:
-            names: file descriptors, and what to call the files in errors.
-            threads: how many.
-            backend: of the rows, which knows how to fill them.
+            names: path of each file descriptor, for errors.
+            threads: number of threads.
+            backend: device whose rows are filled.
 
         Raises:
-            FlashMoEError: the system does not give so many threads.
+            FlashMoEError: the system refuses to start that many threads.
         """
         self._names = names
         self._preadv: Preadv = backend.preadv
@@ -134,16 +134,16 @@ class Reader:
             self.close()
             raise FlashMoEError(
                 f"io_threads = {threads}: the system started {started} and refuses more ({error}). "
-                "Give fewer, or raise its limit (ulimit -u)."
+                "Use fewer, or raise the limit (ulimit -u)."
             ) from error
 
     @property
     def width(self) -> int:
-        """How many pieces are read at a time."""
+        """How many pieces are read concurrently."""
         return self._bulk.width if self._bulk else len(self.threads)
 
     def start(self, batch: Batch) -> None:
-        """Have pieces read and return at once, or once those that are read in bulk are there."""
+        """Start to read pieces; bulk reads finish before this returns."""
         self._batches.add(batch)
         if self._bulk:
             self._read_at_once(batch, self._bulk)
@@ -151,22 +151,22 @@ class Reader:
             self._queue.put(batch)
 
     def _read_at_once(self, batch: Batch, bulk: BulkReads) -> None:
-        """Read a batch by one call; pieces that do not come whole are left to the threads."""
+        """Read a batch in one call, and leave incomplete pieces to the threads."""
         with self._lock:
             self._count_seconds()
             self._in_flight += 1
         pieces = list(filter(bulk.takes, batch.pieces))
         others = [piece for piece in batch.pieces if not bulk.takes(piece)]
         try:
-            came = bulk.read(pieces) if pieces else []
-        except FlashMoEError:  # the threads will find out which file it is
-            came = [0] * len(pieces)
+            counts = bulk.read(pieces) if pieces else []
+        except FlashMoEError:  # the threads will name the file
+            counts = [0] * len(pieces)
         with self._lock:
             self._count_seconds()
             self._in_flight -= 1
             batch.pieces.clear()
             batch.pieces.extend(others)
-            for piece, count in zip(pieces, came, strict=True):
+            for piece, count in zip(pieces, counts, strict=True):
                 if count == piece[2]:
                     piece[-1].advance(count, None)
                 else:
@@ -183,23 +183,23 @@ class Reader:
             self._preadv, self._bulk = before
 
     def help(self, batch: Batch) -> None:
-        """Read pieces of a batch that is started in the calling thread, until none is left.
+        """Read a batch's remaining pieces in the calling thread.
 
-        Who has to wait anyway is awake already, and the other threads need not wake it. Ctrl-C
-        ends it behind the piece that is being read.
+        The caller would wait anyway, and this saves waking it up. Ctrl-C stops it after the piece
+        being read.
         """
         with self._helping, defer_signals() as interrupted:
             while not interrupted and (piece := self._take(batch)):
                 self._read(piece)
 
-    def drop(self, batch: Batch, unwanted: Set[Arrival] | None = None) -> None:
-        """Give up what no thread has begun: it fails, once its other pieces are over.
+    def cancel(self, batch: Batch, unwanted: Set[Arrival] | None = None) -> None:
+        """Cancel pieces that no thread has started; their arrivals fail when all pieces are done.
 
         Args:
-            batch: pieces.
-            unwanted: give up only what belongs to these.
+            batch: the pieces.
+            unwanted: cancel only the pieces of these arrivals, by default all.
         """
-        error = FlashMoEError("reading was given up; load the model again.")
+        error = FlashMoEError("the read was cancelled; load the model again.")
         with defer_signals(), self._lock:
             pieces, kept = batch.pieces, list[Piece]()
             while pieces:
@@ -213,16 +213,16 @@ class Reader:
                 self._batches.discard(batch)
 
     def take_seconds(self) -> float:
-        """Return for how long some read was in flight since this was last asked."""
+        """Return the time with at least one read in flight since the last call."""
         with self._lock:
             self._count_seconds()
             seconds, self._seconds = self._seconds, 0.0
             return seconds
 
     def close(self) -> None:
-        """Drop what no thread has begun, wait for what one has, and end the threads."""
+        """Cancel pieces that have not started, wait for the others, and end the threads."""
         for batch in list(self._batches):
-            self.drop(batch)
+            self.cancel(batch)
         for _ in self.threads:
             self._queue.put(None)
         for thread in self.threads:
@@ -233,9 +233,9 @@ class Reader:
     def _work(self) -> None:
         while batch := self._queue.get():
             while piece := self._take(batch):
-                with contextlib.suppress(BaseException):  # its arrival has failed; the thread lives
+                with contextlib.suppress(BaseException):  # its arrival has the error
                     self._read(piece)
-                del piece  # or the thread would keep its memory while it waits for more
+                del piece  # or the waiting thread would keep its memory
             del batch
 
     def _take(self, batch: Batch) -> Piece | None:
@@ -248,13 +248,13 @@ class Reader:
             return batch.pieces.popleft()
 
     def _read(self, piece: Piece) -> None:
-        """Read a piece, and count it as over whatever happens: others wait for that."""
+        """Read a piece, and count it as done even after an error: other threads wait for it."""
         done, error = 0, None
         try:
             done, error = self._fill(piece)
-        except BaseException as reason:  # a signal's handler may raise anything in the main thread
+        except BaseException as reason:  # a signal handler may raise anything in the main thread
             error = FlashMoEError(
-                f"{self._names[piece[0]]}: reading an expert was broken off ({reason!r}). Retry."
+                f"{self._names[piece[0]]}: reading an expert was interrupted ({reason!r}). Retry."
             )
             error.__cause__ = reason
             if not isinstance(reason, Exception):
@@ -264,14 +264,14 @@ class Reader:
                 self._count_seconds()
                 self._in_flight -= 1
                 piece[-1].advance(done, error)
-                unchecked = piece[-1].unchecked
-            if unchecked:
+                needs_check = piece[-1].needs_check
+            if needs_check:
                 self._check(piece[-1])
 
     def _check(self, arrival: Arrival) -> None:
-        """Check bytes that are all there, and count that as over whatever happens."""
+        """Check complete bytes, and count that as done even after an error."""
         assert arrival.check
-        error: FlashMoEError | None = FlashMoEError("checking an expert was broken off. Retry.")
+        error: FlashMoEError | None = FlashMoEError("checking an expert was interrupted. Retry.")
         try:
             error = arrival.check()
         finally:
@@ -279,9 +279,9 @@ class Reader:
                 arrival.advance(0, error)
 
     def _fill(self, piece: Piece) -> tuple[int, FlashMoEError | None]:
-        """Return how much of a piece came, and why not all of it.
+        """Read a piece; return the bytes read, and an error if some are missing.
 
-        `preadv` may return less than asked, so go on until all is there.
+        `preadv` may return less than requested, so it is repeated.
         """
         descriptor, offset, nbytes, rows, _ = piece
         if (room := sum(map(len, rows))) != nbytes:
@@ -305,27 +305,27 @@ class Reader:
     def _failure(
         self, descriptor: int, offset: int, end: int, reason: Exception | None
     ) -> FlashMoEError:
-        """Say what is wrong with a file that could not be read at `offset`."""
+        """Return the error for a failed read at `offset`."""
         name = self._names[descriptor]
         try:
             size = os.fstat(descriptor).st_size
         except OSError:
             size = end
-        if reason is None or size < end:  # unbuffered reads fail there, instead of returning less
+        if reason is None or size < end:  # direct reads fail there instead of returning less
             error = FlashMoEError(
                 f"{name}: ends at byte {min(size, offset)}, in the middle of an expert. The file "
-                "was cut short while the model was in use; restore it and load the model again."
+                "was truncated while the model was in use; restore it and load the model again."
             )
         else:
             short = isinstance(reason, MemoryError)
             code = errno.ENOMEM if short else getattr(reason, "errno", None)
-            remedy = REMEDIES.get(code or 0, OTHERS)
+            remedy = REMEDIES.get(code or 0, DEFAULT_REMEDY)
             error = FlashMoEError(
                 f"{name}: reading an expert at byte {offset} failed "
                 f"({getattr(reason, 'strerror', None) or repr(reason)}); nothing was computed from "
                 f"it. {remedy}"
             )
-        error.__cause__ = reason and reason.with_traceback(None)  # frames keep what they wait for
+        error.__cause__ = reason and reason.with_traceback(None)  # frames would keep memory
         return error
 
     def _count_seconds(self) -> None:
@@ -336,7 +336,7 @@ class Reader:
 
 
 def skip(rows: Sequence[Row], nbytes: int) -> list[Row]:
-    """Return what is left of `rows` behind their first `nbytes` bytes."""
+    """Return `rows` without their first `nbytes` bytes."""
     left: list[Row] = []
     for row in rows:
         if nbytes < len(row):
@@ -346,7 +346,7 @@ def skip(rows: Sequence[Row], nbytes: int) -> list[Row]:
 
 
 def cut(rows: Sequence[Row], nbytes: int) -> Iterator[list[Row]]:
-    """Cut `rows` into lists of exactly `nbytes` bytes; the last may have fewer."""
+    """Cut `rows` into lists of `nbytes` bytes; the last may have fewer."""
     part: list[Row] = []
     room = nbytes
     for row in rows:

@@ -1,4 +1,4 @@
-"""Experts asked for, and what was computed from them: who keeps slots from being written anew."""
+"""Requests for experts, and arrays computed from them: neither's slots may be overwritten."""
 
 import threading
 import weakref
@@ -14,58 +14,58 @@ KEPT_CONSUMERS = 2  # one for each half of a layer's slots
 
 
 class Consumer(NamedTuple):
-    """What was computed, perhaps not yet, from slots of a layer; None stands for all of them."""
+    """A possibly unevaluated array that reads slots of a layer; None means all slots."""
 
     array: mx.array
     layer: int
     slots: frozenset[int] | None
 
     def reads(self, layer: int, slots: Iterable[int]) -> bool:
-        """Say whether it may read one of some slots."""
+        """Say whether it may read one of these slots."""
         mine = self.slots is None or not self.slots.isdisjoint(slots)
         return self.layer == layer and mine
 
 
 class Consumers(list[Consumer]):
-    """What was computed from slots and may not be evaluated yet; each keeps memory."""
+    """Consumers that may not be evaluated yet; each keeps memory."""
 
     def hold(self, consumer: Consumer) -> None:
-        """Add one, and evaluate the oldest when there are more than KEPT_CONSUMERS."""
+        """Add a consumer, and evaluate the oldest beyond KEPT_CONSUMERS."""
         self.append(consumer)
         self.evaluate(self[:-KEPT_CONSUMERS])
 
     def of_layer(self, layer: int) -> list[Consumer]:
-        """Return those that read a layer's slots."""
+        """Return the consumers of a layer."""
         return [held for held in self if held.layer == layer]
 
     def of_slots(self, layer: int, slots: Iterable[int]) -> list[Consumer]:
-        """Return those that may read one of some slots."""
+        """Return the consumers that may read one of these slots."""
         return [held for held in self if held.reads(layer, slots)]
 
     def evaluate(self, consumers: list[Consumer]) -> None:
-        """Evaluate some and forget them."""
+        """Evaluate consumers and forget them."""
         if consumers:
             mx.eval([consumer.array for consumer in consumers])
             self.forget(consumers)
 
     def forget(self, consumers: list[Consumer]) -> None:
-        """Drop some."""
+        """Forget consumers."""
         done = set(map(id, consumers))
         self[:] = [held for held in self if id(held) not in done]
 
 
 class Pending:
-    """Experts asked for, of which some may be on their way.
+    """A request for experts, some of which may still be in flight.
 
-    As long as it lives and has not failed, its slots are not given to other experts. Who drops
-    one that was not waited for loses nothing: its experts arrive all the same.
+    It keeps its slots until it is deleted, released, or fails. Dropping a request without waiting
+    is safe: its reads still complete.
 
     Attributes:
         layer: decoder layer.
-        experts: ids, as asked for.
-        slots: where they lie, or will; their bytes are whole when `wait` has returned.
-        released: whether its slots may be given to others though it lives.
-        thread: which one asked.
+        experts: ids, in the order requested.
+        slots: one for each expert; their bytes are complete when `wait` has returned.
+        released: whether other experts may take its slots.
+        thread: id of the thread that made the request.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Pending:
         wait: Wait,
         reads: tuple[Batch | None, list[Arrival]],
     ) -> None:
-        """Remember what was asked, how to wait for it, and what is on its way."""
+        """Record the request, how to wait for it, and the reads in flight."""
         self.layer = layer
         self.experts = experts
         self.slots = slots
@@ -86,11 +86,11 @@ class Pending:
         self._batch, self._arrivals = reads
 
     def wait(self) -> list[int]:
-        """Return the slots when all bytes are there.
+        """Wait for all bytes, and return the slots.
 
         Raises:
-            FlashMoEError: a file is shorter than it was, or cannot be read, or the store was
-                closed. The bank then holds what it held, less what was dropped to make room.
+            FlashMoEError: a file is truncated or cannot be read, or the store was closed. The bank
+                keeps its other experts, except those evicted to make room.
         """
         try:
             if self._arrivals:
@@ -105,28 +105,28 @@ class Pending:
         return self.slots
 
     def release(self) -> None:
-        """Let others have the slots once they are at rest, as if it lived no more."""
+        """Let other experts take the slots, as soon as their reads are done."""
         self.released = True
 
 
 class Requests:
-    """The requests of each layer that still need their slots."""
+    """Each layer's requests that still need their slots."""
 
     def __init__(self, layers: int) -> None:
         """Start without any."""
-        # References that call nothing when a request dies: Ctrl-C would be lost in there.
+        # Without callbacks: a Ctrl-C inside one would be lost.
         self._of: list[list[weakref.ref[Pending]]] = [[] for _ in range(layers)]
 
     def add(self, pending: Pending) -> None:
-        """Remember a request for as long as somebody keeps it."""
-        living = (*self.living(pending.layer), pending)
-        self._of[pending.layer] = [weakref.ref(request) for request in living]
+        """Track a request until its last reference is gone."""
+        active = (*self.active(pending.layer), pending)
+        self._of[pending.layer] = [weakref.ref(request) for request in active]
 
-    def living(self, layer: int) -> list[Pending]:
-        """Return the requests whose slots must stay theirs."""
+    def active(self, layer: int) -> list[Pending]:
+        """Return the requests that keep their slots."""
         found = (reference() for reference in self._of[layer])
         return [pending for pending in found if pending and not pending.released]
 
-    def kept(self, layer: int, experts: Iterable[int]) -> set[int]:
-        """Return experts whose slots must stay theirs: these, and those of living requests."""
-        return set(experts).union(*(pending.experts for pending in self.living(layer)))
+    def reserved(self, layer: int, experts: Iterable[int]) -> set[int]:
+        """Return the experts that must not be evicted: these, and those of active requests."""
+        return set(experts).union(*(pending.experts for pending in self.active(layer)))

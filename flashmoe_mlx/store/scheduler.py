@@ -1,4 +1,4 @@
-"""Experts of a prompt in batches: each is read once, however few slots a layer has."""
+"""Expert batches of a prompt: each expert is read once, however few slots a layer has."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -8,27 +8,27 @@ import numpy as np
 from .requests import Pending
 from .store import ExpertStore
 
-FEW = 16  # missing experts, which are not worth a pause between the first half and the second
+FEW = 16  # missing experts; splitting fewer in halves costs more than it overlaps
 
 
 def expert_batches(
     store: ExpertStore, layer: int, ids: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Load experts, as many at a time as the layer has slots.
+    """Load experts in batches that fit the layer's slots.
 
-    Those that are resident come first, so that they are computed while others are read; of the
-    others, those that most rows ask for come last and stay for the tokens that follow. Where
-    reading takes the computing cores' time, all that fit come together. While one batch is
-    computed the next ones are read, as far ahead as there are slots.
+    Resident experts come first, so that they compute while others are read. Of the others, those
+    with the most rows come last and stay resident for the next tokens. If reading takes time of the
+    computing cores, all experts that fit come in one batch. While one batch computes, the next ones
+    are read, as far ahead as slots allow.
 
     Args:
-        store: of the experts.
+        store: the experts' store.
         layer: decoder layer.
         ids: `[..., K]` expert ids.
 
     Yields:
-        The flat places in `ids` whose experts are there now, and their slots. They stay until the
-        next batch is asked for, or what was given to `ExpertStore.hold` is evaluated.
+        The flat positions in `ids` of the batch's experts, and their slots. They stay valid until
+        the next batch, or until an array given to `ExpertStore.hold` is evaluated.
     """
     flat, bank = ids.reshape(-1), store.banks[layer]
     counts = np.bincount(flat, minlength=bank.layout.num_experts)
@@ -59,20 +59,20 @@ def expert_batches(
         while ahead:
             yield serve()
             ahead.popleft()
-    finally:  # if it failed, whoever keeps the traceback keeps this frame
+    finally:  # after an error, the traceback keeps this frame
         for pending in ahead:
             pending.release()
 
 
 def split(store: ExpertStore, layer: int, experts: np.ndarray, rows: np.ndarray) -> list[list[int]]:
-    """Split experts into groups of which two fit the slots: resident ones, then by rows."""
+    """Split experts into batches of which two fit the slots: resident ones, then by rows."""
     bank = store.banks[layer]
     if len(experts) <= len(bank) and store.reads_compute:
         return [experts.tolist()]
     by_rows = experts[np.argsort(rows, kind="stable")].tolist()
     resident = set(bank.resident(by_rows))
     missing = [e for e in by_rows if e not in resident]
-    missing.sort(key=bank.arriving.__contains__, reverse=True)  # on their way: first
+    missing.sort(key=bank.arriving.__contains__, reverse=True)  # in flight: first
     most = len(bank) if len(experts) <= len(bank) else max(1, len(bank) // 2)
     half = min(most, max(FEW, -(-len(missing) // 2)))
     batches = _groups([e for e in by_rows if e in resident], most) + _groups(missing, half)
@@ -80,5 +80,5 @@ def split(store: ExpertStore, layer: int, experts: np.ndarray, rows: np.ndarray)
 
 
 def _groups(experts: list[int], size: int) -> list[list[int]]:
-    """Cut a list into pieces of at most `size`."""
+    """Split a list into groups of at most `size`."""
     return [experts[i : i + size] for i in range(0, len(experts), size)] if experts else []

@@ -1,4 +1,4 @@
-"""Stretches of code that no signal tears apart."""
+"""Defer signals, so that their handlers cannot interrupt an update."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from _signal import signal as set_handler
 from types import FrameType, TracebackType
 from typing import Any
 
-# `signal.signal` itself also looks for handlers' names, which takes ten times as long.
+# `signal.signal` also looks up names of handlers, which takes ten times as long.
 SIGNALS = tuple(
     int(getattr(signal, name))
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
@@ -16,30 +16,30 @@ SIGNALS = tuple(
 
 
 class defer_signals:
-    """Let signals wait until the block is over, and have them handled there.
+    """Defer signals until the end of the block.
 
-    Python calls a signal's handler in the main thread between any two steps. If it raises, as
-    Ctrl-C's does, and as those of timeouts and of SIGTERM often do, half of a change would be made.
-    Other threads are never interrupted.
+    Python calls signal handlers in the main thread between any two bytecodes. A handler that
+    raises, as those of Ctrl-C, timeouts and SIGTERM do, would leave an update half done. Other
+    threads are never interrupted.
 
-    As a context it is a list that is empty as long as there was no signal.
+    `with` yields the list of signals received so far.
     """
 
     def __enter__(self) -> list[int]:
-        """Put the handlers off."""
-        self._waiting: list[int] = []
+        """Replace the handlers."""
+        self._received: list[int] = []
         self._before: list[tuple[int, Any]] = []
         if threading.current_thread() is threading.main_thread():
             try:
                 for number in SIGNALS:
-                    # Otherwise it ends the process, is ignored, or was not set from Python.
+                    # Others end the process, are ignored, or were not set from Python.
                     if callable(handler := get_handler(number)):
                         self._before.append((number, handler))
                         set_handler(number, self._note)
-            except BaseException:  # from one that was not put off yet
+            except BaseException:  # from a handler that is not replaced yet
                 self._restore()
                 raise
-        return self._waiting
+        return self._received
 
     def __exit__(
         self,
@@ -47,20 +47,20 @@ class defer_signals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Put the handlers back, and call those that are due."""
+        """Restore the handlers, and call those whose signals arrived."""
         self._restore()
 
     def _restore(self) -> None:
-        """Do so one by one, the first last, whatever they raise."""
+        """Restore all handlers in reverse order, even if one of them raises."""
         try:
             if self._before:
                 number, handler = self._before.pop()
                 set_handler(number, handler)
-                if number in self._waiting:
+                if number in self._received:
                     signal.raise_signal(number)
         finally:
             if self._before:
                 self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._waiting.append(number)
+        self._received.append(number)

@@ -1,4 +1,4 @@
-"""How many experts each layer's slots hold, and how they are read."""
+"""How many slots each layer has, and how experts are read."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ class IoPlan:
     reason: str
 
     def __str__(self) -> str:
-        """A few words for people."""
+        """Describe the reads."""
         return f"{'direct' if self.direct else 'buffered'} reads ({self.reason})"
 
 
@@ -23,7 +23,7 @@ BUFFERED = IoPlan(False, "the default")
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The chosen size of the slot banks, and why; and how they are filled."""
+    """Slots per layer, their total bytes, the reason, and how experts are read."""
 
     slots: int
     nbytes: int
@@ -31,18 +31,18 @@ class CachePlan:
     io: IoPlan = BUFFERED
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Return one readable line."""
         return (
             f"Expert cache: {self.nbytes / 2**20:.0f} MiB, "
             f"{self.slots} experts per layer ({self.reason}); {self.io}"
         )
 
 
-def asked_slots(expert_cache: int | str, layout: ExpertLayout, top_k: int) -> int | None:
-    """Return the slots per layer that a size in bytes gives, None for "auto".
+def requested_slots(expert_cache: int | str, layout: ExpertLayout, top_k: int) -> int | None:
+    """Return the slots per layer for a size in bytes, None for "auto".
 
     Raises:
-        FlashMoEError: the size holds less than one token's working set.
+        FlashMoEError: the size holds fewer experts than one token needs.
     """
     if expert_cache == "auto":
         return None
@@ -65,32 +65,31 @@ def plan_cache(
     activations: int = 0,
     apart: bool = False,
 ) -> CachePlan:
-    """Choose how many slots each layer's bank gets.
+    """Choose how many slots each layer gets.
 
-    `auto` keeps every expert resident if experts and trunk fit in 70 % of the available memory.
-    Otherwise the banks take a quarter of what the trunk leaves, because the page cache holds
-    experts as well as the banks do and gives way under pressure. Direct reads leave nothing in the
-    page cache, so with them the banks take what is left of the 70 %, or less if a chunk of a prompt
-    needs more room.
+    `auto` keeps all experts resident if they and the trunk fit in 70 % of the available memory.
+    Otherwise the slots take a quarter of the memory that the trunk leaves, because the page cache
+    holds experts as well and shrinks under pressure. Direct reads bypass the page cache, so the
+    slots take the rest of the 70 %, or less if a prompt chunk's activations need more.
 
     Args:
         expert_cache: bytes for all layers together, or "auto".
         layout: where the experts lie.
-        top_k: experts per token; a bank is never smaller.
-        trunk_bytes: resident weights.
-        available: bytes that may still be used.
-        io: how the banks will be filled.
-        activations: bytes that computing a chunk of a prompt takes.
-        apart: the banks lie in a GPU's own memory, which the page cache has no use for.
+        top_k: experts per token, the least number of slots.
+        trunk_bytes: bytes of resident weights.
+        available: bytes that may still be allocated.
+        io: how experts are read.
+        activations: bytes of a prompt chunk's activations.
+        apart: whether slots lie in GPU memory, which the page cache cannot use.
 
     Raises:
-        FlashMoEError: the size given holds less than one token's working set, or does not fit.
+        FlashMoEError: the size holds fewer experts than one token needs, or is not available.
     """
     experts = layout.layers[0].num_experts
     per_slot = layout.token_bytes
     smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts", io)
     whole = CachePlan(experts, experts * per_slot, "all experts fit in memory", io)
-    slots = asked_slots(expert_cache, layout, top_k)
+    slots = requested_slots(expert_cache, layout, top_k)
     if slots is not None:
         if slots * per_slot > available:
             raise FlashMoEError(

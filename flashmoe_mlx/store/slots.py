@@ -1,7 +1,7 @@
-"""Slot banks: memory for a layer's experts, and which expert lies where.
+"""Slots: memory for a layer's experts, and the table of which expert lies where.
 
-A *bank* is nine MLX arrays `[slots, ...]` per layer. Readers write an expert's bytes from the file
-straight into one row of each, through `memoryview`; no other copy of the bytes exists.
+A layer's bank is nine MLX arrays `[slots, ...]`. Reads go from the file directly into one row of
+each array, without another copy.
 """
 
 import math
@@ -21,57 +21,50 @@ from .reader import Arrival, Piece, cut
 
 DTYPES = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 Cut = tuple[int, int, int, int, list[Row]]  # descriptor, offset of expert 0, step, bytes, rows
-NEVER = -1e30  # log2 of no uses, as a number
-HALF_LIFE = 128  # uses of a layer's experts, after which an earlier one counts half
+NEVER = -1e30  # stands for log2(0)
+HALF_LIFE = 128  # uses of a layer's experts
 
 
 class DecayedLFU:
-    """How much each expert of a layer was used, of late above all.
+    """Use counts of a layer's experts, in which each use decays with a half-life.
 
-    Between least recently used (a half-life of one use) and least frequently used (no end of it).
-    dev/LOG.md says what that gains.
+    A half-life of 1 is least recently used, an infinite one least frequently used; dev/LOG.md has
+    the hit rates.
     """
 
     def __init__(self, experts: int, half_life: float = HALF_LIFE) -> None:
-        """Begin with experts that were never used."""
+        """Start without any use."""
         self._half_life, self._uses = half_life, 0
         self._score = [-math.inf] * experts
 
     def count(self, expert: int) -> None:
-        """Count a use. A later one weighs more, instead of earlier ones less; scores are log2."""
+        """Count a use. Scores are log2, and grow with time instead of decaying."""
         self._uses += 1
         now = self._uses / self._half_life
         self._score[expert] = now + math.log2(1 + 2 ** (self._score[expert] - now))
 
     def ascending(self, experts: Iterable[int]) -> list[int]:
-        """Return experts in the order in which to give them up."""
+        """Return experts in the order in which to evict them."""
         return sorted(experts, key=self._score.__getitem__)
 
     def scores(self) -> np.ndarray:
-        """Return log2 of each expert's uses as they count now, `[experts]` float32."""
+        """Return log2 of each expert's decayed uses, `[experts]` float32."""
         now = self._uses / self._half_life
         return np.maximum(np.array(self._score) - now, NEVER).astype(np.float32)
 
-    def adopt(self, scores: np.ndarray) -> None:
-        """Go on from what `scores` returned, perhaps of another's."""
+    def set_scores(self, scores: np.ndarray) -> None:
+        """Continue from scores that `scores` returned."""
         now = self._uses / self._half_life
         self._score = [-math.inf if s <= NEVER else now + s for s in scores.tolist()]
 
 
 class SlotBank:
-    """The slots of one layer: free, taken by an expert, or waiting for an expert's bytes."""
+    """The slots of one layer: free, occupied by an expert, or being read into."""
 
     def __init__(
         self, layout: LayerLayout, slots: int, files: Mapping[Path, int], backend: Backend
     ) -> None:
-        """Allocate `slots` rows for each of the layer's nine tensors.
-
-        Args:
-            layout: the layer's experts.
-            slots: how many experts to have room for.
-            files: descriptors of the open expert files.
-            backend: of the device that reads the slots.
-        """
+        """Allocate `slots` rows for each of the nine tensors; `files` maps paths to descriptors."""
         self.layout = layout
         self.arrays = [backend.allocate((slots, *f.shape), DTYPES[f.dtype]) for f in layout.fields]
         self._slots = slots
@@ -80,7 +73,7 @@ class SlotBank:
         self._cuts: dict[tuple[int, int], list[Cut]] = {}
         self._free = dict.fromkeys(range(slots))
         self._slot_of: dict[int, int] = {}
-        self._demand = DecayedLFU(layout.num_experts)
+        self._uses = DecayedLFU(layout.num_experts)
         self._expert_in: dict[int, int] = {}
         self.arriving: dict[int, tuple[int, Arrival]] = {}
 
@@ -89,53 +82,53 @@ class SlotBank:
         return self._slots
 
     def resident(self, experts: Iterable[int]) -> list[int]:
-        """Return those of `experts` that are in the bank now."""
+        """Return the experts among these that are resident."""
         return [e for e in experts if e in self._slot_of]
 
     def absent(self, experts: Iterable[int]) -> list[int]:
-        """Return those of `experts` that are neither in the bank nor on their way, sorted."""
+        """Return the experts among these that are neither resident nor being read, sorted."""
         return sorted(e for e in experts if e not in self._slot_of and e not in self.arriving)
 
     def touch(self, expert: int) -> int:
-        """Return the slot of an expert that is there or on its way, and count a use of it."""
-        if self._slots < self.layout.num_experts:  # else none has to leave, ever
-            self._demand.count(expert)
+        """Return the slot of an expert that is resident or being read, and count a use."""
+        if self._slots < self.layout.num_experts:  # else nothing is evicted
+            self._uses.count(expert)
         return self.arriving[expert][0] if expert in self.arriving else self._slot_of[expert]
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
         """Return each expert's slot or NONE, uint32, and log2 of its uses, float32: `[experts]`."""
         slot_of = np.full(self.layout.num_experts, NONE, np.uint32)
         slot_of[list(self._slot_of)] = list(self._slot_of.values())
-        return slot_of, self._demand.scores()
+        return slot_of, self._uses.scores()
 
-    def adopt(self, slot_of: np.ndarray, scores: np.ndarray) -> None:
-        """Go on from a table like the one that `table` returns; nothing is on its way."""
+    def set_table(self, slot_of: np.ndarray, scores: np.ndarray) -> None:
+        """Continue from a table in the form of `table`; no reads may be in flight."""
         self._slot_of = {e: int(slot_of[e]) for e in np.flatnonzero(slot_of != NONE).tolist()}
         self._expert_in = {slot: e for e, slot in self._slot_of.items()}
         self._free = dict.fromkeys(s for s in range(self._slots) if s not in self._expert_in)
-        self._demand.adopt(scores)
+        self._uses.set_scores(scores)
 
     @property
     def holds_all(self) -> bool:
-        """Say whether every expert is resident; then expert e lies in slot e."""
+        """Say whether all experts are resident; then expert e lies in slot e."""
         return len(self._slot_of) == self.layout.num_experts
 
     def choose(self, experts: Sequence[int], keep: Set[int]) -> list[int] | None:
         """Return a slot for each expert, or None if there are too few.
 
-        Free slots come first, then those of the experts in least demand that are not in `keep`.
-        In a bank with room for all, expert e gets slot e.
+        Free slots come first, then those of the least used experts that are not in `keep`. If all
+        experts fit, expert e gets slot e.
         """
         if self._slots == self.layout.num_experts:
             return list(experts)
         slots = list(islice(self._free, len(experts)))
         if wanted := len(experts) - len(slots):
-            others = self._demand.ascending(self._slot_of.keys() - keep)
+            others = self._uses.ascending(self._slot_of.keys() - keep)
             slots += [self._slot_of[e] for e in others[:wanted]]
         return slots if len(slots) == len(experts) else None
 
     def expect(self, expert: int, slot: int, arrival: Arrival) -> None:
-        """Take a slot that `choose` returned from whoever has it, for bytes on their way."""
+        """Assign a slot from `choose` to an expert being read, evicting the one in it."""
         if slot in self._free:
             del self._free[slot]
         else:
@@ -143,31 +136,31 @@ class SlotBank:
         self.arriving[expert] = slot, arrival
 
     def complete(self) -> list[Arrival]:
-        """Make experts resident whose bytes are whole, and free the slots of those that failed.
+        """Make experts resident whose reads succeeded, and free the slots of those that failed.
 
         Returns:
-            The arrivals that were over.
+            The arrivals that were done.
         """
-        over = {e: there for e, there in self.arriving.items() if there[1].over}
-        for expert, (slot, arrival) in over.items():
+        done = {e: pair for e, pair in self.arriving.items() if pair[1].done}
+        for expert, (slot, arrival) in done.items():
             del self.arriving[expert]
             if arrival.error:
                 self._free[slot] = None
             else:
                 self._slot_of[expert], self._expert_in[slot] = slot, expert
-        return [arrival for _, arrival in over.values()]
+        return [arrival for _, arrival in done.values()]
 
     def pieces(self, expert: int, slot: int, parts: int) -> tuple[Arrival, list[Piece]]:
-        """Return what to read to bring an expert into a slot.
+        """Return the reads that load an expert into a slot.
 
         Args:
             expert: id.
-            slot: where to.
-            parts: into how many pieces of about equal size to cut a record. A checkpoint that
-                keeps an expert in nine places has nine or more.
+            slot: destination.
+            parts: pieces of about equal size per record. A stock checkpoint, with nine byte
+                ranges per expert, gives at least nine.
         """
         cuts = self._cuts.get((slot, parts)) or self._cut(slot, parts)
-        if self._slots < self.layout.num_experts:  # else each slot is written once
+        if self._slots < self.layout.num_experts:  # else each slot is read into once
             self._cuts[slot, parts] = cuts
         arrival = Arrival(len(cuts))
         return arrival, [
@@ -176,7 +169,7 @@ class SlotBank:
         ]
 
     def _cut(self, slot: int, parts: int) -> list[Cut]:
-        """Cut a slot's rows."""
+        """Cut a slot's rows into pieces for any expert."""
         most = -(-self.layout.record_bytes // (parts * BLOCK)) * BLOCK
         cuts = []
         for file, offset, first, last in self._spans:
@@ -187,7 +180,7 @@ class SlotBank:
         return cuts
 
     def rows(self, slot: int) -> list[Row]:
-        """Return the bytes of a slot's nine tensors, in the order in which a file has them."""
+        """Return the bytes of a slot's nine tensors, in file order."""
         return [self._row(slot, index) for index in range(len(self._views))]
 
     def _row(self, slot: int, index: int) -> Row:
@@ -197,14 +190,14 @@ class SlotBank:
         return self._views[index][slot * size : (slot + 1) * size]
 
 
-def no_room(layer: int, missing: int, slots: int, others: bool) -> FlashMoEError:
-    """Return the error for experts that find no slot, perhaps because of other threads."""
+def no_free_slots(layer: int, missing: int, slots: int, others: bool) -> FlashMoEError:
+    """Return the error for too few slots; `others`: another thread's requests hold some."""
     if others:
         return FlashMoEError(
-            f"layer {layer}: this model computes in another thread as well, and a bank of "
-            f"{slots} slots has no room for both. Let one generation at a time use it."
+            f"layer {layer}: another thread is generating with this model, and {slots} slots are "
+            "too few for both. Run one generation at a time."
         )
     return FlashMoEError(
         f"layer {layer}: {missing} more experts do not fit into a bank of {slots} slots beside "
-        "those in use. Ask for fewer at a time, or raise expert_cache."
+        "those in use. Request fewer at a time, or raise expert_cache."
     )

@@ -150,7 +150,7 @@ def test_unfinished_conversion(packed, tmp_path, capsys):
 
 def test_a_name_that_mlx_lm_takes_for_a_pattern(tmp_path):
     model = model_of(tmp_path / "model [4-bit]", leave="")
-    with pytest.raises(FlashMoEError, match=r"no directory with \*, \? or \[ in its name\. Rename"):
+    with pytest.raises(FlashMoEError, match=r"a directory with \*, \? or \[ in its name\. Rename"):
         load(model)
 
 
@@ -220,8 +220,8 @@ def test_mlx_without_a_backend(tmp_path):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(
-        "flashmoe-mlx: error: MLX cannot be imported (libmlx.so: cannot open). Install what it "
-        'computes with: pip install "mlx[cpu]" numba'
+        "flashmoe-mlx: error: MLX cannot be imported (libmlx.so: cannot open). Install its "
+        'back-end: pip install "mlx[cpu]" numba'
     )
 
 

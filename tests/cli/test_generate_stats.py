@@ -96,7 +96,7 @@ def load_tokenizer():
     [
         (["--stats-json", "no/s.json"], r"--stats-json no/s\.json: .*/no is not a directory\."),
         (["--stats-json", "/"], r"--stats-json /: cannot be written \(Is a directory\)\."),
-        (["--plot", "p.bmp"], r"--plot p\.bmp: not a picture\. End it in \.png, \.svg, \.pdf\."),
+        (["--plot", "p.bmp"], r"--plot p\.bmp: not an image file\. Use \.png, \.svg, \.pdf\."),
         (["--plot", "no/p.png"], r"--plot no/p\.png: .*/no is not a directory\."),
     ],
 )

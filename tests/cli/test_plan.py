@@ -197,4 +197,4 @@ def test_a_damaged_config(text, fault, tmp_path, capsys):
         main(["--model", str(tmp_path), "--machine", "m4-32"])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert f"config.json: {fault}" in error and "Restore the checkpoint's own." in error
+    assert f"config.json: {fault}" in error and "Restore the checkpoint's own file." in error

@@ -1,4 +1,4 @@
-"""docs/reference/format.md says what the files say: its example is made, its code is run."""
+"""docs/reference/format.md matches the files: its example is built, its code runs."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def example(tmp_path_factory) -> Path:
 
 
 def code(word: str) -> dict:
-    """Run the doc's Python block that holds a word, and return its names."""
+    """Run the doc's Python block that contains a word, and return its names."""
     (block,) = (b for b in re.findall(r"```python\n(.*?)```", DOC, re.S) if word in b)
     names: dict = {}
     exec(block, names)
@@ -90,7 +90,7 @@ def test_config_and_shim(example):
 
 
 def test_reader(example):
-    """The doc's reader brings the bytes of the tensors, and notices a changed one."""
+    """The doc's reader returns the tensors' bytes, and detects a changed one."""
     read_record = code("def read_record")["read_record"]
     path = example / "model_experts" / "layer_02.safetensors"
     found = read_record(str(example), 2, 57)

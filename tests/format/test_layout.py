@@ -1,4 +1,4 @@
-"""Where experts lie: every damaged or foreign directory is named, none is read by mistake."""
+"""Where experts lie; every damaged or foreign directory is an error that names it."""
 
 import json
 import os
@@ -182,7 +182,7 @@ def test_offsets_that_do_not_fit(packed, offsets):
 
 
 @pytest.mark.parametrize("text", [b"[]", b'{"a":1}', b'{"a":{"dtype":"U32"}}', b"{", b"\xff\xff"])
-def test_header_that_is_no_header(tmp_path, text):
+def test_a_header_that_is_not_one(tmp_path, text):
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(FlashMoEError, match=r"x.safetensors: damaged safetensors header"):
@@ -211,7 +211,7 @@ def test_manifest_of_the_future(packed):
         opened(packed)
 
 
-def test_manifest_of_something_else(packed):
+def test_manifest_of_another_format(packed):
     edit_manifest(packed, format="other")
     with pytest.raises(FlashMoEError, match=r"not a flashmoe-experts manifest"):
         opened(packed)

@@ -1,4 +1,4 @@
-"""Settings: where they come from, what they may be, and the size chosen for the cache."""
+"""Settings: their sources, valid values, and the size of the cache."""
 
 import pytest
 from model_helpers import CONFIG
@@ -67,7 +67,7 @@ def test_explicit_settings_beat_variables_beat_config(monkeypatch):
         ("FLASHMOE_IO_THREADS", "0", "FLASHMOE_IO_THREADS = '0' is not a whole number"),
         ("FLASHMOE_IO_THREADS", "two", "FLASHMOE_IO_THREADS = 'two' is not a whole number"),
         ("FLASHMOE_EXPERTS_PER_TOKEN", "-1", "FLASHMOE_EXPERTS_PER_TOKEN = '-1' is not"),
-        ("FLASHMOE_STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' is not a switch"),
+        ("FLASHMOE_STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' must be 1 or 0"),
     ],
 )
 def test_bad_variables_are_named(monkeypatch, variable, value, message):
@@ -76,7 +76,7 @@ def test_bad_variables_are_named(monkeypatch, variable, value, message):
         StreamConfig.resolve({})
 
 
-def test_cache_as_asked():
+def test_cache_of_a_given_size():
     plan = plan_cache(2 * 10 * 5 + 7, layout_of(8, 10), 3, 0, 10**9)
     assert (plan.slots, plan.nbytes) == (5, 100)
     assert plan_cache(10**9, layout_of(8, 10), 3, 0, 160).slots == 8
@@ -122,7 +122,7 @@ def test_config_flat_and_nested():
     assert args.tie_word_embeddings
 
 
-def test_older_configs_state_rope_beside_the_rest():
+def test_older_configs_have_flat_rope_keys():
     old = {k: v for k, v in CONFIG.items() if k != "rope_parameters"}
     args = ModelArgs.from_dict(old | {"rope_theta": 5.0, "partial_rotary_factor": 0.5})
     assert args.rope_parameters["rope_theta"] == 5.0
@@ -175,7 +175,7 @@ def test_expert_names():
 
 
 def test_direct_reads_leave_room_for_a_chunk_of_a_prompt():
-    """Banks then take what is left of 70 %, unless that is too much."""
+    """Slots then take the rest of 70 % of memory, unless activations need more."""
     direct = IoPlan(True, "as asked")
     experts = layout_of(100, 10), 3, 100  # 20 bytes for a slot in each layer
     assert plan_cache("auto", *experts, 1300, direct).slots == (0.7 * 1300 - 100) // 20

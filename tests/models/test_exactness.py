@@ -1,4 +1,4 @@
-"""Streaming changes nothing: tokens and logits equal stock mlx-lm's with everything in memory."""
+"""Streaming is exact: tokens and logits equal stock mlx-lm's with all experts in memory."""
 
 import copy
 
@@ -70,14 +70,14 @@ def expected(load_stock, stock_models):
 
 @pytest.fixture(scope="module")
 def first_logits() -> dict[tuple[str, int], mx.array]:
-    """The logits of each (model, prompt length) with the first size of bank."""
+    """The logits of each (model, prompt length) with the first cache size."""
     return {}
 
 
 @pytest.mark.parametrize("bank", ["top-k", "half", "all"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_tokens_and_logits_equal_stock(name, bank, models, expected, first_logits):
-    """And logits are equal to the bit whatever the size of the bank."""
+    """And logits are bitwise equal for all cache sizes."""
     size = bank_sizes(models[name])[bank]
     model, tokenizer = load(models[name], expert_cache=size)
     for length in PROMPT_LENGTHS:
@@ -103,7 +103,7 @@ def long_output(load_stock):
 
 @pytest.mark.parametrize("lookahead", ["off", "on"])
 def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, long_output, lookahead):
-    """1,000 tokens through banks of exactly top-k slots; bytes read are misses times a record."""
+    """1,000 tokens with exactly top-k slots; bytes read are misses times record size."""
     cache = bank_sizes(models["packed4"])["top-k"]
     model, tokenizer = load(models["packed4"], expert_cache=cache, lookahead=lookahead)
     prompt = prompt_of(tokenizer, 300)
@@ -119,7 +119,7 @@ def test_a_long_output_equals_stock_and_nothing_is_read_twice(models, long_outpu
     assert (stats.early > 0) == (stats.bytes_useless > 0) == (lookahead == "on")
 
 
-def test_the_full_check_sees_what_differs(models):
+def test_the_full_check_detects_differences(models):
     resident, small, other = (
         load(models["packed4"], expert_cache=cache, experts_per_token=k)[0]
         for cache, k in ((None, None), (bank_sizes(models["packed4"])["top-k"], None), (None, 1))
@@ -130,8 +130,8 @@ def test_the_full_check_sees_what_differs(models):
     assert wrong.startswith("prompt of 3, run 2: rows [0, 1, 2, 3, 4, 5] differ, by ")
 
 
-def test_result_does_not_depend_on_the_bank(models):
-    """Batches, hits and misses must not show in a single bit."""
+def test_result_does_not_depend_on_the_cache_size(models):
+    """Batches, hits and misses do not change a bit."""
     results = []
     for size in bank_sizes(models["packed4"]).values():
         model, tokenizer = load(models["packed4"], expert_cache=size)
@@ -194,7 +194,7 @@ def test_fewer_experts_per_token_equal_stock_with_that_top_k(models, stock_model
 
 
 def test_a_copy_of_the_model_streams_too(models):
-    """Both share one store; each overwrites what the other had read."""
+    """Both share one store, and evict each other's experts."""
     model, tokenizer = load(models["packed4"], expert_cache=bank_sizes(models["packed4"])["top-k"])
     other = copy.deepcopy(model)
     prompts = prompt_of(tokenizer, 40)[:20], prompt_of(tokenizer, 40)[20:]

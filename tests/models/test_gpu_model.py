@@ -1,12 +1,10 @@
-"""A model's whole GPU path on the Metal bench against stock MLX; traced steps; joined weights."""
+"""A model's whole GPU path on the Metal bench against stock MLX."""
 
 import copy
 from collections import Counter
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache
@@ -17,11 +15,8 @@ from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.custom_kernels import autotune, device
 from flashmoe_mlx.custom_kernels import launch as gpu
 from flashmoe_mlx.custom_kernels.attention import step
-from flashmoe_mlx.custom_kernels.linear.linear import join, joined, linear
-from flashmoe_mlx.custom_kernels.traced import Traced
-from flashmoe_mlx.format.names import PROJECTIONS
-from flashmoe_mlx.models.qwen3_5 import model as model_module
-from flashmoe_mlx.models.qwen3_5.moe import ResidentExperts, StreamedExperts
+from flashmoe_mlx.models.qwen3_5 import mixers
+from flashmoe_mlx.models.qwen3_5.moe import StreamedExperts
 
 require_bench()
 
@@ -46,13 +41,13 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def cache_home(tmp_path_factory) -> Path:
-    """Verdicts on kernels, found once."""
+    """Verdicts on kernels, computed once."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
 def gpu_path(cache_home, monkeypatch):
-    """Take the GPU path, and the CPU's never."""
+    """Use the GPU path, never the CPU's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
     monkeypatch.setenv("FLASHMOE_KERNELS", "custom")
     monkeypatch.setattr(device, "_gpu_is_default", lambda: True)
@@ -66,7 +61,7 @@ def gpu_path(cache_home, monkeypatch):
 
 @pytest.fixture
 def open_model(tiny):
-    """Load the model in a dtype, with banks of a size; close it in the end."""
+    """Load the model in a dtype with a cache size; close it at the end."""
     opened = []
 
     def open_it(bank="all", dtype=mx.float32):
@@ -125,7 +120,7 @@ def test_logits_equal_stock(open_model, by_stock, bank, capsys):
     right = by_stock(decode, open_model("all"))
     model = open_model(bank)
     with metal_on_cpu():
-        assert differ(decode(model), right) <= TOLERANCE  # the kernels are tried here
+        assert differ(decode(model), right) <= TOLERANCE  # the kernels are timed here
     assert capsys.readouterr().err == ""
     with metal_on_cpu() as prefill:
         cache = model.make_cache()
@@ -145,7 +140,7 @@ def test_logits_equal_stock(open_model, by_stock, bank, capsys):
     }
 
 
-def test_more_keys_than_were_tried_go_through_stock(open_model, by_stock, monkeypatch):
+def test_more_keys_than_were_timed_use_stock_ops(open_model, by_stock, monkeypatch):
     monkeypatch.setattr(step, "TRIED_KEYS", (4, len(PROMPT) + 1))
     right = by_stock(decode, open_model())
     model = open_model()
@@ -155,16 +150,16 @@ def test_more_keys_than_were_tried_go_through_stock(open_model, by_stock, monkey
     assert launched(session)["attention_step"] == LAYERS - LINEAR
 
 
-def test_a_step_that_stock_does_faster_is_asked_for_once(open_model, by_stock, monkeypatch):
+def test_a_step_that_stock_runs_faster_is_timed_once(open_model, by_stock, monkeypatch):
     asked = []
-    monkeypatch.setattr(model_module, "prefers_custom", lambda case: bool(asked.append(case)))
+    monkeypatch.setattr(mixers, "prefers_custom", lambda case: bool(asked.append(case)))
     right, model = by_stock(decode, open_model()), open_model()
     assert differ(decode_on_bench(model), right) <= TOLERANCE
     assert [(case.heads, case.keys) for case in asked] == [(4, 500)]
 
 
 def test_steps_while_the_cache_grows_and_shrinks(open_model, by_stock, monkeypatch):
-    """Its buffers change their shape under traced steps, and then hold keys that do not count."""
+    """Its buffers change shape between traced steps, and then hold unused keys."""
     monkeypatch.setattr(KVCache, "step", 4)
 
     def run(model):
@@ -181,8 +176,8 @@ def test_steps_while_the_cache_grows_and_shrinks(open_model, by_stock, monkeypat
 
 
 @banks
-def test_a_short_prompt_goes_through_the_kernels_of_steps(open_model, by_stock, bank):
-    """Unless a layer's experts do not fit its bank."""
+def test_a_short_prompt_uses_the_step_kernels(open_model, by_stock, bank):
+    """Unless a layer has too few slots."""
     right = by_stock(decode, open_model(), PROMPT[:3])
     model = open_model(bank)
     decode_on_bench(model, PROMPT[:3], [])
@@ -195,7 +190,7 @@ def test_a_short_prompt_goes_through_the_kernels_of_steps(open_model, by_stock, 
 
 @banks
 def test_steps_in_bfloat16(open_model, by_stock, bank):
-    """Weights and activations as checkpoints have them; rounding sends tokens to other experts."""
+    """Checkpoints' dtype, in which rounding changes the router's choices."""
     right = by_stock(decode, open_model())
     stock = by_stock(decode, open_model(dtype=mx.bfloat16))
     with metal_on_cpu() as session:
@@ -205,10 +200,8 @@ def test_steps_in_bfloat16(open_model, by_stock, bank):
     assert launched(session).keys() == STEP_KERNELS | PREFILL_KERNELS
 
 
-def test_the_host_is_not_told_which_experts_a_prompt_needs_if_all_are_there(
-    open_model, monkeypatch
-):
-    """It would wait for each layer."""
+def test_the_host_does_not_read_a_prompts_expert_ids_if_all_are_resident(open_model, monkeypatch):
+    """The host would wait for each layer."""
     model = open_model("all")
     right = decode_on_bench(model)
     monkeypatch.setattr(StreamedExperts, "batches", None)
@@ -314,81 +307,6 @@ def test_a_copy_follows_its_own_weights(open_model):
     assert mx.array_equal(decode_on_bench(model), before)
 
 
-# ---- traced steps, in plain MLX ------------------------------------------------------------------
-
-
-class Layer(nn.Module):
-    """A scale, and a norm that another module holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.scale = mx.ones(4)
-        self.inner = nn.Sequential(nn.RMSNorm(4))
-        self.norm = nn.RMSNorm(4)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        self.calls += 1
-        return self.scale * self.norm(x)
-
-
-def traced_layer() -> tuple[Layer, nn.RMSNorm, mx.array, Traced]:
-    layer, outer, x, traced = Layer(), nn.RMSNorm(4), mx.arange(4.0)[None], Traced()
-    assert not traced.ready(x) and traced.functions == ()
-    traced.trace(x, (layer, outer), lambda x: layer(outer(x)), lambda x: 2 * layer(x))
-    return layer, outer, x, traced
-
-
-def test_traced_functions_run_once_in_python():
-    layer, outer, x, traced = traced_layer()
-    first, second = traced.functions
-    for value in (x, x + 1, -x):
-        assert traced.ready(value)
-        assert mx.allclose(first(value), layer.scale * layer.norm(outer(value)))
-        assert mx.allclose(second(value), 2 * layer.scale * layer.norm(value))
-    assert layer.calls == 2
-
-
-@pytest.mark.parametrize("change", [
-    lambda layer, outer: setattr(layer, "scale", mx.zeros(4)),
-    lambda layer, outer: setattr(layer.norm, "weight", mx.zeros(4)),
-    lambda layer, outer: setattr(outer, "weight", mx.zeros(4)),
-    lambda layer, outer: setattr(layer, "norm", nn.RMSNorm(4)),
-    lambda layer, outer: layer.pop("scale"),
-    lambda layer, outer: layer.set_dtype(mx.bfloat16),
-    lambda layer, outer: layer.update({"scale": mx.zeros(4)}),
-])  # fmt: skip
-def test_traced_functions_do_not_outlive_their_weights(change):
-    layer, outer, x, traced = traced_layer()
-    change(layer, outer)
-    assert not traced.ready(x)
-
-
-def test_traced_functions_hold_for_one_shape_and_dtype():
-    layer, outer, x, traced = traced_layer()
-    assert not traced.ready(mx.ones((2, 4)))
-    assert not traced.ready(x.astype(mx.bfloat16))
-    traced.trace(mx.ones((2, 4)), (layer, outer), layer)
-    assert traced.ready(mx.ones((2, 4))) and not traced.ready(x)
-
-
-def test_weights_that_come_back_are_known_again():
-    layer, _, x, traced = traced_layer()
-    scale = layer.scale
-    layer.scale = mx.zeros(4)
-    assert not traced.ready(x)
-    layer.scale = scale
-    assert traced.ready(x)
-
-
-def test_a_copy_is_not_traced():
-    layer, _, x, traced = traced_layer()
-    layer._step = traced
-    twin = copy.deepcopy(layer)
-    assert not twin._step.ready(x) and twin._step.functions == ()
-    assert traced.ready(x)
-
-
 def prepare_by_mlx(projected, heads, norms, eps, base, offset):
     batch, queries, dim = len(projected), heads.queries, heads.dim
     both, keys, _ = mx.split(
@@ -414,12 +332,12 @@ def attend_by_mlx(queries, projected, heads, keys, values, length):
     return (y[:, :, 0] * mx.sigmoid(gate[..., heads.dim :])).reshape(batch, 1, -1)
 
 
-def test_traced_attention_takes_offset_and_length_anew(open_model, monkeypatch):
-    """The bench runs without mx.compile, so here the kernels' work is done by MLX's ops."""
+def test_traced_attention_uses_the_new_offset_and_length(open_model, monkeypatch):
+    """The Metal bench lacks mx.compile, so MLX's ops replace the kernels here."""
     monkeypatch.setattr(KVCache, "step", 4)
-    monkeypatch.setattr(model_module, "prefers_custom", lambda case: True)
-    monkeypatch.setattr(model_module, "prepare", prepare_by_mlx)
-    monkeypatch.setattr(model_module, "attend", attend_by_mlx)
+    monkeypatch.setattr(mixers, "prefers_custom", lambda case: True)
+    monkeypatch.setattr(mixers, "prepare", prepare_by_mlx)
+    monkeypatch.setattr(mixers, "attend", attend_by_mlx)
     layer, twin = (open_model().layers[LINEAR] for _ in range(2))
     monkeypatch.setattr(twin.self_attn, "_fuses", lambda h, keys: False)
     caches = KVCache(), KVCache()
@@ -431,91 +349,3 @@ def test_traced_attention_takes_offset_and_length_anew(open_model, monkeypatch):
         )
         assert differ(ours, right) <= TOLERANCE
     assert layer.self_attn._fused_step.functions and not twin.self_attn._fused_step.functions
-
-
-# ---- joined weights ------------------------------------------------------------------------------
-
-
-def quantized(rows: int, bits: int = 4, group_size: int = 32) -> nn.QuantizedLinear:
-    layer = nn.QuantizedLinear(128, rows, bias=False, bits=bits, group_size=group_size)
-    layer.weight, layer.scales, layer.biases = mx.quantize(
-        mx.random.normal((rows, 128), key=mx.random.key(rows)), group_size, bits
-    )
-    return layer.eval()
-
-
-def test_joined_weights_are_views_of_equal_value():
-    layers = [quantized(rows) for rows in (5, 64, 1)]
-    before = [dict(layer.items()) for layer in layers]
-    weight = join(layers)
-    assert weight.ends == [5, 69]
-    for layer, old in zip(layers, before, strict=True):
-        assert all(mx.array_equal(layer[name], old[name]) for name in old)
-    wholes = weight.bank.codes, weight.bank.scales, weight.bank.biases
-    for name, whole in zip(("weight", "scales", "biases"), wholes, strict=True):
-        assert mx.array_equal(whole, mx.concatenate([old[name] for old in before]))
-        places = [np.asarray(layer[name]).ctypes.data for layer in layers]
-        top, row = np.asarray(whole).ctypes.data, whole.nbytes // len(whole)
-        assert places == [top + start * row for start in (0, 5, 69)]
-    assert join(layers) is weight
-
-
-def test_joining_takes_no_memory():
-    layers = [quantized(512) for _ in range(4)]
-    mx.eval([layer.parameters() for layer in layers])
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    weight = join(layers)
-    assert before >= weight.bank.codes.nbytes
-    mx.clear_cache()
-    assert mx.get_active_memory() <= before + weight.bank.scales.nbytes / 2
-
-
-@pytest.mark.parametrize("other", [
-    lambda: quantized(8, bits=8),
-    lambda: quantized(8, group_size=64),
-    lambda: nn.Linear(128, 8, bias=False),
-    lambda: quantized(8).train(),
-    lambda: nn.QuantizedLinear(128, 8, bias=True, group_size=32).eval(),
-    lambda: nn.QuantizedLinear(128, 8, bias=False, mode="mxfp4").eval(),
-])  # fmt: skip
-def test_what_is_not_quantized_alike_is_not_joined(other):
-    layers = quantized(8), other()
-    weights = [layer.weight for layer in layers]
-    assert join(layers) is None
-    assert all(layer.weight is w for layer, w in zip(layers, weights, strict=True))
-
-
-def test_layers_that_are_not_joined_give_their_own_outputs():
-    x, layers = mx.random.normal((2, 128)), [quantized(5), quantized(8, bits=8)]
-    with metal_on_cpu() as session:
-        apart, together = linear(x, *layers), joined(x, *layers)
-    assert not session.launches
-    assert all(mx.array_equal(y, layer(x)) for y, layer in zip(apart, layers, strict=True))
-    assert mx.array_equal(together, mx.concatenate(apart, axis=-1))
-
-
-@pytest.mark.parametrize("names", [
-    ["weight"], ["weight", "scales", "biases"], ["scales", "biases"],
-])  # fmt: skip
-def test_joined_weights_follow_a_change(names):
-    x, layers = mx.random.normal((2, 128)), [quantized(5), quantized(70)]
-    join(layers)
-    fresh = {"weight": ~layers[1].weight, "scales": -layers[1].scales, "biases": mx.ones((70, 4))}
-    for name in names:
-        layers[1][name] = fresh[name]
-    with metal_on_cpu() as session:
-        outputs = linear(x, *layers)
-    assert session.launches
-    for y, layer in zip(outputs, layers, strict=True):
-        assert differ(y, layer(x)) <= 1e-5 * mx.abs(y).max().item()
-
-
-@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
-@pytest.mark.parametrize("part", ["scales", "biases"])
-def test_resident_experts_follow_a_change(name, part):
-    experts = ResidentExperts(64, 64, 3)
-    nn.quantize(experts, group_size=64, bits=4)
-    experts.banks()
-    experts[name][part] = new = 2 * experts[name][part]
-    assert getattr(experts.banks()[PROJECTIONS.index(name)], part) is new

@@ -1,4 +1,4 @@
-"""A long prompt on a CPU goes through attention and GatedDeltaNet in parts: nothing may change."""
+"""On a CPU, attention and GatedDeltaNet split a long prompt without changing its result."""
 
 import mlx.core as mx
 import pytest
@@ -20,7 +20,7 @@ def bundled():
 
 
 def run(model, chunks):
-    """Return the logits of all tokens, and of a step behind them."""
+    """Return the logits of all tokens, and of one more step."""
     cache, logits = model.make_cache(), []
     for chunk in (*chunks, mx.array([[7], [9]])):
         logits.append(model(chunk, cache=cache))
@@ -45,8 +45,8 @@ def test_parts_of_a_prompt_equal_the_whole(bundled, monkeypatch, tokens):
     assert max(parts) == tokens
 
 
-@pytest.mark.parametrize("pairs", [1, 5, 64])
-def test_pairs_of_token_and_expert_are_computed_in_parts(bundled, monkeypatch, pairs):
+@pytest.mark.parametrize("count", [1, 5, 64])
+def test_assignments_are_computed_in_parts(bundled, monkeypatch, count):
     ids = mx.random.randint(0, 500, (1, 40), key=mx.random.key(4))
     whole, sizes, compute = run_one(bundled, ids), [], prefill.mlp
 
@@ -56,9 +56,9 @@ def test_pairs_of_token_and_expert_are_computed_in_parts(bundled, monkeypatch, p
         return compute(x, gate, up, down, slots)
 
     monkeypatch.setattr(prefill, "mlp", counted)
-    monkeypatch.setattr(moe, "ASSIGNMENTS_AT_ONCE", pairs)
+    monkeypatch.setattr(moe, "ASSIGNMENTS_AT_ONCE", count)
     assert mx.abs(run_one(bundled, ids) - whole).max().item() < TOLERANCE
-    assert max(sizes) == pairs
+    assert max(sizes) == count
 
 
 def run_one(model, ids):

@@ -1,4 +1,4 @@
-"""The model as mlx-lm's plug-in tests see it: without files, in every dtype, alone and batched."""
+"""The model without files: every dtype, single and batched, as in mlx-lm's own tests."""
 
 import copy
 
@@ -23,9 +23,9 @@ def make_stock(weights: dict, **change) -> stock.Model:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_shapes_dtypes_and_cache(dtype):
-    """What mlx-lm's own model_test_runner asserts of every model."""
+    """The assertions of mlx-lm's model_test_runner."""
     model = make_model(dtype)
-    if dtype != mx.float32:  # MLX's CPU gather_mm knows float32 only; gather_qmm knows all
+    if dtype != mx.float32:  # MLX's CPU gather_mm supports float32 only, gather_qmm all
         nn.quantize(model, group_size=32, bits=4)
     assert len(model.layers) == 4
     assert model.model_type == "qwen3_5_moe_text"
@@ -131,7 +131,7 @@ def test_every_key_layout_loads(layout):
     weights = original.sanitize(LAYOUTS[layout](hf_weights(original)))
     model = make_model()
     model.load_weights(list(weights.items()), strict=True)
-    # Norms went through -1 and +1, which rounds.
+    # Norms took -1 and +1, which rounds.
     assert mx.abs(model(tokens(1, 8)) - original(tokens(1, 8))).max().item() <= 1e-4
 
 
@@ -143,7 +143,7 @@ def test_missing_expert_is_named():
         model.sanitize(weights)
 
 
-def test_resident_model_has_no_stream_to_report():
+def test_a_resident_model_has_no_stream_statistics():
     model = make_model()
     assert model.expert_stats().asked == 0
     assert "resident" in model.expert_cache()

@@ -1,4 +1,4 @@
-"""Rows of a batch that are padding: no expert is read for them."""
+"""Padding in a batch: no expert is read for it."""
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,7 @@ def model():
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """Record which experts each layer is asked for."""
+    """Record the experts that each layer requests."""
     asked, mixture = [], StreamedExperts.mixture
 
     def spy(self, x, indices, scores):
@@ -56,7 +56,7 @@ def batch(model, prompts, side):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("prompts", [[LONG, SHORT], [SHORT, LONG]])
-def test_padding_asks_for_no_expert(model, chosen, side, prompts):
+def test_padding_requests_no_expert(model, chosen, side, prompts):
     alone = [model(mx.array([prompt]))[0] for prompt in prompts]
     each = np.array_split(np.array(chosen, dtype=object), 2)
     wanted = [sorted({*a, *b}) for a, b in zip(*each, strict=True)]
@@ -71,7 +71,7 @@ def paddings(caches) -> list:
     return [c.left_padding for c in caches if isinstance(c, ArraysCache)]
 
 
-def test_left_padding_is_kept_until_it_is_behind_all_rows(model):
+def test_left_padding_is_kept_until_all_rows_are_past_it(model):
     pads = [5, 0]
     rows = mx.array([[0] * 5 + SHORT, LONG])
     cache = [
@@ -88,8 +88,8 @@ def test_left_padding_is_kept_until_it_is_behind_all_rows(model):
     assert mx.allclose(logits[:, -1], mx.stack(expected), atol=1e-4)
 
 
-def test_a_batch_that_others_join_keeps_nothing_of_past_tokens(model):
-    """mlx-lm counts padding down, token by token, as graphs that nobody evaluates."""
+def test_a_batch_that_grows_keeps_no_graphs_of_past_tokens(model):
+    """mlx-lm counts padding down per token in graphs that it never evaluates."""
     generator = BatchGenerator(model, max_tokens=1000)
     generator.insert([LONG, LONG])
     for joining in ([], [SHORT], [LONG], []):

@@ -1,4 +1,4 @@
-"""Prompt caches of other models, damaged ones, and files that ask for code: refused by name."""
+"""Prompt caches of other models, damaged ones, and files that request code are refused."""
 
 import contextlib
 import copy
@@ -24,7 +24,7 @@ from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.models.prompt_cache import check_fits, read_prompt_cache
 
 PROMPT = mx.array([[3, 141, 59, 26, 5]])
-LINEAR, FULL = 0, 3  # a layer of each kind
+LINEAR, FULL = 0, 3  # one layer of each kind
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +110,19 @@ FULL_CASES = {
 
 @pytest.mark.parametrize("case", [*LINEAR_CASES, *FULL_CASES])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_what_does_not_fit_is_refused_by_layer(model, cache, case, tokens):
+def test_a_cache_that_does_not_fit_is_refused_by_layer(model, cache, case, tokens):
     (LINEAR_CASES | FULL_CASES)[case](cache)
     layer = LINEAR if case in LINEAR_CASES else FULL
     with pytest.raises(FlashMoEError, match=rf"prompt cache of layer {layer} .*Give a prompt c"):
         mx.eval(model(PROMPT[:, :tokens], cache=cache))
 
 
-def test_layers_of_another_number_are_refused(model, cache):
+def test_another_number_of_layers_is_refused(model, cache):
     with pytest.raises(FlashMoEError, match="has 3 layers, but the model has 4"):
         model(PROMPT, cache=cache[:3])
 
 
-def test_a_prompt_of_other_rows_is_refused(model, cache):
+def test_another_batch_size_is_refused(model, cache):
     with pytest.raises(FlashMoEError, match=r"\[2, "):
         model(mx.array([[1], [2]]), cache=cache)
 
@@ -144,7 +144,7 @@ def test_a_quantized_cache_that_does_not_fit_is_refused(model, cache, change):
         model(PROMPT, cache=cache)
 
 
-def test_every_cache_of_mlx_lm_that_fits_is_taken(model):
+def test_every_fitting_cache_of_mlx_lm_is_accepted(model):
     for made in (
         KVCache(),
         RotatingKVCache(max_size=64),
@@ -159,7 +159,7 @@ def test_every_cache_of_mlx_lm_that_fits_is_taken(model):
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_16_bit_caches_are_widened(model, cache, dtype):
-    """A machine that computes in 16 bits saves them; a float32 one goes on from the same values."""
+    """A machine that computes in 16 bits saves them; one in float32 continues from them."""
     narrow, wide = make_prompt_cache(model), make_prompt_cache(model)
     for layer, (a, b) in enumerate(zip(narrow, wide, strict=True)):
         if layer == FULL:
@@ -197,14 +197,14 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "said"), SETTINGS)
-def test_metadata_sets_nothing_of_the_tokenizer_but_its_end(tmp_path, cache, settings, said):
+@pytest.mark.parametrize(("settings", "message"), SETTINGS)
+def test_metadata_sets_only_the_tokenizers_eos_token(tmp_path, cache, settings, message):
     file = saved(tmp_path / "c.safetensors", cache, tokenizer_config=json.dumps(settings))
-    with pytest.raises(FlashMoEError, match=said):
+    with pytest.raises(FlashMoEError, match=message):
         read_prompt_cache(file)
 
 
-def test_metadata_cannot_ask_for_code(tmp_path, cache):
+def test_metadata_cannot_request_code(tmp_path, cache):
     settings = {"trust_remote_code": True, "eos_token": "<|im_end|>"}
     file = saved(tmp_path / "c.safetensors", cache, tokenizer_config=json.dumps(settings))
     _, metadata = read_prompt_cache(file)
@@ -214,7 +214,7 @@ def test_metadata_cannot_ask_for_code(tmp_path, cache):
 
 
 def test_code_of_a_model_in_a_data_file_never_runs(tmp_path, cache, capsys, monkeypatch):
-    """A model whose tokenizer is code, named by a cache that claims the user's consent."""
+    """The cache names a model with tokenizer code, and sets trust_remote_code."""
     model = checkpoint(Recipe("tiny", 4, 512, 4), tmp_path / "evil")
     ran = tmp_path / "ran"
     (model / "evil.py").write_text(
@@ -229,7 +229,7 @@ def test_code_of_a_model_in_a_data_file_never_runs(tmp_path, cache, capsys, monk
     )
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     command = ["--prompt-cache-file", file, "--prompt", "x", "--max-tokens", "1"]
-    with contextlib.suppress(SystemExit):  # transformers may do without the code, or refuse
+    with contextlib.suppress(SystemExit):  # transformers may ignore the code, or refuse
         main(command)
     assert not ran.exists()
     with pytest.raises(SystemExit) as ended:
@@ -239,11 +239,11 @@ def test_code_of_a_model_in_a_data_file_never_runs(tmp_path, cache, capsys, monk
 
 
 FILES = [
-    ({"0.model": "no such directory"}, "no directory here and no Hub name"),
-    ({"0.model": "a/b/c"}, "no directory here and no Hub name"),
+    ({"0.model": "no such directory"}, "neither a local directory nor a Hub name"),
+    ({"0.model": "a/b/c"}, "neither a local directory nor a Hub name"),
     ({"0.model": None}, "cannot be read as a prompt cache"),
-    ({"1.0": "load_prompt_cache"}, "a cache of the class 'load_prompt_cache'"),
-    ({"1.0": "CacheList"}, "a cache of the class 'CacheList'"),
+    ({"1.0": "load_prompt_cache"}, "a cache of class 'load_prompt_cache'"),
+    ({"1.0": "CacheList"}, "a cache of class 'CacheList'"),
     ({"1.99999999": "KVCache"}, "an entry called '1.99999999'"),
     ({"3.0": "x"}, "an entry called '3.0'"),
     ({"2.1.0": "9.9"}, "cannot be read as a prompt cache"),
@@ -252,15 +252,15 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("entries", "said"), FILES)
-def test_a_file_with_other_metadata_is_refused(tmp_path, cache, entries, said):
+@pytest.mark.parametrize(("entries", "message"), FILES)
+def test_a_file_with_other_metadata_is_refused(tmp_path, cache, entries, message):
     file = altered(saved(tmp_path / "c.safetensors", cache), **entries)
-    with pytest.raises(FlashMoEError, match=said):
+    with pytest.raises(FlashMoEError, match=message):
         read_prompt_cache(file)
 
 
 @pytest.mark.parametrize("name", ["99999999999.0", "0.99999999999", "x", "0.0.0.0.0"])
-def test_names_that_would_make_long_lists_are_refused(tmp_path, cache, name):
+def test_names_that_would_create_huge_lists_are_refused(tmp_path, cache, name):
     file = saved(tmp_path / "c.safetensors", cache)
     tensors, metadata = mx.load(file, return_metadata=True)
     mx.save_safetensors(file, tensors | {name: mx.zeros(1)}, metadata)
@@ -279,7 +279,7 @@ def test_a_file_of_another_model_is_refused_before_the_prompt(tmp_path, model, c
         check_fits(file, caches, other)
 
 
-def test_layers_that_hold_other_numbers_of_tokens_are_refused(tmp_path, model):
+def test_layers_with_different_numbers_of_tokens_are_refused(tmp_path, model):
     cache = make_prompt_cache(model)
     model(PROMPT, cache=cache)
     short = KVCache()
@@ -289,8 +289,8 @@ def test_layers_that_hold_other_numbers_of_tokens_are_refused(tmp_path, model):
         read_prompt_cache(file)
 
 
-def test_random_changes_of_a_file_are_refused_or_go_on_as_stock_does(tmp_path):
-    """The first of the cases that `tests/stress/fuzz_caches.py` runs by the thousand."""
+def test_randomly_changed_files_are_refused_or_equal_stock(tmp_path):
+    """The first of thousands of cases in `tests/stress/fuzz_caches.py`."""
     cases = fuzz_caches.Cases(tmp_path)
     ended = [cases.run(seed) for seed in range(60)]
     assert {"refused", "equal"} == set(ended)

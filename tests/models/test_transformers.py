@@ -13,11 +13,11 @@ from flashmoe_mlx.models.qwen3_5.model import Model, ModelArgs
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "transformers"
 TOLERANCE = 2e-4
 
-os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read at the first matmul: ten bits are too few here
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read at the first matmul; its 10 bits are too few
 
 
 def fuse(weights: dict[str, mx.array], layers: int, experts: int) -> dict[str, mx.array]:
-    """Turn per-expert tensors into the fused ones of the Hub's checkpoints, prefix included."""
+    """Fuse per-expert tensors as in the Hub's checkpoints, with their prefix."""
     fused = {name: w for name, w in weights.items() if ".experts." not in name}
     for layer in range(layers):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -44,7 +44,7 @@ def expected() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module", params=["per-expert", "fused"])
 def model(request) -> Model:
     config = json.loads((FIXTURE / "config.json").read_text())
-    # In float32 from the start: 1 + w of a norm, rounded to bfloat16, is another model.
+    # In float32: rounding a norm's 1 + w to bfloat16 changes the model.
     weights = {
         name: w.astype(mx.float32)
         for name, w in mx.load(str(FIXTURE / "model.safetensors")).items()

@@ -1,4 +1,4 @@
-"""The trunk is compared with config.json from headers alone, wherever a model is opened."""
+"""Every way to open a model compares its trunk with config.json, from headers alone."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def check(directory: Path) -> None:
 
 
 def rewrite(path: Path, name: str, change) -> None:
-    """Rewrite a file with `change(entry, bytes)` in place of one tensor's entry and bytes."""
+    """Rewrite a file, with `change(entry, bytes)` for one tensor."""
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header, pieces, end = json.loads(raw[8:start]), [], 0
@@ -61,7 +61,7 @@ def rewrite(path: Path, name: str, change) -> None:
 
 
 def retyped(dtype: str):
-    """Give a tensor another dtype, and as many bytes as its shape then takes."""
+    """Change a tensor's dtype, and its size accordingly."""
 
     def change(entry: dict, piece: bytes) -> bytes:
         entry["dtype"] = dtype
@@ -72,7 +72,7 @@ def retyped(dtype: str):
 
 
 def reshaped(*shape: int):
-    """Give a tensor another shape, and as many bytes as that takes."""
+    """Change a tensor's shape, and its size accordingly."""
 
     def change(entry: dict, piece: bytes) -> bytes:
         entry["shape"] = list(shape)
@@ -83,9 +83,9 @@ def reshaped(*shape: int):
 
 
 @pytest.mark.parametrize("kind", ["packed", "linked", "stock", "mixed", "f16", "hf"])
-def test_what_is_well_passes(root, kind):
+def test_intact_checkpoints_pass(root, kind):
     check(root / kind)
-    if kind != "hf":  # whose experts are floats
+    if kind != "hf":  # it has float experts
         assert examine(root / kind).problems == []
 
 
@@ -115,7 +115,7 @@ DAMAGE = {
     "F8 norm": (f"{NORM}.weight", retyped("F8_E4M3"), r"norm\.weight is F8_E4M3\[128\]"),
     "short norm": (f"{NORM}.weight", reshaped(127), r"norm\.weight is BF16\[127\], expected \[128"),
     "fewer codes": (f"{QUERIES}.weight", reshaped(256, 9), r"is U32\[256, 9\], expected"),
-    "no groups": (f"{QUERIES}.scales", reshaped(256, 0), r"scales BF16\[256, 0\] is not a quantis"),
+    "no groups": (f"{QUERIES}.scales", reshaped(256, 0), r"scales BF16\[256, 0\] is not a quantiz"),
     "other taps": (f"{CONV}.weight", reshaped(320, 3, 1), r"conv1d\.weight is BF16\[320, 3, 1\]"),
     "scalar": (f"{QUERIES}.scales", reshaped(), r"scales BF16\[\] is not a quantization"),
 }  # fmt: skip
@@ -123,7 +123,7 @@ DAMAGE = {
 
 @pytest.fixture
 def copy(root, tmp_path) -> Path:
-    """A packed model whose trunk alone is a copy."""
+    """A packed model with a copy of its trunk, and linked experts."""
     model = tmp_path / "model"
     model.mkdir()
     for path in (root / "packed").iterdir():
@@ -144,8 +144,8 @@ def test_a_trunk_of_another_dtype_or_shape_is_refused(copy, damage):
     assert str(caught.value) in examine(copy).problems
 
 
-def test_stock_mlx_lm_is_told_too(copy):
-    """Before its kernels read four times past the array's end."""
+def test_stock_mlx_lm_raises_too(copy):
+    """Before its kernels read out of bounds."""
     rewrite(copy / "model.safetensors", f"{QUERIES}.weight", retyped("U8"))
     with pytest.raises(FlashMoEError, match=r"q_proj\.weight is U8"):
         mlx_lm.load(str(copy), trust_remote_code=True)
@@ -167,7 +167,7 @@ def edited(model: Path, **entries) -> Path:
         ({"linear_conv_kernel_dim": 5}, r"conv1d.weight is BF16\[320, 4, 1\], expected \[320, 5"),
         ({"vocab_size": 97}, r"biases is BF16\[96, 2\], expected \[97, 2\] of BF16"),
         ({"attention_bias": True}, r"no tensor .*self_attn.*_proj.bias, which config.json asks"),
-        ({"tie_word_embeddings": True}, None),  # the head is left out
+        ({"tie_word_embeddings": True}, None),  # the head is ignored
         ({"full_attention_interval": 2}, r"is not in the model that config.json describes"),
         ({"num_attention_heads": 2}, r"self_attn.*_proj.* is U?B?F?[0-9]+\[.*expected"),
         ({"shared_expert_intermediate_size": 128}, r"shared_expert.* expected"),
@@ -185,7 +185,7 @@ def test_a_config_of_another_model_is_refused(copy, entries, message):
 
 
 @pytest.mark.parametrize("change", ["missing", "added", "twice"])
-def test_the_set_of_tensors(copy, change):
+def test_missing_and_unknown_tensors(copy, change):
     path = copy / "model.safetensors"
     tensors = load_tensors(copy)
     if change == "missing":
@@ -224,7 +224,7 @@ def test_the_set_of_tensors(copy, change):
         ({"group_size": 64, "bits": 4, QUERIES: {"x": 4}}, r"a model that cannot be built \(TypeE"),
     ],
 )
-def test_quantization_that_the_shapes_do_not_have(copy, entry, message):
+def test_quantization_that_contradicts_the_shapes(copy, entry, message):
     path = copy / "config.json"
     config = read_config(copy)
     path.unlink()
@@ -235,7 +235,7 @@ def test_quantization_that_the_shapes_do_not_have(copy, entry, message):
 
 
 def test_the_largest_model_takes_no_memory(root):
-    """Nothing is computed, so that a terabyte of parameters costs a few arrays' descriptions."""
+    """Parameters stay unevaluated, so a terabyte of them takes no memory."""
     config = read_config(root / "packed")
     config["text_config"] |= {
         "vocab_size": 1 << 24, "num_experts": 1 << 16, "moe_intermediate_size": 1 << 18,
@@ -249,8 +249,8 @@ def test_the_largest_model_takes_no_memory(root):
     assert mx.get_peak_memory() - before < 1 << 20
 
 
-def test_a_seed_gives_what_it_gave(root):
-    """The model that is built for the comparison draws no random numbers from the user's."""
+def test_the_random_state_is_unchanged(root):
+    """Building the model for the comparison does not advance the user's random state."""
     mx.random.seed(5)
     expected = mx.random.uniform(shape=(4,)).tolist()
     mx.random.seed(5)
@@ -259,7 +259,7 @@ def test_a_seed_gives_what_it_gave(root):
 
 
 def test_the_first_fault_in_the_file_is_named(root):
-    """With a file, and a shape as it stands there, also where it is turned before it is used."""
+    """With its file, and the shape in the file, even if loading transposes it."""
     args = ModelArgs.from_dict(read_config(root / "hf"))
     headers = checkpoint_headers(root / "hf")
     name = "model.language_model.layers.0.linear_attn.conv1d.weight"
@@ -285,9 +285,7 @@ def test_the_first_fault_in_the_file_is_named(root):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["hf", "stock"])
-def test_a_conversion_that_could_not_be_loaded_is_refused(
-    root, tmp_path, kind, spoil, message, capsys
-):
+def test_a_conversion_that_would_not_load_is_refused(root, tmp_path, kind, spoil, message, capsys):
     source, out = tmp_path / "model", tmp_path / "out"
     source.mkdir()
     for path in (root / kind).iterdir():
@@ -300,14 +298,14 @@ def test_a_conversion_that_could_not_be_loaded_is_refused(
     assert not out.exists()
 
 
-def test_what_was_written_is_checked_before_it_is_called_done(root, tmp_path, monkeypatch):
-    """As where a disk brings other bytes than were written."""
+def test_written_files_are_checked_before_the_manifest(root, tmp_path, monkeypatch):
+    """As if a disk returns other bytes than were written."""
     from flashmoe_mlx.convert import run
 
     real = run.write_file
 
     def write(path: Path, content: bytes) -> object:
-        if path.name == "README.md":  # the last of the files before the manifest
+        if path.name == "README.md":  # the last file before the manifest
             (path.parent / "tokenizer.json").write_text("{}")
         return real(path, content)
 

@@ -1,4 +1,4 @@
-"""Each device gets its back-end, and what the store asks of one holds for those that run here."""
+"""Each device gets its back-end, and the back-ends that run here meet the interface."""
 
 import os
 
@@ -58,8 +58,8 @@ def test_on_a_cpu_arrays_start_at_a_block():
         assert view.ctypes.data % BLOCK == 0
 
 
-def test_memory_that_the_system_refuses_is_named():
+def test_memory_that_the_system_refuses_is_an_error():
     with pytest.raises(FlashMoEError, match=rf"takes {2**62} bytes.*Give a smaller expert_cache"):
         CpuBackend().check_room(2**62)
     CpuBackend().check_room(os.sysconf("SC_PAGE_SIZE"))
-    UnifiedBackend().check_room(2**62)  # a GPU's allocator answers for itself
+    UnifiedBackend().check_room(2**62)  # GPU allocations report their own errors

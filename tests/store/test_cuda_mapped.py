@@ -1,4 +1,4 @@
-"""Banks that a card fills by itself: a card that copies only when it is waited for."""
+"""Loads by the GPU itself, with a fake GPU that copies only when something is evaluated."""
 
 import ctypes
 import os
@@ -22,19 +22,19 @@ from flashmoe_mlx.store.sizing import CachePlan, IoPlan
 X = mx.zeros((1, 8))
 
 
-class Card(LateDriver):
-    """Its two kernels, in the host's memory; bytes come late, when something is evaluated."""
+class FakeGpu(LateDriver):
+    """The two kernels in host memory; their copies are delayed until an evaluation."""
 
     def __init__(self):
         super().__init__()
-        self.waiting, self.copied, self.earlier = [], 0, []
+        self.waiting, self.copied, self.after = [], 0, []
 
-    def choose(self, table, ids, earlier, slots, half_life):
-        self.earlier.append(earlier)
+    def choose(self, table, ids, after, slots, half_life):
+        self.after.append(after)
         slot_of, demand, places, tasks = reference.choose_slots(*table[:2], ids, slots, half_life)
         counted = [len(set(ids.reshape(-1).tolist())), int((np.array(tasks)[:, 0] != NONE).sum())]
         counts = table.counts + mx.array([*counted, 0, 0])
-        mx.eval(counts)  # as all that one kernel makes
+        mx.eval(counts)  # as one kernel computes all outputs
         return Table(slot_of, demand, counts), places, tasks
 
     def copy_late(self, tasks, slots, fields, clock):
@@ -55,18 +55,18 @@ class Card(LateDriver):
 
 
 @pytest.fixture
-def card(monkeypatch):
-    """Put banks on a card that can read files."""
-    card = put_banks_on(Card(), monkeypatch)
+def gpu(monkeypatch):
+    """Put slots on a GPU that can read files."""
+    gpu = put_banks_on(FakeGpu(), monkeypatch)
     monkeypatch.setattr(resident, "gpu_rows", rows_of)
-    monkeypatch.setattr(resident, "_driver", lambda: card)
-    monkeypatch.setattr(resident, "_copy", card.copy_late)
-    monkeypatch.setattr(resident, "choose_slots", card.choose)
+    monkeypatch.setattr(resident, "_driver", lambda: gpu)
+    monkeypatch.setattr(resident, "_copy", gpu.copy_late)
+    monkeypatch.setattr(resident, "choose_slots", gpu.choose)
     seen = SimpleNamespace(**{name: getattr(mx, name) for name in dir(mx)})
-    seen.eval, seen.compile = card.eval, lambda function: function
+    seen.eval, seen.compile = gpu.eval, lambda function: function
     monkeypatch.setattr(resident, "mx", seen)
     resident._load.cache_clear()
-    yield card
+    yield gpu
     resident._load.cache_clear()
 
 
@@ -74,113 +74,113 @@ def ids_of(*experts: int) -> mx.array:
     return mx.array([experts], dtype=mx.uint32)
 
 
-def bring(store, card, layer: int, *experts: int) -> list[int]:
-    """Bring experts, and compare what is in their slots then."""
-    there = store.load_by_device(layer, ids_of(*experts), X)
-    card.catch_up()
-    for expert, slot in zip(experts, there.reshape(-1).tolist(), strict=True):
+def load(store, gpu, layer: int, *experts: int) -> list[int]:
+    """Load experts, and compare the bytes in their slots."""
+    slots = store.load_by_device(layer, ids_of(*experts), X).reshape(-1).tolist()
+    gpu.catch_up()
+    for expert, slot in zip(experts, slots, strict=True):
         assert contents(store, layer, slot) == record(layer, expert)
-    return there.reshape(-1).tolist()
+    return slots
 
 
 @pytest.mark.parametrize("scattered", [False, True])
-def test_what_a_step_asks_for_is_brought_by_the_card(tmp_path, card, scattered):
+def test_the_gpu_loads_what_a_step_requests(tmp_path, gpu, scattered):
     store = make_store(tmp_path, slots=3, scattered=scattered)
-    card.copied = 0
-    assert len(card.locked) == 2  # files
+    gpu.copied = 0
+    assert len(gpu.pinned) == 2  # files
     for layer, *experts in ((0, 2, 0, 1), (1, 4), (0, 3, 2), (0, 2, 2, 3), (1, 1, 4, 0)):
-        bring(store, card, layer, *experts)
+        load(store, gpu, layer, *experts)
     assert store.stats.asked == 11 and store.stats.hits == 11 - 7
-    assert store.stats.bytes_read == 7 * RECORD and card.copied == 7 * 9 and not card.copies
-    assert store.stats.asked == 11  # and not 22
+    assert store.stats.bytes_read == 7 * RECORD and gpu.copied == 7 * 9 and not gpu.copies
+    assert store.stats.asked == 11  # not counted twice
     store.close()
-    assert not card.locked and store.stats.asked == 11
+    assert not gpu.pinned and store.stats.asked == 11
 
 
-def test_host_and_card_go_on_from_each_others_table(tmp_path, card):
+def test_host_and_gpu_continue_from_each_others_table(tmp_path, gpu):
     store = make_store(tmp_path, slots=3)
-    bring(store, card, 0, 0, 1, 2)
-    bring(store, card, 0, 2, 1)
-    slots = store.fetch(0, [1, 4])  # by the host; 0 was wanted least
+    load(store, gpu, 0, 0, 1, 2)
+    load(store, gpu, 0, 2, 1)
+    slots = store.fetch(0, [1, 4])  # by the host; 0 is the least used
     assert [contents(store, 0, slot) for slot in slots] == [record(0, 1), record(0, 4)]
     assert store.stats.bytes_read == 4 * RECORD
-    assert bring(store, card, 0, 4, 1, 2)[:2] == slots[::-1]
+    assert load(store, gpu, 0, 4, 1, 2)[:2] == slots[::-1]
     assert store.stats.bytes_read == 4 * RECORD
-    bring(store, card, 0, 7)
-    assert 7 not in store.banks[0].resident(range(10))  # the host's is old now
+    load(store, gpu, 0, 7)
+    assert 7 not in store.banks[0].resident(range(10))  # the host's table is older
     store.cancel_prefetch(0, [1])
     assert 7 in store.banks[0].resident(range(10))
     store.close()
 
 
-def test_what_the_host_asks_for_waits_for_what_the_card_began(tmp_path, card):
+def test_requests_of_the_host_wait_for_loads_of_the_gpu(tmp_path, gpu):
     store = make_store(tmp_path, slots=3)
     store.load_by_device(0, ids_of(0, 1, 2), X)
-    assert card.waiting
+    assert gpu.waiting
     slots = store.request(0, [5, 6]).wait()
-    assert not card.waiting  # or they would land on top of 5 and 6
+    assert not gpu.waiting  # late copies would overwrite 5 and 6
     assert [contents(store, 0, slot) for slot in slots] == [record(0, 5), record(0, 6)]
     store.close()
 
 
-def test_nothing_is_brought_before_who_reads_the_bank_is_done(tmp_path, card):
+def test_a_load_waits_for_consumers_of_the_slots(tmp_path, gpu):
     store = make_store(tmp_path, slots=3)
-    del card.earlier[:]
+    del gpu.after[:]
     first = store.load_by_device(0, ids_of(0, 1, 2), X)
     y = mx.zeros((1, 8))
     store.hold(y, 0)
     store.load_by_device(0, ids_of(3), X)
-    third = store.load_by_device(0, ids_of(4), X)  # whoever asked for 3 never used it
-    assert card.earlier[0] is X and card.earlier[1] is y
-    assert card.earlier[2] is not X and card.earlier[2].tolist() != third.tolist()
+    third = store.load_by_device(0, ids_of(4), X)  # the slots of 3 have no consumer
+    assert gpu.after[0] is X and gpu.after[1] is y
+    assert gpu.after[2] is not X and gpu.after[2].tolist() != third.tolist()
     assert first.tolist() == [[0, 1, 2]]
     read = mx.zeros(1)
     store.fetch(0, [4])
     store.hold(read, 0)
     assert [held.array for held in store._consumers] == [read]
     store.load_by_device(0, ids_of(5), X)
-    assert not store._consumers and card.earlier[-1] is X
+    assert not store._consumers and gpu.after[-1] is X
     store.close()
 
 
-def test_more_experts_than_slots_and_a_bank_in_use_are_the_hosts(tmp_path, card):
+def test_the_host_loads_if_slots_are_too_few_or_in_use(tmp_path, gpu):
     store = make_store(tmp_path, slots=3)
     assert store.load_by_device(0, ids_of(0, 1, 2, 3), X) is None
     pending = store.request(0, [1, 2])
     pending.wait()
     assert store.load_by_device(0, ids_of(4), X) is None
     pending.release()
-    bring(store, card, 0, 4, 1)
+    load(store, gpu, 0, 4, 1)
     store.close()
     with pytest.raises(FlashMoEError, match="closed"):
         store.load_by_device(0, ids_of(4), X)
 
 
-def test_a_bank_whose_thread_is_gone_is_empty(tmp_path, card, monkeypatch):
-    """MLX evaluates what a thread has begun in that thread alone."""
+def test_the_table_of_an_ended_thread_is_empty(tmp_path, gpu, monkeypatch):
+    """MLX evaluates a thread's work in that thread only."""
     store = make_store(tmp_path, slots=3)
-    bring(store, card, 0, 1, 2)
+    load(store, gpu, 0, 1, 2)
     assert store.stats.asked == 2
     store.load_by_device(0, ids_of(3), X)
     there = resident.mx
 
     def no_stream(*arrays):
-        monkeypatch.setattr(there, "eval", card.eval)
+        monkeypatch.setattr(there, "eval", gpu.eval)
         raise RuntimeError("There is no Stream(gpu, 1) in current thread.")
 
     monkeypatch.setattr(there, "eval", no_stream)
-    card.waiting = []
+    gpu.waiting = []
     (slot,) = store.fetch(0, [3])
     assert contents(store, 0, slot) == record(0, 3)
     assert store.banks[0].resident(range(10)) == [3]
-    bring(store, card, 0, 3, 1)
+    load(store, gpu, 0, 3, 1)
     assert store.stats.bytes_read == (2 + 1 + 1) * RECORD and store.stats.asked == 2 + 1 + 2
     store.close()
 
 
-def test_counters_that_another_thread_has_begun_come_later(tmp_path, card, monkeypatch):
+def test_counters_of_another_thread_are_added_later(tmp_path, gpu, monkeypatch):
     store = make_store(tmp_path, slots=3)
-    bring(store, card, 0, 1, 2)
+    load(store, gpu, 0, 1, 2)
     there, stack = resident.mx, mx.stack
 
     def no_stream(arrays):
@@ -193,23 +193,23 @@ def test_counters_that_another_thread_has_begun_come_later(tmp_path, card, monke
     store.close()
 
 
-def test_another_thread_goes_on_from_what_is_done(tmp_path, card):
+def test_another_thread_continues_from_finished_loads(tmp_path, gpu):
     store, found = make_store(tmp_path, slots=3), []
-    bring(store, card, 0, 1, 2)
-    mx.eval(store.load_by_device(0, ids_of(2, 7), X))  # the bytes are still on their way
-    card_bank, taken = store._loader.of_layer[0], []
-    take = card_bank.take
-    card_bank.take = lambda *table: taken.append(not card.waiting) or take(*table)
-    thread = threading.Thread(target=lambda: found.extend(bring(store, card, 0, 7, 5)))
+    load(store, gpu, 0, 1, 2)
+    mx.eval(store.load_by_device(0, ids_of(2, 7), X))  # its copies have not run
+    table, taken = store._loader.of_layer[0], []
+    take = table.take_from_host
+    table.take_from_host = lambda *arrays: taken.append(not gpu.waiting) or take(*arrays)
+    thread = threading.Thread(target=lambda: found.extend(load(store, gpu, 0, 7, 5)))
     thread.start()
     thread.join()
     assert len(found) == 2 and taken == [True] and store.stats.bytes_read == 4 * RECORD
     store.close()
 
 
-def test_a_fork_counts_nothing(tmp_path, card, monkeypatch):
+def test_a_fork_counts_nothing(tmp_path, gpu, monkeypatch):
     store = make_store(tmp_path, slots=3)
-    bring(store, card, 0, 1, 2)
+    load(store, gpu, 0, 1, 2)
     monkeypatch.setattr(store, "_process", os.getpid() + 1)
     assert store.stats.asked == 0
     monkeypatch.undo()
@@ -219,41 +219,39 @@ def test_a_fork_counts_nothing(tmp_path, card, monkeypatch):
 @pytest.mark.parametrize(
     "slots, direct, memory", [(10, False, 1 << 30), (3, True, 1 << 30), (3, False, 20 * RECORD)]
 )
-def test_only_where_it_helps_and_memory_has_room(
-    tmp_path, card, monkeypatch, slots, direct, memory
-):
+def test_only_where_it_helps_and_memory_has_room(tmp_path, gpu, monkeypatch, slots, direct, memory):
     store = make_store(tmp_path, slots=3)
     banks = [bank.arrays for bank in store.banks]
     monkeypatch.setattr(resident, "available_bytes", lambda: memory)
     plan = CachePlan(slots, 0, "a test", IoPlan(direct, "a test"))
-    locked = dict(card.locked)
-    assert map_files(store.layout, plan, banks) is None and card.locked == locked
+    pinned = dict(gpu.pinned)
+    assert map_files(store.layout, plan, banks) is None and gpu.pinned == pinned
     store.close()
 
 
 @pytest.mark.parametrize(
-    "fault", ["lock", "wrong bytes", "wrong slots", "wrong table", "no compiler"]
+    "fault", ["pin", "wrong bytes", "wrong slots", "wrong table", "no compiler"]
 )
-def test_what_the_card_cannot_do_the_host_does(tmp_path, card, monkeypatch, fault):
-    def locks_one(address, nbytes):
-        if card.locked:
-            raise FlashMoEError("CUDA's driver: cuMemHostRegister_v2 failed with error 801.")
-        return LateDriver.lock(card, address, nbytes)
+def test_the_host_loads_if_the_gpu_fails_its_self_test(tmp_path, gpu, monkeypatch, fault):
+    def pins_one(address, nbytes):
+        if gpu.pinned:
+            raise FlashMoEError("CUDA driver: cuMemHostRegister_v2 failed with error 801.")
+        return LateDriver.pin(gpu, address, nbytes)
 
     def compiles_nothing(*arrays):
         raise RuntimeError("nvrtc: no such option")
 
     def wrong(part):
         def choose(*arguments):
-            table, places, tasks = card.choose(*arguments)
+            table, places, tasks = gpu.choose(*arguments)
             if part == "wrong slots":
                 return table, (places + 1) % 3, tasks
             return table._replace(slot_of=mx.roll(table.slot_of, 1)), places, tasks
 
         return choose
 
-    if fault == "lock":
-        monkeypatch.setattr(card, "lock", locks_one)
+    if fault == "pin":
+        monkeypatch.setattr(gpu, "pin", pins_one)
         monkeypatch.setattr(mapped, "PINNERS", 1)
     elif fault == "wrong bytes":
         monkeypatch.setattr(resident, "_copy", lambda tasks, slots, *others: slots)
@@ -262,17 +260,17 @@ def test_what_the_card_cannot_do_the_host_does(tmp_path, card, monkeypatch, faul
     else:
         monkeypatch.setattr(resident, "choose_slots", wrong(fault))
     store = make_store(tmp_path, slots=3)
-    assert store._loader is None and not card.locked
+    assert store._loader is None and not gpu.pinned
     assert store.load_by_device(1, ids_of(7), X) is None
     (slot,) = store.fetch(1, [7])
     assert contents(store, 1, slot) == record(1, 7)
     store.close()
 
 
-def test_a_file_cut_short_before_is_left_to_the_host_who_names_it(tmp_path, card):
+def test_a_file_shorter_than_its_experts_is_an_error(tmp_path, gpu):
     make_store(tmp_path, slots=3).close()
     layout = make_store(tmp_path, slots=3).layout
-    mapped = MappedFiles(card, [layout.layers[0].fields[0].file])
+    mapped = MappedFiles(gpu, [layout.layers[0].fields[0].file])
     field = layout.layers[0].fields[8]
     assert mapped.address(field, 10) > 0
     with pytest.raises(FlashMoEError, match=r"0\.bin: ends in the middle of an expert"):
@@ -280,22 +278,22 @@ def test_a_file_cut_short_before_is_left_to_the_host_who_names_it(tmp_path, card
     mapped.close()
 
 
-def test_waves_of_a_prompt_are_brought_by_the_card_too(tmp_path, card):
+def test_the_gpu_copies_a_prompts_batches_too(tmp_path, gpu):
     store = make_store(tmp_path, slots=4)
     first, second = store.request(0, [1, 3]), store.request(0, [8, 9])
-    assert len(card.waiting) == 4 * 9  # nobody has waited yet
+    assert len(gpu.waiting) == 4 * 9  # not waited for yet
     for pending in (first, second):
         for expert, slot in zip(pending.experts, pending.wait(), strict=True):
             assert contents(store, 0, slot) == record(0, expert)
-    assert store.stats.bytes_read == 4 * RECORD and store.stats.reads == 4 and not card.copies
+    assert store.stats.bytes_read == 4 * RECORD and store.stats.reads == 4 and not gpu.copies
     store.close()
 
 
-def test_a_wave_that_nobody_waited_for_is_whole_before_its_slots_change_hands(tmp_path, card):
+def test_a_dropped_batch_completes_before_its_slots_are_reused(tmp_path, gpu):
     store = make_store(tmp_path, slots=3)
     store.request(0, [1, 3]).release()
-    assert store.banks[0].arriving and card.waiting
-    bring(store, card, 0, 3, 5)
+    assert store.banks[0].arriving and gpu.waiting
+    load(store, gpu, 0, 3, 5)
     assert not store.banks[0].arriving and store.stats.bytes_read == 3 * RECORD
     store.request(0, [7, 8, 9]).release()
     slots = store.fetch(0, [0, 2])
@@ -303,17 +301,15 @@ def test_a_wave_that_nobody_waited_for_is_whole_before_its_slots_change_hands(tm
     store.close()
 
 
-def test_the_card_copies_behind_what_reads_the_slots_and_the_host_does_not_wait(
-    tmp_path, card, monkeypatch
-):
+def test_copies_wait_for_consumers_of_their_slots_and_the_host_does_not(tmp_path, gpu, monkeypatch):
     store, seen = make_store(tmp_path, slots=3), []
     y, other = mx.zeros(1), mx.ones(1)
     store.hold(y, 0, store.fetch(0, [0, 1]))
     store.hold(other, 1, store.fetch(1, [0]))
-    depends = lambda tasks, earlier: seen.append(earlier) or tasks  # noqa: E731
+    depends = lambda tasks, after: seen.append(after) or tasks  # noqa: E731
     monkeypatch.setattr(resident.mx, "depends", depends)
     evaluated = []
-    monkeypatch.setattr(store, "_evaluate", lambda held: evaluated.extend(held))
+    monkeypatch.setattr(store._consumers, "evaluate", evaluated.extend)
     store.request(0, [7, 8])
     assert len(seen) == 1 and len(seen[0]) == 1 and seen[0][0] is y and not evaluated
     assert [held.array for held in store._consumers] == [other]
@@ -321,9 +317,7 @@ def test_the_card_copies_behind_what_reads_the_slots_and_the_host_does_not_wait(
     store.close()
 
 
-def test_a_copy_that_fails_leaves_the_bank_as_it_was_less_what_gave_way(
-    tmp_path, card, monkeypatch
-):
+def test_a_failed_copy_leaves_the_other_experts(tmp_path, gpu, monkeypatch):
     store = make_store(tmp_path, slots=3)
     slots = store.fetch(0, [0, 1])
 
@@ -341,7 +335,7 @@ def test_a_copy_that_fails_leaves_the_bank_as_it_was_less_what_gave_way(
     store.close()
 
 
-def test_a_copy_that_cannot_be_begun_leaves_the_bank_as_it_was(tmp_path, card, monkeypatch):
+def test_a_copy_that_cannot_start_leaves_the_bank_unchanged(tmp_path, gpu, monkeypatch):
     store = make_store(tmp_path, slots=3)
     slots = store.fetch(0, [0, 1, 2])
 
@@ -356,19 +350,19 @@ def test_a_copy_that_cannot_be_begun_leaves_the_bank_as_it_was(tmp_path, card, m
     store.close()
 
 
-def test_a_file_that_cannot_be_mapped_is_named(tmp_path, card):
+def test_a_file_that_cannot_be_mapped_is_named(tmp_path, gpu):
     empty = tmp_path / "empty"
     empty.touch()
     with pytest.raises(FlashMoEError, match="empty: cannot be mapped"):
-        MappedFiles(card, [empty])
+        MappedFiles(gpu, [empty])
 
 
-def test_another_thread_begins_anew_where_the_first_has_only_begun(tmp_path, card):
-    """MLX evaluates in the thread that built a graph; what may be in the bank is not known."""
+def test_another_thread_starts_empty_after_unfinished_loads(tmp_path, gpu):
+    """MLX evaluates only in the thread that built a graph, so the slots' contents are unknown."""
     store, found = make_store(tmp_path, slots=3), []
     store.load_by_device(0, ids_of(2, 7), X)
-    card.waiting = []
-    thread = threading.Thread(target=lambda: found.extend(bring(store, card, 0, 7, 2)))
+    gpu.waiting = []
+    thread = threading.Thread(target=lambda: found.extend(load(store, gpu, 0, 7, 2)))
     thread.start()
     thread.join()
     assert len(found) == 2 and store.stats.bytes_read == 2 * RECORD

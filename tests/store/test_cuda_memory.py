@@ -1,9 +1,10 @@
-"""Banks in a card's memory: a driver that copies late shows what is not waited for."""
+"""Slots in GPU memory; a driver that copies late reveals missing waits."""
 
 import contextlib
 import ctypes
 import os
 import threading
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -17,17 +18,17 @@ from flashmoe_mlx.store.cuda.pinned import GpuReads, GpuRow
 
 
 class LateDriver:
-    """A card whose memory is ordinary memory, and which copies only when it is waited for."""
+    """A GPU with host memory that copies only when something waits for it."""
 
     def __init__(self):
-        self.begun, self.memory, self.copies, self.locked, self.finished = {}, {}, 0, {}, 0
+        self.running, self.memory, self.copies, self.pinned, self.finished = {}, {}, 0, {}, 0
 
-    def lock(self, address, nbytes):
-        self.locked[address] = nbytes
+    def pin(self, address, nbytes):
+        self.pinned[address] = nbytes
         return address
 
-    def unlock(self, address):
-        del self.locked[address]
+    def unpin(self, address):
+        del self.pinned[address]
 
     def finish(self):
         self.finished += 1
@@ -41,22 +42,22 @@ class LateDriver:
         del self.memory[address]
 
     def copy(self, to, source, nbytes, stream):
-        self.begun.setdefault(stream, []).append((to, source, nbytes))
+        self.running.setdefault(stream, []).append((to, source, nbytes))
 
     def wait(self, stream):
-        for copy in self.begun.pop(stream, []):
+        for copy in self.running.pop(stream, []):
             ctypes.memmove(*copy)
             self.copies += 1
 
 
 def rows_of(arrays):
-    """Return where arrays lie in ordinary memory, as if it were a card's."""
+    """Return the addresses of arrays in host memory."""
     views = [np.frombuffer(memoryview(a).cast("B"), np.uint8) for a in arrays]
     return [GpuRow(view.ctypes.data, view.nbytes) for view in views]
 
 
 def put_banks_on(driver, monkeypatch):
-    """Have stores take a GPU's back-end, by this driver."""
+    """Let stores use the CUDA back-end with this driver."""
     reads = GpuReads(driver)
     monkeypatch.setattr(backend, "gpu_reads", lambda: reads)
     monkeypatch.setattr(backend, "gpu_rows", rows_of)
@@ -72,25 +73,25 @@ def driver(monkeypatch):
 
 @pytest.mark.parametrize("numba", [True, False])
 @pytest.mark.parametrize("turn", [1, 1000, 1 << 22])
-def test_experts_arrive_whole_in_the_cards_memory(tmp_path, driver, monkeypatch, numba, turn):
+def test_experts_are_complete_in_gpu_memory(tmp_path, driver, monkeypatch, numba, turn):
     monkeypatch.setattr(GpuReads, "at_once", numba)
-    monkeypatch.setattr(pinned, "TURN", turn)
+    monkeypatch.setattr(pinned, "CHUNK", turn)
     store = make_store(tmp_path, slots=3)
     for layer, experts in ((0, [2, 0, 1]), (1, [4]), (0, [3, 2]), (1, [1, 4, 0])):
         slots = store.fetch(layer, experts)
         for expert, slot in zip(experts, slots, strict=True):
             assert contents(store, layer, slot) == record(layer, expert)
-    assert driver.copies and not driver.begun
+    assert driver.copies and not driver.running
     assert store.stats.bytes_read == (store.stats.asked - store.stats.hits) * RECORD
     store.close()
 
 
-def test_records_of_unequal_parts_and_more_than_the_page_locked_memory_holds(
+def test_records_of_unequal_parts_and_more_than_the_pinned_memory_holds(
     tmp_path, driver, monkeypatch
 ):
     sizes = [5 * 4096, 12, 400, 3 * 4096, 8, 8, 1 << 16, 4, 400]
-    monkeypatch.setattr(pinned, "STAGE", 3 * sum(sizes) // 2)
-    monkeypatch.setattr(pinned, "TURN", sum(sizes))
+    monkeypatch.setattr(pinned, "BUFFER", 3 * sum(sizes) // 2)
+    monkeypatch.setattr(pinned, "CHUNK", sum(sizes))
     store = big_store(big_layout(tmp_path, sizes), threads=2, slots=5)
     for experts in ([4, 3, 2, 1, 0], [9], [8, 3]):
         assert_whole(store, experts, store.fetch(0, experts))
@@ -98,10 +99,10 @@ def test_records_of_unequal_parts_and_more_than_the_page_locked_memory_holds(
 
 
 @pytest.mark.parametrize("spare", [-1, 0, 1])
-def test_a_record_larger_than_the_page_locked_memory(tmp_path, driver, monkeypatch, spare):
-    """The driver's memory is exactly as large as asked for: what is read past it hits others'."""
+def test_a_record_larger_than_the_pinned_memory(tmp_path, driver, monkeypatch, spare):
+    """The fake driver allocates exactly the size: a longer read would overwrite other memory."""
     sizes = [4096, 12, 400, 4096, 8, 8, 4096, 4, 400]
-    monkeypatch.setattr(pinned, "STAGE", sum(sizes) + spare)
+    monkeypatch.setattr(pinned, "BUFFER", sum(sizes) + spare)
     reads, read = [], GpuReads.read
 
     def watched(this, pieces):
@@ -114,32 +115,32 @@ def test_a_record_larger_than_the_page_locked_memory(tmp_path, driver, monkeypat
     assert reads == ([] if spare < 0 else 2 * [sum(sizes)])
 
 
-def test_page_locked_memory_is_not_written_past_its_end(driver):
+def test_pinned_memory_is_not_written_past_its_end(driver):
     reads, row = GpuReads(driver), GpuRow(0, 100)
-    half = pinned.Staging(driver, 100)
+    half = pinned.PinnedBuffer(driver, 100)
     with pytest.raises(FlashMoEError, match="101 bytes of experts do not fit into 100"):
-        reads._read_turn(half, [(0, 0, 100, [row], None), (0, 0, 1, [row], None)])
+        reads._read_chunk(half, [(0, 0, 100, [row], None), (0, 0, 1, [row], None)])
 
 
 @pytest.mark.parametrize("numba", [True, False])
-def test_a_file_cut_short_is_named_and_the_others_arrive(tmp_path, driver, monkeypatch, numba):
+def test_a_truncated_file_is_named_and_the_others_are_read(tmp_path, driver, monkeypatch, numba):
     monkeypatch.setattr(GpuReads, "at_once", numba)
     store = make_store(tmp_path, slots=3)
     file = store.layout.layers[1].fields[0].file
     os.truncate(file, store.layout.layers[1].fields[0].offset + 4 * RECORD + 5)
-    with pytest.raises(FlashMoEError, match=f"{file.name}: ends at byte .* cut short"):
+    with pytest.raises(FlashMoEError, match=f"{file.name}: ends at byte .* truncated"):
         store.fetch(1, [4, 0])
     (slot,) = store.fetch(1, [0])
     assert contents(store, 1, slot) == record(1, 0)
     store.close()
 
 
-def test_a_driver_that_fails_is_an_error_of_the_request(tmp_path, driver, monkeypatch):
+def test_a_driver_error_fails_the_request(tmp_path, driver, monkeypatch):
     store = make_store(tmp_path, slots=3)
     with monkeypatch.context() as patch:
 
         def fail(*_):
-            raise FlashMoEError("CUDA's driver: cuMemcpyHtoDAsync failed with error 700 of cuda.h.")
+            raise FlashMoEError("CUDA driver: cuMemcpyHtoDAsync failed with error 700.")
 
         patch.setattr(driver, "copy", fail)
         with pytest.raises(FlashMoEError, match="failed with error 700"):
@@ -149,11 +150,24 @@ def test_a_driver_that_fails_is_an_error_of_the_request(tmp_path, driver, monkey
     store.close()
 
 
-def test_page_locked_memory_goes_with_its_thread(driver):
+def test_errors_of_the_driver_are_named():
+    def answer(text):
+        return lambda code, pointer: setattr(pointer._obj, "value", text)
+
+    driver = object.__new__(pinned.Driver)
+    name, text = answer(b"CUDA_ERROR_NOT_SUPPORTED"), answer(b"operation not supported")
+    driver._library = SimpleNamespace(cuGetErrorName=name, cuGetErrorString=text)
+    driver._check("cuInit", 0)
+    message = r"cuInit failed with error 801 \(CUDA_ERROR_NOT_SUPPORTED: operation not supported\)"
+    with pytest.raises(FlashMoEError, match=message):
+        driver._check("cuInit", 801)
+
+
+def test_pinned_memory_is_freed_with_its_thread(driver):
     reads, held = GpuReads(driver), []
 
     def work():
-        reads._staging(100)
+        reads._thread_buffer(100)
         held.append(len(driver.memory))
 
     thread = threading.Thread(target=work)
@@ -170,8 +184,8 @@ def test_rows_are_sliced_as_memory_is():
 
 
 @pytest.fixture
-def letters(monkeypatch, driver):
-    """Launch the two kernels by hand: later, when their output is evaluated."""
+def evaluate_late(monkeypatch, driver):
+    """Run the two mailbox kernels when their output is evaluated."""
     monkeypatch.setattr(mailbox, "Driver", lambda: driver)
     mailbox._mailbox.cache_clear()
     waiting = []
@@ -179,7 +193,7 @@ def letters(monkeypatch, driver):
     def run(name, text, inputs, shape, words):
         place = inputs[-1][0].item()
         there = np.ctypeslib.as_array((ctypes.c_uint32 * words).from_address(place))
-        if name == "tell":
+        if name == "to_host":
             there[:] = np.array(inputs[0]).reshape(-1)
             return mx.array([words])
         result = mx.zeros(shape, dtype=mx.uint32)
@@ -200,15 +214,15 @@ def letters(monkeypatch, driver):
         yield evaluate
 
 
-def test_a_letter_waits_for_the_card_however_late_it_reads(letters):
+def test_a_message_stays_until_the_gpu_has_read_it(evaluate_late):
     sent = [np.arange(8, dtype=np.uint32).reshape(2, 1, 4) + i for i in range(150)]
-    heard = [mailbox.to_device(letter) for letter in sent]
-    for array in heard[-mailbox.BOXES :]:
-        letters(array)
-    assert [np.array(a).tolist() for a in heard] == [s.tolist() for s in sent]
+    received = [mailbox.to_device(message) for message in sent]
+    for array in received[-mailbox.OUTGOING :]:
+        evaluate_late(array)
+    assert [np.array(a).tolist() for a in received] == [s.tolist() for s in sent]
 
 
-def test_ids_come_back_in_their_shape(letters):
+def test_ids_keep_their_shape(evaluate_late):
     ids = mx.array([[[5, 0, 511]]], dtype=mx.uint32)
     for value in (ids, ids + 1):
         assert mailbox.to_host(value).tolist() == np.array(value).tolist()

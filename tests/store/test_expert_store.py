@@ -1,4 +1,4 @@
-"""The store: what is read, what is kept, what is counted, and what a failure leaves behind."""
+"""The store: reads, evictions, counters, and its state after a failure."""
 
 import copy
 import gc
@@ -25,8 +25,8 @@ from flashmoe_mlx.store.store import ExpertStore
 
 
 @pytest.mark.parametrize("scattered", [False, True])
-def test_slots_hold_the_experts_asked_for(tmp_path, scattered):
-    store = make_store(tmp_path, slots=4, scattered=scattered)
+def test_slots_hold_the_requested_experts_and_only_misses_are_read(tmp_path, scattered):
+    store = make_store(tmp_path, slots=5, scattered=scattered)
     rng = np.random.default_rng(0)
     for _ in range(60):
         layer = int(rng.integers(2))
@@ -35,17 +35,8 @@ def test_slots_hold_the_experts_asked_for(tmp_path, scattered):
         assert len(set(slots)) == len(experts)
         for expert, slot in zip(experts, slots, strict=True):
             assert contents(store, layer, slot) == record(layer, expert)
-
-
-@pytest.mark.parametrize("scattered", [False, True])
-def test_bytes_read_are_those_of_the_misses(tmp_path, scattered):
-    store = make_store(tmp_path, slots=5, scattered=scattered)
-    rng = np.random.default_rng(3)
-    for _ in range(40):
-        store.fetch(int(rng.integers(2)), rng.choice(EXPERTS, size=4, replace=False).tolist())
     misses = store.stats.asked - store.stats.hits
-    assert 40 < misses < 160
-    assert store.stats.bytes_read == misses * RECORD
+    assert 0 < misses < store.stats.asked and store.stats.bytes_read == misses * RECORD
 
 
 def test_spans_are_one_range_if_packed_and_nine_if_not(tmp_path):
@@ -53,11 +44,11 @@ def test_spans_are_one_range_if_packed_and_nine_if_not(tmp_path):
     assert len(make_store(tmp_path, 2, scattered=True).layout.layers[0].spans(7)) == 9
 
 
-def test_least_recently_used_goes_first(tmp_path):
+def test_the_least_used_expert_is_evicted_first(tmp_path):
     store = make_store(tmp_path, slots=3)
     store.fetch(0, [1, 2, 3])
     store.fetch(0, [1])
-    store.fetch(0, [4])  # drops 2, the oldest
+    store.fetch(0, [4])  # evicts 2, the oldest
     before = store.stats.bytes_read
     store.fetch(0, [1, 3, 4])
     assert store.stats.bytes_read == before
@@ -65,7 +56,7 @@ def test_least_recently_used_goes_first(tmp_path):
     assert store.stats.bytes_read == before + RECORD
 
 
-def test_experts_of_the_same_request_never_displace_each_other(tmp_path):
+def test_experts_of_one_request_never_evict_each_other(tmp_path):
     store = make_store(tmp_path, slots=3)
     store.fetch(0, [1, 2, 3])
     slots = store.fetch(0, [4, 1, 5])
@@ -96,7 +87,7 @@ def test_a_lazy_consumer_is_evaluated_before_its_slot_is_overwritten(tmp_path):
 
 
 def _overwrite(store, slot: int, value: int) -> None:
-    """Write as a reader does, behind MLX's back."""
+    """Write as a reader does, without MLX's knowledge."""
     memoryview(store.banks[0].arrays[0]).cast("B")[4 * slot : 4 * slot + 4] = value.to_bytes(
         4, "little"
     )
@@ -106,7 +97,7 @@ def _double(store, slot: int) -> mx.array:
     return store.banks[0].arrays[0][mx.array([slot])] * 2
 
 
-def test_only_consumers_of_claimed_slots_are_evaluated(tmp_path):
+def test_only_consumers_of_reassigned_slots_are_evaluated(tmp_path):
     store = make_store(tmp_path, slots=2)
     slots = store.fetch(0, [1, 2])
     oldest, newest = (_double(store, slot) for slot in slots)
@@ -115,7 +106,7 @@ def test_only_consumers_of_claimed_slots_are_evaluated(tmp_path):
     assert store.fetch(0, [3]) == slots[:1]
     assert oldest.item() == 2 * record(0, 1)[0]
     _overwrite(store, slots[1], 7)
-    assert newest.item() == 14  # it was still to be computed
+    assert newest.item() == 14  # it was not evaluated yet
 
 
 def test_a_consumer_of_one_layer_does_not_stop_another(tmp_path):
@@ -129,11 +120,11 @@ def test_a_consumer_of_one_layer_does_not_stop_another(tmp_path):
     assert consumer.item() == 14
     again = _double(store, slots[1])
     store.hold(again, 0)
-    store.fetch(0, [3])  # a layer alone stands for all of its slots
+    store.fetch(0, [3])  # without slots, all of the layer's
     assert again.item() == 2 * record(0, 2)[0]
 
 
-def test_held_consumers_do_not_pile_up(tmp_path):
+def test_held_consumers_do_not_accumulate(tmp_path):
     store = make_store(tmp_path, slots=EXPERTS - 1)
     slots = store.fetch(0, [1, 2, 3])
     consumers = [_double(store, slot) for slot in slots]
@@ -145,16 +136,16 @@ def test_held_consumers_do_not_pile_up(tmp_path):
     assert [c.item() for c in consumers] == [2 * record(0, 1)[0], 14, 14]
 
 
-def test_a_complete_bank_holds_nobody(tmp_path):
+def test_a_complete_bank_holds_no_consumers(tmp_path):
     store = make_store(tmp_path, slots=EXPERTS)
     slots = store.fetch(0, list(range(EXPERTS)))
     assert slots == list(range(EXPERTS)) and store.banks[0].holds_all
-    for slots in ([1], None):  # they would pile up, since nothing is requested any more
+    for slots in ([1], None):  # they would accumulate
         store.hold(_double(store, 1), 0, slots)
         assert not store._consumers
 
 
-def test_slots_of_a_request_are_its_own_until_it_is_dropped(tmp_path):
+def test_a_request_keeps_its_slots_until_it_is_dropped(tmp_path):
     store = make_store(tmp_path, slots=4)
     pending = store.request(0, [1, 2])
     pending.wait()
@@ -227,30 +218,6 @@ def test_truncated_file_is_an_error_and_the_store_stays_usable(tmp_path):
         assert contents(store, 0, slot) == record(0, expert)
 
 
-def test_failed_read_names_file_and_reason(tmp_path, monkeypatch):
-    store = make_store(tmp_path, slots=2)
-
-    def broken(*_):
-        raise OSError(5, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.preadv", broken)
-        with pytest.raises(
-            FlashMoEError, match=r"0\.bin: reading an expert at byte .*Input/output"
-        ):
-            store.fetch(0, [3])
-    assert contents(store, 0, store.fetch(0, [3])[0]) == record(0, 3)
-
-
-def test_short_reads_are_continued(tmp_path, monkeypatch):
-    whole = os.preadv
-    monkeypatch.setattr(
-        "os.preadv", lambda fd, rows, offset: whole(fd, [memoryview(rows[0])[:3]], offset)
-    )
-    store = make_store(tmp_path, slots=2)
-    assert contents(store, 1, store.fetch(1, [6])[0]) == record(1, 6)
-
-
 def test_missing_file_is_named(tmp_path):
     layout = make_store(tmp_path, 2).layout
     (tmp_path / "1.bin").unlink()
@@ -269,7 +236,7 @@ def test_close_ends_threads_and_refuses_further_use(tmp_path):
 
 
 @pytest.mark.parametrize("scattered", [False, True])
-def test_banks_of_all_experts_are_filled_at_load(tmp_path, scattered):
+def test_banks_with_slots_for_all_experts_are_preloaded(tmp_path, scattered):
     layout = make_store(tmp_path, 2, scattered).layout
     store = ExpertStore(layout, CachePlan(EXPERTS, 0, "a test"), 3, preload=True)
     for layer, bank in enumerate(store.banks):
@@ -284,7 +251,7 @@ def test_banks_of_all_experts_are_filled_at_load(tmp_path, scattered):
     assert (stats.hits, stats.bytes_read) == (2, 0)
 
 
-def test_smaller_banks_are_not_filled_at_load(tmp_path):
+def test_smaller_banks_are_not_preloaded(tmp_path):
     layout = make_store(tmp_path, 2).layout
     store = ExpertStore(layout, CachePlan(EXPERTS - 1, 0, "a test"), 3, preload=True)
     assert not any(bank.resident(range(EXPERTS)) for bank in store.banks)
@@ -310,7 +277,7 @@ def _readers() -> list[threading.Thread]:
 
 @pytest.fixture
 def nothing_left():
-    """Check that a test leaves no thread and no open file behind."""
+    """Check that a test leaves neither threads nor open files."""
     gc.collect()
     threads, files = _readers(), os.listdir("/dev/fd")
     yield
@@ -318,7 +285,7 @@ def nothing_left():
     assert os.listdir("/dev/fd") == files
 
 
-def test_a_disk_that_fails_while_preloading(tmp_path, nothing_left):
+def test_a_read_error_while_preloading(tmp_path, nothing_left):
     store = make_store(tmp_path, 2)
     store.close()
     os.truncate(tmp_path / "1.bin", 9 * RECORD + 8)
@@ -354,7 +321,7 @@ def test_close_while_preloading(tmp_path, monkeypatch, nothing_left):
             closer.join()
 
     monkeypatch.setattr(Pending, "wait", closing)
-    with pytest.raises(FlashMoEError, match="given up"):
+    with pytest.raises(FlashMoEError, match="was cancelled"):
         ExpertStore(layout, CachePlan(EXPERTS, 0, "a test"), 3, preload=True)
 
 

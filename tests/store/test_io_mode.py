@@ -1,4 +1,4 @@
-"""How files are opened on each system, and the setting that chooses."""
+"""How files are opened on each system, and the io_mode setting."""
 
 import os
 import sys
@@ -60,21 +60,24 @@ def test_obstacles(tmp_path, monkeypatch):
     layout = big_layout(tmp_path, BLOCKS)
     with monkeypatch.context() as patch:
         patch.delattr(os, "O_DIRECT")
-        assert "cannot read past its page cache" in obstacle(layout)
+        assert "has no direct reads" in obstacle(layout)
 
     def refuse(*_, **__):
         raise OSError(22, "Invalid argument")
 
     opening = "flashmoe_mlx.store.io_mode.open_expert_file"
-    for call, word in (("os.preadv", "read"), (opening, "opened")):
+    for call, fault in (
+        ("os.preadv", "does not support direct reads"),
+        (opening, "cannot be opened for direct reads"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(call, refuse)
-            assert f"big.bin cannot be {word} so (Invalid argument)" in obstacle(layout)
+            assert f"big.bin {fault} (Invalid argument)" in obstacle(layout)
             with pytest.raises(FlashMoEError, match=r"io_mode = 'direct': .*big"):
                 plan_io("direct", layout, room=0)
 
 
-def test_direct_reads_give_the_banks_what_the_page_cache_had(tmp_path):
+def test_with_direct_reads_the_slots_get_the_page_caches_memory(tmp_path):
     layout = big_layout(tmp_path, BLOCKS)
     slot = layout.token_bytes
     buffered, direct = (
@@ -116,13 +119,13 @@ def test_reads_go_past_a_page_cache_with_little_room(
 
 def test_files_without_blocks_are_not_read_directly(tmp_path):
     layout = make_store(tmp_path, slots=1).layout
-    assert "was not written in blocks" in obstacle(layout)
+    assert "is not laid out in blocks" in obstacle(layout)
     assert not plan_io("auto", layout, 0).direct
     with pytest.raises(FlashMoEError, match=r"io_mode = 'direct': .*Choose buffered, or auto"):
         plan_io("direct", layout, 0)
 
 
-def test_all_experts_come_past_a_page_cache_that_lacks_them(tmp_path, monkeypatch):
+def test_preloading_bypasses_a_page_cache_without_the_experts(tmp_path, monkeypatch):
     layout = big_layout(tmp_path, BLOCKS)
     if why := obstacle(layout):
         pytest.skip(why)

@@ -1,4 +1,4 @@
-"""Experts read on a guess: right ones in time, wrong ones in vain, the same tokens either way."""
+"""Prefetched experts: useful ones are in time, others unused, and tokens are the same."""
 
 import errno
 import os
@@ -22,24 +22,24 @@ CACHE = 12 * 4 * 39168  # bytes for 12 of 100 experts per layer
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that a test moves."""
+    """A clock that the test advances."""
     now = [0.0]
     monkeypatch.setattr(prefetch.time, "perf_counter", lambda: now[0])
     return now
 
 
-def steps(found: Lookahead, clock, count: int, with_guess: float) -> list[bool]:
-    """Take steps of one second, or of other seconds with a guess; return which had one."""
+def steps(found: Lookahead, clock, count: int, prefetching: float) -> list[bool]:
+    """Take steps of 1 second, or of `prefetching` seconds with prefetch; return which had it."""
     had = []
     for _ in range(count):
         had.append(found.begin())
-        clock[0] += with_guess if had[-1] else 1.0
+        clock[0] += prefetching if had[-1] else 1.0
         found.end()
     return had
 
 
 @pytest.mark.parametrize("seconds, pays", [(0.9, True), (0.99, False), (1.5, False)])
-def test_a_trial_decides_for_a_while(clock, seconds, pays):
+def test_a_trial_sets_the_mode_for_a_term(clock, seconds, pays):
     found = Lookahead()
     trial = 2 * BLOCK * BLOCKS
     assert str(found) == "on trial"
@@ -51,12 +51,12 @@ def test_a_trial_decides_for_a_while(clock, seconds, pays):
 
 
 @pytest.mark.parametrize("mode", ["on", "off"])
-def test_who_chose_is_not_asked_again(clock, mode):
+def test_fixed_modes_run_no_trial(clock, mode):
     found = Lookahead(mode)
     assert steps(found, clock, 500, 7.0) == [mode == "on"] * 500 and str(found) == mode
 
 
-def test_right_guesses_are_misses_that_came_early(tmp_path):
+def test_useful_prefetches_are_misses_read_early(tmp_path):
     store = make_store(tmp_path, slots=4)
     store.prefetch(0, [1, 2])
     store.cancel_prefetch(0, [2, 5])
@@ -65,12 +65,12 @@ def test_right_guesses_are_misses_that_came_early(tmp_path):
     store.fetch(0, [2, 5])
     stats = store.stats
     assert (stats.asked, stats.hits, stats.early) == (4, 2, 1)
-    assert stats.bytes_useless in (0, RECORD)  # given up in time, or not
+    assert stats.bytes_useless in (0, RECORD)  # cancelled in time, or not
     assert stats.bytes_read == (stats.asked - stats.hits) * RECORD + stats.bytes_useless
     store.close()
 
 
-def test_what_was_guessed_wrong_and_not_begun_is_given_up(tmp_path, monkeypatch):
+def test_unneeded_prefetches_that_have_not_started_are_cancelled(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     store = make_store(tmp_path, slots=8)  # three threads
     store.prefetch(0, [1, 2, 3, 4, 5, 6])
@@ -88,7 +88,7 @@ def test_what_was_guessed_wrong_and_not_begun_is_given_up(tmp_path, monkeypatch)
     store.close()
 
 
-def test_a_guess_takes_no_slot_that_is_in_use(tmp_path):
+def test_a_prefetch_takes_only_free_slots(tmp_path):
     store = make_store(tmp_path, slots=3)
     held = store.request(0, [1, 2, 3])
     store.prefetch(0, [4])
@@ -105,7 +105,7 @@ def test_a_guess_takes_no_slot_that_is_in_use(tmp_path):
     store.close()
 
 
-def test_a_guess_that_cannot_be_read_is_read_when_it_is_wanted(tmp_path, monkeypatch):
+def test_an_expert_whose_prefetch_failed_is_read_on_request(tmp_path, monkeypatch):
     store, real = make_store(tmp_path, slots=3), os.preadv
 
     def fails(*_):
@@ -123,7 +123,7 @@ def test_a_guess_that_cannot_be_read_is_read_when_it_is_wanted(tmp_path, monkeyp
     store.close()
 
 
-def test_a_closed_store_guesses_nothing(tmp_path):
+def test_a_closed_store_refuses_to_prefetch(tmp_path):
     store = make_store(tmp_path, slots=3)
     store.close()
     with pytest.raises(FlashMoEError, match="closed"):
@@ -137,8 +137,8 @@ def logits(model, tokens: list[int]) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def test_tokens_are_the_same_with_right_and_wrong_guesses(monkeypatch):
-    """Sequences of the bundled model; then prefetches that are as good as random."""
+def test_tokens_are_the_same_with_useful_and_random_prefetches(monkeypatch):
+    """The bundled model without prefetch, with it, and with random prefetches."""
     tokens = [5, 900, 17, 3, 3, 256, 1000, 41] * 3
     real = block.router_logits
     found, shares = [], []
@@ -151,15 +151,14 @@ def test_tokens_are_the_same_with_right_and_wrong_guesses(monkeypatch):
             found.append(logits(m, tokens))
             stats, layout = m.expert_stats(), m._store.layout
         missed = (stats.asked - stats.hits) * layout.layers[0].record_bytes
-        assert (
-            stats.bytes_read <= missed + stats.bytes_useless
-        )  # the last prefetches may be under way
+        # The last prefetches may still be in flight.
+        assert stats.bytes_read <= missed + stats.bytes_useless
         shares.append(stats.early / (stats.asked - stats.hits))
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
     assert shares[0] == 0 and shares[1] > 2 * shares[2] > 0
 
 
-def test_guessing_needs_our_cpu_kernels(fresh_choice, monkeypatch):
+def test_prefetch_needs_our_cpu_kernels(fresh_choice, monkeypatch):
     monkeypatch.setenv("FLASHMOE_KERNELS", "stock")
     with pytest.raises(FlashMoEError, match=r"lookahead = 'on': .* Choose auto, or off"):
         load(BUNDLED_MODEL, lookahead="on")

@@ -1,4 +1,4 @@
-"""Peak memory at true shape; `flashmoe-doctor --full --model DIR` measures any model's."""
+"""Peak memory at full size; `flashmoe-doctor --full --model DIR` measures any model's."""
 
 from convert_helpers import unpack
 

@@ -1,4 +1,4 @@
-"""Reader threads: every byte in its place, whatever `preadv` does, and nothing written too late."""
+"""Reader threads: every byte in its place, whatever `preadv` returns, and no late writes."""
 
 import errno
 import os
@@ -36,13 +36,13 @@ BLOCKS = [n * 4096 for n in (8, 1, 1, 7, 2, 1, 9, 1, 1)]
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Let records of some kilobytes be cut."""
+    """Cut records of some kilobytes, too."""
     monkeypatch.setattr(expert_store, "LEAST_PIECE", 4096)
 
 
 @pytest.fixture
 def ctrl_c():
-    """Have the main thread interrupted after some seconds, as Ctrl-C does."""
+    """Interrupt the main thread after some seconds, as Ctrl-C does."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     main = threading.get_ident()
     yield lambda seconds: threading.Timer(
@@ -85,7 +85,7 @@ def test_direct_reads_are_whole(tmp_path, small_pieces, threads):
     assert store.stats.bytes_read == 4 * sum(BLOCKS)
 
 
-def test_a_file_cut_short_is_found_by_direct_reads(tmp_path):
+def test_direct_reads_detect_a_truncated_file(tmp_path):
     layout = big_layout(tmp_path, BLOCKS)
     if why := obstacle(layout):
         pytest.skip(why)
@@ -96,7 +96,8 @@ def test_a_file_cut_short_is_found_by_direct_reads(tmp_path):
         store.fetch(0, [9])
 
 
-def test_short_and_interrupted_reads_are_continued(tmp_path, small_pieces, monkeypatch):
+@pytest.mark.parametrize("scattered", [False, True])
+def test_short_and_interrupted_reads_are_continued(tmp_path, small_pieces, monkeypatch, scattered):
     rng, lock, whole, calls = np.random.default_rng(2), threading.Lock(), os.preadv, []
 
     def preadv(descriptor, rows, offset):
@@ -108,7 +109,7 @@ def test_short_and_interrupted_reads_are_continued(tmp_path, small_pieces, monke
         return whole(descriptor, next(cut(rows, most)), offset)
 
     monkeypatch.setattr("os.preadv", preadv)
-    store = big_store(big_layout(tmp_path, UNEQUAL), 4, slots=4)
+    store = big_store(big_layout(tmp_path, UNEQUAL, scattered), 4, slots=4)
     experts = [8, 1, 5]
     assert_whole(store, experts, store.fetch(0, experts))
     assert len(calls) > 3 * store.stats.reads
@@ -155,16 +156,16 @@ def test_ctrl_c_leaves_slots_alone_until_the_last_write(tmp_path, monkeypatch, c
     ctrl_c(0.1)
     with pytest.raises(KeyboardInterrupt):
         store.fetch(0, [1, 2])
-    writing = [a for _, a in store.banks[0].arriving.values() if not a.over]
+    writing = [a for _, a in store.banks[0].arriving.values() if not a.done]
     assert writing and store.banks[0].choose([3, 4], keep=()) is None
     threading.Timer(0.1, gate.opened.set).start()
     for expert, slot in zip([3, 4], store.fetch(0, [3, 4]), strict=True):
         assert contents(store, 0, slot) == record(0, expert)
-    assert all(arrival.over for arrival in writing)
+    assert all(arrival.done for arrival in writing)
 
 
-def test_ctrl_c_in_the_read_of_who_waits(tmp_path, monkeypatch, ctrl_c):
-    """The one reader is kept busy, so the caller reads, and is interrupted in the middle."""
+def test_ctrl_c_while_the_caller_reads(tmp_path, monkeypatch, ctrl_c):
+    """The only reader thread is busy, so the caller reads and is interrupted meanwhile."""
     store, gate = big_store(big_layout(tmp_path, UNEQUAL), 1, slots=4), Gate(monkeypatch)
     busy = store.request(0, [1])
     while len(gate.reads) < 1:
@@ -179,8 +180,8 @@ def test_ctrl_c_in_the_read_of_who_waits(tmp_path, monkeypatch, ctrl_c):
     assert_whole(store, [5, 6, 7], store.fetch(0, [5, 6, 7]))
 
 
-def test_experts_given_up_are_read_again_by_the_next_request(tmp_path, monkeypatch, ctrl_c):
-    """Records in three pieces, of which one is being read when Ctrl-C drops the others."""
+def test_the_next_request_reads_cancelled_experts_again(tmp_path, monkeypatch, ctrl_c):
+    """Records have three pieces; one is being read when Ctrl-C cancels the others."""
     monkeypatch.setattr(expert_store, "LEAST_PIECE", 4096)
     store, gate = big_store(big_layout(tmp_path, UNEQUAL), 1, slots=4), Gate(monkeypatch)
     store._parts = lambda bank, experts: 3
@@ -189,17 +190,19 @@ def test_experts_given_up_are_read_again_by_the_next_request(tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         store.fetch(0, [1, 2])
     (_, first), (_, second) = (store.banks[0].arriving.get(e, (0, None)) for e in (1, 2))
-    assert first.doomed and second is None
+    assert first.failing and second is None
     threading.Timer(0.1, gate.opened.set).start()
     assert_whole(store, [2, 1], store.fetch(0, [2, 1]))
 
 
 def test_ctrl_c_at_any_moment(tmp_path, monkeypatch):
-    """Interrupted anywhere, and perhaps once more, a store goes on with every byte in place."""
+    """After one or two interrupts at any point, a store still has every byte in place."""
     store, rng = big_store(big_layout(tmp_path, UNEQUAL), 2, slots=4), random.Random(0)
     bank, left, times = store.banks[0], 0, 0
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # weakrefs' callbacks are struck too
-    monkeypatch.setattr(signals, "SIGNALS", (signal.SIGINT,))  # so that the clock strikes anywhere
+    monkeypatch.setattr(
+        sys, "unraisablehook", lambda _: None
+    )  # weakref callbacks are interrupted too
+    monkeypatch.setattr(signals, "SIGNALS", (signal.SIGINT,))  # so that the alarm strikes anywhere
 
     def strike(_, frame):
         nonlocal left
@@ -237,7 +240,7 @@ def test_ctrl_c_at_any_moment(tmp_path, monkeypatch):
     assert not store._reader._in_flight and not store._reader._batches
 
 
-def test_a_reader_thread_may_have_to_close_its_own_store(tmp_path, monkeypatch):
+def test_a_reader_thread_can_close_its_own_store(tmp_path, monkeypatch):
     """The garbage collector runs finalizers in any thread."""
     store, whole = make_store(tmp_path, slots=2), os.preadv
     finalizer = store._finalizer
@@ -265,7 +268,7 @@ def test_a_fork_closes_files_only(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("reason", [SystemExit(1), MemoryError(), KeyError("odd")])
-def test_whatever_a_read_raises_fails_its_expert_and_the_threads_live(
+def test_any_exception_in_a_read_fails_its_expert_and_the_threads_live(
     tmp_path, monkeypatch, reason
 ):
     store, whole = big_store(big_layout(tmp_path, UNEQUAL), 2, slots=4), os.preadv
@@ -283,8 +286,8 @@ def test_whatever_a_read_raises_fails_its_expert_and_the_threads_live(
     assert_whole(store, [1, 2], store.fetch(0, [1, 2]))
 
 
-def test_a_signal_handler_that_raises_in_the_read_of_who_waits(tmp_path, monkeypatch):
-    """As a timeout's does. The one reader thread is busy, so the caller reads itself."""
+def test_a_signal_handler_that_raises_while_the_caller_reads(tmp_path, monkeypatch):
+    """As a timeout's does. The only reader thread is busy, so the caller reads."""
     store, gate = big_store(big_layout(tmp_path, UNEQUAL), 1, slots=4), Gate(monkeypatch)
 
     def late(number, frame):
@@ -307,7 +310,7 @@ def test_a_signal_handler_that_raises_in_the_read_of_who_waits(tmp_path, monkeyp
 
 
 def test_threads_that_the_system_refuses(tmp_path, monkeypatch):
-    """Those that were started end, and the files are closed."""
+    """The threads already started end, and the files are closed."""
     layout, start = big_layout(tmp_path, UNEQUAL), threading.Thread.start
     before, files = threading.active_count(), len(os.listdir("/dev/fd"))
     started = []
@@ -340,7 +343,7 @@ def test_close_with_reads_in_flight(tmp_path, monkeypatch):
     store.close()
     assert len(gate.reads) == 1
     assert not any(thread.is_alive() for thread in store._reader.threads)
-    with pytest.raises(FlashMoEError, match="given up"):
+    with pytest.raises(FlashMoEError, match="was cancelled"):
         pending.wait()
 
 

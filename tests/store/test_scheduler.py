@@ -1,4 +1,4 @@
-"""Batches: which experts of a layer come together, and in which order."""
+"""Which experts of a layer share a batch, and in which order batches come."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from flashmoe_mlx.store.scheduler import expert_batches
 
 
 def batches_of(store, ids: list[int]) -> list[list[int]]:
-    """Return the experts of each batch, having compared their bytes while they are there."""
+    """Return the experts of each batch, after comparing their bytes."""
     ids, seen, batches = np.array(ids), [], []
     for places, slots in expert_batches(store, 0, ids):
         batches.append(sorted(set(ids[places].tolist())))

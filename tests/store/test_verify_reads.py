@@ -1,4 +1,4 @@
-"""Every expert is compared with its checksum when it has been read, and before it is used."""
+"""Every expert is compared with its checksum after its read and before its use."""
 
 import importlib
 import json
@@ -43,7 +43,7 @@ def small_pieces(monkeypatch):
 
 @pytest.fixture
 def compared(monkeypatch) -> list[tuple[int, int]]:
-    """Collect which experts are compared."""
+    """Collect the experts that are compared."""
     seen: list[tuple[int, int]] = []
     real = RecordChecks.compare
 
@@ -67,7 +67,7 @@ def packed(original, tmp_path) -> Path:
 
 
 def checked_store(tmp_path, threads: int, io: bool = False) -> ExpertStore:
-    """A store of one layer of random experts with the checksums that they have now."""
+    """A store of one layer of random experts, with their checksums."""
     layout = big_layout(tmp_path, SIZES)
     data, size = (tmp_path / "big.bin").read_bytes(), sum(SIZES)
     parts = [data[e * size : (e + 1) * size] for e in range(EXPERTS)]
@@ -91,7 +91,7 @@ def write(model, tokenizer) -> str:
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_each_expert_once_it_is_whole(tmp_path, compared, threads, direct):
-    """Also if several threads bring the parts of one."""
+    """Also if several threads read the pieces of one expert."""
     store = checked_store(tmp_path, threads, direct)
     for experts in ([7], [2, 9], [0, 4, 3, 1], [4, 5]):
         assert_whole(store, experts, store.fetch(0, experts))
@@ -116,15 +116,15 @@ def test_one_bit_anywhere(tmp_path, threads, direct):
             command = f"`flashmoe-convert verify {tmp_path} --repair --hf-path SOURCE`"
             assert "; nothing was computed from it. Run " + command in text
         start += size
-    assert_whole(store, [6], store.fetch(0, [6]))  # it is read again, and is well
+    assert_whole(store, [6], store.fetch(0, [6]))  # read again, and intact
 
 
-def test_a_slot_is_nobody_s_before_the_comparison(tmp_path, monkeypatch):
-    """An expert is on its way until it has been compared, whoever asks."""
-    begun, go_on, real = threading.Event(), threading.Event(), RecordChecks.compare
+def test_an_expert_is_not_resident_before_the_comparison(tmp_path, monkeypatch):
+    """An expert counts as being read until its checksum is compared."""
+    started, go_on, real = threading.Event(), threading.Event(), RecordChecks.compare
 
     def compare(*arguments):
-        begun.set()
+        started.set()
         go_on.wait(20)
         return real(*arguments)
 
@@ -132,7 +132,7 @@ def test_a_slot_is_nobody_s_before_the_comparison(tmp_path, monkeypatch):
     store = checked_store(tmp_path, 3)
     flip(tmp_path / "big.bin", 5 * sum(SIZES))
     first = store.request(0, [5])
-    assert begun.wait(20)
+    assert started.wait(20)
     second = store.request(0, [5])
     assert store.banks[0].resident([5]) == [] and 5 in store.banks[0].arriving
     go_on.set()
@@ -142,7 +142,7 @@ def test_a_slot_is_nobody_s_before_the_comparison(tmp_path, monkeypatch):
     assert store.banks[0].resident([5]) == [] and not store.banks[0].arriving
 
 
-def test_reads_that_fail_are_told_as_such(tmp_path, compared, monkeypatch):
+def test_a_failed_read_is_reported_as_such(tmp_path, compared, monkeypatch):
     store, real = checked_store(tmp_path, 4), os.preadv
 
     def preadv(descriptor, rows, offset):
@@ -158,7 +158,7 @@ def test_reads_that_fail_are_told_as_such(tmp_path, compared, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [ValueError, MemoryError])
-def test_a_comparison_that_fails_is_no_consent(tmp_path, monkeypatch, error):
+def test_an_expert_whose_comparison_raises_is_not_used(tmp_path, monkeypatch, error):
     def compare(*arguments):
         raise error
 
@@ -172,7 +172,7 @@ def test_a_comparison_that_fails_is_no_consent(tmp_path, monkeypatch, error):
     assert_whole(store, [6], store.fetch(0, [6]))
 
 
-def test_close_while_experts_are_on_their_way(tmp_path, monkeypatch, compared):
+def test_close_while_experts_are_being_read(tmp_path, monkeypatch, compared):
     gate, store = Gate(monkeypatch), checked_store(tmp_path, 1)
     pending = store.request(0, [1, 2, 3])
     closer = threading.Thread(target=store.close)
@@ -180,7 +180,7 @@ def test_close_while_experts_are_on_their_way(tmp_path, monkeypatch, compared):
     gate.opened.set()
     closer.join(20)
     assert not closer.is_alive()
-    with pytest.raises(FlashMoEError, match="given up"):
+    with pytest.raises(FlashMoEError, match="was cancelled"):
         pending.wait()
 
 
@@ -203,7 +203,7 @@ def test_the_same_text_and_every_expert_compared(packed, compared, cache):
 
 
 def test_no_token_is_computed_from_damage(packed):
-    """Repaired while the model is loaded, the expert is read again."""
+    """An expert repaired while the model is loaded is read again."""
     model, tokenizer = load(packed, expert_cache=CACHE, verify=True)
     expected = write(model, tokenizer)
     path, tensors = packed / LAYER, read_header(packed / LAYER)
@@ -220,8 +220,8 @@ def test_no_token_is_computed_from_damage(packed):
     model.close()
 
 
-def test_the_remedy_that_it_names(packed, capsys):
-    """At load, where all experts are read; and `verify --repair` mends it."""
+def test_the_remedy_in_the_error_works(packed, capsys):
+    """The error appears at load, where all experts are read; `verify --repair` fixes the file."""
     expert = read_header(packed / LAYER)["experts.41.up_proj.scales"]
     flip(packed / LAYER, expert.offset)
     with pytest.raises(FlashMoEError, match="layer 2 expert 41 is not as it was written") as raised:
@@ -232,21 +232,21 @@ def test_the_remedy_that_it_names(packed, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("way", ["flag", "variable", "config.json"])
-def test_ways_to_ask_for_it(packed, compared, monkeypatch, capsys, way):
+@pytest.mark.parametrize("source", ["flag", "variable", "config.json"])
+def test_each_source_of_the_setting(packed, compared, monkeypatch, capsys, source):
     arguments = ["--model", str(packed), "--prompt", "The", "--max-tokens", "1"]
-    if way == "variable":
+    if source == "variable":
         monkeypatch.setenv("FLASHMOE_VERIFY", "1")
-    if way == "config.json":
+    if source == "config.json":
         config = json.loads((packed / "config.json").read_text())
         config["flashmoe"]["verify"] = True
         (packed / "config.json").write_text(json.dumps(config))
-    generate_cli.main(arguments + ["--verify-reads"] * (way == "flag"))
+    generate_cli.main(arguments + ["--verify-reads"] * (source == "flag"))
     assert len(compared) == 400
     compared.clear()
     monkeypatch.setenv("FLASHMOE_VERIFY", "0")  # above config.json, below the flag
-    generate_cli.main(arguments + ["--verify-reads"] * (way == "flag"))
-    assert len(compared) == (400 if way == "flag" else 0)
+    generate_cli.main(arguments + ["--verify-reads"] * (source == "flag"))
+    assert len(compared) == (400 if source == "flag" else 0)
     capsys.readouterr()
 
 
@@ -258,7 +258,9 @@ def test_off_unless_asked():
 def test_directories_without_checksums(tmp_path, link):
     if link:
         convert(BUNDLED_MODEL, tmp_path / "linked", link=True)
-    message = r"verify = true: .* is no conversion, so its experts have no checksums. Convert it"
+    message = (
+        r"verify = true: .* is not a converted model, so its experts have no checksums. Convert it"
+    )
     with pytest.raises(FlashMoEError, match=message):
         load(tmp_path / "linked" if link else BUNDLED_MODEL, verify=True)
 
@@ -275,7 +277,7 @@ def test_a_manifest_with_too_few(packed):
         load(packed, verify=True)
 
 
-def test_memory_of_a_card_is_refused(packed, monkeypatch):
+def test_gpu_memory_is_refused(packed, monkeypatch):
     monkeypatch.setattr(CpuBackend, "visible", False)
     with pytest.raises(FlashMoEError, match=r"NVIDIA GPU's memory cannot be compared .* leave ver"):
         load(packed, verify=True)

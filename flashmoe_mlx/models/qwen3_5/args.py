@@ -1,4 +1,4 @@
-"""What the checkpoint says: `ModelArgs`."""
+"""`ModelArgs`: the architecture by config.json."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from ...format.config_entries import (
     object_in,
 )
 
-PREFILL_CHUNK = 2048  # tokens that mlx-lm puts through the model at a time
+PREFILL_CHUNK = 2048  # tokens per forward pass of mlx-lm's prefill
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 
 
 @dataclass
 class ModelArgs:
-    """The architecture, in the names of the checkpoint's config.json (its text_config)."""
+    """The architecture, named as in config.json (its text_config)."""
 
     model_type: str
     hidden_size: int
@@ -56,7 +56,7 @@ class ModelArgs:
         """Build from config.json, flat or with the language model under `text_config`.
 
         Raises:
-            FlashMoEError: another model type, a missing key, or sizes that contradict.
+            FlashMoEError: unsupported model type, missing key, or contradictory sizes.
         """
         if (model_type := params.get("model_type")) not in MODEL_TYPES:
             raise FlashMoEError(
@@ -72,8 +72,7 @@ class ModelArgs:
         text = params.get("text_config", params)
         if not isinstance(text, Mapping):
             raise FlashMoEError(
-                f"config.json: text_config = {text!r} is not a JSON object. "
-                "Restore the checkpoint's own config.json."
+                f"config.json: text_config = {text!r} is not a JSON object. {RESTORE}"
             )
         values = {**text, **own}
         # A vision-language export may state tied embeddings at the top level only.
@@ -88,12 +87,10 @@ class ModelArgs:
                 for name, p in inspect.signature(cls).parameters.items()
                 if p.default is p.empty and name not in values
             ]
-            raise FlashMoEError(
-                f"config.json: no {', '.join(missing)}. Restore the checkpoint's own config.json."
-            ) from error
+            raise FlashMoEError(f"config.json: no {', '.join(missing)}. {RESTORE}") from error
 
     def __post_init__(self) -> None:
-        """Fill in derived sizes and refuse contradictions."""
+        """Derive sizes and refuse contradictions."""
         for entry in fields(self):
             check_entry(entry.name, entry.type, getattr(self, entry.name))
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -109,9 +106,9 @@ class ModelArgs:
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes that a chunk of PREFILL_CHUNK tokens takes, over all: mostly experts' outputs.
+        """Estimated bytes of activations for PREFILL_CHUNK tokens.
 
-        Counted as four times the experts' outputs in float32: an estimate, not a bound.
+        Four times the experts' outputs in float32, which dominate. Not a bound.
         """
         return 4 * 4 * PREFILL_CHUNK * self.num_experts_per_tok * self.hidden_size
 
@@ -126,7 +123,7 @@ class ModelArgs:
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect RoPE settings from `rope_parameters`, or from the flat keys of older configs."""
+    """Read RoPE settings from `rope_parameters`, or from the flat keys of older configs."""
     rope = {
         "rope_type": "default",
         "partial_rotary_factor": values.get("partial_rotary_factor", 0.25),
@@ -135,21 +132,20 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if rope["rope_theta"] is None:
         raise FlashMoEError(
-            "config.json: no rope_theta, in rope_parameters or beside it. "
-            "Restore the checkpoint's own config.json."
+            f"config.json: no rope_theta, in rope_parameters or beside it. {RESTORE}"
         )
     check_entry("rope_theta", float, rope["rope_theta"])
     check_entry("partial_rotary_factor", float, rope["partial_rotary_factor"])
     if rope["partial_rotary_factor"] > 1:
         raise FlashMoEError(
             f"config.json: partial_rotary_factor = {rope['partial_rotary_factor']} is more than "
-            "the whole head. Restore the checkpoint's own config.json."
+            f"the whole head. {RESTORE}"
         )
     return rope
 
 
 def _check_rotated(head_dim: int, rope: Mapping[str, Any]) -> None:
-    """Refuse a share of the head that MLX cannot rotate: none of it, or an odd number."""
+    """Refuse a rotated part of the head that MLX cannot rotate: odd, or below 2 dimensions."""
     factor = rope["partial_rotary_factor"]
     rotated = int(head_dim * factor)
     if rotated < 2 or rotated % 2:
@@ -168,7 +164,7 @@ def _check_multiple(args: ModelArgs, many: str, few: str) -> None:
 
 
 def check_top_k(top_k: int, num_experts: int, name: str) -> None:
-    """Refuse a number of experts per token that the model does not have."""
+    """Refuse a top-k outside 1 to `num_experts`."""
     if not 1 <= top_k <= num_experts:
         raise FlashMoEError(
             f"{name} = {top_k}, but the model has {num_experts} experts per layer. "

@@ -1,10 +1,10 @@
-"""The sizes that tell one Qwen3.5 MoE model from another, named as in config.json."""
+"""The sizes of the published Qwen3.5 MoE models, named as in config.json."""
 
 from typing import NamedTuple
 
 
 class Geometry(NamedTuple):
-    """One model's sizes; the fields of config.json's text_config."""
+    """One model's sizes: fields of config.json's text_config."""
 
     hidden_size: int
     num_hidden_layers: int

@@ -1,4 +1,4 @@
-"""What mixes tokens in a layer: full attention, or GatedDeltaNet. Names as in mlx-lm."""
+"""Token mixers: full attention and GatedDeltaNet, named as in mlx-lm."""
 
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from ...custom_kernels.gated_delta.layer import gated_delta_layer
 from ...custom_kernels.gated_delta.weights import Heads, MixerWeights
 from ...custom_kernels.linear.linear import join, joined, linear
 from ...custom_kernels.traced import Traced
-from ..cache_checks import Attending, Recurrent
+from ..cache_checks import DeltaCacheSpec, KeyValueSpec
 from .args import ModelArgs
 
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         )
         turned = self.rope.dims if type(self.rope) is nn.RoPE else 0
         self._heads = AttentionHeads(self.heads, self.kv_heads, self.head_dim, turned)
-        self._keeps = Attending(self.kv_heads, self.head_dim)
+        self._cache_spec = KeyValueSpec(self.kv_heads, self.head_dim)
 
     def __call__(
         self, h: mx.array, norm: nn.RMSNorm, mask: Any = None, cache: Any = None
@@ -93,7 +93,7 @@ class Attention(nn.Module):
         return queries, keys, values.transpose(0, 2, 1, 3), gate
 
     def _attend(self, queries: mx.array, keys: Any, values: Any, mask: Any, cache: Any) -> mx.array:
-        """Return `[B, heads, T, D]`: the queries' attention to what the cache returned."""
+        """Return attention to the cache's keys and values, `[B, heads, T, D]`."""
         return attention(queries, keys, values, self.head_dim**-0.5, mask, cache)
 
     def _after(self, h: mx.array, y: mx.array, gate: mx.array) -> mx.array:
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         return linear(y, self.o_proj, residual=h)[0]
 
     def _fuses(self, h: mx.array, keys: int) -> bool:
-        """Find out whether a step with so many keys, and maybe more, goes through our kernels."""
+        """Say whether our kernels run a step with this many keys, and remember the answer."""
         case = deciding_case(self._heads, h, keys)
         if case is None or case == self._refused:
             return False
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         return fuses
 
     def _run_fused(self, h: mx.array, norm: nn.RMSNorm, cache: KVCache, traced: bool) -> mx.array:
-        """Do what `__call__` does for one token, in few launches."""
+        """Run `__call__` for one token, in few launches."""
         steps = partial(self._before_fused, norm), self._after_fused
         before, after = self._fused_step.functions if traced else steps
         queries, keys, values, projected = before(h, integer(cache.offset))
@@ -133,7 +133,7 @@ class Attention(nn.Module):
     def _before_fused(
         self, norm: nn.RMSNorm, h: mx.array, offset: mx.array
     ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Return queries, keys, values and the joined projection, whose gates are used later."""
+        """Return queries, keys, values and the joined projection, which also holds the gates."""
         projected = joined(h, self.q_proj, self.k_proj, self.v_proj, norm=norm)
         norms = self.q_norm.weight, self.k_norm.weight
         queries, keys = prepare(
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         values: mx.array,
         length: mx.array,
     ) -> mx.array:
-        """Return h + the output projection of the gated attention to the whole cache's buffers."""
+        """Return h + the output projection of the gated attention over the cache's buffers."""
         y = attend(queries, projected, self._heads, keys, values, length)
         return linear(y, self.o_proj, residual=h)[0]
 
@@ -172,7 +172,9 @@ class GatedDeltaNet(nn.Module):
         values = heads.values * heads.value_dim
         width = 2 * heads.keys * heads.key_dim + values
         taps = args.linear_conv_kernel_dim
-        self._keeps = Recurrent((taps - 1, width), (heads.values, heads.value_dim, heads.key_dim))
+        self._cache_spec = DeltaCacheSpec(
+            (taps - 1, width), (heads.values, heads.value_dim, heads.key_dim)
+        )
         self.conv1d = nn.Conv1d(width, width, taps, groups=width, bias=False)
         self.in_proj_qkv = nn.Linear(args.hidden_size, width, bias=False)
         self.in_proj_z = nn.Linear(args.hidden_size, values, bias=False)
@@ -188,7 +190,7 @@ class GatedDeltaNet(nn.Module):
     ) -> mx.array:
         """Return h + mixer(norm(h)), `[B, T, H]`.
 
-        cache[0] is the convolution's past, cache[1] the delta state.
+        cache[0] holds the convolution's past inputs, cache[1] the delta state.
         """
         tokens = h.shape[1]
         past, state = (None, None) if cache is None else (cache[0], cache[1])

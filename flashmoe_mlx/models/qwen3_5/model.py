@@ -1,4 +1,4 @@
-"""Qwen3.5 MoE: gated attention, GatedDeltaNet, and experts that stream. Names as in mlx-lm.
+"""Qwen3.5 MoE: gated attention, GatedDeltaNet and streamed experts. Names as in mlx-lm.
 
 Shapes: B batch, T tokens, H hidden size, V vocabulary; heads as in `custom_kernels.reference`.
 """
@@ -7,10 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import (
-    create_attention_mask,
-    create_ssm_mask,
-)
+from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from ...custom_kernels.device import keep_pace, tokens_at_once
@@ -25,11 +22,10 @@ from .sanitize import sanitize
 
 
 def _forget_padding(caches: list[Any]) -> None:
-    """Drop the left padding of GatedDeltaNet caches once it lies behind every row.
+    """Drop the left padding of GatedDeltaNet caches once every row is past it.
 
-    mlx-lm gives a batch such padding, of zeros, and counts it down with every token. Only the first
-    layer's is ever looked at, so that the others' graphs would grow until the batch is over; and
-    what comes with a mask takes the slower way.
+    mlx-lm counts a batch's padding down with every token, but reads only the first layer's: the
+    other layers' graphs would grow until the batch ends. A mask also selects the slower path.
     """
     padded = [c for c in caches if isinstance(c, ArraysCache) and c.left_padding is not None]
     if padded and bool(mx.all(mx.concatenate([c.left_padding for c in padded]) <= 0)):
@@ -55,7 +51,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, h: mx.array, mask: Any = None, cache: Any = None, rows: mx.array | None = None
     ) -> mx.array:
-        """Map the residual stream `[B, T, H]` to `[B, T, H]`; `rows` `[B, T]`: not padding."""
+        """Map the residual stream `[B, T, H]` to itself; `rows` `[B, T]` is False for padding."""
         h = self._mix(h, mask, cache)
         return self.mlp(h, self.post_attention_layernorm, rows)
 
@@ -65,9 +61,9 @@ class DecoderLayer(nn.Module):
         return self.linear_attn if self.is_linear else self.self_attn
 
     def _mix(self, h: mx.array, mask: Any, cache: Any) -> mx.array:
-        """Run attention or GatedDeltaNet, on a CPU a part of a prompt at a time.
+        """Run attention or GatedDeltaNet; on a CPU, a part of a prompt at a time.
 
-        What they make of 2,048 tokens takes 300 MB at 35B size, which a bank has more use for.
+        Activations of 2,048 tokens take 300 MB at 35B size, which serve better as expert cache.
         """
         mixer = self.mixer
         tokens, padded = h.shape[1], isinstance(mask, mx.array)
@@ -90,17 +86,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [DecoderLayer(args, i, store) for i in range(args.num_hidden_layers)]
-        self._keeps = [layer.mixer._keeps for layer in self.layers]
+        self._cache_specs = [layer.mixer._cache_spec for layer in self.layers]
         self._lookahead = store.lookahead if store else None
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def check_caches(self, caches: list[Any], rows: int) -> None:
-        """Compare caches with the layers, for a prompt of so many rows.
+        """Compare caches with the layers, for a batch of `rows`.
 
         Raises:
-            FlashMoEError: one does not fit its layer.
+            FlashMoEError: a cache does not fit its layer.
         """
-        check_caches(caches, self._keeps, self.embed_tokens(mx.zeros((rows, 1), mx.int32)))
+        check_caches(caches, self._cache_specs, self.embed_tokens(mx.zeros((rows, 1), mx.int32)))
 
     def __call__(
         self,
@@ -111,7 +107,7 @@ class Decoder(nn.Module):
         """Map token ids `[B, T]` (or embeddings `[B, T, H]`) to hidden states `[B, T, H]`."""
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         caches: list[Any] = cache if cache is not None else [None] * len(self.layers)
-        check_caches(caches, self._keeps, h)
+        check_caches(caches, self._cache_specs, h)
         _forget_padding(caches)
         masks: dict[bool, Any] = {}
         lookahead = self._lookahead if h.shape[1] == 1 else None
@@ -134,7 +130,7 @@ class LanguageModel(nn.Module):
     """Decoder and output head."""
 
     def __init__(self, args: ModelArgs, store: ExpertStore | None) -> None:
-        """Make the decoder; with tied embeddings there is no head of its own."""
+        """Make the decoder, and an output head unless embeddings are tied."""
         super().__init__()
         self.model = Decoder(args, store)
         if not args.tie_word_embeddings:
@@ -150,7 +146,7 @@ class LanguageModel(nn.Module):
         h = self.model(inputs, cache, input_embeddings)
         if "lm_head" not in self:
             return self.model.embed_tokens.as_linear(h)
-        # Callers often drop a prompt's logits, so only a step's are worth computing at once.
+        # Callers often drop a prompt's logits, so these stay lazy.
         return linear(h, self.lm_head)[0] if h.shape[1] == 1 else self.lm_head(h)
 
 
@@ -162,7 +158,7 @@ class Model(StreamedModule):
     """
 
     def __init__(self, args: ModelArgs, store: ExpertStore | None = None) -> None:
-        """Make the model; weights come later, through `sanitize` and `load_weights`."""
+        """Make the model, before `sanitize` and `load_weights`."""
         super().__init__(store)
         self.args = args
         self.model_type = args.model_type
@@ -197,12 +193,12 @@ class Model(StreamedModule):
         return [ArraysCache(size=2) if layer.is_linear else KVCache() for layer in self.layers]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Bring a checkpoint's tensors into this model's names and shapes."""
+        """Convert a checkpoint's tensors to this model's names and shapes."""
         return sanitize(weights, self.args, streamed=self._store is not None)
 
     @property
     def quant_predicate(self) -> Any:
-        """Which layers mlx_lm quantizes at which width: routers and gates at 8 bits."""
+        """Bits per layer for mlx_lm's quantization: 8 for routers and gates."""
 
         def predicate(path: str, _: nn.Module) -> bool | dict[str, int]:
             if path.endswith(("mlp.gate", "shared_expert_gate")):
@@ -213,5 +209,5 @@ class Model(StreamedModule):
 
     @property
     def cast_predicate(self) -> Any:
-        """Which parameters may be cast: A_log stays float32."""
+        """Which parameters mlx_lm may cast: all but A_log, which stays float32."""
         return lambda path: not path.endswith("A_log")

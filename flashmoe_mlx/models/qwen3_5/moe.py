@@ -1,4 +1,4 @@
-"""The mixture-of-experts block: router, shared expert, and the experts that come from disk."""
+"""The mixture-of-experts block: router, shared expert and streamed experts."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ from ...store.scheduler import expert_batches
 from ...store.store import ExpertStore
 from .args import ModelArgs
 
-PREFETCHED = 5 / 8  # of as many experts as a token has; the others are wrong too often
-ASSIGNMENTS_AT_ONCE = 2048  # of token and expert, on a CPU; what they make takes 60 MB at 35B size
+PREFETCHED = 5 / 8  # of top-k; lower-ranked experts are wrong too often
+ASSIGNMENTS_AT_ONCE = 2048  # token-expert assignments on a CPU: 60 MB of activations at 35B size
 Step = Callable[..., Any]
 
 
@@ -36,7 +36,7 @@ class MLP(nn.Module):
     """SwiGLU feed-forward; the shared expert."""
 
     def __init__(self, hidden: int, intermediate: int) -> None:
-        """Make the three projections of a `hidden`-wide block."""
+        """Make the three projections."""
         super().__init__()
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
@@ -47,13 +47,13 @@ class MLP(nn.Module):
         return mlp(x, self.gate_proj, self.up_proj, self.down_proj)
 
     def banks(self) -> list[QuantizedMatrix] | None:
-        """Return the weights of gate, up and down, or None if they are not affine-quantized."""
+        """Return gate, up and down, or None if they are not affine-quantized."""
         weights = [join([self[name]]) for name in PROJECTIONS]
         return [w.bank for w in weights if w] if all(weights) else None
 
 
 class ResidentExperts(SwitchGLU):
-    """Experts as ordinary parameters, in mlx-lm's names: expert e lies in slot e."""
+    """Experts as ordinary parameters, named as in mlx-lm: expert e lies in slot e."""
 
     def banks(self) -> list[QuantizedMatrix] | None:
         """Return gate, up and down, or None if they are not affine-quantized."""
@@ -67,29 +67,29 @@ class ResidentExperts(SwitchGLU):
         return remembered(self, "_known", lambda: arrays_of(layers), make)
 
     def slots(self, ids: mx.array, x: mx.array) -> mx.array:
-        """Return the slots of experts, which are their ids."""
+        """Return the experts' slots: their ids."""
         return ids
 
     def batches(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield all places in `ids` and their slots, which are the ids."""
+        """Yield all positions in `ids`, and their slots: the ids."""
         yield np.arange(ids.size), ids.reshape(-1)
 
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
-        """Do nothing: nobody writes into these banks."""
+        """Do nothing: parameters are never overwritten."""
 
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
-        """Run the chosen experts and add up what they give: `[..., H]` to `[..., H]`."""
+        """Return the weighted sum of the chosen experts' outputs: `[..., H]` to `[..., H]`."""
         return resident_mixture(self, x, indices, scores)
 
 
 class StreamedExperts(nn.Module):
-    """One layer's routed experts, read from disk when the router picks them. No parameters."""
+    """One layer's routed experts, read from disk when the router chooses them. No parameters."""
 
     def __init__(self, args: ModelArgs, layer: int, store: ExpertStore) -> None:
-        """Bind a layer to the store.
+        """Use a layer of the store.
 
         Raises:
-            FlashMoEError: the experts on disk do not have the sizes that config.json states.
+            FlashMoEError: the experts on disk contradict the sizes in config.json.
         """
         super().__init__()
         self._store = store
@@ -112,23 +112,22 @@ class StreamedExperts(nn.Module):
 
     @property
     def count(self) -> int:
-        """How many experts the layer has."""
+        """The layer's number of experts."""
         return self._store.layout.layers[self._layer].num_experts
 
     def slots(self, ids: mx.array, x: mx.array) -> mx.array | None:
-        """Make experts resident and return their slots, or None if the bank holds too few.
+        """Make experts resident and return their slots, or None if there are too few slots.
 
-        Waits for the ids, unless every expert is resident: then expert e lies in slot e; or the
-        GPU can bring them by itself.
+        Waits for the ids, unless all experts are resident or the GPU loads by itself.
 
         Args:
             ids: `[..., K]`.
-            x: `[..., H]`, what they were chosen for.
+            x: `[..., H]`, the router's input.
         """
         if self.holds_all:
             return ids
-        if (there := self._store.load_by_device(self._layer, ids, x)) is not None:
-            return there
+        if (loaded := self._store.load_by_device(self._layer, ids, x)) is not None:
+            return loaded
         chosen, places = np.unique(self._store.backend.to_host(ids), return_inverse=True)
         if len(chosen) > len(self._store.banks[self._layer]):
             return None
@@ -140,15 +139,15 @@ class StreamedExperts(nn.Module):
         return expert_batches(self._store, self._layer, ids)
 
     def prefetch(self, ids: np.ndarray) -> None:
-        """Begin to read experts `[..., K]` that are likely to be asked for next."""
+        """Start to read experts `[..., K]` that the next step will probably need."""
         self._store.prefetch(self._layer, np.unique(ids).tolist())
 
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
-        """Keep the bank, or some slots of it, as they are until `consumer` is evaluated."""
+        """Keep all slots, or these, unchanged until `consumer` is evaluated."""
         self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
 
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
-        """Run the chosen experts and add up what they give: see `streamed_mixture`."""
+        """Return the weighted sum of the chosen experts' outputs: see `streamed_mixture`."""
         return streamed_mixture(self, x, indices, scores)
 
 
@@ -156,7 +155,7 @@ class StreamedExperts(nn.Module):
 def resident_mixture(
     experts: ResidentExperts, x: mx.array, indices: mx.array, scores: mx.array
 ) -> mx.array:
-    """Do what `streamed_mixture` does with experts that are ordinary parameters."""
+    """Compute `streamed_mixture` for experts that are ordinary parameters."""
     return (experts(x, indices) * scores[..., None]).sum(axis=-2)
 
 
@@ -172,17 +171,17 @@ def _resident_by_gpu(
 def streamed_mixture(
     experts: StreamedExperts, x: mx.array, indices: mx.array, scores: mx.array
 ) -> mx.array:
-    """Run the chosen experts and add up what they give.
+    """Return the weighted sum of the chosen experts' outputs.
 
-    They come in batches, each read once however few slots there are. Every row is computed on its
-    own and added up in the router's order, so the result does not depend on the cache. Where all
-    experts are resident a GPU need not tell the host which ones were chosen.
+    Experts are loaded in batches, each expert once, however few slots there are. Every assignment
+    is computed separately and summed in the router's order, so the result does not depend on the
+    cache. If all experts are resident, a GPU does not send the ids to the host.
 
     Args:
-        experts: of one layer.
+        experts: a layer's experts.
         x: `[..., H]` tokens.
         indices: `[..., K]` expert ids.
-        scores: `[..., K]` their weights.
+        scores: `[..., K]` weights.
 
     Returns:
         `[..., H]`.
@@ -194,18 +193,18 @@ def streamed_mixture(
     ids = np.array(indices).reshape(-1)
     part_of = Routed(ids.size, experts.count)
     outputs, places, orders, done = [], [], [], 0
-    for pairs, slots in experts.batches(ids):
-        tokens, where = mx.array(np.stack([pairs // top_k, slots]).astype(np.uint32))
-        y, there = expert_mlp(rows, tokens, where, banks, part_of)
+    for assignments, slots in experts.batches(ids):
+        tokens, where = mx.array(np.stack([assignments // top_k, slots]).astype(np.uint32))
+        y, positions = expert_mlp(rows, tokens, where, banks, part_of)
         experts.hold(y, slots)
-        mx.async_eval(y, there)
+        mx.async_eval(y, positions)
         outputs.append(y)
-        places.append(there + done)
-        orders.append(pairs)
+        places.append(positions + done)
+        orders.append(assignments)
         done += len(y)
-    order, there = mx.array(np.concatenate(orders).astype(np.uint32)), mx.concatenate(places)
-    there = mx.put_along_axis(there, order, there, axis=0).reshape(-1, top_k)
-    y = combine(mx.concatenate(outputs), there, scores.reshape(-1, top_k))
+    order, place = mx.array(np.concatenate(orders).astype(np.uint32)), mx.concatenate(places)
+    place = mx.put_along_axis(place, order, place, axis=0).reshape(-1, top_k)
+    y = combine(mx.concatenate(outputs), place, scores.reshape(-1, top_k))
     return y.reshape(x.shape)
 
 
@@ -213,19 +212,19 @@ def streamed_mixture(
 def _streamed_by_cpu(
     experts: StreamedExperts, x: mx.array, indices: mx.array, scores: mx.array
 ) -> mx.array | None:
-    """Compute at once, a part of a batch at a time."""
+    """Compute eagerly, a part of a batch at a time."""
     banks = experts.banks()
     if (kernels := cpu_experts(x, banks)) is None:
         return None
     ids, top_k = np.array(indices).reshape(-1), indices.shape[-1]
     rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [b.packed for b in banks]
     outputs = np.empty((ids.size, x.shape[-1]), np.float32)
-    for pairs, slots in experts.batches(ids):
+    for assignments, slots in experts.batches(ids):
         order = ascending(slots)
         for part in np.split(order, range(ASSIGNMENTS_AT_ONCE, len(order), ASSIGNMENTS_AT_ONCE)):
-            tokens = pairs[part] // top_k
-            outputs[pairs[part]] = kernels.mlp(rows[tokens], *packed, slots[part])
-    # By numpy: all outputs of a prompt are many, and MLX would copy them twice.
+            tokens = assignments[part] // top_k
+            outputs[assignments[part]] = kernels.mlp(rows[tokens], *packed, slots[part])
+    # In numpy: MLX would copy a prompt's outputs twice.
     weights = np.array(scores.astype(mx.float32)).reshape(len(rows), 1, -1)
     return mx.array(weights @ outputs.reshape(len(rows), top_k, -1)).reshape(x.shape)
 
@@ -233,7 +232,7 @@ def _streamed_by_cpu(
 def _mixture_of_residents(
     x: mx.array, indices: mx.array, scores: mx.array, banks: Banks
 ) -> mx.array:
-    """Run and add up experts that lie in the slots of their ids, without asking which they are."""
+    """Return the weighted sum of experts whose slots are their ids, without reading the ids."""
     rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
     slots = indices.reshape(-1)
     tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
@@ -243,7 +242,7 @@ def _mixture_of_residents(
 
 
 def _of_real_rows(ids: mx.array, rows: mx.array | None) -> mx.array:
-    """Let padding ask for the experts `[..., K]` of some row that is none."""
+    """Replace the experts `[..., K]` of padding by those of a real row."""
     if rows is None:
         return ids
     some = ids.reshape(-1, ids.shape[-1])[mx.argmax(rows.reshape(-1))]
@@ -254,7 +253,7 @@ class SparseMoeBlock(nn.Module):
     """Router, routed experts and shared expert of one layer."""
 
     def __init__(self, args: ModelArgs, layer: int, store: ExpertStore | None) -> None:
-        """Make the block; without a store the experts are ordinary parameters."""
+        """Make the block; without a store, experts are ordinary parameters."""
         super().__init__()
         hidden, inner = args.hidden_size, args.moe_intermediate_size
         self._step = Traced()
@@ -272,20 +271,19 @@ class SparseMoeBlock(nn.Module):
     def __call__(self, h: mx.array, norm: nn.RMSNorm, rows: mx.array | None = None) -> mx.array:
         """Map the residual stream `[B, T, H]` to `[B, T, H]`: h + block(norm(h)).
 
-        Where `rows` `[B, T]` is False there is padding, for which no expert is read, and what comes
-        out means nothing.
+        `rows` `[B, T]` is False for padding, which reads no experts and has undefined outputs.
         """
         return sparse_moe(self, h, norm, rows)
 
     def prefetch(self, h: mx.array, norm: nn.RMSNorm) -> None:
-        """Begin to read experts that the router likes best for `[B, 1, H]`, if a CPU computes.
+        """Start to read the experts with the highest scores for `[B, 1, H]`, on a CPU only.
 
-        The layer before has made h; attention will add to it before the router is asked.
+        h is the previous layer's output, without this layer's attention.
         """
         logits = router_logits(h, self.gate, norm)
         if logits is not None:
-            few = math.ceil(PREFETCHED * self.top_k)
-            best = np.argpartition(logits, -few, axis=-1)[:, -few:]
+            count = math.ceil(PREFETCHED * self.top_k)
+            best = np.argpartition(logits, -count, axis=-1)[:, -count:]
             self.switch_mlp.prefetch(best)
 
 
@@ -300,7 +298,7 @@ def sparse_moe(
     indices, scores, _ = route_by_mlx(logits, block.top_k, **choice)
     indices = _of_real_rows(indices, rows)
     shared = mx.sigmoid(shared_gate) * block.shared_expert(x)
-    # The device computes the shared expert while the disk delivers the routed ones.
+    # The device computes the shared expert while the disk reads the routed ones.
     mx.async_eval(indices, scores)
     mx.async_eval(shared)
     routed = block.switch_mlp.mixture(x, indices, scores)
@@ -331,13 +329,13 @@ def _by_gpu(
 
 
 def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[Step, Step] | None:
-    """Return the halves of a block before and after the experts' slots are known."""
+    """Return the two halves of a block: before and after the slots are known."""
     shared, banks = block.shared_expert.banks(), block.switch_mlp.banks()
     if not (shared and banks and wanted(h, banks, shared, block.top_k)):
         return None
 
     def choose(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        # In float32: a rounding that changes the choice is felt in every later layer.
+        # In float32: rounding that changes the router's choice affects all later layers.
         gates = block.gate, block.shared_expert_gate
         logits = joined(h, *gates, norm=norm, dtype=mx.float32)
         return route(logits, block.top_k, renormalize=block.norm_topk_prob, shared=True)
@@ -354,7 +352,7 @@ def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[St
 def _step_by_cpu(
     block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm, rows: mx.array | None = None
 ) -> mx.array | None:
-    """Run the block on one token per row, in one call."""
+    """Run the block for one token per row, in one call."""
     if not (steps := cpu_steps(h)) or (banks := block.switch_mlp.banks()) is None:
         return None
     shared = [block.shared_expert[name] for name in PROJECTIONS]

@@ -1,4 +1,4 @@
-"""Checkpoint tensors of every published layout, brought into the model's names and shapes."""
+"""Convert checkpoint tensors of every published layout to the model's names and shapes."""
 
 import mlx.core as mx
 
@@ -22,10 +22,10 @@ def sanitize(
     """Rename, reshape and drop tensors so that strict loading succeeds.
 
     Args:
-        weights: tensors under the checkpoint's own names, lazily loaded.
+        weights: lazily loaded tensors, under the checkpoint's names.
         args: the architecture.
-        streamed: drop the routed experts (nothing of them is read), and on a CPU device make
-            activations float32, because MLX's CPU back-end is slow and inexact in bfloat16.
+        streamed: drop the routed experts unread, and on a CPU use float32 activations, because
+            MLX's CPU back-end is slow and inexact in bfloat16.
     """
     names = {key: name for key in weights if (name := canonical(key))}
     if args.tie_word_embeddings:
@@ -35,8 +35,8 @@ def sanitize(
     if not streamed:
         return trunk | _experts({key: weights[key] for key in names if is_expert(key)}, args)
     for name, tensor in trunk.items():
-        # A linear layer's scales are widened exactly as they are used; an embedding's would make
-        # bfloat16 activations.
+        # A linear layer's scales are widened exactly in use; an embedding's would give bfloat16
+        # activations.
         kept = name.endswith((".scales", ".biases")) and ".embed_tokens." not in name
         if mx.issubdtype(tensor.dtype, mx.floating) and not kept:
             trunk[name] = tensor.astype(activation_dtype(tensor.dtype))
@@ -44,7 +44,7 @@ def sanitize(
 
 
 def _from_hugging_face(trunk: dict[str, mx.array]) -> None:
-    """Undo transformers' conventions: conv1d `[C, 1, 4]`, norms stored as w of 1 + w."""
+    """Undo transformers' conventions: conv1d `[C, 1, 4]`, and norms that store w for 1 + w."""
     convs = {n for n, t in trunk.items() if n.endswith("conv1d.weight") and t.shape[-1] != 1}
     for name in convs:
         trunk[name] = trunk[name].moveaxis(2, 1)

@@ -1,4 +1,4 @@
-"""The store on NVIDIA GPUs: pinned memory, experts that the GPU fetches itself, the mailbox.
+"""The store on NVIDIA GPUs: pinned memory, loads by the GPU itself, the mailbox.
 
-Imported only where MLX runs on CUDA.
+Imported only if MLX runs on CUDA.
 """

@@ -12,16 +12,16 @@ from .pinned import GpuRow, gpu_reads, gpu_rows
 
 
 class CudaBackend:
-    """A GPU with memory of its own."""
+    """A GPU with its own memory."""
 
     visible = False
     shares_cores = False
 
     def __init__(self) -> None:
-        """Find CUDA's driver.
+        """Open the CUDA driver.
 
         Raises:
-            FlashMoEError: it is not there, or refuses.
+            FlashMoEError: the driver returns an error.
         """
         self._reads = gpu_reads()
         self.bulk = self._reads if self._reads.at_once else None
@@ -29,11 +29,11 @@ class CudaBackend:
 
     @property
     def free_bytes(self) -> int:
-        """Free bytes of the GPU's own memory."""
+        """Free bytes of the GPU's memory."""
         return int(mx.device_info()["free_memory"])
 
     def check_room(self, nbytes: int) -> None:
-        """Leave it to MLX's allocator: the memory is the GPU's."""
+        """Do nothing: MLX allocates GPU memory."""
 
     def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """Return evaluated zeros."""
@@ -42,19 +42,19 @@ class CudaBackend:
         return array
 
     def rows(self, arrays: Sequence[mx.array]) -> list[GpuRow]:
-        """Return where arrays lie in the GPU's memory; nobody may take a view of them later."""
+        """Return the GPU addresses of arrays: see `gpu_rows`."""
         return gpu_rows(arrays)
 
     def to_host(self, ids: mx.array) -> np.ndarray:
-        """Return the values of a uint32 array, none of them 2**32 - 1, once it is computed."""
+        """Wait for a uint32 array without 2**32 - 1, and return its values."""
         return mailbox.to_host(ids)
 
     def to_device(self, slots: np.ndarray) -> mx.array:
-        """Return uint32 values as an array."""
+        """Return uint32 values as an MLX array."""
         return mailbox.to_device(slots)
 
     def loader(
         self, layout: ExpertLayout, plan: CachePlan, arrays: Sequence[Sequence[mx.array]]
     ) -> resident.GpuLoader | None:
-        """Return what loads experts out of the page cache, None where that cannot be had."""
+        """Return a loader from the page cache: see `map_files`."""
         return resident.map_files(layout, plan, arrays)

@@ -1,4 +1,4 @@
-"""Expert files mapped into memory, with their pages pinned, so that an NVIDIA GPU reads them."""
+"""Expert files mapped into memory with pinned pages, so that an NVIDIA GPU can read them."""
 
 import ctypes
 import functools
@@ -13,23 +13,23 @@ from ...errors import FlashMoEError
 from ...format.layout import Field
 from .pinned import Driver
 
-PINNERS = 8  # threads that bring pages into memory and pin them
+PINNERS = 8  # threads that populate and pin pages
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux's mman.h
 
 
 class MappedFiles:
-    """Files whose pages the card can read."""
+    """Files whose pages the GPU can read."""
 
     def __init__(self, driver: Driver, paths: Sequence[Path]) -> None:
-        """Map files and lock their pages, which brings them into the page cache.
+        """Map files and pin their pages, which reads them into the page cache.
 
         Raises:
-            FlashMoEError: one cannot be mapped, or not be locked.
+            FlashMoEError: a file cannot be mapped or pinned.
         """
         self._driver = driver
         self._maps: dict[Path, tuple[mmap.mmap, int]] = {}
         with ThreadPoolExecutor(PINNERS) as pool:
-            jobs = [(path, pool.submit(self._lock, path)) for path in paths]
+            jobs = [(path, pool.submit(self._pin, path)) for path in paths]
         try:
             self._maps = {path: job.result() for path, job in jobs if not job.exception()}
             for _, job in jobs:
@@ -38,21 +38,21 @@ class MappedFiles:
             self.close()
             raise
 
-    def _lock(self, path: Path) -> tuple[mmap.mmap, int]:
-        """Return a file's pages in memory, and the address that they have for the card."""
+    def _pin(self, path: Path) -> tuple[mmap.mmap, int]:
+        """Return a file's mapping and its address on the GPU."""
         try:
-            with path.open("rb") as file:  # apart: the reader's own are set to read nothing ahead
+            with path.open("rb") as file:  # the reader's descriptors turn read-ahead off
                 pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise FlashMoEError(f"{path}: cannot be mapped ({error}).") from error
-        # CUDA would fetch page after page. A system that does not know this leaves it to CUDA.
+        # CUDA reads one page at a time; kernels without this advice leave it to CUDA.
         _libc().madvise(
             ctypes.c_void_p(_address(pages)), ctypes.c_size_t(len(pages)), POPULATE_READ
         )
-        return pages, self._driver.lock(_address(pages), len(pages))
+        return pages, self._driver.pin(_address(pages), len(pages))
 
     def address(self, field: Field, experts: int) -> int:
-        """Return where the card finds a tensor of expert 0, all experts of which are there.
+        """Return the GPU address of expert 0's tensor, once the file is known to hold all experts.
 
         Raises:
             FlashMoEError: the file is shorter.
@@ -63,10 +63,10 @@ class MappedFiles:
         return address + field.offset
 
     def close(self) -> None:
-        """Wait for copies under way, and unlock the pages."""
+        """Wait for running copies, then unpin the pages."""
         self._driver.finish()
         for pages, _ in self._maps.values():
-            self._driver.unlock(_address(pages))
+            self._driver.unpin(_address(pages))
             pages.close()
         self._maps = {}
 

@@ -1,10 +1,10 @@
-"""Experts that an NVIDIA GPU brings into its banks by itself, from where the page cache has them.
+"""Experts that an NVIDIA GPU copies into its slots by itself, out of the page cache.
 
-The expert files are mapped and their pages locked, so that the card reads them over the bus. No
-thread of the host touches the bytes, and no memory is taken but the page cache's. In decoding the
-card also knows which expert lies in which slot, and decides who gives way: nothing waits for the
-host, which prepares the next launches meanwhile. For the batches of a prompt the host decides; then
-the bank's table goes there, and comes back with the next token.
+The expert files are mapped and their pages pinned, so the GPU reads them over the bus. Host threads
+do not touch the bytes, and the page cache needs no second copy. In decoding the GPU also keeps the
+table of slots and evicts, so nothing waits for the host, which prepares the next launches
+meanwhile. For a prompt's batches the host chooses slots: the table moves to the host, and back with
+the next token.
 """
 
 import functools
@@ -31,214 +31,179 @@ from ..slots import DTYPES, HALF_LIFE, NEVER
 from .mapped import MappedFiles
 from .pinned import Driver, gpu_rows
 
-USEFUL_MEMORY = 0.7  # of what is available, at most; the pages of other programs have to leave
-TRIES, TRIED = 4, 8  # times that experts are asked for, and how many, before this is relied on
+USEFUL_MEMORY = 0.7  # share of the available memory to pin at most; it evicts other programs' pages
+TRIES, TRIED = 4, 8  # loads in the self-test, and experts in each
 
 
 class GpuTable:
-    """One layer's bank in decoding: which expert lies where is known on the card alone.
+    """One layer's table of slots, kept on the GPU while it decodes: a `DeviceTable`.
 
     Attributes:
-        leads: whether the card's table is newer than the host's.
-        thread: the one that asked for experts last.
-        record_bytes: of an expert.
-        clock: `[LEAST_ELEMENTS]` uint64, where the card writes: when copies under way began, how
-            many groups of threads are done, and the nanoseconds that copies took so far.
+        record_bytes: bytes of an expert.
+        clock: `[LEAST_ELEMENTS]` uint64, written by the GPU: start of the running copies, thread
+            groups that are done, and total nanoseconds of copies.
     """
 
     def __init__(
         self, mapped: MappedFiles, layout: LayerLayout, slots: int, arrays: Sequence[mx.array]
     ) -> None:
-        """Note where experts lie in the files and where they go.
-
-        Args:
-            mapped: the files.
-            layout: the layer's experts.
-            slots: of the bank.
-            arrays: the bank's nine, `[slots, ...]`.
+        """Record the addresses of experts, and of the layer's nine arrays `[slots, ...]`.
 
         Raises:
             FlashMoEError: a file is shorter than the layout says.
         """
         self._experts, self._slots = layout.num_experts, slots
         self.record_bytes = layout.record_bytes
-        rows = gpu_rows(arrays)
-        for field, row in zip(layout.fields, rows, strict=True):
+        fields = []
+        for field, row in zip(layout.fields, gpu_rows(arrays), strict=True):
             if row.nbytes != slots * field.nbytes:
                 raise FlashMoEError(
                     f"{field.file}: {slots} slots of {field.nbytes} bytes are not the "
                     f"{row.nbytes} bytes of a bank."
                 )
-        self._fields = settled(
-            mx.array(
-                [
-                    (
-                        mapped.address(field, layout.num_experts),
-                        field.stride,
-                        row.address,
-                        field.nbytes,
-                    )
-                    for field, row in zip(layout.fields, rows, strict=True)
-                ],
-                mx.uint64,
-            )
-        )
+            source = mapped.address(field, layout.num_experts)
+            fields.append((source, field.stride, row.address, field.nbytes))
+        self._fields = settled(mx.array(fields, mx.uint64))
         self._table = Table(mx.array(0), mx.array(0), mx.zeros(LEAST_ELEMENTS, dtype=mx.uint32))
         self._last: mx.array | None = None
         self.clock = _new_clock()
         mx.eval(self._table)
-        self.leads, self.thread = False, 0
+        self.is_newer, self.thread = False, 0
 
     @property
     def counts(self) -> mx.array:
-        """Experts asked for and brought since this was made: the first two elements, uint32."""
+        """Experts requested and loaded so far: the first two elements, uint32."""
         return self._table.counts
 
-    def take(self, slot_of: np.ndarray, demand: np.ndarray) -> None:
-        """Go on from a table of the host's: `[experts]` uint32 slots or NONE, float32 log2 uses."""
-        for name, array in (("slots of experts", slot_of), ("uses of experts", demand)):
+    def take_from_host(self, slot_of: np.ndarray, scores: np.ndarray) -> None:
+        """Continue from the host's table: `[experts]` uint32 slots or NONE, float32 log2 uses."""
+        for name, array in (("slots of experts", slot_of), ("uses of experts", scores)):
             expect(name, array, (self._experts,))
-        arrays = settled(mx.array(slot_of)), settled(mx.array(demand))
+        arrays = settled(mx.array(slot_of)), settled(mx.array(scores))
         self._table = Table(*arrays, self._table.counts)
-        self._last, self.leads = None, True
+        self._last, self.is_newer = None, True
 
-    def give(self) -> tuple[np.ndarray, np.ndarray]:
-        """Wait for all that was begun, and return the table; now the host may change it.
+    def give_to_host(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for running loads, and return the table, which the host may then change.
 
-        If a thread is gone that had begun something, nothing is known: the bank is empty then.
+        If the thread that started them has ended, the slots' contents are unknown: the table
+        returned is empty.
         """
-        self.leads = False
+        self.is_newer = False
         try:
             mx.eval(self._table, [] if self._last is None else self._last)
             return np.array(self._table.slot_of), np.array(self._table.demand)
-        except RuntimeError:  # MLX evaluates in the thread that a stream belongs to
+        except RuntimeError:  # MLX evaluates only in the thread that owns the stream
             counts = settled(mx.zeros(LEAST_ELEMENTS, dtype=mx.uint32))
             self._table, self._last = Table(*self._table[:2], counts), None
             self.clock = _new_clock()
-            return np.full(self._experts, NONE, np.uint32), np.full(
-                self._experts, NEVER, np.float32
-            )
+            none, never = np.uint32(NONE), np.float32(NEVER)
+            return np.full(self._experts, none), np.full(self._experts, never)
 
-    def load(self, ids: mx.array, earlier: mx.array) -> mx.array:
-        """Return the slots of experts `[..., K]`, whose bytes are there when they are computed.
+    def load(self, ids: mx.array, after: mx.array) -> mx.array:
+        """Return the slots of experts `[..., K]` uint32; evaluating them loads the bytes.
 
-        Args:
-            ids: uint32, of which at most as many differ as there are slots.
-            earlier: any array that is computed before.
+        At most as many ids as slots may differ. The load starts when `after` is computed.
         """
-        earlier = earlier if self._last is None else self._last
-        *table, there = _load(self._slots)(*self._table, ids, earlier, self._fields, self.clock)
-        self._table, self._last, self.thread = Table(*table), there, threading.get_ident()
-        return there
+        after = after if self._last is None else self._last
+        *table, slots = _load(self._slots)(*self._table, ids, after, self._fields, self.clock)
+        self._table, self._last, self.thread = Table(*table), slots, threading.get_ident()
+        return slots
 
     def copy(
-        self, experts: Sequence[int], slots: Sequence[int], earlier: Sequence[mx.array]
+        self, experts: Sequence[int], slots: Sequence[int], after: Sequence[mx.array]
     ) -> mx.array:
-        """Return an array that is computed once experts are in slots that the host chose."""
+        """Return an array whose evaluation copies experts into slots that the host chose."""
         expect_below("experts", np.array(experts, np.int64), self._experts)
         expect_below("slots", np.array(slots, np.int64), self._slots)
-        there = mx.array(np.array(slots, np.uint32))
+        places = mx.array(np.array(slots, np.uint32))
         tasks = mx.array(np.stack([experts, slots], axis=1).astype(np.uint32))
-        if earlier:
-            tasks = mx.depends(tasks, earlier)
-        return _copy(tasks, there, self._fields, self.clock)
+        if after:
+            tasks = mx.depends(tasks, after)
+        return _copy(tasks, places, self._fields, self.clock)
 
     def hold(self, consumer: mx.array) -> None:
-        """Bring nothing more before `consumer`, which reads the bank, is computed."""
+        """Start the next load only when `consumer`, which reads the slots, is computed."""
         self._last = consumer
 
 
 class GpuArrival(Arrival):
-    """An expert that the card brings; it is over when somebody has waited for it."""
+    """An expert that the GPU loads; the first `wait` completes it."""
 
-    __slots__ = ("_expected", "_layer", "_there", "_turn")
+    __slots__ = ("_expected", "_layer", "_lock", "_slots")
 
-    def __init__(self, layer: int, there: mx.array, nbytes: int) -> None:
-        """Expect so many bytes of a layer, which are there when an array is computed."""
+    def __init__(self, layer: int, slots: mx.array, nbytes: int) -> None:
+        """Expect `nbytes` bytes of a layer, which are loaded when `slots` is computed."""
         super().__init__(1)
-        self._layer, self._there, self._expected = layer, there, nbytes
-        self._turn = threading.Lock()
+        self._layer, self._slots, self._expected = layer, slots, nbytes
+        self._lock = threading.Lock()
 
     def wait(self) -> None:
-        """Return when it is over."""
-        with self._turn:
-            if self.over:
+        """Return when the load is done."""
+        with self._lock:
+            if self.done:
                 return
             error = None
             try:
-                mx.eval(self._there)
+                mx.eval(self._slots)
             except RuntimeError as reason:
-                error = _refusal(self._layer, reason)
+                error = _copy_failed(self._layer, reason)
             self.advance(0 if error else self._expected, error)
 
 
 class GpuLoader:
-    """The banks of all layers, and the files they are filled from."""
+    """The tables of all layers, and the files that they load from."""
 
-    def __init__(self, mapped: MappedFiles, banks: Sequence[GpuTable]) -> None:
-        """Bind banks to the files that they are filled from."""
-        self._mapped, self.of_layer = mapped, banks
+    def __init__(self, mapped: MappedFiles, tables: Sequence[GpuTable]) -> None:
+        """Take over the files: `close` unpins them."""
+        self._mapped, self.of_layer = mapped, tables
         self._local = threading.local()
-        self._seen = np.zeros((len(banks), 3), np.uint64)
+        self._seen = np.zeros((len(tables), 3), np.uint64)
 
     def copy(
         self,
         layer: int,
         experts: Sequence[int],
         slots: Sequence[int],
-        earlier: Sequence[mx.array],
+        after: Sequence[mx.array],
     ) -> list[Arrival]:
-        """Begin to bring experts into slots, beside what the card computes; return at once.
-
-        The bank's table stays as it is.
-
-        Args:
-            layer: decoder layer.
-            experts: ids.
-            slots: of the layer's bank, as many.
-            earlier: what reads these slots, and is computed before.
-
-        Returns:
-            The arrival of each.
+        """Start to copy experts into slots, beside the GPU's other work: see `DeviceLoader`.
 
         Raises:
-            FlashMoEError: the card refuses.
+            FlashMoEError: the GPU refuses.
         """
-        if not hasattr(self._local, "stream"):  # MLX's belong to threads
+        if not hasattr(self._local, "stream"):  # MLX's streams belong to threads
             self._local.stream = mx.new_stream(mx.default_device())
-        bank = self.of_layer[layer]
+        table = self.of_layer[layer]
         try:
             with mx.stream(self._local.stream):
-                there = bank.copy(experts, slots, earlier)
-                mx.async_eval(there)
+                copied = table.copy(experts, slots, after)
+                mx.async_eval(copied)
         except RuntimeError as reason:
-            raise _refusal(layer, reason) from reason
-        return [GpuArrival(layer, there, bank.record_bytes) for _ in experts]
+            raise _copy_failed(layer, reason) from reason
+        return [GpuArrival(layer, copied, table.record_bytes) for _ in experts]
 
     def counted(self) -> np.ndarray:
-        """Return what was counted since this was last called, `[layers, 3]` uint64.
-
-        Experts asked for, experts brought, nanoseconds in which they came.
-        """
+        """Return experts requested, loaded, and nanoseconds since last, `[layers, 3]` uint64."""
         try:
-            clocks = np.array(mx.stack([bank.clock for bank in self.of_layer]))
-            counts = np.array(mx.stack([bank.counts for bank in self.of_layer]))
-        except RuntimeError:  # begun by another thread, in which MLX has to evaluate it
+            clocks = np.array(mx.stack([table.clock for table in self.of_layer]))
+            counts = np.array(mx.stack([table.counts for table in self.of_layer]))
+        except RuntimeError:  # started by another thread, where MLX must evaluate it
             return np.zeros_like(self._seen)
         now = np.stack([*counts.T[:2].astype(np.uint64), clocks[:, 2]], axis=1)
-        # A layer that was emptied counts from 0 again.
+        # A table that was emptied counts from 0 again.
         seen = np.where((now < self._seen).any(axis=1, keepdims=True), 0, self._seen)
         self._seen = now
         return now - seen
 
     def close(self) -> None:
-        """Wait for what is under way, and give the files back."""
-        for bank in self.of_layer:
-            bank.give()
+        """Wait for running loads, and unpin the files."""
+        for table in self.of_layer:
+            table.give_to_host()
         self._mapped.close()
 
 
-def _refusal(layer: int, reason: RuntimeError) -> FlashMoEError:
+def _copy_failed(layer: int, reason: RuntimeError) -> FlashMoEError:
     return FlashMoEError(
         f"layer {layer}: the GPU could not copy experts ({reason}). Load the model again."
     )
@@ -246,72 +211,65 @@ def _refusal(layer: int, reason: RuntimeError) -> FlashMoEError:
 
 @functools.cache
 def _load(slots: int) -> Any:
-    """Return the two launches of `GpuTable.load`, prepared once."""
+    """Return the two launches of `GpuTable.load`, compiled once."""
 
     def load(
         slot_of: mx.array,
         demand: mx.array,
         counts: mx.array,
         ids: mx.array,
-        earlier: mx.array,
+        after: mx.array,
         fields: mx.array,
         clock: mx.array,
     ) -> tuple[mx.array, ...]:
         table = Table(slot_of, demand, counts)
-        table, places, tasks = choose_slots(table, ids, earlier, slots, HALF_LIFE)
+        table, places, tasks = choose_slots(table, ids, after, slots, HALF_LIFE)
         return *table, _copy(tasks, places, fields, clock)
 
     return mx.compile(load)
 
 
 def map_files(
-    layout: ExpertLayout, plan: CachePlan, banks: Sequence[Sequence[mx.array]]
+    layout: ExpertLayout, plan: CachePlan, arrays: Sequence[Sequence[mx.array]]
 ) -> GpuLoader | None:
-    """Return banks that the card fills by itself, or None where that is no gain or no way.
-
-    Args:
-        layout: where the experts lie.
-        plan: how large banks are. Those with room for all experts read each once.
-        banks: nine arrays per layer.
-    """
-    if plan.io.direct or plan.slots == layout.layers[0].num_experts:
+    """Return a loader into nine arrays per layer, None if the GPU cannot load or gains nothing."""
+    if plan.io.direct or plan.slots == layout.layers[0].num_experts:  # or each is read once
         return None
     if layout.total_bytes > USEFUL_MEMORY * available_bytes():
         return None
     files = sorted({field.file for layer in layout.layers for field in layer.fields})
     try:
         mapped = MappedFiles(_driver(), files)
-    except FlashMoEError:  # a driver, a file system or a limit that does not allow it
+    except FlashMoEError:  # not possible with this driver, file system or limit
         return None
     try:
         if _works(mapped, layout.layers[0], plan.slots):
-            layers = zip(layout.layers, banks, strict=True)
-            return GpuLoader(
-                mapped, [GpuTable(mapped, layer, plan.slots, arrays) for layer, arrays in layers]
-            )
-    except (FlashMoEError, RuntimeError):  # a file cut short, which the host will name; a compiler
+            layers = zip(layout.layers, arrays, strict=True)
+            return GpuLoader(mapped, [GpuTable(mapped, x, plan.slots, nine) for x, nine in layers])
+    except (FlashMoEError, RuntimeError):  # a truncated file, which the host will name; a compiler
         pass
     mapped.close()
     return None
 
 
 def _works(mapped: MappedFiles, layout: LayerLayout, slots: int) -> bool:
-    """Try it: have the card fill a bank, and look at what came."""
+    """Self-test: let the GPU fill slots, and compare table and bytes with the reference."""
     arrays = [mx.zeros((slots, *field.shape), dtype=DTYPES[field.dtype]) for field in layout.fields]
     mx.eval(arrays)
-    bank, rng = GpuTable(mapped, layout, slots, arrays), np.random.default_rng(0)
+    table, rng = GpuTable(mapped, layout, slots, arrays), np.random.default_rng(0)
     experts = layout.num_experts
-    truth = mx.full(experts, NONE, dtype=mx.uint32), mx.full(experts, NEVER)
-    bank.take(*map(np.array, truth))
+    slot_of, scores = mx.full(experts, NONE, dtype=mx.uint32), mx.full(experts, NEVER)
+    table.take_from_host(np.array(slot_of), np.array(scores))
     for _ in range(TRIES):
         ids = mx.array(rng.permutation(experts)[: min(TRIED, slots)].astype(np.uint32))
-        first, second, expected, _ = reference.choose_slots(*truth, ids, slots, HALF_LIFE)
-        truth = first, second
-        if not mx.array_equal(bank.load(ids, arrays[1]), expected):
+        slot_of, scores, expected, _ = reference.choose_slots(
+            slot_of, scores, ids, slots, HALF_LIFE
+        )
+        if not mx.array_equal(table.load(ids, arrays[1]), expected):
             return False
-    return bool(np.array_equal(bank.give()[0], np.array(truth[0]))) and all(
+    return bool(np.array_equal(table.give_to_host()[0], np.array(slot_of))) and all(
         np.array(array[int(slot)].view(mx.uint8)).tobytes() == _bytes_of(field, expert)
-        for expert, slot in enumerate(np.array(truth[0]).tolist())
+        for expert, slot in enumerate(np.array(slot_of).tolist())
         if slot != NONE
         for field, array in zip(layout.fields, arrays, strict=True)
     )

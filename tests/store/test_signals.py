@@ -1,4 +1,4 @@
-"""Stretches that Ctrl-C does not tear apart."""
+"""Blocks that Ctrl-C does not interrupt."""
 
 import signal
 import threading
@@ -57,7 +57,7 @@ def test_other_threads_are_never_interrupted():
 
 
 def test_handlers_of_other_signals_wait_too_and_all_are_called():
-    """SIGTERM's often raises SystemExit, a timeout's what it likes; Ctrl-C comes last."""
+    """A handler of SIGTERM often raises SystemExit; Ctrl-C comes last."""
     calls, done = [], []
 
     def leave(number, frame):
