@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from numba import prange
 
+from ..gated_delta.weights import Heads, MixerWeights
 from ..shapes import expect
-from ..weights import QuantizedMatrix
+from ..weights import QuantizedMatrix, Shared
 from .arrays import ALL, Array, compiled, copy, serial, use_threads
 from .decode import UNIT_OF_WORK, UNITS, Group, add_job, run_unit, silu
-from .records import HEIGHT, cut, cut_rows, new_records, record_size
+from .records import HEIGHT, new_records, record_size, write_record, write_records
 
-QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # places in the group of matrices
+QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # indices of the matrices
 F32 = np.dtype(np.float32)
 
 
@@ -31,7 +32,7 @@ def _convolve(past: Array, now: Array, weight: Array, first: int, out: Array) ->
 
 
 @serial
-def _turn(
+def _rule_step(
     state: Array, q: Array, k: Array, v: Array, decay: float, strength: float, y: Array,
     after: Array,
 ) -> None:  # fmt: skip
@@ -64,7 +65,7 @@ def _head(
     head: int, past: Array, now: Array, z: Array, strength: float, shift: float, conv: Array,
     a_log: Array, dt_bias: Array, norm: Array, eps: Array, state: Array, y: Array, after: Array,
 ) -> None:  # fmt: skip
-    """Do one value head, all between the projections: states `[Hv, Dv, Dk]`, y `[Dv]`."""
+    """Compute one value head between the projections: states `[Hv, Dv, Dk]`, y `[Dv]`."""
     value_heads, value_dim, key_dim = state.shape
     key_heads = (conv.shape[0] - value_heads * value_dim) // (2 * key_dim)
     key_head = head // (value_heads // key_heads)
@@ -78,7 +79,7 @@ def _head(
     softplus = max(shifted, np.float32(0)) + np.log1p(np.exp(-abs(shifted)))
     decay = np.exp(-np.exp(a_log[head]) * softplus)
     rate = np.float32(1) / (np.float32(1) + np.exp(-strength))
-    _turn(state[head], q, k, v, decay, rate, y, after[head])
+    _rule_step(state[head], q, k, v, decay, rate, y, after[head])
     _gated_norm(y, z, norm, eps[0])
 
 
@@ -90,7 +91,7 @@ def _step(
 ) -> None:  # fmt: skip
     batch, heads, width = h.shape[0], state.shape[1], matrices[Z, HEIGHT]
     records = new_records(forms.size * batch, record_size(matrices, forms))
-    cut_rows(h, in_norm, in_eps, matrices, forms, records)
+    write_records(h, in_norm, in_eps, matrices, forms, records)
     jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
     units, rows = 0, np.arange(batch)
     for n in range(OUT):
@@ -118,7 +119,7 @@ def _step(
         for tap in range(1, past.shape[1]):
             copy(past[b, tap], new_past[b, tap - 1])
         copy(out[b * channels : (b + 1) * channels], new_past[b, -1])
-        cut(y[b], matrices[OUT], records[b])
+        write_record(y[b], matrices[OUT], records[b])
     jobs[:] = 0
     units = add_job(jobs, 0, matrices, OUT, -1, 0, 0, 0, 0, batch, 0)
     for unit in prange(units):
@@ -126,7 +127,7 @@ def _step(
     result += h.reshape(-1)
 
 
-class DeltaBlock:
+class DeltaBlock(Shared):
     """A GatedDeltaNet layer, with the norm before it and the residual around it."""
 
     def __init__(
@@ -135,7 +136,7 @@ class DeltaBlock:
         out: QuantizedMatrix,
         in_norm: Array,
         in_eps: float,
-        weights: Any,
+        weights: MixerWeights,
     ) -> None:
         """Take the layer's weights.
 
@@ -144,7 +145,7 @@ class DeltaBlock:
             out: `[H, Hv Dv]`.
             in_norm: `[H]` float32 weight of the RMS norm before the layer.
             in_eps: of that norm.
-            weights: `gated_delta_weights.MixerWeights`.
+            weights: all but the projections.
         """
         self._inputs, self._all = Group(*inputs), Group(*inputs, out)
         self._in_norm = in_norm, in_eps
@@ -159,8 +160,8 @@ class DeltaBlock:
         self._weights = conv, a_log, dt_bias, norm
         self._eps = np.array([weights.norm_eps, weights.qk_eps], np.float32)
 
-    def _check_projections(self, heads: Any) -> None:
-        """Compare the projections with the heads that they serve."""
+    def _check_projections(self, heads: Heads) -> None:
+        """Compare the projections' shapes with the heads."""
         hidden, values = self._in_norm[0].size, heads.values * heads.value_dim
         heights = self._past[1], values, heads.values, heads.values
         shapes = [(height, hidden) for height in heights]
@@ -172,10 +173,6 @@ class DeltaBlock:
         ):
             expect(f"the projection of a GatedDeltaNet layer to {name}", matrix, shape)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Share it: a copy would hold the addresses of arrays that it does not keep."""
-        return self
-
     def __call__(
         self, h: Array, past: Array, state: Array, new_past: Array, new_state: Array
     ) -> Array:
@@ -185,8 +182,8 @@ class DeltaBlock:
             h: `[rows, H]`.
             past: `[rows, taps - 1, channels]`, the convolution's last inputs.
             state: `[rows, Hv, Dv, Dk]`.
-            new_past: where the new `past` goes.
-            new_state: where the new state goes, apart from `state`.
+            new_past: receives the new `past`.
+            new_state: receives the new state; must not overlap `state`.
         """
         batch = len(h)
         expect("hidden states", h, (batch, self._in_norm[0].size), F32)

@@ -20,7 +20,7 @@ from flashmoe_mlx.custom_kernels.attention import step as attention_step
 from flashmoe_mlx.custom_kernels.cpu import arrays, attention, bounds, gated_delta, prefill
 from flashmoe_mlx.custom_kernels.cpu import decode as cpu_decode
 from flashmoe_mlx.custom_kernels.cpu import records as cpu_records
-from flashmoe_mlx.custom_kernels.cpu.call import Apart, caller
+from flashmoe_mlx.custom_kernels.cpu.call import FunctionByAddress, caller
 from flashmoe_mlx.custom_kernels.cpu.decode import Group, numbers_of, project
 from flashmoe_mlx.custom_kernels.cpu.gated_delta_step import DeltaBlock
 from flashmoe_mlx.custom_kernels.cpu.moe import MoeBlock
@@ -31,7 +31,7 @@ from flashmoe_mlx.custom_kernels.experts import router, tiles
 from flashmoe_mlx.custom_kernels.gated_delta import prepare, scan
 from flashmoe_mlx.custom_kernels.gated_delta import step as delta_step
 from flashmoe_mlx.custom_kernels.gated_delta.naive import mix
-from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerState, MixerWeights
 from flashmoe_mlx.custom_kernels.linear import dequantize, matvec
 from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 from flashmoe_mlx.errors import FlashMoEError
@@ -128,7 +128,7 @@ def test_a_step_of_gated_delta_net_names_a_wrong_dtype(which, dtype):
 def test_weights_of_gated_delta_net_belong_together(wrong):
     if "norm_weight" in wrong:
         wrong = {"norm": HIDDEN, "heads": replace(HEADS, value_dim=31)}
-    with pytest.raises(FlashMoEError, match=r"but this layer takes \[|are no multiple of"):
+    with pytest.raises(FlashMoEError, match=r"but this layer takes \[|are not a multiple of"):
         delta_block(**wrong)
 
 
@@ -148,7 +148,7 @@ def test_a_prompt_names_a_cache_of_another_model(wrong, device, monkeypatch):
     shapes = {"past": PAST, "state": STATE} | wrong
     inputs = [mx.zeros((2, 5, n)) for n in (CHANNELS, VALUES, 4, 4)]
     with pytest.raises(FlashMoEError, match=r"GatedDeltaNet layer's .*, but this layer takes \["):
-        mix(*inputs, mixer_weights(), *map(mx.zeros, shapes.values()))
+        mix(*inputs, mixer_weights(), MixerState(*map(mx.zeros, shapes.values())))
 
 
 @pytest.mark.parametrize("wrong", [
@@ -167,7 +167,7 @@ def test_a_scan_names_a_wrong_shape(wrong):
         "beta": (2, 5, 4), "state": STATE, "mask": (2, 5),
     } | wrong  # fmt: skip
     arrays = {name: np.zeros(s, np.bool_ if name == "mask" else F32) for name, s in shapes.items()}
-    with pytest.raises(FlashMoEError, match=r"but this layer takes|are no multiple of"):
+    with pytest.raises(FlashMoEError, match=r"but this layer takes|are not a multiple of"):
         gated_delta.gated_delta(**arrays)
 
 
@@ -182,7 +182,7 @@ def test_a_scan_names_a_wrong_shape(wrong):
 ])  # fmt: skip
 def test_attention_names_keys_of_other_sizes(keys, values):
     q = mx.zeros((2, 4, 5, 8))
-    with pytest.raises(FlashMoEError, match=r"but this layer takes|are no multiple of"):
+    with pytest.raises(FlashMoEError, match=r"but this layer takes|are not a multiple of"):
         attention.attention(q, mx.zeros(keys), mx.zeros(values), 1.0, "causal")
 
 
@@ -258,7 +258,7 @@ def test_a_quantized_matrix_belongs_together(change):
         lambda: dequantize.dequantize_by_kernel(QuantizedMatrix(*arrays, 4, 32), mx.float32),
         lambda: expert_decode.expert_gate_up(x, mx.zeros((1, 1), mx.uint32), wide, wide),
     ):
-        with pytest.raises(FlashMoEError, match=r"but this layer takes|no whole groups"):
+        with pytest.raises(FlashMoEError, match=r"but this layer takes|does not hold whole groups"):
             use()
 
 
@@ -425,7 +425,7 @@ def _unit(unit: int, x: arrays.Array) -> None:
 
 
 _KIND = types.void(types.int64, types.float32[::1])
-_APART, _call = Apart(_KIND, _unit, **arrays.FAST), caller(_KIND)
+_APART, _call = FunctionByAddress(_KIND, _unit, **arrays.FAST), caller(_KIND)
 
 
 @arrays.compiled
@@ -502,10 +502,10 @@ def test_a_wrong_entry_of_a_job_table_is_named(wrong, what):
 def test_an_activation_row_and_its_record_have_room():
     (numbers,) = Group(matrix(8, HIDDEN)).numbers
     size = cpu_records.record_size(numbers[None], np.zeros(1, np.int64))
-    cpu_records.cut(np.zeros(HIDDEN, F32), numbers, np.zeros(size, F32))
+    cpu_records.write_record(np.zeros(HIDDEN, F32), numbers, np.zeros(size, F32))
     for columns, room, what in ((96, size, "activations"), (HIDDEN, size - 1, "a record")):
-        with pytest.raises(IndexError, match=f"cut .*: {what}: first, count, size"):
-            cpu_records.cut(np.zeros(columns, F32), numbers, np.zeros(room, F32))
+        with pytest.raises(IndexError, match=f"write_record .*: {what}: first, count, size"):
+            cpu_records.write_record(np.zeros(columns, F32), numbers, np.zeros(room, F32))
 
 
 @pytest.mark.parametrize(("field", "change"), [
@@ -575,7 +575,7 @@ def test_the_two_modes_do_not_take_each_others_code(tmp_path):
 
 def test_another_mode_is_refused(monkeypatch):
     monkeypatch.setenv(bounds.VARIABLE, "yes")
-    with pytest.raises(FlashMoEError, match="FLASHMOE_DEBUG_BOUNDS = 'yes' is no choice"):
+    with pytest.raises(FlashMoEError, match="FLASHMOE_DEBUG_BOUNDS = 'yes' is not valid"):
         bounds._asked()
 
 

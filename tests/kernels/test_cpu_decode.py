@@ -14,7 +14,7 @@ from flashmoe_mlx.custom_kernels.cpu.decode import Group, project
 from flashmoe_mlx.custom_kernels.cpu.gated_delta_step import DeltaBlock
 from flashmoe_mlx.custom_kernels.cpu.moe import MoeBlock
 from flashmoe_mlx.custom_kernels.gated_delta.naive import mix
-from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerState, MixerWeights
 from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 
 FORMATS = [(b, g) for b in prefill.BITS for g in prefill.GROUP_SIZES]
@@ -145,8 +145,8 @@ def test_gated_delta_net():
     y = block(h, past, state, new_past, new)
     x = normalized(h, norm)
     projected = [mx.array((x @ dense(m).T).astype(np.float32))[:, None] for m in inputs]
-    caches = mx.array(past), mx.array(state)
-    mixed, stock_past, stock_state = mix.naive(*projected, weights, *caches)
+    before = MixerState(mx.array(past), mx.array(state))
+    mixed, stock_past, stock_state = mix.naive(*projected, weights, before)
     assert np.abs(y - (h + np.array(mixed)[:, 0] @ dense(out).T)).max() <= 1e-5
     assert np.abs(new_past - np.array(stock_past)).max() <= 1e-5
     assert np.abs(new - np.array(stock_state)).max() <= 1e-5

@@ -138,7 +138,7 @@ def test_a_mistake_in_step_is_caught(monkeypatch, old, new):
 
 
 @pytest.mark.parametrize("heads, message", [
-    (Heads(4, 6, 48, 37), "6 value heads are no multiple of 4 key heads"),
+    (Heads(4, 6, 48, 37), "6 value heads are not a multiple of 4 key heads"),
     (Heads(2, 6, 4, 37), "key_dim 4 is below 8"),
     (Heads(2, 6, 8, 600), "value_dim 600 is more than 512 lanes"),
 ])  # fmt: skip

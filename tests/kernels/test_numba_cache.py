@@ -138,7 +138,7 @@ def test_a_damaged_file_is_missing_and_written_again(kind, damage, tmp_path, cap
     (path,) = tmp_path.glob("*.nbi" if kind == "index" else "*.nbc")
     DAMAGE[damage](path)
     assert cache_at(tmp_path).load("key") is None
-    assert capsys.readouterr().err.startswith(f"[flashmoe] {path}: compiled code that is damaged")
+    assert capsys.readouterr().err.startswith(f"[flashmoe] {path}: compiled code is damaged")
     cache.save("key", "code again")
     assert cache_at(tmp_path).load("key") == "code again"
     assert capsys.readouterr().err == ""
@@ -208,7 +208,7 @@ def add(a, b):
 RUN = """
 import importlib.util, sys
 from flashmoe_mlx.custom_kernels.cpu import numba_cache
-numba_cache.take_turns()
+numba_cache.make_cache_safe()
 spec = importlib.util.spec_from_file_location("flashmoe_mlx.tiny", sys.argv[1])
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -257,7 +257,7 @@ def test_a_power_loss(place):
             change(path)
         total, hits, _, said = place.run()
         assert (total, hits) == ("42", "0") and said.count("\n") == 1
-        assert re.match(r"\[flashmoe\] \S+tiny\S+: compiled code that is damaged", said)
+        assert re.match(r"\[flashmoe\] \S+tiny\S+: compiled code is damaged", said)
     assert place.run() == ("42", "1", str(place.package), "")
 
 
@@ -274,7 +274,9 @@ def test_no_folder_but_the_temporary_one(place):
         assert (total, found) == ("42", hits) and said.count("\n") == 1
         assert folder.startswith(str(place.temporary / f"flashmoe-mlx-{os.getuid()}/"))
         assert said.startswith(f"[flashmoe] {place.package} and {place.root}/home/.cache/numba/")
-        assert f"are kept in {place.temporary}/flashmoe-mlx-" in said and "NUMBA_CACHE_DIR" in said
+        assert (
+            f"are cached in {place.temporary}/flashmoe-mlx-" in said and "NUMBA_CACHE_DIR" in said
+        )
 
 
 def test_no_folder_at_all(place):
@@ -282,7 +284,7 @@ def test_no_folder_at_all(place):
     (place.temporary / f"flashmoe-mlx-{os.getuid()}").touch()
     total, hits, _, said = place.run()
     assert (total, hits) == ("42", "0") and said.count("\n") == 1
-    assert "so CPU kernels are compiled again in each run, which takes a minute" in said
+    assert "so CPU kernels are compiled in each run, which takes a minute" in said
 
 
 def test_nobody_knows_a_home(place):
@@ -309,7 +311,7 @@ def test_a_disk_that_takes_no_file(place):
 
     total, hits, _, said = place.run(preexec_fn=limit)
     assert (total, hits) == ("42", "0") and said.count("\n") == 1
-    assert "compiled CPU kernels cannot be kept (File too large): each run compiles them" in said
+    assert "cannot cache compiled CPU kernels (File too large): each run compiles them" in said
     assert [path.suffix for path in place.package.iterdir()] == [".lock"]
     assert place.run() == ("42", "0", str(place.package), "")
 
@@ -433,7 +435,7 @@ QUICK = ["--geometry", "tiny", "--sample-mib", "4"]
 
 def test_doctor_blames_the_folder_and_not_the_kernels(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    numba_cache.complaints.append("/a and /b cannot be written, so CPU kernels are kept in /tmp.")
+    numba_cache.complaints.append("/a and /b are not writable, so CPU kernels are cached in /tmp.")
     with pytest.raises(SystemExit) as ended:
         doctor.main([*QUICK, "--json"])
     found = json.loads(capsys.readouterr().out)
