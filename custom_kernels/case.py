@@ -12,8 +12,7 @@ class KernelCase(Protocol):
     """An op at one shape and dtype. Implementations are frozen dataclasses of plain numbers.
 
     `custom`, `stock` and `reference` take `inputs()` and return the same outputs: by our kernels on
-    the default device, by MLX's own ops, and in float32 by `reference.py`. A case sets
-    `reads_values = True` if its ops read the values of their inputs and cannot be traced.
+    the default device, by MLX's own ops, and in float32 by `reference.py`.
     """
 
     op: ClassVar[str]

@@ -22,14 +22,12 @@ _add_nothing_fused = mx.compile(_add_nothing)
 
 
 def ops_of(case: KernelCase, names: Sequence[str]) -> list[Op]:
-    """Return a case's ops by name as decode runs them: traced on a GPU, if possible.
+    """Return a case's ops by name as decode runs them: traced on a GPU.
 
     Untraced, the times would measure Python preparing launches.
     """
     ops: list[Op] = [getattr(case, name) for name in names]
-    if mx.default_device() != mx.Device(mx.gpu) or getattr(case, "reads_values", False):
-        return ops
-    return [mx.compile(op) for op in ops]
+    return list(map(mx.compile, ops)) if mx.default_device() == mx.Device(mx.gpu) else ops
 
 
 def chain(op: Op, sets: Sequence[list[mx.array]], calls: int) -> None:

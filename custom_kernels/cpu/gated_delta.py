@@ -8,7 +8,7 @@ import numpy as np
 from numba import prange
 
 from ...errors import FlashMoEError
-from ..gated_delta.weights import Heads, MixerWeights
+from ..gated_delta.weights import Heads, MixerWeights, check_rule
 from ..shapes import expect
 from .arrays import Array, compiled, copy, use_threads
 
@@ -101,19 +101,13 @@ def gated_delta(
     """Scan the gated delta rule; shapes as in `reference.gated_delta`, all float32."""
     if mask is None:
         mask = np.ones(q.shape[:2], np.bool_)
-    (batch, tokens, value_heads, value_dim), (key_heads, key_dim) = v.shape, k.shape[2:]
+    value_heads, key_heads = v.shape[2], k.shape[2]
     if not key_heads or value_heads % key_heads:
         raise FlashMoEError(
             f"{value_heads} value heads are not a multiple of {key_heads} key heads."
         )
-    expect("queries", q, (batch, tokens, key_heads, key_dim), np.float32)
-    expect("keys", k, q.shape, np.float32)
-    expect("values", v, v.shape, np.float32)
-    expect("decays", g, v.shape[:3], np.float32)
-    expect("strengths", beta, v.shape[:3], np.float32)
+    check_rule(q, k, v, g, beta, state, np.float32)
     expect("the mask", mask, v.shape[:2], np.bool_)
-    shape = batch, value_heads, value_dim, key_dim
-    expect("a GatedDeltaNet layer's state", state, shape, np.float32)
     final, y = np.empty_like(state), np.empty_like(v)
     use_threads(2 * y.size * q.shape[-1])
     _scan(q, k, v, g, beta, mask, state, final, y)

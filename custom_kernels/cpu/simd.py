@@ -125,8 +125,8 @@ def _pointer_to(kind: Any) -> Any:
     return pointer
 
 
-floats, shorts = _pointer_to(types.float32), _pointer_to(types.int16)
-unsigned_shorts, octets = _pointer_to(types.uint16), _pointer_to(types.uint8)
+floats, octets = _pointer_to(types.float32), _pointer_to(types.uint8)
+unsigned_shorts = _pointer_to(types.uint16)
 
 
 @intrinsic

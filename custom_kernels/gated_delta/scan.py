@@ -7,6 +7,7 @@ import mlx.core as mx
 from ..launch import SIMD, Kernel, is_cuda
 from ..shapes import expect
 from .step import LEAST_KEY_DIM, vector
+from .weights import check_rule
 
 MOST_MEMORY = 24 << 10  # bytes per threadgroup; Metal has 32 KiB
 
@@ -73,12 +74,8 @@ def scan(
         raise ValueError(f"{value_heads} value heads are not a multiple of {key_heads} key heads")
     if key_dim < LEAST_KEY_DIM:
         raise ValueError(f"key_dim {key_dim} is below {LEAST_KEY_DIM}: use MLX's ops")
-    expect("queries", q, (batch, tokens, key_heads, key_dim))
-    expect("keys", k, q.shape)
-    expect("decays", g, v.shape[:3])
-    expect("strengths", beta, v.shape[:3])
-    sizes = batch, value_heads, value_dim, key_dim
-    expect("a GatedDeltaNet layer's state", state, sizes, mx.float32)
+    check_rule(q, k, v, g, beta, state)
+    expect("a GatedDeltaNet layer's state", state, state.shape, mx.float32)
     if mask is not None:
         expect("the mask", mask, (batch, tokens), mx.bool_)
     shape = shape or (CUDA_SHAPE if is_cuda() else SHAPE)

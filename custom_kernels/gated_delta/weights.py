@@ -1,7 +1,7 @@
 """A GatedDeltaNet layer's sizes, its weights other than projections, and its state."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -70,6 +70,18 @@ class MixerWeights:
         expect("a GatedDeltaNet layer's past inputs", past, (batch, taps - 1, self.channels))
         shape = batch, heads.values, heads.value_dim, heads.key_dim
         expect("a GatedDeltaNet layer's state", state, shape)
+
+
+def check_rule(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, dtype: Any = None) -> None:
+    """Raise FlashMoEError unless shapes are as in `reference.gated_delta`, and dtypes `dtype`."""
+    (batch, tokens, value_heads, value_dim), (key_heads, key_dim) = v.shape, k.shape[2:]
+    expect("queries", q, (batch, tokens, key_heads, key_dim), dtype)
+    expect("keys", k, q.shape, dtype)
+    expect("values", v, v.shape, dtype)
+    expect("decays", g, v.shape[:3], dtype)
+    expect("strengths", beta, v.shape[:3], dtype)
+    shape = batch, value_heads, value_dim, key_dim
+    expect("a GatedDeltaNet layer's state", state, shape, dtype)
 
 
 class MixerState(NamedTuple):

@@ -1,4 +1,4 @@
-"""Our kernels are used where they are right and measured faster, and never elsewhere."""
+"""Our kernels run where they are correct and measured faster, and nowhere else."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ class Doubling:
 
 @dataclass(frozen=True)
 class SwappedMatvec(MatvecCase):
-    """The real kernel, given scales for biases and biases for scales."""
+    """The real kernel, with scales and biases swapped."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         x, codes, scales, biases = inputs
@@ -76,7 +76,7 @@ class SwappedMatvec(MatvecCase):
 
 @dataclass(frozen=True)
 class ShiftedMatvec(MatvecCase):
-    """The real kernel, whose rows land one too far."""
+    """The real kernel, with output rows shifted by one."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         return [mx.roll(super().custom(*inputs)[0], 1, axis=-1)]
@@ -84,7 +84,7 @@ class ShiftedMatvec(MatvecCase):
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """A cache directory and a memory of its own, and the fake clock."""
+    """Use an empty cache directory, no verdicts in memory, and the fake clock."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FLASHMOE_KERNELS", raising=False)
     real = autotune.measure
@@ -154,12 +154,12 @@ def test_a_failing_verdict_is_plain_json():
     [
         (1e-5, 0, "float32", True),  # another order of summation
         (1e-4, 0, "float32", False),
-        (1e-4, 1e-4, "float32", True),  # stock is as far off
+        (1e-4, 1e-4, "float32", True),  # as far off as stock
         (2e-3, 0, "float16", True),
         (6e-3, 0, "float16", False),
         (2e-2, 0, "bfloat16", True),
         (6e-2, 0, "bfloat16", False),
-        (1, 1, "bfloat16", False),  # stock being wrong is no licence
+        (1, 1, "bfloat16", False),  # a wrong stock op does not raise the limit
     ],
 )
 def test_the_limit_follows_stock_between_a_floor_and_a_ceiling(offset, stock_offset, dtype, ok):

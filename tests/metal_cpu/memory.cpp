@@ -1,6 +1,6 @@
-// Guarded memory, and a check of every single load and store: bounds, initialisation, races.
-// clang's thread-sanitizer pass calls the __tsan_ functions; its runtime is replaced by this one,
-// which knows the lanes, threadgroups and barriers that it judges by.
+// Guarded memory, and checks of every load and store: bounds, initialization, races.
+// clang's thread-sanitizer pass calls the __tsan_ functions; this runtime replaces TSan's, because it
+// knows lanes, threadgroups and barriers.
 #include "runtime.h"
 
 #include <stdio.h>
@@ -94,7 +94,7 @@ void* bench_threadgroup(const char* name, unsigned place, unsigned long size) {
   return buffer.address;
 }
 
-// ---- who touched a byte, and is that before now? -----------------------------------------------
+// ---- earlier accesses to a byte, and their order -----------------------------------------------
 
 // A cell: threadgroup + 1 (24 bits), lane (10), threadgroup barriers (16), simdgroup barriers (14).
 static u64 group_of(u64 cell) { return cell >> 40; }
@@ -139,7 +139,7 @@ static void note_read(u64* cell, u64 present) {
 
 static void check_cell(const Region& region, u64 offset, bool write, u64 present, u64 pc) {
   u64* cell = region.cells + offset * CELLS;
-  // Threadgroup memory starts anew with every threadgroup.
+  // Each threadgroup starts with fresh threadgroup memory.
   bool stale = region.group_memory && *cell && group_of(*cell) != group_of(present);
   if (region.group_memory && (stale || (cell[1] && group_of(cell[1]) != group_of(present))))
     cell[0] = cell[1] = cell[2] = cell[3] = 0;
@@ -226,7 +226,7 @@ ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
 
 void __tsan_init() {}
 
-// What clang's stack protector calls when a function returns.
+// clang's stack protector calls this when a function returns.
 void __wrap___stack_chk_fail() {
   fail("out of bounds", HERE, 0, "writes past the end of a lane's own array");
 }
