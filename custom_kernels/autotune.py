@@ -34,7 +34,7 @@ ROTATED = 64 << 20  # bytes of inputs per chain: more than caches hold
 # Two roundings to the output's dtype, or a float32 sum of 4096 terms in another order: sqrt(4096)
 # ulps. Relative to the largest output.
 OUTPUT_ULPS, SUM_ULPS = 2, 64
-# Some stock ops are far off (MLX's bfloat16 matmuls on a CPU), so their error is no limit.
+# Some stock ops are far off (MLX's bfloat16 matmuls on a CPU), so their error alone sets no limit.
 CEILING = 1 / 16
 
 

@@ -41,7 +41,7 @@ def span_of(bits: int, group_size: int) -> int:
 
 
 def _pairs(builder: Any, a: Any, b: Any) -> Any:
-    """Multiply 16-bit integers and add neighbours: `[n]` int16 twice to `[n / 2]` int32."""
+    """Multiply 16-bit integers and add neighbors: `[n]` int16 twice to `[n / 2]` int32."""
     half = a.type.count // 2
     wide = ir.VectorType(I32, half)
     if a.type.count in MULTIPLY_PAIRS:

@@ -60,7 +60,7 @@ static u64 cell_bytes(const Region& region) { return region.size * CELLS * sizeo
 void add_region(const Buffer& buffer, bool group_memory, u32 place) {
   if (region_count == MAX_REGIONS) fail("bench", 0, 0, "more than %d arrays", MAX_REGIONS);
   Region& region = regions[region_count++];
-  region = {buffer.address, buffer.size, buffer.name, buffer.writable, buffer.initialised,
+  region = {buffer.address, buffer.size, buffer.name, buffer.writable, buffer.initialized,
             group_memory, place, nullptr};
   if (!launch->checked || !buffer.writable || !buffer.size) return;
   void* cells = mmap(nullptr, cell_bytes(region), PROT_READ | PROT_WRITE,
@@ -143,8 +143,8 @@ static void check_cell(const Region& region, u64 offset, bool write, u64 present
   bool stale = region.group_memory && *cell && group_of(*cell) != group_of(present);
   if (region.group_memory && (stale || (cell[1] && group_of(cell[1]) != group_of(present))))
     cell[0] = cell[1] = cell[2] = cell[3] = 0;
-  if (!write && !*cell && !region.initialised)
-    fail("uninitialised", pc, 0, "reads byte %lu of %s, which nobody has written", offset,
+  if (!write && !*cell && !region.initialized)
+    fail("uninitialized", pc, 0, "reads byte %lu of %s before any write", offset,
          region.name);
   if (!happens_before(*cell, present))
     race(region, offset, write ? "writes" : "reads", *cell, "written", pc);
@@ -198,12 +198,12 @@ static void check(const void* where, u64 size, bool write, u64 pc) {
 void check_all_written() {
   for (u32 i = 0; i < region_count; i++) {
     const Region& region = regions[i];
-    if (!region.cells || region.initialised || region.group_memory) continue;
+    if (!region.cells || region.initialized || region.group_memory) continue;
     u64 missing = 0, first = 0;
     for (u64 k = region.size; k-- > 0;)
       if (!region.cells[k * CELLS]) missing++, first = k;
     if (missing)
-      fail("uninitialised", 0, 0, "%lu of the %lu bytes of %s are never written, the first is %lu",
+      fail("uninitialized", 0, 0, "%lu of the %lu bytes of %s are never written, the first is %lu",
            missing, region.size, region.name, first);
   }
 }

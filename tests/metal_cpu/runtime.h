@@ -11,7 +11,7 @@ struct Buffer {
   unsigned char* address;
   u64 size;
   const char* name;
-  u32 writable, initialised;
+  u32 writable, initialized;
 };
 
 struct Launch {
@@ -44,7 +44,7 @@ struct Region {
   unsigned char* address;
   u64 size;
   const char* name;
-  u32 writable, initialised, group_memory, place;
+  u32 writable, initialized, group_memory, place;
   u64* cells;
 };
 
