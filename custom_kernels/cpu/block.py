@@ -14,7 +14,7 @@ import numpy as np
 from ..gated_delta.weights import Heads, MixerWeights
 from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
 from .arrays import Array, rows, view
-from .decode import NOTHING, Group, project
+from .decode import Group, Norm, project
 from .gated_delta_step import DeltaBlock
 from .moe import Batches, MoeBlock
 from .prefill import supports
@@ -39,8 +39,7 @@ def linear_step(
     group = _remember(layers[0], layers, lambda: Group(*map(QuantizedMatrix.of_layer, layers)))
     if group is None:
         return None
-    gain = (NOTHING, 0.0) if norm is None else (_float32(norm, norm.weight), norm.eps)
-    outputs = project(rows(x), group, *gain)
+    outputs = project(rows(x), group) if norm is None else project(rows(x), group, *_norm(norm))
     if residual is not None:
         outputs[0] += rows(residual)
     return [mx.array(y).reshape(*x.shape[:-1], -1) for y in outputs]
@@ -71,7 +70,7 @@ def delta_step(
 
     def make() -> DeltaBlock:
         qkv, z, b, a, after = map(QuantizedMatrix.of_layer, layers)
-        return DeltaBlock((qkv, z, b, a), after, _float32(norm, norm.weight), norm.eps, weights)
+        return DeltaBlock((qkv, z, b, a), after, _norm(norm), weights)
 
     small = weights.conv, weights.a_log, weights.dt_bias, weights.norm, norm.weight
     block = _remember(out, layers, make, *small)
@@ -109,8 +108,7 @@ def moe_step(
 
     def make() -> MoeBlock:
         first, second, *rest = map(QuantizedMatrix.of_layer, layers)
-        gain = _float32(norm, norm.weight)
-        return MoeBlock(first, second, rest, experts, gain, norm.eps, top_k, renormalize)
+        return MoeBlock(first, second, rest, experts, _norm(norm), top_k, renormalize)
 
     if not all(supports(b.bits, b.group_size, b.scales) for b in experts):
         return None
@@ -132,7 +130,7 @@ def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | N
     group = _remember(norm, [router], lambda: Group(QuantizedMatrix.of_layer(router)))
     if group is None:
         return None
-    return project(rows(h), group, _float32(norm, norm.weight), norm.eps)[0]
+    return project(rows(h), group, *_norm(norm))[0]
 
 
 def multiply(x: mx.array, group: Group) -> mx.array:
@@ -144,13 +142,14 @@ def _is_quantized(layer: nn.Module) -> bool:
     return is_affine(layer) and supports(layer.bits, layer.group_size, layer.scales)
 
 
-def _float32(owner: nn.Module, weight: mx.array) -> Array:
-    """Return a small weight as float32; its module keeps the copy."""
-    made = remembered(
-        owner, "_as_float32", lambda: [weight], lambda: np.array(weight.astype(mx.float32))
+def _norm(norm: nn.RMSNorm) -> Norm:
+    """Return a norm's weight as float32, a copy that the module keeps, and its epsilon."""
+    weight = norm.weight
+    copy = remembered(
+        norm, "_as_float32", lambda: [weight], lambda: np.array(weight.astype(mx.float32))
     )
-    assert made is not None
-    return made
+    assert copy is not None
+    return copy, norm.eps
 
 
 def _remember(

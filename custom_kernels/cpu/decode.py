@@ -7,7 +7,7 @@ independent of the others.
 """
 
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -48,6 +48,9 @@ from .records import (
     write_records,
 )
 from .simd import no_inline
+
+Arrays: TypeAlias = tuple[Array, ...]
+Norm: TypeAlias = tuple[Array, float]  # weight and epsilon of an RMS norm
 
 
 def numbers_of(matrix: QuantizedMatrix) -> Array:
@@ -226,15 +229,13 @@ FIRST, SECOND, SLOT, RECORD, OTHER, START, ROWS, PLACE, UNITS = range(9)
 
 
 @serial
-def add_job(
-    jobs: Array, n: int, matrices: Array, first: int, second: int, slot: int, record: int,
-    other: int, start: int, rows: int, place: int,
-) -> int:  # fmt: skip
-    """Write job `n` and return the number of units up to and including it."""
-    job = jobs[n]
-    job[FIRST], job[SECOND], job[SLOT] = first, second, slot
-    job[RECORD], job[OTHER] = record, other
-    job[START], job[ROWS], job[PLACE] = start, rows, place
+def add_job(jobs: Array, n: int, matrices: Array, job: Any) -> int:
+    """Write job `n`, its numbers `FIRST` to `PLACE`, and return the units up to its end."""
+    first, second, slot, record, other, start, rows, place = job
+    row = jobs[n]
+    row[FIRST], row[SECOND], row[SLOT] = first, second, slot
+    row[RECORD], row[OTHER] = record, other
+    row[START], row[ROWS], row[PLACE] = start, rows, place
     units = (matrices[first, HEIGHT] + UNIT - 1) // UNIT
     jobs[n + 1, UNITS] = jobs[n, UNITS] + units
     return jobs[n + 1, UNITS]
@@ -297,7 +298,8 @@ def _project(
     jobs, rows = np.zeros((count + 1, UNITS + 1), np.int64), np.arange(batch)
     place, units = 0, 0
     for n in range(count):
-        units = add_job(jobs, n, matrices, n, -1, 0, form_of[n] * batch, 0, 0, batch, place)
+        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, place)
+        units = add_job(jobs, n, matrices, job)
         place += batch * matrices[n, HEIGHT]
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, records, rows, rows, out))

@@ -50,9 +50,10 @@ def _convolve(
 
 @compiled
 def _scan(
-    q: Array, k: Array, v: Array, g: Array, beta: Array, mask: Array,
-    state: Array, final: Array, y: Array,
+    q: Array, k: Array, v: Array, gates: tuple[Array, Array], mask: Array, state: Array,
+    final: Array, y: Array,
 ) -> None:  # fmt: skip
+    g, beta = gates
     batch, tokens, value_heads, value_dim = v.shape
     key_heads, key_dim = k.shape[2:]
     blocks = (value_dim + ROWS - 1) // ROWS
@@ -110,7 +111,7 @@ def gated_delta(
     expect("the mask", mask, v.shape[:2], np.bool_)
     final, y = np.empty_like(state), np.empty_like(v)
     use_threads(2 * y.size * q.shape[-1])
-    _scan(q, k, v, g, beta, mask, state, final, y)
+    _scan(q, k, v, (g, beta), mask, state, final, y)
     return y, final
 
 

@@ -12,7 +12,18 @@ from numba import prange
 from ..shapes import expect, expect_below, expect_count
 from ..weights import QuantizedMatrix, Shared
 from .arrays import ALL, Array, compiled, copy, serial, use_threads
-from .decode import ROWS, SLOT, START, UNIT_OF_WORK, UNITS, Group, add_job, run_unit
+from .decode import (
+    ROWS,
+    SLOT,
+    START,
+    UNIT_OF_WORK,
+    UNITS,
+    Arrays,
+    Group,
+    Norm,
+    add_job,
+    run_unit,
+)  # fmt: skip
 from .records import HEIGHT, new_records, record_size, rms_norm, write_record, write_records
 
 # Indices in the groups of matrices.
@@ -43,21 +54,22 @@ def choose(logits: Array, renormalize: bool, ids: Array, scores: Array) -> None:
 
 @compiled
 def _route(
-    run: int, h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
-    renormalize: bool, x: Array, hidden: Array, switch: Array, ids: Array, scores: Array,
-) -> None:  # fmt: skip
+    run: int, h: Array, norm: Norm, group: Arrays, renormalize: bool, x: Array, outputs: Arrays
+) -> None:
+    (weight, eps), (matrices, forms, form_of) = norm, group
+    hidden, switch, ids, scores = outputs
     batch = h.shape[0]
     records = new_records(forms.size * batch, record_size(matrices, forms))
     for row in range(batch):
-        rms_norm(h[row], norm, eps, x[row])
-    write_records(x, norm[:0], eps, matrices, forms, records)
+        rms_norm(h[row], weight, eps, x[row])
+    write_records(x, weight[:0], eps, matrices, forms, records)
     experts, inner = matrices[ROUTER, HEIGHT], matrices[SHARED_GATE, HEIGHT]
     switches, hiddens = batch * experts, batch * (experts + 1)  # offsets in `out`
     jobs, first, rows = np.zeros((4, UNITS + 1), np.int64), form_of * batch, np.arange(batch)
-    add_job(jobs, 0, matrices, ROUTER, -1, 0, first[ROUTER], 0, 0, batch, 0)
-    add_job(jobs, 1, matrices, SWITCH, -1, 0, first[SWITCH], 0, 0, batch, switches)
+    add_job(jobs, 0, matrices, (ROUTER, -1, 0, first[ROUTER], 0, 0, batch, 0))
+    add_job(jobs, 1, matrices, (SWITCH, -1, 0, first[SWITCH], 0, 0, batch, switches))
     shared = (SHARED_GATE, SHARED_UP, 0, first[SHARED_GATE], first[SHARED_UP], 0, batch, hiddens)
-    units = add_job(jobs, 2, matrices, *shared)
+    units = add_job(jobs, 2, matrices, shared)
     out = np.empty(hiddens + batch * inner, np.float32)
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
@@ -68,10 +80,8 @@ def _route(
 
 
 @compiled
-def _experts(
-    run: int, x: Array, tokens: Array, slots: Array, rows: Array, shared: Array, matrices: Array,
-    forms: Array, form_of: Array, y: Array,
-) -> None:  # fmt: skip
+def _experts(run: int, x: Array, assigned: Arrays, shared: Array, group: Arrays, y: Array) -> None:
+    (tokens, slots, rows), (matrices, forms, form_of) = assigned, group
     assignments, batch = tokens.size, x.shape[0]
     inner, total = matrices[GATE, HEIGHT], tokens.size + shared.shape[0]
     inputs = new_records(forms.size * batch, record_size(matrices, forms))
@@ -88,7 +98,7 @@ def _experts(
     for end in range(1, assignments + 1):
         if end == assignments or slots[end] != slots[start]:
             job = (GATE, UP, slots[start], first[GATE], first[UP], start, end - start, 0)
-            units = add_job(jobs, count, matrices, *job)
+            units = add_job(jobs, count, matrices, job)
             count, start = count + 1, end
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, inputs, tokens, sources, hidden))
@@ -101,10 +111,10 @@ def _experts(
         write_record(shared[row], matrices[SHARED_DOWN], middle[assignments + row])
     for n in range(count):
         job = (DOWN, -1, jobs[n, SLOT], 0, 0, jobs[n, START], jobs[n, ROWS], 0)
-        units = add_job(jobs, n, matrices, *job)
+        units = add_job(jobs, n, matrices, job)
     if total > assignments:
         job = (SHARED_DOWN, -1, 0, 0, 0, assignments, total - assignments, 0)
-        units = add_job(jobs, count, matrices, *job)
+        units = add_job(jobs, count, matrices, job)
     flat = y.reshape(-1)
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, middle, sources, targets, flat))
@@ -136,8 +146,7 @@ class MoeBlock(Shared):
         switch: QuantizedMatrix,
         shared: Sequence[QuantizedMatrix],
         experts: Sequence[QuantizedMatrix],
-        norm: Array,
-        eps: float,
+        norm: Norm,
         top_k: int,
         renormalize: bool,
     ) -> None:
@@ -148,18 +157,17 @@ class MoeBlock(Shared):
             switch: `[1, H]`, whose sigmoid scales the shared expert.
             shared: gate `[I', H]`, up `[I', H]` and down `[H, I']` of the shared expert.
             experts: gate `[S, I, H]`, up `[S, I, H]` and down `[S, H, I]` in S slots.
-            norm: `[H]` float32 weight of the RMS norm.
-            eps: of that norm.
+            norm: `[H]` float32 weight and epsilon of the RMS norm before the block.
             top_k: experts per row.
             renormalize: whether the chosen experts' scores sum to one.
         """
         self._route = Group(router, switch, *shared[:2])
         self._inputs = Group(*experts[:2])
         self._all = Group(*experts, shared[2])
-        self._norm, self._eps = norm, eps
+        self._norm = norm
         self._top_k, self._renormalize = top_k, renormalize
         self._slots, inner, _ = experts[GATE].shape
-        hidden, extra = norm.size, shared[0].shape[-2]
+        hidden, extra = norm[0].size, shared[0].shape[-2]
         for name, matrix, shape in (
             ("the router", router, (router.shape[-2], hidden)),
             ("the shared expert's switch", switch, (1, hidden)),
@@ -176,17 +184,16 @@ class MoeBlock(Shared):
     def __call__(self, h: Array, batches: Batches) -> Array:
         """Map hidden states `[rows, H]` float32 to `h + moe(norm(h))`."""
         (batch, width), top_k = h.shape, self._top_k
-        expect("hidden states", h, (batch, self._norm.size), np.float32)
+        expect("hidden states", h, (batch, self._norm[0].size), np.float32)
         self._route.check_addresses()
         self._all.check_addresses()
         x, switch = np.empty_like(h), np.empty(batch, np.float32)
         shared = np.empty((batch, self._route.heights[SHARED_GATE]), np.float32)
         ids, scores = np.empty((batch, top_k), np.int64), np.empty((batch, top_k), np.float32)
         use_threads(ALL)
-        _route(
-            UNIT_OF_WORK.address, h, self._norm, self._eps, *self._route.arguments,
-            self._renormalize, x, shared, switch, ids, scores,
-        )  # fmt: skip
+        outputs = shared, switch, ids, scores
+        run, group = UNIT_OF_WORK.address, self._route.arguments
+        _route(run, h, self._norm, group, self._renormalize, x, outputs)
         y = np.empty((batch * (top_k + 1), width), np.float32)
         inputs = self._all.numbers, self._inputs.forms, self._inputs.form_of
         for places, slots in batches(ids):
@@ -195,7 +202,7 @@ class MoeBlock(Shared):
             if batch > 1:  # compute rows of one expert together
                 order = np.argsort(slots, kind="stable")
                 places, slots = places[order], slots[order]
-            _experts(UNIT_OF_WORK.address, x, places // top_k, slots, places, shared, *inputs, y)
+            _experts(run, x, (places // top_k, slots, places), shared, inputs, y)
             shared = shared[:0]
         out = np.empty_like(h)
         _combine(h, scores, switch, y, out)

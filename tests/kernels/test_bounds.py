@@ -61,7 +61,7 @@ def delta_block(
     heights=(CHANNELS, VALUES, 4, 4), out=(HIDDEN, VALUES), norm=HIDDEN, **weights
 ) -> DeltaBlock:
     inputs = [matrix(n, HIDDEN) for n in heights]
-    return DeltaBlock(inputs, matrix(*out), np.ones(norm, F32), 1e-6, mixer_weights(**weights))
+    return DeltaBlock(inputs, matrix(*out), (np.ones(norm, F32), 1e-6), mixer_weights(**weights))
 
 
 STATE, PAST = (2, 4, 32, 48), (2, TAPS - 1, CHANNELS)
@@ -193,7 +193,7 @@ SIZES = {
 
 def moe_block(top_k=3, norm=HIDDEN, **wrong) -> MoeBlock:
     made = [matrix(*shape) for shape in (SIZES | wrong).values()]
-    return MoeBlock(*made[:2], made[2:5], made[5:], np.ones(norm, F32), 1e-6, top_k, True)
+    return MoeBlock(*made[:2], made[2:5], made[5:], (np.ones(norm, F32), 1e-6), top_k, True)
 
 
 @pytest.mark.parametrize("wrong", [

@@ -105,7 +105,7 @@ def test_mixture_of_experts(bits, renormalize):
     shapes = (experts, inner, hidden), (experts, inner, hidden), (experts, hidden, inner)
     projections = [matrix(*s, bits=b) for s, b in zip(shapes, bits, strict=True)]
     norm, h = random(hidden), random(12, hidden)
-    block = MoeBlock(router, switch, shared, projections, norm, 1e-6, top_k, renormalize)
+    block = MoeBlock(router, switch, shared, projections, (norm, 1e-6), top_k, renormalize)
 
     def at_once(ids):
         yield np.arange(ids.size), ids.reshape(-1)
@@ -140,7 +140,7 @@ def test_gated_delta_net():
     inputs = [matrix(n, hidden) for n in (channels, 128)] + [matrix(4, hidden, bits=8)] * 2
     out, norm, h = matrix(hidden, 128), random(hidden), random(3, hidden)
     past, state = random(3, 3, channels), random(3, 4, 32, 48)
-    block = DeltaBlock(inputs, out, norm, 1e-6, weights)
+    block = DeltaBlock(inputs, out, (norm, 1e-6), weights)
     new_past, new = np.empty_like(past), np.empty_like(state)
     y = block(h, past, state, new_past, new)
     x = normalized(h, norm)
