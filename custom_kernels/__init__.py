@@ -1,1 +1,1 @@
-"""Kernels and their float32 references; they know no model code."""
+"""Kernels and their float32 references, without model code."""

@@ -4,8 +4,8 @@
 // so each code costs one fused multiply-add. Codes lie in 32-bit words, lowest bits first.
 
 #ifndef CODE_VALUE
-// A code, masked where it lies among the PLACES lowest bits of a word, as a number: SCALE times it
-// is its value there, of activations that were multiplied by LIFT.
+// A code masked in place, within the PLACES lowest bits of a word, as a float that is too small by
+// LIFT * SCALE: activations are multiplied by LIFT, dot products by SCALE.
 constant constexpr int PLACES = 32;
 constant constexpr float LIFT = 1.0f;
 constant constexpr float SCALE = 1.0f;
@@ -39,8 +39,8 @@ inline void read_eight(const device T* x, thread float* out) {
   read_pair<T>(words.w, out + 6);
 }
 
-// A masked code is not shifted: its activation is divided by the place value instead, which is
-// exact. Only codes above the PLACES lowest bits are shifted, by 32 - PLACES.
+// Codes are masked, not shifted; dividing the activation by the place value instead is exact. Only
+// codes above the PLACES lowest bits are shifted, by 32 - PLACES.
 template <int BITS>
 inline constexpr int place(int i) {
   return BITS * (i + 1) > PLACES ? BITS * i - (32 - PLACES) : BITS * i;
@@ -67,7 +67,7 @@ inline float read_activations(const device T* x, thread float* xs) {
   return scale_to_places<BITS, N>(xs);
 }
 
-// The same for x * weight.
+// read_activations for x * weight.
 template <int BITS, int N, typename T>
 inline float read_weighted(const device T* x, float weight, thread float* xs) {
   for (int i = 0; i < N; i += 8) {
@@ -79,7 +79,7 @@ inline float read_weighted(const device T* x, float weight, thread float* xs) {
   return scale_to_places<BITS, N>(xs);
 }
 
-// The same for x * gain; adds the sum of squares of x, which an RMS norm takes, to `square`.
+// read_activations for x * gain; adds x's sum of squares, for an RMS norm, to `square`.
 template <int BITS, int N, typename T, typename G>
 inline float read_normed(
     const device T* x, const device G* gain, thread float* xs, thread float& square) {
@@ -105,7 +105,7 @@ inline float dot_word(uint word, thread const float* xs, float dot) {
   return dot;
 }
 
-// The dot product of N codes with what read_activations made; N * BITS is 32, 64 or 128.
+// The dot product of N codes and the result of read_activations; N * BITS is 32, 64 or 128.
 template <int BITS, int N>
 inline float dot_codes(const device uint* codes, thread const float* xs) {
   constexpr int PER_WORD = 32 / BITS;
@@ -125,8 +125,8 @@ inline float dot_codes(const device uint* codes, thread const float* xs) {
   return dot_word<BITS>(words.w, xs + 3 * PER_WORD, dot);
 }
 
-// Add a chunk of columns to the dot products of TILE rows, the last of which are clamped to `rows`.
-// `codes`, `scales` and `biases` point at row 0; one lane's share of a matrix-vector product.
+// One lane's share of a matrix-vector product: adds a chunk of columns to the dot products of TILE
+// rows, clamped to `rows`. `codes`, `scales` and `biases` point at row 0.
 template <int BITS, int GROUP, int COLUMNS, int CHUNK, int TILE, typename S>
 inline void add_chunk(
     const device uint* codes, S scales, S biases, uint first, uint rows, uint column,

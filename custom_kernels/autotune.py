@@ -1,7 +1,7 @@
-"""The measured choice between our kernels and MLX's own ops: right first, then faster.
+"""Autotune: use our kernels where they are correct and faster than MLX's own ops.
 
-At first use on a device an op is checked against the float32 reference and timed against stock.
-The verdict is remembered on disk for this device, this MLX and these kernel texts.
+At first use on a device, each op is checked against the float32 reference and timed against stock.
+Verdicts are stored on disk per device, MLX version and kernel text.
 """
 
 import contextlib
@@ -27,28 +27,28 @@ from .kept import cache_dir, write_whole
 from .timing import Clock, fitting_calls, ops_of, side_by_side
 
 NEEDS_GPU = "needs a GPU"
-SECONDS = 0.004  # that one chain should take
-MOST_CALLS = 32  # in one chain
-RUNS = 9  # of each op's chain
-ROTATED = 64 << 20  # bytes of inputs that the calls of a chain go through, more than caches hold
-# Rounding to the output's dtype twice, or a float32 sum of 4096 terms in another order: root of
-# 4096 ulps. Relative to the largest output.
+SECONDS = 0.004  # per chain
+MOST_CALLS = 32  # per chain
+RUNS = 9  # chains per op
+ROTATED = 64 << 20  # bytes of inputs per chain: more than caches hold
+# Two roundings to the output's dtype, or a float32 sum of 4096 terms in another order: sqrt(4096)
+# ulps. Relative to the largest output.
 OUTPUT_ULPS, SUM_ULPS = 2, 64
-# Some stock ops are far off (MLX's bfloat16 matmuls on a CPU): no licence to be as wrong.
+# Some stock ops are far off (MLX's bfloat16 matmuls on a CPU), so their error alone sets no limit.
 CEILING = 1 / 16
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What measuring one case on one device found.
+    """Result of one case on one device.
 
     Attributes:
         ok: the kernel ran and agrees with the reference.
-        error: of the output that is furthest from its limit: the largest difference from the
-            reference as a share of the largest output. None if it is not a number or did not run.
-        limit: that `error` had to keep.
+        error: largest difference from the reference over the largest output, of the output closest
+            to (or furthest beyond) its limit. None if NaN or if the kernel did not run.
+        limit: upper bound of `error`.
         custom_ms: milliseconds per call of our kernel, None if not timed.
-        stock_ms: the same of MLX's own ops.
+        stock_ms: milliseconds per call of MLX's own ops.
         message: what is wrong, in one line; empty if `ok`.
     """
 
@@ -61,7 +61,7 @@ class Verdict:
 
     @property
     def faster(self) -> bool:
-        """Say whether the kernel is right and takes no longer than stock."""
+        """Return whether the kernel is correct and at least as fast as stock."""
         timed = self.custom_ms is not None and self.stock_ms is not None
         return self.ok and timed and self.custom_ms <= self.stock_ms  # type: ignore[operator]
 
@@ -71,7 +71,7 @@ class Verdict:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Read what `as_dict` returned; raises TypeError for anything else."""
+        """Read the result of `as_dict`; raise TypeError for anything else."""
         made = cls(**values)
         numbers = made.error, made.limit, made.custom_ms, made.stock_ms
         sound = all(n is None or type(n) in (int, float) for n in numbers)
@@ -80,36 +80,36 @@ class Verdict:
         return made
 
 
-_choices: dict[KernelCase, bool] = {}
+_preferred: dict[KernelCase, bool] = {}
 _reported: set[str] = set()
 
 
 def prefers_custom(case: KernelCase) -> bool:
-    """Say whether to run an op by our kernel, on the device that was the default at first use.
+    """Return whether to run an op by our kernel, on the default device of the first call.
 
-    The first call for a case may measure; later ones are a dictionary look-up.
-    `FLASHMOE_KERNELS=stock` always says no, `custom` says yes if the kernel is right.
+    The first call for a case may measure; later ones are a dictionary lookup. With
+    `FLASHMOE_KERNELS=stock` the answer is False, with `custom` it ignores speed.
 
     Raises:
-        FlashMoEError: FLASHMOE_KERNELS is none of auto, stock and custom.
+        FlashMoEError: FLASHMOE_KERNELS is not auto, stock or custom.
     """
     try:
-        return _choices[case]
+        return _preferred[case]
     except KeyError:
-        return _choices.setdefault(case, _choose(case))
+        return _preferred.setdefault(case, _decide(case))
 
 
 def forget() -> None:
-    """Drop what this process remembers, for another default device or cache directory."""
-    _choices.clear()
+    """Clear this process's verdicts, for another default device or cache directory."""
+    _preferred.clear()
     _reported.clear()
 
 
-def _choose(case: KernelCase) -> bool:
-    choice = kernel_mode()
-    if choice == "stock":
+def _decide(case: KernelCase) -> bool:
+    mode = kernel_mode()
+    if mode == "stock":
         return False
-    timed = choice == "auto"
+    timed = mode == "auto"
     found = _recall(case, timed)
     if found is None:
         found = verdict(case, timed=timed, fresh=True)
@@ -118,7 +118,7 @@ def _choose(case: KernelCase) -> bool:
 
 
 def report(case: KernelCase, found: Verdict) -> None:
-    """Tell the user of a kernel that fails, once per op."""
+    """Print a kernel's failure, once per op."""
     if found.ok or found.message == NEEDS_GPU or case.op in _reported:
         return
     _reported.add(case.op)
@@ -132,12 +132,12 @@ def report(case: KernelCase, found: Verdict) -> None:
 def verdict(
     case: KernelCase, *, timed: bool = True, fresh: bool = False, clock: Clock = time.perf_counter
 ) -> Verdict:
-    """Return the verdict on a case on the default device: the remembered one, or a new one.
+    """Return a case's verdict on the default device, stored or measured.
 
     Args:
         case: the op and its shape.
         timed: also compare its speed with stock's.
-        fresh: measure even if a verdict is remembered.
+        fresh: measure even if a verdict is stored.
         clock: seconds.
     """
     found = None if fresh else _recall(case, timed)
@@ -148,60 +148,59 @@ def verdict(
 
 
 def measure(case: KernelCase, timed: bool = True, clock: Clock = time.perf_counter) -> Verdict:
-    """Check a case and time it, without looking at or leaving anything on disk."""
+    """Check and time a case without reading or writing stored verdicts."""
     try:
         found = check(case)
         if not (found.ok and timed):
             return found
         custom_ms, stock_ms = _race(case, clock)
         return Verdict(True, found.error, found.limit, custom_ms, stock_ms)
-    except Exception as error:  # whatever a compiler, a driver or a launch may raise
+    except Exception as error:  # compilers, drivers and launches raise anything
         if not launch.available() and "back-end" in str(error):
             return Verdict(False, message=NEEDS_GPU)
-        reason = " ".join(str(error).split())[:300]  # compilers say what is wrong in later lines
+        reason = " ".join(str(error).split())[:300]  # compilers give the reason in later lines
         return Verdict(False, message=f"does not run ({type(error).__name__}: {reason})")
     finally:
         mx.clear_cache()
 
 
 def check(case: KernelCase) -> Verdict:
-    """Compare a trial's kernel with the reference.
+    """Compare a case's kernel with the reference; errors of the kernel propagate.
 
-    Each output may be at most twice as far off as stock's, with a floor of a few ulps and a
-    ceiling. Passes on what the kernel raises.
+    Each output's error may be at most twice stock's, with a floor of a few ulps and a ceiling.
     """
     inputs = case.inputs()
     outputs = case.custom(*inputs)
     mx.eval(outputs)
-    truths, stocks = case.reference(*inputs), case.stock(*inputs)
+    expected, stocks = case.reference(*inputs), case.stock(*inputs)
     if [y.shape for y in outputs] != [y.shape for y in stocks]:
-        return Verdict(False, message=f"gives shapes {[y.shape for y in outputs]}")
-    pairs = [
-        (_error(y, truth), _limit(stock, truth))
-        for y, stock, truth in zip(outputs, stocks, truths, strict=True)
+        return Verdict(False, message=f"returns shapes {[y.shape for y in outputs]}")
+    errors = [
+        (_error(y, right), _limit(stock, right))
+        for y, stock, right in zip(outputs, stocks, expected, strict=True)
     ]
-    error, limit = max(pairs, key=lambda pair: pair[0] / max(pair[1], 1e-30))
+    error, limit = max(errors, key=lambda e: e[0] / max(e[1], 1e-30))
     if error <= limit:
         return Verdict(True, error, limit)
     if error == math.inf:
-        return Verdict(False, None, limit, message="gives values that are not finite numbers")
+        return Verdict(False, None, limit, message="returns values that are not finite")
     return Verdict(False, error, limit, message=f"error {error:.1e}, limit {limit:.1e}")
 
 
-def _error(y: mx.array, truth: mx.array) -> float:
-    """Return the largest difference over the largest output; infinite for what is no number."""
-    found, right = (np.asarray(a.astype(mx.float32)) for a in (y, truth))
+def _error(y: mx.array, expected: mx.array) -> float:
+    """Return the largest difference over the largest output; infinite if y is not finite."""
+    found, right = (np.asarray(a.astype(mx.float32)) for a in (y, expected))
     if not np.isfinite(found).all():
         return math.inf
     return float(np.abs(found - right).max() / (np.abs(right).max() or 1))
 
 
-def _limit(stock: mx.array, truth: mx.array) -> float:
+def _limit(stock: mx.array, expected: mx.array) -> float:
     floor = 0.0
     if mx.issubdtype(stock.dtype, mx.floating):
         ulps = OUTPUT_ULPS * mx.finfo(stock.dtype).eps, SUM_ULPS * mx.finfo(mx.float32).eps
         floor = max(ulps)
-    return max(floor, min(2 * _error(stock, truth), CEILING))
+    return max(floor, min(2 * _error(stock, expected), CEILING))
 
 
 def _race(case: KernelCase, clock: Clock) -> list[float]:
@@ -211,7 +210,7 @@ def _race(case: KernelCase, clock: Clock) -> list[float]:
     calls = fitting_calls(ops, inputs[0], SECONDS, MOST_CALLS, clock)
     sets = min(calls, 1 + ROTATED // max(case.nbytes, 1))
     inputs += [case.inputs(seed) for seed in range(1, sets)]
-    # Other programs only ever add to a time, so the least is the op's own.
+    # Other programs only add time, so the minimum is the op's own.
     return side_by_side(ops, inputs, calls, RUNS, clock, min)
 
 
@@ -225,7 +224,7 @@ def device_name() -> str:
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Return what else a verdict depends on: MLX, numba, and the text of every kernel."""
+    """Return the versions of MLX and numba, and a digest of every kernel's text."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
     for file in sorted(folder.rglob("*.*")):
@@ -243,14 +242,14 @@ def _version(package: str) -> str:
 
 
 def _file() -> tuple[Path, dict[str, Any]]:
-    """Return the file of this device's verdicts, and the facts that they hold for."""
+    """Return the file of this device's verdicts, and the facts in its name."""
     facts = {"device": device_name(), **_versions()}
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     return cache_dir() / f"kernels-{key}.json", facts
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the verdicts in a file; none if it is absent, unreadable or damaged in any way."""
+    """Return the verdicts in a file; empty if it is missing, unreadable or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["verdicts"])
     except Exception:
@@ -258,7 +257,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _recall(case: KernelCase, timed: bool) -> Verdict | None:
-    """Return a remembered verdict that answers the question, or None."""
+    """Return the stored verdict, or None if missing or, with `timed`, without times."""
     try:
         found = Verdict.from_dict(_read(_file()[0])[str(case)])
     except (KeyError, TypeError):
@@ -267,7 +266,7 @@ def _recall(case: KernelCase, timed: bool) -> Verdict | None:
 
 
 def _remember(case: KernelCase, found: Verdict) -> None:
-    """Add a verdict to the file, whole or not at all; a read-only home measures again."""
+    """Add a verdict to the file, atomically; without a writable home each run measures."""
     path, facts = _file()
     text = json.dumps({**facts, "verdicts": {**_read(path), str(case): found.as_dict()}}, indent=1)
     with contextlib.suppress(OSError):

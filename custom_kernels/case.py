@@ -1,4 +1,4 @@
-"""One op at one shape, computed in three ways: what parity checks, choices and benchmarks share."""
+"""Kernel cases: one op at one shape, for parity checks, autotune and benchmarks."""
 
 from typing import ClassVar, Protocol
 
@@ -11,20 +11,18 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class KernelCase(Protocol):
     """An op at one shape and dtype. Implementations are frozen dataclasses of plain numbers.
 
-    `custom`, `stock` and `reference` take what `inputs` returns and give the same outputs:
-    by our kernels on the default device, by MLX's own ops, and in float32 by `reference.py`.
-    A case whose ops look at the values of their inputs, and so cannot be traced, says so by
-    `reads_values = True`.
+    `custom`, `stock` and `reference` take `inputs()` and return the same outputs: by our kernels on
+    the default device, by MLX's own ops, and in float32 by `reference.py`.
     """
 
     op: ClassVar[str]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that one run must move: weights, states, activations, each once."""
+        """Bytes that one run must move: weights, states and activations, each once."""
 
     def inputs(self, seed: int = 0) -> list[mx.array]:
-        """Make random inputs, evaluated; other seeds give other arrays of the same shapes."""
+        """Make random inputs, evaluated; each seed gives other arrays of the same shapes."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernels."""
@@ -33,7 +31,7 @@ class KernelCase(Protocol):
         """Compute by MLX's own ops, in the inputs' dtypes."""
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
-        """Compute the truth in float32."""
+        """Compute the reference in float32."""
 
 
 def random_quantized(
@@ -41,7 +39,7 @@ def random_quantized(
 ) -> list[mx.array]:
     """Make random codes, scales and biases of `[..., rows, columns]` weights.
 
-    Weights have mean about 0 and variance about 1 / columns.
+    Weights have mean 0 and variance 1 / columns, approximately.
 
     Returns:
         codes `[..., rows, columns * bits / 32]` uint32, scales and biases `[..., rows, groups]`.

@@ -1,4 +1,4 @@
-"""The cases of a model: every op that has a kernel, at that model's shapes."""
+"""A model's kernel cases: every op that has a kernel, at that model's shapes."""
 
 from dataclasses import fields
 from typing import Any
@@ -23,13 +23,13 @@ TOKENS = 64  # of a prompt
 
 
 def cases(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[KernelCase]:
-    """List the cases of one model, without doubles.
+    """List the kernel cases of one model, without duplicates.
 
     Args:
-        sizes: anything with config.json's sizes: a `Geometry` or `ModelArgs`.
+        sizes: an object with config.json's sizes: a `Geometry` or `ModelArgs`.
         bits: of experts and projections, in groups of 64; routers have 8.
         dtype: of activations: "bfloat16", "float16" or "float32".
-        top_k: experts per token, the model's own if None.
+        top_k: experts per token; the model's if None.
     """
     top_k = top_k or sizes.num_experts_per_tok
     scales = "float16" if dtype == "float16" else "bfloat16"
@@ -37,7 +37,7 @@ def cases(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[K
         MatvecCase(rows, columns, width, GROUP_SIZE, dtype, scales)
         for rows, columns, width in _matrices(sizes, bits)
     ]
-    # One slot more than experts used: a kernel that ignores the slots is found out.
+    # One slot more than experts used, so that ignoring the slots gives wrong results.
     slots = min(top_k + 1, sizes.num_experts)
     experts = sizes.hidden_size, sizes.moe_intermediate_size, slots, top_k, bits, GROUP_SIZE
     return [
@@ -68,7 +68,7 @@ def _heads(sizes: Any) -> tuple[int, int, int, int]:
 
 
 def label(case: KernelCase) -> str:
-    """Write a trial's shape: its fields but the dtypes, without what is at its default."""
+    """Describe a case's shape: its fields, without dtypes and default values."""
     values: Any = case  # a dataclass, which a protocol cannot say
     shown = [
         f"{f.name}={getattr(case, f.name)}"
@@ -81,8 +81,7 @@ def label(case: KernelCase) -> str:
 def _matrices(sizes: Any, bits: int) -> list[tuple[int, int, int]]:
     """Return (rows, columns, bits) of the trunk's projections.
 
-    The output head has the shape of a vocabulary and would take gigabytes to check; a slice of it
-    is no other case than the large projections.
+    The output head is left out: checking it takes gigabytes and adds nothing to large projections.
     """
     hidden = sizes.hidden_size
     heads, kv_heads = sizes.num_attention_heads, sizes.num_key_value_heads

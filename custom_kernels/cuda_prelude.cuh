@@ -1,4 +1,4 @@
-// The part of Metal's language that our kernels use, in CUDA. MLX compiles with
+// The subset of Metal's language that our kernels use, in CUDA. MLX compiles with
 // --device-as-default-execution-space, so plain functions run on the device.
 #define device
 #define constant
@@ -50,8 +50,8 @@ inline uint max(uint a, uint b) { return a > b ? a : b; }
 inline uint min(uint a, uint b) { return a < b ? a : b; }
 }
 
-// The bits of an integer n below 2^24 are those of the float n * 2^-149. NVIDIA's multipliers take
-// such small floats at full speed, while a conversion runs at half. LIFT * SCALE = 2^149.
+// The bits of an integer n < 2^24 are those of the float n * 2^-149. NVIDIA multiplies denormals at
+// full speed, while conversions run at half speed. LIFT * SCALE = 2^149.
 #define CODE_VALUE
 constant constexpr int PLACES = 24;
 constant constexpr float LIFT = 0x1p64f;

@@ -1,4 +1,4 @@
-"""Where this machine keeps what it need not make again, and files that are whole or missing."""
+"""Cache and temporary folders, and atomic writes."""
 
 import contextlib
 import os
@@ -6,11 +6,11 @@ import stat
 import threading
 from pathlib import Path
 
-NOWHERE = Path(os.devnull) / "flashmoe-mlx"  # a folder that cannot be made
+NOWHERE = Path(os.devnull) / "flashmoe-mlx"  # a folder that cannot exist
 
 
 def cache_dir() -> Path:
-    """Return the directory for what this machine need not find out again; it may not exist."""
+    """Return the directory of cached results; it may not exist."""
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "flashmoe-mlx"
     home = Path(os.path.expanduser("~"))
@@ -18,9 +18,9 @@ def cache_dir() -> Path:
 
 
 def temporary_dir() -> Path:
-    """Return a folder among the temporary files that only this user may write, made if need be.
+    """Return a temporary folder that only this user can write, creating it if necessary.
 
-    Where none can be made, or another user made it, that is `NOWHERE`: code is run from it.
+    Returns `NOWHERE` if that fails or another user made it, because code runs from this folder.
     """
     import tempfile  # slow to import
 
@@ -37,10 +37,10 @@ def temporary_dir() -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is whole or as it was before, even if the power fails.
+    """Write a file atomically, even if the power fails.
 
     Raises:
-        OSError: it cannot be written; nothing is left of it.
+        OSError: the write failed; the file is unchanged.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -53,6 +53,6 @@ def write_whole(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the name
+        os.fsync(folder)  # the directory entry
     finally:
         os.close(folder)

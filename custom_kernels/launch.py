@@ -1,4 +1,4 @@
-"""Launches `.metal` kernels: on Apple GPUs as they stand, on NVIDIA through `cuda_prelude.cuh`."""
+"""Launch `.metal` kernels: unchanged on Apple GPUs, with `cuda_prelude.cuh` on NVIDIA."""
 
 import functools
 import hashlib
@@ -10,39 +10,39 @@ from typing import Any
 
 import mlx.core as mx
 
-# On CUDA MLX keeps arrays of up to 8 bytes in the host's memory, also what a kernel writes; each
-# threadgroup that looks into one waits for the bus. So what kernels read has four elements.
+# On CUDA MLX keeps arrays of up to 8 bytes, outputs too, in host memory, and each threadgroup that
+# reads one waits for the bus. So arrays that kernels read have at least four elements.
 LEAST_ELEMENTS = 4
-SIMD = 32  # lanes that step together: a simdgroup on Metal, a warp on CUDA
+SIMD = 32  # lanes of a simdgroup (Metal) or warp (CUDA)
 Shape = tuple[int, ...]
 Triple = tuple[int, int, int]
 
 
 def available() -> bool:
-    """Say whether this machine has a GPU that these kernels run on."""
+    """Return whether this machine has a supported GPU."""
     return mx.metal.is_available() or mx.cuda.is_available()
 
 
 def is_cuda() -> bool:
-    """Say whether the GPU is NVIDIA's; launch geometries differ."""
+    """Return whether the GPU is NVIDIA's; launch geometries differ."""
     return mx.cuda.is_available()
 
 
 def rounds_products(x: mx.array) -> bool:
-    """Say whether the GPU multiplies matrices of x's dtype in fewer bits: NVIDIA's, in TF32."""
+    """Return whether MLX's matmul rounds x's products: NVIDIA's GPUs use TF32 for float32."""
     return is_cuda() and x.dtype == mx.float32
 
 
 @functools.cache
 def scalar(value: float) -> mx.array:
-    """Return `[LEAST_ELEMENTS]` float32, all of one value, made once."""
+    """Return a cached `[LEAST_ELEMENTS]` float32 filled with `value`."""
     return settled(mx.full(LEAST_ELEMENTS, value, dtype=mx.float32))
 
 
 def settled(array: mx.array) -> mx.array:
-    """Return a copy that the GPU has made in its own memory; what the host makes lies in both."""
+    """Return a copy in the GPU's own memory; arrays that the host makes lie in both memories."""
     copy = mx.concatenate([array, array])[: array.shape[0]]
-    mx.eval(copy)  # for any thread
+    mx.eval(copy)  # usable from any thread
     return copy
 
 
@@ -50,7 +50,7 @@ def settled(array: mx.array) -> mx.array:
 def read_text(file: str) -> str:
     """Return a kernel file without comments and indentation.
 
-    MLX copies and hashes the text at every launch, so each byte of it costs time.
+    MLX copies and hashes the text at every launch, so each byte costs time.
     """
     text = resources.files(__package__).joinpath(file).read_text()
     lines = (re.sub(r"\s*//.*", "", line).strip() for line in text.splitlines())
@@ -58,10 +58,10 @@ def read_text(file: str) -> str:
 
 
 def _include(file: str) -> str:
-    """Return text that makes CUDA's compiler read the file itself: less to copy at a launch.
+    """Return an `#include` of the file for CUDA's compiler: less text to copy at each launch.
 
-    The digest makes MLX compile again when the file changes. MLX passes an input's shape if it
-    sees its name in the text, so names of shapes are repeated.
+    The digest makes MLX recompile when the file changes. MLX passes an input's shape only if the
+    text names it, so the comment repeats names of shapes.
     """
     text = read_text(file)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -86,13 +86,13 @@ def _build(make: Callable[..., Any], kernel: "Kernel") -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel whose body is `<name>.metal`, a path from this folder.
+    """A kernel whose body is `<name>.metal`, relative to this folder.
 
     Attributes:
-        name: of the file.
+        name: path without suffix.
         inputs: parameter names of the inputs.
         outputs: parameter names of the outputs.
-        headers: files with functions that the body calls.
+        headers: files that define functions the body calls.
     """
 
     name: str
@@ -108,14 +108,14 @@ class Kernel:
         lanes: int,
         **constants: int | bool | mx.Dtype,
     ) -> list[mx.array]:
-        """Launch it.
+        """Launch the kernel.
 
         Args:
-            inputs: arrays, made row-contiguous if they are not.
+            inputs: arrays; MLX makes them row-contiguous.
             outputs: (shape, dtype) of each.
             groups: threadgroups in x, y and z.
-            lanes: lanes of a threadgroup, a multiple of 32.
-            constants: compile-time constants of the text; each combination is compiled once.
+            lanes: lanes per threadgroup, a multiple of 32.
+            constants: compile-time constants of the text; each combination compiles once.
         """
         make = mx.fast.metal_kernel if mx.metal.is_available() else mx.fast.cuda_kernel
         return _build(make, self)(

@@ -1,7 +1,7 @@
-"""Ops with several implementations: the first that accepts its inputs computes.
+"""Ops with several implementations: the first that accepts the inputs computes.
 
-An implementation looks at its inputs (device, dtype, format, and what autotune found) and returns
-None if it does not take them; the naive form takes all. Callers never ask which device it is.
+An implementation checks its inputs (device, dtype, format, autotune's verdict) and returns None to
+decline; the naive form accepts all. Callers never ask for the device.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Op(Generic[P, T]):
-    """An op, made of its naive form."""
+    """An op: its naive form and registered implementations."""
 
     def __init__(self, naive: Callable[P, T]) -> None:
         """Start with the naive form alone."""
@@ -22,7 +22,7 @@ class Op(Generic[P, T]):
         update_wrapper(self, naive)
 
     def register(self, implementation: Callable[P, T | None]) -> Callable[P, T | None]:
-        """Try an implementation after those that are registered, before the naive form."""
+        """Append an implementation; it runs after earlier ones and before the naive form."""
         self.implementations.append(implementation)
         return implementation
 
@@ -34,5 +34,5 @@ class Op(Generic[P, T]):
         return self.naive(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Op[P, T]":
-        """Share it: an op has no state."""
+        """Return the op itself: it has no state."""
         return self

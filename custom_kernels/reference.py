@@ -1,4 +1,4 @@
-"""The truth, in float32 and plain mx ops: what every kernel is tested against.
+"""The float32 reference of every kernel, in plain mx ops.
 
 Shapes use B batch, T tokens, H hidden size, I expert intermediate size, S slots, K experts per
 token, Hk/Hv key and value heads, Dk/Dv their sizes; in full attention Hq query heads, D sizes.
@@ -16,8 +16,8 @@ def dequantize(codes: mx.array, scales: mx.array, biases: mx.array, bits: int) -
     """Unpack affine codes: w = code * scale + bias.
 
     Args:
-        codes: `[..., rows, columns * bits / 32]` uint32, lowest bits first. Widths that do not
-            divide 32 (3, 5, 6) run on across word borders.
+        codes: `[..., rows, columns * bits / 32]` uint32, lowest bits first. Codes of widths that
+            do not divide 32 (3, 5, 6) straddle words.
         scales: `[..., rows, groups]`.
         biases: `[..., rows, groups]`.
         bits: bits per weight.
@@ -56,14 +56,14 @@ def expert_mlp(x: mx.array, gate: mx.array, up: mx.array, down: mx.array) -> mx.
 
 
 def route(logits: mx.array, top_k: int) -> mx.array:
-    """Give the `top_k` largest logits of each token their softmax weights, and the others 0.
+    """Return softmax weights over each token's `top_k` largest logits, 0 elsewhere.
 
     Args:
-        logits: `[tokens, experts]`, all different.
+        logits: `[tokens, experts]`, without ties.
         top_k: experts per token.
 
     Returns:
-        `[tokens, experts]` float32; rows add up to 1.
+        `[tokens, experts]` float32; rows sum to 1.
     """
     logits = logits.astype(mx.float32)
     least = mx.sort(logits, axis=-1)[:, -top_k, None]
@@ -81,7 +81,7 @@ def gated_delta(
 ) -> tuple[mx.array, mx.array]:
     """Gated delta rule, token by token.
 
-    Per head: S <- g S; S <- S + beta (v - S k) k^T; y = S q. A masked token leaves S as it was.
+    Per head: S <- g S; S <- S + beta (v - S k) k^T; y = S q. A masked token leaves S unchanged.
 
     Args:
         q: `[B, T, Hk, Dk]` normalized queries, scale folded in.
@@ -115,9 +115,9 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 
 def rope(x: mx.array, dims: int, base: float, position: int) -> mx.array:
-    """Turn the first `dims` of the last axis: i with i + dims / 2, by position * base^(-2i / dims).
+    """Rotate elements i and i + dims / 2 of the last axis by position * base^(-2i / dims).
 
-    Angles are float64: in float32, those of position 200,000 would be off by 0.01.
+    Angles are float64: float32 is off by 0.01 at position 200,000.
     """
     angles = [position * base ** (-2 * i / dims) for i in range(dims // 2)]
     cos, sin = (mx.array([f(angle) for angle in angles]) for f in (math.cos, math.sin))
@@ -146,60 +146,62 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
 def choose_slots(
     slot_of: mx.array, demand: mx.array, ids: mx.array, slots: int, half_life: int
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Give each expert that is asked for a slot: a free one, or that of one in little demand.
+    """Assign a slot to each requested expert: a free one, or one evicted by decayed LFU.
 
     Args:
         slot_of: `[experts]` uint32, the slot of each or NONE.
-        demand: `[experts]` float32, log2 of each one's uses, earlier ones counting less.
-        ids: `[..., K]` uint32, of which at most `slots` differ.
-        slots: of the bank.
-        half_life: uses of experts after which an earlier use counts half.
+        demand: `[experts]` float32, log2 of each expert's decayed uses.
+        ids: `[..., K]` uint32, at most `slots` of them distinct.
+        slots: slots of the layer.
+        half_life: uses of any experts after which a use counts half.
 
     Returns:
-        slot_of and demand after that; the slots `[..., K]`; and `[ids, 2]` uint32, expert and slot
-        of those that are missing, in the order asked for, NONE behind the last.
+        new slot_of and demand; slots `[..., K]`; and `[ids, 2]` uint32, expert and slot of each
+        missing expert in request order, then NONE.
     """
     where, scores, flat = np.array(slot_of), np.array(demand), np.array(ids).reshape(-1)
-    asked = list(dict.fromkeys(flat.tolist()))
-    missing = [e for e in asked if where[e] == NONE]
+    requested = list(dict.fromkeys(flat.tolist()))
+    missing = [e for e in requested if where[e] == NONE]
     owner = {int(where[e]): e for e in np.flatnonzero(where != NONE).tolist()}
     free = [s for s in range(slots) if s not in owner]
-    others = [s for s, e in owner.items() if e not in asked]
+    others = [s for s, e in owner.items() if e not in requested]
     others.sort(key=lambda s: (scores[owner[s]], s))
-    givers = (free + others)[: len(missing)]
-    for slot in givers:
+    targets = (free + others)[: len(missing)]
+    for slot in targets:
         if slot in owner:
             where[owner[slot]] = NONE
-    where[missing] = givers
-    scores -= np.float32(len(asked) / half_life)
-    scores[asked] = np.log2(1 + np.exp2(scores[asked]))
+    where[missing] = targets
+    scores -= np.float32(len(requested) / half_life)
+    scores[requested] = np.log2(1 + np.exp2(scores[requested]))
     tasks = np.full((flat.size, 2), NONE, np.uint32)
-    tasks[: len(missing)] = list(zip(missing, givers, strict=True)) or np.empty((0, 2))
+    tasks[: len(missing)] = list(zip(missing, targets, strict=True)) or np.empty((0, 2))
     places = where[flat].reshape(ids.shape)
     return mx.array(where), mx.array(scores), mx.array(places), mx.array(tasks)
 
 
-def cut(slots: mx.array, of: int, rows: int, tiles: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Cut pairs of token and expert into tiles that have one slot each.
+def cut(
+    slots: mx.array, slot_count: int, rows: int, tiles: int
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Cut token-expert assignments into tiles of one slot each.
 
     Args:
-        slots: `[pairs]` uint32, the slot of each pair's expert.
-        of: slots of the bank.
-        rows: of a tile.
-        tiles: as many at most.
+        slots: `[assignments]` uint32, the slot of each.
+        slot_count: slots of the layer.
+        rows: rows of a tile.
+        tiles: maximum number of tiles.
 
     Returns:
-        The pair in each row `[tiles, rows]`, 0 where there is none; the slot of each tile
-        `[tiles]`, ascending, the bank's last behind those in use; and the row of each pair
-        `[pairs]`.
+        The assignment in each row `[tiles, rows]`, 0 if unused; the slot of each tile `[tiles]`,
+        ascending, the last slot for unused tiles; the row of each assignment `[assignments]`.
     """
     flat = np.array(slots)
-    pair_in, slot_of = np.zeros((tiles, rows), np.uint32), np.full(tiles, of - 1, np.uint32)
+    assigned = np.zeros((tiles, rows), np.uint32)
+    slot_of = np.full(tiles, slot_count - 1, np.uint32)
     places, used = np.empty(len(flat), np.uint32), 0
     for slot in np.unique(flat):
         mine = np.flatnonzero(flat == slot)
         places[mine] = used * rows + np.arange(len(mine))
-        pair_in.reshape(-1)[places[mine]] = mine
+        assigned.reshape(-1)[places[mine]] = mine
         slot_of[used : used + -(-len(mine) // rows)] = slot
         used += -(-len(mine) // rows)
-    return mx.array(pair_in), mx.array(slot_of), mx.array(places)
+    return mx.array(assigned), mx.array(slot_of), mx.array(places)

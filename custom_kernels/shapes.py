@@ -1,4 +1,4 @@
-"""Shapes and dtypes of what kernels are given, compared with the sizes by which they index."""
+"""Checks of shapes and dtypes against the sizes by which kernels index."""
 
 from typing import Any
 
@@ -7,20 +7,16 @@ import numpy as np
 
 from ..errors import FlashMoEError
 
-FEW = 64  # numbers
+FEW = 64  # numbers that Python checks faster than NumPy
 
 
 def expect(name: str, array: Any, shape: tuple[int, ...], dtype: Any = None) -> None:
-    """Compare an array, MLX's or NumPy's, with what a kernel takes.
-
-    Raises:
-        FlashMoEError: it has another shape, or another dtype than the one given.
-    """
+    """Raise FlashMoEError unless an MLX or NumPy array has this shape (and dtype, if given)."""
     if array.shape != shape or (dtype is not None and array.dtype != dtype):
         kind, wanted = ("", "") if dtype is None else map(_name, (array.dtype, dtype))
         raise FlashMoEError(
             f"{name}: {list(array.shape)}{kind}, but this layer takes {list(shape)}{wanted}. "
-            "Pass arrays of this model's own sizes; a cache is of use to the model that made it."
+            "Pass arrays of this model's sizes; a cache works only with the model that made it."
         )
 
 
@@ -29,15 +25,14 @@ def _name(dtype: Any) -> str:
 
 
 def expect_count(name: str, number: int, most: int) -> None:
-    """Raise FlashMoEError unless a number is from 1 to `most`."""
+    """Raise FlashMoEError unless `number` is from 1 to `most`."""
     if not 1 <= number <= most:
         raise FlashMoEError(f"{name}: {number}, but this layer takes 1 to {most}.")
 
 
 def expect_below(name: str, numbers: np.ndarray, limit: int) -> None:
-    """Raise FlashMoEError unless numbers, int64, are places in something of `limit`."""
+    """Raise FlashMoEError unless all numbers (int64) are from 0 to `limit` - 1."""
     expect(name, numbers, (numbers.size,), np.int64)
-    # Python is quicker with the few of a token, NumPy with the many of a prompt.
     some = numbers.tolist() if numbers.size <= FEW else [int(numbers.min()), int(numbers.max())]
     if wrong := [number for number in some if not 0 <= number < limit]:
         raise FlashMoEError(
@@ -48,7 +43,7 @@ def expect_below(name: str, numbers: np.ndarray, limit: int) -> None:
 def expect_quantized(
     name: str, codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
 ) -> None:
-    """Compare a quantized matrix, or a bank of them, with its format.
+    """Raise FlashMoEError unless codes, scales and biases match each other and their format.
 
     Args:
         name: in errors.
@@ -57,9 +52,6 @@ def expect_quantized(
         biases: like `scales`.
         bits: bits per weight.
         group_size: columns per scale and bias.
-
-    Raises:
-        FlashMoEError: shapes or dtypes do not belong together.
     """
     *lead, words = codes.shape
     expect(f"{name}: codes", codes, (*lead, words), mx.uint32)
@@ -68,6 +60,6 @@ def expect_quantized(
     expect(f"{name}: biases", biases, (*lead, groups), scales.dtype)
     if groups * group_size * bits != words * 32:
         raise FlashMoEError(
-            f"{name}: {words} words of codes are no whole groups of {group_size} columns of {bits} "
-            "bits. Convert the checkpoint again."
+            f"{name}: a row of {words} words does not hold whole groups of {group_size} columns at "
+            f"{bits} bits. Convert the checkpoint again."
         )

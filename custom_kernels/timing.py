@@ -1,4 +1,4 @@
-"""Time per call of ops, taken side by side in chains: what choices and benchmarks share."""
+"""Time per call of ops, measured side by side in chains, for autotune and benchmarks."""
 
 import statistics
 import time
@@ -18,33 +18,31 @@ def _add_nothing(x: mx.array, *scalars: mx.array) -> mx.array:
     return x
 
 
-_add_nothing_at_once = mx.compile(_add_nothing)
+_add_nothing_fused = mx.compile(_add_nothing)
 
 
 def ops_of(case: KernelCase, names: Sequence[str]) -> list[Op]:
-    """Return a trial's ops by name as decoding runs them: on a GPU traced once, if they can be.
+    """Return a case's ops by name as decode runs them: traced on a GPU.
 
-    Else the time that Python takes to prepare launches would decide.
+    Untraced, the times would measure Python preparing launches.
     """
     ops: list[Op] = [getattr(case, name) for name in names]
-    if mx.default_device() != mx.Device(mx.gpu) or getattr(case, "reads_values", False):
-        return ops
-    return [mx.compile(op) for op in ops]
+    return list(map(mx.compile, ops)) if mx.default_device() == mx.Device(mx.gpu) else ops
 
 
 def chain(op: Op, sets: Sequence[list[mx.array]], calls: int) -> None:
-    """Run an op `calls` times in one evaluation, each call waiting for the one before.
+    """Run an op `calls` times in one evaluation, each call depending on the one before.
 
-    Independent calls would overlap on a GPU and hide their latency, which a decoder cannot.
+    Independent calls would overlap on a GPU and hide their latency; decode cannot.
 
     Args:
-        op: takes a set, returns its outputs.
-        sets: inputs, taken in turn.
-        calls: how many.
+        op: takes one set, returns its outputs.
+        sets: sets of inputs, used in turn.
+        calls: number of calls.
     """
-    # One launch on a GPU; on a CPU compiling would call the system's C++ compiler.
+    # Fused into one launch on a GPU; on a CPU, mx.compile would call the system's C++ compiler.
     on_gpu = mx.default_device() == mx.Device(mx.gpu)
-    link = _add_nothing_at_once if on_gpu else _add_nothing
+    link = _add_nothing_fused if on_gpu else _add_nothing
     outputs: list[mx.array] = []
     for call in range(calls):
         first, *rest = sets[call % len(sets)]
@@ -54,14 +52,14 @@ def chain(op: Op, sets: Sequence[list[mx.array]], calls: int) -> None:
 
 
 def _link(outputs: int) -> Op:
-    """Return an op that does nothing, and has as many outputs for `chain` to look at."""
+    """Return an op that does nothing, with the same number of outputs for `chain`."""
     return lambda *inputs: [inputs[0]] * outputs
 
 
 def fitting_calls(
     ops: Sequence[Op], inputs: list[mx.array], seconds: float, most: int, clock: Clock
 ) -> int:
-    """Return how many calls of the slowest op fit in a chain of `seconds`, 1 to `most`."""
+    """Return the number of calls of the slowest op in a chain of `seconds`, 1 to `most`."""
     slowest = 0.0
     for op in ops:
         chain(op, [inputs], 1)
@@ -79,18 +77,18 @@ def side_by_side(
     clock: Clock = time.perf_counter,
     typical: Callable[[list[float]], float] = statistics.median,
 ) -> list[float]:
-    """Time ops in interleaved runs, so that a change of the machine's speed meets all of them.
+    """Time ops in interleaved runs, so that changes of the machine's speed affect all.
 
     Args:
-        ops: what to time, in this order in each run; all with as many outputs.
-        sets: inputs, taken in turn by the calls of a chain.
-        calls: length of a chain.
-        runs: chains of each op, after one to warm up.
+        ops: run in this order; all with the same number of outputs.
+        sets: sets of inputs, used in turn by the calls of a chain.
+        calls: calls per chain.
+        runs: timed chains per op, after one to warm up.
         clock: seconds.
-        typical: picks one of the runs' times.
+        typical: reduces the runs' times to one.
 
     Returns:
-        Milliseconds per call of the typical run, less what linking two calls costs.
+        Milliseconds per call of the typical run, without the cost of linking calls.
     """
     link_alone = _link(len(ops[0](*sets[0])))
     taken: list[list[float]] = [[] for _ in range(len(ops) + 1)]

@@ -1,4 +1,4 @@
-"""A layer's step, traced once: to prepare its launches anew takes longer than to run them."""
+"""A layer's step, traced once: preparing its launches takes longer than running them."""
 
 from collections.abc import Callable, Iterator
 from operator import is_
@@ -13,9 +13,9 @@ from .device import on_gpu
 class Traced:
     """Functions of a layer for inputs of one shape and dtype, compiled around its weights.
 
-    They are used as long as the layer's modules hold the same arrays as when they were traced.
-    Replace weights to change them, as `Module.update` and `set_dtype` do: `weight *= 2` and
-    `weight[0] = 7` keep the array and are not seen.
+    They stay valid while the layer's modules hold the arrays of the trace. To change weights,
+    replace them, as `Module.update` and `set_dtype` do: `weight *= 2` and `weight[0] = 7` keep the
+    array and go unnoticed.
     """
 
     def __init__(self) -> None:
@@ -27,16 +27,16 @@ class Traced:
         self._values: list[Any] = []
 
     def ready(self, x: mx.array) -> bool:
-        """Say whether `functions` hold for this input and for the weights as they are now."""
+        """Return whether `functions` are valid for this input and the current weights."""
         now = map(dict.get, self._modules, self._names)
         return (x.shape, x.dtype) == self._kind and all(map(is_, now, self._values))
 
     def trace(
         self, x: mx.array, modules: tuple[nn.Module, ...], *functions: Callable[..., Any]
     ) -> None:
-        """Take functions that have just run for such an input, and read only `modules` besides.
+        """Compile functions that read only their arguments and `modules`, after a run with `x`.
 
-        CPU kernels compute at once and leave nothing to trace.
+        CPU kernels compute eagerly and leave nothing to trace.
         """
         if not on_gpu(x):
             return
@@ -46,7 +46,7 @@ class Traced:
         self.functions = tuple(mx.compile(function) for function in functions)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Traced":
-        """Start anew: a copy of a model has weights of its own."""
+        """Start empty: a copy of a model has other weights."""
         return Traced()
 
 

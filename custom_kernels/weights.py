@@ -1,10 +1,10 @@
-"""Quantized matrices, and what is remembered of them while they stay the same arrays."""
+"""Quantized matrices, and objects cached for as long as the weights stay the same arrays."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,12 +14,20 @@ from .shapes import expect, expect_quantized
 T = TypeVar("T")
 
 
+class Shared:
+    """Holds arrays that a store writes, or addresses of arrays: a deep copy is the same object."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the object itself."""
+        return self
+
+
 @dataclass(frozen=True)
-class QuantizedMatrix:
-    """One projection of the experts of a layer, affine-quantized; or one matrix, without S.
+class QuantizedMatrix(Shared):
+    """An affine-quantized matrix, or S of them in slots: one projection of a layer's experts.
 
     Attributes:
-        codes: `[S, out, in * bits / 32]` uint32.
+        codes: `[S, out, in * bits / 32]` uint32, or without S.
         scales: `[S, out, groups]`.
         biases: `[S, out, groups]`.
         bits: bits per weight.
@@ -34,13 +42,9 @@ class QuantizedMatrix:
 
     @classmethod
     def of(cls, arrays: Sequence[mx.array], bits: int, group_size: int) -> "QuantizedMatrix":
-        """Make one of codes, scales and biases, in this order."""
+        """Take codes, scales and biases, in this order."""
         codes, scales, biases = arrays
         return cls(codes, scales, biases, bits, group_size)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedMatrix":
-        """Share the arrays: a store goes on writing experts into them."""
-        return self
 
     @classmethod
     def of_layer(cls, layer: nn.Module) -> "QuantizedMatrix":
@@ -58,29 +62,30 @@ class QuantizedMatrix:
         return self.codes, self.scales, self.biases
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Compare the arrays with one another, and with the shape that a kernel takes.
+        """Raise FlashMoEError unless the arrays match each other and the shape a kernel takes.
 
-        Raises:
-            FlashMoEError: they do not belong together.
+        Args:
+            name: in the error.
+            shape: `[S, out, in]`, or `[out, in]`.
         """
         expect_quantized(name, self.codes, self.scales, self.biases, self.bits, self.group_size)
         expect(name, self, shape)
 
     @cached_property
     def packed(self) -> Any:
-        """The same memory as the CPU kernels see it."""
+        """The same memory in the CPU kernels' form."""
         from .cpu import prefill
 
         return prefill.packed(self.codes, self.scales, self.biases, self.bits, self.group_size)
 
 
 def arrays_of(layers: Sequence[nn.Module]) -> tuple[mx.array | None, ...]:
-    """Return the codes, scales and biases of layers; None where one has none."""
+    """Return the codes, scales and biases of layers, None for each that is missing."""
     return tuple(layer.get(name) for layer in layers for name in ("weight", "scales", "biases"))
 
 
 def same(known: Sequence[Any], now: Sequence[Any]) -> bool:
-    """Say whether both hold the same objects."""
+    """Return whether both hold the same objects."""
     return len(known) == len(now) and all(map(is_, known, now))
 
 
@@ -90,13 +95,13 @@ def remembered(
     arrays: Callable[[], Sequence[Any]],
     make: Callable[[], T | None],
 ) -> T | None:
-    """Return what `make` returned when the weights were the arrays that they are now.
+    """Return `make()`, cached for as long as the weights stay the same arrays.
 
     Args:
-        owner: the module that keeps it.
-        name: the attribute that it keeps it in.
-        arrays: returns the weights; asked again after `make`, which may replace them.
-        make: None is not remembered.
+        owner: module that keeps the result.
+        name: its attribute.
+        arrays: returns the weights; called again after `make`, which may replace them.
+        make: a result of None is not cached.
     """
     known: Any = getattr(owner, name, None)
     if known is not None and same(known[0], arrays()):
@@ -107,6 +112,6 @@ def remembered(
 
 
 def is_affine(layer: nn.Module) -> bool:
-    """Say whether a layer is a plain affine-quantized matrix."""
+    """Return whether a layer is a plain affine-quantized matrix."""
     plain = type(layer) is nn.QuantizedLinear and layer.mode == "affine" and "bias" not in layer
     return plain and not layer.training

@@ -11,9 +11,9 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from ...custom_kernels.cpu.bounds import jit
-from ...custom_kernels.cpu.numba_cache import take_turns
+from ...custom_kernels.cpu.numba_cache import make_cache_safe
 
-take_turns()
+make_cache_safe()
 
 Array = npt.NDArray[Any]
 BFLOAT, HALF, FULL = range(3)  # what scales and biases are stored as

@@ -1,1 +1,1 @@
-"""Attention of one decode step: norms, rotation and cache in one kernel, the sum in another."""
+"""Attention: kernels for one decode step, and prefill on a CPU."""

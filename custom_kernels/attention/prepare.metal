@@ -1,7 +1,7 @@
-// From one token's joined projection to attention's queries and keys: RMS norm of each head, then
-// RoPE of its first DIMS numbers. The scale of the softmax is in the queries.
-// `projected` is (queries | gate of each of HQ heads, HK keys, HK values), D numbers each; `turns`
-// is how many turns RoPE makes per position, times 2^64.
+// One token's queries and keys from its joined projection: RMS norm of each head, then RoPE of its
+// first DIMS elements. Queries include the softmax scale.
+// `projected` is (queries | gate of each of HQ heads, HK keys, HK values), D elements each; `turns`
+// is RoPE's turns per position, times 2^64.
 // Grid: x = 32 * (HQ + HK), y = B. Threadgroup: 32, one simdgroup per head. D: a multiple of 32.
 constexpr uint HALF = DIMS / 2;
 threadgroup float normed[D];
@@ -27,8 +27,8 @@ simdgroup_barrier(mem_flags::mem_threadgroup);
 for (uint i = lane; i < D; i += 32) {
   float x = normed[i];
   if (i < DIMS) {
-    // Whole turns drop out of the 64 bits, and the rest is exact to 2^-46 of a turn: as a float, an
-    // angle of 200,000 would be off by 0.01.
+    // 64-bit overflow drops whole turns; the rest is exact to 2^-46 of a turn. A float angle of
+    // 200,000 would be off by 0.01.
     size_t turn = static_cast<size_t>(offset[0]) * turns[i % HALF];
     float angle = static_cast<float>(as_type<int>(static_cast<uint>(turn >> 32))) *
         (6.2831853f / 4294967296.0f);

@@ -1,4 +1,4 @@
-"""Attention to all keys that a cache returns, for any number of tokens."""
+"""Attention over all keys of a cache, for any number of tokens."""
 
 from typing import Any
 
@@ -8,22 +8,22 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..device import cpu_kernels
 from ..op import Op
 
-MIN_TOKENS = 2  # two queries over 64 keys are 3 times as fast as by MLX; one is a decoding step
+MIN_TOKENS = 2  # two queries over 64 keys are 3 times as fast as MLX's op; one is a decode step
 
 
 @Op
 def attention(
     queries: mx.array, keys: Any, values: Any, scale: float, mask: Any = None, cache: Any = None
 ) -> mx.array:
-    """Return `[B, heads, T, D]`: the queries' attention to what the cache returned.
+    """Compute mlx-lm's `scaled_dot_product_attention`, `[B, heads, T, D]`.
 
     Args:
         queries: `[B, heads, T, D]`.
-        keys: `[B, key heads, S, D]`, or what a quantized cache has for them.
+        keys: `[B, key heads, S, D]`, or a quantized cache's form of it.
         values: like `keys`.
-        scale: of the products.
-        mask: as for mlx-lm's `scaled_dot_product_attention`.
-        cache: where keys and values come from.
+        scale: factor of the scores.
+        mask: as in mlx-lm.
+        cache: source of keys and values.
     """
     return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
 

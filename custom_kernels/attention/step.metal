@@ -1,9 +1,9 @@
 // One token's attention to the first length[0] of the cache's keys, times its output gate:
 //     y = sigmoid(gate) * (sum of exp(q . key) value) / (sum of exp(q . key))
 // Grid: x = LANES * HQ, y = B. Threadgroup: LANES >= D, one per head. D: 8 times a power of two.
-// A team of D / 8 lanes takes every TEAMS-th key, FLIGHT of them at a time, so that reads overlap.
-// Its sums are relative to its highest score so far; in the end the teams' are added up, and those of
-// a team without keys, whose highest is LEAST, count for nothing.
+// A team of D / 8 lanes takes every TEAMS-th key, FLIGHT at a time, so that reads overlap. Its sums
+// are relative to its highest score so far; the end adds up all teams'. A team without keys keeps
+// LEAST as highest score, so its weight is 0.
 constexpr uint PARTS = D / 8;
 constexpr uint TEAMS = LANES / PARTS;
 constexpr float LEAST = -3.4028234e38f;
@@ -17,7 +17,7 @@ uint head = threadgroup_position_in_grid.x;
 size_t b = threadgroup_position_in_grid.y;
 size_t top_row = (b * HK + head / (HQ / HK)) * keys_shape[2];
 uint count = static_cast<uint>(length[0]);
-// In the end a lane makes this number of the output: neighbours then read neighbouring sums.
+// The output column that this lane writes: neighbors then read neighboring sums.
 uint column = 8 * part + team;
 float gate = 0.0f;
 if (lane < D) {

@@ -1,4 +1,4 @@
-"""Full attention of one token per row, between its projections, in two launches on a GPU."""
+"""Full attention between its projections for one token per row, in two launches on a GPU."""
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -15,13 +15,13 @@ from ..device import on_gpu
 from ..launch import LEAST_ELEMENTS, SIMD, Kernel, scalar, settled
 from ..shapes import expect
 
-# Caches of at most so many keys are tried; beyond, one threadgroup per head is too few.
+# Keys of the cases; longer caches go to stock, because one threadgroup per head is too few.
 TRIED_KEYS = (500, 2000, 8000)
 BLOCK = 256  # slots by which mlx-lm's caches grow
 HEAD_DIMS = (32, 64, 128, 256)
-LANES = 512  # of a head's threadgroup
-FLIGHT = 4  # keys that a team of lanes reads at a time
-ROPE_BASE, EPS = 1e7, 1e-6  # of cases
+LANES = 512  # per threadgroup, one per head
+FLIGHT = 4  # keys that a team of lanes reads at once
+ROPE_BASE, EPS = 1e7, 1e-6  # of the cases
 
 _prepare = Kernel(
     "attention/prepare",
@@ -43,8 +43,8 @@ class AttentionHeads:
     Attributes:
         queries: query heads Hq.
         keys: key and value heads Hk.
-        dim: D of each head.
-        rope_dims: how many of them RoPE turns.
+        dim: D, size of a head.
+        rope_dims: elements of each head that RoPE rotates.
     """
 
     queries: int
@@ -58,7 +58,7 @@ class AttentionHeads:
         return 2 * (self.queries + self.keys) * self.dim
 
     def supported(self) -> bool:
-        """Say whether the kernels take these sizes."""
+        """Return whether the kernels support these sizes."""
         turned = self.rope_dims % 2 == 0 and 0 < self.rope_dims <= self.dim
         return self.dim in HEAD_DIMS and self.queries % self.keys == 0 and turned
 
@@ -71,15 +71,15 @@ def prepare(
     base: float,
     offset: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """Make the queries and keys of one token: norm, RoPE.
+    """Make one token's queries and keys: norm, then RoPE.
 
     Args:
         projected: `[B, 1, 2 Hq D + 2 Hk D]`: per query head its queries and gate, keys, values.
         heads: sizes.
         norms: `[D]` weights of the queries' and the keys' RMS norm.
-        eps: of both.
-        base: of RoPE.
-        offset: int32, its first element the token's position; see `integer`.
+        eps: epsilon of both norms.
+        base: base of RoPE.
+        offset: int32, first element the token's position; see `integer`.
 
     Returns:
         queries `[B, Hq, D]` float32, scale folded in; keys `[B, Hk, 1, D]` in projected's dtype.
@@ -117,17 +117,17 @@ def attend(
     lanes: int = LANES,
     flight: int = FLIGHT,
 ) -> mx.array:
-    """Attend to a cache's keys and values, and apply the output gate.
+    """Compute attention over a cache's keys and values, and apply the output gate.
 
     Args:
         queries: `[B, Hq, D]` float32, scale folded in.
-        projected: as for `prepare`; its gates are used.
+        projected: as for `prepare`, for the gates.
         heads: sizes.
         keys: `[B, Hk, S, D]`, a whole buffer.
         values: `[B, Hk, S, D]`.
-        length: `[1]` int32, how many keys count, at least 1.
-        lanes: of a threadgroup, a multiple of 32, at least D.
-        flight: keys that a team reads at a time.
+        length: `[1]` int32, number of valid keys, at least 1.
+        lanes: lanes per threadgroup, a multiple of 32, at least D.
+        flight: keys that a team reads at once.
 
     Returns:
         `[B, 1, Hq D]` in projected's dtype.
@@ -155,7 +155,7 @@ def attend(
 
 
 def integer(value: int) -> mx.array:
-    """Return `[LEAST_ELEMENTS]` int32, all of one value, made once per step and not per layer."""
+    """Return `[LEAST_ELEMENTS]` int32 filled with `value`, cached for all layers of a step."""
     return _integer(value, get_ident())
 
 
@@ -166,7 +166,7 @@ def _integer(value: int, thread: int) -> mx.array:
 
 @cache
 def turns(dims: int, base: float) -> mx.array:
-    """Return `[dims / 2]` uint64: turns per position of each pair that RoPE turns, times 2^64."""
+    """Return `[dims / 2]` uint64: RoPE's turns per position of each element pair, times 2^64."""
     speeds = [base ** (-2 * i / dims) / tau for i in range(dims // 2)]
     return settled(mx.array(np.array([round(speed * 2**64) for speed in speeds], np.uint64)))
 
@@ -175,7 +175,7 @@ def turns(dims: int, base: float) -> mx.array:
 class AttentionStepCase:
     """`prepare` and `attend` at one shape; see `case.KernelCase`. Outputs y and the new keys.
 
-    The cache is left as it is: to add keys and values to it is the same work for all.
+    Adding keys and values to the cache is left out: it is the same work for all.
 
     Attributes:
         heads: Hq.
@@ -184,7 +184,7 @@ class AttentionStepCase:
         rope_dims: of D.
         dtype: of activations, norms and cache.
         batch: B.
-        keys: in the cache; the slots behind them hold no numbers.
+        keys: valid keys of the cache; later slots hold NaN.
         position: the token's.
     """
 
@@ -210,7 +210,7 @@ class AttentionStepCase:
         return self.batch * (cached + row) * DTYPES[self.dtype].size
 
     def inputs(self, seed: int = 0) -> list[mx.array]:
-        """Make projected, both norms, keys, values, offset, length. Scores vary by about 2."""
+        """Make projected, both norms, keys, values, offset, length; scores have deviation 2."""
         key = iter(mx.random.split(mx.random.key(seed), 5))
         slots = -(-self.keys // BLOCK) * BLOCK
         cache = self.batch, self.kv_heads, slots, self.head_dim
@@ -274,10 +274,7 @@ class AttentionStepCase:
 
 
 def deciding_case(heads: AttentionHeads, x: mx.array, keys: int) -> AttentionStepCase | None:
-    """Return the case that decides for steps of `x` with so many keys, None if none can win.
-
-    Our kernels take GPUs and not too many keys.
-    """
+    """Return the case whose verdict holds for steps of `x`; None off a GPU or for too many keys."""
     if not on_gpu(x):
         return None
     tried = next((most for most in TRIED_KEYS if keys <= most), None)

@@ -1,1 +1,1 @@
-"""What only CPUs have: the same ops by numba, several fused into one call a layer."""
+"""The same ops on CPUs, by numba: several fused into one call per layer."""

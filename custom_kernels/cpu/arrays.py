@@ -1,4 +1,4 @@
-"""What all CPU kernels share: how they compile, and MLX's arrays as NumPy sees them."""
+"""Shared by all CPU kernels: how they compile, and MLX arrays as NumPy views."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,41 +11,41 @@ from ...errors import FlashMoEError
 from .bounds import jit
 from .simd import bfloat_to_f32, floats, half_to_f32, unsigned_shorts
 
-ALL = 1 << 30  # multiply-adds that surely deserve all threads
+ALL = 1 << 30  # multiply-adds: always worth all threads
 Array = np.ndarray[Any, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
-F32_SCALES, BF16_SCALES, F16_SCALES = range(3)  # what numbers scales and biases are
+F32_SCALES, BF16_SCALES, F16_SCALES = range(3)  # dtypes of scales and biases
 SCALE_TYPES = mx.float32, mx.bfloat16, mx.float16
 FAST: dict[str, Any] = {"fastmath": True, "error_model": "numpy"}
 
 
 def compiled(function: Function) -> Function:
-    """Compile a function whose `prange` loops use all threads."""
+    """Compile a function and run its `prange` loops on all threads."""
     return jit(parallel=True, **FAST)(function)
 
 
 def serial(function: Function) -> Function:
-    """Compile a function for use inside the parallel ones."""
+    """Compile a function that parallel ones call."""
     return jit(**FAST)(function)
 
 
 def use_threads(work: int) -> None:
-    """Use all threads for `work` multiply-adds, or one if that takes less than about 0.1 ms.
+    """Use all threads for `work` multiply-adds, or one thread for less than about 0.1 ms of work.
 
-    Waking the others costs 10 microseconds, and milliseconds when other programs hold the cores.
+    Waking threads costs 10 microseconds, and milliseconds while other programs hold the cores.
     """
     set_num_threads(config.NUMBA_NUM_THREADS if work > 1 << 20 else 1)
 
 
 def scale_kind(scales: mx.array) -> int:
-    """Return the kernels' number for the scales' dtype."""
+    """Return F32_SCALES, BF16_SCALES or F16_SCALES."""
     return SCALE_TYPES.index(scales.dtype)
 
 
 def rows(x: mx.array) -> Array:
     """Evaluate float32 activations `[..., columns]` and view them as `[rows, columns]`.
 
-    NumPy does the reshaping: through MLX it would be one more evaluation, 50 microseconds.
+    NumPy reshapes, because MLX would evaluate once more: 50 microseconds.
     """
     return np.ascontiguousarray(np.asarray(x)).reshape(-1, x.shape[-1])
 
@@ -54,7 +54,9 @@ def view(array: mx.array) -> Array:
     """View an evaluated row-contiguous MLX array; bfloat16 and float16 as uint16."""
     memory = memoryview(array)  # type: ignore[arg-type]
     if not memory.c_contiguous:
-        raise FlashMoEError(f"{list(array.shape)} is not row-contiguous: pass mx.contiguous of it.")
+        raise FlashMoEError(
+            f"{list(array.shape)} is not row-contiguous: pass mx.contiguous(array)."
+        )
     if array.dtype in (mx.bfloat16, mx.float16):
         return np.frombuffer(memory.cast("B"), np.uint16).reshape(array.shape)
     return np.asarray(array)
@@ -62,19 +64,19 @@ def view(array: mx.array) -> Array:
 
 @serial
 def copy(source: Array, target: Array) -> None:
-    """Write a row to another of its size; an assignment would compile an error message, too."""
+    """Copy a row; an array assignment would also compile the code of an error message."""
     for i in range(target.size):
         target[i] = source[i]
 
 
 @serial
 def widen(kind: int, source: int, place: int, out: Array) -> None:
-    """Write scales or biases as float32 to `out`: its size of them, from number `place` on.
+    """Write `out.size` scales or biases, from number `place` on, to `out` as float32.
 
     Args:
-        kind: what numbers they are.
+        kind: F32_SCALES, BF16_SCALES or F16_SCALES.
         source: address of the first one.
-        place: how many to skip.
+        place: number of values to skip.
         out: flat float32.
     """
     if kind == F32_SCALES:

@@ -1,7 +1,7 @@
 """Attention over a prompt on a CPU, in blocks of queries, by numpy's BLAS.
 
-MLX's own op multiplies matrices many times slower on a CPU, and holds the scores of all queries
-against all keys at once.
+On a CPU MLX's own op multiplies matrices many times slower and holds the scores of all queries
+against all keys.
 """
 
 import mlx.core as mx
@@ -10,15 +10,15 @@ import numpy as np
 from ...errors import FlashMoEError
 from ..shapes import expect, expect_count
 
-BLOCK = 64  # queries: enough for BLAS, and few scores lie beyond the causal edge
-SCORES = 1 << 22  # of one block, 16 MiB in float32
+BLOCK = 64  # queries: enough for BLAS, with few scores beyond the causal edge
+SCORES = 1 << 22  # per block: 16 MiB in float32
 
 
-@np.errstate(invalid="ignore", over="ignore")  # not a number goes through without a warning
+@np.errstate(invalid="ignore", over="ignore")  # NaN passes through without a warning
 def attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None
 ) -> mx.array:
-    """Compute what `mx.fast.scaled_dot_product_attention` computes, in float32 and at once.
+    """Compute `mx.fast.scaled_dot_product_attention` in float32, eagerly.
 
     Args:
         q: `[B, Hq, T, D]` float32.
@@ -37,7 +37,7 @@ def attention(
     expect("the cache's keys", keys, (batch, kv_heads, length, dim))
     expect("the cache's values", values, (batch, kv_heads, length, values.shape[-1]))
     if not kv_heads or heads % kv_heads:
-        raise FlashMoEError(f"{heads} query heads are no multiple of {kv_heads} key heads.")
+        raise FlashMoEError(f"{heads} query heads are not a multiple of {kv_heads} key heads.")
     expect_count("queries of a prompt", tokens, length)
     causal = isinstance(mask, str)
     shape = batch, heads, tokens, length
@@ -70,23 +70,23 @@ def _as_numpy(mask: mx.array, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _hide_later(scores: np.ndarray) -> None:
-    """Hide from each query of `[repeat, n, end]` the keys after it; the last query sees all."""
+    """Hide later keys from each query of `[repeat, n, end]`; the last query sees all keys."""
     n = scores.shape[1]
     later = np.triu(np.ones((n, n), np.bool_), 1)
     np.copyto(scores[:, :, -n:], np.finfo(np.float32).min, where=later)
 
 
 def _apply(scores: np.ndarray, mask: np.ndarray) -> None:
-    """Apply a mask of the scores' shape to them."""
+    """Apply a mask of the scores' shape, in place."""
     if mask.dtype == np.bool_:
-        # The least number, not -inf, as MLX has it: a query that sees no key takes their mean.
+        # The lowest finite number, as in MLX: a query that sees no key averages all values.
         np.copyto(scores, np.finfo(np.float32).min, where=~mask)
     else:
         scores += mask
 
 
 def _softmax_times(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return softmax(scores `[n, S]`) @ values `[S, Dv]`; the scores are overwritten."""
+    """Return softmax(scores `[n, S]`) @ values `[S, Dv]`; overwrites the scores."""
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
     y = scores @ values

@@ -1,8 +1,7 @@
-"""Decoding on a CPU, one token per row: MLX modules in, blocks of compiled code underneath.
+"""Decode on a CPU, one token per row: takes MLX modules, runs blocks of compiled code.
 
-Each function returns None where its kernels do not apply: for more than one token per row, or
-weights that are not affine-quantized. What they know of a module's weights stays with the module
-for as long as it has the same weights.
+A function returns None where its kernels do not apply: more than one token per row, or weights
+that are not affine-quantized. Each module keeps its compiled block until its weights change.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from ..gated_delta.weights import Heads, MixerWeights
 from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
 from .arrays import Array, rows, view
-from .decode import NOTHING, Group, project
+from .decode import Group, Norm, project
 from .gated_delta_step import DeltaBlock
 from .moe import Batches, MoeBlock
 from .prefill import supports
@@ -31,7 +30,7 @@ def linear_step(
 
     Args:
         x: float32.
-        layers: all quantized, or the answer is None.
+        layers: returns None unless all are quantized.
         norm: to apply to x first.
         residual: `[..., 1, out]` to add, with one layer only.
     """
@@ -40,8 +39,7 @@ def linear_step(
     group = _remember(layers[0], layers, lambda: Group(*map(QuantizedMatrix.of_layer, layers)))
     if group is None:
         return None
-    gain = (NOTHING, 0.0) if norm is None else (_float32(norm, norm.weight), norm.eps)
-    outputs = project(rows(x), group, *gain)
+    outputs = project(rows(x), group) if norm is None else project(rows(x), group, *_norm(norm))
     if residual is not None:
         outputs[0] += rows(residual)
     return [mx.array(y).reshape(*x.shape[:-1], -1) for y in outputs]
@@ -59,7 +57,7 @@ def delta_step(
         inputs: the projections to q, k and v; to z; to b; and to a.
         out: the output projection.
         norm: the norm before the layer.
-        weights: what the layer holds besides its projections.
+        weights: all but the projections.
         past: `[B, taps - 1, channels]` the convolution's last inputs.
         state: `[B, Hv, Dv, Dk]`.
 
@@ -72,14 +70,13 @@ def delta_step(
 
     def make() -> DeltaBlock:
         qkv, z, b, a, after = map(QuantizedMatrix.of_layer, layers)
-        return DeltaBlock((qkv, z, b, a), after, _float32(norm, norm.weight), norm.eps, weights)
+        return DeltaBlock((qkv, z, b, a), after, _norm(norm), weights)
 
     small = weights.conv, weights.a_log, weights.dt_bias, weights.norm, norm.weight
     block = _remember(out, layers, make, *small)
     if block is None:
         return None
-    # Others may hold the old state, so the new one goes elsewhere. Zeros are the memory that MLX
-    # makes fastest.
+    # Callers may hold the old state, so write to new arrays; MLX allocates zeros fastest.
     new_past, new_state = mx.zeros(past.shape), mx.zeros(state.shape)
     past, state = mx.contiguous(past), mx.contiguous(state)
     mx.eval(past, state, new_past, new_state)
@@ -89,7 +86,7 @@ def delta_step(
 
 def moe_step(
     h: mx.array, router: nn.Module, switch: nn.Module, shared: Sequence[nn.Module],
-    banks: Sequence[QuantizedMatrix], norm: nn.RMSNorm, top_k: int, renormalize: bool,
+    experts: Sequence[QuantizedMatrix], norm: nn.RMSNorm, top_k: int, renormalize: bool,
     batches: Batches,
 ) -> mx.array | None:  # fmt: skip
     """Run a mixture of experts on one token per row: h + moe(norm(h)), `[B, 1, H]`.
@@ -99,11 +96,11 @@ def moe_step(
         router: to one logit per expert.
         switch: to one number, whose sigmoid scales the shared expert.
         shared: gate, up and down of the shared expert.
-        banks: gate, up and down of the routed experts (`weights.QuantizedMatrix`).
+        experts: gate, up and down of the routed experts.
         norm: the norm before the block.
         top_k: experts per row.
         renormalize: whether the chosen experts' scores sum to one.
-        batches: brings experts into memory, see `cpu_moe.Batches`.
+        batches: loads experts, see `moe.Batches`.
     """
     if h.shape[1] != 1:
         return None
@@ -111,22 +108,21 @@ def moe_step(
 
     def make() -> MoeBlock:
         first, second, *rest = map(QuantizedMatrix.of_layer, layers)
-        gain = _float32(norm, norm.weight)
-        return MoeBlock(first, second, rest, banks, gain, norm.eps, top_k, renormalize)
+        return MoeBlock(first, second, rest, experts, _norm(norm), top_k, renormalize)
 
-    if not all(supports(b.bits, b.group_size, b.scales) for b in banks):
+    if not all(supports(b.bits, b.group_size, b.scales) for b in experts):
         return None
-    arrays = [array for b in banks for array in (b.codes, b.scales, b.biases)]
+    arrays = [array for matrix in experts for array in matrix.arrays]
     block = _remember(router, layers, make, norm.weight, *arrays)
     return None if block is None else mx.array(block(rows(h), batches)).reshape(h.shape)
 
 
 def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | None:
-    """Return what a router says of norm(h), `[B, experts]`.
+    """Return a router's logits of norm(h), `[B, experts]`.
 
     Args:
         h: `[B, 1, H]` float32.
-        router: to one logit per expert; quantized, or the answer is None.
+        router: to one logit per expert; returns None unless it is quantized.
         norm: the norm before it.
     """
     if h.shape[1] != 1:
@@ -134,18 +130,11 @@ def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | N
     group = _remember(norm, [router], lambda: Group(QuantizedMatrix.of_layer(router)))
     if group is None:
         return None
-    return project(rows(h), group, _float32(norm, norm.weight), norm.eps)[0]
-
-
-def matrices(weight: Sequence[mx.array], bits: int) -> Group:
-    """Take codes `[rows, columns * bits / 32]`, scales and biases `[rows, groups]`."""
-    codes, scales, biases = weight
-    group_size = codes.shape[-1] * 32 // bits // scales.shape[-1]
-    return Group(QuantizedMatrix(codes, scales, biases, bits, group_size))
+    return project(rows(h), group, *_norm(norm))[0]
 
 
 def multiply(x: mx.array, group: Group) -> mx.array:
-    """Multiply `[tokens, columns]` float32 by what `matrices` made: `[tokens, rows]`."""
+    """Multiply `[tokens, columns]` float32 by a group of one matrix: `[tokens, rows]`."""
     return mx.array(project(rows(x), group)[0])
 
 
@@ -153,19 +142,20 @@ def _is_quantized(layer: nn.Module) -> bool:
     return is_affine(layer) and supports(layer.bits, layer.group_size, layer.scales)
 
 
-def _float32(owner: nn.Module, weight: mx.array) -> Array:
-    """Return a small weight as float32, which its module keeps."""
-    made = remembered(
-        owner, "_as_float32", lambda: [weight], lambda: np.array(weight.astype(mx.float32))
+def _norm(norm: nn.RMSNorm) -> Norm:
+    """Return a norm's weight as float32, a copy that the module keeps, and its epsilon."""
+    weight = norm.weight
+    copy = remembered(
+        norm, "_as_float32", lambda: [weight], lambda: np.array(weight.astype(mx.float32))
     )
-    assert made is not None
-    return made
+    assert copy is not None
+    return copy, norm.eps
 
 
 def _remember(
     owner: nn.Module, layers: Sequence[nn.Module], make: Callable[[], Any], *others: mx.array
 ) -> Any:
-    """Return what `make` made of these layers' and other weights; None if not all are quantized."""
+    """Return `make()`, kept for these weights; None unless all layers are quantized."""
 
     def weights() -> tuple[Any, ...]:
         return *arrays_of(layers), *others
@@ -177,7 +167,7 @@ def _remember(
 
 
 def prepare() -> None:
-    """Compile the kernels, by running small layers."""
+    """Compile the kernels by running small layers."""
 
     def layer(height: int) -> nn.Module:
         made = nn.QuantizedLinear(32, height, bias=False, group_size=32, bits=4)
@@ -191,10 +181,10 @@ def prepare() -> None:
     past, state = mx.zeros((1, 3, 96)), mx.zeros((1, 1, 32, 32))
     delta_step(h, inputs, layer(32), norm, weights, past, state)
     one = layer(32)
-    bank = QuantizedMatrix(one.weight[None], one.scales[None], one.biases[None], 4, 32)
-    shared, banks = [layer(32) for _ in range(3)], [bank] * 3
+    expert = QuantizedMatrix(one.weight[None], one.scales[None], one.biases[None], 4, 32)
+    shared = [layer(32) for _ in range(3)]
 
     def batches(ids: Array) -> Iterator[tuple[Array, Array]]:
         yield np.arange(ids.size), ids.reshape(-1)
 
-    moe_step(h, layer(1), layer(1), shared, banks, norm, 1, True, batches)
+    moe_step(h, layer(1), layer(1), shared, [expert] * 3, norm, 1, True, batches)

@@ -1,9 +1,8 @@
 """FLASHMOE_DEBUG_BOUNDS=1: CPU kernels that check every index and every range of addresses.
 
-numba's own check does not say which index was wrong, nor where; it sees no address, and the
-threads of a parallel loop drop its errors. So in this mode kernels are compiled without threads,
-errors name the line and the numbers, and `within` checks what becomes an address. Without it
-nothing of this is compiled.
+numba's own check names neither the index nor the line, does not see addresses, and loses errors
+raised in parallel loops. This mode compiles kernels without threads, names line and numbers, and
+checks addresses by `within`. Without it none of these checks is compiled.
 """
 
 import linecache
@@ -29,7 +28,7 @@ VARIABLE = "FLASHMOE_DEBUG_BOUNDS"
 def _asked() -> bool:
     value = os.environ.get(VARIABLE, "0")
     if value not in ("", "0", "1"):
-        raise FlashMoEError(f"{VARIABLE} = {value!r} is no choice. Write 0 or 1.")
+        raise FlashMoEError(f"{VARIABLE} = {value!r} is not valid. Set it to 0 or 1.")
     return value == "1"
 
 
@@ -37,14 +36,14 @@ CHECKED = _asked()
 
 
 def jit(*, parallel: bool = False, **options: Any) -> Callable[[Function], Function]:
-    """Return numba's decorator for kernels of this package; all of them are compiled by it."""
+    """Return numba's decorator, with the options that all kernels of this package share."""
     return njit(
         cache=True, nogil=True, parallel=parallel and not CHECKED, boundscheck=CHECKED, **options
     )
 
 
 def _lowering() -> Any:
-    """Return what numba is about to compile, found among the callers' variables."""
+    """Return numba's current lowering, from a caller's local variables."""
     frame = sys._getframe()
     while not isinstance(lower := frame.f_locals.get("self"), Lower):
         assert frame.f_back
@@ -53,7 +52,7 @@ def _lowering() -> Any:
 
 
 def _fail(context: Any, builder: Any, what: str, *numbers: Any) -> None:
-    """Compile an IndexError that names the kernel, its line, and numbers known when it runs."""
+    """Compile an IndexError that names the kernel, its line and run-time numbers."""
     lower = _lowering()
     place, name = lower.loc, lower.func_ir.func_id.func_name
     text = linecache.getline(place.filename, place.line).strip()
@@ -66,7 +65,7 @@ def _fail(context: Any, builder: Any, what: str, *numbers: Any) -> None:
 
 
 def _check_index(context: Any, builder: Any, index: Any, size: Any, axis: Any = None) -> None:
-    """Do what numba's own check does, and say more."""
+    """Replace numba's check: the error names axis, index and size."""
     bad = builder.icmp_unsigned(">=", index, size)
     with cgutils.if_unlikely(builder, bad):
         _fail(context, builder, f"index out of bounds of axis {axis}: index, size", index, size)
@@ -76,13 +75,13 @@ def _check_index(context: Any, builder: Any, index: Any, size: Any, axis: Any = 
 def within(
     _context: Any, what: Any, first: Any, count: Any, size: Any
 ) -> tuple[Any, Callable[..., Any]] | None:
-    """Raise IndexError, in this mode, unless `count` from number `first` on are within `size`.
+    """In this mode, raise IndexError unless `first` to `first + count` lies within `size`.
 
     Args:
-        what: a constant that names the array.
-        first: number of the first one.
-        count: how many.
-        size: how many there are.
+        what: name of the array, a compile-time constant.
+        first: first element.
+        count: number of elements.
+        size: elements in the array.
     """
     if not isinstance(what, types.StringLiteral):
         return None
@@ -104,7 +103,7 @@ def within(
 
 
 def inside(name: str, address: int, nbytes: int, array: np.ndarray) -> None:
-    """Raise IndexError unless bytes that a kernel finds by address lie in an array that lives."""
+    """Raise IndexError unless `nbytes` bytes from `address` on lie inside the array."""
     offset = address - array.ctypes.data
     if not 0 <= offset <= offset + nbytes <= array.nbytes:
         raise IndexError(
@@ -117,7 +116,7 @@ if CHECKED:
     _key = FunctionCache._index_key
 
     def _own_key(cache: Any, *args: Any) -> Any:
-        """Keep the compiled code of this mode apart from that of the other."""
+        """Cache compiled code of each mode separately."""
         return *_key(cache, *args), VARIABLE
 
     FunctionCache._index_key = _own_key

@@ -1,7 +1,7 @@
-"""Compiled functions that others call by address, for numba.
+"""Compiled functions that numba code calls by address.
 
-numba copies each function that is called into its callers and optimizes it again there, inlined
-or not. What is called by address is compiled once, for all of them.
+numba copies each called function into its callers and optimizes it again there, even if it is not
+inlined. A function called by address is compiled once for all callers.
 """
 
 from collections.abc import Callable
@@ -15,23 +15,23 @@ from numba.extending import intrinsic
 from .bounds import jit
 
 
-class Apart:
-    """A function of fixed types that is compiled when its address is asked for."""
+class FunctionByAddress:
+    """A function of fixed types, compiled on first use of its address."""
 
     def __init__(self, signature: Any, function: Callable[..., None], **options: Any) -> None:
-        """Take a signature that returns nothing, and numba's options."""
+        """Take a signature that returns void, and numba's options."""
         self._signature = signature
         self._function: Any = jit(**options)(function)
 
     @cached_property
     def address(self) -> int:
-        """Compile the function, or load it from numba's cache; return where it starts."""
+        """Compile the function, or load it from numba's cache; return its address."""
         made = self._function.get_compile_result(self._signature)
         return int(made.library.get_pointer_to_function(made.fndesc.llvm_func_name))
 
 
 def caller(signature: Any) -> Callable[..., None]:
-    """Make a function `(address, arguments)` for numba that calls one of this signature."""
+    """Make a numba function `(address, arguments)` that calls a function of this signature."""
     kinds = signature.args
 
     def codegen(context: Any, builder: Any, _: Any, args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Compile the CPU kernels that a model needs, once on a machine, and check them."""
+"""Compile a model's CPU kernels, once per machine, and check them."""
 
 import contextlib
 import hashlib
@@ -20,10 +20,10 @@ from ..linear.matvec import supports
 
 
 def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
-    """Compile the CPU kernels that a model needs, before it takes memory; a no-op on a GPU.
+    """Compile a model's CPU kernels before its weights take memory; does nothing on a GPU.
 
-    A machine's first use compiles in a process of its own, because the compiler keeps 130 MB;
-    numba then finds the results on disk.
+    First use on a machine compiles in a child process, because the compiler keeps 130 MB; numba
+    then loads the results from disk.
 
     Args:
         formats: (bits, group size, "float32" or "bfloat16" scales) of the model's matrices.
@@ -34,13 +34,15 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
     marker = _marker(wanted)
     if not marker.exists() and os.access(marker.parent, os.W_OK):
         print(
-            "[flashmoe] compiling CPU kernels, once on this machine for models of these bits: "
-            "a minute or two",
+            "[flashmoe] compiling CPU kernels, once on this machine for these bit widths: "
+            "takes a minute or two",
             file=sys.stderr,
             flush=True,
         )
         code = f"from {__name__} import compile_all; compile_all({wanted!r})"
-        with contextlib.suppress(OSError):  # no other process, or a full disk: compiled here
+        with contextlib.suppress(
+            OSError
+        ):  # cannot start a process, or the disk is full: compile here
             done = subprocess.run([sys.executable, "-c", code], capture_output=True)
             if done.returncode == 0:
                 marker.touch()
@@ -48,7 +50,7 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
 
 
 def compiled_folder() -> tuple[str | None, list[str]]:
-    """Return where compiled CPU kernels are kept, None if nowhere; and what is wrong with that."""
+    """Return the folder of compiled CPU kernels (None if not on disk) and its problems."""
     if not computes_at_once():
         return None, []
     from . import numba_cache
@@ -68,7 +70,7 @@ def compile_all(formats: str) -> None:
 
 
 def _marker(formats: str) -> Path:
-    """Return the file that says that numba's cache, beside it, has kernels for these formats."""
+    """Return the marker file: it exists once numba's cache beside it has these formats."""
     from . import numba_cache
 
     sources = [(f.name, f.stat().st_mtime_ns) for f in sorted(Path(__file__).parent.glob("*.py"))]
@@ -79,9 +81,9 @@ def _marker(formats: str) -> Path:
 
 
 def check_cpu_kernels(formats: Iterable[tuple[int, int, str]]) -> None:
-    """Check the CPU's kernels against the reference; if one is wrong, none is used.
+    """Check the CPU kernels against the reference; if one is wrong, reject all of them.
 
-    GPU kernels are checked one by one at first use; those for CPUs are one piece of code.
+    They share their code, unlike GPU kernels, which are checked one by one at first use.
 
     Args:
         formats: (bits, group size, dtype of the scales) of a model's matrices.

@@ -1,23 +1,23 @@
-"""Quantized matrices times a few activation rows: what decoding does.
+"""Quantized matrices times a few activation rows, for decode.
 
-A matrix is a row of numbers (`numbers_of`), so that one compiled function takes every format
-and any mix of formats. An activation row is a *record* of float32: `columns` that hold its
-integer halves, then a factor per group, then a sum per group. Rows share the work of decoding
-weights; each one's results are those that it would have alone.
+A matrix is a row of numbers (`numbers_of`), so one compiled function takes any mix of formats. An
+activation row is a *record* of float32: `columns` that hold its integer halves, then a factor per
+group, then a sum per group. Rows share the unpacking of weights, but each row's results are
+independent of the others.
 """
 
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 from numba import prange, types
 
 from ..shapes import expect, expect_quantized
-from ..weights import QuantizedMatrix
+from ..weights import QuantizedMatrix, Shared
 from .arrays import FAST, Array, compiled, copy, scale_kind, serial, use_threads, view, widen
 from .bounds import CHECKED, inside, within
-from .call import Apart, caller
+from .call import FunctionByAddress, caller
 from .dot import (
     LANES,
     MAX_ROWS,
@@ -41,17 +41,20 @@ from .records import (
     SCALES,
     SLOTS,
     SPAN,
-    cut_rows,
     new_records,
-    places,
+    padded_groups,
     record_size,
     start_of,
+    write_records,
 )
-from .simd import keep_apart
+from .simd import no_inline
+
+Arrays: TypeAlias = tuple[Array, ...]
+Norm: TypeAlias = tuple[Array, float]  # weight and epsilon of an RMS norm
 
 
 def numbers_of(matrix: QuantizedMatrix) -> Array:
-    """Return what the kernels read of it: addresses, format and sizes, `[10]` int64."""
+    """Return a matrix as the kernels read it: addresses, format and sizes, `[10]` int64."""
     expect_quantized("a matrix", *matrix.arrays, matrix.bits, matrix.group_size)
     mx.eval(matrix.arrays)
     addresses = [view(a).ctypes.data for a in matrix.arrays]
@@ -62,7 +65,7 @@ def numbers_of(matrix: QuantizedMatrix) -> Array:
 
 
 def _sweep(bits: int, group: int) -> Any:
-    """Make the function that multiplies in one format."""
+    """Make the product function of one format."""
     span = span_of(bits, group)
     step_bytes, step_floats = group * bits // 8 * span, group * span
 
@@ -72,19 +75,19 @@ def _sweep(bits: int, group: int) -> Any:
 
         Args:
             codes: address of the first weight row's codes.
-            scales: `[weight rows, places]` float32.
+            scales: `[weight rows, padded groups]` float32.
             table: `[rows]` addresses of records.
             columns: of the matrix.
             sums: `[weight rows, rows, LANES]`.
         """
-        keep_apart()
+        no_inline()
         height, rows, records = scales.shape[0], table.size, start_of(table)
         steps, row_bytes = columns // step_floats, columns * bits // 8
         blocks = (steps + STEPS - 1) // STEPS
         within("scales of a row", 0, blocks * STEPS * span, scales.shape[1])
         within("sums", 0, height * rows * LANES, sums.size)
         row_scales, row_sums = scales.shape[1] * 4, rows * LANES * 4
-        if rows == 1:  # a single record stays in the first cache as a whole
+        if rows == 1:  # a single record fits the L1 cache
             for row in range(height):
                 code, scale = codes + row * row_bytes, start_of(scales) + row * row_scales
                 out = start_of(sums) + row * row_sums
@@ -94,7 +97,7 @@ def _sweep(bits: int, group: int) -> Any:
                     here, scale_here = code + step * step_bytes, scale + step * span * 4
                     dot_block(bits, group, 1, here, scale_here, records, offsets, rows, count, out)
             return
-        # Of several records only a block does, for a few weight rows, which are read ahead.
+        # With several records only a block fits: use it for TILE weight rows, which are prefetched.
         for first in range(0, height, TILE):
             last = min(height, first + TILE)
             for step in range(0, steps, STEPS):
@@ -144,7 +147,7 @@ def _add_products(
 def _rest(
     bits: int, group: int, codes: int, scales: int, planes: int, factors: int, groups: int
 ) -> Any:
-    keep_apart()
+    no_inline()
     if bits == 4:
         if group == 32:
             return dot_rest(4, 32, codes, scales, planes, factors, groups)
@@ -160,7 +163,7 @@ def _rest(
 
 @serial
 def _widened(matrix: Array, field: int, first: int, out: Array) -> None:
-    """Write scales or biases of weight rows from `first` on to `out` `[rows, places]`."""
+    """Write scales or biases of weight rows from `first` on to `out` `[rows, padded groups]`."""
     groups = matrix[COLUMNS] // matrix[GROUP]
     if groups == out.shape[1]:
         widen(matrix[KIND], matrix[field], first * groups, out.reshape(-1))
@@ -174,11 +177,12 @@ def _widened(matrix: Array, field: int, first: int, out: Array) -> None:
 def times_rows(matrix: Array, slot: int, first: int, last: int, table: Array, out: Array) -> None:
     """Multiply weight rows `first` to `last` of a slot by records: `out` `[rows, last - first]`.
 
-    `table` has the records' addresses, at most MAX_ROWS.
+    `table` holds at most MAX_ROWS record addresses.
     """
-    keep_apart()
+    no_inline()
     bits, group, columns, span = matrix[BITS], matrix[GROUP], matrix[COLUMNS], matrix[SPAN]
-    height, rows, groups, width = last - first, table.size, columns // group, places(matrix)
+    height, rows = last - first, table.size
+    groups, width = columns // group, padded_groups(matrix)
     top, row_bytes = slot * matrix[HEIGHT] + first, columns * bits // 8
     within("slots", slot, 1, matrix[SLOTS])
     within("weight rows", first, height, matrix[HEIGHT])
@@ -217,24 +221,21 @@ def silu(x: Any) -> Any:
     return x / (np.float32(1) + np.exp(-x))
 
 
-# A job: multiply `ROWS` records by slot `SLOT` of matrix `FIRST`. With a `SECOND` matrix (else -1)
-# it makes silu(first x) * second x. Row number n is number `START` + n of the lists `sources` and
-# `targets`: its record is the source's from `RECORD` on (or from `OTHER` on for the second
-# matrix), and it goes to the flat output, where row 0 is at `PLACE`, as row `target`. `UNITS`
-# counts the units of the jobs before it.
+# A job multiplies `ROWS` records by slot `SLOT` of matrix `FIRST`; with a `SECOND` matrix (else -1)
+# it computes silu(first x) * second x. Row n reads record `RECORD + sources[START + n]` (`OTHER` +
+# ... for the second matrix) and writes row `targets[START + n]` of the flat output, whose row 0 is
+# at `PLACE`. `UNITS` counts the units of the jobs before it.
 FIRST, SECOND, SLOT, RECORD, OTHER, START, ROWS, PLACE, UNITS = range(9)
 
 
 @serial
-def add_job(
-    jobs: Array, n: int, matrices: Array, first: int, second: int, slot: int, record: int,
-    other: int, start: int, rows: int, place: int,
-) -> int:  # fmt: skip
-    """Write job number `n` (all but its units) and return the units so far."""
-    job = jobs[n]
-    job[FIRST], job[SECOND], job[SLOT] = first, second, slot
-    job[RECORD], job[OTHER] = record, other
-    job[START], job[ROWS], job[PLACE] = start, rows, place
+def add_job(jobs: Array, n: int, matrices: Array, job: Any) -> int:
+    """Write job `n`, its numbers `FIRST` to `PLACE`, and return the units up to its end."""
+    first, second, slot, record, other, start, rows, place = job
+    row = jobs[n]
+    row[FIRST], row[SECOND], row[SLOT] = first, second, slot
+    row[RECORD], row[OTHER] = record, other
+    row[START], row[ROWS], row[PLACE] = start, rows, place
     units = (matrices[first, HEIGHT] + UNIT - 1) // UNIT
     jobs[n + 1, UNITS] = jobs[n, UNITS] + units
     return jobs[n + 1, UNITS]
@@ -252,14 +253,14 @@ def _unit(
     unit: int, jobs: Array, matrices: Array, records: Array, sources: Array, targets: Array,
     out: Array,
 ) -> None:  # fmt: skip
-    """Do `UNIT` weight rows of the job that the unit belongs to."""
+    """Compute one unit: `UNIT` weight rows of its job."""
     n = 0
     while jobs[n + 1, UNITS] <= unit:
         n += 1
     job, matrix = jobs[n], matrices[jobs[n, FIRST]]
     top = (unit - job[UNITS]) * UNIT
     bottom = min(matrix[HEIGHT], top + UNIT)
-    within("numbers of a record", 0, matrix[COLUMNS] + 2 * places(matrix), records.shape[1])
+    within("numbers of a record", 0, matrix[COLUMNS] + 2 * padded_groups(matrix), records.shape[1])
     within("sources", job[START], job[ROWS], sources.size)
     for row in range(job[START], job[START] + job[ROWS], MAX_ROWS):
         end = min(job[START] + job[ROWS], row + MAX_ROWS)
@@ -282,8 +283,8 @@ _INTEGERS, _TABLE = types.int64[::1], types.int64[:, ::1]
 _UNIT = types.void(
     types.int64, _TABLE, _TABLE, types.float32[:, ::1], _INTEGERS, _INTEGERS, types.float32[::1]
 )
-UNIT_OF_WORK = Apart(_UNIT, _unit, **FAST)
-run_unit = caller(_UNIT)  # takes UNIT_OF_WORK's address, and what `_unit` takes
+UNIT_OF_WORK = FunctionByAddress(_UNIT, _unit, **FAST)
+run_unit = caller(_UNIT)  # arguments: UNIT_OF_WORK's address, then those of `_unit`
 
 
 @compiled
@@ -293,21 +294,22 @@ def _project(
 ) -> None:  # fmt: skip
     batch, count = h.shape[0], matrices.shape[0]
     records = new_records(forms.size * batch, record_size(matrices, forms))
-    cut_rows(h, norm, eps, matrices, forms, records)
+    write_records(h, norm, eps, matrices, forms, records)
     jobs, rows = np.zeros((count + 1, UNITS + 1), np.int64), np.arange(batch)
     place, units = 0, 0
     for n in range(count):
-        units = add_job(jobs, n, matrices, n, -1, 0, form_of[n] * batch, 0, 0, batch, place)
+        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, place)
+        units = add_job(jobs, n, matrices, job)
         place += batch * matrices[n, HEIGHT]
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
 
 
-class Group:
-    """Matrices that take the same input."""
+class Group(Shared):
+    """Matrices that share an input; kernels read them by address."""
 
     def __init__(self, *matrices: QuantizedMatrix) -> None:
-        """Look up addresses and find which matrices can share a record."""
+        """Look up addresses and group the matrices that share a record."""
         self.matrices = matrices
         self.numbers = np.stack([numbers_of(m) for m in matrices])
         kinds = [(m.bits, m.group_size) for m in matrices]
@@ -317,12 +319,8 @@ class Group:
         self.heights = [m.shape[-2] for m in matrices]
         self.arguments = self.numbers, self.forms, self.form_of
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Share it: a copy would hold the addresses of arrays that it does not keep."""
-        return self
-
     def check_addresses(self) -> None:
-        """Raise IndexError if the kernels would read elsewhere, in the mode that looks."""
+        """With FLASHMOE_DEBUG_BOUNDS, raise IndexError if an address lies outside its array."""
         if not CHECKED:
             return
         for n, (matrix, row) in enumerate(zip(self.matrices, self.numbers.tolist(), strict=True)):
@@ -342,7 +340,7 @@ def project(h: Array, group: Group, norm: Array = NOTHING, eps: float = 0.0) -> 
     Args:
         h: float32, C-contiguous.
         group: the matrices.
-        norm: `[in]` weight of an RMS norm that comes first.
+        norm: `[in]` weight of an RMS norm applied first.
         eps: of that norm.
     """
     for matrix in group.matrices:

@@ -1,8 +1,8 @@
-"""Quantized weight rows times activation rows, in integers, for numba: what decoding does.
+"""Integer dot products of quantized weight rows and activation rows, for decode by numba.
 
-Activations become 30-bit integers, scaled per group of columns and cut into two halves of 16
-bits. One multiply-add instruction then takes twice as many weights as in float32, and no code is
-converted to a float. A group's sum is exact; only the sum over the groups rounds.
+Activations become 30-bit integers, scaled per group of columns and split into two 16-bit halves.
+One multiply-add instruction then takes twice as many weights as in float32, and codes stay
+integers. A group's sum is exact; only the sum over groups rounds.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from .simd import F32, I32, constant, load, multiply_add, splat
 
 I16 = ir.IntType(16)
 _FEATURES = get_host_cpu_features()
-CUT = 32  # columns that are cut at a time: the smallest group
+CUT = 32  # columns split at a time: the smallest group
 VECTOR_BYTES = 64 if _FEATURES.get("avx512bw") else 32
-# LLVM does not find these instructions by itself; it does merge them with the addition (VNNI).
+# LLVM does not select these instructions itself, but merges them with the addition (VNNI).
 _PAIRS = {
     "sse2": (8, "llvm.x86.sse2.pmadd.wd"),
     "avx2": (16, "llvm.x86.avx2.pmadd.wd"),
@@ -30,18 +30,18 @@ _PAIRS = {
 MULTIPLY_PAIRS = dict(pair for feature, pair in _PAIRS.items() if _FEATURES.get(feature))
 HALF_BITS = 15  # an activation is high * 2^15 + low
 LANES = VECTOR_BYTES // 4  # float32 in a vector
-STEPS = LANES  # of a block of columns, so that its activations stay in the first cache
-TILE = 4  # weight rows that such a block is used for at a time
-MAX_ROWS = 8  # activation rows at a time, likewise
+STEPS = LANES  # per block of columns, so that its activations fit the L1 cache
+TILE = 4  # weight rows per block
+MAX_ROWS = 8  # activation rows per block
 
 
 def span_of(bits: int, group_size: int) -> int:
-    """Return how many groups one vector of codes spans; 1 if a group fills it."""
+    """Return the number of groups in one vector of codes, at least 1."""
     return max(1, VECTOR_BYTES * 8 // (group_size * bits))
 
 
 def _pairs(builder: Any, a: Any, b: Any) -> Any:
-    """Multiply 16-bit integers and add neighbours: `[n]` int16 twice to `[n / 2]` int32."""
+    """Multiply 16-bit integers and add neighbors: `[n]` int16 twice to `[n / 2]` int32."""
     half = a.type.count // 2
     wide = ir.VectorType(I32, half)
     if a.type.count in MULTIPLY_PAIRS:
@@ -58,7 +58,7 @@ def _pairs(builder: Any, a: Any, b: Any) -> Any:
 
 
 def _decode(builder: Any, pointer: Any, form: "_Form") -> list[list[Any]]:
-    """Load one step of codes and return, per vector of bytes, one vector of words per phase."""
+    """Load one step of codes: per vector of bytes, one vector of 16-bit words per phase."""
     words, vectors = form.words, []
     for first in range(0, form.step_bytes, form.size):
         packed, parts = load(builder, builder.gep(pointer, [I32(first)]), words, 1), []
@@ -72,7 +72,7 @@ def _decode(builder: Any, pointer: Any, form: "_Form") -> list[list[Any]]:
 
 
 def _step(builder: Any, decoded: list[list[Any]], planes: Any, form: "_Form") -> Any:
-    """Dot one step of decoded codes with the activations at `planes`: a vector of sums."""
+    """Multiply one step of unpacked codes by the activations at `planes`: a vector of sums."""
     totals = []
     for plane in range(2):
         total = None
@@ -89,7 +89,7 @@ def _step(builder: Any, decoded: list[list[Any]], planes: Any, form: "_Form") ->
 
 @dataclass(frozen=True)
 class _Form:
-    """How a format's codes fill vectors.
+    """Vector layout of a format.
 
     Attributes:
         bits: 2, 4 or 8.
@@ -147,13 +147,13 @@ def dot_block(
 ) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
     """Add a block of columns to the sums of a weight row times a few activation rows.
 
-    sums[r, lane] += scale * factor[r] * (sum over the lane's columns of code * x[r]), group after
-    group: the result does not depend on how many rows there are, or on the block.
+    sums[r, lane] += scale * factor[r] * (sum over the lane's columns of code * x[r]), one group
+    after another, so the result is independent of `rows` and of the block.
 
     Args:
         bits: 2, 4 or 8, a compile-time constant like the next two.
         group: columns per group.
-        single: 1 if there is one activation row only, else 0.
+        single: 1 for a single activation row, else 0.
         codes: address of the weight row's codes at the block.
         scales: address of its scales there, float32.
         records: address of `[rows]` addresses of activation records.
@@ -174,7 +174,7 @@ def dot_block(
         plane_offset, factor_offset = (builder.extract_value(offsets, i) for i in range(2))
         number = rows.type
         table = _pointer(builder, records, number)
-        only = builder.load(table) if one else None  # stores might alias the table
+        only = builder.load(table) if one else None  # once: stores might alias the table
         scratch = cgutils.alloca_once(builder, F32, size=MAX_ROWS * products.count)
         scale = load(builder, _pointer(builder, scales, F32), products, 4)
 
@@ -229,7 +229,7 @@ def dot_rest(
     _context: Any, bits: Any, group: Any, codes: Any, scales: Any, planes: Any, factors: Any,
     groups: Any,
 ) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
-    """Return the dot product of a row's last groups, which do not fill a vector together.
+    """Return the dot product of a row's last groups, too few to fill a vector.
 
     `bits` and `group` are compile-time constants, the others addresses; scales are float32.
     """
@@ -260,7 +260,7 @@ def dot_rest(
 
 
 def _add_lanes(builder: Any, vector: Any) -> Any:
-    """Return the sum of a vector's lanes, in one order everywhere: halves, and halves again."""
+    """Return the sum of a vector's lanes in a fixed order: add halves until one lane is left."""
     while vector.type.count > 1:
         half = vector.type.count // 2
         places = [
@@ -286,7 +286,7 @@ def add_lanes(_context: Any, sums: Any) -> tuple[Any, Callable[..., Any]]:
 def start_sums(
     _context: Any, biases: Any, totals: Any, chunks: Any, sums: Any
 ) -> tuple[Any, Callable[..., Any]]:
-    """Write to LANES float32 at `sums` what the biases contribute, `chunks` times LANES groups.
+    """Write the biases' share of `chunks * LANES` groups to LANES float32 at `sums`.
 
     `biases` and `totals`, the groups' sums of activations, are addresses of float32.
     """
@@ -310,17 +310,17 @@ def start_sums(
 
 
 @intrinsic(prefer_literal=True)
-def cut_columns(
+def split_columns(
     _context: Any, bits: Any, x: Any, inverse: Any, planes: Any, words: Any
 ) -> tuple[Any, Callable[..., Any]] | None:
-    """Cut 32 activations, as integers, into halves; return the sum of the integers as int64.
+    """Split 32 activations, as integers, into halves; return the integers' sum as int64.
 
     Args:
-        bits: of the weights, a compile-time constant. A 16-bit word of them has 16 / bits codes.
+        bits: of the weights, a compile-time constant; a 16-bit word holds 16 / bits codes.
         x: address of `[32]` float32.
-        inverse: what makes them integers of at most 30 bits.
-        planes: address where the first word's low half of its first code goes, int16. Number p of
-            word w goes to `[p * words + w]`, its high half `16 / bits * words` further on.
+        inverse: factor that makes them integers of at most 30 bits.
+        planes: int16 address of the low half for the first code of the first word. Code p of
+            word w goes to `[p * words + w]`, its high half `16 / bits * words` after it.
         words: words per vector.
     """
     if not isinstance(bits, types.IntegerLiteral):

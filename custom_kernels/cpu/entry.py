@@ -1,4 +1,4 @@
-"""Whole layers of a decoding step on a CPU, where its kernels can take them."""
+"""Access to the CPU blocks that decode whole layers."""
 
 from types import ModuleType
 
@@ -8,7 +8,7 @@ from ..device import cpu_kernels
 
 
 def cpu_steps(x: mx.array) -> ModuleType | None:
-    """Return the module of whole CPU blocks for decoding if they can take `x`, else None."""
+    """Return the module of CPU blocks if they support `x`, else None."""
     if cpu_kernels(x) is None:
         return None
     from . import block  # needs numba

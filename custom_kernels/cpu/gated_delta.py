@@ -1,17 +1,14 @@
-"""CPU kernels by numba for GatedDeltaNet: convolution, gated delta rule, gated norm.
+"""GatedDeltaNet over a prompt on a CPU: convolution, gated delta rule, gated norm, by numba.
 
-Together they make one step of linear attention without a round trip through MLX, which costs
-0.1 ms each. Layouts and rules as in `reference.py`.
+One call replaces round trips through MLX, which cost 0.1 ms each. Layouts as in `reference.py`.
 """
-
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numba import prange
 
 from ...errors import FlashMoEError
-from ..gated_delta.weights import Heads, MixerWeights
+from ..gated_delta.weights import Heads, MixerWeights, check_rule
 from ..shapes import expect
 from .arrays import Array, compiled, copy, use_threads
 
@@ -22,7 +19,7 @@ ROWS = 32  # rows of the state per unit of parallel work
 def _convolve(
     window: Array, weight: Array, q: Array, k: Array, v: Array, eps: float, scale: float
 ) -> None:
-    """Convolve each head's channels, apply SiLU, and normalize q and k to length `scale` and 1."""
+    """Convolve each head's channels, apply SiLU, normalize q to length `scale`, k to 1."""
     batch, tokens, key_heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
     taps = weight.shape[1]
@@ -53,9 +50,10 @@ def _convolve(
 
 @compiled
 def _scan(
-    q: Array, k: Array, v: Array, g: Array, beta: Array, mask: Array,
-    state: Array, final: Array, y: Array,
+    q: Array, k: Array, v: Array, gates: tuple[Array, Array], mask: Array, state: Array,
+    final: Array, y: Array,
 ) -> None:  # fmt: skip
+    g, beta = gates
     batch, tokens, value_heads, value_dim = v.shape
     key_heads, key_dim = k.shape[2:]
     blocks = (value_dim + ROWS - 1) // ROWS
@@ -104,28 +102,24 @@ def gated_delta(
     """Scan the gated delta rule; shapes as in `reference.gated_delta`, all float32."""
     if mask is None:
         mask = np.ones(q.shape[:2], np.bool_)
-    (batch, tokens, value_heads, value_dim), (key_heads, key_dim) = v.shape, k.shape[2:]
+    value_heads, key_heads = v.shape[2], k.shape[2]
     if not key_heads or value_heads % key_heads:
-        raise FlashMoEError(f"{value_heads} value heads are no multiple of {key_heads} key heads.")
-    expect("queries", q, (batch, tokens, key_heads, key_dim), np.float32)
-    expect("keys", k, q.shape, np.float32)
-    expect("values", v, v.shape, np.float32)
-    expect("decays", g, v.shape[:3], np.float32)
-    expect("strengths", beta, v.shape[:3], np.float32)
+        raise FlashMoEError(
+            f"{value_heads} value heads are not a multiple of {key_heads} key heads."
+        )
+    check_rule(q, k, v, g, beta, state, np.float32)
     expect("the mask", mask, v.shape[:2], np.bool_)
-    shape = batch, value_heads, value_dim, key_dim
-    expect("a GatedDeltaNet layer's state", state, shape, np.float32)
     final, y = np.empty_like(state), np.empty_like(v)
     use_threads(2 * y.size * q.shape[-1])
-    _scan(q, k, v, g, beta, mask, state, final, y)
+    _scan(q, k, v, (g, beta), mask, state, final, y)
     return y, final
 
 
 def mix(
-    z: mx.array, b: mx.array, a: mx.array, weights: Any, window: mx.array, state: mx.array,
+    z: mx.array, b: mx.array, a: mx.array, weights: MixerWeights, window: mx.array, state: mx.array,
     mask: mx.array | None,
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
-    """Do what `gated_delta.mix` does after the convolution's window is put together."""
+    """Compute `naive.mix` from the convolution's window `[B, taps - 1 + T, channels]` on."""
     heads, (batch, tokens, _) = weights.heads, z.shape
     arrays = [mx.contiguous(t) for t in (window, z, b, a, state)]
     fixed = [weights.conv, weights.a_log, weights.dt_bias, weights.norm]
@@ -149,7 +143,7 @@ def mix(
 
 
 def prepare() -> None:
-    """Compile the kernels, by running a layer of one head of each kind."""
+    """Compile the kernels by running a layer of one head of each kind."""
     one = Heads(1, 1, 1, 1)
     weights = MixerWeights(one, mx.zeros((3, 4, 1)), mx.zeros(1), mx.zeros(1), mx.zeros(1), 1e-6)
     zero = mx.zeros((1, 1, 1))

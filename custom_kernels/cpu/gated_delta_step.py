@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from numba import prange
 
+from ..gated_delta.weights import Heads, MixerWeights
 from ..shapes import expect
-from ..weights import QuantizedMatrix
+from ..weights import QuantizedMatrix, Shared
 from .arrays import ALL, Array, compiled, copy, serial, use_threads
-from .decode import UNIT_OF_WORK, UNITS, Group, add_job, run_unit, silu
-from .records import HEIGHT, cut, cut_rows, new_records, record_size
+from .decode import UNIT_OF_WORK, UNITS, Arrays, Group, Norm, add_job, run_unit, silu
+from .records import HEIGHT, new_records, record_size, write_record, write_records
 
-QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # places in the group of matrices
+QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # indices of the matrices
 F32 = np.dtype(np.float32)
 
 
@@ -31,7 +32,7 @@ def _convolve(past: Array, now: Array, weight: Array, first: int, out: Array) ->
 
 
 @serial
-def _turn(
+def _rule_step(
     state: Array, q: Array, k: Array, v: Array, decay: float, strength: float, y: Array,
     after: Array,
 ) -> None:  # fmt: skip
@@ -61,10 +62,11 @@ def _gated_norm(y: Array, z: Array, weight: Array, eps: float) -> None:
 
 @serial
 def _head(
-    head: int, past: Array, now: Array, z: Array, strength: float, shift: float, conv: Array,
-    a_log: Array, dt_bias: Array, norm: Array, eps: Array, state: Array, y: Array, after: Array,
-) -> None:  # fmt: skip
-    """Do one value head, all between the projections: states `[Hv, Dv, Dk]`, y `[Dv]`."""
+    head: int, past: Array, projected: Any, weights: Arrays, state: Array, y: Array, after: Array
+) -> None:
+    """Compute one value head between the projections: states `[Hv, Dv, Dk]`, y `[Dv]`."""
+    now, z, strength, shift = projected
+    conv, a_log, dt_bias, norm, eps = weights
     value_heads, value_dim, key_dim = state.shape
     key_heads = (conv.shape[0] - value_heads * value_dim) // (2 * key_dim)
     key_head = head // (value_heads // key_heads)
@@ -78,23 +80,26 @@ def _head(
     softplus = max(shifted, np.float32(0)) + np.log1p(np.exp(-abs(shifted)))
     decay = np.exp(-np.exp(a_log[head]) * softplus)
     rate = np.float32(1) / (np.float32(1) + np.exp(-strength))
-    _turn(state[head], q, k, v, decay, rate, y, after[head])
+    _rule_step(state[head], q, k, v, decay, rate, y, after[head])
     _gated_norm(y, z, norm, eps[0])
 
 
 @compiled
 def _step(
-    run: int, h: Array, in_norm: Array, in_eps: float, matrices: Array, forms: Array,
-    form_of: Array, conv: Array, a_log: Array, dt_bias: Array, norm: Array, eps: Array,
-    past: Array, state: Array, new_past: Array, new_state: Array, result: Array,
+    run: int, h: Array, in_norm: Norm, group: Arrays, weights: Arrays, before: Arrays,
+    after: Arrays, result: Array,
 ) -> None:  # fmt: skip
+    (in_weight, in_eps), (matrices, forms, form_of) = in_norm, group
+    conv, a_log, dt_bias, norm, eps = weights
+    (past, state), (new_past, new_state) = before, after
     batch, heads, width = h.shape[0], state.shape[1], matrices[Z, HEIGHT]
     records = new_records(forms.size * batch, record_size(matrices, forms))
-    cut_rows(h, in_norm, in_eps, matrices, forms, records)
+    write_records(h, in_weight, in_eps, matrices, forms, records)
     jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
     units, rows = 0, np.arange(batch)
     for n in range(OUT):
-        units = add_job(jobs, n, matrices, n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
+        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
+        units = add_job(jobs, n, matrices, job)
         places[n + 1] = places[n] + batch * matrices[n, HEIGHT]
     out = np.empty(places[OUT], np.float32)
     for unit in prange(units):
@@ -105,12 +110,12 @@ def _step(
         b, head = unit // heads, unit % heads
         here = head * value_dim
         z = places[Z] + b * width + here
+        now, gate = out[b * channels : (b + 1) * channels], out[z : z + value_dim]
+        projected = (now, gate, out[places[STRENGTH] + unit], out[places[SHIFT] + unit])
+        fixed = (conv, a_log, dt_bias, norm, eps)
         _head(
-            head, past[b], out[b * channels : (b + 1) * channels], out[z : z + value_dim],
-            out[places[STRENGTH] + unit], out[places[SHIFT] + unit],
-            conv, a_log, dt_bias, norm, eps, state[b], y[b, here : here + value_dim],
-            new_state[b],
-        )  # fmt: skip
+            head, past[b], projected, fixed, state[b], y[b, here : here + value_dim], new_state[b]
+        )
 
     last = np.array([OUT])
     records = new_records(batch, record_size(matrices, last))
@@ -118,36 +123,34 @@ def _step(
         for tap in range(1, past.shape[1]):
             copy(past[b, tap], new_past[b, tap - 1])
         copy(out[b * channels : (b + 1) * channels], new_past[b, -1])
-        cut(y[b], matrices[OUT], records[b])
+        write_record(y[b], matrices[OUT], records[b])
     jobs[:] = 0
-    units = add_job(jobs, 0, matrices, OUT, -1, 0, 0, 0, 0, batch, 0)
+    units = add_job(jobs, 0, matrices, (OUT, -1, 0, 0, 0, 0, batch, 0))
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, records, rows, rows, result))
     result += h.reshape(-1)
 
 
-class DeltaBlock:
+class DeltaBlock(Shared):
     """A GatedDeltaNet layer, with the norm before it and the residual around it."""
 
     def __init__(
         self,
         inputs: Sequence[QuantizedMatrix],
         out: QuantizedMatrix,
-        in_norm: Array,
-        in_eps: float,
-        weights: Any,
+        in_norm: Norm,
+        weights: MixerWeights,
     ) -> None:
         """Take the layer's weights.
 
         Args:
             inputs: the four projections to q, k and v; to z; to b; and to a: `[..., H]` each.
             out: `[H, Hv Dv]`.
-            in_norm: `[H]` float32 weight of the RMS norm before the layer.
-            in_eps: of that norm.
-            weights: `gated_delta_weights.MixerWeights`.
+            in_norm: `[H]` float32 weight and epsilon of the RMS norm before the layer.
+            weights: all but the projections.
         """
         self._inputs, self._all = Group(*inputs), Group(*inputs, out)
-        self._in_norm = in_norm, in_eps
+        self._in_norm = in_norm
         weights.check()
         heads = weights.heads
         self._past = weights.conv.shape[1] - 1, weights.channels
@@ -156,11 +159,11 @@ class DeltaBlock:
         self._matrices = self._all.numbers, self._inputs.forms, self._inputs.form_of
         tensors = weights.conv.squeeze(-1), weights.a_log, weights.dt_bias, weights.norm
         conv, a_log, dt_bias, norm = (np.array(t).astype(np.float32) for t in tensors)
-        self._weights = conv, a_log, dt_bias, norm
-        self._eps = np.array([weights.norm_eps, weights.qk_eps], np.float32)
+        eps = np.array([weights.norm_eps, weights.qk_eps], np.float32)
+        self._weights = conv, a_log, dt_bias, norm, eps
 
-    def _check_projections(self, heads: Any) -> None:
-        """Compare the projections with the heads that they serve."""
+    def _check_projections(self, heads: Heads) -> None:
+        """Compare the projections' shapes with the heads."""
         hidden, values = self._in_norm[0].size, heads.values * heads.value_dim
         heights = self._past[1], values, heads.values, heads.values
         shapes = [(height, hidden) for height in heights]
@@ -172,10 +175,6 @@ class DeltaBlock:
         ):
             expect(f"the projection of a GatedDeltaNet layer to {name}", matrix, shape)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Share it: a copy would hold the addresses of arrays that it does not keep."""
-        return self
-
     def __call__(
         self, h: Array, past: Array, state: Array, new_past: Array, new_state: Array
     ) -> Array:
@@ -185,8 +184,8 @@ class DeltaBlock:
             h: `[rows, H]`.
             past: `[rows, taps - 1, channels]`, the convolution's last inputs.
             state: `[rows, Hv, Dv, Dk]`.
-            new_past: where the new `past` goes.
-            new_state: where the new state goes, apart from `state`.
+            new_past: receives the new `past`.
+            new_state: receives the new state; must not overlap `state`.
         """
         batch = len(h)
         expect("hidden states", h, (batch, self._in_norm[0].size), F32)
@@ -197,7 +196,7 @@ class DeltaBlock:
         result = np.empty(h.size, np.float32)
         use_threads(ALL)
         _step(
-            UNIT_OF_WORK.address, h, *self._in_norm, *self._matrices, *self._weights, self._eps,
-            past, state, new_past, new_state, result,
+            UNIT_OF_WORK.address, h, self._in_norm, self._matrices, self._weights,
+            (past, state), (new_past, new_state), result,
         )  # fmt: skip
         return result.reshape(h.shape)

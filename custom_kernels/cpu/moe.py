@@ -1,29 +1,39 @@
-"""The mixture-of-experts block of one token per row, on a CPU, without a round trip through MLX.
+"""The mixture-of-experts block for one token per row on a CPU, without round trips through MLX.
 
-It takes three calls into compiled code: from hidden states to expert ids; then, once for each
-batch of experts that the caller brings into memory, the experts; then their weighted sum.
+Three calls into compiled code: hidden states to expert ids; the experts, once per expert batch that
+the caller loads; their weighted sum.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
 from numba import prange
 
 from ..shapes import expect, expect_below, expect_count
-from ..weights import QuantizedMatrix
+from ..weights import QuantizedMatrix, Shared
 from .arrays import ALL, Array, compiled, copy, serial, use_threads
-from .decode import ROWS, SLOT, START, UNIT_OF_WORK, UNITS, Group, add_job, run_unit
-from .records import HEIGHT, cut, cut_rows, new_records, record_size, rms_norm
+from .decode import (
+    ROWS,
+    SLOT,
+    START,
+    UNIT_OF_WORK,
+    UNITS,
+    Arrays,
+    Group,
+    Norm,
+    add_job,
+    run_unit,
+)  # fmt: skip
+from .records import HEIGHT, new_records, record_size, rms_norm, write_record, write_records
 
-# Places in the groups of matrices.
+# Indices in the groups of matrices.
 ROUTER, SWITCH, SHARED_GATE, SHARED_UP = range(4)
 GATE, UP, DOWN, SHARED_DOWN = range(4)
 
 
 @serial
 def choose(logits: Array, renormalize: bool, ids: Array, scores: Array) -> None:
-    """Write the largest logits' places to `ids`, best first, and their softmax to `scores`."""
+    """Write the ids of the largest logits to `ids`, best first, and their softmax to `scores`."""
     largest = logits.max()
     total = np.float32(0)
     left = np.empty_like(logits)
@@ -44,21 +54,22 @@ def choose(logits: Array, renormalize: bool, ids: Array, scores: Array) -> None:
 
 @compiled
 def _route(
-    run: int, h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
-    renormalize: bool, x: Array, hidden: Array, switch: Array, ids: Array, scores: Array,
-) -> None:  # fmt: skip
+    run: int, h: Array, norm: Norm, group: Arrays, renormalize: bool, x: Array, outputs: Arrays
+) -> None:
+    (weight, eps), (matrices, forms, form_of) = norm, group
+    hidden, switch, ids, scores = outputs
     batch = h.shape[0]
     records = new_records(forms.size * batch, record_size(matrices, forms))
     for row in range(batch):
-        rms_norm(h[row], norm, eps, x[row])
-    cut_rows(x, norm[:0], eps, matrices, forms, records)
+        rms_norm(h[row], weight, eps, x[row])
+    write_records(x, weight[:0], eps, matrices, forms, records)
     experts, inner = matrices[ROUTER, HEIGHT], matrices[SHARED_GATE, HEIGHT]
-    switches, hiddens = batch * experts, batch * (experts + 1)  # where in `out`
+    switches, hiddens = batch * experts, batch * (experts + 1)  # offsets in `out`
     jobs, first, rows = np.zeros((4, UNITS + 1), np.int64), form_of * batch, np.arange(batch)
-    add_job(jobs, 0, matrices, ROUTER, -1, 0, first[ROUTER], 0, 0, batch, 0)
-    add_job(jobs, 1, matrices, SWITCH, -1, 0, first[SWITCH], 0, 0, batch, switches)
+    add_job(jobs, 0, matrices, (ROUTER, -1, 0, first[ROUTER], 0, 0, batch, 0))
+    add_job(jobs, 1, matrices, (SWITCH, -1, 0, first[SWITCH], 0, 0, batch, switches))
     shared = (SHARED_GATE, SHARED_UP, 0, first[SHARED_GATE], first[SHARED_UP], 0, batch, hiddens)
-    units = add_job(jobs, 2, matrices, *shared)
+    units = add_job(jobs, 2, matrices, shared)
     out = np.empty(hiddens + batch * inner, np.float32)
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
@@ -69,40 +80,41 @@ def _route(
 
 
 @compiled
-def _experts(
-    run: int, x: Array, tokens: Array, slots: Array, rows: Array, shared: Array, matrices: Array,
-    forms: Array, form_of: Array, y: Array,
-) -> None:  # fmt: skip
-    pairs, batch = tokens.size, x.shape[0]
+def _experts(run: int, x: Array, assigned: Arrays, shared: Array, group: Arrays, y: Array) -> None:
+    (tokens, slots, rows), (matrices, forms, form_of) = assigned, group
+    assignments, batch = tokens.size, x.shape[0]
     inner, total = matrices[GATE, HEIGHT], tokens.size + shared.shape[0]
     inputs = new_records(forms.size * batch, record_size(matrices, forms))
-    cut_rows(x, x[0, :0], 0.0, matrices, forms, inputs)
-    jobs, hidden = np.zeros((pairs + 2, UNITS + 1), np.int64), np.empty(pairs * inner, np.float32)
+    write_records(x, x[0, :0], 0.0, matrices, forms, inputs)
+    jobs, hidden = (
+        np.zeros((assignments + 2, UNITS + 1), np.int64),
+        np.empty(assignments * inner, np.float32),
+    )
     sources, targets = np.arange(total), np.empty(total, np.int64)
-    copy(rows, targets[:pairs])
-    for n in range(pairs, total):  # shared: the last ones
-        targets[n] = n + y.shape[0] - batch - pairs
+    copy(rows, targets[:assignments])
+    for n in range(assignments, total):  # the shared expert's rows come last
+        targets[n] = n + y.shape[0] - batch - assignments
     first, count, units, start = form_of * batch, 0, 0, 0
-    for end in range(1, pairs + 1):
-        if end == pairs or slots[end] != slots[start]:
+    for end in range(1, assignments + 1):
+        if end == assignments or slots[end] != slots[start]:
             job = (GATE, UP, slots[start], first[GATE], first[UP], start, end - start, 0)
-            units = add_job(jobs, count, matrices, *job)
+            units = add_job(jobs, count, matrices, job)
             count, start = count + 1, end
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, inputs, tokens, sources, hidden))
 
     size = record_size(matrices, np.array([DOWN, SHARED_DOWN]))
     middle = new_records(total, size)
-    for n in range(pairs):
-        cut(hidden[n * inner : (n + 1) * inner], matrices[DOWN], middle[n])
+    for n in range(assignments):
+        write_record(hidden[n * inner : (n + 1) * inner], matrices[DOWN], middle[n])
     for row in range(shared.shape[0]):
-        cut(shared[row], matrices[SHARED_DOWN], middle[pairs + row])
+        write_record(shared[row], matrices[SHARED_DOWN], middle[assignments + row])
     for n in range(count):
         job = (DOWN, -1, jobs[n, SLOT], 0, 0, jobs[n, START], jobs[n, ROWS], 0)
-        units = add_job(jobs, n, matrices, *job)
-    if total > pairs:
-        job = (SHARED_DOWN, -1, 0, 0, 0, pairs, total - pairs, 0)
-        units = add_job(jobs, count, matrices, *job)
+        units = add_job(jobs, n, matrices, job)
+    if total > assignments:
+        job = (SHARED_DOWN, -1, 0, 0, 0, assignments, total - assignments, 0)
+        units = add_job(jobs, count, matrices, job)
     flat = y.reshape(-1)
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, middle, sources, targets, flat))
@@ -121,12 +133,11 @@ def _combine(h: Array, scores: Array, switch: Array, y: Array, out: Array) -> No
                 total[i] += score * expert[i]
 
 
-# Brings experts into memory: takes ids `[rows, K]`, yields the flat places in it that a batch
-# serves, and each one's slot.
+# Loads experts: takes ids `[rows, K]`; yields flat indices of ids and their slots per expert batch.
 Batches = Callable[[Array], Iterable[tuple[Array, Array]]]
 
 
-class MoeBlock:
+class MoeBlock(Shared):
     """A layer's mixture of experts, with the norm before it and the residual around it."""
 
     def __init__(
@@ -135,8 +146,7 @@ class MoeBlock:
         switch: QuantizedMatrix,
         shared: Sequence[QuantizedMatrix],
         experts: Sequence[QuantizedMatrix],
-        norm: Array,
-        eps: float,
+        norm: Norm,
         top_k: int,
         renormalize: bool,
     ) -> None:
@@ -147,18 +157,17 @@ class MoeBlock:
             switch: `[1, H]`, whose sigmoid scales the shared expert.
             shared: gate `[I', H]`, up `[I', H]` and down `[H, I']` of the shared expert.
             experts: gate `[S, I, H]`, up `[S, I, H]` and down `[S, H, I]` in S slots.
-            norm: `[H]` float32 weight of the RMS norm.
-            eps: of that norm.
+            norm: `[H]` float32 weight and epsilon of the RMS norm before the block.
             top_k: experts per row.
             renormalize: whether the chosen experts' scores sum to one.
         """
         self._route = Group(router, switch, *shared[:2])
         self._inputs = Group(*experts[:2])
         self._all = Group(*experts, shared[2])
-        self._norm, self._eps = norm, eps
+        self._norm = norm
         self._top_k, self._renormalize = top_k, renormalize
         self._slots, inner, _ = experts[GATE].shape
-        hidden, extra = norm.size, shared[0].shape[-2]
+        hidden, extra = norm[0].size, shared[0].shape[-2]
         for name, matrix, shape in (
             ("the router", router, (router.shape[-2], hidden)),
             ("the shared expert's switch", switch, (1, hidden)),
@@ -172,33 +181,28 @@ class MoeBlock:
             expect(name, matrix, shape)
         expect_count("experts per token", top_k, router.shape[-2])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Share it: a copy would hold the addresses of arrays that it does not keep."""
-        return self
-
     def __call__(self, h: Array, batches: Batches) -> Array:
         """Map hidden states `[rows, H]` float32 to `h + moe(norm(h))`."""
         (batch, width), top_k = h.shape, self._top_k
-        expect("hidden states", h, (batch, self._norm.size), np.float32)
+        expect("hidden states", h, (batch, self._norm[0].size), np.float32)
         self._route.check_addresses()
         self._all.check_addresses()
         x, switch = np.empty_like(h), np.empty(batch, np.float32)
         shared = np.empty((batch, self._route.heights[SHARED_GATE]), np.float32)
         ids, scores = np.empty((batch, top_k), np.int64), np.empty((batch, top_k), np.float32)
         use_threads(ALL)
-        _route(
-            UNIT_OF_WORK.address, h, self._norm, self._eps, *self._route.arguments,
-            self._renormalize, x, shared, switch, ids, scores,
-        )  # fmt: skip
+        outputs = shared, switch, ids, scores
+        run, group = UNIT_OF_WORK.address, self._route.arguments
+        _route(run, h, self._norm, group, self._renormalize, x, outputs)
         y = np.empty((batch * (top_k + 1), width), np.float32)
         inputs = self._all.numbers, self._inputs.forms, self._inputs.form_of
         for places, slots in batches(ids):
             expect_below("places of experts", places, ids.size)
             expect_below("slots of experts", slots, self._slots)
-            if batch > 1:  # rows of one expert are computed together
+            if batch > 1:  # compute rows of one expert together
                 order = np.argsort(slots, kind="stable")
                 places, slots = places[order], slots[order]
-            _experts(UNIT_OF_WORK.address, x, places // top_k, slots, places, shared, *inputs, y)
+            _experts(run, x, (places // top_k, slots, places), shared, inputs, y)
             shared = shared[:0]
         out = np.empty_like(h)
         _combine(h, scores, switch, y, out)

@@ -1,15 +1,15 @@
-"""numba's cache on disk, made safe from other processes, from damage, and where no folder is.
+"""numba's cache on disk, made safe against concurrent processes, damage and read-only folders.
 
-numba picks the next free name for compiled code, notes it in an index, and writes the code. Two
-processes can pick the same name for two kernels; then one is found under the other's name, and
-computes something else from then on. Here they take turns.
+numba picks the next free name for compiled code, notes it in an index, then writes the code. Two
+processes can pick one name for two kernels, and one then runs the other's code. Here a lock
+serializes them.
 
-numba trusts what it reads, so a file that a power loss left empty or zeroed ends every later run.
-Here each file ends with a checksum, behind what numba itself reads; a file that does not match
-counts as missing, and is compiled and written again.
+numba trusts what it reads, so a file that a power loss left empty or zeroed breaks every later run.
+Here each file ends with a checksum, after the part that numba reads; a file that does not match
+counts as missing and is compiled again.
 
-numba refuses to go on where neither the package's folder nor the user's can be written. Here code
-is then kept among the temporary files, or in memory.
+numba fails if neither the package's folder nor the user's is writable. Here compiled code then goes
+to the temporary files, or stays in memory.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ from numba.core.caching import (
 from .. import kept
 
 SEAL = sha256().digest_size
-REMEDY = "Set NUMBA_CACHE_DIR to a folder that can be written."
+REMEDY = "Set NUMBA_CACHE_DIR to a writable folder."
 PACKAGE = __name__.partition(".")[0]
 
-complaints: list[str] = []  # why compiled code is not kept, or not for long; said once
-damaged: list[str] = []  # the first file that was not as it was written
+complaints: list[str] = []  # the first reason why compiled code is not cached, or not for long
+damaged: list[str] = []  # the first damaged file
 
 
 @contextlib.contextmanager
-def _turn(index: str) -> Iterator[None]:
-    """Hold a lock beside an index file; where none can be made, nothing can be cached either."""
+def _locked(index: str) -> Iterator[None]:
+    """Hold a lock beside an index file; where that fails, caching fails too."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             file = stack.enter_context(open(f"{index}.lock", "w"))
@@ -52,8 +52,8 @@ def _turn(index: str) -> Iterator[None]:
 
 
 def _save(file: Any, key: Any, data: Any) -> None:
-    """Save compiled code before the index names it, so that no index names what is older."""
-    with _turn(file._index_path):
+    """Save compiled code before its index entry, so an entry never names older code."""
+    with _locked(file._index_path):
         overloads = _names(file)
         if (name := overloads.get(key)) is None:
             taken = set(overloads.values())
@@ -63,7 +63,7 @@ def _save(file: Any, key: Any, data: Any) -> None:
 
 
 def _load(file: Any, key: Any) -> Any:
-    with _turn(file._index_path):
+    with _locked(file._index_path):
         if (name := _names(file).get(key)) is None:
             return None
         return _read(file._data_path(name), lambda: file._load_data(name))
@@ -74,23 +74,23 @@ def _names(file: Any) -> dict[Any, str]:
 
 
 def _read(path: str, read: Callable[[], Any]) -> Any:
-    """Return what numba reads from a file; None if it is missing or not as it was written."""
+    """Return a file's content as numba reads it; None if it is missing or damaged."""
     try:
         data = Path(path).read_bytes()
         if sha256(data[:-SEAL]).digest() != data[-SEAL:]:
-            raise ValueError("another checksum")
+            raise ValueError("wrong checksum")
         return read()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except Exception as error:  # whatever reading and unpickling raise
-        text = "compiled code that is damaged or an older version's; it is compiled again"
+    except Exception as error:  # reading and unpickling raise anything
+        text = "compiled code is damaged or from an older version; compiling it again"
         _say_once(damaged, f"{path}: {text} ({error})")
         return None
 
 
 @contextlib.contextmanager
 def _write(file: Any, path: str) -> Iterator[io.BytesIO]:
-    """Take a file's content from numba, and write it with its checksum, whole or not at all."""
+    """Write a file's content and its checksum, atomically."""
     content = io.BytesIO()
     yield content
     data = content.getvalue()
@@ -98,11 +98,11 @@ def _write(file: Any, path: str) -> Iterator[io.BytesIO]:
 
 
 def _save_overload(cache: Any, signature: Any, data: Any) -> None:
-    """Save compiled code if the disk takes it; this process has it in any case."""
+    """Save compiled code if the disk allows; this process holds it in memory anyway."""
     try:
         _save_as_numba_does(cache, signature, data)
     except OSError as error:
-        text = f"compiled CPU kernels cannot be kept ({error.strerror}): each run compiles them"
+        text = f"cannot cache compiled CPU kernels ({error.strerror}): each run compiles them"
         _say_once(complaints, f"{error.filename or cache.cache_path}: {text}. {REMEDY}")
 
 
@@ -110,22 +110,22 @@ _save_as_numba_does = Cache._save_overload
 
 
 class _HomeLocator(UserWideCacheLocator):
-    """The user's cache directory, if anybody knows where that is."""
+    """The user's cache directory, if its path is known."""
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> Any:
-        """Return a locator, or None if the directory cannot be written."""
+        """Return a locator, or None if the directory is not writable."""
         known = os.path.isabs(cls(py_func, py_file).get_cache_path())
         return super().from_function(py_func, py_file) if known else None
 
 
 class _LastLocator(UserWideCacheLocator):
-    """Where compiled code of ours goes if it can be kept neither in the package nor at home."""
+    """The fallback when neither the package's folder nor the home directory is writable."""
 
     def __init__(self, py_func: Any, py_file: str) -> None:
         super().__init__(py_func, py_file)
         package = os.path.join(os.path.dirname(py_file), "__pycache__")
-        self.refused = f"{package} and {super().get_cache_path()} cannot be written"
+        self.refused = f"{package} and {super().get_cache_path()} are not writable"
         self._path = os.path.join(kept.temporary_dir(), self.get_suitable_cache_subpath(py_file))
 
     def get_cache_path(self) -> str:
@@ -134,13 +134,13 @@ class _LastLocator(UserWideCacheLocator):
 
     @classmethod
     def from_function(cls, py_func: Any, py_file: str) -> Any:
-        """Return a locator for a function of this package, and say what that means."""
+        """Return a locator for a function of this package, and warn."""
         if py_func.__module__.partition(".")[0] != PACKAGE:
             return None
         found = super().from_function(py_func, py_file) or cls(py_func, py_file)
-        result = f"kept in {kept.temporary_dir()}"
+        result = f"cached in {kept.temporary_dir()}"
         if not os.path.isdir(found.get_cache_path()):
-            result = "compiled again in each run, which takes a minute or two"
+            result = "compiled in each run, which takes a minute or two"
         _say_once(complaints, f"{found.refused}, so CPU kernels are {result}. {REMEDY}")
         return found
 
@@ -152,12 +152,12 @@ def _say_once(said: list[str], text: str) -> None:
 
 
 def folder() -> Path:
-    """Return where compiled kernels are kept; it does not exist if they are kept in memory."""
+    """Return the cache folder; it does not exist if compiled kernels stay in memory."""
     return Path(CompileResultCacheImpl(folder).locator.get_cache_path())
 
 
-def take_turns() -> None:
-    """Have this process use numba's cache as above; twice does no harm."""
+def make_cache_safe() -> None:
+    """Patch numba's cache in this process; safe to call twice."""
     IndexDataCacheFile.save, IndexDataCacheFile.load = _save, _load
     IndexDataCacheFile._open_for_write = _write
     Cache._save_overload = _save_overload

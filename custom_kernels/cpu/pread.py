@@ -1,13 +1,13 @@
-"""Many reads at once, on all cores and without Python's lock: `pread` called from compiled code."""
+"""Parallel file reads on all cores, without the GIL: `pread` called from compiled code."""
 
 import numpy as np
 from numba import prange, types
 
 from ..shapes import expect
 from .bounds import jit
-from .numba_cache import take_turns
+from .numba_cache import make_cache_safe
 
-take_turns()
+make_cache_safe()
 
 _pread = types.ExternalFunction(
     "pread", types.intp(types.int32, types.uintp, types.uintp, types.int64)
@@ -33,12 +33,12 @@ def pread_all(
 
     Args:
         files: `[N]` int32 descriptors.
-        offsets: `[N]` int64, where each range begins in its file.
-        places: `[N]` uint64 addresses of memory that has room.
+        offsets: `[N]` int64, start of each range in its file.
+        places: `[N]` uint64 target addresses.
         sizes: `[N]` int64 bytes.
 
     Returns:
-        `[N]` int64 bytes that came; fewer than asked where a file ends early or cannot be read.
+        `[N]` int64 bytes read; fewer than `sizes` at a file's end or on a read error.
     """
     ranges = zip(("offsets", "places", "sizes"), (offsets, places, sizes), strict=True)
     for name, array in ranges:

@@ -1,7 +1,7 @@
-"""CPU kernels by numba: quantized matmul and expert MLP.
+"""Quantized matmul and expert MLP on a CPU, by numba, for prefill.
 
-MLX's own CPU quantized matmul reaches 1 GB/s in float32; these stay near the memory's bandwidth.
-They work on NumPy views of MLX arrays, float32 in and out. Layouts and rules as in `reference.py`.
+MLX's own CPU quantized matmul reaches 1 GB/s in float32; these stay near memory bandwidth. They
+take and return float32, on NumPy views of MLX arrays. Layouts as in `reference.py`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from ..shapes import expect, expect_below, expect_quantized
 from .arrays import FAST, SCALE_TYPES, Array, compiled, scale_kind, use_threads, view, widen
 from .arrays import rows as rows
 from .bounds import CHECKED, inside, jit, within
-from .call import Apart, caller
+from .call import FunctionByAddress, caller
 from .simd import (
     HAS_PERMUTE,
     address,
@@ -28,14 +28,14 @@ from .simd import (
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)
-# Activation rows and weight rows that are multiplied at once: their sums fill the registers.
+# Activation and weight rows of one tile: their sums fill the registers.
 ROWS, TILE = 4, 4 if HAS_PERMUTE else 2
 UNIT = 32  # weight rows per unit of parallel work
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A bank of quantized matrices as NumPy views; a single matrix is a bank of one.
+    """Quantized matrices in S slots as NumPy views; S is 1 for a single matrix.
 
     Attributes:
         codes: `[S, out, in * bits / 8]` uint8.
@@ -43,7 +43,7 @@ class Packed:
         biases: like `scales`.
         bits: bits per weight.
         group_size: columns per scale and bias.
-        kind: what numbers the scales and biases are: F32_SCALES, BF16_SCALES or F16_SCALES.
+        kind: dtype of scales and biases: F32_SCALES, BF16_SCALES or F16_SCALES.
     """
 
     codes: Array
@@ -55,7 +55,7 @@ class Packed:
 
     @cached_property
     def numbers(self) -> Array:
-        """What the kernels read: kind, three addresses, rows, bytes and groups of a row, S."""
+        """As the kernels read it: kind, three addresses, rows, bytes and groups of a row, S."""
         slots, height, row_bytes = self.codes.shape
         addresses = [array.ctypes.data for array in self.arrays]
         sizes = height, row_bytes, self.scales.shape[2], slots
@@ -72,28 +72,28 @@ class Packed:
         return self.codes.shape[2] * 8 // self.bits
 
     def check_addresses(self) -> None:
-        """Raise IndexError if the kernels would read elsewhere, in the mode that looks."""
+        """With FLASHMOE_DEBUG_BOUNDS, raise IndexError if an address lies outside its array."""
         if CHECKED:
             for address, array in zip(self.numbers[1:4].tolist(), self.arrays, strict=True):
                 inside("a matrix", address, array.nbytes, array)
 
 
 def supports(bits: int, group_size: int, scales: mx.array) -> bool:
-    """Say whether these kernels take such a matrix."""
+    """Return whether the kernels support this format."""
     return bits in BITS and group_size in GROUP_SIZES and scales.dtype in SCALE_TYPES
 
 
 def packed(codes: mx.array, scales: mx.array, biases: mx.array, bits: int, group: int) -> Packed:
-    """View evaluated, row-contiguous MLX arrays; no byte is copied."""
+    """View evaluated, row-contiguous MLX arrays without copying."""
     expect_quantized("a matrix", codes, scales, biases, bits, group)
 
-    def bank(array: Array) -> Array:
+    def slots(array: Array) -> Array:
         return array.reshape(-1, *array.shape[-2:])
 
     return Packed(
-        bank(view(codes).view(np.uint8)),
-        bank(view(scales)),
-        bank(view(biases)),
+        slots(view(codes).view(np.uint8)),
+        slots(view(scales)),
+        slots(view(biases)),
         bits,
         group,
         scale_kind(scales),
@@ -125,7 +125,7 @@ def _split(bits: int, lanes: int) -> Callable[..., None]:
 
 
 def split(x: Array, bits: int, group_size: int, rows: int) -> tuple[Array, Array]:
-    """Lay activations out as `dot_tile` takes them, and sum them per group for the biases.
+    """Lay activations out for `dot_tile`, and sum them per group for the biases.
 
     Args:
         x: `[count, columns]` float32; count is a multiple of `rows`.
@@ -152,8 +152,8 @@ _run_unit = caller(_UNIT)
 
 
 @functools.cache
-def _unit_of_work(bits: int, group_size: int, tile: int, rows: int) -> Apart:
-    """Make what multiplies `UNIT` weight rows of a slot, in one format."""
+def _unit_of_work(bits: int, group_size: int, tile: int, rows: int) -> FunctionByAddress:
+    """Make the function that multiplies `UNIT` weight rows of a slot, in one format."""
 
     def unit(
         number: int, weight: Array, slots: Array, starts: Array, x: Array, sums: Array, out: Array
@@ -193,7 +193,7 @@ def _unit_of_work(bits: int, group_size: int, tile: int, rows: int) -> Apart:
                             bias += wide[1, w, g] * sums[n, g]
                         out[n, row + w] = dots[w, r] + bias
 
-    return Apart(_UNIT, unit, **FAST)
+    return FunctionByAddress(_UNIT, unit, **FAST)
 
 
 @compiled
@@ -207,13 +207,13 @@ def _matmul(
 
 @dataclass(frozen=True)
 class Block:
-    """Activation rows that go through one launch.
+    """Activation rows of one launch.
 
     Attributes:
-        rows: how many rows are multiplied at once: 1 or ROWS.
-        chosen: which activation rows, a slice or indices; each `rows` of them share a slot.
+        rows: rows multiplied at once, 1 or ROWS.
+        chosen: activation rows, a slice or indices; each `rows` of them share a slot.
         slots: `[runs]`, the slot of each run.
-        starts: `[runs + 1]`, where each run starts, counted in units of `rows`.
+        starts: `[runs + 1]`, start of each run, in units of `rows`.
     """
 
     rows: int
@@ -224,7 +224,7 @@ class Block:
 
 @functools.lru_cache(maxsize=64)
 def _one_matrix(count: int) -> tuple[Block, ...]:
-    """Plan `count` rows for a bank of one: fours, then what is left over."""
+    """Plan `count` rows of a single matrix: groups of ROWS, then single rows."""
     fours = count // ROWS
     slot, rest = np.zeros(1, np.int64), slice(fours * ROWS, count)
     blocks = (
@@ -235,7 +235,7 @@ def _one_matrix(count: int) -> tuple[Block, ...]:
 
 
 def _many_matrices(slots: Array) -> tuple[Block, ...]:
-    """Plan rows of which number n uses matrix `slots[n]` (ascending)."""
+    """Plan rows where row n uses slot `slots[n]` (ascending)."""
     begins = np.flatnonzero(np.diff(slots, prepend=-1))
     lengths = np.diff(begins, append=slots.size)
     place = np.arange(slots.size) - np.repeat(begins, lengths)
@@ -252,18 +252,15 @@ def _many_matrices(slots: Array) -> tuple[Block, ...]:
 
 
 def plan(count: int, slots: Array | None = None) -> Sequence[Block]:
-    """Plan launches for `count` rows, with ascending `slots` `[count]` in a bank of many."""
+    """Plan launches for `count` rows of one matrix, or of ascending `slots` `[count]`."""
     return _one_matrix(count) if slots is None else _many_matrices(slots)
 
 
 class Activations:
-    """Activation rows, ready to be multiplied by several matrices.
-
-    A row's results do not depend on the other rows.
-    """
+    """Activation rows to multiply by several matrices; each row's results are independent."""
 
     def __init__(self, x: Array, blocks: Sequence[Block]) -> None:
-        """Take rows `[rows, in]` float32 and what `plan` made for them."""
+        """Take rows `[rows, in]` float32 and their `plan`."""
         self._x, self._blocks = x, blocks
         self._splits: dict[tuple[int, int], list[tuple[Array, Array]]] = {}
 
@@ -308,10 +305,10 @@ def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = 
 
     Args:
         x: `[rows, H]`.
-        gate: bank `[S, I, ...]`.
-        up: bank `[S, I, ...]`.
-        down: bank `[S, H, ...]`.
-        slots: `[rows]`, ascending; None for banks of one.
+        gate: `[S, I, ...]`.
+        up: `[S, I, ...]`.
+        down: `[S, H, ...]`.
+        slots: `[rows]`, ascending; None if S is 1.
     """
     if slots is not None:
         expect_below("slots of experts", slots, len(gate.codes))
@@ -325,7 +322,7 @@ def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = 
 
 
 def prepare(bits: int, group_size: int, dtype: mx.Dtype) -> None:
-    """Compile everything that an expert of this format takes, by running a small one."""
+    """Compile the kernels of this format by running a small matrix."""
     columns = max(group_size, 32)
     shapes = (TILE, columns * bits // 32), (TILE, columns // group_size)
     codes, scales = mx.zeros(shapes[0], dtype=mx.uint32), mx.zeros(shapes[1], dtype=dtype)

@@ -1,7 +1,7 @@
 """The inner loop of the CPU kernels, in explicit LLVM vectors, for numba.
 
-Written out because numba's own vectorizer reaches about 0.75 of the speed: it picks narrower
-vectors and reduces them once per group. LLVM lowers the same vectors to AVX-512, AVX2 or NEON.
+numba's own vectorizer reaches about 0.75 of the speed: it picks narrower vectors and reduces them
+once per group. LLVM lowers these vectors to AVX-512, AVX2 or NEON.
 """
 
 from collections.abc import Callable
@@ -13,28 +13,28 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .numba_cache import take_turns
+from .numba_cache import make_cache_safe
 
-take_turns()
+make_cache_safe()
 
 F32, I8, I32 = ir.FloatType(), ir.IntType(8), ir.IntType(32)
 PERMUTE = "llvm.x86.avx512.permvar.sf.512"  # picks 16 floats of 16 by the index's low 4 bits
 HAS_PERMUTE = bool(get_host_cpu_features().get("avx512f"))
-MAX_LANES = 16 if HAS_PERMUTE else 8  # of a vector register
+MAX_LANES = 16 if HAS_PERMUTE else 8  # float32 in a vector register
 
 
 def lanes_of(bits: int, group_size: int) -> int:
-    """Return how many codes, one of each byte, `dot_tile` takes at a time."""
+    """Return the number of bytes of codes that `dot_tile` takes at a time."""
     return min(MAX_LANES, group_size * bits // 8)
 
 
 def constant(vector: ir.VectorType, value: float) -> ir.Constant:
-    """Return a vector whose lanes all are `value`."""
+    """Return a vector with `value` in all lanes."""
     return ir.Constant(vector, [value] * vector.count)
 
 
 def load(builder: Any, pointer: Any, vector: ir.VectorType, align: int) -> Any:
-    """Load a vector from a pointer to anything."""
+    """Load a vector from a pointer of any type."""
     value = builder.load(builder.bitcast(pointer, vector.as_pointer()))
     value.align = align
     return value
@@ -56,7 +56,7 @@ def reduce_add(builder: Any, vector: Any) -> Any:
 
 
 def splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
-    """Return a vector whose lanes all are a number known only when the kernel runs."""
+    """Return a vector with a run-time scalar in all lanes."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
     zeros = ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count)
     return builder.shuffle_vector(one, one, zeros)
@@ -64,7 +64,7 @@ def splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
 
 @intrinsic
 def bfloat_to_f32(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return a uint16 that holds a bfloat16 as the same value."""
+    """Convert the bits of a bfloat16, in a uint16, to float32."""
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.bitcast(builder.shl(builder.zext(args[0], I32), I32(16)), F32)
@@ -74,7 +74,7 @@ def bfloat_to_f32(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def half_to_f32(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return a uint16 that holds a float16 as the same value."""
+    """Convert the bits of a float16, in a uint16, to float32."""
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), F32)
@@ -83,8 +83,8 @@ def half_to_f32(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @intrinsic
-def keep_apart(_context: Any) -> tuple[Any, Callable[..., Any]]:
-    """Keep the function that calls this from being copied into its callers, which takes long."""
+def no_inline(_context: Any) -> tuple[Any, Callable[..., Any]]:
+    """Mark the calling function noinline: inlining it everywhere compiles for long."""
 
     def codegen(_: Any, builder: Any, __: Any, ___: Any) -> None:
         builder.function.attributes.add("noinline")
@@ -94,7 +94,7 @@ def keep_apart(_context: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def magnitude(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the bits of |value| as int32: they order float32 by size, with NaN the largest."""
+    """Return the bits of |value| as int32: ordered like float32, with NaN largest."""
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.and_(builder.bitcast(args[0], I32), I32(0x7FFFFFFF))
@@ -104,7 +104,7 @@ def magnitude(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def leading_power(_context: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return the largest power of two that is not above a float32 whose bits are given."""
+    """Return the largest power of two not above the float32 with these bits."""
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.bitcast(builder.and_(args[0], I32(0x7F800000)), F32)
@@ -113,7 +113,7 @@ def leading_power(_context: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 def _pointer_to(kind: Any) -> Any:
-    """Make a function for numba that turns an address into a pointer."""
+    """Make a numba function that turns an address into a pointer."""
 
     @intrinsic
     def pointer(_context: Any, address: Any) -> tuple[Any, Callable[..., Any]]:
@@ -125,13 +125,13 @@ def _pointer_to(kind: Any) -> Any:
     return pointer
 
 
-floats, shorts = _pointer_to(types.float32), _pointer_to(types.int16)
-unsigned_shorts, octets = _pointer_to(types.uint16), _pointer_to(types.uint8)
+floats, octets = _pointer_to(types.float32), _pointer_to(types.uint8)
+unsigned_shorts = _pointer_to(types.uint16)
 
 
 @intrinsic
 def address(_context: Any, array: Any, index: Any) -> tuple[Any, Callable[..., Any]]:
-    """Return a pointer to a contiguous array's element number `index`, counted flat."""
+    """Return a pointer to element `index` of a contiguous array, counted flat."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -146,7 +146,7 @@ def _unpack(builder: Any, packed: Any, bits: int) -> list[Any]:
     floats = ir.VectorType(F32, words.count)
     codes: list[Any] = []
     if HAS_PERMUTE and words.count == 16 and bits < 8:
-        # One table look-up by a nibble replaces mask, shift and conversion of each code in it.
+        # One table lookup per nibble replaces mask, shift and conversion of each code in it.
         kind = ir.FunctionType(floats, [floats, words])
         permute = cgutils.get_or_insert_function(builder.module, kind, PERMUTE)
         for shift in range(0, 8, 4):
@@ -167,14 +167,13 @@ def dot_tile(
     _context: Any, bits: Any, group: Any, tile: Any, rows: Any, codes: Any, scales: Any, x: Any,
     groups: Any, out: Any,
 ) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
-    """Dot a few quantized weight rows with a few activation rows, without the biases.
+    """Multiply a few quantized weight rows by a few activation rows, without the biases.
 
     out[w, r] = sum over groups of scale[w] * (sum over the group of code[w] * x[r]).
 
-    `bits`, `group`, `tile` and `rows` are compile-time constants. Activations lie in the order
-    of use: of the `8 / bits` codes in a byte, number p of byte b meets
-    `x[b // lanes, p, r, b % lanes]`. Each sum is taken in an order that depends on neither
-    `tile` nor `rows`.
+    `bits`, `group`, `tile` and `rows` are compile-time constants. Activations lie in order of
+    use: code p of byte b meets `x[b // lanes, p, r, b % lanes]`. The order of summation is
+    independent of `tile` and `rows`.
 
     Args:
         bits: 2, 4 or 8.

@@ -1,1 +1,1 @@
-"""What only NVIDIA GPUs have: a slot table that the GPU keeps by itself."""
+"""NVIDIA only: a slot table in GPU memory, and copies from pinned host memory."""

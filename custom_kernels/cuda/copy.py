@@ -1,4 +1,4 @@
-"""Copies expert records into slots on an NVIDIA GPU, from memory of the host that it can read."""
+"""Copy expert records from pinned host memory into slots, on an NVIDIA GPU."""
 
 import functools
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..launch import LEAST_ELEMENTS, settled
 
-LANES, GROUPS = 256, 4  # threads of a group, groups for each tensor of an expert
+LANES, GROUPS = 256, 4  # threads per block, blocks per tensor of an expert
 
 COPY = """
 const uint32_t* task = tasks + 2 * (blockIdx.y / FIELDS);
@@ -54,18 +54,21 @@ if (threadIdx.x == 0) {
 
 
 def new_clock() -> mx.array:
-    """Return a clock at rest, `[LEAST_ELEMENTS]` uint64: see `copy`."""
+    """Return a new clock, `[LEAST_ELEMENTS]` uint64: see `copy`."""
     values = [2**64 - 1, *[0] * (LEAST_ELEMENTS - 1)]
     return settled(mx.array(np.array(values, np.uint64)))
 
 
 def copy(tasks: mx.array, slots: mx.array, fields: mx.array, clock: mx.array) -> mx.array:
-    """Return `slots`, once the bytes that `tasks` `[N, 2]` (expert, slot) asks for are there.
+    """Copy experts into slots, then return `slots`.
 
-    `fields` `[9, 4]` has, for each tensor: where expert 0 lies, the step to the next one, where
-    slot 0 lies, bytes. `clock` `[LEAST_ELEMENTS]` uint64 is
-    written to: when copies under way began, how many groups of threads are done, and the
-    nanoseconds that copies took so far.
+    Args:
+        tasks: `[N, 2]` uint32, expert and slot.
+        slots: uint32.
+        fields: `[9, 4]` uint64, per tensor: address of expert 0, stride of experts, address of
+            slot 0, bytes.
+        clock: `[LEAST_ELEMENTS]` uint64, updated: start of the current copies, finished blocks,
+            nanoseconds of all copies so far.
     """
     (there,) = _kernel()(
         inputs=[tasks, slots.reshape(-1), fields, clock],

@@ -1,8 +1,8 @@
-// Which slot of a bank each expert asked for has; those that are missing get the slots that are free
-// and then those of the experts in least demand, none of which is asked for now.
-// slot_of[e] is the slot of expert e or NONE; demand[e] is log2 of its uses, an earlier one counting
-// half HALF_LIFE uses later; counts are experts asked for and missing so far. tasks[q] is expert and
-// slot of the q-th that is missing, behind the last NONE. `earlier` is not read: it comes first.
+// Assigns a slot to each requested expert. Missing experts get the free slots, then evict those with
+// the fewest decayed uses among those not requested now.
+// slot_of[e] is the slot of expert e or NONE; demand[e] is log2 of its uses, which decay with a
+// half-life of HALF_LIFE uses; counts are experts requested and missing so far. tasks[q] is expert
+// and slot of the q-th missing expert, then NONE. `earlier` is unread: it only orders the launches.
 // Grid: one threadgroup of 256. M ids, of which at most SLOTS differ.
 constexpr uint NONE = 0xffffffffu;
 constexpr float FREE = -3.0e38f;

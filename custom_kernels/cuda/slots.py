@@ -1,4 +1,4 @@
-"""The slots of a bank as a GPU keeps them, so that no step waits for the host to give them out."""
+"""A layer's slot table in GPU memory, so that no step waits for the host to assign slots."""
 
 from typing import NamedTuple
 
@@ -17,12 +17,12 @@ _kernel = Kernel(
 
 
 class Table(NamedTuple):
-    """What is known of a bank.
+    """Slots and decayed uses of a layer's experts.
 
     Attributes:
         slot_of: `[experts]` uint32, the slot of each or NONE.
-        demand: `[experts]` float32, log2 of the uses of each, earlier ones counting less.
-        counts: `[LEAST_ELEMENTS]` uint32, experts asked for and missing so far, each once per step.
+        demand: `[experts]` float32, log2 of each expert's decayed uses.
+        counts: `[LEAST_ELEMENTS]` uint32, experts requested and missing so far, once per step.
     """
 
     slot_of: mx.array
@@ -33,24 +33,24 @@ class Table(NamedTuple):
 def choose_slots(
     table: Table, ids: mx.array, earlier: mx.array, slots: int, half_life: int
 ) -> tuple[Table, mx.array, mx.array]:
-    """Give each expert that is asked for a slot, by the GPU kernel.
+    """Assign a slot to each requested expert, by the GPU kernel.
 
     Args:
-        table: of the bank.
-        ids: `[..., K]` uint32, of which at most `slots` differ.
-        earlier: an array that must be computed before.
-        slots: of the bank.
-        half_life: uses of experts after which an earlier use counts half.
+        table: the layer's.
+        ids: `[..., K]` uint32, at most `slots` of them distinct.
+        earlier: an array that must be computed first.
+        slots: slots of the layer.
+        half_life: uses of any experts after which a use counts half.
 
     Returns:
-        The table after that; the slots `[..., K]` uint32; and `[ids, 2]` uint32, expert and slot of
-        those whose bytes must come, NONE behind the last.
+        The new table; slots `[..., K]` uint32; and `[ids, 2]` uint32, expert and slot of each
+        missing expert, then NONE.
     """
     experts = table.slot_of.shape[0]
     expect("the slot of each expert", table.slot_of, (experts,), mx.uint32)
     expect("the uses of each expert", table.demand, (experts,), mx.float32)
-    expect("experts asked for and missing", table.counts, (LEAST_ELEMENTS,), mx.uint32)
-    expect("experts asked for", ids, ids.shape, mx.uint32)
+    expect("counts of experts", table.counts, (LEAST_ELEMENTS,), mx.uint32)
+    expect("ids of experts", ids, ids.shape, mx.uint32)
     *after, places, tasks = _kernel(
         [*table, ids, earlier],
         [

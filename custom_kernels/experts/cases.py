@@ -1,4 +1,4 @@
-"""Trials of the expert kernels: gate and up, down and combine, and both together."""
+"""Kernel cases of the experts: gate and up, down and combine, and both together."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,25 +9,27 @@ import mlx.core as mx
 from .. import reference
 from ..autotune import prefers_custom
 from ..case import DTYPES, NAMES, random_quantized
+from ..linear.dequantize import matmul_by_mlx
 from ..linear.linear import swiglu
 from ..linear.matvec import MAX_TOKENS
 from ..weights import QuantizedMatrix
 from .decode import expert_down_combine, expert_gate_up, expert_mlp_by_kernels, supports
+from .prefill import gather_matmul
 from .router import MAX_TOP_K, RouterCase
 
 
 def wanted(
-    x: mx.array, banks: list[QuantizedMatrix], shared: list[QuantizedMatrix], top_k: int
+    x: mx.array, experts: list[QuantizedMatrix], shared: list[QuantizedMatrix], top_k: int
 ) -> bool:
-    """Say whether to run a mixture on `[..., H]` tokens by router and expert kernels."""
+    """Return whether to run a mixture on `[..., H]` tokens by router and expert kernels."""
     tokens = x.size // x.shape[-1]
-    if tokens > MAX_TOKENS or top_k > MAX_TOP_K or not (supports(*banks) and supports(*shared)):
+    if tokens > MAX_TOKENS or top_k > MAX_TOP_K or not (supports(*experts) and supports(*shared)):
         return False
-    gate, _, down = banks
+    gate, _, down = experts
     if x.dtype not in (gate.scales.dtype, mx.float32):
         return False  # stock widens the result
     slots, inner, _ = gate.scales.shape
-    if len({b.group_size for b in (*banks, *shared)}) > 1 or shared[0].scales.shape[0] != inner:
+    if len({m.group_size for m in (*experts, *shared)}) > 1 or shared[0].scales.shape[0] != inner:
         return False
     case = ExpertsCase(
         x.shape[-1],
@@ -51,14 +53,14 @@ class ExpertsCase:
 
     Attributes:
         hidden: H.
-        inner: I, of routed and shared expert.
-        slots: experts in the banks.
+        inner: I, of routed and shared experts.
+        slots: S.
         top_k: K.
         bits: of gate and up.
-        down_bits: of down.
         group_size: columns per scale.
         dtype: of activations.
         scale_dtype: of scales and biases.
+        down_bits: of down; 0 for `bits`.
         shared_bits: of the shared expert.
         tokens: N.
     """
@@ -78,7 +80,7 @@ class ExpertsCase:
 
     @cached_property
     def _shapes(self) -> list[tuple[tuple[int, ...], int]]:
-        """Shape and bits of gate, up, down, and the same of the shared expert."""
+        """Shape and bits of gate, up and down, then of the shared expert's."""
         wide, tall = (self.inner, self.hidden), (self.hidden, self.inner)
         down_bits = self.down_bits or self.bits
         return [
@@ -96,7 +98,7 @@ class ExpertsCase:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights of the experts used."""
+        """Bytes of the weights of the experts in use."""
         return sum(map(self._matrix_bytes, self._used))
 
     _used: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5)
@@ -109,7 +111,7 @@ class ExpertsCase:
         slots = mx.argsort(mx.random.uniform(shape=(rows, self.slots), key=keys[1]), axis=-1)
         slots = slots[:, : self.top_k].astype(mx.uint32)
         weights = mx.softmax(mx.random.normal((rows, self.top_k), key=keys[2]), axis=-1)
-        # As the router leaves it: at the beginning of a larger array, see LEAST_ELEMENTS.
+        # As from the router: the start of a larger array, see LEAST_ELEMENTS.
         shared = mx.sigmoid(mx.random.normal((rows + 8, 1), key=keys[3]))
         arrays = [x, slots, weights.astype(dtype), shared.astype(dtype)[:rows]]
         for key, (shape, bits) in zip(keys[4:], self._shapes, strict=True):
@@ -118,7 +120,7 @@ class ExpertsCase:
         mx.eval(arrays)
         return arrays
 
-    def _banks(self, inputs: tuple[mx.array, ...]) -> list[QuantizedMatrix]:
+    def _matrices(self, inputs: tuple[mx.array, ...]) -> list[QuantizedMatrix]:
         return [
             QuantizedMatrix.of(inputs[4 + 3 * i : 7 + 3 * i], bits, self.group_size)
             for i, (_, bits) in enumerate(self._shapes)
@@ -127,53 +129,52 @@ class ExpertsCase:
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernels."""
         x, slots, weights, shared = inputs[:4]
-        banks = self._banks(inputs)
-        y = expert_mlp_by_kernels(x, slots, weights, banks[:3], banks[3:], shared, residual=x)
-        return [y]
+        matrices = self._matrices(inputs)
+        mixture = x, slots, weights, matrices[:3], matrices[3:], shared
+        return [expert_mlp_by_kernels(*mixture, residual=x)]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
-        """Compute by mx.gather_qmm and mx.quantized_matmul, as mlx-lm does."""
-        hidden, shared = self._stock_hidden(inputs)
-        return self._stock_combine(hidden, shared, inputs)
+        """Compute by mx.gather_qmm and mx.quantized_matmul, as in mlx-lm."""
+        return self._stock_combine(*self._stock_hidden(inputs), inputs)
 
     def _stock_hidden(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
-        x, banks = inputs[0], self._banks(inputs)
+        x, matrices = inputs[0], self._matrices(inputs)
         wide = x[:, None, None, :]
-        gate, up = (_gather(wide, bank, inputs[1]) for bank in banks[:2])
-        shared_gate, shared_up = (_multiply(x, bank) for bank in banks[3:5])
+        gate, up = (gather_matmul(wide, matrix, inputs[1]) for matrix in matrices[:2])
+        shared_gate, shared_up = (matmul_by_mlx(x, matrix) for matrix in matrices[3:5])
         return swiglu(gate, up), swiglu(shared_gate, shared_up)
 
     def _stock_combine(
         self, hidden: mx.array, shared: mx.array, inputs: tuple[mx.array, ...]
     ) -> list[mx.array]:
         x, slots, weights, shared_weight = inputs[:4]
-        banks = self._banks(inputs)
-        y = _gather(hidden, banks[2], slots).squeeze(-2)
+        matrices = self._matrices(inputs)
+        y = gather_matmul(hidden, matrices[2], slots).squeeze(-2)
         y = (y * weights[..., None]).sum(axis=-2)
-        return [x + y + shared_weight * _multiply(shared, banks[5])]
+        return [x + y + shared_weight * matmul_by_mlx(shared, matrices[5])]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        hidden, shared = self._true_hidden(inputs)
-        return self._true_combine(hidden, shared, inputs)
+        return self._reference_combine(*self._reference_hidden(inputs), inputs)
 
-    def _true_hidden(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
-        x, slots, banks = inputs[0].astype(mx.float32), inputs[1], self._banks(inputs)
+    def _reference_hidden(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
+        x, slots, matrices = inputs[0].astype(mx.float32), inputs[1], self._matrices(inputs)
         gate, up = (
-            (_dequantize(bank, slots) @ x[:, None, :, None]).squeeze(-1) for bank in banks[:2]
+            (_dequantize(matrix, slots) @ x[:, None, :, None]).squeeze(-1)
+            for matrix in matrices[:2]
         )
-        shared_gate, shared_up = (x @ _dequantize(bank).T for bank in banks[3:5])
+        shared_gate, shared_up = (x @ _dequantize(matrix).T for matrix in matrices[3:5])
         return gate * mx.sigmoid(gate) * up, shared_gate * mx.sigmoid(shared_gate) * shared_up
 
-    def _true_combine(
+    def _reference_combine(
         self, hidden: mx.array, shared: mx.array, inputs: tuple[mx.array, ...]
     ) -> list[mx.array]:
         x, slots, weights, shared_weight = (
             t if t.dtype == mx.uint32 else t.astype(mx.float32) for t in inputs[:4]
         )
-        banks = self._banks(inputs)
-        y = (_dequantize(banks[2], slots) @ hidden.astype(mx.float32)[..., None]).squeeze(-1)
-        other = shared.astype(mx.float32) @ _dequantize(banks[5]).T
+        matrices = self._matrices(inputs)
+        y = (_dequantize(matrices[2], slots) @ hidden.astype(mx.float32)[..., None]).squeeze(-1)
+        other = shared.astype(mx.float32) @ _dequantize(matrices[5]).T
         return [x + (y * weights[..., None]).sum(axis=-2) + shared_weight * other]
 
 
@@ -186,8 +187,8 @@ class ExpertGateUpCase(ExpertsCase):
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
-        x, slots, banks = inputs[0], inputs[1], self._banks(inputs)
-        return [expert_gate_up(x, slots, banks[0], banks[1], (banks[3], banks[4]))]
+        gate, up, _, shared_gate, shared_up, _ = self._matrices(inputs)
+        return [expert_gate_up(inputs[0], inputs[1], gate, up, (shared_gate, shared_up))]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by MLX's own ops."""
@@ -195,7 +196,7 @@ class ExpertGateUpCase(ExpertsCase):
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        return self._flat(*self._true_hidden(inputs))
+        return self._flat(*self._reference_hidden(inputs))
 
     def _flat(self, hidden: mx.array, shared: mx.array) -> list[mx.array]:
         return [mx.concatenate([hidden.reshape(self.tokens, -1), shared], axis=-1)]
@@ -209,7 +210,7 @@ class ExpertDownCase(ExpertsCase):
     _used: ClassVar[tuple[int, ...]] = (2, 5)
 
     def inputs(self, seed: int = 0) -> list[mx.array]:
-        """Add the hidden activations `[tokens, K * I + I]` at the end."""
+        """Append the hidden activations `[tokens, K * I + I]`."""
         width = (self.top_k + 1) * self.inner
         hidden = mx.random.normal((self.tokens, width), key=mx.random.key(seed + 1))
         hidden = hidden.astype(DTYPES[self.dtype])
@@ -219,9 +220,9 @@ class ExpertDownCase(ExpertsCase):
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
         x, slots, weights, shared = inputs[:4]
-        banks, hidden = self._banks(inputs), inputs[-1]
-        other = (banks[5], shared)
-        return [expert_down_combine(hidden, slots, weights, banks[2], other, x, x.dtype)]
+        matrices, hidden = self._matrices(inputs), inputs[-1]
+        others = (matrices[5], shared), x, x.dtype
+        return [expert_down_combine(hidden, slots, weights, matrices[2], *others)]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by MLX's own ops."""
@@ -230,34 +231,13 @@ class ExpertDownCase(ExpertsCase):
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        return self._true_combine(*self._halves(inputs), inputs)
+        return self._reference_combine(*self._halves(inputs), inputs)
 
     def _halves(self, inputs: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
         routed, shared = mx.split(inputs[-1], [self.top_k * self.inner], axis=-1)
         return routed.reshape(self.tokens, self.top_k, self.inner), shared
 
 
-def _gather(x: mx.array, bank: QuantizedMatrix, slots: mx.array) -> mx.array:
-    return mx.gather_qmm(
-        x,
-        bank.codes,
-        bank.scales,
-        bank.biases,
-        rhs_indices=slots,
-        transpose=True,
-        group_size=bank.group_size,
-        bits=bank.bits,
-    )
-
-
-def _multiply(x: mx.array, bank: QuantizedMatrix) -> mx.array:
-    return mx.quantized_matmul(
-        x, bank.codes, bank.scales, bank.biases, group_size=bank.group_size, bits=bank.bits
-    )
-
-
-def _dequantize(bank: QuantizedMatrix, slots: mx.array | None = None) -> mx.array:
-    arrays = bank.codes, bank.scales, bank.biases
-    if slots is not None:
-        arrays = arrays[0][slots], arrays[1][slots], arrays[2][slots]
-    return reference.dequantize(*arrays, bank.bits)
+def _dequantize(matrix: QuantizedMatrix, slots: mx.array | None = None) -> mx.array:
+    codes, scales, biases = (a if slots is None else a[slots] for a in matrix.arrays)
+    return reference.dequantize(codes, scales, biases, matrix.bits)

@@ -1,5 +1,5 @@
 // y[n] = sum over k of weights[n, k] * outputs[places[n, k]], COLUMNS wide.
-// Grid: x = 128 * ceil(COLUMNS / 1024), y = n. Threadgroup: 128. Each lane makes eight columns.
+// Grid: x = 128 * ceil(COLUMNS / 1024), y = n. Threadgroup: 128. Each lane computes eight columns.
 uint n = threadgroup_position_in_grid.y;
 uint column = (threadgroup_position_in_grid.x * 128 + thread_index_in_threadgroup) * 8;
 if (column < COLUMNS) {

@@ -1,4 +1,4 @@
-"""The routed experts of a few tokens together with the shared expert, on a GPU, in two launches."""
+"""Routed and shared experts of a few tokens, on a GPU, in two launches."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from ..weights import QuantizedMatrix
 WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # for NVIDIA's GPUs and many columns
 WIDE = 3072  # columns
 TILE = 4  # rows that share a lane's activations
-MAX_SIMDGROUPS = 16  # of a threadgroup that adds experts up
+MAX_SIMDGROUPS = 16  # per threadgroup that adds up experts
 
 _PARTS = ("codes", "scales", "biases")
 _gate_up = Kernel(
@@ -37,9 +37,9 @@ _down_combine = Kernel(
 
 
 def supports(gate: QuantizedMatrix, up: QuantizedMatrix, down: QuantizedMatrix) -> bool:
-    """Say whether the kernels take such experts: gate and up must be quantized alike."""
+    """Return whether the kernels support these formats: gate and up must share theirs."""
     return (gate.bits, gate.group_size) == (up.bits, up.group_size) and all(
-        matvec.supports(bank.bits, bank.group_size) for bank in (gate, up, down)
+        matvec.supports(matrix.bits, matrix.group_size) for matrix in (gate, up, down)
     )
 
 
@@ -55,11 +55,11 @@ def expert_gate_up(
 
     Args:
         x: `[..., H]`.
-        slots: `[..., K]` uint32, where in the banks each expert lies.
+        slots: `[..., K]` uint32, the slot of each expert.
         gate: `[S, I, ...]`.
         up: `[S, I, ...]`.
         shared: gate and up of the shared expert, `[Is, ...]` each.
-        norm: gain `[H]` and epsilon `[1]` of an RMS norm to apply to x first.
+        norm: gain `[H]` and epsilon `[1]` of an RMS norm applied to x first.
 
     Returns:
         `[..., K * I + Is]` in x's dtype.
@@ -68,10 +68,10 @@ def expert_gate_up(
     others = shared or (gate, up)
     extra = others[0].scales.shape[0] if shared else 0
     expect("slots of experts", slots, (*x.shape[:-1], top_k), mx.uint32)
-    for bank in (gate, up):
-        bank.check("gate and up of the experts", (len(gate.codes), inner, hidden))
-    for bank in shared or ():
-        bank.check("gate and up of the shared expert", (extra, hidden))
+    for matrix in (gate, up):
+        matrix.check("gate and up of the experts", (len(gate.codes), inner, hidden))
+    for matrix in shared or ():
+        matrix.check("gate and up of the shared expert", (extra, hidden))
     if norm is not None:
         expect("the norm's weight", norm[0], (hidden,))
     cuda = is_cuda()
@@ -107,7 +107,7 @@ def expert_down_combine(
     residual: mx.array | None = None,
     dtype: mx.Dtype = mx.float32,
 ) -> mx.array:
-    """Apply each token's down projections and add them up.
+    """Apply each token's down projections and return their weighted sum.
 
     Args:
         hidden: `[..., K * I + Is]`, from `expert_gate_up`.
@@ -158,17 +158,17 @@ def expert_down_combine(
     return y
 
 
-def _arrays(*banks: QuantizedMatrix) -> list[mx.array]:
-    return [array for bank in banks for array in (bank.codes, bank.scales, bank.biases)]
+def _arrays(*matrices: QuantizedMatrix) -> list[mx.array]:
+    return [array for matrix in matrices for array in matrix.arrays]
 
 
 def _formats(
-    bank: QuantizedMatrix, shared: QuantizedMatrix, extra: int, chunk: dict[int, int]
+    matrix: QuantizedMatrix, shared: QuantizedMatrix, extra: int, chunk: dict[int, int]
 ) -> dict[str, int]:
     return {
-        "BITS": bank.bits,
-        "GROUP": bank.group_size,
-        "CHUNK": chunk[bank.bits],
+        "BITS": matrix.bits,
+        "GROUP": matrix.group_size,
+        "CHUNK": chunk[matrix.bits],
         "SHARED": extra,
         "SHARED_BITS": shared.bits,
         "SHARED_GROUP": shared.group_size,
@@ -180,7 +180,7 @@ def expert_mlp_by_kernels(
     x: mx.array,
     slots: mx.array,
     weights: mx.array,
-    banks: Sequence[QuantizedMatrix],
+    experts: Sequence[QuantizedMatrix],
     shared: Sequence[QuantizedMatrix] | None,
     shared_weight: mx.array,
     *,
@@ -193,13 +193,13 @@ def expert_mlp_by_kernels(
         x: `[..., H]`.
         slots: `[..., K]` uint32.
         weights: `[..., K]`, the router's.
-        banks: gate, up and down, `[S, out, ...]` each.
-        shared: the same of the shared expert, `[out, ...]` each.
+        experts: gate, up and down, `[S, out, ...]` each.
+        shared: gate, up and down of the shared expert, `[out, ...]` each.
         shared_weight: `[..., 1]`.
-        norm: gain and epsilon of an RMS norm to apply to x first.
+        norm: gain and epsilon of an RMS norm applied to x first.
         residual: `[..., H]` to add.
     """
-    gate, up, down = banks
+    gate, up, down = experts
     hidden = expert_gate_up(x, slots, gate, up, (shared[0], shared[1]) if shared else None, norm)
     other = (shared[2], shared_weight) if shared else None
     return expert_down_combine(hidden, slots, weights, down, other, residual, x.dtype)

@@ -1,9 +1,9 @@
-// y[n, row] = sum over k of weights[n, k] * (D hidden[n, k])[row], D being the down projection of
-// the expert in slot slots[n, k]; plus shared_weight[n] times the same for the shared expert; plus
+// y[n, row] = sum over k of weights[n, k] * (D hidden[n, k])[row], where D is the down projection
+// of the expert in slot slots[n, k]; plus shared_weight[n] times the shared expert's; plus
 // residual[n, row].
 // Grid: x = 32 * SIMDGROUPS * ceil(H / TILE), y = n. Threadgroup: 32 * SIMDGROUPS.
-// A threadgroup makes TILE rows; its simdgroups share out the experts, in SPLIT parts of their
-// columns each, and add up at the end.
+// A threadgroup computes TILE rows; its simdgroups share the experts, each in SPLIT parts of its
+// columns, and add up at the end.
 constexpr uint TERMS = (K + (SHARED > 0 ? 1 : 0)) * SPLIT;
 threadgroup float parts[SIMDGROUPS * TILE];
 uint lane = thread_index_in_simdgroup;

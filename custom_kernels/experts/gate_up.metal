@@ -1,8 +1,8 @@
-// hidden[n, k, i] = silu(G x) * (U x) with gate G and up U of the expert in slot slots[n, k], row i;
-// behind them, at K * I, the same for the shared expert. With NORM, x is RMS-normalized first.
+// hidden[n, k, i] = silu(G x) * (U x), row i of gate G and up U of the expert in slot slots[n, k];
+// from K * I on, the shared expert's. With NORM, x is RMS-normalized first.
 // Grid: x = 32 * SPLIT * UNITS * ceil(units / UNITS), y = n. Threadgroup: 32 * SPLIT * UNITS.
-// A unit is TILE rows of one expert: ceil(I / TILE) units each, then those of the shared expert.
-// Its SPLIT simdgroups share the columns out; all rows reuse a lane's activations.
+// A unit is TILE rows of one expert: ceil(I / TILE) units per expert, then the shared expert's. Its
+// SPLIT simdgroups share the columns; all rows reuse a lane's activations.
 constexpr uint PER_EXPERT = (I + TILE - 1) / TILE;
 constexpr uint PARTS = 2 * TILE + 1;
 threadgroup float parts[UNITS * SPLIT * PARTS];

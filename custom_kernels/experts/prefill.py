@@ -1,4 +1,4 @@
-"""Routed experts: SwiGLU over experts that sit in slots of quantized weight banks."""
+"""Routed experts of many tokens: SwiGLU over quantized experts in slots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,127 +18,130 @@ from ..op import Op
 from ..weights import QuantizedMatrix
 from .tiles import cut, take_rows
 
-# Where MLX begins to multiply otherwise, and so to round otherwise: on NVIDIA's GPUs with so many
-# pairs of row and expert; on Apple's with so many for each slot of the bank, if told their order.
+# At these thresholds MLX switches kernels, which round differently: assignments on NVIDIA's GPUs,
+# sorted assignments per slot on Apple's.
 LEAST_ASSIGNMENTS, LEAST_PER_SLOT = 8, 4
-# Rows of a tile: as many as MLX's kernels multiply at once, on NVIDIA's GPUs two kinds of them.
+# Rows of a tile, as MLX's kernels multiply at once; on NVIDIA's GPUs two kinds of kernels.
 TILE_ROWS, FEW_ROWS, MANY_ROWS = 32, 16, 64
 MOST_TRIED_ROWS = 64  # per expert
-Banks = Sequence[QuantizedMatrix]  # gate, up and down
+ExpertMatrices = Sequence[QuantizedMatrix]  # gate, up and down
 
 
 class Routed(NamedTuple):
-    """How many rows a layer has; what decides how to multiply.
+    """Size of a layer's work, by which kernels are chosen.
 
     Attributes:
-        pairs: of token and expert.
-        of: experts that the layer has.
+        assignments: token-expert assignments.
+        experts: experts of the layer.
     """
 
-    pairs: int
-    of: int
+    assignments: int
+    experts: int
 
 
-def cpu_experts(x: mx.array, banks: Banks) -> ModuleType | None:
-    """Return the module of CPU kernels if they take such rows and experts, else None."""
+def cpu_experts(x: mx.array, experts: ExpertMatrices) -> ModuleType | None:
+    """Return the module of CPU kernels if they support these rows and experts, else None."""
     kernels = cpu_kernels(x)
-    taken = kernels and all(kernels.supports(b.bits, b.group_size, b.scales) for b in banks)
+    taken = kernels and all(kernels.supports(m.bits, m.group_size, m.scales) for m in experts)
     return kernels if taken else None
 
 
 @Op
 def expert_mlp(
-    x: mx.array, tokens: mx.array, slots: mx.array, banks: Banks, part_of: Routed
+    x: mx.array, tokens: mx.array, slots: mx.array, experts: ExpertMatrices, whole: Routed
 ) -> tuple[mx.array, mx.array]:
-    """Run one expert per pair, down(silu(gate x) * up x), by MLX's products.
+    """Run one expert per assignment, down(silu(gate x) * up x), by MLX's matmuls.
 
-    A pair's result depends on its row and on `part_of`, and not on which others come along.
+    A result depends on its row and on `whole`, not on the other assignments of the call.
 
     Args:
         x: `[N, H]`.
-        tokens: `[pairs]` uint32, the place in x of each pair.
-        slots: `[pairs]` uint32, the slot of each pair's expert.
-        banks: gate, up and down projections.
-        part_of: all pairs of the layer, if these are some of them.
+        tokens: `[assignments]` uint32, the row of x of each.
+        slots: `[assignments]` uint32, the slot of each.
+        experts: gate, up and down projections.
+        whole: size of the layer's work, of which these assignments may be a part.
 
     Returns:
-        `[rows, H]` in x's dtype, and `[pairs]` uint32, the row of each pair.
+        `[rows, H]` in x's dtype, and `[assignments]` uint32, the row of each.
     """
-    return _gathered(x, tokens, slots, banks, part_of)
+    return _gathered(x, tokens, slots, experts, whole)
 
 
 @expert_mlp.register
 def _expert_mlp_by_gpu(
-    x: mx.array, tokens: mx.array, slots: mx.array, banks: Banks, part_of: Routed
+    x: mx.array, tokens: mx.array, slots: mx.array, experts: ExpertMatrices, whole: Routed
 ) -> tuple[mx.array, mx.array] | None:
-    if not on_gpu(x) or not _wants_tiles(x, part_of, banks):
+    if not on_gpu(x) or not _wants_tiles(x, whole, experts):
         return None
-    return _tiled(x, tokens, slots, banks, part_of)
+    return _tiled(x, tokens, slots, experts, whole)
 
 
 def ascending(slots: np.ndarray) -> np.ndarray:
-    """Return the stable order that sorts small non-negative numbers."""
-    # numpy sorts 16-bit integers by radix, ten times faster than longer ones.
+    """Return the stable sort order of non-negative numbers below 65,536."""
+    # numpy sorts 16-bit integers by radix, ten times faster than wider ones.
     return np.argsort(slots.astype(np.uint16), kind="stable")
 
 
 def _tiled(
-    x: mx.array, tokens: mx.array, slots: mx.array, banks: Banks, part_of: Routed
+    x: mx.array, tokens: mx.array, slots: mx.array, experts: ExpertMatrices, whole: Routed
 ) -> tuple[mx.array, mx.array]:
     """Multiply tiles of rows that share an expert."""
-    tiles = cut(slots, len(banks[0].codes), _tile_rows(part_of))
-    y = _multiplied(take_rows(x, tokens, tiles), tiles.slots, banks)
+    tiles = cut(slots, len(experts[0].codes), _tile_rows(whole))
+    y = _multiplied(take_rows(x, tokens, tiles), tiles.slots, experts)
     return y.reshape(-1, x.shape[-1]), tiles.places
 
 
 def _gathered(
-    x: mx.array, tokens: mx.array, slots: mx.array, banks: Banks, part_of: Routed
+    x: mx.array, tokens: mx.array, slots: mx.array, experts: ExpertMatrices, whole: Routed
 ) -> tuple[mx.array, mx.array]:
-    """Multiply row by row, slots ascending; repeat the last until all parts go one way."""
-    in_order = not is_cuda() and part_of.pairs >= LEAST_PER_SLOT * max(part_of.of, 4)
-    least = LEAST_PER_SLOT * max(len(banks[0].codes), 4) if in_order else LEAST_ASSIGNMENTS
-    padding = max(0, min(least, part_of.pairs) - slots.size)
+    """Multiply row by row, slots ascending; repeat the last row to stay with the whole's kernel."""
+    in_order = not is_cuda() and whole.assignments >= LEAST_PER_SLOT * max(whole.experts, 4)
+    least = LEAST_PER_SLOT * max(len(experts[0].codes), 4) if in_order else LEAST_ASSIGNMENTS
+    padding = max(0, min(least, whole.assignments) - slots.size)
     order = mx.argsort(slots)
     places = mx.put_along_axis(slots, order, mx.arange(slots.size, dtype=mx.uint32), axis=0)
     if padding:
         order = mx.concatenate([order, mx.repeat(order[-1:], padding)])
-    y = _multiplied(x[tokens[order]][:, None, :], slots[order], banks, in_order)
+    y = _multiplied(x[tokens[order]][:, None, :], slots[order], experts, in_order)
     return y.squeeze(1), places
 
 
-def _multiplied(x: mx.array, slots: mx.array, banks: Banks, in_order: bool = False) -> mx.array:
+def gather_matmul(
+    x: mx.array, matrix: QuantizedMatrix, slots: mx.array, in_order: bool = False
+) -> mx.array:
+    """Multiply rows by the matrices in their slots, by MLX's op; see `mx.gather_qmm`."""
+    return mx.gather_qmm(
+        x,
+        *matrix.arrays,
+        rhs_indices=slots,
+        transpose=True,
+        group_size=matrix.group_size,
+        bits=matrix.bits,
+        sorted_indices=in_order,
+    )
+
+
+def _multiplied(
+    x: mx.array, slots: mx.array, experts: ExpertMatrices, in_order: bool = False
+) -> mx.array:
     """Run `[slots, rows, H]` through the expert in each slot, in x's shape."""
-
-    def multiply(x: mx.array, bank: QuantizedMatrix) -> mx.array:
-        return mx.gather_qmm(
-            x,
-            bank.codes,
-            bank.scales,
-            bank.biases,
-            rhs_indices=slots,
-            transpose=True,
-            group_size=bank.group_size,
-            bits=bank.bits,
-            sorted_indices=in_order,
-        )
-
-    gate, up, down = banks
-    return multiply(swiglu(multiply(x, gate), multiply(x, up)), down)
+    gate, up, down = experts
+    hidden = swiglu(*(gather_matmul(x, matrix, slots, in_order) for matrix in (gate, up)))
+    return gather_matmul(hidden, down, slots, in_order)
 
 
-def _tile_rows(part_of: Routed) -> int:
-    """Return how many rows a tile has."""
+def _tile_rows(whole: Routed) -> int:
     if not is_cuda():
         return TILE_ROWS
-    return MANY_ROWS if part_of.pairs >= MANY_ROWS * part_of.of else FEW_ROWS
+    return MANY_ROWS if whole.assignments >= MANY_ROWS * whole.experts else FEW_ROWS
 
 
-def _wants_tiles(x: mx.array, part_of: Routed, banks: Banks) -> bool:
-    """Say whether tiles are faster, going by rows that an expert has on average."""
-    gate, up, down = banks
-    if gate.bits != up.bits or len({bank.group_size for bank in banks}) > 1:
+def _wants_tiles(x: mx.array, whole: Routed, experts: ExpertMatrices) -> bool:
+    """Return whether tiles are faster, by average rows per expert."""
+    gate, up, down = experts
+    if gate.bits != up.bits or len({matrix.group_size for matrix in experts}) > 1:
         return False
-    rows = min(max(1, part_of.pairs // part_of.of), MOST_TRIED_ROWS)
+    rows = min(max(1, whole.assignments // whole.experts), MOST_TRIED_ROWS)
     case = TiledCase(
         x.shape[-1],
         gate.scales.shape[1],
@@ -181,7 +184,7 @@ class TiledCase:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights, scales and biases, and of the rows before and after."""
+        """Bytes of weights, scales and biases, and of input and output rows."""
         scales = 16 * DTYPES[self.scale_dtype].size / self.group_size
         bits = 2 * self.bits + self.down_bits + 3 * scales
         weights = int(self.slots * self.inner * self.hidden * bits / 8)
@@ -215,18 +218,18 @@ class TiledCase:
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        x, _, slots, banks, _ = self._arguments(inputs)
+        x, _, slots, experts, _ = self._arguments(inputs)
         matrices = [
-            np.array(reference.dequantize(b.codes, b.scales, b.biases, b.bits)) for b in banks
+            np.array(reference.dequantize(m.codes, m.scales, m.biases, m.bits)) for m in experts
         ]
-        rows, of = np.array(x.astype(mx.float32)), np.array(slots)
+        rows, slot_of = np.array(x.astype(mx.float32)), np.array(slots)
         y = np.empty_like(rows)
-        # By numpy: MLX multiplies float32 matrices in TF32 on NVIDIA's GPUs.
-        for slot in np.unique(of):
+        # By numpy: MLX's float32 matmul uses TF32 on NVIDIA's GPUs.
+        for slot in np.unique(slot_of):
             gate, up, down = (matrix[slot].T for matrix in matrices)
-            some = rows[of == slot]
+            some = rows[slot_of == slot]
             gated = some @ gate
-            y[of == slot] = (gated / (1 + np.exp(-gated)) * (some @ up)) @ down
+            y[slot_of == slot] = (gated / (1 + np.exp(-gated)) * (some @ up)) @ down
         return [mx.array(y)]
 
     @property
@@ -235,9 +238,9 @@ class TiledCase:
 
     def _arguments(self, inputs: tuple[mx.array, ...]) -> tuple[Any, ...]:
         x, slots, *arrays = inputs
-        banks = tuple(
+        experts = tuple(
             QuantizedMatrix.of(arrays[3 * i : 3 * i + 3], bits, self.group_size)
             for i, bits in enumerate(self._bits)
         )
         tokens = mx.arange(len(x), dtype=mx.uint32)
-        return x, tokens, slots, banks, Routed(len(x), self.slots)
+        return x, tokens, slots, experts, Routed(len(x), self.slots)

@@ -1,5 +1,5 @@
 // The K largest of EXPERTS logits per token and their softmax weights; ties go to the lower id.
-// With SHARED, one more logit follows: the shared expert's gate, of which shared[n] is the sigmoid.
+// With SHARED, the last logit is the shared expert's gate; shared[n] is its sigmoid.
 // Grid: x = 32 * n. Threadgroup: 32, one simdgroup per token; a lane holds every 32nd logit. K <= 32.
 constexpr float TAKEN = -3.4028234e38f;
 constexpr int PER_LANE = (EXPERTS + 31) / 32;
@@ -49,6 +49,6 @@ if (lane == 0) {
   float gate = SHARED ? static_cast<float>(here[EXPERTS]) : 0.0f;
   shared[n] = 1.0f / (1.0f + metal::exp(-gate));
 }
-if (n == 0 && lane < SPARE) {  // `shared` has four elements at least
+if (n == 0 && lane < SPARE) {  // `shared` has at least four elements
   shared[4 - SPARE + lane] = 0.0f;
 }

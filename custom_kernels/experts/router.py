@@ -21,12 +21,12 @@ _kernel = Kernel("experts/router", ("logits",), ("ids", "weights", "shared"))
 def route(
     logits: mx.array, top_k: int, *, renormalize: bool, shared: bool
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Choose each token's experts, by the GPU kernel.
+    """Select each token's experts, by the GPU kernel.
 
     Args:
         logits: `[..., experts]`, or `[..., experts + 1]` with `shared`.
         top_k: experts per token, at most MAX_TOP_K.
-        renormalize: make the chosen weights add up to 1.
+        renormalize: make the selected weights sum to 1.
         shared: the last logit is the gate of the shared expert.
 
     Returns:
@@ -58,7 +58,7 @@ def route(
 def route_by_mlx(
     logits: mx.array, top_k: int, *, renormalize: bool, shared: bool
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Do what `route` does with MLX's own ops, as mlx-lm does; ids come in any order."""
+    """Compute `route` by MLX's own ops, as in mlx-lm; ids come in any order."""
     gate = mx.sigmoid(logits[..., -1:]) if shared else mx.zeros(0)
     scores = mx.softmax(logits[..., :-1] if shared else logits, axis=-1, precise=True)
     ids = mx.argpartition(scores, kth=-top_k, axis=-1)[..., -top_k:]
@@ -70,7 +70,7 @@ def route_by_mlx(
 
 @Op
 def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> np.ndarray | None:
-    """Return what a router says of norm(h), `[B, experts]`, None if it would have to be awaited.
+    """Return a router's logits of norm(h), `[B, experts]`; None if that would block on a GPU.
 
     Args:
         h: `[B, 1, H]`.
@@ -88,7 +88,7 @@ def _logits_by_cpu(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> np.ndarr
 
 @dataclass(frozen=True)
 class RouterCase:
-    """`route` at one shape: every expert's weight, 0 if not chosen. See `case.KernelCase`."""
+    """`route` at one shape: each expert's weight, 0 if not selected. See `case.KernelCase`."""
 
     op: ClassVar[str] = "router"
     experts: int
@@ -103,7 +103,7 @@ class RouterCase:
         return self.tokens * per_token
 
     def inputs(self, seed: int = 0) -> list[mx.array]:
-        """Make logits whose values all differ, so that the choice is unique in every dtype."""
+        """Make logits without ties, so that the selection is unique in every dtype."""
         keys = mx.random.split(mx.random.key(seed), self.tokens + 1)
         order = mx.stack([mx.random.permutation(self.experts, key=k) for k in keys[1:]])
         logits = (order.astype(mx.float32) - self.experts / 2) / 32

@@ -1,8 +1,8 @@
-// Cuts pairs of token and expert into tiles of ROWS, each of one slot, slots ascending.
-// slots[p] is the slot of pair p, counts[s] how many pairs slot s has. places[p] is where p lies in
-// the tiles, rows[places[p]] is p; where no pair lies rows is 0. Behind the last tile slots repeat.
-// Grid: x = 256 * SLOTS. Threadgroup: 256, for one slot; each lane looks at a run of pairs.
-// How many pairs and tiles there are is no constant: it changes from call to call.
+// Cuts token-expert assignments (`pairs`) into tiles of ROWS, each of one slot, slots ascending.
+// slots[p] is the slot of assignment p, counts[s] the assignments of slot s. places[p] is p's row in
+// the tiles, rows[places[p]] is p; unused rows are 0. Unused tiles repeat the last slot.
+// Grid: x = 256 * SLOTS. Threadgroup: 256, for one slot; each lane reads a run of assignments.
+// The numbers of assignments and tiles change from call to call, so they are not constants.
 threadgroup uint found[256];
 uint pairs = slots_shape[0];
 uint most_tiles = (pairs + metal::min(pairs, uint(SLOTS)) * (ROWS - 1)) / ROWS;

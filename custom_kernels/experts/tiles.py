@@ -1,4 +1,4 @@
-"""Many tokens' experts on a GPU: pairs of token and expert cut into tiles, and their sums."""
+"""Experts of many tokens on a GPU: tiles of token-expert assignments, and weighted sums."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -13,7 +13,7 @@ from ..op import Op
 from ..shapes import expect
 
 TILES_LANES, LANES = 256, 128
-EIGHT = 8  # columns that a lane reads at once
+EIGHT = 8  # columns per lane and read
 _tiles = Kernel("experts/tiles", ("slots", "counts"), ("rows", "tile_slots", "places"))
 _take = Kernel(
     "experts/take_rows", ("x", "tokens", "rows"), ("y",), ("affine.metal", "write.metal")
@@ -24,12 +24,12 @@ _combine = Kernel(
 
 
 class Tiles(NamedTuple):
-    """Pairs of token and expert, cut into tiles that have one expert each.
+    """Token-expert assignments, cut into tiles of one expert each.
 
     Attributes:
-        rows: `[tiles, rows]` uint32, the pair in each row, 0 where there is none.
-        slots: `[tiles]` uint32, ascending. There may be tiles without pairs at the end.
-        places: `[pairs]` uint32, which row of all tiles each pair has.
+        rows: `[tiles, rows]` uint32, the assignment in each row, 0 if unused.
+        slots: `[tiles]` uint32, ascending; the last tiles may be unused.
+        places: `[assignments]` uint32, the row of each, counted over all tiles.
     """
 
     rows: mx.array
@@ -37,48 +37,48 @@ class Tiles(NamedTuple):
     places: mx.array
 
 
-def most_tiles(pairs: int, slots: int, rows: int) -> int:
-    """Return how many tiles of `rows` pairs can need, however they are spread over slots."""
-    return (pairs + min(slots, pairs) * (rows - 1)) // rows
+def most_tiles(assignments: int, slots: int, rows: int) -> int:
+    """Return the most tiles of `rows` that assignments need under any distribution over slots."""
+    return (assignments + min(slots, assignments) * (rows - 1)) // rows
 
 
-def cut(slots: mx.array, of: int, rows: int) -> Tiles:
-    """Cut pairs into tiles, by the GPU kernel; the host need not know how they are spread.
+def cut(slots: mx.array, slot_count: int, rows: int) -> Tiles:
+    """Cut assignments into tiles, by the GPU kernel; the host needs no counts per slot.
 
     Args:
-        slots: `[pairs]` uint32, the slot of each pair's expert.
-        of: slots of the bank.
-        rows: of a tile.
+        slots: `[assignments]` uint32, the slot of each.
+        slot_count: slots of the layer.
+        rows: rows of a tile.
     """
-    pairs = slots.size
-    expect("slots of experts", slots, (pairs,), mx.uint32)
-    tiles = most_tiles(pairs, of, rows)
-    counts = mx.zeros(of, mx.uint32).at[slots].add(mx.ones(pairs, mx.uint32))
+    count = slots.size
+    expect("slots of experts", slots, (count,), mx.uint32)
+    tiles = most_tiles(count, slot_count, rows)
+    counts = mx.zeros(slot_count, mx.uint32).at[slots].add(mx.ones(count, mx.uint32))
     return Tiles(
         *_tiles(
             [slots, counts],
-            [((tiles, rows), mx.uint32), ((tiles,), mx.uint32), ((pairs,), mx.uint32)],
-            (of, 1, 1),
+            [((tiles, rows), mx.uint32), ((tiles,), mx.uint32), ((count,), mx.uint32)],
+            (slot_count, 1, 1),
             TILES_LANES,
-            SLOTS=of,
+            SLOTS=slot_count,
             ROWS=rows,
         )
     )
 
 
 def take_rows(x: mx.array, tokens: mx.array, tiles: Tiles) -> mx.array:
-    """Return the rows of x that belong in tiles, `[tiles, rows, H]`.
+    """Return the rows of x in tile order, `[tiles, rows, H]`.
 
-    By the GPU kernel, if its 16-byte loads fit; MLX moves an element at a time.
+    The GPU kernel moves 16 bytes at a time, if H allows; MLX moves one element.
 
     Args:
         x: `[N, H]`.
-        tokens: `[pairs]` uint32, the row of x of each pair.
-        tiles: of the pairs.
+        tokens: `[assignments]` uint32, the row of x of each.
+        tiles: tiles of the assignments.
     """
     hidden, rows = x.shape[-1], tiles.rows
     expect("tokens", x, (len(x), hidden))
-    expect("the token of each pair", tokens, (tokens.size,), mx.uint32)
+    expect("the token of each assignment", tokens, (tokens.size,), mx.uint32)
     if hidden % EIGHT:
         return x[tokens[rows]]
     (y,) = _take(
@@ -93,7 +93,7 @@ def take_rows(x: mx.array, tokens: mx.array, tiles: Tiles) -> mx.array:
 
 @Op
 def combine(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:
-    """Add up what each token's experts gave.
+    """Return the weighted sum of each token's expert outputs.
 
     Args:
         outputs: `[rows, H]`.
@@ -117,7 +117,7 @@ def _combine_by_gpu(outputs: mx.array, places: mx.array, weights: mx.array) -> m
 
 
 def combine_by_kernel(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:
-    """Do what `combine` does in one launch, with float32 sums."""
+    """Compute `combine` in one launch, with float32 sums."""
     (tokens, top_k), hidden = places.shape, outputs.shape[-1]
     expect("outputs of experts", outputs, (len(outputs), hidden))
     expect("places of outputs", places, (tokens, top_k), mx.uint32)
@@ -134,7 +134,7 @@ def combine_by_kernel(outputs: mx.array, places: mx.array, weights: mx.array) ->
 
 
 def combine_by_mlx(outputs: mx.array, places: mx.array, weights: mx.array) -> mx.array:
-    """Do what `combine` does with MLX's own ops."""
+    """Compute `combine` by MLX's own ops."""
     return (outputs[places] * weights[..., None].astype(outputs.dtype)).sum(axis=-2)
 
 
@@ -155,7 +155,7 @@ class CombineCase:
         return self.tokens * (self.top_k + 1) * self.hidden * DTYPES[self.dtype].size
 
     def inputs(self, seed: int = 0) -> list[mx.array]:
-        """Make twice as many outputs as are used, places and weights."""
+        """Make outputs (twice as many as used), places and weights."""
         keys = mx.random.split(mx.random.key(seed), 3)
         used = self.tokens * self.top_k
         outputs = mx.random.normal((2 * used, self.hidden), key=keys[0])

@@ -1,1 +1,1 @@
-"""GatedDeltaNet: the recurrence by plain ops, by GPU kernels a step or a prompt at a time."""
+"""GatedDeltaNet: by plain ops, and by GPU kernels for a step or a prompt."""

@@ -1,4 +1,4 @@
-"""GatedDeltaNet between its projections on a GPU: one launch in decoding, three in prefill."""
+"""GatedDeltaNet between its projections on a GPU: one launch in decode, three in prefill."""
 
 import mlx.core as mx
 
@@ -10,55 +10,42 @@ from .cases import (
     GatedDeltaScanCase,
     GatedDeltaStepCase,
 )
-from .naive import last_inputs, mix, or_zeros
+from .naive import Result, last_inputs, mix, split
 from .prepare import gated_norm, prepare
 from .scan import scan
 from .step import LEAST_KEY_DIM, step
-from .weights import MixerWeights
+from .weights import MixerState, MixerWeights
 
-# Prefill kernels are tried with so many tokens. MLX's own way of the scan is too slow for more.
+# Tokens of the prefill cases; MLX's own scan is too slow for more.
 TRIED_SCAN, TRIED_TOKENS = 64, 1024
 
 
-def mix_joined(
-    projected: mx.array,
-    weights: MixerWeights,
-    past: mx.array | None,
-    state: mx.array | None,
-    mask: mx.array | None = None,
-    ends: mx.array | None = None,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Do what `gated_delta.mix` does, from the projections side by side.
+def mix_joined(projected: mx.array, weights: MixerWeights, before: MixerState) -> Result:
+    """Compute `naive.mix` from the joined projections.
 
     Args:
         projected: `[B, T, 2 Hk Dk + Hv Dv + Hv Dv + Hv + Hv]`: qkv, z, b and a.
         weights: the layer's.
-        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` the convolution's last inputs, None for zeros.
-        state: `[B, Hv, Dv, Dk]` float32, None for zeros.
-        mask: `[B, T]` bool, False for padding.
-        ends: `[B]` where each row's tokens end, None if all end at T.
+        before: state before the tokens.
 
     Returns:
         y `[B, T, Hv Dv]`, the new `past` and the new `state`.
     """
-    heads, (batch, tokens, _) = weights.heads, projected.shape
-    channels, values = weights.conv.shape[0], heads.values * heads.value_dim
-    past, state = or_zeros(past, state, weights, batch, projected.dtype)
-    if heads.key_dim >= LEAST_KEY_DIM:
+    (batch, tokens, _), mask, ends = projected.shape, before.mask, before.ends
+    past, state = before.arrays(weights, batch, projected.dtype)
+    if weights.heads.key_dim >= LEAST_KEY_DIM:
         if tokens == 1 and mask is None and ends is None:
             if prefers_custom(GatedDeltaStepCase(*_sizes(projected, weights), batch)):
                 return step(projected, weights, past, state)
         elif _wants_prefill(projected, weights):
             q, k, v, g, beta = prepare(projected, weights, past, mask)
             y, state = scan(q, k, v, g, beta, state, mask)
-            qkv = projected[..., :channels]
-            past = last_inputs(
-                past, qkv if mask is None else mx.where(mask[..., None], qkv, 0), ends
-            )
-            return gated_norm(y, projected, weights), past, state
-    ends_of = [channels, channels + values, channels + values + heads.values]
-    qkv, z, b, a = mx.split(projected, ends_of, -1)
-    return mix(qkv, z, b, a, weights, past, state, mask, ends)
+            qkv = projected[..., : weights.channels]
+            if mask is not None:
+                qkv = mx.where(mask[..., None], qkv, 0)
+            return gated_norm(y, projected, weights), last_inputs(past, qkv, ends), state
+    qkv, z, b, a = split(projected, weights.heads)
+    return mix(qkv, z, b, a, weights, MixerState(past, state, mask, ends))
 
 
 def _sizes(projected: mx.array, weights: MixerWeights) -> tuple[int, int, int, int, str, str]:

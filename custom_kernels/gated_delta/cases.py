@@ -1,5 +1,6 @@
-"""Trials of the GatedDeltaNet kernels, and the ops that these kernels replace."""
+"""Kernel cases of GatedDeltaNet, and the ops that these kernels replace."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -9,7 +10,7 @@ import mlx.nn as nn
 
 from .. import reference
 from ..case import DTYPES
-from .naive import gated_delta
+from .naive import convolved, gated_delta, split, split_heads
 from .prepare import gated_norm, prepare
 from .scan import scan
 from .step import step
@@ -21,24 +22,18 @@ EPS = 1e-6
 def prepare_by_ops(
     projected: mx.array, weights: MixerWeights, past: mx.array, mask: mx.array | None = None
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-    """Make q, k, v, g and beta by MLX's own ops, in the dtypes given; as `prepare` does."""
-    heads = weights.heads
-    qkv, _, b, a = split(projected, heads)
+    """Compute `prepare` by MLX's own ops, in the dtypes given: q, k, v, g and beta."""
+    qkv, _, b, a = split(projected, weights.heads)
     if mask is not None:
         qkv = mx.where(mask[..., None], qkv, 0)
-    window = mx.concatenate([past, qkv], axis=1)
-    qkv = nn.silu(mx.conv1d(window, weights.conv, groups=qkv.shape[-1]))
-    q, k, v = _split_heads(qkv, heads)
-    scale, eps = heads.key_dim**-0.5, weights.qk_eps / heads.key_dim
-    q = scale**2 * mx.fast.rms_norm(q, None, eps)
-    k = scale * mx.fast.rms_norm(k, None, eps)
+    q, k, v = convolved(mx.concatenate([past, qkv], axis=1), weights)
     rate = mx.exp(weights.a_log.astype(mx.float32))
     g = mx.exp(-rate * nn.softplus(a + weights.dt_bias))
     return q, k, v, g, mx.sigmoid(b)
 
 
 def norm_by_ops(y: mx.array, projected: mx.array, weights: MixerWeights) -> mx.array:
-    """Apply the gated norm by MLX's own ops, as `gated_norm` does."""
+    """Compute `gated_norm` by MLX's own ops."""
     z = split(projected, weights.heads)[1].reshape(y.shape)
     y = mx.fast.rms_norm(y, weights.norm, weights.norm_eps).astype(mx.float32)
     y = nn.silu(z.astype(mx.float32)) * y
@@ -48,7 +43,7 @@ def norm_by_ops(y: mx.array, projected: mx.array, weights: MixerWeights) -> mx.a
 def prepare_reference(
     projected: mx.array, weights: MixerWeights, past: mx.array, mask: mx.array | None = None
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-    """Make q, k, v, g and beta in float32, in plain ops."""
+    """Compute `prepare` in float32, in plain ops: q, k, v, g and beta."""
     tokens = projected.shape[1]
     qkv, _, b, a = (t.astype(mx.float32) for t in split(projected, weights.heads))
     if mask is not None:
@@ -57,7 +52,7 @@ def prepare_reference(
     conv = weights.conv.astype(mx.float32)[..., 0]
     taps = [window[:, tap : tap + tokens] * conv[:, tap] for tap in range(conv.shape[1])]
     qkv = sum(taps[1:], taps[0])
-    q, k, v = _split_heads(qkv * mx.sigmoid(qkv), weights.heads)
+    q, k, v = split_heads(qkv * mx.sigmoid(qkv), weights.heads)
     q, k = (t * mx.rsqrt(mx.square(t).sum(-1, keepdims=True) + weights.qk_eps) for t in (q, k))
     rate = mx.exp(weights.a_log.astype(mx.float32))
     g = mx.exp(-rate * mx.logaddexp(a + weights.dt_bias.astype(mx.float32), 0.0))
@@ -65,31 +60,16 @@ def prepare_reference(
 
 
 def norm_reference(y: mx.array, projected: mx.array, weights: MixerWeights) -> mx.array:
-    """Apply the gated norm in float32, in plain ops."""
+    """Compute `gated_norm` in float32, in plain ops."""
     y = y.astype(mx.float32)
     z = split(projected, weights.heads)[1].reshape(y.shape).astype(mx.float32)
     y = y * mx.rsqrt(mx.square(y).mean(-1, keepdims=True) + weights.norm_eps)
     return (y * weights.norm.astype(mx.float32) * z * mx.sigmoid(z)).flatten(-2)
 
 
-def split(projected: mx.array, heads: Heads) -> list[mx.array]:
-    """Split `[B, T, W]` into qkv, z, b and a."""
-    values = heads.values * heads.value_dim
-    channels = 2 * heads.keys * heads.key_dim + values
-    ends = [channels, channels + values, channels + values + heads.values]
-    return list(mx.split(projected, ends, axis=-1))
-
-
-def _split_heads(qkv: mx.array, heads: Heads) -> tuple[mx.array, mx.array, mx.array]:
-    keys = heads.keys * heads.key_dim
-    q, k, v = mx.split(qkv, [keys, 2 * keys], axis=-1)
-    q, k = (t.reshape(*t.shape[:2], heads.keys, heads.key_dim) for t in (q, k))
-    return q, k, v.reshape(*v.shape[:2], heads.values, heads.value_dim)
-
-
 @dataclass(frozen=True)
 class _MixerCase:
-    """What the cases share: sizes, and inputs from the projections on.
+    """Shared by the cases: sizes, and inputs from the projections on.
 
     Attributes:
         key_heads: Hk.
@@ -101,7 +81,7 @@ class _MixerCase:
         batch: B.
         tokens: T.
         taps: of the convolution.
-        masked: some tokens, at the start of each row but the first, are padding.
+        masked: each row but the first starts with padding.
     """
 
     key_heads: int
@@ -140,7 +120,7 @@ class _MixerCase:
         past = mx.random.normal((self.batch, self.taps - 1, self._channels), key=next(keys))
         conv = mx.random.normal((self._channels, self.taps, 1), key=next(keys)) / 2
         a_log = mx.log(mx.random.uniform(1, 16, (self.value_heads,), key=next(keys)))
-        # As trained models have it: most heads forget little of the state in one token.
+        # As in trained models, most heads forget little of the state per token.
         dt_bias = mx.random.uniform(-7, 0, (self.value_heads,), key=next(keys))
         norm = 1 + mx.random.normal((self.value_dim,), key=next(keys)) / 4
         return [
@@ -156,7 +136,7 @@ class _MixerCase:
         starts = 2 * mx.arange(self.batch)[:, None]
         return [mx.arange(self.tokens) >= starts] if self.masked else []
 
-    def _weights(self, arrays: tuple[mx.array, ...]) -> MixerWeights:
+    def _weights(self, arrays: Sequence[mx.array]) -> MixerWeights:
         conv, a_log, dt_bias, norm = arrays
         return MixerWeights(self._heads, conv, a_log, dt_bias, norm, EPS, EPS)
 
@@ -170,7 +150,7 @@ class GatedDeltaStepCase(_MixerCase):
     @property
     def nbytes(self) -> int:
         """Bytes of the state and the past, read and written, and of projections and weights."""
-        state = 2 * 4 * self.value_heads * self.value_dim * self.key_dim
+        state = 2 * 4 * self._values * self.key_dim
         row = self._channels * (2 * self.taps - 1) + 2 * self._values
         weights = self._channels * self.taps * DTYPES[self.weight_dtype].size
         return self.batch * (state + row * DTYPES[self.dtype].size) + weights
@@ -185,19 +165,19 @@ class GatedDeltaStepCase(_MixerCase):
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
         projected, past, *weights, state = inputs
-        return list(step(projected, self._weights(tuple(weights)), past, state))
+        return list(step(projected, self._weights(weights), past, state))
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by MLX's own ops."""
         projected, past, *arrays, state = inputs
-        weights = self._weights(tuple(arrays))
+        weights = self._weights(arrays)
         y, state = gated_delta(*prepare_by_ops(projected, weights, past), state)
         return [norm_by_ops(y, projected, weights), self._next_past(projected, past), state]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
         projected, past, *arrays, state = inputs
-        weights = self._weights(tuple(arrays))
+        weights = self._weights(arrays)
         y, state = reference.gated_delta(*prepare_reference(projected, weights, past), state)
         return [norm_reference(y, projected, weights), self._next_past(projected, past), state]
 
@@ -215,7 +195,7 @@ class GatedDeltaScanCase(_MixerCase):
     @property
     def nbytes(self) -> int:
         """Bytes of q, k, v, y, g and beta, and of the state, read and written."""
-        state = 2 * 4 * self.value_heads * self.value_dim * self.key_dim
+        state = 2 * 4 * self._values * self.key_dim
         size = DTYPES[self.dtype].size
         token = (self._channels + self._values) * size + self.value_heads * (4 + size)
         return self.batch * (state + self.tokens * token)
@@ -223,8 +203,7 @@ class GatedDeltaScanCase(_MixerCase):
     def inputs(self, seed: int = 0) -> list[mx.array]:
         """Make q, k, v, g, beta, state, and the mask if any."""
         projected, past, *weights = self._mixer_inputs(seed)
-        made = prepare_reference(projected, self._weights(tuple(weights)), past)
-        q, k, v, g, beta = made
+        q, k, v, g, beta = prepare_reference(projected, self._weights(weights), past)
         dtype = DTYPES[self.dtype]
         state = mx.random.normal(self._state_shape, key=mx.random.key(seed + 1))
         arrays = [*(t.astype(dtype) for t in (q, k, v)), g, beta.astype(dtype), state]
@@ -307,14 +286,14 @@ class GatedDeltaNormCase(_MixerCase):
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
         y, projected, *weights = inputs
-        return [gated_norm(y, projected, self._weights(tuple(weights)))]
+        return [gated_norm(y, projected, self._weights(weights))]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by MLX's own ops."""
         y, projected, *weights = inputs
-        return [norm_by_ops(y, projected, self._weights(tuple(weights)))]
+        return [norm_by_ops(y, projected, self._weights(weights))]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
         y, projected, *weights = inputs
-        return [norm_reference(y, projected, self._weights(tuple(weights)))]
+        return [norm_reference(y, projected, self._weights(weights))]

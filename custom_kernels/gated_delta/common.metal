@@ -1,7 +1,7 @@
-// What the GatedDeltaNet kernels share.
+// Shared by the GatedDeltaNet kernels.
 
-// A row of COLUMNS numbers is shared out among LANES lanes in runs of VEC (4 or 1): each lane has
-// every LANES-th run, so that neighbours read neighbouring memory. Beyond the row there are zeros.
+// LANES lanes share a row of COLUMNS elements in runs of VEC (4 or 1): each lane has every LANES-th
+// run, so that neighbors read neighboring memory. Elements beyond the row are 0.
 template <int COLUMNS, int LANES, int VEC>
 inline void read_row(const device float* row, uint lane, thread float* out) {
   constexpr int STEP = LANES * VEC;
@@ -44,7 +44,7 @@ inline void write_row(device float* row, uint lane, thread const float* values) 
   }
 }
 
-// Rows in threadgroup memory are made of runs; they are filled up with zeros to whole steps.
+// Rows in threadgroup memory consist of runs, padded with zeros to whole steps.
 template <int N>
 struct alignas(N * sizeof(float)) Run {
   float v[N];
@@ -59,7 +59,7 @@ inline void read_runs(P runs, uint lane, thread float* out) {
   }
 }
 
-// Sum each of N numbers over LANES neighbouring lanes, a power of two; each of them gets the sums.
+// Sum each of N values over LANES neighboring lanes, a power of two; each lane gets the sums.
 template <int N, int LANES>
 inline void sum_over(thread float* sums) {
   for (int step = LANES / 2; step > 0; step /= 2) {
@@ -85,7 +85,7 @@ inline void scale_by(float factor, thread float* values) {
   }
 }
 
-// `c ? x[i] : x[j]` would select an address, and so keep x out of registers.
+// `c ? x[i] : x[j]` would select an address and keep x out of registers.
 inline float choose(bool c, float a, float b) {
   return c ? a : b;
 }
@@ -94,8 +94,8 @@ inline float sigmoid(float x) {
   return 1.0f / (1.0f + metal::exp(-x));
 }
 
-// log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|). There is no log1p in Metal, and
-// log(1 + e) loses a small e, that is the decay of a head with a long memory. With
+// log(1 + exp(x)) = max(x, 0) + log(1 + e) with e = exp(-|x|). Metal lacks log1p, and log(1 + e)
+// loses a small e, the decay of a head with a long memory. With
 // s = e / (2 + e), log(1 + e) = 2 (s + s^3 / 3 + s^5 / 5 + ...).
 inline float softplus(float x) {
   float e = metal::exp(-metal::abs(x));

@@ -1,4 +1,4 @@
-"""A GatedDeltaNet layer: norm, projections, what lies between them, and the residual."""
+"""A GatedDeltaNet layer: norm, projections, the mixer between them, and the residual."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,8 @@ from ..device import on_gpu
 from ..linear.linear import joined, linear
 from ..op import Op
 from .by_gpu import mix_joined
-from .naive import mix
-from .weights import MixerWeights
-
-Result = tuple[mx.array, mx.array, mx.array]
+from .naive import Result, mix
+from .weights import MixerState, MixerWeights
 
 
 @Op
@@ -23,10 +21,7 @@ def gated_delta_layer(
     inputs: Sequence[nn.Module],
     out: nn.Module,
     weights: MixerWeights,
-    past: mx.array | None,
-    state: mx.array | None,
-    mask: mx.array | None = None,
-    ends: mx.array | None = None,
+    before: MixerState,
 ) -> Result:
     """Run a layer: h + out(mix(inputs(norm(h)))).
 
@@ -35,17 +30,14 @@ def gated_delta_layer(
         norm: the norm before the layer.
         inputs: the projections to q, k and v; to z; to b; and to a.
         out: the output projection.
-        weights: what the layer holds besides its projections.
-        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` the convolution's last inputs, None for zeros.
-        state: `[B, Hv, Dv, Dk]` float32, None for zeros.
-        mask: `[B, T]` bool, False for padding.
-        ends: `[B]` where each row's tokens end, None if all end at T.
+        weights: all but the projections.
+        before: state before the tokens.
 
     Returns:
         `[B, T, H]`, the new `past` and the new `state`.
     """
     qkv, z, b, a = linear(h, *inputs, norm=norm)
-    y, past, state = mix(qkv, z, b, a, weights, past, state, mask, ends)
+    y, past, state = mix(qkv, z, b, a, weights, before)
     return linear(y, out, residual=h)[0], past, state
 
 
@@ -56,15 +48,11 @@ def _by_gpu(
     inputs: Sequence[nn.Module],
     out: nn.Module,
     weights: MixerWeights,
-    past: mx.array | None,
-    state: mx.array | None,
-    mask: mx.array | None = None,
-    ends: mx.array | None = None,
+    before: MixerState,
 ) -> Result | None:
     if not on_gpu(h):
         return None
-    projected = joined(h, *inputs, norm=norm)
-    y, past, state = mix_joined(projected, weights, past, state, mask, ends)
+    y, past, state = mix_joined(joined(h, *inputs, norm=norm), weights, before)
     return linear(y, out, residual=h)[0], past, state
 
 
@@ -75,11 +63,9 @@ def _step_by_cpu(
     inputs: Sequence[nn.Module],
     out: nn.Module,
     weights: MixerWeights,
-    past: mx.array | None,
-    state: mx.array | None,
-    mask: mx.array | None = None,
-    ends: mx.array | None = None,
+    before: MixerState,
 ) -> Result | None:
+    past, state, mask, ends = before
     if past is None or mask is not None or ends is not None or not (steps := cpu_steps(h)):
         return None
     return steps.delta_step(h, inputs, out, norm, weights, past, state)

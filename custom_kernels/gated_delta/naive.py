@@ -7,7 +7,9 @@ import mlx.nn as nn
 
 from ..device import cpu_kernels
 from ..op import Op
-from .weights import MixerWeights
+from .weights import Heads, MixerState, MixerWeights
+
+Result = tuple[mx.array, mx.array, mx.array]
 
 
 @partial(mx.compile, shapeless=True)
@@ -39,16 +41,7 @@ def gated_delta(
     state: mx.array,
     mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Scan the gated delta rule over T tokens; rule as in `reference.gated_delta`.
-
-    Args:
-        q: `[B, T, Hk, Dk]`.
-        k: `[B, T, Hk, Dk]`.
-        v: `[B, T, Hv, Dv]`.
-        g: `[B, T, Hv]` float32.
-        beta: `[B, T, Hv]`.
-        state: `[B, Hv, Dv, Dk]` float32.
-        mask: `[B, T]` bool, False for padding.
+    """Scan the gated delta rule over T tokens; rule and shapes as in `reference.gated_delta`.
 
     Returns:
         y `[B, T, Hv, Dv]` in q's dtype and the final state `[B, Hv, Dv, Dk]` float32.
@@ -59,36 +52,19 @@ def gated_delta(
     for t in range(q.shape[1]):
         y, new = _step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state)
         outputs.append(y.astype(q.dtype))
-        # Read each state before the next is made, or all states of a long prompt live at once.
+        # Read each state before making the next, or all states of a long prompt live at once.
         new = mx.depends(new, y)
         state = new if mask is None else mx.where(mask[:, t, None, None, None], new, state)
     return mx.stack(outputs, axis=1), state
 
 
-def or_zeros(
-    past: mx.array | None,
-    state: mx.array | None,
-    weights: MixerWeights,
-    batch: int,
-    dtype: mx.Dtype,
-) -> tuple[mx.array, mx.array]:
-    """Return `past` and `state` as for `mix`, of zeros where they are None."""
-    heads, (channels, taps, _) = weights.heads, weights.conv.shape
-    if past is None:
-        past = mx.zeros((batch, taps - 1, channels), dtype=dtype)
-    if state is None:
-        state = mx.zeros((batch, heads.values, heads.value_dim, heads.key_dim), dtype=mx.float32)
-    weights.check_cache(past, state, batch)
-    return past, state
-
-
 def last_inputs(past: mx.array, qkv: mx.array, ends: mx.array | None) -> mx.array:
-    """Return the convolution's last inputs after more have come.
+    """Return the convolution's last inputs after some tokens.
 
     Args:
-        past: `[B, taps - 1, channels]`.
-        qkv: `[B, T, channels]`, what has come.
-        ends: `[B]` where each row ends, None if all end at T.
+        past: `[B, taps - 1, channels]`, those before.
+        qkv: `[B, T, channels]`, those of the tokens.
+        ends: `[B]` end of each row, None if all end at T.
     """
     keep = past.shape[1]
     if ends is None:
@@ -97,36 +73,44 @@ def last_inputs(past: mx.array, qkv: mx.array, ends: mx.array | None) -> mx.arra
     return mx.take_along_axis(mx.concatenate([past, qkv], axis=1), places, axis=1)
 
 
-def windowed(
-    qkv: mx.array,
-    weights: MixerWeights,
-    past: mx.array | None,
-    state: mx.array | None,
-    mask: mx.array | None,
-    ends: mx.array | None,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Return `[B, taps - 1 + T, channels]`, what the convolution sees, the new past, the state.
+def windowed(qkv: mx.array, weights: MixerWeights, before: MixerState) -> Result:
+    """Return the convolution's window `[B, taps - 1 + T, channels]`, the new past, the state."""
+    past, state = before.arrays(weights, qkv.shape[0], qkv.dtype)
+    if before.mask is not None:
+        qkv = mx.where(before.mask[..., None], qkv, 0)
+    return mx.concatenate([past, qkv], axis=1), last_inputs(past, qkv, before.ends), state
 
-    Arguments as for `mix`.
-    """
-    past, state = or_zeros(past, state, weights, qkv.shape[0], qkv.dtype)
-    if mask is not None:
-        qkv = mx.where(mask[..., None], qkv, 0)
-    return mx.concatenate([past, qkv], axis=1), last_inputs(past, qkv, ends), state
+
+def split(projected: mx.array, heads: Heads) -> list[mx.array]:
+    """Split `[B, T, W]` into qkv, z, b and a."""
+    values = heads.values * heads.value_dim
+    channels = 2 * heads.keys * heads.key_dim + values
+    ends = [channels, channels + values, channels + values + heads.values]
+    return list(mx.split(projected, ends, axis=-1))
+
+
+def split_heads(qkv: mx.array, heads: Heads) -> Result:
+    """Split `[B, T, channels]` into q and k `[B, T, Hk, Dk]` and v `[B, T, Hv, Dv]`."""
+    keys = heads.keys * heads.key_dim
+    q, k, v = mx.split(qkv, [keys, 2 * keys], axis=-1)
+    q, k = (t.reshape(*t.shape[:2], heads.keys, heads.key_dim) for t in (q, k))
+    return q, k, v.reshape(*v.shape[:2], heads.values, heads.value_dim)
+
+
+def convolved(window: mx.array, weights: MixerWeights) -> Result:
+    """Convolve, apply SiLU and normalize: the window to q, k and v."""
+    heads = weights.heads
+    qkv = nn.silu(mx.conv1d(window, weights.conv, groups=window.shape[-1]))
+    q, k, v = split_heads(qkv, heads)
+    # rms_norm with eps / Dk is the l2 norm with eps, times sqrt(Dk).
+    scale, eps = heads.key_dim**-0.5, weights.qk_eps / heads.key_dim
+    return scale**2 * mx.fast.rms_norm(q, None, eps), scale * mx.fast.rms_norm(k, None, eps), v
 
 
 @Op
 def mix(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    weights: MixerWeights,
-    past: mx.array | None,
-    state: mx.array | None,
-    mask: mx.array | None = None,
-    ends: mx.array | None = None,
-) -> tuple[mx.array, mx.array, mx.array]:
+    qkv: mx.array, z: mx.array, b: mx.array, a: mx.array, weights: MixerWeights, before: MixerState
+) -> Result:
     """Run a GatedDeltaNet layer between its input and output projections.
 
     Args:
@@ -135,51 +119,26 @@ def mix(
         b: `[B, T, Hv]` write strength before its sigmoid.
         a: `[B, T, Hv]` decay input.
         weights: the layer's.
-        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` the convolution's last inputs, None for zeros.
-        state: `[B, Hv, Dv, Dk]` float32, None for zeros.
-        mask: `[B, T]` bool, False for padding.
-        ends: `[B]` where each row's tokens end, None if all end at T.
+        before: state before the tokens.
 
     Returns:
         y `[B, T, Hv Dv]`, the new `past` and the new `state`.
     """
-    heads, (batch, tokens, width) = weights.heads, qkv.shape
-    window, past, state = windowed(qkv, weights, past, state, mask, ends)
-    qkv = nn.silu(mx.conv1d(window, weights.conv, groups=width))
-    q, k, v = mx.split(qkv, [heads.keys * heads.key_dim, 2 * heads.keys * heads.key_dim], axis=-1)
-    q = q.reshape(batch, tokens, heads.keys, heads.key_dim)
-    k = k.reshape(batch, tokens, heads.keys, heads.key_dim)
-    # rms_norm with eps / Dk is the l2 norm with eps, times sqrt(Dk).
-    scale, eps = heads.key_dim**-0.5, weights.qk_eps / heads.key_dim
-    y, state = gated_delta(
-        scale**2 * mx.fast.rms_norm(q, None, eps),
-        scale * mx.fast.rms_norm(k, None, eps),
-        v.reshape(batch, tokens, heads.values, heads.value_dim),
-        _decay(weights.a_log, a, weights.dt_bias),
-        mx.sigmoid(b),
-        state,
-        mask,
-    )
+    window, past, state = windowed(qkv, weights, before)
+    g = _decay(weights.a_log, a, weights.dt_bias)
+    y, state = gated_delta(*convolved(window, weights), g, mx.sigmoid(b), state, before.mask)
     y = _gate(mx.fast.rms_norm(y, weights.norm, weights.norm_eps), z.reshape(y.shape))
-    return y.reshape(batch, tokens, -1), past, state
+    return y.flatten(-2), past, state
 
 
 @mix.register
 def _mix_by_cpu(
-    qkv: mx.array,
-    z: mx.array,
-    b: mx.array,
-    a: mx.array,
-    weights: MixerWeights,
-    past: mx.array | None,
-    state: mx.array | None,
-    mask: mx.array | None = None,
-    ends: mx.array | None = None,
-) -> tuple[mx.array, mx.array, mx.array] | None:
+    qkv: mx.array, z: mx.array, b: mx.array, a: mx.array, weights: MixerWeights, before: MixerState
+) -> Result | None:
     if not cpu_kernels(qkv):
         return None
     from ..cpu import gated_delta  # needs numba
 
-    window, past, state = windowed(qkv, weights, past, state, mask, ends)
-    y, state = gated_delta.mix(z, b, a, weights, window, state, mask)
+    window, past, state = windowed(qkv, weights, before)
+    y, state = gated_delta.mix(z, b, a, weights, window, state, before.mask)
     return y, past, state

@@ -1,8 +1,8 @@
-// From the projections' outputs (qkv | z | b | a) of T tokens to what the gated delta rule takes:
-// convolution and SiLU of qkv, norms of q and k, g and beta. `eps` is that of the output, then of q
-// and k. With MASK, qkv of a token whose mask is false counts as zeros.
+// The gated delta rule's inputs from the projections (qkv | z | b | a) of T tokens: convolution and
+// SiLU of qkv, norms of q and k, g and beta. `eps` is that of the output, then of q and k. With
+// MASK, qkv of a masked token counts as zeros.
 // Grid: x = 32 * SIMDGROUPS * (2 * HK + HV), y = ceil(T / (TOKENS * SIMDGROUPS)), z = B.
-// Threadgroup: 32 * SIMDGROUPS. A simdgroup makes TOKENS tokens of one head of q, k or v.
+// Threadgroup: 32 * SIMDGROUPS. A simdgroup computes TOKENS tokens of one head of q, k or v.
 constexpr uint CHANNELS = 2 * HK * DK + HV * DV;
 constexpr uint WIDTH = CHANNELS + HV * DV + 2 * HV;
 constexpr int PER_LANE = ((DK > DV ? DK : DV) + 31) / 32;
@@ -52,7 +52,7 @@ float scale = head < HK ? metal::rsqrt(float(DK)) : 1.0f;
 auto out = is_value ? v : head < HK ? q : k;
 uint heads = is_value ? HV : HK;
 uint index = is_value ? hv : head % HK;
-// Unrolled, since `rows` would lie in memory otherwise.
+// Unrolled, to keep `rows` in registers.
 #pragma unroll
 for (int i = 0; i < TOKENS; i++) {
   float xs[PER_LANE];

@@ -1,4 +1,4 @@
-"""What comes before and after the gated delta rule over many tokens, on a GPU."""
+"""The ops before and after the gated delta rule over many tokens, on a GPU."""
 
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,8 @@ from .step import check_heads, epsilons, head_constants
 if TYPE_CHECKING:
     from .weights import MixerWeights
 
-SIMDGROUPS = 4  # of a threadgroup
-TOKENS = 4  # that a simdgroup makes: more read less twice, but take more registers
+SIMDGROUPS = 4  # per threadgroup
+TOKENS = 4  # per simdgroup: more would share reads, but take more registers
 
 _prepare = Kernel(
     "gated_delta/prepare",
@@ -35,18 +35,18 @@ def prepare(
     mask: mx.array | None = None,
     tokens: int = TOKENS,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-    """Convolve, normalize q and k, and make the gates of T tokens, as `gated_delta.mix` does.
+    """Convolve, normalize q and k, and compute the gates of T tokens, as in `naive.mix`.
 
     Args:
         projected: `[B, T, 2 Hk Dk + Hv Dv + Hv Dv + Hv + Hv]`, qkv, z, b and a side by side.
         weights: the layer's.
-        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` the convolution's last inputs.
-        mask: `[B, T]` bool; where it is False, the convolution sees zeros.
-        tokens: that a simdgroup makes, up to 32.
+        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` last inputs of the convolution.
+        mask: `[B, T]` bool; the convolution reads zeros where it is False.
+        tokens: tokens per simdgroup, up to 32.
 
     Returns:
         q and k `[B, T, Hk, Dk]` and v `[B, T, Hv, Dv]` in projected's dtype, g and beta
-        `[B, T, Hv]` float32: what `scan` takes.
+        `[B, T, Hv]` float32: the arguments of `scan`.
     """
     heads, taps, (batch, length, _) = weights.heads, weights.conv.shape[1], projected.shape
     check_heads(heads, taps)

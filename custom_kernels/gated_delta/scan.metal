@@ -1,17 +1,17 @@
-// Gated delta rule over T tokens. Per value head and token, S being the state [DV, DK]:
+// Gated delta rule over T tokens. Per value head and token, with state S [DV, DK]:
 //     S <- g S;  S <- S + beta (v - S k) k^T;  y = S q
-// With MASK, a token whose mask is false has its y but leaves S as it was.
+// With MASK, a masked token has its y but leaves S unchanged.
 // Grid: x = LANES * ceil(DV / BLOCK), y = HV, z = B. Threadgroup: LANES = 32 * SIMDGROUPS.
 // ROW_LANES lanes hold ROWS rows of S in registers from the first token to the last; a threadgroup
-// makes BLOCK rows. Its lanes read the next TILE tokens while they compute the last TILE ones, which
-// wait in threadgroup memory; tokens beyond T are the last one with g = 1 and beta = 0.
+// computes BLOCK rows. Its lanes read the next TILE tokens while they compute the last TILE ones
+// from threadgroup memory; tokens beyond T repeat the last one with g = 1 and beta = 0.
 constexpr int LANES = 32 * SIMDGROUPS;
 constexpr int BLOCK = LANES / ROW_LANES * ROWS;
 constexpr int COLUMNS = (DK + ROW_LANES * VEC - 1) / (ROW_LANES * VEC) * VEC;
 constexpr int WIDTH = COLUMNS * ROW_LANES;
 constexpr int KEY_READS = (TILE * WIDTH + LANES - 1) / LANES;
 constexpr int VALUE_READS = (TILE * BLOCK + LANES - 1) / LANES;
-// Two buffers: one is filled while the other is in use.
+// Two buffers: lanes fill one while they read the other.
 threadgroup Run<VEC> queries[2 * TILE * WIDTH / VEC];
 threadgroup Run<VEC> keys[2 * TILE * WIDTH / VEC];
 threadgroup float values[2 * TILE * BLOCK];
@@ -30,7 +30,7 @@ uint last = tokens - 1;
 uint tiles = (tokens + TILE - 1) / TILE;
 auto matrix = state + (b * HV + hv) * (DV * DK);
 auto new_matrix = new_state + (b * HV + hv) * (DV * DK);
-// Of the lanes of a row, the first ROWS write one y each.
+// The first ROWS lanes of a row write one y each.
 bool writes = part < ROWS && top + unit * ROWS + part < DV;
 auto out = y + (b * tokens * HV + hv) * DV + top + unit * ROWS + part;
 
@@ -39,13 +39,13 @@ for (int r = 0; r < ROWS; r++) {
   uint row = metal::min(top + unit * ROWS + r, uint(DV - 1));
   read_row<DK, ROW_LANES, VEC>(matrix + row * DK, part, s[r]);
 }
-// This token's S k, then the last token's S q: both are summed over lanes at the same time.
+// This token's S k and the last token's S q, summed over lanes together.
 float sums[2 * ROWS];
 for (int r = 0; r < 2 * ROWS; r++) {
   sums[r] = 0.0f;
 }
 for (uint tile = 0; tile <= tiles; tile++) {
-  // Ask for this tile. What comes is first looked at after the tile before it is done.
+  // Start reading this tile; its values are first used after the tile before it is done.
   QT next_q[KEY_READS];
   KT next_k[KEY_READS];
   VT next_v[VALUE_READS];
@@ -98,7 +98,7 @@ for (uint tile = 0; tile <= tiles; tile++) {
           s[r][c] = choose(keep, fresh[r][c], s[r][c]);
         }
       }
-      // The next token's k is on its way while this token's S q are made.
+      // Read the next token's k while computing this token's S q.
       uint following = i + 1 < TILE ? slot + 1 : slot;
       read_runs<DK, ROW_LANES, VEC>(keys + following * (WIDTH / VEC), part, ks);
       for (int r = 0; r < ROWS; r++) {

@@ -7,8 +7,9 @@ import mlx.core as mx
 from ..launch import SIMD, Kernel, is_cuda
 from ..shapes import expect
 from .step import LEAST_KEY_DIM, vector
+from .weights import check_rule
 
-MOST_MEMORY = 24 << 10  # bytes of a threadgroup's memory; Metal has 32 KiB
+MOST_MEMORY = 24 << 10  # bytes per threadgroup; Metal has 32 KiB
 
 _kernel = Kernel(
     "gated_delta/scan",
@@ -20,13 +21,13 @@ _kernel = Kernel(
 
 @dataclass(frozen=True)
 class ScanShape:
-    """How the work is cut up.
+    """Division of work among lanes.
 
     Attributes:
-        row_lanes: lanes that hold a row of the state, a power of two up to 32.
-        rows: that such lanes hold, at most one per lane.
-        simdgroups: of a threadgroup.
-        tile: tokens that are read ahead, at most; at most as many as a threadgroup has lanes.
+        row_lanes: lanes that share a row of the state, a power of two up to 32.
+        rows: rows that these lanes hold, at most one per lane.
+        simdgroups: simdgroups per threadgroup.
+        tile: most tokens to prefetch, at most the lanes of a threadgroup.
     """
 
     row_lanes: int = 8
@@ -36,7 +37,7 @@ class ScanShape:
 
 
 SHAPE = ScanShape()
-CUDA_SHAPE = ScanShape(8, 1, 8, 8)  # the fastest of eight measured
+CUDA_SHAPE = ScanShape(8, 1, 8, 8)  # fastest of eight measured
 
 
 def scan(
@@ -59,7 +60,7 @@ def scan(
         beta: `[B, T, Hv]`.
         state: `[B, Hv, Dv, Dk]` float32.
         mask: `[B, T]` bool, False for padding.
-        shape: how the work is cut up; None for what suits the device.
+        shape: division of work, None for the device's default.
 
     Returns:
         y `[B, T, Hv, Dv]` in q's dtype, of masked tokens too, and the final state
@@ -68,17 +69,13 @@ def scan(
     key_heads, key_dim = k.shape[2:]
     batch, tokens, value_heads, value_dim = v.shape
     if not tokens:
-        raise ValueError("there are no tokens to scan")
+        raise ValueError("scan needs at least one token")
     if value_heads % key_heads:
-        raise ValueError(f"{value_heads} value heads are no multiple of {key_heads} key heads")
+        raise ValueError(f"{value_heads} value heads are not a multiple of {key_heads} key heads")
     if key_dim < LEAST_KEY_DIM:
         raise ValueError(f"key_dim {key_dim} is below {LEAST_KEY_DIM}: use MLX's ops")
-    expect("queries", q, (batch, tokens, key_heads, key_dim))
-    expect("keys", k, q.shape)
-    expect("decays", g, v.shape[:3])
-    expect("strengths", beta, v.shape[:3])
-    sizes = batch, value_heads, value_dim, key_dim
-    expect("a GatedDeltaNet layer's state", state, sizes, mx.float32)
+    check_rule(q, k, v, g, beta, state)
+    expect("a GatedDeltaNet layer's state", state, state.shape, mx.float32)
     if mask is not None:
         expect("the mask", mask, (batch, tokens), mx.bool_)
     shape = shape or (CUDA_SHAPE if is_cuda() else SHAPE)
@@ -109,7 +106,7 @@ def scan(
 
 
 def _tile(shape: ScanShape, key_dim: int, block: int) -> int:
-    """Return how many tokens' q, k, v, g, beta and mask fit into a threadgroup's memory twice."""
+    """Return the tokens whose q, k, v, g, beta and mask fit a threadgroup's memory twice."""
     step = shape.row_lanes * vector(key_dim)
     token = 2 * 4 * (2 * -(-key_dim // step) * step + block + 3)
     if token > MOST_MEMORY:

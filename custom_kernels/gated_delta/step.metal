@@ -1,7 +1,7 @@
 // One token of GatedDeltaNet between its projections: convolution, norms of q and k, gated delta
 // rule, gated norm. `projected` is (qkv | z | b | a); `eps` is that of the output, then of q and k.
 // Grid: x = LANES * HV, y = B. Threadgroup: LANES >= DV, one per value head.
-// ROW_LANES lanes hold a row of the state, ROWS rows each, from the first line to the last.
+// ROW_LANES lanes share a row of the state; each holds ROWS rows in registers throughout.
 constexpr uint CHANNELS = 2 * HK * DK + HV * DV;
 constexpr int ROWS = (DV * ROW_LANES + LANES - 1) / LANES;
 constexpr int COLUMNS = (DK + ROW_LANES * VEC - 1) / (ROW_LANES * VEC) * VEC;
@@ -19,7 +19,7 @@ size_t b = threadgroup_position_in_grid.y;
 size_t head = b * HV + hv;
 auto here = projected + b * (CHANNELS + HV * DV + 2 * HV);
 
-// All that comes from memory is asked for before anything waits: first the state.
+// Start all reads before anything waits, the state first.
 float s[ROWS][COLUMNS];
 for (int r = 0; r < ROWS; r++) {
   uint row = metal::min(first + r * (LANES / ROW_LANES), uint(DV - 1));
@@ -36,7 +36,7 @@ float strength = static_cast<float>(scalars[hv]);
 float forget = static_cast<float>(scalars[HV + hv]) + static_cast<float>(dt_bias[hv]);
 float rate = static_cast<float>(a_log[hv]);
 
-// The head's q, k and v. Value heads share q and k: the first of them keeps their past.
+// The head's q, k and v. Value heads share q and k: the first head writes their past.
 bool leads = hv % (HV / HK) == 0;
 for (uint i = lane; i < 2 * DK + DV; i += LANES) {
   uint channel = i < DK       ? hk * DK + i
@@ -107,7 +107,7 @@ for (int r = 0; r < ROWS; r++) {
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
-// Each simdgroup adds up all squares, which is quicker than to share them out.
+// Each simdgroup adds up all squares: faster than sharing them.
 float square = 0.0f;
 for (uint i = thread_index_in_simdgroup; i < DV; i += 32) {
   square = metal::fma(outputs[i], outputs[i], square);

@@ -1,4 +1,4 @@
-"""GatedDeltaNet of one token per row, from the projections' outputs on, in one launch on a GPU."""
+"""GatedDeltaNet between its projections for one token per row, in one launch on a GPU."""
 
 from functools import cache
 from typing import TYPE_CHECKING
@@ -11,9 +11,9 @@ from ..shapes import expect
 if TYPE_CHECKING:
     from .weights import Heads, MixerWeights
 
-LANES = 512  # of a threadgroup
-ROW_LANES = 8  # lanes that hold a row of the state
-LEAST_KEY_DIM = 8  # below it, arrays may be so small that Metal passes them as `constant`
+LANES = 512  # per threadgroup
+ROW_LANES = 8  # lanes that share a row of the state
+LEAST_KEY_DIM = 8  # Metal passes smaller arrays as `constant`
 
 _kernel = Kernel(
     "gated_delta/step",
@@ -33,15 +33,15 @@ def step(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Run a GatedDeltaNet layer between its projections for one token.
 
-    Computes as `gated_delta.mix` does, in float32 throughout.
+    Computes `naive.mix` in float32 throughout.
 
     Args:
         projected: `[B, 1, 2 Hk Dk + Hv Dv + Hv Dv + Hv + Hv]`, qkv, z, b and a side by side.
         weights: the layer's.
-        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` the convolution's last inputs.
+        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` last inputs of the convolution.
         state: `[B, Hv, Dv, Dk]` float32.
-        lanes: of a threadgroup: a multiple of 32, at least Dv.
-        row_lanes: lanes that hold a row of the state, a power of two up to 32.
+        lanes: lanes per threadgroup, a multiple of 32, at least Dv.
+        row_lanes: lanes that share a row of the state, a power of two up to 32.
 
     Returns:
         y `[B, 1, Hv Dv]` in projected's dtype, the new `past` and the new `state`.
@@ -78,9 +78,9 @@ def step(
 
 
 def check_heads(heads: "Heads", taps: int = 2) -> None:
-    """Raise ValueError for what the kernels do not take."""
+    """Raise ValueError for sizes that the kernels do not support."""
     if heads.values % heads.keys:
-        raise ValueError(f"{heads.values} value heads are no multiple of {heads.keys} key heads")
+        raise ValueError(f"{heads.values} value heads are not a multiple of {heads.keys} key heads")
     if heads.key_dim < LEAST_KEY_DIM:
         raise ValueError(f"key_dim {heads.key_dim} is below {LEAST_KEY_DIM}: use MLX's ops")
     if taps < 2:
@@ -93,11 +93,11 @@ def head_constants(heads: "Heads") -> dict[str, int]:
 
 
 def vector(columns: int) -> int:
-    """Return how many of a row's numbers one access takes: 4 or 1."""
+    """Return the numbers per access to a row: 4 or 1."""
     return 1 if columns % 4 else 4
 
 
 @cache
 def epsilons(norm_eps: float, qk_eps: float) -> mx.array:
-    """Return these two and zeros, `[LEAST_ELEMENTS]` float32, once per pair."""
+    """Return both, padded with zeros to `[LEAST_ELEMENTS]` float32, cached."""
     return settled(mx.array([norm_eps, qk_eps, *[0.0] * (LEAST_ELEMENTS - 2)]))

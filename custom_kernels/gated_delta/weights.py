@@ -1,6 +1,7 @@
-"""What a GatedDeltaNet layer holds besides its projections, and its sizes."""
+"""A GatedDeltaNet layer's sizes, its weights other than projections, and its state."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -20,7 +21,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class MixerWeights:
-    """What a GatedDeltaNet layer holds besides its projections.
+    """A GatedDeltaNet layer's weights other than its projections.
 
     Attributes:
         heads: Hk, Hv, Dk, Dv.
@@ -28,8 +29,8 @@ class MixerWeights:
         a_log: `[Hv]`.
         dt_bias: `[Hv]`.
         norm: `[Dv]`.
-        norm_eps: of the output norm.
-        qk_eps: of the q and k norm, added to the sum of squares.
+        norm_eps: epsilon of the output norm.
+        qk_eps: epsilon of the q and k norm, added to the sum of squares.
     """
 
     heads: Heads
@@ -42,7 +43,7 @@ class MixerWeights:
 
     @property
     def channels(self) -> int:
-        """What the convolution runs over: q, k and v of all heads."""
+        """Channels of the convolution: q, k and v of all heads."""
         heads = self.heads
         return 2 * heads.keys * heads.key_dim + heads.values * heads.value_dim
 
@@ -52,15 +53,11 @@ class MixerWeights:
         return self.channels + self.heads.values * (self.heads.value_dim + 2)
 
     def check(self) -> None:
-        """Compare the weights with the heads, by which the kernels index them.
-
-        Raises:
-            FlashMoEError: they do not belong together.
-        """
+        """Raise FlashMoEError unless the weights match the heads, by which kernels index them."""
         heads = self.heads
         if heads.values % heads.keys:
             raise FlashMoEError(
-                f"{heads.values} value heads are no multiple of {heads.keys} key heads."
+                f"{heads.values} value heads are not a multiple of {heads.keys} key heads."
             )
         expect("conv1d.weight", self.conv, (self.channels, self.conv.shape[1], 1))
         expect("A_log", self.a_log, (heads.values,))
@@ -68,12 +65,48 @@ class MixerWeights:
         expect("norm.weight", self.norm, (heads.value_dim,))
 
     def check_cache(self, past: mx.array, state: mx.array, batch: int) -> None:
-        """Compare a layer's cache with the weights and the rows of a batch.
-
-        Raises:
-            FlashMoEError: it is another model's, or of other rows.
-        """
+        """Raise FlashMoEError unless a layer's cache matches the weights and the batch."""
         heads, taps = self.heads, self.conv.shape[1]
         expect("a GatedDeltaNet layer's past inputs", past, (batch, taps - 1, self.channels))
         shape = batch, heads.values, heads.value_dim, heads.key_dim
         expect("a GatedDeltaNet layer's state", state, shape)
+
+
+def check_rule(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, dtype: Any = None) -> None:
+    """Raise FlashMoEError unless shapes are as in `reference.gated_delta`, and dtypes `dtype`."""
+    (batch, tokens, value_heads, value_dim), (key_heads, key_dim) = v.shape, k.shape[2:]
+    expect("queries", q, (batch, tokens, key_heads, key_dim), dtype)
+    expect("keys", k, q.shape, dtype)
+    expect("values", v, v.shape, dtype)
+    expect("decays", g, v.shape[:3], dtype)
+    expect("strengths", beta, v.shape[:3], dtype)
+    shape = batch, value_heads, value_dim, key_dim
+    expect("a GatedDeltaNet layer's state", state, shape, dtype)
+
+
+class MixerState(NamedTuple):
+    """A layer's state before some tokens, and which of these tokens count.
+
+    Attributes:
+        past: `[B, taps - 1, 2 Hk Dk + Hv Dv]` last inputs of the convolution, None for zeros.
+        state: `[B, Hv, Dv, Dk]` float32, None for zeros.
+        mask: `[B, T]` bool, False for padding.
+        ends: `[B]` end of each row's tokens, None if all end at T.
+    """
+
+    past: mx.array | None
+    state: mx.array | None
+    mask: mx.array | None = None
+    ends: mx.array | None = None
+
+    def arrays(
+        self, weights: MixerWeights, batch: int, dtype: mx.Dtype
+    ) -> tuple[mx.array, mx.array]:
+        """Return `past` (of `dtype` if None) and `state`, checked against the weights."""
+        heads, past, state = weights.heads, self.past, self.state
+        if past is None:
+            past = mx.zeros((batch, weights.conv.shape[1] - 1, weights.channels), dtype)
+        if state is None:
+            state = mx.zeros((batch, heads.values, heads.value_dim, heads.key_dim))
+        weights.check_cache(past, state, batch)
+        return past, state

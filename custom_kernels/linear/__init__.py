@@ -1,1 +1,1 @@
-"""Quantized matrices times rows: dequantize in FMA form, matrix by vector, and plain ops."""
+"""Quantized matrices times rows: matrix by vector, dequantize, and MLX's ops."""

@@ -1,5 +1,6 @@
-"""A quantized matrix times a few vectors, as kernel cases: to check, to time, to choose by."""
+"""Kernel cases of a quantized matrix times a few vectors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from ..case import DTYPES, random_quantized
 from ..cpu.entry import cpu_steps
 from ..launch import available as gpu_available
 from ..launch import scalar
+from ..weights import QuantizedMatrix
 from .matvec import dequant_matvec, naive_matvec
 
 NORM_EPS = 1e-6
@@ -47,39 +49,43 @@ class MatvecCase:
         return arrays
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
-        """Compute by our kernel: the GPU's, or numba's on a machine without one."""
-        x, codes, scales, biases = inputs
+        """Compute by our GPU kernel, or by numba on a machine without a GPU."""
+        x, matrix = self._matrix(inputs)
         if not gpu_available() and (steps := cpu_steps(x)):
-            if id(codes) not in self._cpu_weights:
-                self._cpu_weights[id(codes)] = steps.matrices(inputs[1:], self.bits)
-            return [steps.multiply(x, self._cpu_weights[id(codes)])]
-        return [dequant_matvec(x, codes, scales, biases, self.bits)]
+            key = id(matrix.codes)
+            if key not in self._cpu_weights:
+                self._cpu_weights[key] = steps.Group(matrix)
+            return [steps.multiply(x, self._cpu_weights[key])]
+        return [dequant_matvec(x, *matrix.arrays, self.bits)]
 
     @cached_property
     def _cpu_weights(self) -> dict[int, Any]:
-        """What the CPU kernels know of each set of inputs, as they know it of a model's layers."""
+        """The CPU kernels' form of each set of inputs, cached as for a model's layers."""
         return {}
 
     def naive(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by the naive kernel."""
-        x, codes, scales, biases = inputs
-        return [naive_matvec(x, codes, scales, biases, self.bits)]
+        x, matrix = self._matrix(inputs)
+        return [naive_matvec(x, *matrix.arrays, self.bits)]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by mx.quantized_matmul."""
-        x, codes, scales, biases = inputs
+        x, matrix = self._matrix(inputs)
         group_size, bits = self.group_size, self.bits
-        return [mx.quantized_matmul(x, codes, scales, biases, group_size=group_size, bits=bits)]
+        return [mx.quantized_matmul(x, *matrix.arrays, group_size=group_size, bits=bits)]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        x, codes, scales, biases = inputs
-        return [x.astype(mx.float32) @ reference.dequantize(codes, scales, biases, self.bits).T]
+        x, matrix = self._matrix(inputs)
+        return [x.astype(mx.float32) @ reference.dequantize(*matrix.arrays, self.bits).T]
+
+    def _matrix(self, inputs: Sequence[mx.array]) -> tuple[mx.array, QuantizedMatrix]:
+        return inputs[0], QuantizedMatrix.of(inputs[1:4], self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
 class NormedMatvecCase(MatvecCase):
-    """`dequant_matvec` of a normalized input, which stock normalizes in a launch of its own."""
+    """`dequant_matvec` of an RMS-normalized input; stock normalizes in a separate launch."""
 
     op: ClassVar[str] = "dequant_matvec_normed"
 
@@ -90,9 +96,9 @@ class NormedMatvecCase(MatvecCase):
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
-        x, codes, scales, biases, gain = inputs
-        norm = gain, scalar(NORM_EPS)
-        return [dequant_matvec(x, codes, scales, biases, self.bits, norm=norm)]
+        x, matrix = self._matrix(inputs)
+        norm = inputs[4], scalar(NORM_EPS)
+        return [dequant_matvec(x, *matrix.arrays, self.bits, norm=norm)]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by mx.fast.rms_norm and mx.quantized_matmul."""
@@ -102,6 +108,4 @@ class NormedMatvecCase(MatvecCase):
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
         x, *arrays, gain = inputs
-        x = x.astype(mx.float32)
-        factor = mx.rsqrt((x * x).mean(-1, keepdims=True) + NORM_EPS)
-        return super().reference(x * factor * gain.astype(mx.float32), *arrays)
+        return super().reference(reference.rms_norm(x, gain, NORM_EPS), *arrays)

@@ -1,8 +1,8 @@
 // y[n, row] = sum over columns of W[row, column] * x[n, column]
 // With NORM, x is RMS-normalized first; with RESIDUAL, residual[n, row] is added.
 // Grid: x = 32 * SPLIT * UNITS * ceil(ROWS / (TILE * UNITS)), y = n. Threadgroup: 32 * SPLIT * UNITS.
-// A unit of SPLIT simdgroups makes TILE rows; each lane takes CHUNK columns at a time, and all rows
-// reuse the activations.
+// A unit of SPLIT simdgroups computes TILE rows; a lane takes CHUNK columns at a time, and all rows
+// reuse its activations.
 threadgroup float parts[UNITS * SPLIT * (TILE + 1)];
 uint lane = thread_index_in_simdgroup;
 uint simdgroup = simdgroup_index_in_threadgroup;

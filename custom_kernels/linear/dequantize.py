@@ -1,4 +1,4 @@
-"""Quantized matrices written out, for products with many rows, where each weight serves often."""
+"""Dequantize whole matrices, for products with many rows, which reuse each weight."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,65 +18,53 @@ LANES = 256
 _kernel = Kernel("linear/dequantize", ("codes", "scales", "biases"), ("weights",), ("write.metal",))
 
 
-def dequantize(bank: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
-    """Write out a matrix, by the faster of our kernel and MLX's op.
-
-    Args:
-        bank: `[out, in]` weights.
-        dtype: of the result.
-
-    Returns:
-        `[out, in]`.
-    """
-    rows, groups = bank.scales.shape
-    columns = groups * bank.group_size
-    if supports(bank.bits, bank.group_size):
-        case = DequantizeCase(
-            rows, columns, bank.bits, bank.group_size, NAMES[dtype], NAMES[bank.scales.dtype]
-        )
+def dequantize(matrix: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
+    """Dequantize `[out, in]` weights to `dtype`, by the faster of our kernel and MLX's op."""
+    if supports(matrix.bits, matrix.group_size):
+        dtypes = NAMES[dtype], NAMES[matrix.scales.dtype]
+        rows, columns = matrix.shape
+        case = DequantizeCase(rows, columns, matrix.bits, matrix.group_size, *dtypes)
         if prefers_custom(case):
-            return dequantize_by_kernel(bank, dtype)
-    return dequantize_by_mlx(bank, dtype)
+            return dequantize_by_kernel(matrix, dtype)
+    return dequantize_by_mlx(matrix, dtype)
 
 
-def dequantize_by_kernel(bank: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
-    """Do what `dequantize` does in one launch."""
-    rows, groups = bank.scales.shape
-    bank.check("a matrix", bank.shape)
-    columns = groups * bank.group_size
+def dequantize_by_kernel(matrix: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
+    """Compute `dequantize` in one launch."""
+    matrix.check("a matrix", matrix.shape)
+    rows, columns = matrix.shape
     (weights,) = _kernel(
-        [bank.codes, bank.scales, bank.biases],
+        matrix.arrays,
         [((rows, columns), dtype)],
         (-(-rows * columns // (8 * LANES)), 1, 1),
         LANES,
         T=dtype,
-        S=bank.scales.dtype,
-        BITS=bank.bits,
-        GROUP=bank.group_size,
+        S=matrix.scales.dtype,
+        BITS=matrix.bits,
+        GROUP=matrix.group_size,
         MATRIX=rows * columns,
     )
     return weights
 
 
-def dequantize_by_mlx(bank: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
-    """Do what `dequantize` does with MLX's own op."""
-    scales, biases = bank.scales, bank.biases
+def dequantize_by_mlx(matrix: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
+    """Compute `dequantize` by MLX's own op."""
+    codes, scales, biases = matrix.arrays
     if dtype == mx.float32:  # else MLX computes in the scales' dtype and widens the result
         scales, biases = scales.astype(dtype), biases.astype(dtype)
     return mx.dequantize(
-        bank.codes, scales, biases, group_size=bank.group_size, bits=bank.bits, dtype=dtype
+        codes, scales, biases, group_size=matrix.group_size, bits=matrix.bits, dtype=dtype
     )
 
 
-def matmul(x: mx.array, bank: QuantizedMatrix) -> mx.array:
-    """Multiply many rows by one matrix, dequantized first: `[..., in]` to `[..., out]`."""
-    return x @ dequantize(bank, x.dtype).T
+def matmul(x: mx.array, matrix: QuantizedMatrix) -> mx.array:
+    """Multiply many rows by a matrix, dequantized first: `[..., in]` to `[..., out]`."""
+    return x @ dequantize(matrix, x.dtype).T
 
 
-def matmul_by_mlx(x: mx.array, bank: QuantizedMatrix) -> mx.array:
-    """Do what `matmul` does with MLX's own op."""
-    arrays = bank.codes, bank.scales, bank.biases
-    return mx.quantized_matmul(x, *arrays, group_size=bank.group_size, bits=bank.bits)
+def matmul_by_mlx(x: mx.array, matrix: QuantizedMatrix) -> mx.array:
+    """Compute `matmul` by MLX's own op."""
+    return mx.quantized_matmul(x, *matrix.arrays, group_size=matrix.group_size, bits=matrix.bits)
 
 
 @dataclass(frozen=True)
@@ -107,18 +95,17 @@ class DequantizeCase:
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
-        return [dequantize_by_kernel(self._bank(inputs), DTYPES[self.dtype])]
+        return [dequantize_by_kernel(self._matrix(inputs), DTYPES[self.dtype])]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by mx.dequantize."""
-        return [dequantize_by_mlx(self._bank(inputs), DTYPES[self.dtype])]
+        return [dequantize_by_mlx(self._matrix(inputs), DTYPES[self.dtype])]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
-        codes, scales, biases = inputs
-        return [reference.dequantize(codes, scales, biases, self.bits)]
+        return [reference.dequantize(*self._matrix(inputs).arrays, self.bits)]
 
-    def _bank(self, inputs: tuple[mx.array, ...]) -> QuantizedMatrix:
+    def _matrix(self, inputs: tuple[mx.array, ...]) -> QuantizedMatrix:
         return QuantizedMatrix.of(inputs, self.bits, self.group_size)
 
 
@@ -131,17 +118,14 @@ class MatmulCase(MatvecCase):
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Dequantize, then multiply."""
-        return [matmul(inputs[0], self._bank(inputs))]
+        return [matmul(*self._matrix(inputs))]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Multiply by mx.quantized_matmul."""
-        return [matmul_by_mlx(inputs[0], self._bank(inputs))]
+        return [matmul_by_mlx(*self._matrix(inputs))]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
-        """Compute in float32, by numpy: MLX multiplies such matrices in TF32 on NVIDIA's GPUs."""
-        x, codes, scales, biases = inputs
-        matrix = np.array(reference.dequantize(codes, scales, biases, self.bits))
-        return [mx.array(np.array(x.astype(mx.float32)) @ matrix.T)]
-
-    def _bank(self, inputs: tuple[mx.array, ...]) -> QuantizedMatrix:
-        return QuantizedMatrix.of(inputs[1:], self.bits, self.group_size)
+        """Compute in float32, by numpy: MLX's matmul uses TF32 on NVIDIA's GPUs."""
+        x, matrix = self._matrix(inputs)
+        weights = np.array(reference.dequantize(*matrix.arrays, self.bits))
+        return [mx.array(np.array(x.astype(mx.float32)) @ weights.T)]

@@ -1,4 +1,4 @@
-"""Linear layers and the SwiGLU block made of them."""
+"""Linear layers and the SwiGLU block."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ from .dequantize import MatmulCase, matmul, matmul_by_mlx
 from .matvec import MAX_TOKENS, dequant_matvec, supports
 
 T = TypeVar("T")
-TRIED_TOKENS = 256, 1024, 2047  # of prompts; the last as mlx-lm's generate_step makes them
+TRIED_TOKENS = 256, 1024, 2047  # per prompt chunk; mlx-lm's generate_step makes 2047
 
 
 @Op
@@ -33,13 +33,13 @@ def linear(
 ) -> list[mx.array]:
     """Apply each linear layer to the same input: `[..., in]` to one `[..., out]` per layer.
 
-    Kernels take affine-quantized layers without bias; all else goes to the layer itself.
+    Kernels take affine-quantized layers without bias; other layers run themselves.
 
     Args:
         x: `[..., in]`.
-        layers: nn.Linear, nn.QuantizedLinear, or what has taken their place.
-        norm: to apply to x first.
-        residual: `[..., out]` to add, with one layer only.
+        layers: nn.Linear, nn.QuantizedLinear or a replacement.
+        norm: applied to x first.
+        residual: `[..., out]` to add; takes one layer.
     """
     normed = x if norm is None else norm(x)
     return _plus(residual, [layer(normed) for layer in layers])
@@ -52,21 +52,10 @@ def _linear_by_gpu(
     norm: nn.RMSNorm | None = None,
     residual: mx.array | None = None,
 ) -> list[mx.array] | None:
-    if not on_gpu(x) or not (weight := join(layers)):
+    if not on_gpu(x) or not (weights := join(layers)):
         return None
-    y = _by_gpu(x, weight, norm, residual, x.dtype)
-    return list(mx.split(y, weight.ends, axis=-1)) if weight.ends else [y]
-
-
-@linear.register
-def _linear_step_by_cpu(
-    x: mx.array,
-    *layers: nn.Module,
-    norm: nn.RMSNorm | None = None,
-    residual: mx.array | None = None,
-) -> list[mx.array] | None:
-    steps = cpu_steps(x)
-    return steps.linear_step(x, layers, norm, residual) if steps else None
+    y = _by_gpu(x, weights.matrix, norm, residual, x.dtype)
+    return list(mx.split(y, weights.ends, axis=-1)) if weights.ends else [y]
 
 
 @linear.register
@@ -76,8 +65,10 @@ def _linear_by_cpu(
     norm: nn.RMSNorm | None = None,
     residual: mx.array | None = None,
 ) -> list[mx.array] | None:
-    if (kernels := cpu_kernels(x)) is None:
+    if (kernels := cpu_kernels(x)) is None or (steps := cpu_steps(x)) is None:
         return None
+    if (step := steps.linear_step(x, layers, norm, residual)) is not None:
+        return step
     weights = [_packed(kernels, layer) for layer in layers]
     if not any(weights):
         return None
@@ -106,7 +97,7 @@ def joined(
 ) -> mx.array:
     """Apply linear layers to the same input: `[..., in]` to `[..., sum of out]`, side by side.
 
-    The result has x's dtype unless another is given; a kernel rounds once, to that.
+    The result has x's dtype unless `dtype` is given; kernels round once, to that dtype.
     """
     return mx.concatenate(linear(x, *layers, norm=norm), axis=-1).astype(dtype or x.dtype)
 
@@ -118,27 +109,27 @@ def _joined_by_gpu(
     norm: nn.RMSNorm | None = None,
     dtype: mx.Dtype | None = None,
 ) -> mx.array | None:
-    if not on_gpu(x) or not (weight := join(layers)):
+    if not on_gpu(x) or not (weights := join(layers)):
         return None
-    return _by_gpu(x, weight, norm, None, dtype or x.dtype)
+    return _by_gpu(x, weights.matrix, norm, None, dtype or x.dtype)
 
 
 class Joined(NamedTuple):
-    """The weights of layers that share their input, one below the other in one matrix.
+    """The weights of layers that share their input, stacked in one matrix.
 
     Attributes:
-        bank: `[sum of out, ...]`.
-        ends: rows at which all layers but the last end.
+        matrix: `[sum of out, in]`.
+        ends: end row of each layer but the last.
     """
 
-    bank: QuantizedMatrix
+    matrix: QuantizedMatrix
     ends: list[int]
 
 
 def join(layers: Sequence[nn.Module]) -> Joined | None:
-    """Join the weights of layers, or return None if they are not quantized alike.
+    """Join the weights of layers, or return None if their formats differ.
 
-    It takes no memory: each layer's weights become views of the joined ones.
+    Takes no extra memory: each layer's weights become views of the joined ones.
     """
     return remembered(layers[0], "_joined", lambda: arrays_of(layers), lambda: _join(layers))
 
@@ -166,33 +157,33 @@ def _join(layers: Sequence[nn.Module]) -> Joined | None:
 
 def _by_gpu(
     x: mx.array,
-    weight: Joined,
+    matrix: QuantizedMatrix,
     norm: nn.RMSNorm | None,
     residual: mx.array | None,
     dtype: mx.Dtype,
 ) -> mx.array:
-    bank, tokens = weight.bank, x.size // x.shape[-1]
-    keeps = x.dtype in (bank.scales.dtype, mx.float32)  # else stock widens the result
+    tokens = x.size // x.shape[-1]
+    keeps = x.dtype in (matrix.scales.dtype, mx.float32)  # else stock widens the result
     kind = MatvecCase if norm is None else NormedMatvecCase
-    if keeps and tokens <= MAX_TOKENS and prefers_custom(_case(kind, bank, x, tokens)):
-        arrays = bank.codes, bank.scales, bank.biases
+    if keeps and tokens <= MAX_TOKENS and prefers_custom(_case(kind, matrix, x, tokens)):
         gain = None if norm is None else (norm.weight, scalar(norm.eps))
-        return dequant_matvec(x, *arrays, bank.bits, norm=gain, residual=residual, dtype=dtype)
+        options: dict[str, Any] = {"norm": gain, "residual": residual, "dtype": dtype}
+        return dequant_matvec(x, *matrix.arrays, matrix.bits, **options)
     if norm is not None:
         x = norm(x)
     tried = max((n for n in TRIED_TOKENS if n <= tokens), default=0)
     by_matmul = tried and keeps and not rounds_products(x)
-    if by_matmul and prefers_custom(_case(MatmulCase, bank, x, tried)):
-        y = matmul(x, bank)
+    if by_matmul and prefers_custom(_case(MatmulCase, matrix, x, tried)):
+        y = matmul(x, matrix)
     else:
-        y = matmul_by_mlx(x, bank)
+        y = matmul_by_mlx(x, matrix)
     return y.astype(dtype) if residual is None else residual + y
 
 
-def _case(kind: Callable[..., T], bank: QuantizedMatrix, x: mx.array, tokens: int) -> T:
-    rows, columns = bank.scales.shape[0], x.shape[-1]
-    dtypes = NAMES[x.dtype], NAMES[bank.scales.dtype]
-    return kind(rows, columns, bank.bits, bank.group_size, *dtypes, tokens)
+def _case(kind: Callable[..., T], matrix: QuantizedMatrix, x: mx.array, tokens: int) -> T:
+    rows, columns = matrix.scales.shape[0], x.shape[-1]
+    dtypes = NAMES[x.dtype], NAMES[matrix.scales.dtype]
+    return kind(rows, columns, matrix.bits, matrix.group_size, *dtypes, tokens)
 
 
 @Op
@@ -218,7 +209,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def _packed(kernels: ModuleType, layer: nn.Module) -> Any:
-    """View a layer's weights for the CPU kernels, or return None if they do not take it."""
+    """View a layer's weights for the CPU kernels, or return None if its format is unsupported."""
     if not is_affine(layer) or not kernels.supports(layer.bits, layer.group_size, layer.scales):
         return None
 

@@ -1,4 +1,4 @@
-"""Quantized matrix times a few vectors, on a GPU."""
+"""A quantized matrix times a few vectors, on a GPU."""
 
 import mlx.core as mx
 
@@ -8,11 +8,11 @@ from ..shapes import expect, expect_quantized
 
 BITS = (2, 4, 8)
 GROUP_SIZES = (32, 64, 128)
-MAX_TOKENS = 4  # rows of activations worth a kernel that reads the weights for each
-# Columns that a lane takes at a time, by bits. Apple's as in MLX's own kernels; NVIDIA's measured.
+MAX_TOKENS = 4  # activation rows: the kernel reads the weights once per row
+# Columns per lane and step, by bits: Apple's from MLX's own kernels, NVIDIA's measured.
 CHUNK = {2: 16, 4: 16, 8: 8}
 CUDA_CHUNK = {2: 32, 4: 16, 8: 16}
-TILE = 4  # rows that a unit makes
+TILE = 4  # rows per unit
 
 _kernel = Kernel(
     "linear/dequant_matvec",
@@ -24,7 +24,7 @@ _naive_kernel = Kernel("linear/naive_matvec", ("x", "codes", "scales", "biases")
 
 
 def supports(bits: int, group_size: int) -> bool:
-    """Say whether the kernels take weights quantized so."""
+    """Return whether the kernels support this format."""
     return bits in BITS and group_size in GROUP_SIZES
 
 
@@ -65,9 +65,9 @@ def dequant_matvec(
 
 
 def geometry(columns: int, bits: int, *, cuda: bool) -> dict[str, int]:
-    """Return the constants of a launch.
+    """Return a launch's constants.
 
-    An NVIDIA GPU has more simdgroups than most matrices have rows, so four share a unit's columns.
+    NVIDIA GPUs have more simdgroups than most matrices have rows, so four share a unit's columns.
     """
     chunk = (CUDA_CHUNK if cuda else CHUNK)[bits]
     split = min(4, max(1, columns // (SIMD * chunk))) if cuda else 1
@@ -77,7 +77,7 @@ def geometry(columns: int, bits: int, *, cuda: bool) -> dict[str, int]:
 def naive_matvec(
     x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, bits: int
 ) -> mx.array:
-    """Multiply as `dequant_matvec` does, but dequantize each weight: a baseline for benchmarks."""
+    """Compute `dequant_matvec`, dequantizing each weight first: a baseline for benchmarks."""
     return _launch(_naive_kernel, [x, codes, scales, biases], bits, x.dtype)
 
 

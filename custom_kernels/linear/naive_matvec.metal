@@ -1,4 +1,4 @@
-// The baseline for benchmarks: y[n, row] as in dequant_matvec, each weight dequantized before use.
+// Baseline for benchmarks: y[n, row] as in dequant_matvec, dequantizing each weight before use.
 // Grid: x = 32 * SPLIT * UNITS * ceil(ROWS / (TILE * UNITS)), y = n. Threadgroup: 32 * SPLIT * UNITS.
 threadgroup float parts[UNITS * SPLIT * TILE];
 uint n = threadgroup_position_in_grid.y;

@@ -1,4 +1,4 @@
-"""The attention kernels' text on the Metal bench: results, and that mistakes are noticed."""
+"""The attention kernels on the Metal bench: results, and detection of planted mistakes."""
 
 from dataclasses import replace
 from math import tau
@@ -22,12 +22,12 @@ from flashmoe_mlx.custom_kernels.case import DTYPES
 
 require_bench()
 
-TRIAL = AttentionStepCase(6, 2, 64, 16, "bfloat16", batch=2, keys=301, position=70_000)
+CASE = AttentionStepCase(6, 2, 64, 16, "bfloat16", batch=2, keys=301, position=70_000)
 
 
 @pytest.fixture(autouse=True)
 def fresh_kernels():
-    """Make kernels inside each block of the bench, and keep none for others."""
+    """Build kernels inside each bench block, and keep none."""
     launch._build.cache_clear()
     yield
     launch._build.cache_clear()
@@ -35,13 +35,13 @@ def fresh_kernels():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(dtype):
-    check(case_of(replace(TRIAL, dtype=dtype)))
+    check(case_of(replace(CASE, dtype=dtype)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1, 2, 17, 256, 257])
 def test_few_keys_and_a_full_cache(dtype, keys):
-    check(case_of(replace(TRIAL, dtype=dtype, keys=keys)), ("fast",))
+    check(case_of(replace(CASE, dtype=dtype, keys=keys)), ("fast",))
 
 
 @pytest.mark.parametrize("dim, rope_dims", [
@@ -55,7 +55,7 @@ def test_attention_at_other_sizes(heads, kv_heads, dim, rope_dims):
 
 @pytest.mark.parametrize("position", [0, 1, 4095, 131_072, 262_143])
 def test_positions(position):
-    """Stock's angles are off by 0.01 at the largest, so only the truth is compared with."""
+    """Compare with the reference only: stock's angles are off by up to 0.01."""
     case = AttentionStepCase(2, 1, 256, 64, "float32", keys=9, position=position)
     inputs = case.inputs()
     check(BenchCase(lambda: case.custom(*inputs), case.reference(*inputs)), ("fast",))
@@ -71,24 +71,24 @@ def test_turns_are_exact(base):
 
 @pytest.mark.parametrize("lanes, flight", [(64, 1), (96, 3), (128, 8), (512, 2), (992, 4)])
 def test_other_geometries(lanes, flight):
-    projected, q_norm, k_norm, keys, values, offset, length = inputs = TRIAL.inputs()
+    projected, q_norm, k_norm, keys, values, offset, length = inputs = CASE.inputs()
     heads, norms = AttentionHeads(6, 2, 64, 16), (q_norm, k_norm)
     with metal_on_cpu("checked"):
         queries, new = prepare(projected, heads, norms, 1e-6, 1e7, offset)
         y = attend(queries, projected, heads, keys, values, length, lanes=lanes, flight=flight)
-    verify([y, new], TRIAL.reference(*inputs), TRIAL.stock(*inputs))
+    verify([y, new], CASE.reference(*inputs), CASE.stock(*inputs))
 
 
 def test_a_cache_of_another_dtype():
-    """As after a change of the model's dtype."""
-    projected, q_norm, k_norm, keys, values, *scalars = TRIAL.inputs()
+    """After a change of the model's dtype."""
+    projected, q_norm, k_norm, keys, values, *scalars = CASE.inputs()
     inputs = [projected, q_norm, k_norm, keys.astype(mx.float32), values.astype(mx.float16)]
     inputs += scalars
-    check(BenchCase(lambda: TRIAL.custom(*inputs), TRIAL.reference(*inputs)), ("fast", "types"))
+    check(BenchCase(lambda: CASE.custom(*inputs), CASE.reference(*inputs)), ("fast", "types"))
 
 
 def test_scores_that_exp_cannot_take():
-    case = replace(TRIAL, dtype="float32", position=3)
+    case = replace(CASE, dtype="float32", position=3)
     projected, q_norm, *others = case.inputs()
     inputs = [projected, 100 * q_norm, *others]
     with metal_on_cpu("fast"):
@@ -97,11 +97,11 @@ def test_scores_that_exp_cannot_take():
     assert mx.abs(y - right).max() <= 1e-3 * mx.abs(right).max()
 
 
-def test_what_is_no_number_shows():
-    projected, q_norm, k_norm, keys, *others = TRIAL.inputs()
+def test_nan_propagates():
+    projected, q_norm, k_norm, keys, *others = CASE.inputs()
     keys[1, 1, 299, 5] = mx.nan
     with metal_on_cpu("fast"):
-        y, _ = TRIAL.custom(projected, q_norm, k_norm, keys, *others)
+        y, _ = CASE.custom(projected, q_norm, k_norm, keys, *others)
     broken = mx.isnan(y).reshape(2, 6, 64)
     assert broken[1, 3:].all() and not broken[0].any() and not broken[1, :3].any()
 
@@ -154,7 +154,7 @@ BARRIER = "barrier(mem_flags::mem_threadgroup);\n"
 ])  # fmt: skip
 def test_a_mistake_in_prepare_is_caught(monkeypatch, old, new):
     monkeypatch.setattr(step, "EPS", 0.5)
-    assert caught(case_of(TRIAL), monkeypatch, "attention/prepare.metal", old, new)
+    assert caught(case_of(CASE), monkeypatch, "attention/prepare.metal", old, new)
 
 
 @pytest.mark.parametrize("old, new", [
@@ -183,4 +183,4 @@ def test_a_mistake_in_prepare_is_caught(monkeypatch, old, new):
     ("if (lane < D) {\nfloat highest", "{\nfloat highest"),
 ])  # fmt: skip
 def test_a_mistake_in_attention_is_caught(monkeypatch, old, new):
-    assert caught(case_of(TRIAL), monkeypatch, "attention/step.metal", old, new)
+    assert caught(case_of(CASE), monkeypatch, "attention/step.metal", old, new)

@@ -1,4 +1,4 @@
-"""Our kernels are used where they are right and measured faster, and never elsewhere."""
+"""Our kernels run where they are correct and measured faster, and nowhere else."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ class Doubling:
 
 @dataclass(frozen=True)
 class SwappedMatvec(MatvecCase):
-    """The real kernel, given scales for biases and biases for scales."""
+    """The real kernel, with scales and biases swapped."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         x, codes, scales, biases = inputs
@@ -76,7 +76,7 @@ class SwappedMatvec(MatvecCase):
 
 @dataclass(frozen=True)
 class ShiftedMatvec(MatvecCase):
-    """The real kernel, whose rows land one too far."""
+    """The real kernel, with output rows shifted by one."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         return [mx.roll(super().custom(*inputs)[0], 1, axis=-1)]
@@ -84,7 +84,7 @@ class ShiftedMatvec(MatvecCase):
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """A cache directory and a memory of its own, and the fake clock."""
+    """Use an empty cache directory, no verdicts in memory, and the fake clock."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FLASHMOE_KERNELS", raising=False)
     real = autotune.measure
@@ -122,11 +122,11 @@ def test_times_are_per_call():
 
 
 @pytest.mark.parametrize(
-    ("trial", "message"),
+    ("case", "message"),
     [
         (Doubling(offset=0.01), "error 5.0e-03, limit 7.6e-06"),
-        (Doubling(offset=float("nan")), "gives values that are not finite numbers"),
-        (Doubling(offset=float("inf")), "gives values that are not finite numbers"),
+        (Doubling(offset=float("nan")), "returns values that are not finite"),
+        (Doubling(offset=float("inf")), "returns values that are not finite"),
         (
             Doubling(raises="no such\n register"),
             "does not run (RuntimeError: no such register)",
@@ -135,7 +135,7 @@ def test_times_are_per_call():
 )
 def test_a_failing_kernel_is_reported_once_and_not_used(case, message, capsys):
     assert not prefers_custom(case)
-    autotune._choices.clear()
+    autotune._preferred.clear()
     assert not prefers_custom(case)
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -154,12 +154,12 @@ def test_a_failing_verdict_is_plain_json():
     [
         (1e-5, 0, "float32", True),  # another order of summation
         (1e-4, 0, "float32", False),
-        (1e-4, 1e-4, "float32", True),  # stock is as far off
+        (1e-4, 1e-4, "float32", True),  # as far off as stock
         (2e-3, 0, "float16", True),
         (6e-3, 0, "float16", False),
         (2e-2, 0, "bfloat16", True),
         (6e-2, 0, "bfloat16", False),
-        (1, 1, "bfloat16", False),  # stock being wrong is no licence
+        (1, 1, "bfloat16", False),  # a wrong stock op does not raise the limit
     ],
 )
 def test_the_limit_follows_stock_between_a_floor_and_a_ceiling(offset, stock_offset, dtype, ok):
@@ -173,7 +173,7 @@ def test_shapes_are_compared():
         def custom(self, x: mx.array) -> list[mx.array]:
             return [mx.zeros((9,))]
 
-    assert verdict(Long()).message == "gives shapes [(9,)]"
+    assert verdict(Long()).message == "returns shapes [(9,)]"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_auto_times_what_custom_only_checked(monkeypatch):
 
 def test_a_wrong_variable_is_named(monkeypatch):
     monkeypatch.setenv("FLASHMOE_KERNELS", "fast")
-    with pytest.raises(FlashMoEError, match="FLASHMOE_KERNELS = 'fast' is not a choice of kernels"):
+    with pytest.raises(FlashMoEError, match="FLASHMOE_KERNELS = 'fast' is not valid"):
         prefers_custom(SMALL)
 
 
@@ -210,7 +210,7 @@ def test_a_wrong_variable_is_named(monkeypatch):
 
 def test_measured_once_in_a_process(monkeypatch):
     assert prefers_custom(Doubling())
-    monkeypatch.setattr(autotune, "_choose", lambda case: pytest.fail("asked twice"))
+    monkeypatch.setattr(autotune, "_decide", lambda case: pytest.fail("asked twice"))
     assert prefers_custom(Doubling())
 
 
@@ -248,17 +248,17 @@ def test_measured_again_where_something_changed(change, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "[]", '{"verdicts": 1}', '{"verdicts": {"TRIAL": {"ok": 1}}}', "\0\xff",
-        "\0" * 500, "[" * 100_000, '{"verdicts": ["TRIAL"]}', '{"verdicts": {"TRIAL": [1]}}',
-        '{"verdicts": {"TRIAL": {"ok": true, "custom_ms": "1", "stock_ms": 2}}}',
-        '{"verdicts": {"TRIAL": {"ok": true, "custom_ms": 1, "stock_ms": [2]}}}',
-        '{"verdicts": {"TRIAL": {"ok": false, "error": "large"}}}',
+        "", "{", "[]", '{"verdicts": 1}', '{"verdicts": {"CASE": {"ok": 1}}}', "\0\xff",
+        "\0" * 500, "[" * 100_000, '{"verdicts": ["CASE"]}', '{"verdicts": {"CASE": [1]}}',
+        '{"verdicts": {"CASE": {"ok": true, "custom_ms": "1", "stock_ms": 2}}}',
+        '{"verdicts": {"CASE": {"ok": true, "custom_ms": 1, "stock_ms": [2]}}}',
+        '{"verdicts": {"CASE": {"ok": false, "error": "large"}}}',
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_replaced(text, tmp_path):
     assert prefers_custom(Doubling())
     autotune.forget()
-    cache_file(tmp_path).write_text(text.replace("TRIAL", str(Doubling())))
+    cache_file(tmp_path).write_text(text.replace("CASE", str(Doubling())))
     assert prefers_custom(Doubling())
     assert autotune._recall(Doubling(), timed=True).ok
     assert cache_file(tmp_path).suffix == ".json"
@@ -282,7 +282,7 @@ def test_a_fresh_verdict_replaces_the_old_one():
 # ---- the real kernel -----------------------------------------------------------------------------
 
 
-def test_a_model_has_each_trial_once():
+def test_a_model_has_each_case_once():
     for geometry in GEOMETRIES.values():
         found = cases(geometry, 2, "float16", 3)
         assert len(set(found)) == len(found)
@@ -307,8 +307,8 @@ def test_the_real_kernel_passes(bench):
     assert found.error <= found.limit < 1e-5
 
 
-@pytest.mark.parametrize("trial", cases(GEOMETRIES["tiny"], 4, "float32"), ids=label)
-def test_every_trial_passes(case, bench):
+@pytest.mark.parametrize("case", cases(GEOMETRIES["tiny"], 4, "float32"), ids=label)
+def test_every_case_passes(case, bench):
     found = autotune.check(case)
     assert found.ok, found
 

@@ -1,7 +1,6 @@
-"""No kernel trusts a shape, and the mode that checks every index and address finds what is wrong.
+"""Kernels check shapes, and the FLASHMOE_DEBUG_BOUNDS mode finds every wrong index and address.
 
-The suite runs in that mode (conftest.py); `test_kernels_without_checks` runs those tests without it
-for which the kernels' own code counts.
+The suite runs in that mode (conftest.py); `test_kernels_without_checks` repeats some tests without.
 """
 
 import os
@@ -20,24 +19,24 @@ from flashmoe_mlx.custom_kernels.attention import step as attention_step
 from flashmoe_mlx.custom_kernels.cpu import arrays, attention, bounds, gated_delta, prefill
 from flashmoe_mlx.custom_kernels.cpu import decode as cpu_decode
 from flashmoe_mlx.custom_kernels.cpu import records as cpu_records
-from flashmoe_mlx.custom_kernels.cpu.call import Apart, caller
+from flashmoe_mlx.custom_kernels.cpu.call import FunctionByAddress, caller
 from flashmoe_mlx.custom_kernels.cpu.decode import Group, numbers_of, project
 from flashmoe_mlx.custom_kernels.cpu.gated_delta_step import DeltaBlock
 from flashmoe_mlx.custom_kernels.cpu.moe import MoeBlock
 from flashmoe_mlx.custom_kernels.cpu.pread import pread_all
 from flashmoe_mlx.custom_kernels.cuda import slots as expert_slots
-from flashmoe_mlx.custom_kernels.experts import decode as expert_decode
+from flashmoe_mlx.custom_kernels.experts import decode as experts
 from flashmoe_mlx.custom_kernels.experts import router, tiles
 from flashmoe_mlx.custom_kernels.gated_delta import prepare, scan
 from flashmoe_mlx.custom_kernels.gated_delta import step as delta_step
 from flashmoe_mlx.custom_kernels.gated_delta.naive import mix
-from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerState, MixerWeights
 from flashmoe_mlx.custom_kernels.linear import dequantize, matvec
 from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.store.reader import Arrival, Batch
 
-# What also runs without these checks, as it does for users: each kernel, and a whole model.
+# Also run without these checks, as for users: each kernel, and a whole model.
 WITHOUT_CHECKS = (
     "kernels/test_cpu_decode.py",
     "kernels/test_cpu_kernels.py::test_gated_delta",
@@ -53,11 +52,6 @@ def matrix(*shape, bits=4, group_size=32) -> QuantizedMatrix:
     return QuantizedMatrix(*mx.quantize(weight, group_size, bits), bits, group_size)
 
 
-def bank(*shape) -> QuantizedMatrix:
-    m = matrix(*shape)
-    return QuantizedMatrix(m.codes, m.scales, m.biases, m.bits, m.group_size)
-
-
 def mixer_weights(**other) -> MixerWeights:
     arrays = mx.zeros((CHANNELS, TAPS, 1)), mx.zeros(4), mx.zeros(4), mx.zeros(32)
     return replace(MixerWeights(HEADS, *arrays, 1e-6), **other)
@@ -67,7 +61,7 @@ def delta_block(
     heights=(CHANNELS, VALUES, 4, 4), out=(HIDDEN, VALUES), norm=HIDDEN, **weights
 ) -> DeltaBlock:
     inputs = [matrix(n, HIDDEN) for n in heights]
-    return DeltaBlock(inputs, matrix(*out), np.ones(norm, F32), 1e-6, mixer_weights(**weights))
+    return DeltaBlock(inputs, matrix(*out), (np.ones(norm, F32), 1e-6), mixer_weights(**weights))
 
 
 STATE, PAST = (2, 4, 32, 48), (2, TAPS - 1, CHANNELS)
@@ -94,7 +88,7 @@ def test_a_step_of_gated_delta_net_names_a_wrong_shape(wrong):
     block = delta_block()
     arrays = {name: np.zeros(shape, F32) for name, shape in (shapes | wrong).items()}
     (shape,) = wrong.values()
-    found = shapes["past"] if "h" in wrong else shape  # then the cache has other rows
+    found = shapes["past"] if "h" in wrong else shape  # then the cache has another batch size
     sizes = str(list(shape if shape == (2, HIDDEN - 32) else found))
     with pytest.raises(FlashMoEError) as error:
         block(**arrays)
@@ -125,10 +119,10 @@ def test_a_step_of_gated_delta_net_names_a_wrong_dtype(which, dtype):
     {"norm_weight": mx.zeros(31)},
     {"heads": Heads(3, 4, 32, 32)},
 ])  # fmt: skip
-def test_weights_of_gated_delta_net_belong_together(wrong):
+def test_weights_of_gated_delta_net_must_match(wrong):
     if "norm_weight" in wrong:
         wrong = {"norm": HIDDEN, "heads": replace(HEADS, value_dim=31)}
-    with pytest.raises(FlashMoEError, match=r"but this layer takes \[|are no multiple of"):
+    with pytest.raises(FlashMoEError, match=r"but this layer takes \[|are not a multiple of"):
         delta_block(**wrong)
 
 
@@ -148,7 +142,7 @@ def test_a_prompt_names_a_cache_of_another_model(wrong, device, monkeypatch):
     shapes = {"past": PAST, "state": STATE} | wrong
     inputs = [mx.zeros((2, 5, n)) for n in (CHANNELS, VALUES, 4, 4)]
     with pytest.raises(FlashMoEError, match=r"GatedDeltaNet layer's .*, but this layer takes \["):
-        mix(*inputs, mixer_weights(), *map(mx.zeros, shapes.values()))
+        mix(*inputs, mixer_weights(), MixerState(*map(mx.zeros, shapes.values())))
 
 
 @pytest.mark.parametrize("wrong", [
@@ -167,12 +161,12 @@ def test_a_scan_names_a_wrong_shape(wrong):
         "beta": (2, 5, 4), "state": STATE, "mask": (2, 5),
     } | wrong  # fmt: skip
     arrays = {name: np.zeros(s, np.bool_ if name == "mask" else F32) for name, s in shapes.items()}
-    with pytest.raises(FlashMoEError, match=r"but this layer takes|are no multiple of"):
+    with pytest.raises(FlashMoEError, match=r"but this layer takes|are not a multiple of"):
         gated_delta.gated_delta(**arrays)
 
 
 @pytest.mark.parametrize(("keys", "values"), [
-    ((2, 3, 9, 8), (2, 3, 9, 8)),  # 4 query heads: of one nothing would be computed
+    ((2, 3, 9, 8), (2, 3, 9, 8)),  # not a divisor of 4 query heads
     ((2, 0, 9, 8), (2, 0, 9, 8)),
     ((1, 2, 9, 8), (1, 2, 9, 8)),
     ((2, 2, 9, 4), (2, 2, 9, 8)),
@@ -182,7 +176,7 @@ def test_a_scan_names_a_wrong_shape(wrong):
 ])  # fmt: skip
 def test_attention_names_keys_of_other_sizes(keys, values):
     q = mx.zeros((2, 4, 5, 8))
-    with pytest.raises(FlashMoEError, match=r"but this layer takes|are no multiple of"):
+    with pytest.raises(FlashMoEError, match=r"but this layer takes|are not a multiple of"):
         attention.attention(q, mx.zeros(keys), mx.zeros(values), 1.0, "causal")
 
 
@@ -199,7 +193,7 @@ SIZES = {
 
 def moe_block(top_k=3, norm=HIDDEN, **wrong) -> MoeBlock:
     made = [matrix(*shape) for shape in (SIZES | wrong).values()]
-    return MoeBlock(*made[:2], made[2:5], made[5:], np.ones(norm, F32), 1e-6, top_k, True)
+    return MoeBlock(*made[:2], made[2:5], made[5:], (np.ones(norm, F32), 1e-6), top_k, True)
 
 
 @pytest.mark.parametrize("wrong", [
@@ -209,7 +203,7 @@ def moe_block(top_k=3, norm=HIDDEN, **wrong) -> MoeBlock:
     {"shared_down": (HIDDEN, 32)},
     {"gate": (8, 32, 64)},
     {"up": (8, 31, HIDDEN)},
-    {"up": (7, 32, HIDDEN)},  # a short bank
+    {"up": (7, 32, HIDDEN)},  # too few slots
     {"down": (7, HIDDEN, 32)},
     {"down": (8, HIDDEN, 64)},
     {"down": (8, HIDDEN - 1, 32)},
@@ -217,13 +211,13 @@ def moe_block(top_k=3, norm=HIDDEN, **wrong) -> MoeBlock:
     {"top_k": 9},
     {"top_k": 0},
 ])  # fmt: skip
-def test_weights_of_a_mixture_belong_together(wrong):
+def test_weights_of_a_mixture_must_match(wrong):
     with pytest.raises(FlashMoEError, match="but this layer takes"):
         moe_block(**wrong)
 
 
 @pytest.mark.parametrize("slot", [8, -1, 1 << 40])
-def test_a_mixture_names_a_slot_that_its_bank_has_not(slot):
+def test_a_mixture_names_a_slot_out_of_range(slot):
     block, h = moe_block(), np.zeros((1, HIDDEN), F32)
     with pytest.raises(FlashMoEError, match=f"slots of experts: {slot} is not one of 0 to 7"):
         block(h, lambda ids: [(np.arange(ids.size), np.full(ids.size, slot))])
@@ -246,7 +240,7 @@ def test_a_mixture_names_a_slot_that_its_bank_has_not(slot):
     lambda c, s, b: (c, s, b.astype(mx.bfloat16)),
     lambda c, s, b: (c, mx.repeat(s, 2, axis=1), mx.repeat(b, 2, axis=1)),  # other groups
 ])  # fmt: skip
-def test_a_quantized_matrix_belongs_together(change):
+def test_arrays_of_a_quantized_matrix_must_match(change):
     m = matrix(8, HIDDEN)
     arrays = change(*m.arrays)
     mx.eval(arrays)
@@ -256,14 +250,14 @@ def test_a_quantized_matrix_belongs_together(change):
         lambda: prefill.packed(*arrays, 4, 32),
         lambda: matvec.dequant_matvec(x, *arrays, 4),
         lambda: dequantize.dequantize_by_kernel(QuantizedMatrix(*arrays, 4, 32), mx.float32),
-        lambda: expert_decode.expert_gate_up(x, mx.zeros((1, 1), mx.uint32), wide, wide),
+        lambda: experts.expert_gate_up(x, mx.zeros((1, 1), mx.uint32), wide, wide),
     ):
-        with pytest.raises(FlashMoEError, match=r"but this layer takes|no whole groups"):
+        with pytest.raises(FlashMoEError, match=r"but this layer takes|does not hold whole groups"):
             use()
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_a_matrix_whose_rows_do_not_follow_one_another_is_refused(dtype):
+def test_a_matrix_must_be_row_contiguous(dtype):
     m = matrix(8, HIDDEN)
     scales = mx.zeros((4, 8), dtype).T
     with pytest.raises(FlashMoEError, match=r"\[8, 4\] is not row-contiguous"):
@@ -281,18 +275,18 @@ def test_products_name_activations_of_another_width():
 
 
 @pytest.mark.parametrize("slots", [[0, 3], [-1, 0], [0, 1 << 33]])
-def test_a_prompts_experts_name_a_slot_that_the_bank_has_not(slots):
-    gate, up, down = (bank(3, *s).packed for s in ((32, HIDDEN), (32, HIDDEN), (HIDDEN, 32)))
+def test_a_prompts_experts_name_a_slot_out_of_range(slots):
+    gate, up, down = (matrix(3, *s).packed for s in ((32, HIDDEN), (32, HIDDEN), (HIDDEN, 32)))
     x = np.zeros((2, HIDDEN), F32)
     with pytest.raises(FlashMoEError, match=r"slots of experts: .* is not one of 0 to 2"):
         prefill.mlp(x, gate, up, down, np.array(slots))
     with pytest.raises(FlashMoEError, match=r"activations: \[2, 64\]"):
         prefill.mlp(x[:, :64], gate, up, down, np.array([0, 1]))
-    short = bank(3, 24, HIDDEN).packed
+    short = matrix(3, 24, HIDDEN).packed
     with pytest.raises(FlashMoEError, match=r"gate and up: \[2, 24\]"):
         prefill.mlp(x, gate, short, down, np.array([0, 1]))
     with pytest.raises(FlashMoEError, match=r"activations: \[2, 32\]"):
-        prefill.mlp(x, gate, up, bank(3, HIDDEN, 64).packed, np.array([0, 1]))
+        prefill.mlp(x, gate, up, matrix(3, HIDDEN, 64).packed, np.array([0, 1]))
 
 
 def zeros(*shape, dtype=mx.float32) -> mx.array:
@@ -340,14 +334,14 @@ TABLE = expert_slots.Table(mx.zeros(8, mx.uint32), zeros(8), mx.zeros(4, mx.uint
                                   norm=(zeros(96), zeros(4))),
     lambda: matvec.dequant_matvec(zeros(1, HIDDEN), *matrix(8, HIDDEN).arrays, 4,
                                   residual=zeros(1, 7)),
-    lambda: expert_decode.expert_gate_up(zeros(1, HIDDEN), SLOT.astype(mx.int32),
-                                   *[bank(8, 32, HIDDEN)] * 2),
-    lambda: expert_decode.expert_gate_up(zeros(1, HIDDEN), SLOT, bank(8, 32, HIDDEN),
-                                   bank(8, 31, HIDDEN)),
-    lambda: expert_decode.expert_gate_up(zeros(1, HIDDEN), SLOT, *[bank(8, 32, HIDDEN)] * 2,
-                                   (bank(64, HIDDEN), bank(32, HIDDEN))),
-    lambda: expert_decode.expert_down_combine(zeros(1, 63), SLOT, zeros(1, 2), bank(8, HIDDEN, 32)),
-    lambda: expert_decode.expert_down_combine(zeros(1, 64), SLOT, zeros(1, 3), bank(8, HIDDEN, 32)),
+    lambda: experts.expert_gate_up(zeros(1, HIDDEN), SLOT.astype(mx.int32),
+                                   *[matrix(8, 32, HIDDEN)] * 2),
+    lambda: experts.expert_gate_up(zeros(1, HIDDEN), SLOT, matrix(8, 32, HIDDEN),
+                                   matrix(8, 31, HIDDEN)),
+    lambda: experts.expert_gate_up(zeros(1, HIDDEN), SLOT, *[matrix(8, 32, HIDDEN)] * 2,
+                                   (matrix(64, HIDDEN), matrix(32, HIDDEN))),
+    lambda: experts.expert_down_combine(zeros(1, 63), SLOT, zeros(1, 2), matrix(8, HIDDEN, 32)),
+    lambda: experts.expert_down_combine(zeros(1, 64), SLOT, zeros(1, 3), matrix(8, HIDDEN, 32)),
     lambda: tiles.combine_by_kernel(zeros(9, 64), zeros(3, 2, dtype=mx.uint32),
                                            zeros(3, 3)),
     lambda: tiles.cut(zeros(9, dtype=mx.int32), 4, 16),
@@ -358,7 +352,7 @@ def test_a_launch_on_a_gpu_names_a_wrong_shape(launch):
         launch()
 
 
-def test_reads_have_as_many_places_as_files():
+def test_reads_name_arrays_of_another_length():
     files, ranges = np.zeros(2, np.int32), np.zeros(2, np.int64)
     for n in range(3):
         arrays = [ranges[:1] if i == n else ranges for i in range(3)]
@@ -367,7 +361,7 @@ def test_reads_have_as_many_places_as_files():
 
 
 @pytest.mark.parametrize("slot", [3, -1])
-def test_an_expert_goes_into_a_slot_that_is_there(tmp_path, slot):
+def test_a_slot_out_of_range_is_named(tmp_path, slot):
     store = make_store(tmp_path, slots=3)
     with pytest.raises(FlashMoEError, match=f"slot {slot} is not one of 3"):
         store.banks[0].pieces(0, slot, 1)
@@ -375,7 +369,7 @@ def test_an_expert_goes_into_a_slot_that_is_there(tmp_path, slot):
 
 
 @pytest.mark.parametrize("room", [35, 37, 0])
-def test_a_read_has_the_room_that_it_needs(tmp_path, room):
+def test_a_read_names_a_target_of_another_size(tmp_path, room):
     store = make_store(tmp_path, slots=3)
     arrival, target = Arrival(1), memoryview(bytearray(64))
     (descriptor,) = {piece[0] for piece in store.banks[0].pieces(0, 0, 1)[1]}
@@ -425,7 +419,7 @@ def _unit(unit: int, x: arrays.Array) -> None:
 
 
 _KIND = types.void(types.int64, types.float32[::1])
-_APART, _call = Apart(_KIND, _unit, **arrays.FAST), caller(_KIND)
+_APART, _call = FunctionByAddress(_KIND, _unit, **arrays.FAST), caller(_KIND)
 
 
 @arrays.compiled
@@ -464,7 +458,7 @@ def _run_jobs(
 
 
 def run_jobs(places=2, records=2, wide=0, out=0, **wrong: int) -> None:
-    """Multiply two records by the second of three matrices `[40, HIDDEN]`, as a job says."""
+    """Run a job: multiply two records by the second of three matrices `[40, HIDDEN]`."""
     group = Group(matrix(3, 40, HIDDEN))
     jobs = np.zeros((2, cpu_decode.UNITS + 1), np.int64)
     jobs[0, cpu_decode.SECOND], jobs[0, cpu_decode.SLOT], jobs[0, cpu_decode.ROWS] = -1, 1, 2
@@ -499,20 +493,20 @@ def test_a_wrong_entry_of_a_job_table_is_named(wrong, what):
         run_jobs(**wrong)
 
 
-def test_an_activation_row_and_its_record_have_room():
+def test_a_short_activation_row_or_record_is_named():
     (numbers,) = Group(matrix(8, HIDDEN)).numbers
     size = cpu_records.record_size(numbers[None], np.zeros(1, np.int64))
-    cpu_records.cut(np.zeros(HIDDEN, F32), numbers, np.zeros(size, F32))
+    cpu_records.write_record(np.zeros(HIDDEN, F32), numbers, np.zeros(size, F32))
     for columns, room, what in ((96, size, "activations"), (HIDDEN, size - 1, "a record")):
-        with pytest.raises(IndexError, match=f"cut .*: {what}: first, count, size"):
-            cpu_records.cut(np.zeros(columns, F32), numbers, np.zeros(room, F32))
+        with pytest.raises(IndexError, match=f"write_record .*: {what}: first, count, size"):
+            cpu_records.write_record(np.zeros(columns, F32), numbers, np.zeros(room, F32))
 
 
 @pytest.mark.parametrize(("field", "change"), [
     ("CODES", 64), ("CODES", -1), ("SCALES", 4), ("BIASES", 1 << 20), ("SLOTS", 3), ("HEIGHT", 1),
     ("COLUMNS", 32),
 ])  # fmt: skip
-def test_an_address_that_is_not_the_matrixs_is_named(field, change):
+def test_an_address_outside_the_matrix_is_named(field, change):
     group, block = Group(matrix(2, 8, HIDDEN)), moe_block()
     group.numbers[0, getattr(cpu_records, field)] += change
     with pytest.raises(IndexError, match=r"matrix 0: bytes .* of an array of"):
@@ -534,8 +528,8 @@ def test_an_address_that_is_not_the_matrixs_is_named(field, change):
     (5, -16, "unit .*: codes of a row: first, count, size"),
     (6, 1, "unit .*: codes of a row: first, count, size"),
 ])  # fmt: skip
-def test_numbers_that_are_not_a_prompts_weights_are_named(number, change, what):
-    weight = bank(3, 32, HIDDEN).packed
+def test_wrong_numbers_of_a_prompts_weights_are_named(number, change, what):
+    weight = matrix(3, 32, HIDDEN).packed
     weight.numbers[number] += change
     with pytest.raises(IndexError, match=what):
         plan = prefill.plan(1, np.array([2]))
@@ -558,7 +552,7 @@ print(out, sum(beyond.stats.cache_hits.values()))
 """
 
 
-def test_the_two_modes_do_not_take_each_others_code(tmp_path):
+def test_the_modes_cache_code_separately(tmp_path):
     file = tmp_path / "planted.py"
     file.write_text(PLANTED)
 
@@ -573,14 +567,14 @@ def test_the_two_modes_do_not_take_each_others_code(tmp_path):
     assert run("0") == "[8. 9.] 1\n"
 
 
-def test_another_mode_is_refused(monkeypatch):
+def test_a_wrong_mode_is_named(monkeypatch):
     monkeypatch.setenv(bounds.VARIABLE, "yes")
-    with pytest.raises(FlashMoEError, match="FLASHMOE_DEBUG_BOUNDS = 'yes' is no choice"):
+    with pytest.raises(FlashMoEError, match="FLASHMOE_DEBUG_BOUNDS = 'yes' is not valid"):
         bounds._asked()
 
 
 def test_kernels_without_checks():
-    """What users run is other code: with threads, and vectorized where a check would be."""
+    """Users run other code: with threads, and vectorized where the checks would be."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", *WITHOUT_CHECKS],

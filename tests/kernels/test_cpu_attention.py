@@ -1,4 +1,4 @@
-"""Attention over a prompt on a CPU: against MLX's own op, and against float64."""
+"""Attention over a prompt on a CPU, against MLX's own op and float64."""
 
 import mlx.core as mx
 import numpy as np
@@ -26,14 +26,14 @@ SHAPES = [
 
 
 def inputs(batch, heads, kv_heads, count, length, dim) -> list[mx.array]:
-    """Return q, k and v in the strides they have in a model."""
+    """Return q, k and v with a model's strides."""
     shapes = (batch, count, heads, dim), (batch, kv_heads, length + 3, dim)
     q, k, v = (mx.random.normal(shapes[i > 0], key=mx.random.key(length + i)) for i in range(3))
     return [q.transpose(0, 2, 1, 3), k[:, :, :length], v[:, :, :length]]
 
 
-def truth(q, k, v, scale, mask) -> np.ndarray:
-    """Return the attention in float64; scores that a bool mask hides are all the same."""
+def in_float64(q, k, v, scale, mask) -> np.ndarray:
+    """Return attention in float64; a bool mask sets hidden scores to one value."""
     q, k, v = (np.array(x).astype(np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = scale * q @ k.swapaxes(-1, -2)
@@ -52,13 +52,13 @@ def check(arrays, mask) -> None:
     ours = attention.attention(*arrays, scale, mask)
     stock = mx.fast.scaled_dot_product_attention(*arrays, scale=scale, mask=mask)
     assert (ours.shape, ours.dtype) == (stock.shape, stock.dtype)
-    exact = truth(*arrays, scale, mask)
+    exact = in_float64(*arrays, scale, mask)
     assert np.abs(np.array(ours) - exact).max() <= 5e-6
     assert mx.abs(ours - stock).max() <= 5e-6
 
 
 def masks(batch, heads, count, length) -> dict:
-    """Return a mask of each kind and shape that is made for attention."""
+    """Return a mask of each kind and shape."""
     causal, offset = create_causal_mask(count, length - count), length - count
     padding = mx.arange(batch) * min(5, length - 1)
     bias = mx.random.normal((batch, heads, count, length), key=mx.random.key(count))
@@ -78,14 +78,14 @@ def masks(batch, heads, count, length) -> dict:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", masks(1, 1, 2, 2))
-def test_equals_stock_and_truth(shape, kind):
+def test_equals_stock_and_float64(shape, kind):
     batch, heads, _, count, length, _ = shape
     check(inputs(*shape), masks(batch, heads, count, length)[kind])
 
 
 @pytest.mark.parametrize("kind", ["causal", "none", "left padding", "additive per head"])
 def test_a_block_shrinks_until_its_scores_fit(kind, monkeypatch):
-    """Blocks of 5 queries, then of one, which holds more scores than it may."""
+    """Blocks of 5 queries, then of one query that exceeds the limit."""
     shape = (2, 6, 2, 23, 40, 16)
     for limit in (5 * 3 * 40, 1):
         monkeypatch.setattr(attention, "SCORES", limit)
@@ -103,11 +103,11 @@ def test_scores_of_a_block_stay_within_the_limit(monkeypatch):
     monkeypatch.setattr(attention, "SCORES", 1000)
     attention.attention(*inputs(1, 4, 2, 90, 100, 8), 1.0, "causal")
     assert max(sizes) <= 1000
-    assert sum(sizes) < 0.6 * 4 * 90 * 100  # keys that come later are left out
+    assert sum(sizes) < 0.6 * 4 * 90 * 100  # later keys are skipped
 
 
 @pytest.mark.parametrize("hidden", [False, float(mx.finfo(mx.float32).min), -1e30])
-def test_a_query_that_sees_no_key_is_as_stock_has_it(hidden):
+def test_a_query_without_keys_equals_stock(hidden):
     arrays, rows = inputs(2, 4, 2, BLOCK + 3, BLOCK + 8, 16), mx.arange(BLOCK + 3)[:, None]
     sees = mx.broadcast_to(rows % 3 > 0, (BLOCK + 3, BLOCK + 8))
     mask = sees if hidden is False else mx.where(sees, 0.0, hidden)
@@ -115,7 +115,7 @@ def test_a_query_that_sees_no_key_is_as_stock_has_it(hidden):
 
 
 @pytest.mark.filterwarnings("error")
-def test_not_a_number_shows_and_stays_in_its_row():
+def test_nan_stays_in_its_row():
     arrays = inputs(1, 2, 2, 9, 9, 8)
     arrays[0][0, 0, 4] = mx.nan
     y = np.array(attention.attention(*arrays, 1.0, "causal"))
@@ -182,7 +182,7 @@ def test_logits_of_a_padded_batch(monkeypatch, calls):
 
 
 def test_other_work_is_left_to_stock(monkeypatch, calls):
-    """One token, half precision, a quantized cache, and all where stock kernels are wanted."""
+    """One token, half precision, a quantized cache, and FLASHMOE_KERNELS=stock."""
     for dtype, count, cache in (
         (mx.float32, 1, None),
         (mx.bfloat16, 9, None),

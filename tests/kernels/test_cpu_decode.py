@@ -14,7 +14,7 @@ from flashmoe_mlx.custom_kernels.cpu.decode import Group, project
 from flashmoe_mlx.custom_kernels.cpu.gated_delta_step import DeltaBlock
 from flashmoe_mlx.custom_kernels.cpu.moe import MoeBlock
 from flashmoe_mlx.custom_kernels.gated_delta.naive import mix
-from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerState, MixerWeights
 from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 
 FORMATS = [(b, g) for b in prefill.BITS for g in prefill.GROUP_SIZES]
@@ -48,7 +48,7 @@ def swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dtype", prefill.SCALE_TYPES)
 @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 def test_project_is_as_exact_as_stock(bits, group_size, dtype):
-    """384 columns at 2 bits end in groups that fill no vector; 333 rows fill no unit."""
+    """384 columns at 2 bits end in a partial vector, 333 rows in a partial unit."""
     m = matrix(333, 384, bits=bits, group_size=group_size, dtype=dtype)
     x = random(3, 384) * np.array([[1], [1e-3], [1e4]], np.float32)
     exact = x.astype(np.float64) @ dense(m).T
@@ -59,7 +59,7 @@ def test_project_is_as_exact_as_stock(bits, group_size, dtype):
 
 
 def test_one_large_activation_does_not_blur_the_others():
-    """Scales are per group: an outlier costs precision where it stands only."""
+    """Scales are per group, so an outlier costs precision in its group only."""
     m, x = matrix(64, 256), random(1, 256)
     x[0, 70] = 1e6
     weight = dense(m)
@@ -69,7 +69,7 @@ def test_one_large_activation_does_not_blur_the_others():
     assert np.abs(ours - outlier - exact).max() <= 1e-6 * np.abs(outlier).max()
 
 
-def test_not_a_number_shows():
+def test_nan_and_infinity_propagate():
     m, x = matrix(40, 128), random(3, 128)
     x[0, 5], x[1, 5] = np.nan, np.inf
     (y,) = project(x, Group(m))
@@ -80,7 +80,7 @@ def test_not_a_number_shows():
 @pytest.mark.parametrize("dtype", prefill.SCALE_TYPES)
 @pytest.mark.parametrize("columns", [384, 1152])
 def test_project_mixes_formats_and_keeps_rows_apart(columns, dtype):
-    """11 rows do not go through at once, and 1152 columns are more than a block of any format."""
+    """11 rows exceed MAX_ROWS, and 1152 columns exceed a block of any format."""
     shapes = [(9 + n, bits, group_size) for n, (bits, group_size) in enumerate(FORMATS)]
     shapes += [(70, 4, 64), (1, 8, 64)]
     matrices = [matrix(h, columns, bits=b, group_size=g, dtype=dtype) for h, b, g in shapes]
@@ -98,14 +98,14 @@ def test_project_mixes_formats_and_keeps_rows_apart(columns, dtype):
 @pytest.mark.parametrize("bits", [(4, 4, 4), (2, 4, 8)])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_mixture_of_experts(bits, renormalize):
-    """12 rows of 3 experts each: some of the 16 experts have many rows, some none."""
+    """12 rows of 3 experts each: some of 16 experts have many rows, some none."""
     experts, top_k, hidden, inner = 16, 3, 128, 96
     router, switch = matrix(experts, hidden, bits=8), matrix(1, hidden, bits=8)
     shared = [matrix(64, hidden), matrix(64, hidden), matrix(hidden, 64)]
     shapes = (experts, inner, hidden), (experts, inner, hidden), (experts, hidden, inner)
-    banks = [matrix(*s, bits=b) for s, b in zip(shapes, bits, strict=True)]
+    projections = [matrix(*s, bits=b) for s, b in zip(shapes, bits, strict=True)]
     norm, h = random(hidden), random(12, hidden)
-    block = MoeBlock(router, switch, shared, banks, norm, 1e-6, top_k, renormalize)
+    block = MoeBlock(router, switch, shared, projections, (norm, 1e-6), top_k, renormalize)
 
     def at_once(ids):
         yield np.arange(ids.size), ids.reshape(-1)
@@ -116,7 +116,7 @@ def test_mixture_of_experts(bits, renormalize):
 
     y = block(h, at_once)
     assert np.array_equal(y, block(h, in_batches))
-    x, weights = normalized(h, norm), [dense(b) for b in banks]
+    x, weights = normalized(h, norm), [dense(b) for b in projections]
     for row in range(12):
         assert np.array_equal(y[row], block(h[row : row + 1], at_once)[0])
         scores = np.exp(dense(router) @ x[row])
@@ -140,13 +140,13 @@ def test_gated_delta_net():
     inputs = [matrix(n, hidden) for n in (channels, 128)] + [matrix(4, hidden, bits=8)] * 2
     out, norm, h = matrix(hidden, 128), random(hidden), random(3, hidden)
     past, state = random(3, 3, channels), random(3, 4, 32, 48)
-    block = DeltaBlock(inputs, out, norm, 1e-6, weights)
+    block = DeltaBlock(inputs, out, (norm, 1e-6), weights)
     new_past, new = np.empty_like(past), np.empty_like(state)
     y = block(h, past, state, new_past, new)
     x = normalized(h, norm)
     projected = [mx.array((x @ dense(m).T).astype(np.float32))[:, None] for m in inputs]
-    caches = mx.array(past), mx.array(state)
-    mixed, stock_past, stock_state = mix.naive(*projected, weights, *caches)
+    before = MixerState(mx.array(past), mx.array(state))
+    mixed, stock_past, stock_state = mix.naive(*projected, weights, before)
     assert np.abs(y - (h + np.array(mixed)[:, 0] @ dense(out).T)).max() <= 1e-5
     assert np.abs(new_past - np.array(stock_past)).max() <= 1e-5
     assert np.abs(new - np.array(stock_state)).max() <= 1e-5
@@ -167,7 +167,7 @@ def test_a_step_follows_new_weights_and_copies():
         layer.update({"weight": layer.weight + mx.array(0x11111111, mx.uint32)})
 
 
-def test_a_step_leaves_other_work_alone():
+def test_a_step_declines_other_work():
     layer = nn.QuantizedLinear(64, 8, bias=False)
     layer.eval()
     assert cpu_block.linear_step(mx.zeros((1, 2, 64)), [layer]) is None

@@ -13,11 +13,11 @@ from flashmoe_mlx.custom_kernels.cpu import gated_delta, prefill
 from flashmoe_mlx.custom_kernels.device import cpu_kernels
 from flashmoe_mlx.custom_kernels.experts.prefill import QuantizedMatrix, cpu_experts
 from flashmoe_mlx.custom_kernels.gated_delta.naive import mix
-from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerWeights
+from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerState, MixerWeights
 from flashmoe_mlx.custom_kernels.linear.linear import linear
 from flashmoe_mlx.errors import FlashMoEError
 
-QUANTISATIONS = [(b, g) for b in prefill.BITS for g in prefill.GROUP_SIZES]
+FORMATS = [(b, g) for b in prefill.BITS for g in prefill.GROUP_SIZES]
 DTYPES = [mx.float32, mx.bfloat16]
 
 
@@ -37,13 +37,13 @@ def times(x, weight, slots=None) -> np.ndarray:
     return prefill.Activations(x, prefill.plan(len(x), slots)).times(weight)
 
 
-def truth(x, codes, scales, biases, bits) -> np.ndarray:
+def in_float64(x, codes, scales, biases, bits) -> np.ndarray:
     """Return x W^T in float64."""
     weight = np.array(reference.dequantize(codes, scales, biases, bits)).astype(np.float64)
     return np.array(x).astype(np.float64) @ weight.swapaxes(-1, -2)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [*QUANTISATIONS, (3, 64), (6, 32)])
+@pytest.mark.parametrize(("bits", "group_size"), [*FORMATS, (3, 64), (6, 32)])
 def test_reference_unpacks_as_mlx_does(bits, group_size):
     codes, scales, biases = quantized((7, 384), bits, group_size, mx.float32)
     ours = reference.dequantize(codes, scales, biases, bits)
@@ -52,13 +52,13 @@ def test_reference_unpacks_as_mlx_does(bits, group_size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "group_size"), QUANTISATIONS)
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
 def test_matmul_is_as_exact_as_stock(bits, group_size, dtype):
     """Odd row counts: 37 weight rows fill no tile, 11 activation rows are 2 fours and 3 ones."""
     for height, rows in ((37, 1), (132, 11)):
         weight = quantized((height, 384), bits, group_size, dtype)
         x = random(rows, 384)
-        exact = truth(x, *weight, bits)
+        exact = in_float64(x, *weight, bits)
         ours = times(np.array(x), prefill.packed(*weight, bits, group_size))
         wide = [weight[0], *(t.astype(mx.float32) for t in weight[1:])]
         stock = np.array(mx.quantized_matmul(x, *wide, group_size=group_size, bits=bits))
@@ -67,30 +67,30 @@ def test_matmul_is_as_exact_as_stock(bits, group_size, dtype):
 
 @pytest.mark.parametrize("bits", prefill.BITS)
 def test_a_row_does_not_depend_on_the_others(bits):
-    bank = quantized((5, 36, 128), bits, 64, mx.bfloat16)
-    weight = prefill.packed(*bank, bits, 64)
+    arrays = quantized((5, 36, 128), bits, 64, mx.bfloat16)
+    weight = prefill.packed(*arrays, bits, 64)
     x, slots = np.array(random(19, 128)), np.sort(np.arange(19) * 7 % 5)
     together = times(x, weight, slots)
     alone = [times(x[i : i + 1], weight, slots[i : i + 1]) for i in range(19)]
     assert np.array_equal(together, np.concatenate(alone))
     for i, slot in enumerate(slots):
-        one = [t[int(slot)] for t in bank]
-        assert np.abs(together[i] - truth(x[i], *one, bits)).max() <= 1e-5
+        one = [t[int(slot)] for t in arrays]
+        assert np.abs(together[i] - in_float64(x[i], *one, bits)).max() <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [(4, 4, 4), (2, 2, 2), (2, 2, 4), (8, 8, 8)])
 def test_expert_mlp(bits, dtype):
     shapes = (6, 96, 64), (6, 96, 64), (6, 64, 96)
-    banks = [quantized(s, b, 32, dtype) for s, b in zip(shapes, bits, strict=True)]
+    projections = [quantized(s, b, 32, dtype) for s, b in zip(shapes, bits, strict=True)]
     x, slots = random(9, 64), np.array([0, 0, 0, 0, 0, 2, 3, 3, 5])
-    packed = [QuantizedMatrix(*t, b, 32) for t, b in zip(banks, bits, strict=True)]
+    packed = [QuantizedMatrix(*t, b, 32) for t, b in zip(projections, bits, strict=True)]
     kernels = cpu_experts(x, packed)
     ours = mx.array(kernels.mlp(kernels.rows(x), *(b.packed for b in packed), slots))
     for i, slot in enumerate(slots.tolist()):
         weights = [
-            reference.dequantize(*(t[slot] for t in bank), b)
-            for bank, b in zip(banks, bits, strict=True)
+            reference.dequantize(*(t[slot] for t in arrays), b)
+            for arrays, b in zip(projections, bits, strict=True)
         ]
         expected = reference.expert_mlp(x[i : i + 1], *weights)
         assert mx.abs(ours[i] - expected[0]).max().item() <= 1e-5
@@ -104,7 +104,7 @@ def test_gated_delta(tokens, masked):
     k = k / mx.linalg.norm(k, axis=-1, keepdims=True)
     v = random(batch, tokens, value_heads, value_dim)
     g, beta = mx.sigmoid(random(batch, tokens, value_heads)), mx.sigmoid(random(3, 1, 1)[:2])
-    beta = mx.broadcast_to(beta, g.shape)  # also shows that layouts need not be contiguous
+    beta = mx.broadcast_to(beta, g.shape)  # not contiguous
     state = random(batch, value_heads, value_dim, key_dim)
     mask = mx.arange(tokens) < mx.array([[tokens - 1], [tokens // 2]]) if masked else None
     before = np.array(state)
@@ -113,7 +113,7 @@ def test_gated_delta(tokens, masked):
     expected_y, expected_final = reference.gated_delta(q, k, v, g, beta, state, mask)
     assert np.abs(y - np.array(expected_y)).max() <= 2e-5
     assert np.abs(final - np.array(expected_final)).max() <= 2e-5
-    assert np.array_equal(before, np.array(state))  # the caller's state is left alone
+    assert np.array_equal(before, np.array(state))  # the caller's state is unchanged
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 33])
@@ -133,12 +133,12 @@ def test_mixer_equals_mlx_ops(tokens, padded, monkeypatch):
     past, state = random(batch, 3, width), random(batch, 6, 37, 48)
     ends = mx.array([tokens, 1, 0]) if padded else None
     mask = mx.arange(tokens) < ends[:, None] if padded else None
-    ours = mix(*inputs, weights, past, state, mask, ends)
-    theirs = mix.naive(*inputs, weights, past, state, mask, ends)
+    before = MixerState(past, state, mask, ends)
+    ours, theirs = (f(*inputs, weights, before) for f in (mix, mix.naive))
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.shape == other.shape
         assert mx.abs(mine - other).max() <= 1e-5 * mx.abs(other).max()
-    first = mix(*inputs, weights, None, None, mask, ends)
+    first = mix(*inputs, weights, MixerState(None, None, mask, ends))
     assert all(mx.isfinite(t).all() for t in first)
 
 
@@ -147,7 +147,7 @@ def test_linear_takes_the_kernel_and_follows_new_weights():
     x = random(3, 5, 128).transpose(1, 0, 2)  # not contiguous
     for _ in range(2):
         layer.eval()
-        exact = truth(x.reshape(-1, 128), layer.weight, layer.scales, layer.biases, 4)
+        exact = in_float64(x.reshape(-1, 128), layer.weight, layer.scales, layer.biases, 4)
         (y,) = linear(x, layer)
         assert y.shape == (5, 3, 40)
         assert np.abs(np.array(y).reshape(-1, 40) - exact).max() <= 1e-5
@@ -158,7 +158,7 @@ def test_linear_takes_the_kernel_and_follows_new_weights():
     "layer",
     [nn.Linear(64, 8), nn.QuantizedLinear(64, 8, bias=True), nn.QuantizedLinear(64, 8, bits=3)],
 )
-def test_linear_leaves_other_layers_to_themselves(layer):
+def test_linear_runs_other_layers_themselves(layer):
     layer.eval()
     x = random(3, 64)
     assert mx.array_equal(linear(x, layer)[0], layer(x))
@@ -194,9 +194,9 @@ def test_without_numba_the_user_is_told_once():
     assert result.stderr.count("numba is not installed") == 1
 
 
-def test_a_wrong_choice_of_kernels_is_named(fresh_choice, monkeypatch):
+def test_a_wrong_mode_is_named(fresh_choice, monkeypatch):
     monkeypatch.setenv("FLASHMOE_KERNELS", "fast")
-    with pytest.raises(FlashMoEError, match="FLASHMOE_KERNELS = 'fast' is not a choice of kernels"):
+    with pytest.raises(FlashMoEError, match="FLASHMOE_KERNELS = 'fast' is not valid"):
         cpu_kernels(mx.ones(1))
 
 

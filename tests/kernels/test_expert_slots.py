@@ -1,4 +1,4 @@
-"""The text that gives out slots, on the Metal bench: a bank's whole life, beside the truth."""
+"""The slot table's kernel on the Metal bench, step by step against the reference."""
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +13,7 @@ require_bench()
 
 @pytest.fixture(autouse=True)
 def fresh_kernels():
-    """Make kernels inside each block of the bench, and keep none for others."""
+    """Build kernels inside each bench block, and keep none."""
     launch._build.cache_clear()
     yield
     launch._build.cache_clear()
@@ -24,7 +24,7 @@ def empty(experts: int) -> Table:
 
 
 def steps(rng, experts: int, shape: tuple[int, int], slots: int, count: int):
-    """Yield ids: each row's differ, and rows share some; now and then only what was asked last."""
+    """Yield distinct ids per row; rows share some, and every fifth step repeats the last."""
     ids = np.zeros(shape, np.uint32)
     for number in range(count):
         if number % 5 != 4:
@@ -37,10 +37,10 @@ def steps(rng, experts: int, shape: tuple[int, int], slots: int, count: int):
 @pytest.mark.parametrize("experts, slots, shape", [
     (10, 3, (1, 3)), (10, 9, (2, 4)), (300, 70, (3, 10)), (512, 300, (1, 10)), (5, 4, (1, 1)),
 ])  # fmt: skip
-def test_a_bank_is_run_as_the_reference_does(mode, experts, slots, shape):
+def test_the_table_equals_the_reference(mode, experts, slots, shape):
     rng, table = np.random.default_rng(experts + slots), empty(experts)
     slot_of, demand = table.slot_of, table.demand
-    asked = missed = 0
+    requested = missed = 0
     with metal_on_cpu(mode):
         for ids in steps(rng, experts, shape, slots, 12 if mode == "fast" else 3):
             table, places, tasks = choose_slots(table, ids, mx.zeros(1), slots, 128)
@@ -48,18 +48,18 @@ def test_a_bank_is_run_as_the_reference_does(mode, experts, slots, shape):
             slot_of, demand, *expected = reference.choose_slots(slot_of, demand, ids, slots, 128)
             found, wanted = np.array(table.demand), np.array(demand)
             assert np.allclose(found, wanted, rtol=1e-5, atol=1e-5)
-            for ours, truth in zip(
+            for ours, right in zip(
                 (table.slot_of, places, tasks), (slot_of, *expected), strict=True
             ):
-                assert np.array_equal(np.array(ours), np.array(truth))
-            demand = table.demand  # so that rounding does not decide between equals
-            asked += len(np.unique(np.array(ids)))
+                assert np.array_equal(np.array(ours), np.array(right))
+            demand = table.demand  # so that rounding does not break ties
+            requested += len(np.unique(np.array(ids)))
             missed += int((np.array(tasks)[:, 0] != NONE).sum())
-            assert table.counts.tolist() == [asked, missed, 0, 0]
-    assert 0 < missed < asked or mode != "fast"
+            assert table.counts.tolist() == [requested, missed, 0, 0]
+    assert 0 < missed < requested or mode != "fast"
 
 
-def test_what_was_asked_for_most_of_late_stays():
+def test_recent_frequent_experts_stay():
     table, places = empty(6), {}
     with metal_on_cpu("fast"):
         for ids in ([0, 1], [0, 2], [1, 0], [3, 4]):

@@ -19,7 +19,7 @@ require_bench()
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch, tmp_path):
-    """Make kernels inside each block of the bench, keep none, and take ours whatever is faster."""
+    """Build kernels inside each bench block, keep none, and use ours whichever is faster."""
     monkeypatch.setenv("FLASHMOE_KERNELS", "custom")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     gpu._build.cache_clear()
@@ -29,14 +29,14 @@ def fresh(monkeypatch, tmp_path):
     autotune.forget()
 
 
-def random_slots(pairs: int, of: int, kind: str) -> mx.array:
-    rng = np.random.default_rng(pairs + of)
+def random_slots(count: int, of: int, kind: str) -> mx.array:
+    rng = np.random.default_rng(count + of)
     slots = {
-        "even": rng.integers(of, size=pairs),
-        "few": rng.integers(of, size=pairs) // 3 * 3 % of,
-        "one": np.full(pairs, of // 2),
-        "last": np.full(pairs, of - 1),
-        "each": np.arange(pairs) % of,
+        "even": rng.integers(of, size=count),
+        "few": rng.integers(of, size=count) // 3 * 3 % of,
+        "one": np.full(count, of // 2),
+        "last": np.full(count, of - 1),
+        "each": np.arange(count) % of,
     }[kind]
     return mx.array(slots.astype(np.uint32))
 
@@ -51,12 +51,12 @@ def agrees(slots: mx.array, of: int, rows: int) -> bool:
 
 @pytest.mark.parametrize("mode", ["fast", "checked", "order"])
 @pytest.mark.parametrize("kind", ["even", "few", "one", "last", "each"])
-@pytest.mark.parametrize("pairs, of, rows", [
+@pytest.mark.parametrize("count, of, rows", [
     (1, 1, 16), (1, 7, 16), (300, 1, 16), (50, 7, 16), (7, 40, 32), (700, 20, 64), (257, 5, 2),
 ])  # fmt: skip
-def test_pairs_are_cut_as_the_reference_does(mode, kind, pairs, of, rows):
+def test_assignments_are_cut_as_in_the_reference(mode, kind, count, of, rows):
     with metal_on_cpu(mode) as session:
-        assert agrees(random_slots(pairs, of, kind), of, rows)
+        assert agrees(random_slots(count, of, kind), of, rows)
     assert session.launches
 
 
@@ -86,7 +86,7 @@ def test_a_mistake_in_cutting_is_caught(monkeypatch, old, new):
 
 
 def test_a_prompt_of_another_length_compiles_nothing(monkeypatch):
-    """Each combination of constants is compiled anew, for seconds; batches all differ in size."""
+    """Each combination of constants compiles for seconds, and every batch has another size."""
     seen, launch = set(), gpu.Kernel.__call__
 
     def spy(self, inputs, outputs, groups, lanes, **constants):
@@ -96,23 +96,23 @@ def test_a_prompt_of_another_length_compiles_nothing(monkeypatch):
     monkeypatch.setattr(gpu.Kernel, "__call__", spy)
     x = mx.random.normal((700, 64))
     with metal_on_cpu("fast"):
-        for pairs in 7, 300, 700:
-            tiles = cut(random_slots(pairs, 20, "even"), 20, 16)
-            y = expert_tiles.take_rows(x, mx.arange(pairs, dtype=mx.uint32), tiles)
+        for count in 7, 300, 700:
+            tiles = cut(random_slots(count, 20, "even"), 20, 16)
+            y = expert_tiles.take_rows(x, mx.arange(count, dtype=mx.uint32), tiles)
             y = y.reshape(-1, 64)
-            y = expert_tiles.combine_by_kernel(y, tiles.places[:, None], x[:pairs, :1])
-            assert mx.array_equal(y, x[:pairs] * x[:pairs, :1])
+            y = expert_tiles.combine_by_kernel(y, tiles.places[:, None], x[:count, :1])
+            assert mx.array_equal(y, x[:count] * x[:count, :1])
     assert {name for name, *_ in seen} == {"experts/tiles", "experts/take_rows", "experts/combine"}
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("pairs, of, rows", [(1, 9, 16), (9, 9, 16), (40, 3, 16), (64, 4, 16)])
-def test_there_are_tiles_enough(pairs, of, rows):
-    """One pair in each slot but one needs most."""
-    each = min(of, pairs)
-    counts = [1] * (each - 1) + [pairs - each + 1]
+@pytest.mark.parametrize("count, of, rows", [(1, 9, 16), (9, 9, 16), (40, 3, 16), (64, 4, 16)])
+def test_most_tiles_are_enough(count, of, rows):
+    """One assignment in each slot but one needs the most tiles."""
+    each = min(of, count)
+    counts = [1] * (each - 1) + [count - each + 1]
     needed = sum(-(-count // rows) for count in counts)
-    assert needed <= most_tiles(pairs, of, rows) <= needed + 1
+    assert needed <= most_tiles(count, of, rows) <= needed + 1
 
 
 @pytest.mark.parametrize("mode", ["fast", "checked", "order"])
@@ -208,8 +208,8 @@ def test_mlx_ops_add_up_what_the_kernel_does_not_take():
     ("experts/tiles", "places[p] = place;", "places[p] = p;"),
     ("experts/take_rows", "tokens[rows[r]]", "tokens[r % 9]"),
 ])  # fmt: skip
-def test_wrong_tiles_are_found_out_at_first_use(monkeypatch, capsys, file, old, new):
-    """And MLX's own products are used."""
+def test_wrong_tiles_are_found_at_first_use(monkeypatch, capsys, file, old, new):
+    """MLX's own matmuls are used then."""
     plant(monkeypatch, f"{file}.metal", old, new)
     with metal_on_cpu("fast"):
         assert not autotune.prefers_custom(TiledCase(384, 128, 4, 64, *["float32"] * 2, 4, 5, 9))

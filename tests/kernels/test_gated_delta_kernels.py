@@ -1,4 +1,4 @@
-"""The GatedDeltaNet kernels' text on the Metal bench: results, and that mistakes are noticed."""
+"""The GatedDeltaNet kernels on the Metal bench: results, and detection of planted mistakes."""
 
 from dataclasses import replace
 
@@ -34,26 +34,26 @@ dtype_cases = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture(autouse=True)
 def fresh_kernels():
-    """Make kernels inside each block of the bench, and keep none for others."""
+    """Build kernels inside each bench block, and keep none."""
     launch._build.cache_clear()
     yield
     launch._build.cache_clear()
 
 
-def excesses(outputs, stocks, truths) -> list[float]:
-    """Return each output's error as a share of what it may be: at most 1 if right."""
+def excesses(outputs, stocks, expected) -> list[float]:
+    """Return each output's error over its limit: at most 1 if correct."""
     shares = []
-    for output, stock, truth in zip(outputs, stocks, truths, strict=True):
+    for output, stock, exact in zip(outputs, stocks, expected, strict=True):
         assert output.shape == stock.shape
-        found, theirs, right = (np.array(x.astype(mx.float32)) for x in (output, stock, truth))
+        found, theirs, right = (np.array(x.astype(mx.float32)) for x in (output, stock, exact))
         limit = max(2 * np.abs(theirs - right).max(), ULPS * np.abs(right).max())
         error = np.abs(found - right).max() if np.isfinite(found).all() else np.inf
         shares.append(float(error / limit))
     return shares
 
 
-def check(case, modes=tuple(MODES), edit=None) -> None:
-    """Run a trial's kernel in the bench's modes; raise AssertionError if a result is off."""
+def check(case, modes=tuple(MODES)) -> None:
+    """Run a case's kernel in the bench's modes; raise AssertionError if a result is off."""
     inputs = case.inputs()
     others = case.stock(*inputs), case.reference(*inputs)
     for mode in modes:
@@ -63,7 +63,7 @@ def check(case, modes=tuple(MODES), edit=None) -> None:
 
 
 def caught(case, monkeypatch, file, old, new) -> bool:
-    """Say whether an edit of a kernel's text makes the bench or the comparison complain."""
+    """Return whether an edit of a kernel's text fails the bench or the comparison."""
     plant(monkeypatch, file, old, new)
     return complains(lambda: check(case, ("fast", "checked")))
 
@@ -138,7 +138,7 @@ def test_a_mistake_in_step_is_caught(monkeypatch, old, new):
 
 
 @pytest.mark.parametrize("heads, message", [
-    (Heads(4, 6, 48, 37), "6 value heads are no multiple of 4 key heads"),
+    (Heads(4, 6, 48, 37), "6 value heads are not a multiple of 4 key heads"),
     (Heads(2, 6, 4, 37), "key_dim 4 is below 8"),
     (Heads(2, 6, 8, 600), "value_dim 600 is more than 512 lanes"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The matrix, expert and router kernels' text on the Metal bench, and that mistakes are noticed."""
+"""The matrix, expert and router kernels on the Metal bench, and detection of planted mistakes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from flashmoe_mlx.custom_kernels.weights import QuantizedMatrix
 require_bench()
 
 ULPS = 16 * 2**-23  # of the largest output: sums of float32 in another order
-EPS = 0.5  # of norms; large, so that it shows
+EPS = 0.5  # of norms; large enough to matter
 FAST = ("fast", "checked")
 dtype_cases = pytest.mark.parametrize("dtype", DTYPES)
 bits_cases = pytest.mark.parametrize("bits", matvec.BITS)
@@ -41,14 +41,14 @@ nvidia = pytest.mark.parametrize("geometry", ["nvidia"], indirect=True)
 
 @pytest.fixture(autouse=True)
 def fresh_kernels():
-    """Make kernels inside each block of the bench, and keep none for others."""
+    """Build kernels inside each bench block, and keep none."""
     launch._build.cache_clear()
     yield
     launch._build.cache_clear()
 
 
 def launch_as(name: str, monkeypatch) -> None:
-    """Launch as on this maker's GPUs, with what the CUDA prelude makes of codes."""
+    """Launch with this vendor's geometry and the CUDA prelude's form of codes."""
     for module in (matvec, experts):
         monkeypatch.setattr(module, "is_cuda", lambda: name == "nvidia")
     if name == "nvidia":
@@ -60,17 +60,17 @@ def launch_as(name: str, monkeypatch) -> None:
 
 @pytest.fixture
 def geometry(request, monkeypatch):
-    """Launch as on this maker's GPUs."""
+    """Launch with this vendor's geometry."""
     launch_as(request.param, monkeypatch)
     return request.param
 
 
 @dataclass
 class BenchCase:
-    """A call of a kernel, what is right, and what stock MLX makes of it."""
+    """A kernel call, the expected outputs, and stock MLX's outputs."""
 
     custom: Callable[[], list[mx.array]]
-    truths: list[mx.array]
+    expected: list[mx.array]
     stocks: list[mx.array] | None = None
 
 
@@ -79,17 +79,17 @@ def case_of(case) -> BenchCase:
     return BenchCase(lambda: case.custom(*inputs), case.reference(*inputs), case.stock(*inputs))
 
 
-def verify(outputs, truths, stocks=None) -> None:
+def verify(outputs, expected, stocks=None) -> None:
     """Allow one rounding to the output's dtype beside the sums, and no more than twice stock's."""
-    for index, (output, truth) in enumerate(zip(outputs, truths, strict=True)):
-        assert output.shape == truth.shape
-        found, right = (np.array(x.astype(mx.float32), np.float64) for x in (output, truth))
+    for index, (output, exact) in enumerate(zip(outputs, expected, strict=True)):
+        assert output.shape == exact.shape
+        found, right = (np.array(x.astype(mx.float32), np.float64) for x in (output, exact))
         size = np.abs(right)
         rounding = mx.finfo(output.dtype).eps / 2
-        # Not `error > limit`: of what is no number, nothing is true.
+        # Not `error > limit`, which is False for NaN.
         assert (np.abs(found - right) <= rounding * size + ULPS * size.max()).all()
         if stocks is not None:
-            assert autotune._error(output, truth) <= autotune._limit(stocks[index], truth)
+            assert autotune._error(output, exact) <= autotune._limit(stocks[index], exact)
 
 
 def check(bench_case: BenchCase, modes=tuple(MODES)) -> None:
@@ -98,11 +98,11 @@ def check(bench_case: BenchCase, modes=tuple(MODES)) -> None:
         with metal_on_cpu(mode) as session:
             outputs = bench_case.custom()
         assert session.launches, mode
-        verify(outputs, bench_case.truths, bench_case.stocks)
+        verify(outputs, bench_case.expected, bench_case.stocks)
 
 
 def caught(bench_case: BenchCase, monkeypatch, file, old, new) -> bool:
-    """Say whether an edit of a kernel's text makes the bench or the comparison complain."""
+    """Return whether an edit of a kernel's text fails the bench or the comparison."""
     plant(monkeypatch, file, old, new)
     return complains(lambda: check(bench_case, FAST))
 
@@ -111,7 +111,7 @@ def random(*shape, dtype="float32") -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(sum(shape))).astype(DTYPES[dtype])
 
 
-def bank(*shape, bits=4, group_size=32, dtype="bfloat16", seed=0) -> QuantizedMatrix:
+def matrix(*shape, bits=4, group_size=32, dtype="bfloat16", seed=0) -> QuantizedMatrix:
     key = mx.random.key(sum(shape) + seed)
     arrays = random_quantized(key, shape, bits, group_size, DTYPES[dtype])
     return QuantizedMatrix(*arrays, bits, group_size)
@@ -150,7 +150,7 @@ def test_matvecs(geometry, dtype, bits, group_size):
     bench_case = case_of(case)
     check(bench_case, modes)
     inputs = case.inputs()
-    check(BenchCase(lambda: case.naive(*inputs), bench_case.truths, bench_case.stocks), modes)
+    check(BenchCase(lambda: case.naive(*inputs), bench_case.expected, bench_case.stocks), modes)
 
 
 @both
@@ -166,7 +166,7 @@ def test_experts(geometry, dtype, bits, group_size):
 
 @both
 def test_whole_mixture(geometry):
-    """In half precision, rounding between the halves is allowed for by comparing with stock."""
+    """In half precision the two halves round in between, so compare with stock's error."""
     others = 96, 64, 5, 3, 2, 32
     case = ExpertsCase(*others, "float32", "float16", down_bits=4, shared_bits=8)
     check(case_of(case), FAST)
@@ -187,9 +187,9 @@ def test_router(dtype, experts, top_k):
 
 
 def matvec_case(columns=384, norm=True, residual=True, bits=4, dtype="bfloat16") -> BenchCase:
-    weight = bank(37, columns, bits=bits, group_size=64, dtype=dtype)
+    weight = matrix(37, columns, bits=bits, group_size=64, dtype=dtype)
     x, gain, past = (random(*s, dtype=dtype) for s in ((3, columns), (columns,), (3, 37)))
-    truth = (normalized(x, gain) if norm else x.astype(mx.float32)) @ dense(weight).T
+    exact = (normalized(x, gain) if norm else x.astype(mx.float32)) @ dense(weight).T
     options = {
         "norm": (gain, mx.array([EPS])) if norm else None,
         "residual": past if residual else None,
@@ -197,7 +197,7 @@ def matvec_case(columns=384, norm=True, residual=True, bits=4, dtype="bfloat16")
     arrays = x, weight.codes, weight.scales, weight.biases, bits
     return BenchCase(
         lambda: [dequant_matvec(*arrays, **options)],
-        [truth + past.astype(mx.float32) if residual else truth],
+        [exact + past.astype(mx.float32) if residual else exact],
     )
 
 
@@ -234,10 +234,10 @@ def test_naive_matvec_with_columns_split(geometry):
 
 @both
 def test_one_row_and_more_axes_and_float32_from_bfloat16(geometry):
-    weight, x = bank(1, 128, group_size=128), random(2, 1, 3, 128, dtype="bfloat16")
-    truth = x.astype(mx.float32) @ dense(weight).T
+    weight, x = matrix(1, 128, group_size=128), random(2, 1, 3, 128, dtype="bfloat16")
+    exact = x.astype(mx.float32) @ dense(weight).T
     arrays = x, weight.codes, weight.scales, weight.biases, 4
-    bench_case = BenchCase(lambda: [dequant_matvec(*arrays, dtype=mx.float32)], [truth])
+    bench_case = BenchCase(lambda: [dequant_matvec(*arrays, dtype=mx.float32)], [exact])
     check(bench_case, FAST)
     with metal_on_cpu("fast"):
         assert bench_case.custom()[0].dtype == mx.float32
@@ -253,38 +253,38 @@ def chosen(tokens: int, slots: int, top_k: int) -> mx.array:
 
 
 def gate_up_case(norm=True, shared=True, top_k=3, bits=8, hidden=384) -> BenchCase:
-    """A shared expert of another width, group size and height."""
+    """With a shared expert of another width, group size and height."""
     inner, tokens, slots = 13, 2, top_k + 2
-    gate, up = (bank(slots, inner, hidden, bits=bits, seed=s) for s in (1, 2))
-    others = tuple(bank(27, hidden, bits=4, group_size=64, seed=s) for s in (3, 4))
+    gate, up = (matrix(slots, inner, hidden, bits=bits, seed=s) for s in (1, 2))
+    others = tuple(matrix(27, hidden, bits=4, group_size=64, seed=s) for s in (3, 4))
     x, gain = random(tokens, hidden, dtype="bfloat16"), random(hidden, dtype="bfloat16")
     where = chosen(tokens, slots, top_k)
     rows = normalized(x, gain) if norm else x.astype(mx.float32)
-    truth = swiglu(rows[:, None, None, :], dense(gate)[where], dense(up)[where]).flatten(1)
+    exact = swiglu(rows[:, None, None, :], dense(gate)[where], dense(up)[where]).flatten(1)
     if shared:
-        truth = mx.concatenate([truth, swiglu(rows, *map(dense, others))], axis=1)
+        exact = mx.concatenate([exact, swiglu(rows, *map(dense, others))], axis=1)
     options = others if shared else None, (gain, mx.array([EPS])) if norm else None
-    return BenchCase(lambda: [experts.expert_gate_up(x, where, gate, up, *options)], [truth])
+    return BenchCase(lambda: [experts.expert_gate_up(x, where, gate, up, *options)], [exact])
 
 
 def down_case(residual=True, shared=True, top_k=3, bits=8) -> BenchCase:
     """Columns that two simdgroups share, and more of them."""
     height, inner, extra, tokens, slots = 21, 704, 1088 if shared else 0, 2, top_k + 2
-    down = bank(slots, height, inner, bits=bits)
-    other = bank(height, 1088, bits=4, group_size=64)
+    down = matrix(slots, height, inner, bits=bits)
+    other = matrix(height, 1088, bits=4, group_size=64)
     where, hidden = chosen(tokens, slots, top_k), random(tokens, top_k * inner + extra)
     weights = mx.softmax(random(tokens, top_k))
     strength = mx.sigmoid(random(tokens, 1))
     past = random(tokens, height, dtype="bfloat16")
     routed = hidden[:, : top_k * inner].reshape(tokens, top_k, inner)
-    truth = ((dense(down)[where] @ routed[..., None])[..., 0] * weights[..., None]).sum(1)
+    exact = ((dense(down)[where] @ routed[..., None])[..., 0] * weights[..., None]).sum(1)
     if shared:
-        truth = truth + strength * (hidden[:, top_k * inner :] @ dense(other).T)
+        exact = exact + strength * (hidden[:, top_k * inner :] @ dense(other).T)
     if residual:
-        truth = truth + past.astype(mx.float32)
+        exact = exact + past.astype(mx.float32)
     options = (other, strength) if shared else None, past if residual else None, mx.bfloat16
     return BenchCase(
-        lambda: [experts.expert_down_combine(hidden, where, weights, down, *options)], [truth]
+        lambda: [experts.expert_down_combine(hidden, where, weights, down, *options)], [exact]
     )
 
 
@@ -309,7 +309,7 @@ def test_more_experts_than_simdgroups(geometry):
 
 
 def router_case(renormalize=True, shared=True, experts=70, top_k=32) -> BenchCase:
-    """The ids in their order, too; most logits tie, and the lower id comes first."""
+    """Check the order of ids too: most logits tie, and the lower id comes first."""
     logits = mx.round(2 * random(3, experts + shared)) / 2
     logits[0, experts - 1] = 5
     scores = np.array(mx.softmax(logits[:, :experts], axis=-1))
@@ -339,8 +339,8 @@ def test_router_of_large_equal_logits(logit):
     assert weights.tolist() == [[0.25] * 4]
 
 
-def test_router_of_no_numbers_stays_inside():
-    """Ids index the experts' banks, so not even broken weights may make them too large."""
+def test_router_of_nan_stays_in_range():
+    """Ids index the experts' slots, so they stay in range even with NaN logits."""
     with metal_on_cpu("fast"):
         ids, weights, _ = route(mx.full((2, 40), mx.nan), 4, renormalize=True, shared=False)
     assert ids.max().item() < 40
@@ -561,7 +561,7 @@ def test_a_mistake_in_dequantize_is_caught(monkeypatch, file, old, new):
 
 @pytest.fixture
 def always_ours(monkeypatch, tmp_path):
-    """Dequantize by our kernel, whatever is faster on the bench."""
+    """Dequantize by our kernel, whichever is faster on the bench."""
     monkeypatch.setenv("FLASHMOE_KERNELS", "custom")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     autotune.forget()
@@ -605,7 +605,7 @@ def test_the_full_check_has_every_op_in_every_format():
     folder = Path(launch.__file__).parent
     kernels = {str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.metal")}
     helpers = {"affine", "gated_delta/common", "write", "linear/naive_matvec", "cuda/slots"}
-    names = {  # of ops, where a kernel has another; the slots have no floats
+    names = {  # ops named unlike their kernel; cuda/slots is in test_expert_slots
         "attention/prepare": "attention_step",
         "experts/combine": "expert_combine",
         "experts/down_combine": "expert_down_combine",

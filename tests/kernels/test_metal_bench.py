@@ -1,4 +1,4 @@
-"""The Metal bench agrees with MLX on MLX's own kernels, and catches kernels that are wrong."""
+"""The Metal bench agrees with MLX on MLX's own kernels, and catches wrong kernels."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ dtype_cases = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).spli
 
 
 def launch(source, inputs, *, shape=(64,), dtype=mx.float32, grid=None, group=32, **options):
-    """Run a small kernel whose inputs are called a, b, c and whose output is called o."""
+    """Run a small kernel with inputs a, b, c and output o."""
     names = list("abc")[: len(inputs)]
     made = {k: options.pop(k) for k in ("ensure_row_contiguous", "header") if k in options}
     kernel = mx.fast.metal_kernel(
@@ -68,7 +68,7 @@ def test_agrees_with_mlx_on_its_own_matvec(name, rows, columns, bits):
 
 
 def test_sees_that_mlx_matvec_writes_some_rows_twice():
-    # Harmless there: with 19 rows the last simdgroup moves back and repeats equal values.
+    # Harmless: with 19 rows the last simdgroup moves back and rewrites equal values.
     packed = mx.quantize(mx.random.normal((19, 192)), group_size=64, bits=4)
     with (
         metal_on_cpu("checked", strict=False),

@@ -1,4 +1,4 @@
-"""Compiled code on disk: found under its own name, whole or missing, and wherever there is room."""
+"""Compiled code on disk: the right code per name, whole or missing, in any writable folder."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ WRITERS, KERNELS = 8, 12
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Nothing said yet."""
+    """Clear the warnings."""
     monkeypatch.setattr(numba_cache, "damaged", [])
     monkeypatch.setattr(numba_cache, "complaints", [])
 
@@ -34,7 +34,7 @@ def cache_at(path) -> IndexDataCacheFile:
 
 
 def test_each_kernel_is_found_under_its_own_name(tmp_path):
-    """With numba's own `save` some are lost, and some are found in place of others."""
+    """numba's own `save` loses some, and confuses others."""
     assert prefill and IndexDataCacheFile.save is numba_cache._save
 
     def write(writer: int) -> None:
@@ -95,12 +95,12 @@ def as_loop(path: Path) -> None:
 
 
 def edited(change):
-    """Return damage that writes what `change` makes of a file's bytes."""
+    """Return damage that applies `change` to a file's bytes."""
     return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
 def flipped(place: float):
-    """Return damage to one bit."""
+    """Return damage that flips one bit."""
 
     def change(data: bytes) -> bytes:
         at = int(place * (len(data) - 1))
@@ -138,14 +138,14 @@ def test_a_damaged_file_is_missing_and_written_again(kind, damage, tmp_path, cap
     (path,) = tmp_path.glob("*.nbi" if kind == "index" else "*.nbc")
     DAMAGE[damage](path)
     assert cache_at(tmp_path).load("key") is None
-    assert capsys.readouterr().err.startswith(f"[flashmoe] {path}: compiled code that is damaged")
+    assert capsys.readouterr().err.startswith(f"[flashmoe] {path}: compiled code is damaged")
     cache.save("key", "code again")
     assert cache_at(tmp_path).load("key") == "code again"
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("sealed", [ValueError, RecursionError, ModuleNotFoundError])
-def test_whatever_unpickling_raises(sealed, tmp_path):
+def test_any_error_of_unpickling(sealed, tmp_path):
     cache = cache_at(tmp_path)
     cache.save("key", Trap(sealed))
     assert cache_at(tmp_path).load("key") is None
@@ -154,7 +154,7 @@ def test_whatever_unpickling_raises(sealed, tmp_path):
 
 
 @pytest.mark.parametrize("what", [as_directory, as_loop])
-def test_what_cannot_be_replaced_is_missing(what, tmp_path):
+def test_a_file_that_cannot_be_replaced_is_missing(what, tmp_path):
     cache = cache_at(tmp_path)
     cache.save("key", "code")
     for path in tmp_path.glob("*.nb?"):
@@ -208,7 +208,7 @@ def add(a, b):
 RUN = """
 import importlib.util, sys
 from flashmoe_mlx.custom_kernels.cpu import numba_cache
-numba_cache.take_turns()
+numba_cache.make_cache_safe()
 spec = importlib.util.spec_from_file_location("flashmoe_mlx.tiny", sys.argv[1])
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
@@ -217,7 +217,7 @@ print(module.add(20, 22), sum(module.add.stats.cache_hits.values()), module.add.
 
 
 class Place:
-    """A kernel, and the folders that its code may go to: `package`, `home` and `temporary`."""
+    """A kernel, and the folders of its code: `package`, `home` and `temporary`."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.package = root, root / "package/__pycache__"
@@ -228,12 +228,12 @@ class Place:
         self.settings = {"HOME": str(root / "home"), "TMPDIR": str(self.temporary)}
 
     def refuse_package_and_home(self) -> None:
-        """Not by permissions, which do not bind root."""
+        """By files in their place: permissions do not bind root."""
         self.package.touch()
         (self.root / "home").touch()
 
     def run(self, **options) -> tuple[str, str, str, str]:
-        """Return the sum, hits of the cache, where that is, and standard error."""
+        """Return the sum, cache hits, the cache folder and standard error."""
         unset = ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")
         kept = {name: value for name, value in os.environ.items() if name not in unset}
         done = subprocess.run(
@@ -250,14 +250,14 @@ def place(tmp_path) -> Place:
 
 
 def test_a_power_loss(place):
-    """Every file is zeroed; or has another bit in the code, which no unpickling notices."""
+    """Zero every file, or flip a bit in the code, which unpickling does not notice."""
     assert place.run() == ("42", "0", str(place.package), "")
     for change in (DAMAGE["zeroed"], flipped(0.7)):
         for path in place.package.glob("*.nb?"):
             change(path)
         total, hits, _, said = place.run()
         assert (total, hits) == ("42", "0") and said.count("\n") == 1
-        assert re.match(r"\[flashmoe\] \S+tiny\S+: compiled code that is damaged", said)
+        assert re.match(r"\[flashmoe\] \S+tiny\S+: compiled code is damaged", said)
     assert place.run() == ("42", "1", str(place.package), "")
 
 
@@ -274,7 +274,9 @@ def test_no_folder_but_the_temporary_one(place):
         assert (total, found) == ("42", hits) and said.count("\n") == 1
         assert folder.startswith(str(place.temporary / f"flashmoe-mlx-{os.getuid()}/"))
         assert said.startswith(f"[flashmoe] {place.package} and {place.root}/home/.cache/numba/")
-        assert f"are kept in {place.temporary}/flashmoe-mlx-" in said and "NUMBA_CACHE_DIR" in said
+        assert (
+            f"are cached in {place.temporary}/flashmoe-mlx-" in said and "NUMBA_CACHE_DIR" in said
+        )
 
 
 def test_no_folder_at_all(place):
@@ -282,11 +284,11 @@ def test_no_folder_at_all(place):
     (place.temporary / f"flashmoe-mlx-{os.getuid()}").touch()
     total, hits, _, said = place.run()
     assert (total, hits) == ("42", "0") and said.count("\n") == 1
-    assert "so CPU kernels are compiled again in each run, which takes a minute" in said
+    assert "so CPU kernels are compiled in each run, which takes a minute" in said
 
 
-def test_nobody_knows_a_home(place):
-    """As in a container that runs as a number: no folder "~" appears in the working directory."""
+def test_an_unknown_home(place):
+    """As in a container with an unnamed user: no folder "~" appears in the working directory."""
     place.package.touch()
     place.settings["HOME"] = "~"
     total, _, folder, said = place.run()
@@ -302,14 +304,14 @@ def test_the_users_own_folder_comes_first(place):
 
 
 def test_a_disk_that_takes_no_file(place):
-    """The kernel runs, one line says so, nothing half-written is left, and later runs are well."""
+    """The kernel runs and warns once, leaves no partial file, and later runs work."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
     total, hits, _, said = place.run(preexec_fn=limit)
     assert (total, hits) == ("42", "0") and said.count("\n") == 1
-    assert "compiled CPU kernels cannot be kept (File too large): each run compiles them" in said
+    assert "cannot cache compiled CPU kernels (File too large): each run compiles them" in said
     assert [path.suffix for path in place.package.iterdir()] == [".lock"]
     assert place.run() == ("42", "0", str(place.package), "")
 
@@ -325,7 +327,7 @@ def test_writes_that_fail(number, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- where things are kept -----------------------------------------------------------------------
+# ---- cache folders -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -341,7 +343,7 @@ def test_the_temporary_folder_is_this_users_alone(temporary):
 
 @pytest.mark.parametrize("kind", ["writable by all", "another's", "symlink", "file"])
 def test_a_temporary_folder_that_another_may_write_is_not_used(kind, temporary, monkeypatch):
-    """Code is run from it."""
+    """It holds code that runs."""
     if kind == "symlink":
         (temporary.parent / "other").mkdir()
         temporary.symlink_to(temporary.parent / "other")
@@ -379,7 +381,7 @@ def test_the_cache_directory_without_a_home(temporary, monkeypatch):
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch) -> list[str]:
-    """What `prepare` does, and with a folder of its own."""
+    """Record what `prepare` does, with a separate folder."""
     done: list[str] = []
 
     def run(command, **options):
@@ -397,8 +399,8 @@ MARKER = compile._marker
 FORMATS = {(4, 64, "bfloat16")}
 
 
-def test_the_marker_lies_beside_the_code_it_speaks_of(compiled, tmp_path, capsys):
-    """So it goes when that goes, and needs no home."""
+def test_the_marker_lies_beside_the_code(compiled, tmp_path, capsys):
+    """Deleting the code deletes the marker, and neither needs a home directory."""
     for _ in range(2):
         compile.prepare(FORMATS)
     assert compiled == ["child", "here", "here"]
@@ -419,8 +421,8 @@ def test_without_another_process_it_is_compiled_here(fault, compiled, tmp_path, 
     assert compiled == ["here"] and list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_kept_is_compiled_once(compiled, monkeypatch, capsys):
-    """Not in a process of its own first, whose work would be lost."""
+def test_code_that_cannot_be_cached_is_compiled_once(compiled, monkeypatch, capsys):
+    """Without a child process, whose work would be lost."""
     monkeypatch.setattr(numba_cache, "folder", lambda: kept.NOWHERE)
     compile.prepare(FORMATS)
     assert compiled == ["here"] and capsys.readouterr().err == ""
@@ -433,7 +435,7 @@ QUICK = ["--geometry", "tiny", "--sample-mib", "4"]
 
 def test_doctor_blames_the_folder_and_not_the_kernels(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    numba_cache.complaints.append("/a and /b cannot be written, so CPU kernels are kept in /tmp.")
+    numba_cache.complaints.append("/a and /b are not writable, so CPU kernels are cached in /tmp.")
     with pytest.raises(SystemExit) as ended:
         doctor.main([*QUICK, "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -441,7 +443,7 @@ def test_doctor_blames_the_folder_and_not_the_kernels(monkeypatch, capsys, tmp_p
     assert all(kernel["ok"] or "GPU" in kernel["message"] for kernel in found["kernels"])
 
 
-def test_doctor_where_nothing_can_be_remembered(monkeypatch, capsys, tmp_path):
+def test_doctor_without_a_writable_cache(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(SystemExit) as ended:

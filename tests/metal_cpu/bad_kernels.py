@@ -1,4 +1,4 @@
-"""Kernels that are wrong on purpose; each must be caught by at least one mode.
+"""Kernels that are wrong on purpose; at least one mode must catch each.
 
 All take x [64] float32 (n = 0..63 plus a fraction), most run as one threadgroup of 64 lanes, and
 write o [64]. The body starts with `i` (position in the grid), `l` (in the threadgroup) and `lane`.
@@ -30,7 +30,7 @@ class Bad:
     dtype: mx.Dtype = mx.float32
 
     def __call__(self, x: mx.array, tiny: mx.array) -> mx.array:
-        """Launch it the way a package would."""
+        """Launch it as a package would."""
         kernel = mx.fast.metal_kernel(
             name="bad",
             input_names=["x", "tiny"],

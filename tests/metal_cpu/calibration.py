@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .toolchain import KERNELS, mlx_include
 
-# quantized.h names these matrix tiles in kernels that are not run here.
+# quantized.h names these matrix tiles in kernels that the bench does not run.
 STEEL = """
 namespace mlx { namespace steel {
 template <typename T, typename U, auto...> struct BlockMMA;
@@ -30,7 +30,7 @@ SOFTMAX = """
 
 
 def _header(*names: str) -> str:
-    """Return MLX's headers as text, to be edited as a kernel's text is."""
+    """Return MLX's headers as text, for the same edits as a kernel's text."""
     text = "".join((mlx_include() / KERNELS / name).read_text() for name in names)
     text = re.sub(r"^#(include|pragma once).*$", "", text, flags=re.M)
     return re.sub(r" \[\[function_constant\(\d+\)\]\];", " = true;", text)

@@ -1,4 +1,4 @@
-"""Which mode sees what is wrong with a kernel: the table in README.md is made here."""
+"""Find the modes that catch a wrong kernel; makes the table in README.md."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,18 +11,18 @@ from .modes import MODES
 from .patching import check_kernel, metal_on_cpu
 
 Caught = dict[str, str]  # mode -> kind
-STATIC = {"rules": "rules", "compile": "types"}  # kinds that are found without running, and by whom
+STATIC = {"rules": "rules", "compile": "types"}  # kinds found without running, and their mode
 RUNNING = {mode: mode for mode in MODES if mode not in STATIC.values()}
 
 
 def caught(
     f: Callable[..., Any], arrays: Sequence[mx.array], reference: Any = None, first: bool = False
 ) -> Caught:
-    """Run f in every mode; return the kind of error of each mode that found one.
+    """Run f in every mode; return the error kind of each mode that fails.
 
-    Without a reference, results are not compared. `first` stops at the first mode that found one.
-    `rules` and `types` are credited only with what they find without running, and alone with it,
-    so that every mode is seen to work alone.
+    Without a reference, skips comparing results. `first` stops at the first mode that fails. Errors
+    found without running count for `rules` and `types` alone, and only these errors do, so the
+    table shows each mode by itself.
     """
     found: Caught = {}
     for mode in MODES:
@@ -49,7 +49,7 @@ def _kind(
 
 
 def bad_inputs() -> list[mx.array]:
-    """Return the inputs of the bad kernels: x, and a tiny one that arrives as `constant`."""
+    """Return the bad kernels' inputs: x, and a tiny one that Metal passes as `constant`."""
     return [mx.arange(64, dtype=mx.float32) + 0.25, mx.array([2.0, 1.0])]
 
 
@@ -59,7 +59,7 @@ def bad_table() -> dict[Bad, Caught]:
 
 
 def markdown(table: dict[Bad, Caught]) -> str:
-    """Write the table as README.md has it."""
+    """Format the table as in README.md."""
     lines = ["| Kernel | " + " | ".join(MODES) + " |", "|---" * (len(MODES) + 1) + "|"]
     for bad, found in table.items():
         lines.append(f"| {bad.name} | " + " | ".join(found.get(m, "") for m in MODES) + " |")

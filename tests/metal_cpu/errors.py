@@ -1,4 +1,4 @@
-"""What the bench raises."""
+"""The bench's exception."""
 
 
 class BenchError(Exception):

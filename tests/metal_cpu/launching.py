@@ -1,4 +1,4 @@
-"""Run a compiled kernel: guarded memory for its arrays, one call into the runtime, its report."""
+"""Run a compiled kernel: guard its arrays, call the runtime once, raise its report."""
 
 import ctypes
 from collections.abc import Iterator
@@ -57,10 +57,10 @@ class _Report(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Conditions:
-    """What one run of a launch varies."""
+    """Conditions that vary between runs of a launch."""
 
     checked: bool = False
-    at_end: bool = True  # arrays end at the guard page, not start after it
+    at_end: bool = True  # arrays end at a guard page, else start after one
     order: str = "forward"
     fill: int = 0xFF  # of outputs and threadgroup memory
     seed: int = 1
@@ -85,7 +85,9 @@ def _kernel(path: Path) -> tuple[int, int, int]:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BenchError("bench", f"the kernel calls what the bench lacks: {error}") from None
+        raise BenchError(
+            "bench", f"the kernel calls a function that the bench lacks: {error}"
+        ) from None
     bounds = (ctypes.c_void_p * 2)()
     library.bench_module(bounds)
     entry = ctypes.cast(library.bench_entry, ctypes.c_void_p).value
@@ -119,7 +121,7 @@ def _outputs(launch: Launch, fill: int) -> Iterator[bytes]:
 
 @contextmanager
 def _buffers(launch: Launch, how: Conditions) -> Iterator["ctypes.Array[_Buffer]"]:
-    """Copy every argument into guarded memory; inputs may not be written."""
+    """Copy every argument into guarded memory, inputs read-only."""
     runtime, inputs = _runtime(), list(_inputs(launch))
     contents = inputs + list(_outputs(launch, how.fill))
     names = [p["name"].encode() for p in parameters(launch) if p["attribute"].startswith("buffer")]
@@ -162,7 +164,7 @@ def run(launch: Launch, library: Path, how: Conditions) -> list[bytes]:
     """Run a launch once and return the bytes of its outputs.
 
     Raises:
-        BenchError: with the kernel's line, at the first thing that went wrong.
+        BenchError: the first error, with the kernel's line.
     """
     _check_limits(launch)
     entry, start, end = _kernel(library)

@@ -1,4 +1,4 @@
-"""Find the kernel line that an address in a compiled kernel belongs to (ELF64, DWARF 4)."""
+"""Map an address in a compiled kernel to its line (ELF64, DWARF 4)."""
 
 import struct
 from collections.abc import Iterator
@@ -114,8 +114,7 @@ def _table(library: Path) -> tuple[tuple[int, bool, int, bool], ...]:
 def line_of(library: Path, offset: int) -> int:
     """Return the kernel line at an offset in the library, 0 if none.
 
-    Where the address lies in a helper that was inlined, the nearest kernel line before it in the
-    same function is meant.
+    For an address in an inlined helper, returns the nearest kernel line before it in the function.
     """
     line = 0
     for address, ours, number, last in _table(library):

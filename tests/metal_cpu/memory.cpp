@@ -1,6 +1,6 @@
-// Guarded memory, and a check of every single load and store: bounds, initialisation, races.
-// clang's thread-sanitizer pass calls the __tsan_ functions; its runtime is replaced by this one,
-// which knows the lanes, threadgroups and barriers that it judges by.
+// Guarded memory, and checks of every load and store: bounds, initialization, races.
+// clang's thread-sanitizer pass calls the __tsan_ functions; this runtime replaces TSan's, because it
+// knows lanes, threadgroups and barriers.
 #include "runtime.h"
 
 #include <stdio.h>
@@ -60,7 +60,7 @@ static u64 cell_bytes(const Region& region) { return region.size * CELLS * sizeo
 void add_region(const Buffer& buffer, bool group_memory, u32 place) {
   if (region_count == MAX_REGIONS) fail("bench", 0, 0, "more than %d arrays", MAX_REGIONS);
   Region& region = regions[region_count++];
-  region = {buffer.address, buffer.size, buffer.name, buffer.writable, buffer.initialised,
+  region = {buffer.address, buffer.size, buffer.name, buffer.writable, buffer.initialized,
             group_memory, place, nullptr};
   if (!launch->checked || !buffer.writable || !buffer.size) return;
   void* cells = mmap(nullptr, cell_bytes(region), PROT_READ | PROT_WRITE,
@@ -94,7 +94,7 @@ void* bench_threadgroup(const char* name, unsigned place, unsigned long size) {
   return buffer.address;
 }
 
-// ---- who touched a byte, and is that before now? -----------------------------------------------
+// ---- earlier accesses to a byte, and their order -----------------------------------------------
 
 // A cell: threadgroup + 1 (24 bits), lane (10), threadgroup barriers (16), simdgroup barriers (14).
 static u64 group_of(u64 cell) { return cell >> 40; }
@@ -139,12 +139,12 @@ static void note_read(u64* cell, u64 present) {
 
 static void check_cell(const Region& region, u64 offset, bool write, u64 present, u64 pc) {
   u64* cell = region.cells + offset * CELLS;
-  // Threadgroup memory starts anew with every threadgroup.
+  // Each threadgroup starts with fresh threadgroup memory.
   bool stale = region.group_memory && *cell && group_of(*cell) != group_of(present);
   if (region.group_memory && (stale || (cell[1] && group_of(cell[1]) != group_of(present))))
     cell[0] = cell[1] = cell[2] = cell[3] = 0;
-  if (!write && !*cell && !region.initialised)
-    fail("uninitialised", pc, 0, "reads byte %lu of %s, which nobody has written", offset,
+  if (!write && !*cell && !region.initialized)
+    fail("uninitialized", pc, 0, "reads byte %lu of %s before any write", offset,
          region.name);
   if (!happens_before(*cell, present))
     race(region, offset, write ? "writes" : "reads", *cell, "written", pc);
@@ -198,12 +198,12 @@ static void check(const void* where, u64 size, bool write, u64 pc) {
 void check_all_written() {
   for (u32 i = 0; i < region_count; i++) {
     const Region& region = regions[i];
-    if (!region.cells || region.initialised || region.group_memory) continue;
+    if (!region.cells || region.initialized || region.group_memory) continue;
     u64 missing = 0, first = 0;
     for (u64 k = region.size; k-- > 0;)
       if (!region.cells[k * CELLS]) missing++, first = k;
     if (missing)
-      fail("uninitialised", 0, 0, "%lu of the %lu bytes of %s are never written, the first is %lu",
+      fail("uninitialized", 0, 0, "%lu of the %lu bytes of %s are never written, the first is %lu",
            missing, region.size, region.name, first);
   }
 }
@@ -226,7 +226,7 @@ ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
 
 void __tsan_init() {}
 
-// What clang's stack protector calls when a function returns.
+// clang's stack protector calls this when a function returns.
 void __wrap___stack_chk_fail() {
   fail("out of bounds", HERE, 0, "writes past the end of a lane's own array");
 }

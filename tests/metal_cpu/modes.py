@@ -1,4 +1,4 @@
-"""The modes: each runs a launch in its own way, and raises BenchError for what only it can see."""
+"""The modes: each runs a launch differently and raises BenchError for errors it detects."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _launches: Counter[str] = Counter()
 
 
 def _plain_build(text: str, strict: bool) -> Path:
-    """Compile without checks; optimize what is launched often, as that takes longer than a run."""
+    """Compile without checks; optimize only kernels launched often, since that takes long."""
     _launches[text] += 1
     return compile_kernel(text, FAST if _launches[text] > OFTEN else QUICK, strict)
 
@@ -51,7 +51,7 @@ def checked(launch: Launch, strict: bool = True) -> Outputs:
 
 
 def order(launch: Launch, strict: bool = True) -> Outputs:
-    """Run in several orders and over several fillings: the results must be equal to the bit."""
+    """Run in several orders and initial contents: results must be bit-identical."""
     text = to_cpp(launch)
     pattern, zero = _plain_build(text, strict), compile_kernel(text, ZERO, strict)
     base = Conditions()

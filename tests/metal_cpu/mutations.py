@@ -1,4 +1,4 @@
-"""A good 4-bit matrix-vector kernel, and small edits of its text that must not pass unseen."""
+"""A good 4-bit matrix-vector kernel, and small edits of its text that the bench must catch."""
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +35,7 @@ SOURCE = """
     }
 """
 
-# (text in SOURCE, what takes its place)
+# (text in SOURCE, replacement)
 MUTATIONS = (
     ("* 4 + simdgroup", "* 3 + simdgroup"),
     ("* 4 + simdgroup", "* 4 + 1 + simdgroup"),
@@ -92,7 +92,7 @@ def matvec(
 def arrays(
     dtype: mx.Dtype = mx.float32, rows: int = ROWS, columns: int = COLUMNS
 ) -> list[mx.array]:
-    """Return quantized weights, scales, biases and a vector, always the same."""
+    """Return quantized weights, scales, biases and a vector, from a fixed seed."""
     random = np.random.default_rng(7)
     weights = mx.array(random.normal(size=(rows, columns)).astype(np.float32)).astype(dtype)
     x = mx.array(random.normal(size=columns).astype(np.float32)).astype(dtype)
@@ -100,7 +100,7 @@ def arrays(
 
 
 def reference(w: mx.array, scales: mx.array, biases: mx.array, x: mx.array) -> np.ndarray:
-    """Do the same in numpy, float64."""
+    """Compute the reference in numpy, float64."""
     codes = (np.array(w)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
     groups = codes.reshape(w.shape[0], -1, GROUP).astype(np.float64)
     scale, bias = (np.array(a.astype(mx.float32), np.float64)[..., None] for a in (scales, biases))

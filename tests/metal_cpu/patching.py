@@ -1,4 +1,4 @@
-"""Put the bench in the place of mx.fast.metal_kernel, so that a package's own call path runs."""
+"""Replace mx.fast.metal_kernel by the bench, so that a package's own call path runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from .recording import Launch, record, to_mx
 
 @dataclass
 class Session:
-    """What is running in a `with metal_on_cpu()` block, and the launches seen so far."""
+    """Mode and launches of a `with metal_on_cpu()` block."""
 
     mode: str
     strict: bool
@@ -29,7 +29,7 @@ _active_make: list[Callable[..., Any]] = []
 
 @dataclass(frozen=True)
 class BenchKernel:
-    """Stands for a kernel made by mx.fast.metal_kernel; calling it runs it on the CPU."""
+    """Replaces a kernel of mx.fast.metal_kernel; calling it runs it on the CPU."""
 
     real: Callable[..., list[mx.array]]
     name: str
@@ -37,7 +37,7 @@ class BenchKernel:
     def __call__(
         self, *, inputs: Sequence[Any], init_value: float | None = None, **geometry: Any
     ) -> list[mx.array]:
-        """Record this one launch, run it in the session's mode, return MLX arrays."""
+        """Record one launch, run it in the session's mode, return MLX arrays."""
         if not _active:
             raise BenchError(
                 "bench", f"{self.name} was made in a metal_on_cpu block: call it in one"
@@ -60,9 +60,9 @@ class BenchKernel:
 def metal_on_cpu(mode: str = "fast", strict: bool = True) -> Iterator[Session]:
     """Run the Metal kernels made and called in this block on the CPU, in one of MODES.
 
-    Kernels must be made inside such a block (this one or an earlier one): clear the caches of code
-    that keeps them. mx.compile is off inside. `strict=False` allows what Metal allows and our
-    rules do not (implicit narrowing).
+    Kernels must be built inside such a block (this one or an earlier one): clear caches of kernels
+    built outside. mx.compile is off inside. `strict=False` allows implicit narrowing, as Metal does
+    and our rules do not.
     """
     if mode not in MODES:
         raise BenchError("bench", f"no mode {mode!r}; there are {', '.join(MODES)}")
@@ -103,26 +103,28 @@ def check_kernel(
     modes: Sequence[str] = tuple(MODES),
     strict: bool = True,
 ) -> None:
-    """Run f(*arrays), which makes and calls Metal kernels, in every mode; compare each result.
+    """Run f(*arrays), which builds and calls Metal kernels, in every mode; compare each result.
 
     Args:
         f: returns one array or several.
         arrays: its arguments.
-        reference: the right results, or a function of the same arguments that returns them.
+        reference: the expected results, or a function of the same arguments that returns them.
         rtol: relative tolerance, in float32.
         atol: absolute tolerance.
         modes: names of MODES.
         strict: as in `metal_on_cpu`.
 
     Raises:
-        BenchError: of the first mode that finds something; of kind `wrong` if results differ.
+        BenchError: from the first mode that fails; of kind `wrong` if results differ.
     """
     wanted = _as_list(reference(*arrays) if callable(reference) else reference)
     for mode in modes:
         with metal_on_cpu(mode, strict) as session:
             results = _as_list(f(*arrays))
         if not session.launches:
-            raise BenchError("bench", "f launched no Metal kernel: is one kept from before?")
+            raise BenchError(
+                "bench", "f launched no Metal kernel: clear caches of kernels built before"
+            )
         if len(results) != len(wanted):
             raise BenchError("wrong", f"{len(results)} results, {len(wanted)} in the reference")
         for number, (result, right) in enumerate(zip(results, wanted, strict=True)):

@@ -1,4 +1,4 @@
-"""Get from MLX the exact text and geometry of the Metal kernels that a function would launch."""
+"""Record the exact text and geometry of the Metal kernels that a function would launch."""
 
 import ctypes
 import math
@@ -18,7 +18,7 @@ ShapeFlags = tuple[bool, bool, bool]
 
 @dataclass(frozen=True)
 class Array:
-    """One input: its bytes as they lie in memory, from the first element on; strides in items."""
+    """One input: its bytes in memory from the first element on; strides in items."""
 
     data: bytes
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of one kernel: what MLX would hand to Metal."""
+    """One launch of one kernel, as MLX would pass it to Metal."""
 
     name: str
     source: str
@@ -54,7 +54,7 @@ class Launch:
 
 
 def array_bytes(x: mx.array, contiguous: bool = True) -> Array:
-    """Copy an array out of MLX, made row-contiguous unless the kernel asked for strides as is."""
+    """Copy an array from MLX, row-contiguous unless the kernel takes strides as they are."""
     unsigned = UNSIGNED[x.dtype.size]
     bits = x if x.dtype == unsigned else x.view(unsigned) if x.ndim else x.reshape(1).view(unsigned)
     values = np.asarray(bits).reshape(x.shape) if not x.ndim else np.asarray(bits)
@@ -69,7 +69,7 @@ def array_bytes(x: mx.array, contiguous: bool = True) -> Array:
 
 
 def to_mx(data: bytes, output: Output) -> mx.array:
-    """Make an MLX array of raw bytes."""
+    """Make an MLX array from raw bytes."""
     unsigned = np.frombuffer(data, dtype=f"u{output.dtype.size}")
     return mx.array(unsigned).view(output.dtype).reshape(output.shape)
 
@@ -93,9 +93,7 @@ def _launch(message: dict[str, Any], known: dict[str, mx.array]) -> Launch:
     inputs = []
     for item, *_ in message["inputs"]:
         if item not in known:
-            raise BenchError(
-                "record", "an input of the kernel is computed on the way: use metal_on_cpu"
-            )
+            raise BenchError("record", "f computes an input of the kernel: use metal_on_cpu")
         inputs.append(array_bytes(known[item], contiguous))
     outputs = tuple(Output(tuple(shape), dtype) for _, shape, dtype in message["outputs"])
     grid, group = tuple(numbers[:3]), tuple(numbers[3:])

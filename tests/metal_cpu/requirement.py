@@ -1,4 +1,4 @@
-"""What to do without clang: skip on a user's machine, fail in CI."""
+"""Without clang: skip on a user's machine, fail in CI."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""What the kernel text must not contain, though Apple's compiler or the CPU might take it.
+"""Rules of the kernel text beyond what Apple's compiler or the CPU checks.
 
-The same text has to run on Metal, on CUDA and here; the reasons are in README.md.
+The same text must run on Metal, on CUDA and here; README.md has the reasons.
 """
 
 import re
@@ -16,7 +16,7 @@ FORBIDDEN = {
     r"\bstatic\b(?!_)": "static variables are shared by all lanes",
     r"\bgoto\b": "goto",
     r"\bvirtual\b": "virtual functions",
-    r"\b(double|atomic\w*)\b": "no double, no atomics",
+    r"\b(double|atomic\w*)\b": "double and atomics are not supported",
     r"\bthreads_per_grid\b": "threads_per_grid does not exist on CUDA",
     r"\b__\w+": "compiler built-ins are not Metal",
     r"\[\s*[&=]?\s*\]\s*(\([^)]*\))?\s*(mutable\s*)?\{|\[[&=]\w*\]\s*\(": "lambdas",
@@ -35,7 +35,7 @@ def _blank(match: re.Match[str]) -> str:
 
 
 def _code(source: str) -> str:
-    """Return the text without comments and preprocessor lines; line numbers stay."""
+    """Blank comments and preprocessor lines, keeping line numbers."""
     source = re.sub(r"//[^\n]*|/\*.*?\*/", _blank, source, flags=re.S)
     source = re.sub(r"^\s*#[^\n]*", _blank, source, flags=re.M)
     return re.sub(r"^template \[\[host_name.*?;$", _blank, source, flags=re.M | re.S)
@@ -69,13 +69,15 @@ def _findings(code: str) -> list[tuple[int, str]]:
 
 
 def check_rules(launch: Launch) -> None:
-    """Raise BenchError with every line that breaks a rule, or if the grid has a ragged edge."""
+    """Raise BenchError with every line that breaks a rule, or for a ragged grid."""
     lines = launch.source.split("\n")
     broken = [
         f"line {n}: {why}: {lines[n - 1].strip()}" for n, why in _findings(_code(launch.source))
     ]
     if any(g % t for g, t in zip(launch.grid, launch.threadgroup, strict=True)):
         geometry = f"grid {launch.grid}, threadgroup {launch.threadgroup}"
-        broken.append(f"{geometry}: make the grid a multiple; CUDA runs the lanes beyond it")
+        broken.append(
+            f"{geometry}: make the grid a multiple of it; CUDA runs lanes beyond the grid"
+        )
     if broken:
         raise BenchError("rules", f"{launch.name}:\n  " + "\n  ".join(broken))

@@ -161,7 +161,7 @@ static void release(u32 first, u32 last) {
   for (u32 i = first; i < last; i++) shared.lanes[i].state = READY;
 }
 
-// Run one simdgroup until its lanes are done or stand together at a threadgroup barrier.
+// Run one simdgroup until its lanes finish or all wait at a threadgroup barrier.
 static void run_simdgroup(u32 simdgroup) {
   u32 first = simdgroup * BENCH_SIMD;
   u32 last = first + BENCH_SIMD < lane_count ? first + BENCH_SIMD : lane_count;
@@ -276,7 +276,7 @@ static struct sigaction before[SIGNAL_COUNT];
 static void on_signal(int number, siginfo_t* info, void* context) {
   if (!pthread_equal(pthread_self(), bench_thread)) {
     if (number == SIGALRM) pthread_kill(bench_thread, SIGALRM);
-    else signal(number, SIG_DFL);  // not ours: let it come again, and end the process
+    else signal(number, SIG_DFL);  // not ours: let it recur and end the process
     return;
   }
   u64 pc = u64(((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP]);

@@ -1,5 +1,5 @@
 // The bench's runtime: lanes as fibers, meeting points, guarded memory, checks of every access.
-// The structures that Python fills in are mirrored, field by field, in launch.py.
+// launching.py mirrors the structures that Python fills in, field by field.
 #pragma once
 
 #include "include/bench.h"
@@ -11,7 +11,7 @@ struct Buffer {
   unsigned char* address;
   u64 size;
   const char* name;
-  u32 writable, initialised;
+  u32 writable, initialized;
 };
 
 struct Launch {
@@ -44,14 +44,14 @@ struct Region {
   unsigned char* address;
   u64 size;
   const char* name;
-  u32 writable, initialised, group_memory, place;
+  u32 writable, initialized, group_memory, place;
   u64* cells;
 };
 
 enum { MAX_LANES = 1024, MAX_REGIONS = 128, PAGE = 4096, STACK = 256 * 1024, GUARD = 1 << 20 };
 enum { GROUP_MEMORY_LIMIT = 32 * 1024 };
 
-// Everything the kernels' own instrumented code may touch while the bench works for it.
+// Memory that the kernels' instrumented code may access.
 struct Shared {
   void* buffers[MAX_REGIONS];
   Lane lanes[MAX_LANES];
@@ -63,7 +63,7 @@ extern Lane* current;
 extern const Launch* launch;
 extern Region regions[MAX_REGIONS];
 extern u32 region_count, group_number;
-// How many barriers with the right flag lie behind: [0] device, [1] threadgroup memory.
+// Barriers passed, by memory flag: [0] device, [1] threadgroup.
 extern u32 group_epoch[2], simd_epoch[MAX_LANES / BENCH_SIMD][2];
 
 [[noreturn]] void fail(const char* kind, u64 pc, u32 line, const char* format, ...);

@@ -1,6 +1,6 @@
-"""Find clang, and turn text into shared objects that are kept between runs.
+"""Find clang, and compile text to shared objects that are cached between runs.
 
-clang and lld come from the `ziglang` package; nothing of the host's compilers is used.
+clang and lld come from the `ziglang` package, not from the host.
 """
 
 import hashlib
@@ -38,22 +38,22 @@ WARNINGS = (
 
 @dataclass(frozen=True)
 class Build:
-    """One way to compile a kernel."""
+    """Compiler flags of one kind of build."""
 
     name: str
     flags: tuple[str, ...]
 
 
-# Address spaces 1, 2, 3: type-checked by clang, ignored by x86. Uninitialized locals hold a
-# pattern in one build and zero in another; the order test compares the two. Optimized or not,
-# floats come out the same. Without the stack's protector a lane that runs over its own array
-# would return to anywhere, and what comes next would be up to chance.
+# clang type-checks address spaces 1, 2, 3; x86 ignores them. Uninitialized locals hold a pattern
+# in one build and zero in another; `order` compares the two. Floats are the same with and without
+# optimization. The stack protector catches a lane that overruns its own array, which would
+# otherwise return to a random address.
 PLAIN = ("-DBENCH_SPACES=1", "-fstack-protector-strong")
 QUICK = Build("quick", (*PLAIN, "-O0", "-ftrivial-auto-var-init=pattern"))
 FAST = Build("fast", (*PLAIN, "-O1", "-ftrivial-auto-var-init=pattern"))
 ZERO = Build("zero", (*PLAIN, "-O0", "-ftrivial-auto-var-init=zero"))
-# The thread-sanitizer pass skips other address spaces, hence none; and accesses wider than 16
-# bytes, hence no vectorizing.
+# The thread-sanitizer pass skips other address spaces and accesses wider than 16 bytes: so use no
+# address spaces and no vectorizer.
 CHECKED = Build(
     "checked",
     (
@@ -73,13 +73,13 @@ CHECKED = Build(
 
 
 def could_run() -> bool:
-    """Say whether this kind of machine can run the bench at all."""
+    """Return whether this platform can run the bench."""
     return platform.system() == "Linux" and platform.machine() == "x86_64"
 
 
 @cache
 def missing() -> str | None:
-    """Say why kernels cannot be run here, or return None."""
+    """Return why this machine cannot run kernels, or None."""
     if not could_run():
         return "the Metal bench runs on x86-64 Linux only"
     if importlib.util.find_spec("ziglang") is None:
@@ -104,13 +104,13 @@ def _cache_dir() -> Path:
     path = Path(tempfile.gettempdir()) / f"metal-cpu-{os.getuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     if path.stat().st_uid != os.getuid():
-        raise BenchError("bench", f"{path} belongs to someone else: remove it or set TMPDIR")
+        raise BenchError("bench", f"{path} belongs to another user: remove it or set TMPDIR")
     return path
 
 
 @cache
 def mlx_include() -> Path:
-    """Return the directory of the headers that the mlx wheel carries."""
+    """Return the directory of the mlx wheel's headers."""
     for base in mlx.__path__:
         if (Path(base) / "include" / KERNELS).is_dir():
             return Path(base) / "include"
@@ -129,9 +129,9 @@ def _digest(*parts: str) -> str:
 
 @cache
 def _version() -> str:
-    """Identify everything but the kernel's text that decides what comes out of the compiler.
+    """Return a digest of everything but the kernel's text that affects the compiler's output.
 
-    It does not say where that lies: other environments of the same user find the same kernels.
+    It contains no paths, so other environments of the same user share compiled kernels.
     """
     own = sorted(p for p in HERE.rglob("*") if p.suffix in (".h", ".cpp", "") and p.is_file())
     theirs = sorted((mlx_include() / KERNELS).glob("*.h"))
@@ -152,7 +152,7 @@ def _shared_object(target: Path, sources: list[tuple[str, str]], flags: list[str
             command = [str(_zig() / "zig"), "clang", *TARGET, *flags, "-x", "c++", "-c", "-"]
             _run([*command, "-o", objects[-1]], text)
         linked = f"{work}/linked.so"
-        wrap = "--wrap=__stack_chk_fail"  # libc's ends the process, the runtime's a launch
+        wrap = "--wrap=__stack_chk_fail"  # libc's aborts the process, the runtime's ends the launch
         _run([str(_zig() / "zig"), "ld.lld", "-shared", wrap, "-o", linked, *objects])
         os.replace(linked, target)
 
@@ -191,7 +191,7 @@ def _plain_utils() -> Path:
 def _precompiled(flags: list[str]) -> list[str]:
     """Return the flag that loads the common headers precompiled: it halves the time per kernel.
 
-    Their times are left out: a header that another process wrote again is no other.
+    Timestamps are left out, because another process may rewrite the same header.
     """
     flags = [*flags, "-Xclang", "-fno-pch-timestamp"]
     target = _cached(_digest("headers", _version(), *flags), ".pch")

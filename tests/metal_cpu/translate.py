@@ -1,4 +1,4 @@
-"""Make C++ of the text that MLX generates: three edits, and a function that one lane calls."""
+"""Translate MLX's generated text to C++: three edits, and an entry that each lane calls."""
 
 import re
 
@@ -52,7 +52,7 @@ def _threadgroup_variables(match: re.Match[str]) -> str:
     for declarator in declarators.split(","):
         name, dimensions = re.fullmatch(r"\s*(\w+)\s*(.*?)\s*", declarator, re.S).groups()  # type: ignore[union-attr]
         array = f"{kind} {dimensions}"
-        # Its place tells it from a variable of the same name in another block.
+        # The offset distinguishes variables of one name in different blocks.
         memory = f'bench_threadgroup("{name}", {match.start() + len(lines)}, sizeof({array}))'
         pointer = f"(threadgroup {kind} (*){dimensions}){memory}"
         lines.append(f"threadgroup {kind} (&{name}){dimensions} = *{pointer};")
@@ -65,11 +65,11 @@ def parameters(launch: Launch) -> list[re.Match[str]]:
     start = launch.source.find(f"[[kernel]] void {launch.name}(")
     end = launch.source.find(") {", start)
     if start < 0 or end < 0:
-        raise BenchError("record", f"no kernel named {launch.name} in the text:\n{launch.source}")
+        raise BenchError("record", f"the text has no kernel {launch.name}:\n{launch.source}")
     text = launch.source[launch.source.index("(", start) + 1 : end]
     found = [PARAMETER.match(item.strip()) for item in text.split(",\n") if item.strip()]
     if None in found:
-        raise BenchError("record", f"a parameter is in no known form:\n{text}")
+        raise BenchError("record", f"a parameter has an unknown form:\n{text}")
     return [match for match in found if match]
 
 
@@ -85,7 +85,7 @@ def _argument(parameter: re.Match[str]) -> str:
 
 
 def to_cpp(launch: Launch) -> str:
-    """Return the text to compile. Line numbers stay those of the recorded source."""
+    """Return the text to compile, with the recorded source's line numbers."""
     name = launch.name
     instance = re.compile(
         rf"^template \[\[host_name.*?decltype\({name}<(.*?)>\) {name}<.*?>;$", re.M | re.S

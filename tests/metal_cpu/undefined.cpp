@@ -1,4 +1,4 @@
-// What clang's undefined-behaviour checks call when a check fails, and a missing bfloat conversion.
+// Handlers of clang's undefined-behavior checks, and a missing bfloat conversion.
 #include "runtime.h"
 
 #include <string.h>

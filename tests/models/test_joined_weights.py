@@ -27,7 +27,7 @@ def test_joined_weights_are_views_of_equal_value():
     assert weight.ends == [5, 69]
     for layer, old in zip(layers, before, strict=True):
         assert all(mx.array_equal(layer[name], old[name]) for name in old)
-    wholes = weight.bank.codes, weight.bank.scales, weight.bank.biases
+    wholes = weight.matrix.codes, weight.matrix.scales, weight.matrix.biases
     for name, whole in zip(("weight", "scales", "biases"), wholes, strict=True):
         assert mx.array_equal(whole, mx.concatenate([old[name] for old in before]))
         places = [np.asarray(layer[name]).ctypes.data for layer in layers]
@@ -42,9 +42,9 @@ def test_joining_takes_no_memory():
     mx.clear_cache()
     before = mx.get_active_memory()
     weight = join(layers)
-    assert before >= weight.bank.codes.nbytes
+    assert before >= weight.matrix.codes.nbytes
     mx.clear_cache()
-    assert mx.get_active_memory() <= before + weight.bank.scales.nbytes / 2
+    assert mx.get_active_memory() <= before + weight.matrix.scales.nbytes / 2
 
 
 @pytest.mark.parametrize("other", [

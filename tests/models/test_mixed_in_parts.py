@@ -40,7 +40,7 @@ def test_parts_of_a_prompt_equal_the_whole(bundled, monkeypatch, tokens):
         return call(self, h, *others)
 
     monkeypatch.setattr(mixer, "__call__", counted)
-    monkeypatch.setattr(device, "PROMPT_PART", tokens)
+    monkeypatch.setattr(device, "PROMPT_CHUNK", tokens)
     assert mx.abs(run(bundled, chunks) - whole).max().item() < TOLERANCE
     assert max(parts) == tokens
 

@@ -19,7 +19,7 @@ from ...custom_kernels.attention.step import (
 )
 from ...custom_kernels.autotune import prefers_custom
 from ...custom_kernels.gated_delta.layer import gated_delta_layer
-from ...custom_kernels.gated_delta.weights import Heads, MixerWeights
+from ...custom_kernels.gated_delta.weights import Heads, MixerState, MixerWeights
 from ...custom_kernels.linear.linear import join, joined, linear
 from ...custom_kernels.traced import Traced
 from ..cache_checks import DeltaCacheSpec, KeyValueSpec
@@ -230,6 +230,5 @@ class GatedDeltaNet(nn.Module):
             self.norm.weight,
             self.norm.eps,
         )
-        return gated_delta_layer(
-            h, norm, self._inputs(), self.out_proj, weights, past, state, mask, ends
-        )
+        before = MixerState(past, state, mask, ends)
+        return gated_delta_layer(h, norm, self._inputs(), self.out_proj, weights, before)

@@ -13,7 +13,13 @@ from ...custom_kernels.cpu.entry import cpu_steps
 from ...custom_kernels.device import on_gpu
 from ...custom_kernels.experts.cases import wanted
 from ...custom_kernels.experts.decode import expert_mlp_by_kernels
-from ...custom_kernels.experts.prefill import Banks, Routed, ascending, cpu_experts, expert_mlp
+from ...custom_kernels.experts.prefill import (
+    ExpertMatrices,
+    Routed,
+    ascending,
+    cpu_experts,
+    expert_mlp,
+)
 from ...custom_kernels.experts.router import route, route_by_mlx, router_logits
 from ...custom_kernels.experts.tiles import combine
 from ...custom_kernels.launch import scalar
@@ -49,7 +55,7 @@ class MLP(nn.Module):
     def banks(self) -> list[QuantizedMatrix] | None:
         """Return gate, up and down, or None if they are not affine-quantized."""
         weights = [join([self[name]]) for name in PROJECTIONS]
-        return [w.bank for w in weights if w] if all(weights) else None
+        return [w.matrix for w in weights if w] if all(weights) else None
 
 
 class ResidentExperts(SwitchGLU):
@@ -230,7 +236,7 @@ def _streamed_by_cpu(
 
 
 def _mixture_of_residents(
-    x: mx.array, indices: mx.array, scores: mx.array, banks: Banks
+    x: mx.array, indices: mx.array, scores: mx.array, banks: ExpertMatrices
 ) -> mx.array:
     """Return the weighted sum of experts whose slots are their ids, without reading the ids."""
     rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]

@@ -1,4 +1,4 @@
-// What a kernel's lanes and the bench's runtime say to each other.
+// Interface between a kernel's lanes and the bench's runtime.
 #pragma once
 
 #define BENCH_SIMD 32
@@ -19,7 +19,7 @@ struct BenchMeeting {
 };
 
 extern "C" {
-// Wait until every lane of the simdgroup (or threadgroup) is here; divergent lanes end the launch.
+// Wait for every lane of the simdgroup (or threadgroup); divergent lanes end the launch.
 const BenchMeeting* bench_meet(
     BenchKind kind, const char* what, unsigned line, unsigned flags, const void* value,
     unsigned size);
