@@ -1,14 +1,12 @@
-"""Quantization that makes up for each column's error in the columns that follow (GPTQ).
+"""GPTQ: compensate each column's rounding error in the columns to its right.
 
-What counts is not how far weights are off but how far products with a layer's usual inputs are.
-With H the second moments of these inputs, rounding column j changes a product by an error that the
-columns right of j can cancel in part, in the proportions that H's inverse gives. So columns are
-rounded one after another, each after all corrections. A group's scale and bias are fitted when its
-first column is due, by `fit`: the less a column can be made up for, the more its errors count.
-When all are there, `refine` goes over codes and scales again, each beside all others.
+The objective is the error of products with a layer's usual inputs, whose second moments are H.
+Columns are rounded in order, and H's inverse distributes each error over the columns not rounded
+yet. `fit` finds a group's scale and bias before its first column is rounded, weighting columns by
+how little of their error can be compensated. `refine` then improves codes and scales.
 
-The method is Frantar and others', "GPTQ: Accurate Post-Training Quantization for Generative
-Pre-trained Transformers" (2022); scales fitted by least squares and the shared moments are ours.
+After Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers" (2022); the least-squares scales and the shared moments are ours.
 """
 
 import mlx.core as mx
@@ -19,23 +17,20 @@ from .codes import Codes
 from .fit import fit, pack
 from .refine import Fit, Floats, refine
 
-DAMPING = 0.05  # of the mean second moment, added to each: inputs never seen must not cost nothing
+DAMPING = 0.05  # share of the mean second moment to add, so that unseen inputs cost something
 
 
 def quantize_for(
     weights: Floats, moments: Floats, quant: Quant, dtype: mx.Dtype, damping: float = DAMPING
 ) -> Codes:
-    """Quantize experts' matrices for the inputs that each of them sees.
+    """Quantize experts' matrices for their inputs.
 
     Args:
         weights: `[experts, rows, columns]` float32.
         moments: `[experts, columns, columns]` float32, mean of x x^T over an expert's inputs.
-        quant: bits and group size; columns are a multiple of the group size.
+        quant: bits and group size, which divides columns.
         dtype: of scales and biases.
-        damping: share of the mean second moment to add to each column's.
-
-    Returns:
-        codes, scales and biases.
+        damping: see DAMPING.
     """
     damped = np.stack([_damped(one, damping) for one in moments])
     upper = np.stack([_upper(one) for one in damped])
@@ -46,7 +41,7 @@ def quantize_for(
 
 
 def _compensated(left: Floats, upper: Floats, quant: Quant, dtype: mx.Dtype) -> Fit:
-    """Quantize `left` group by group, which becomes what is left to quantize."""
+    """Quantize `left` group by group, compensating the later groups in place."""
     size = quant.group_size
     codes, found = np.empty_like(left), []
     for first in range(0, left.shape[-1], size):
@@ -64,7 +59,7 @@ def _compensated(left: Floats, upper: Floats, quant: Quant, dtype: mx.Dtype) -> 
 
 
 def _damped(moments: Floats, damping: float) -> Floats:
-    """Return moments with a share of their mean diagonal added to each; ones if all are zero."""
+    """Add a share of the mean diagonal to the diagonal; 1 if all moments are zero."""
     damped = moments.astype(np.float32, copy=True)
     diagonal = np.einsum("jj->j", damped)
     diagonal += damping * diagonal.mean() or 1.0
@@ -80,7 +75,7 @@ def _upper(damped: Floats) -> Floats:
 def _round(
     block: Floats, scale: Floats, bias: Floats, upper: Floats, bits: int
 ) -> tuple[Floats, Floats]:
-    """Round a group's columns in turn; return codes, and errors over the columns' pivots."""
+    """Round a group's columns in order; return codes, and errors divided by the pivots."""
     block, errors = block.copy(), np.empty_like(block)
     codes = np.empty_like(block)
     steps = np.where(scale[..., 0] == 0, np.inf, scale[..., 0])

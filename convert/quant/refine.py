@@ -1,9 +1,8 @@
-"""Codes, scales and biases of quantized matrices, each improved in turn for the inputs they see.
+"""Improve codes, scales and biases for the inputs of a matrix, alternately.
 
-With D the error of the weights and H the moments of the inputs, products are off by D H D^T. For
-given codes the scales and biases that make it least solve a linear system, row by row: what a group
-needs depends on what the others leave. For given scales each code in turn takes the value that is
-best beside all others (coordinate descent). Rows keep what was best.
+With D the error of the weights and H the moments of the inputs, the objective is D H D^T. For fixed
+codes, the best scales and biases of a row solve a linear system. For fixed scales, coordinate
+descent improves one code at a time. Each row keeps its best result.
 """
 
 import mlx.core as mx
@@ -12,8 +11,8 @@ import numpy.typing as npt
 
 from ..plan.parts import Quant
 
-ROUNDS = 2  # the second gains a fifth of what the first does
-RIDGE = 1e-6  # of each unknown's own weight: codes that are all equal leave scales undetermined
+ROUNDS = 2  # the second gains a fifth of the first's gain
+RIDGE = 1e-6  # relative; equal codes leave scales undetermined
 
 Floats = npt.NDArray[np.float32]
 Fit = tuple[Floats, Floats, Floats]  # codes `[..., rows, columns]`, scales and biases, as floats
@@ -27,15 +26,15 @@ def refine(
     dtype: mx.Dtype,
     rounds: int = ROUNDS,
 ) -> Fit:
-    """Improve a quantization; no row of the result is worse than it was.
+    """Improve a quantization; no row gets worse.
 
     Args:
         weights: `[experts, rows, columns]`.
         moments: `[experts, columns, columns]`, positive definite.
         found: codes of weights' shape, scales and biases `[experts, rows, groups]`.
         quant: bits and group size.
-        dtype: of scales and biases as stored.
-        rounds: times to improve scales, then codes.
+        dtype: of stored scales and biases.
+        rounds: how often to improve scales, then codes.
     """
     best, least = found, _error(weights, moments, found)
     for _ in range(rounds):
@@ -64,12 +63,12 @@ def _error(weights: Floats, moments: Floats, found: Fit) -> Floats:
 
 
 def _refit(weights: Floats, moments: Floats, found: Fit, quant: Quant, dtype: mx.Dtype) -> Fit:
-    """Return the same codes with the scales and biases that fit them best."""
+    """Return the best scales and biases for the same codes."""
     codes, (*rows, groups) = found[0], found[1].shape
     grouped = codes.reshape(*rows, groups, quant.group_size)
 
     def sums(products: Floats) -> Floats:
-        """Return, of `[..., columns]`, sums by groups with codes and without: `[..., 2 groups]`."""
+        """Sum `[..., columns]` by group, times codes and plain: `[..., 2 groups]`."""
         parts = products.reshape(grouped.shape)
         return np.concatenate([(parts * grouped).sum(-1), parts.sum(-1)], -1)
 
@@ -88,7 +87,7 @@ def _refit(weights: Floats, moments: Floats, found: Fit, quant: Quant, dtype: mx
 
 
 def _recode(weights: Floats, moments: Floats, found: Fit, quant: Quant, _: mx.Dtype) -> Fit:
-    """Return the same scales and biases with codes chosen anew, column after column."""
+    """Return the best codes, column by column, for the same scales and biases."""
     codes, (scales, biases) = found[0].copy(), found[1:]
     most, size = (1 << quant.bits) - 1, quant.group_size
     pull = (weights - _restored(found)) @ moments

@@ -1,1 +1,1 @@
-"""Read what was written: compare every byte, repair, and build the model without weights."""
+"""Check what was written: compare every byte, repair, and test that it loads."""

@@ -1,6 +1,6 @@
-"""Whether what a conversion makes can be loaded, said before it is written and once it is.
+"""Check that a conversion can be loaded, before and after it is written.
 
-mlx-lm and transformers take seconds to import, so the checks are imported when they are needed.
+mlx-lm and transformers take seconds to import, so functions import what needs them.
 """
 
 from pathlib import Path
@@ -9,39 +9,31 @@ from ...format.headers import TensorInfo, checkpoint_headers
 from ...format.model_files import read_config
 from ...models.qwen3_5.args import ModelArgs
 from ..plan.parts import Plan
-from ..source.checkpoint import Source
+from ..source.checkpoint import Place, Source
 
 
 def check_plan(source: Source, plan: Plan, with_tokenizer: bool) -> None:
-    """Check the trunk that is planned, and the tokenizer that is copied.
-
-    Raises:
-        FlashMoEError: the result could not be loaded.
-    """
-    from ...loader import check_tokenizer
-    from ...models.trunk_checks import check_trunk
-
-    args = ModelArgs.from_dict(plan.config)
+    """Check the planned trunk and the source's tokenizer; raises FlashMoEError."""
     planned = {
         spec.name: (tensor.source[0], TensorInfo(spec.dtype, spec.shape, 0, spec.nbytes))
         for file in plan.trunk
         for tensor in file.tensors
         for spec in tensor.outputs
     }
-    check_trunk(source.directory, planned, args)
-    if with_tokenizer:
-        check_tokenizer(source.directory, args.vocab_size)
+    _check(source.directory, planned, ModelArgs.from_dict(plan.config), with_tokenizer)
 
 
 def check_written(out: Path) -> None:
-    """Check the trunk and the tokenizer of a directory, from headers.
+    """Check the written trunk (its headers) and tokenizer; raises FlashMoEError."""
+    _check(out, checkpoint_headers(out), ModelArgs.from_dict(read_config(out)), True)
 
-    Raises:
-        FlashMoEError: it cannot be loaded.
-    """
+
+def _check(
+    directory: Path, headers: dict[str, Place], args: ModelArgs, with_tokenizer: bool
+) -> None:
     from ...loader import check_tokenizer
     from ...models.trunk_checks import check_trunk
 
-    args = ModelArgs.from_dict(read_config(out))
-    check_trunk(out, checkpoint_headers(out), args)
-    check_tokenizer(out, args.vocab_size)
+    check_trunk(directory, headers, args)
+    if with_tokenizer:
+        check_tokenizer(directory, args.vocab_size)

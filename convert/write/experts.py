@@ -1,4 +1,4 @@
-"""One layer's experts on their way from the source's bytes to records, a small batch at a time."""
+"""Turn one layer's experts from source bytes into records, a small batch at a time."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ from ..quant.quantize import Part, encode_calibrated, encode_floats, encode_reco
 from ..source.checkpoint import Source
 from ..source.read import Bytes, Reader, check_finite
 
-# Two bfloat16 experts of the 397B model. Three batches of raw bytes and one of arrays are alive at
+# Two bfloat16 experts of the 397B model. Three batches of bytes and one of arrays are alive at
 # once: about 200 MB.
 BATCH_BYTES = 48 << 20
 
@@ -22,13 +22,13 @@ Loaded = list[tuple[Bytes, str]]
 
 
 class ExpertSteps:
-    """The two steps of one layer's experts: `load` reads (in any thread), `encode` computes."""
+    """One layer's experts in two steps: `load` reads (in any thread), `encode` computes."""
 
     def __init__(
-        self, source: Source, plan: LayerPlan, reader: Reader, seen: LayerInputs | None = None
+        self, source: Source, plan: LayerPlan, reader: Reader, inputs: LayerInputs | None = None
     ) -> None:
-        """Prepare; nothing is read yet. `seen` is what to quantize the experts for, if told."""
-        self._seen = seen
+        """Read nothing yet. `inputs`, if given, are those to quantize the experts for."""
+        self._inputs = inputs
         self._source, self._plan, self._reader = source, plan, reader
         self._layout = source.layout.layers[plan.layer] if source.layout else None
         self._before: list[Spec] = []
@@ -37,7 +37,7 @@ class ExpertSteps:
         self._copied = all(projection.copied for projection in plan.projections)
 
     def batches(self, experts: Sequence[int]) -> list[Sequence[int]]:
-        """Cut experts into batches of neighbours, of a bounded size but one expert at least."""
+        """Split experts into batches of consecutive ones, up to BATCH_BYTES or one expert each."""
         most = max(1, BATCH_BYTES // self._float_bytes())
         batches: list[list[int]] = []
         for expert in experts:
@@ -47,7 +47,7 @@ class ExpertSteps:
         return list(batches)
 
     def _float_bytes(self) -> int:
-        """Return the bytes of one expert: as it is copied, or as floats."""
+        """Return one expert's bytes in memory: as copied, or as floats."""
         if self._layout and self._copied:
             return self._layout.record_bytes
         if self._before:
@@ -56,13 +56,12 @@ class ExpertSteps:
         return sum(self._source.matrices[layer, 0, name].nbytes for name in names)
 
     def load(self, batch: Sequence[int]) -> list[Loaded]:
-        """Read the source bytes of some experts: one record each, or one entry a matrix."""
+        """Read experts' source bytes: one record each, or one entry per matrix."""
         if self._layout:
-            records = read_records(self._reader, self._layout, batch)
-            return [[(record, "U8")] for record in records]
-        return [self._load(expert) for expert in batch]
+            return [[(r, "U8")] for r in read_records(self._reader, self._layout, batch)]
+        return [self._load_matrices(expert) for expert in batch]
 
-    def _load(self, expert: int) -> Loaded:
+    def _load_matrices(self, expert: int) -> Loaded:
         found = []
         for projection in self._plan.projections:
             matrix = self._source.matrices[self._plan.layer, expert, projection.name]
@@ -73,7 +72,7 @@ class ExpertSteps:
         return found
 
     def encode(self, batch: Sequence[int], loaded: list[Loaded]) -> list[Sequence[Part]]:
-        """Return the records of the experts of a batch, evaluated."""
+        """Return a batch's records, evaluated."""
         if self._copied:
             return [[record] for ((record, _),) in loaded]
         streams = _streams()
@@ -82,18 +81,18 @@ class ExpertSteps:
         return records
 
     def _encode(self, expert: int, loaded: Loaded, streams: Iterator[mx.Stream]) -> Sequence[Part]:
-        if self._before and self._seen:
-            record = loaded[0][0]
-            return encode_calibrated(record, self._before, self._plan, expert, self._seen)
+        record = loaded[0][0]
+        if self._before and self._inputs:
+            return encode_calibrated(record, self._before, self._plan, expert, self._inputs)
         if self._before:
-            return encode_record(loaded[0][0], self._before, self._plan, streams)
+            return encode_record(record, self._before, self._plan, streams)
         return encode_floats(loaded, self._plan, streams)
 
 
 def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) -> list[Bytes]:
-    """Read quantized experts that follow one another: each one's nine tensors end to end.
+    """Read consecutive quantized experts, each one's nine tensors end to end.
 
-    What lies together in a file is read together.
+    Tensors adjacent in a file are read together.
     """
     count, size = len(experts), layout.record_bytes
     memory = reader.buffer(count * size).reshape(count, size)
@@ -120,11 +119,11 @@ def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) ->
     return list(memory)
 
 
-_LOCAL = threading.local()  # as streams belong to the thread that made them
+_LOCAL = threading.local()  # streams belong to the thread that created them
 
 
 def _streams() -> Iterator[mx.Stream]:
-    """Take turns between one stream per core on the CPU, where a quantization uses one thread."""
+    """Cycle through one stream per core on a CPU, where a quantization uses one thread."""
     if not hasattr(_LOCAL, "streams"):
         cores = min(os.cpu_count() or 1, 8)
         count = cores if mx.default_device() == mx.Device(mx.cpu) else 1

@@ -1,4 +1,4 @@
-"""The time that a dry run tells is that of the experts that it tried, of every kind of layer."""
+"""A dry run estimates the time from experts that it quantizes, one kind of layer at a time."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock by which each expert that is computed takes a minute."""
+    """A clock that advances by a minute per computed expert."""
     now = [0.0]
     real = ExpertSteps.encode
 
@@ -51,7 +51,7 @@ def test_every_expert_counts(root, clock, source):
     )
 
 
-def test_experts_that_are_copied_take_no_computing(root, clock):
+def test_copied_experts_take_no_time_to_compute(root, clock):
     opened = open_source(root / "stock", "stock")
     told = describe.describe_time(opened, build_plan(opened, Options()), 1.0, NOTHING)
     assert told == "time        what the disk takes"

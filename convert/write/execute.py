@@ -1,4 +1,4 @@
-"""Carry out a plan: one file at a time, a few experts or one block of the trunk in memory."""
+"""Execute a plan file by file, with a few experts or one block of the trunk in memory."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,6 @@ from ..quant.codes import quantize
 from ..quant.quantize import Part
 from ..source.checkpoint import Source
 from ..source.read import FLOATS, Bytes, Reader, as_array, as_bytes, check_finite, read_ahead
-from .checksum import CHECKSUM as CHECKSUM
 from .checksum import as_text, joined
 from .experts import ExpertSteps
 from .files import Entry, TensorFile
@@ -28,12 +27,11 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Visit:
-    """One of several visits to a file: what to write, and what the visits before have written.
+    """One of several visits to a file.
 
     Attributes:
-        parts: indices of the trunk file's tensors, or experts.
-        written: the checksum of every tensor of the file that is there, "" for the others; nothing
-            if this is the first visit.
+        parts: indices of trunk tensors, or experts, to write.
+        written: see `TensorFile`.
     """
 
     parts: Sequence[int]
@@ -43,7 +41,7 @@ class Visit:
 def write_trunk(
     plan: TrunkFile, directory: Path, reader: Reader, progress: Progress, visit: Visit | None = None
 ) -> Entry:
-    """Write one file of the trunk and return its entry; `progress` hears of every byte."""
+    """Write one trunk file and return its entry; `progress` gets the bytes of each tensor."""
     chosen = range(len(plan.tensors)) if visit is None else visit.parts
     written = visit.written if visit else None
     with TensorFile(directory / plan.name, plan.specs(), written=written) as file:
@@ -55,7 +53,7 @@ def write_trunk(
 
 
 def _write_tensor(tensor: TrunkTensor, file: TensorFile, reader: Reader) -> None:
-    """Write one tensor in blocks of rows (quantized) or of elements (everything else)."""
+    """Write one tensor in blocks of rows (quantized) or elements (otherwise)."""
     path, info = tensor.source
     count = math.prod(info.shape)
     unit = info.shape[-1] if tensor.quant else 1
@@ -81,7 +79,7 @@ def _convert_block(tensor: TrunkTensor, data: Bytes, unit: int) -> Sequence[Part
         return [data]
     block = as_array(data, dtype, (data.size // ITEM_SIZE[dtype] // unit, unit))
     if tensor.shift:
-        block = block + 1.0  # before the cast, in the checkpoint's dtype, as mlx-lm does it
+        block = block + 1.0  # before the cast, as in mlx-lm
     block = block.astype(FLOATS[tensor.dtype])
     return quantize(block, tensor.quant) if tensor.quant else [block]
 
@@ -92,11 +90,11 @@ def write_layer(
     directory: Path,
     reader: Reader,
     progress: Progress,
-    seen: LayerInputs | None = None,
+    inputs: LayerInputs | None = None,
     visit: Visit | None = None,
 ) -> Entry:
-    """Write one layer's expert file and return its entry, with checksums record by record."""
-    steps = ExpertSteps(source, plan, reader, seen)
+    """Write one layer's expert file and return its entry, with a checksum per record."""
+    steps = ExpertSteps(source, plan, reader, inputs)
     batches = steps.batches(range(plan.experts) if visit is None else visit.parts)
     path, written = directory / plan.file, visit.written if visit else None
     with TensorFile(path, plan.specs(), DATA_ALIGNMENT, written) as file:
@@ -109,28 +107,22 @@ def write_layer(
 
 
 def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> None:
-    """Write one expert's bytes: its nine tensors, or pieces of them, one after the other."""
-    data = _end_to_end([as_buffer(part) for part in record])
+    """Write one expert's nine tensors, or one buffer that holds them end to end."""
+    parts = [as_buffer(part) for part in record]
+    data, start = parts[0], 0
+    if len(parts) > 1:
+        data = Reader.buffer(sum(part.nbytes for part in parts)).data  # aligned for direct I/O
+        for part in parts:
+            data[start : start + part.nbytes] = part.cast("B")
+            start += part.nbytes
     file.write(f"experts.{expert}.{FIELDS[0]}", data)
-
-
-def _end_to_end(parts: Sequence[memoryview]) -> memoryview:
-    """Return parts as one, in memory that can be written past the page cache."""
-    if len(parts) == 1:
-        return parts[0]
-    joined = Reader.buffer(sum(part.nbytes for part in parts)).data
-    start = 0
-    for part in parts:
-        joined[start : start + part.nbytes] = part.cast("B")
-        start += part.nbytes
-    return joined
 
 
 def record_entry(plan: LayerPlan, file: TensorFile) -> Entry:
     """Return the checksums of records, and of their tensors."""
     records, tensors = [], []
     for expert in range(plan.experts):
-        fields = file.checksums(f"experts.{expert}.{FIELDS[0]}", len(FIELDS))
+        fields = file.checksums(expert * len(FIELDS), len(FIELDS))
         records.append(as_text(joined(fields)))
         tensors.append("".join(as_text(checksum) for checksum, _ in fields))
     field_bytes = [spec.nbytes for spec in plan.record]
@@ -138,5 +130,5 @@ def record_entry(plan: LayerPlan, file: TensorFile) -> Entry:
 
 
 def as_buffer(part: Part) -> memoryview:
-    """Return the bytes of a part of a record."""
+    """View the bytes of a part of a record."""
     return as_bytes(part) if isinstance(part, mx.array) else part.data
