@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ...format.headers import ITEM_SIZE
 from ...format.layout import layer_file
@@ -50,8 +50,7 @@ class Quant:
     group_size: int
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """One tensor to write; `dtype` is safetensors' name."""
 
     name: str
@@ -94,10 +93,6 @@ class TrunkFile:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.outputs)
-
-    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return (name, dtype, shape) of every tensor."""
-        return [(spec.name, spec.dtype, spec.shape) for spec in self.outputs]
 
 
 @dataclass(frozen=True)
@@ -151,13 +146,14 @@ class LayerPlan:
         """Bytes of all experts."""
         return self.record_bytes * self.experts
 
-    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return (name, dtype, shape) of every tensor."""
-        return [
-            (f"experts.{expert}.{spec.name}", spec.dtype, spec.shape)
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        """Every tensor of the file, in order."""
+        return tuple(
+            spec._replace(name=f"experts.{expert}.{spec.name}")
             for expert in range(self.experts)
             for spec in self.record
-        ]
+        )
 
 
 File: TypeAlias = TrunkFile | LayerPlan

@@ -1,10 +1,10 @@
 """Build the plan: a pure function of headers, config and options."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ...errors import FlashMoEError
-from ...format.layout import LayerLayout, quantization
+from ...format.layout import quantization
 from ...format.names import PROJECTIONS, layer_prefix
 from ..source.checkpoint import Dims, Source
 from ..source.foreign_code import KEYS, SHIM_NAME, without
@@ -24,26 +24,19 @@ def build_plan(source: Source, options: Options) -> Plan:
     method = options.method or _best_method(target, options)
     if options.calibrate:
         _check_calibration(source, method)
-    layers: tuple[LayerPlan, ...]
+    if source.layout is None and target is None:
+        raise FlashMoEError(
+            f"{source.name}: the experts are not quantized, and only quantized ones can be "
+            "streamed. Add -q (and --q-bits 4, or 2)."
+        )
+    default = None if source.layout or target is None else target.trunk
+    dtype = _target_dtype(source, options) if default else None
+    numbers = range(source.dims.layers)
+    layers = tuple(_layer(source, number, target, dtype, method) for number in numbers)
     if source.layout:
-        layers = tuple(
-            _quantized_layer(source.dims, x, target, method) for x in source.layout.layers
-        )
         _check_dtype(options, layers)
-        tensors = plan_trunk(source, None, None)
-        entry = _kept_quantization(source, layers)
-    else:
-        if target is None:
-            raise FlashMoEError(
-                f"{source.name}: the experts are not quantized, and only quantized ones can be "
-                "streamed. Add -q (and --q-bits 4, or 2)."
-            )
-        dtype = _target_dtype(source, options)
-        layers = tuple(
-            _float_layer(source.dims, n, target, dtype, method) for n in range(source.dims.layers)
-        )
-        tensors = plan_trunk(source, target.trunk, dtype)
-        entry = _new_quantization(target.trunk, tensors, layers)
+    tensors = plan_trunk(source, default, dtype)
+    entry = _quantization(source, default, tensors, layers)
     # `model_file` goes at any depth: stock mlx-lm would run the source's model code.
     dropped = ("model_file", *(KEYS if options.no_remote_code else ()))
     config = without(source.config, dropped)
@@ -144,59 +137,51 @@ def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
                 )
 
 
-def _float_layer(dims: Dims, layer: int, target: Target, dtype: str, method: str) -> LayerPlan:
-    projections = []
-    for name in PROJECTIONS:
-        shape, after = (dims.rows(name), dims.columns(name)), target.experts(layer, name)
-        projections.append(Projection(name, *shape, None, after, dtype, method))
-    return LayerPlan(layer, dims.experts, tuple(projections))
-
-
-def _quantized_layer(
-    dims: Dims, layout: LayerLayout, target: Target | None, method: str
+def _layer(
+    source: Source, number: int, target: Target | None, dtype: str | None, method: str
 ) -> LayerPlan:
+    """Plan one layer; `dtype` is that of a float source's scales."""
     projections = []
+    layout = source.layout.layers[number] if source.layout else None
     for index, name in enumerate(PROJECTIONS):
-        scales = layout.fields[3 * index + 1]
-        shape = dims.rows(name), dims.columns(name)
-        before = Quant(*quantization(layout, name, shape))
-        after = target.experts(layout.layer, name) if target else before
-        projections.append(Projection(name, *shape, before, after, scales.dtype, method))
-    return LayerPlan(layout.layer, layout.num_experts, tuple(projections))
+        shape = source.dims.rows(name), source.dims.columns(name)
+        before = Quant(*quantization(layout, name, shape)) if layout else None
+        after = target.experts(number, name) if target else before
+        kind = layout.fields[3 * index + 1].dtype if layout else dtype
+        assert after and kind
+        projections.append(Projection(name, *shape, before, after, kind, method))
+    return LayerPlan(number, source.dims.experts, tuple(projections))
 
 
-def _new_quantization(
-    default: Quant, tensors: list[TrunkTensor], layers: tuple[LayerPlan, ...]
+def _quantization(
+    source: Source,
+    default: Quant | None,
+    tensors: list[TrunkTensor],
+    layers: tuple[LayerPlan, ...],
 ) -> dict[str, Any]:
-    """Return config["quantization"] as in mlx-lm: a default, and the paths that differ."""
-    entry: dict[str, Any] = _entry(default)
-    for tensor in tensors:
-        path = tensor.outputs[0].name.removesuffix(".weight")
-        if tensor.quant and path.endswith(ROUTERS):
-            entry[path] = {"group_size": tensor.quant.group_size, "bits": tensor.quant.bits}
-    return entry | {
-        path: _entry(quant) for path, quant in _expert_paths(layers) if quant != default
-    }
+    """Return config["quantization"] as in mlx-lm: a default, and the paths that differ.
 
-
-def _kept_quantization(source: Source, layers: tuple[LayerPlan, ...]) -> dict[str, Any]:
-    """Return the source's config["quantization"] with the experts' entries updated."""
-    first = layers[0].projections[0]
-    entry = _entry(first.before or first.after) | source.default_quantization
-    default = Quant(entry["bits"], entry["group_size"])
-    for path, quant in _expert_paths(layers):
-        entry.pop(path, None)
-        if quant != default:
-            entry[path] = _entry(quant)
+    With `default` None, it is the source's, with the experts' entries updated.
+    """
+    entry: dict[str, Any]
+    if default:
+        entry = _entry(default)
+        for tensor in tensors:
+            path = tensor.outputs[0].name.removesuffix(".weight")
+            if tensor.quant and path.endswith(ROUTERS):
+                entry[path] = {"group_size": tensor.quant.group_size, "bits": tensor.quant.bits}
+    else:
+        first = layers[0].projections[0]
+        entry = _entry(first.before or first.after) | source.default_quantization
+        default = Quant(entry["bits"], entry["group_size"])
+    for layer in layers:
+        for projection in layer.projections:
+            path = f"{layer_prefix(layer.layer)}.mlp.switch_mlp.{projection.name}"
+            entry.pop(path, None)
+            if projection.after != default:
+                entry[path] = _entry(projection.after)
     return entry
 
 
 def _entry(quant: Quant) -> dict[str, Any]:
     return {"group_size": quant.group_size, "bits": quant.bits, "mode": "affine"}
-
-
-def _expert_paths(layers: tuple[LayerPlan, ...]) -> Iterator[tuple[str, Quant]]:
-    for layer in layers:
-        for projection in layer.projections:
-            name = f"{layer_prefix(layer.layer)}.mlp.switch_mlp.{projection.name}"
-            yield name, projection.after

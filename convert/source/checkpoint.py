@@ -5,18 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FlashMoEError
+from ...format import names
 from ...format.config_entries import MOST
 from ...format.headers import ITEM_SIZE, MAX_NAME, TensorInfo, checkpoint_headers
 from ...format.json_file import exists, read_object
 from ...format.layout import EXPERT_DIR, ExpertLayout, open_layout
-from ...format.names import (
-    PROJECTIONS,
-    canonical,
-    fused_expert,
-    is_expert,
-    single_expert,
-    stacked_expert,
-)
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -196,7 +189,7 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
                 raise ValueError(f"{name[:40]!r}... is a name of {len(name)} characters")
             if not isinstance(file, str) or "/" in file or "\\" in file or file == "..":
                 raise ValueError(f"{name} is in {_shown(file)}, outside the directory")
-        wanted = {name: str(file) for name, file in index.items() if canonical(name)}
+        wanted = {name: str(file) for name, file in index.items() if names.canonical(name)}
     except FileNotFoundError:
         return
     except FlashMoEError:
@@ -214,15 +207,15 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
 def _has_quantized_experts(directory: Path, headers: dict[str, Place]) -> bool:
     if exists(directory / EXPERT_DIR):
         return True
-    stacked = (stacked_expert(name) for name in headers)
+    stacked = (names.stacked_expert(name) for name in headers)
     return any(match and match[1].endswith(".scales") for match in stacked)
 
 
 def _trunk(directory: Path, dims: Dims, headers: dict[str, Place]) -> dict[str, Place]:
     trunk: dict[str, Place] = {}
     for name, place in headers.items():
-        full = canonical(name)
-        if full is None or is_expert(name):
+        full = names.canonical(name)
+        if full is None or names.is_expert(name):
             continue
         if dims.tied and full.startswith("language_model.lm_head."):
             continue
@@ -232,8 +225,8 @@ def _trunk(directory: Path, dims: Dims, headers: dict[str, Place]) -> dict[str, 
                 "part of the checkpoint."
             )
         trunk[full] = place
-    names = [f"language_model.model.layers.{n}.mlp.gate.weight" for n in range(dims.layers)]
-    for name in ("language_model.model.embed_tokens.weight", *names):
+    routers = [f"language_model.model.layers.{n}.mlp.gate.weight" for n in range(dims.layers)]
+    for name in ("language_model.model.embed_tokens.weight", *routers):
         if name not in trunk:
             raise FlashMoEError(
                 f"{directory}: tensor {name} is missing. Download the checkpoint again."
@@ -256,7 +249,7 @@ def _find_matrices(
             matrices[key] = matrix
     for layer in range(dims.layers):
         for expert in range(dims.experts):
-            for projection in PROJECTIONS:
+            for projection in names.PROJECTIONS:
                 if (layer, expert, projection) not in matrices:
                     raise FlashMoEError(
                         f"{directory}: layer {layer} expert {expert} {projection} is missing. "
@@ -270,12 +263,12 @@ def _matrices_of(
 ) -> dict[tuple[int, int, str], Matrix]:
     """Return the expert matrices in one tensor; none if it is not an expert's."""
     projections: tuple[str, ...]
-    if single := single_expert(name):
+    if single := names.single_expert(name):
         layer, first, projections = single[0], single[1], (single[2],)
-    elif fused := fused_expert(name):
+    elif fused := names.fused_expert(name):
         layer, first = fused[0], 0
         projections = ("gate_proj", "up_proj") if fused[1] == "gate_up_proj" else (fused[1],)
-    elif stacked := stacked_expert(name):
+    elif stacked := names.stacked_expert(name):
         layer, first, projections = stacked[0], 0, (stacked[1].removesuffix(".weight"),)
     else:
         return {}

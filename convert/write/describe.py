@@ -4,14 +4,14 @@ import math
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
-from ...format.headers import ITEM_SIZE
 from ...format.names import FIELDS
 from ..plan.parts import LayerPlan, Plan, Quant
 from ..source.checkpoint import Source
 from ..source.foreign_code import REMEDY
-from ..source.read import Bytes, Reader
+from ..source.read import FLOATS, Bytes, Reader, as_bytes
 from .experts import ExpertSteps, Loaded
 from .output import copied_code
 from .steps import Fetched
@@ -96,25 +96,23 @@ def _seconds(source: Source, plan: LayerPlan) -> float:
 
 def _random(source: Source, plan: LayerPlan) -> Loaded:
     """Return an expert of random weights, as `ExpertSteps.load` does."""
-    rng = np.random.default_rng(0)
     if source.layout:
         fields = source.layout.layers[plan.layer].fields
-        tensors = [_tensor(rng, field.dtype, field.shape) for field in fields]
+        tensors = [_tensor(field.dtype, field.shape) for field in fields]
         return [(np.concatenate(tensors), "U8")]
     dtypes = [source.matrices[plan.layer, 0, p.name].dtype for p in plan.projections]
     shapes = [(p.rows, p.columns) for p in plan.projections]
-    return [(_tensor(rng, d, s), d) for d, s in zip(dtypes, shapes, strict=True)]
+    return [(_tensor(d, s), d) for d, s in zip(dtypes, shapes, strict=True)]
 
 
-def _tensor(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Bytes:
+def _tensor(dtype: str, shape: tuple[int, ...]) -> Bytes:
     """Return random codes, or small random floats."""
-    count = math.prod(shape)
     if dtype == "U32":
-        return np.frombuffer(rng.bytes(count * ITEM_SIZE[dtype]), np.uint8)
-    floats = rng.standard_normal(count, np.float32) * np.float32(0.02)
-    if dtype == "BF16":
-        return (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    return floats.astype(np.float16 if dtype == "F16" else np.float32).view(np.uint8)
+        array = mx.random.randint(-(1 << 31), (1 << 31) - 1, shape).astype(mx.uint32)
+    else:
+        array = (mx.random.normal(shape) * 0.02).astype(FLOATS[dtype])
+    mx.eval(array)
+    return np.frombuffer(as_bytes(array), np.uint8)
 
 
 def _duration(seconds: float) -> str:

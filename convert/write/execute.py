@@ -44,7 +44,7 @@ def write_trunk(
     """Write one trunk file and return its entry; `progress` gets the bytes of each tensor."""
     chosen = range(len(plan.tensors)) if visit is None else visit.parts
     written = visit.written if visit else None
-    with TensorFile(directory / plan.name, plan.specs(), written=written) as file:
+    with TensorFile(directory / plan.name, plan.outputs, written=written) as file:
         for tensor in (plan.tensors[index] for index in chosen):
             _write_tensor(tensor, file, reader)
             progress(sum(spec.nbytes for spec in tensor.outputs))
@@ -97,7 +97,7 @@ def write_layer(
     steps = ExpertSteps(source, plan, reader, inputs)
     batches = steps.batches(range(plan.experts) if visit is None else visit.parts)
     path, written = directory / plan.file, visit.written if visit else None
-    with TensorFile(path, plan.specs(), DATA_ALIGNMENT, written) as file:
+    with TensorFile(path, plan.outputs, DATA_ALIGNMENT, written) as file:
         for batch, loaded in zip(batches, read_ahead(steps.load, batches), strict=True):
             for expert, record in zip(batch, steps.encode(batch, loaded), strict=True):
                 write_record(file, expert, record)

@@ -137,7 +137,7 @@ def remove_journal(out: Path) -> None:
 
 def header(file: File) -> Header:
     """Return the header of a weight file to write."""
-    return Header(file.specs(), DATA_ALIGNMENT if isinstance(file, LayerPlan) else 8)
+    return Header(file.outputs, DATA_ALIGNMENT if isinstance(file, LayerPlan) else 8)
 
 
 def finished(out: Path, plan: Plan, begun: Begun) -> Entries:
@@ -155,41 +155,35 @@ def finished(out: Path, plan: Plan, begun: Begun) -> Entries:
         name = place(file)
         with suppress(OSError, KeyError, IndexError, TypeError, ValueError):
             entry = entries[name]
-            if "written" in entry:
-                good = _is_begun(out / (name + TEMPORARY), header(file), entry)
-            else:
-                good = _is_whole(out / name, header(file), entry, file)
-            if good:
+            if _matches(out / name, file, entry):
                 found[name] = entry
     return found
 
 
-def _is_begun(path: Path, planned: Header, entry: Entry) -> bool:
-    if as_text(zlib.crc32(planned.data)) != entry["header"] or not path.is_file():
+def _matches(path: Path, file: File, entry: Entry) -> bool:
+    planned = header(file)
+    start, end = len(planned.data), planned.file_bytes
+    if as_text(zlib.crc32(planned.data)) != entry["header"]:
         return False
-    with open(path, "rb") as stream:
-        starts = planned.starts
-        for start, end, checksum in zip(starts, starts[1:], entry["written"], strict=False):
-            stream.seek(len(planned.data) + start)
-            if checksum and as_text(_read_checksum(stream, end - start)) != checksum:
-                return False
-    return len(entry["written"]) == len(planned.names)
-
-
-def _is_whole(path: Path, planned: Header, entry: Entry, file: File) -> bool:
-    if isinstance(file, LayerPlan):
-        last, checksum = file.record_bytes, entry["records"][-1]
+    partial = "written" in entry
+    if partial:
+        path = path.with_name(path.name + TEMPORARY)
+        parts = zip(planned.starts[:-1], planned.starts[1:], entry["written"], strict=True)
+        ranges = [(start + first, last - first, crc) for first, last, crc in parts if crc]
     else:
-        last, checksum = entry["tensors"][planned.names[-1]]
-    if as_text(zlib.crc32(planned.data)) != entry["header"] or not path.is_file():
+        if isinstance(file, LayerPlan):
+            nbytes, crc = file.record_bytes, entry["records"][-1]
+        else:
+            nbytes, crc = entry["tensors"][planned.names[-1]]
+        ranges = [(0, start, entry["header"]), (end - nbytes, nbytes, crc)]
+    if not path.is_file() or (not partial and path.stat().st_size != end):
         return False
     with open(path, "rb") as stream:
-        if os.fstat(stream.fileno()).st_size != planned.file_bytes:
-            return False
-        if stream.read(len(planned.data)) != planned.data:
-            return False
-        stream.seek(planned.file_bytes - last)
-        return as_text(_read_checksum(stream, last)) == checksum
+        for offset, nbytes, crc in ranges:
+            stream.seek(offset)
+            if as_text(_read_checksum(stream, nbytes)) != crc:
+                return False
+    return True
 
 
 def _read_checksum(stream: BinaryIO, nbytes: int) -> int:

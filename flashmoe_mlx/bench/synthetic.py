@@ -195,7 +195,7 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
     write_file(directory / SHIM_NAME, SHIM.encode())
     write_tokenizer(directory)
     for file in plan.trunk:
-        with TensorFile(directory / file.name, file.specs()) as target:
+        with TensorFile(directory / file.name, file.outputs) as target:
             for tensor in file.tensors:
                 _write_tensor(target, tensor, pools)
     write_index(plan, directory)
@@ -211,7 +211,7 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
 def _write_layer(directory: Path, plan: LayerPlan, pools: "Pools") -> dict[str, Any]:
     """Write one layer's experts and return its entry of the manifest."""
     rng = _rng(plan.file)
-    with TensorFile(directory / plan.file, plan.specs(), layout.DATA_ALIGNMENT) as file:
+    with TensorFile(directory / plan.file, plan.outputs, layout.DATA_ALIGNMENT) as file:
         for expert in range(plan.experts):
             matrices = (pools.matrix(x.outputs, x.after, rng) for x in plan.projections)
             write_record(file, expert, [part for matrix in matrices for part in matrix])

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from flashmoe_mlx.convert.plan.parts import Quant
+from flashmoe_mlx.convert.quant.compensate import refine
 from flashmoe_mlx.convert.quant.fit import fit
-from flashmoe_mlx.convert.quant.refine import refine
 
 QUANT = Quant(2, 64)
 ROWS, COLUMNS = 6, 128
