@@ -15,50 +15,23 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..errors import FlashMoEError
+from ..format.headers import TensorInfo, checkpoint_headers
 from ..format.layout import EXPERT_DIR, MANIFEST
+from ..format.model_files import read_config
+from ..models.qwen3_5.args import ModelArgs
 from .plan.parts import METHODS, LayerPlan, Options, Plan
 from .plan.plan import build_plan
+from .publish import published, upload
 from .publish.card import model_card
-from .publish.published import own_card
-from .publish.upload import (
-    Destination,
-    check_card,
-    check_finished,
-    check_repo,
-    client_timeout,
-    is_finished,
-    upload,
-)
 from .quant.calibrate import Calibration
-from .source.checkpoint import Source, open_source
+from .source.checkpoint import Place, Source, open_source
 from .source.hub import CARD
 from .source.locate import Found, located
 from .source.read import Reader
 from .source.shards import Shards
-from .verify.loadable import check_plan, check_written
+from .write import files, journal, output
 from .write.checksum import as_text
 from .write.describe import describe, describe_time, human
-from .write.files import write_file
-from .write.journal import (
-    Begun,
-    Entries,
-    check_output,
-    data_bytes,
-    finished,
-    leftover_bytes,
-    locked,
-    remove_journal,
-    remove_leftovers,
-    write_journal,
-)
-from .write.output import (
-    check_linkable,
-    link_source,
-    place,
-    small_files,
-    write_manifest,
-    write_weights,
-)
 from .write.stamps import SourceChangedError, Stamps, source_files
 from .write.steps import Step, fetched, plan_steps
 
@@ -116,8 +89,8 @@ def convert(
         raise FlashMoEError(
             "--private and --public have no effect without --upload-repo. Add it, or drop them."
         )
-    if upload_repo is None or not is_finished(out):
-        check_output(out)
+    if upload_repo is None or not upload.is_finished(out):
+        journal.check_output(out)
     if q_method not in (None, *METHODS):
         raise FlashMoEError(f"q_method = {q_method!r}: expected one of {', '.join(METHODS)}.")
     text = None if calibrate is None else str(Path(calibrate).expanduser())
@@ -132,13 +105,14 @@ def convert(
             "cannot be uploaded. Drop --link."
         )
     whole = keep_source or link or text is not None
-    with nullcontext() if upload_repo is None else client_timeout():
-        to = None if upload_repo is None else check_repo(upload_repo, private)
+    with nullcontext() if upload_repo is None else upload.client_timeout():
+        if upload_repo is not None:
+            upload.check_repo(upload_repo, private)
         with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
             source = open_source(found.directory, str(hf_path), found.commit)
             shards = Shards(Found(found.directory) if whole else found, out)
             job = _Job.of(source, shards, options, out, link)
-            _run(job, to, dry_run)
+            _run(job, upload_repo, bool(private), dry_run)
 
 
 @dataclass(frozen=True)
@@ -150,7 +124,7 @@ class _Job:
     calibrate: str | None
     link: bool
     out: Path
-    begun: Begun  # what the output's bytes depend on
+    begun: journal.Begun  # what the output's bytes depend on
     card: bytes
 
     @classmethod
@@ -158,7 +132,7 @@ class _Job:
         stamps = Stamps(shards.lasting(source_files(source)))
         plan = build_plan(source, options)
         if link:
-            check_linkable(source)
+            output.check_linkable(source)
         card = b"" if link else model_card(source, plan, options, tools())
         begun = {
             "source": origin(source),
@@ -169,43 +143,44 @@ class _Job:
         }
         return cls(source, shards, stamps, plan, options.calibrate, link, out, begun, card)
 
-    def steps(self, done: Entries) -> list[Step]:
+    def steps(self, done: journal.Entries) -> list[Step]:
         remote = frozenset(self.shards.sizes)
         return plan_steps(self.source, self.plan, done, remote, self.shards.held())
 
 
-def _run(job: _Job, to: Destination | None, dry_run: bool) -> None:
-    done = to is not None and is_finished(job.out)
-    if to:
-        check_card(to.repo, (own_card(job.out) if done else None) or job.card)
+def _run(job: _Job, repo: str | None, private: bool, dry_run: bool) -> None:
+    done = repo is not None and upload.is_finished(job.out)
+    if repo:
+        upload.check_card(repo, (published.own_card(job.out) if done else None) or job.card)
     if done:
-        check_finished(job.out, public(job.begun))
+        upload.check_finished(job.out, public(job.begun))
     else:
         _make(job, dry_run)
-    if to and dry_run:
-        print(f"to upload   {to}")
-    elif to:
-        upload(job.out, to, job.card)
+    if repo and dry_run:
+        print(f"to upload   {repo} ({'private' if private else 'public'})")
+    elif repo:
+        upload.upload(job.out, repo, private, job.card)
 
 
 def _make(job: _Job, dry_run: bool) -> None:
     """Check the free disk space and write what is missing, or print the plan."""
     source, plan, out = job.source, job.plan, job.out
-    check_plan(source, plan, with_tokenizer=not (dry_run and source.revision))
+    _check_plan(source, plan, with_tokenizer=not (dry_run and source.revision))
     text = _read_text(job.calibrate) if job.calibrate else None
     if text is not None:
         job.begun["text"] = as_text(zlib.crc32(text.encode()))
-    done = finished(out, plan, job.begun)
-    to_write = 0 if job.link else plan.trunk_bytes + plan.expert_bytes - data_bytes(plan, done)
+    done = journal.finished(out, plan, job.begun)
+    total = plan.trunk_bytes + plan.expert_bytes
+    to_write = 0 if job.link else total - journal.data_bytes(plan, done)
     fetching = fetched(job.steps(done), job.shards.sizes, job.shards.held())
     needed = to_write + fetching.most_bytes
-    existing = next(place for place in (out, *out.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free + leftover_bytes(out, plan, done) + job.shards.nbytes()
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free + job.shards.nbytes()
+    free += journal.leftover_bytes(out, plan, done)
     if dry_run:
         print(describe(source, plan, out, fetching, to_write, free))
         if not job.link and not job.calibrate:
-            share = to_write / (plan.trunk_bytes + plan.expert_bytes)
-            print(describe_time(source, plan, share, fetching))
+            print(describe_time(source, plan, to_write / total, fetching))
         return
     if needed > free:
         raise FlashMoEError(
@@ -214,22 +189,50 @@ def _make(job: _Job, dry_run: bool) -> None:
             + f", but only {human(free)} are free. "
             "Free some space, choose another --mlx-path, or fewer --q-bits."
         )
-    with locked(out), _unfinished(out):
-        check_output(out)  # again: another process may have written before the lock
-        done = finished(out, plan, job.begun)
+    with journal.locked(out), _unfinished(out):
+        journal.check_output(out)  # again: another process may have written before the lock
+        done = journal.finished(out, plan, job.begun)
         (out / EXPERT_DIR / MANIFEST).unlink(missing_ok=True)
-        write_journal(out, job.begun, done)
-        remove_leftovers(out, plan, done)
+        journal.write_journal(out, job.begun, done)
+        journal.remove_leftovers(out, plan, done)
         if job.link:
-            content = link_source(source, plan, out)
+            content = output.link_source(source, plan, out)
         else:
             with _calibration(source, text) as calibration:
                 content = _write(job, done, calibration)
-            write_file(out / CARD, job.card)
-        check_written(out)
+            files.write_file(out / CARD, job.card)
+        _check_written(out)
         job.stamps.check(out)
-        write_manifest(out, content)
-        remove_journal(out)
+        output.write_manifest(out, content)
+        journal.remove_journal(out)
+
+
+def _check_plan(source: Source, plan: Plan, with_tokenizer: bool) -> None:
+    """Check the planned trunk and the source's tokenizer; raises FlashMoEError."""
+    planned = {
+        spec.name: (tensor.source[0], TensorInfo(spec.dtype, spec.shape, 0, spec.nbytes))
+        for file in plan.trunk
+        for tensor in file.tensors
+        for spec in tensor.outputs
+    }
+    _check_loads(source.directory, planned, ModelArgs.from_dict(plan.config), with_tokenizer)
+
+
+def _check_written(out: Path) -> None:
+    """Check the written trunk (its headers) and tokenizer; raises FlashMoEError."""
+    _check_loads(out, checkpoint_headers(out), ModelArgs.from_dict(read_config(out)), True)
+
+
+def _check_loads(
+    directory: Path, headers: dict[str, Place], args: ModelArgs, with_tokenizer: bool
+) -> None:
+    # mlx-lm and transformers take seconds to import.
+    from ..loader import check_tokenizer
+    from ..models.trunk_checks import check_trunk
+
+    check_trunk(directory, headers, args)
+    if with_tokenizer:
+        check_tokenizer(directory, args.vocab_size)
 
 
 def tools() -> str:
@@ -278,15 +281,18 @@ def _calibration(source: Source, text: str | None) -> Iterator[Calibration | Non
         model.close()
 
 
-def _write(job: _Job, done: Entries, calibration: Calibration | None) -> dict[str, Any]:
+def _write(job: _Job, done: journal.Entries, calibration: Calibration | None) -> dict[str, Any]:
     """Write everything that is not done except the manifest, and return its content."""
     source, plan, out, shards = job.source, job.plan, job.out, job.shards
-    small = {name: write_file(out / name, c) for name, c in small_files(source, plan).items()}
+    small = {
+        name: files.write_file(out / name, c)
+        for name, c in output.small_files(source, plan).items()
+    }
     steps = job.steps(done)
     shards.tidy(frozenset().union(*(step.needs for step in steps)))
     with Reader(shards.find) as reader, _bar(plan, done) as bar:
         for step in steps:
-            file, name = step.file, place(step.file)
+            file, name = step.file, output.place(step.file)
             bar.set_description(Path(name).name)
             shards.fetch(step.needs)
             inputs = None
@@ -294,17 +300,17 @@ def _write(job: _Job, done: Entries, calibration: Calibration | None) -> dict[st
                 inputs = calibration.layer(file.layer)
             visit = step.visit(done)
             with _unchanged(job.stamps, out):
-                entry = write_weights(source, file, out, reader, bar.update, inputs, visit)
+                entry = output.write_weights(source, file, out, reader, bar.update, inputs, visit)
             done[name] = entry
-            write_journal(out, job.begun, done)
+            journal.write_journal(out, job.begun, done)
             shards.delete(step.spent, reader)
     shards.remove()
-    trunk = {file.name: done[place(file)] for file in plan.trunk}
+    trunk = {file.name: done[output.place(file)] for file in plan.trunk}
     return {
         **public(job.begun),
         "tools": job.begun["tools"],
         "num_experts": source.dims.experts,
-        "layers": [done[place(layer)] for layer in plan.layers],
+        "layers": [done[output.place(layer)] for layer in plan.layers],
         "files": [entry for _, entry in sorted((small | trunk).items())],
     }
 
@@ -323,8 +329,8 @@ def _unchanged(stamps: Stamps, out: Path) -> Iterator[None]:
     stamps.check(out)
 
 
-def _bar(plan: Plan, done: Entries) -> Any:
-    total, initial = plan.trunk_bytes + plan.expert_bytes, data_bytes(plan, done)
+def _bar(plan: Plan, done: journal.Entries) -> Any:
+    total, initial = plan.trunk_bytes + plan.expert_bytes, journal.data_bytes(plan, done)
     return tqdm(
         total=total, initial=initial, unit="B", unit_scale=True, file=sys.stderr, disable=None
     )
@@ -337,7 +343,7 @@ def origin(source: Source) -> dict[str, str]:
     return {"path": str(source.directory.resolve())}
 
 
-def public(begun: Begun) -> dict[str, dict[str, Any]]:
+def public(begun: journal.Begun) -> dict[str, dict[str, Any]]:
     """Return source and options for the manifest, which may be published: no private paths."""
     source, options = dict(begun["source"]), dict(begun["options"])
     if "path" in source:

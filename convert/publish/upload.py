@@ -6,7 +6,6 @@ partial upload is recognized as unfinished.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -25,18 +24,6 @@ LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
 SILENCE_S = 60.0  # a large commit takes long to answer
 NONSENSE = AttributeError, LookupError, TypeError, ValueError
 MESSAGE = "Upload a model whose experts are read from disk by flashmoe-mlx"
-
-
-@dataclass(frozen=True)
-class Destination:
-    """A repository (OWNER/NAME) and its visibility."""
-
-    repo: str
-    private: bool
-
-    def __str__(self) -> str:
-        """Return both."""
-        return f"{self.repo} ({'private' if self.private else 'public'})"
 
 
 @contextmanager
@@ -73,7 +60,7 @@ def _failure(repo: str, what: str, error: Exception, remedy: str) -> FlashMoEErr
     return FlashMoEError(f"--upload-repo {repo}: the Hugging Face Hub {what} ({why}). {remedy}")
 
 
-def check_repo(repo: str, private: bool | None) -> Destination:
+def check_repo(repo: str, private: bool | None) -> None:
     """Check that the user's token may write to OWNER/NAME, and that its visibility fits.
 
     Raises:
@@ -117,7 +104,6 @@ def check_repo(repo: str, private: bool | None) -> Destination:
                 "https://huggingface.co/settings/tokens."
             )
     _check_existing(repo, private)
-    return Destination(repo, private)
 
 
 def _check_existing(repo: str, private: bool) -> None:
@@ -196,12 +182,13 @@ def _shown(made: dict[str, Any]) -> str:
     return flags(made) if "quantize" in made else " ".join(map(str, made.values()))
 
 
-def upload(out: Path, to: Destination, card: bytes) -> None:
+def upload(out: Path, repo: str, private: bool, card: bytes) -> None:
     """Upload what the manifest lists, and the card; files that arrived before are not sent again.
 
     Args:
         out: the directory.
-        to: the repository, created if necessary.
+        repo: OWNER/NAME, created if necessary.
+        private: its visibility.
         card: the model card, unless the directory has one.
 
     Raises:
@@ -210,18 +197,18 @@ def upload(out: Path, to: Destination, card: bytes) -> None:
     with locked(out):
         names = check_listed(out)
         card = (own_card(out) or card).replace(
-            f"--model {PLACE} ".encode(), f"--model {to.repo} ".encode()
+            f"--model {PLACE} ".encode(), f"--model {repo} ".encode()
         )
         if others := unlisted(out, names):
             print(f"Not uploaded, because the manifest does not list it: {others}")
         try:
-            _create(to.repo, to.private)
-            _upload(out, to.repo, names, card)
+            _create(repo, private)
+            _upload(out, repo, names, card)
         except FlashMoEError:
             raise
         except Exception as error:  # a dozen kinds: network, permissions, quotas
             raise FlashMoEError(
-                f"{out}: is finished, but its upload to {to.repo} failed ({_why(error)}). Run the "
+                f"{out}: is finished, but its upload to {repo} failed ({_why(error)}). Run the "
                 "same command again to resume it."
             ) from error
 

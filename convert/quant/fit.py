@@ -82,16 +82,21 @@ def _fit_rows(
         steps = (rows - biases) / mx.where(scales == 0, 1.0, scales)
         return mx.clip(mx.round(mx.where(scales == 0, 0.0, steps)), 0, most)
 
+    def with_error(codes: mx.array, scales: mx.array, biases: mx.array) -> list[mx.array]:
+        off = rows - (codes * scales + biases)
+        return [codes, scales, biases, (weight * off * off).sum(-1, keepdims=True)]
+
     _, scales, biases = quantize(rows, quant)
     scales, biases = stored(scales), stored(biases)
-    codes = nearest(scales, biases)
-    best = codes, scales, biases, _error(rows, codes, scales, biases, weight)
+    best = with_error(nearest(scales, biases), scales, biases)
     for share in STARTS:
         half = (high - low) / 2 * share
         scales, biases = stored(2 * half / most), stored((low + high) / 2 - half)
         for _ in range(STEPS):
             codes = nearest(scales, biases)
-            best = _better(best, (codes, scales, biases), rows, weight)
+            new = with_error(codes, scales, biases)
+            less = new[3] < best[3]
+            best = [mx.where(less, a, b) for a, b in zip(new, best, strict=True)]
             middle = (weight * codes).sum(-1, keepdims=True)
             spread = (weight * (codes - middle) ** 2).sum(-1, keepdims=True)
             slope = (weight * (codes - middle) * (rows - mean)).sum(-1, keepdims=True)
@@ -100,27 +105,6 @@ def _fit_rows(
         mx.eval(best)
     codes, scales, biases, _ = best
     return codes.astype(mx.uint8), scales.astype(dtype), biases.astype(dtype)
-
-
-Found = tuple[mx.array, mx.array, mx.array, mx.array]
-
-
-def _better(
-    best: Found, new: tuple[mx.array, mx.array, mx.array], rows: mx.array, weight: mx.array
-) -> Found:
-    error = _error(rows, *new, weight)
-    less = error < best[3]
-    codes, scales, biases, least = (
-        mx.where(less, a, b) for a, b in zip((*new, error), best, strict=True)
-    )
-    return codes, scales, biases, least
-
-
-def _error(
-    rows: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, weight: mx.array
-) -> mx.array:
-    difference = rows - (codes * scales + biases)
-    return (weight * difference * difference).sum(-1, keepdims=True)
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:

@@ -1,5 +1,6 @@
 """Open the checkpoint to convert: check its files and locate every tensor."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
             if len(name) > MAX_NAME:
                 raise ValueError(f"{name[:40]!r}... is a name of {len(name)} characters")
             if not isinstance(file, str) or "/" in file or "\\" in file or file == "..":
-                raise ValueError(f"{name} is in {_shown(file)}, outside the directory")
+                raise ValueError(f"{name} is in {_shown(file)}, not a file name")
         wanted = {name: str(file) for name, file in index.items() if names.canonical(name)}
     except FileNotFoundError:
         return
@@ -247,14 +248,13 @@ def _find_matrices(
                     "not have. Restore the config.json that belongs to this checkpoint."
                 )
             matrices[key] = matrix
-    for layer in range(dims.layers):
-        for expert in range(dims.experts):
-            for projection in names.PROJECTIONS:
-                if (layer, expert, projection) not in matrices:
-                    raise FlashMoEError(
-                        f"{directory}: layer {layer} expert {expert} {projection} is missing. "
-                        "Download the checkpoint's missing files."
-                    )
+    keys = itertools.product(range(dims.layers), range(dims.experts), names.PROJECTIONS)
+    for layer, expert, projection in keys:
+        if (layer, expert, projection) not in matrices:
+            raise FlashMoEError(
+                f"{directory}: layer {layer} expert {expert} {projection} is missing. "
+                "Download the checkpoint's missing files."
+            )
     return matrices
 
 

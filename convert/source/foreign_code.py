@@ -95,13 +95,6 @@ def _texts(value: Any, named: bool) -> Iterator[str]:
         yield value
 
 
-def without_code(path: Path) -> Path | dict[str, Any]:
-    """Return a configuration file's content without KEYS, or its path if it has none of them."""
-    content = read_json(path, RESTORE)
-    stripped = without(content, KEYS)
-    return path if stripped == content else stripped
-
-
 def without(content: Any, keys: tuple[str, ...]) -> Any:
     """Return a JSON value without some keys, at any depth."""
     if isinstance(content, dict):

@@ -1,1 +1,1 @@
-"""Check what was written: compare every byte, repair, and test that it loads."""
+"""Compare every byte of a converted directory with its checksums, and repair it."""

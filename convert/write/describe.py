@@ -30,6 +30,10 @@ def describe(
     trunk = sum(len(file.outputs) for file in plan.trunk)
     experts = sum(layer.experts for layer in plan.layers) * len(FIELDS)
     code = copied_code(source, plan)
+    downloads = (
+        f"{fetching.count} files, {fetching.nbytes:,} bytes ({human(fetching.nbytes)}); at once "
+        f"at most {fetching.most}, {fetching.most_bytes:,} bytes ({human(fetching.most_bytes)})"
+    )
     rows = (
         ("source", f"{source.name} (experts: {', '.join(before)})"),
         ("target", f"{out} (experts: {', '.join(after)})"),
@@ -41,18 +45,11 @@ def describe(
             f"{plan.expert_bytes:,} bytes ({human(plan.expert_bytes)}), {experts:,} tensors",
         ),
         *([("code", f"of {source.name}: {code}. {REMEDY}")] if code else ()),
-        *([("to fetch", _downloads(fetching))] if fetching.count else ()),
+        *([("to fetch", downloads)] if fetching.count else ()),
         ("to write", f"{to_write:,} bytes ({human(to_write)})"),
         ("free disk", f"{free:,} bytes ({human(free)}){', too little' * (needed > free)}"),
     )
     return "\n".join(f"{name:<12}{value}" for name, value in rows)
-
-
-def _downloads(fetching: Fetched) -> str:
-    return (
-        f"{fetching.count} files, {fetching.nbytes:,} bytes ({human(fetching.nbytes)}); at once "
-        f"at most {fetching.most}, {fetching.most_bytes:,} bytes ({human(fetching.most_bytes)})"
-    )
 
 
 def _kind(quant: Quant | None) -> str:
@@ -77,8 +74,8 @@ def describe_time(source: Source, plan: Plan, share: float, fetching: Fetched) -
     if fetching.count:
         rate = f"{DOWNLOAD_RATE / 1e6:.0f} MB/s"
         parts.append(f"{_duration(fetching.nbytes / DOWNLOAD_RATE)} to fetch at {rate}")
-    known = f"about {', '.join(parts)}, and " if parts else ""
-    return f"time        {known}what the disk takes"
+    known = f"about {', '.join(parts)}, plus disk time" if parts else "disk time only"
+    return f"time        {known}"
 
 
 def _seconds(source: Source, plan: LayerPlan) -> float:

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FlashMoEError
+from ...format.json_file import read_json
 from ...format.layout import EXPERT_DIR, MANIFEST, MANIFEST_FORMAT, MANIFEST_VERSION
 from ..plan.parts import File, Plan, TrunkFile
 from ..quant.calibrate import LayerInputs
 from ..source.checkpoint import INDEX, Source
 from ..source.foreign_code import (
     CODE,
+    KEYS,
+    RESTORE,
     SHIM_NAME,
     ForeignCode,
     config_files,
     foreign_code,
-    without_code,
+    without,
 )
 from ..source.hub import CARD, WEIGHTS
 from ..source.read import Reader
@@ -59,8 +62,10 @@ def small_files(source: Source, plan: Plan) -> dict[str, bytes | Path]:
     found: dict[str, bytes | Path] = {path.name: path for path in copied_files(source)}
     if not plan.remote_code:
         for path in set(config_files(source.directory)) & set(found.values()):
-            content = without_code(path)
-            found[path.name] = content if isinstance(content, Path) else json_bytes(content)
+            content = read_json(path, RESTORE)
+            stripped = without(content, KEYS)
+            if stripped != content:
+                found[path.name] = json_bytes(stripped)
         found = {name: content for name, content in found.items() if not name.endswith(CODE)}
     return found | {
         "config.json": json_bytes(dict(sorted(plan.config.items()))),

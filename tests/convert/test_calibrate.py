@@ -8,13 +8,14 @@ import pytest
 import flashmoe_mlx
 from flashmoe_mlx import FlashMoEError
 from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
-from flashmoe_mlx.convert import convert, run
+from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.plan.parts import Projection, Quant
 from flashmoe_mlx.convert.quant import calibrate
 from flashmoe_mlx.convert.quant.calibrate import Calibration, LayerInputs
 from flashmoe_mlx.convert.quant.fit import fit
 from flashmoe_mlx.convert.verify.repair import repair
 from flashmoe_mlx.convert.verify.verify import verify
+from flashmoe_mlx.convert.write import output
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.format.names import PROJECTIONS
 from flashmoe_mlx.loader import BUNDLED_MODEL
@@ -154,7 +155,7 @@ def files(directory):
 
 def test_an_interrupted_calibration_resumes_to_the_same_bytes(source, text, tmp_path, monkeypatch):
     two_bits(source, tmp_path / "whole", text)
-    write, calls = run.write_weights, []
+    write, calls = output.write_weights, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -163,7 +164,7 @@ def test_an_interrupted_calibration_resumes_to_the_same_bytes(source, text, tmp_
         return write(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "write_weights", interrupted)
+        patch.setattr(output, "write_weights", interrupted)
         two_bits(source, tmp_path / "out", text)
     two_bits(source, tmp_path / "out", text)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
@@ -189,7 +190,7 @@ def test_another_text_cannot_resume_a_conversion(source, text, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "write_weights", interrupted)
+        patch.setattr(output, "write_weights", interrupted)
         two_bits(source, tmp_path / "out", text)
     text.write_text("something else")
     with pytest.raises(FlashMoEError, match=r"text"):
@@ -197,7 +198,7 @@ def test_another_text_cannot_resume_a_conversion(source, text, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"q_method": "min-max"}, "--calibrate does not go with --q-method min-max. Drop one of them"),
+    ({"q_method": "min-max"}, "--calibrate cannot be combined with --q-method min-max. Drop"),
     ({"quantize": False, "q_bits": None}, "--calibrate .*text.txt has no effect without -q."),
     ({"calibrate": "/nowhere.txt"}, "/nowhere.txt: cannot be read as a text .*UTF-8 file"),
 ])  # fmt: skip

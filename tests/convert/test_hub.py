@@ -39,10 +39,11 @@ from hub_server import Fault, HubServer, commit
 from huggingface_hub import constants, file_download, snapshot_download
 from mlx_lm.convert import convert as stock_convert
 
-from flashmoe_mlx.convert import convert, run
+from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.convert.source import hub
 from flashmoe_mlx.convert.source.shards import FOLDER
+from flashmoe_mlx.convert.write import journal, output
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.headers import read_header
 
@@ -111,7 +112,7 @@ def server(root: Path, tmp_path: Path) -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def half_done(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversion that was interrupted at its fifth step."""
-    folder, real, steps = tmp_path_factory.mktemp("half"), run.write_weights, []
+    folder, real, steps = tmp_path_factory.mktemp("half"), output.write_weights, []
 
     def write_weights(*arguments):
         steps.append(arguments)
@@ -120,7 +121,7 @@ def half_done(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return real(*arguments)
 
     with serving(root, folder / "cache"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "write_weights", write_weights)
+        patch.setattr(output, "write_weights", write_weights)
         with pytest.raises(KeyboardInterrupt):
             convert(NAME, folder / "out", quantize=True)
     return folder / "out"
@@ -181,13 +182,13 @@ def test_same_bytes_within_the_bound(root, server, sizes, tmp_path, monkeypatch)
         held.append(on_disk(out / FOLDER))
         total.append(on_disk(out))
 
-    def write_weights(*arguments, real=run.write_weights):
+    def write_weights(*arguments, real=output.write_weights):
         look()
         entry = real(*arguments)
         look()
         return entry
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
     server.listener = look
     convert(NAME, out, quantize=True)
     assert_same(root, out)
@@ -208,7 +209,7 @@ def test_dry_run_fetches_headers_only(root, server, files, sizes, tmp_path, caps
     (fetching,) = (row for row in rows if row.startswith("to fetch"))
     rows.remove(fetching)
     assert rows[0].startswith(f"source      {NAME} (") and rows[1:-2] == local[1:-2]
-    took = r"time +about \d+ s to compute, 1 s to fetch at 100 MB/s, and what the disk takes"
+    took = r"time +about \d+ s to compute, 1 s to fetch at 100 MB/s, plus disk time"
     assert re.fullmatch(took, rows[-1])
     assert fetching.startswith(f"to fetch    {len(files)} files, {sum(sizes.values()):,} bytes (")
     assert "; at once at most 2, " in fetching
@@ -533,7 +534,7 @@ def test_stopped_at_the_end(root, server, half, files, name, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, name, stop)
+        patch.setattr({"write_manifest": output, "remove_journal": journal}[name], name, stop)
         convert(NAME, half, quantize=True)
     assert not (half / FOLDER).exists()
     server.reset()

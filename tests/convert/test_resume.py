@@ -17,7 +17,7 @@ import pytest
 from convert_helpers import KILLER, LAYERS, contents, read, write_checkpoints
 
 from flashmoe_mlx.convert import convert, run
-from flashmoe_mlx.convert.write import files, journal
+from flashmoe_mlx.convert.write import files, journal, output
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import open_layout
 
@@ -142,13 +142,13 @@ def half(half_done: Path, tmp_path: Path) -> Path:
 
 def test_finished_files_are_kept(root, half, monkeypatch):
     written = []
-    real = run.write_weights
+    real = output.write_weights
 
     def write_weights(source, file, *rest):
         written.append(file)
         return real(source, file, *rest)
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
     convert(root / "hf", half, quantize=True)
     assert [file.layer for file in written] == [2, 3]
     assert contents(half) == contents(root / "whole")
@@ -172,12 +172,12 @@ def test_no_manifest_while_a_file_is_written_again(root, tmp_path, monkeypatch):
     """Killed between manifest and journal, and then a file was damaged."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "remove_journal", interrupt)
+        patch.setattr(journal, "remove_journal", interrupt)
         convert(root / "hf", out, quantize=True)
     assert (out / MANIFEST).exists() and (out / JOURNAL).exists()
     os.truncate(out / "model_experts/layer_01.safetensors", 99)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "write_weights", interrupt)
+        patch.setattr(output, "write_weights", interrupt)
         convert(root / "hf", out, quantize=True)
     assert not (out / MANIFEST).exists()
     convert(root / "hf", out, quantize=True)
@@ -223,14 +223,14 @@ def test_a_source_that_changed_is_refused(root, tmp_path, monkeypatch):
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
-    real = run.write_weights
+    real = output.write_weights
 
     def write_weights(source, file, *rest):
         if getattr(file, "layer", None) == layer:
             raise KeyboardInterrupt
         return real(source, file, *rest)
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
 
 
 def test_damaged_journal(root, half):
@@ -387,13 +387,13 @@ def test_a_file_not_in_the_journal_yet_is_deleted(root, half, monkeypatch):
     monkeypatch.setattr(
         run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, LAYER_BYTES)
     )
-    real, before = run.write_weights, []
+    real, before = output.write_weights, []
 
     def write_weights(source, file, *rest):
         before.append({path.name for path in (half / "model_experts").iterdir()})
         return real(source, file, *rest)
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
     convert(root / "hf", half, quantize=True)
     assert len(before) == 3 and before[0] == {"layer_00.safetensors", "unfinished.json"}
     assert contents(half) == contents(root / "whole")

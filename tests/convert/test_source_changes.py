@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from convert_helpers import contents, flip, write_checkpoints
 
-from flashmoe_mlx.convert import convert, run
-from flashmoe_mlx.convert.write import output
+from flashmoe_mlx.convert import convert
+from flashmoe_mlx.convert.write import files, output
 from flashmoe_mlx.errors import FlashMoEError
 
 MANIFEST = "model_experts/manifest.json"
@@ -74,7 +74,7 @@ def spoil(path: Path) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[], None]) -> None:
     """Call `change` just before the n-th weight file is written."""
-    real, steps = run.write_weights, []
+    real, steps = output.write_weights, []
 
     def write_weights(*arguments):
         steps.append(arguments)
@@ -82,7 +82,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[], N
             change()
         return real(*arguments)
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
 
 
 def refused(source: Path, out: Path, path: Path, **options: bool) -> None:
@@ -109,14 +109,14 @@ def test_a_change_that_looks_like_damage(root, tmp_path, monkeypatch):
 
 def test_weights_that_were_read_to_the_end(stock, tmp_path, monkeypatch):
     """The model card is written after all of them."""
-    real = run.write_file
+    real = files.write_file
 
     def write_file(path, content):
         if path.name == "README.md":
             overwrite(stock / WEIGHTS)
         return real(path, content)
 
-    monkeypatch.setattr(run, "write_file", write_file)
+    monkeypatch.setattr(files, "write_file", write_file)
     refused(stock, tmp_path / "out", stock / WEIGHTS)
 
 

@@ -9,11 +9,12 @@ from convert_helpers import contents, flip, write_checkpoints
 from huggingface_hub import constants
 from upload_server import TOKEN, USER, UploadServer
 
-from flashmoe_mlx.convert import convert, run
+from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.convert.publish import upload
 from flashmoe_mlx.convert.source import hub
 from flashmoe_mlx.convert.verify.verify import verify
+from flashmoe_mlx.convert.write import output
 from flashmoe_mlx.errors import FlashMoEError
 
 REPO = "alice/tiny"
@@ -78,7 +79,7 @@ def test_a_finished_conversion_is_uploaded_as_it_is(root, server, tmp_path, monk
     convert(root / "stock", out)
     card = (out / "README.md").read_text() + "Mine.\n"
     (out / "README.md").write_text(card)
-    monkeypatch.setattr(run, "write_weights", None)
+    monkeypatch.setattr(output, "write_weights", None)
     convert(root / "stock", out, upload_repo="team/tiny", private=False)
     assert_uploaded(server, out, "team/tiny")
     assert server.repos["team/tiny"]["README.md"].endswith(b"Mine.\n")
@@ -130,7 +131,7 @@ def test_nothing_is_uploaded_of_a_conversion_that_fails(root, server, tmp_path, 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "write_manifest", full)
+    monkeypatch.setattr(output, "write_manifest", full)
     with pytest.raises(FlashMoEError, match="No space left"):
         convert(root / "stock", tmp_path / "out", upload_repo=REPO, private=False)
     assert not server.repos

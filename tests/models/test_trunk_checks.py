@@ -302,16 +302,16 @@ def test_a_conversion_that_could_not_be_loaded_is_refused(
 
 def test_what_was_written_is_checked_before_it_is_called_done(root, tmp_path, monkeypatch):
     """As where a disk brings other bytes than were written."""
-    from flashmoe_mlx.convert import run
+    from flashmoe_mlx.convert.write import files
 
-    real = run.write_file
+    real = files.write_file
 
     def write(path: Path, content: bytes) -> object:
         if path.name == "README.md":  # the last of the files before the manifest
             (path.parent / "tokenizer.json").write_text("{}")
         return real(path, content)
 
-    monkeypatch.setattr(run, "write_file", write)
+    monkeypatch.setattr(files, "write_file", write)
     with pytest.raises(FlashMoEError, match=r"out: its tokenizer cannot be loaded .*delete .*out"):
         convert(root / "stock", tmp_path / "out")
     assert not (tmp_path / "out/model_experts/manifest.json").exists()
