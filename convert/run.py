@@ -30,8 +30,8 @@ from .source.locate import Found, located
 from .source.read import Reader
 from .source.shards import Shards
 from .write import files, journal, output
-from .write.checksum import as_text
 from .write.describe import describe, describe_time, human
+from .write.files import as_text
 from .write.stamps import SourceChangedError, Stamps, source_files
 from .write.steps import Step, fetched, plan_steps
 

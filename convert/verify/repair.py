@@ -18,10 +18,8 @@ from ..source.checkpoint import Source, open_source
 from ..source.locate import Found, located
 from ..source.read import Reader
 from ..source.shards import RangeReader
-from ..write.checksum import as_text
-from ..write.execute import as_buffer
-from ..write.experts import ExpertSteps
-from ..write.files import TEMPORARY, Entry, sync_directory, write_at, write_file
+from ..write.execute import ExpertSteps, as_buffer
+from ..write.files import TEMPORARY, Entry, as_text, sync_directory, write_at, write_file
 from ..write.journal import locked
 from ..write.output import place, small_files, write_weights
 from .verify import Problem, entries, read_checksums, verify

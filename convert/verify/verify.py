@@ -20,8 +20,7 @@ from ...format.layout import EXPERT_DIR, MANIFEST, layer_file, read_manifest
 from ...format.names import FIELDS
 from ...settings import StreamConfig
 from ..source.read import Reader
-from ..write.checksum import as_text
-from ..write.files import Entry, json_bytes
+from ..write.files import Entry, as_text, json_bytes
 from ..write.output import OWN_CHECKSUM
 
 BLOCK_BYTES = 8 << 20  # per thread

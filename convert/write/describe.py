@@ -12,7 +12,7 @@ from ..plan.parts import LayerPlan, Plan, Quant
 from ..source.checkpoint import Source
 from ..source.foreign_code import REMEDY
 from ..source.read import FLOATS, Bytes, Reader, as_bytes
-from .experts import ExpertSteps, Loaded
+from .execute import ExpertSteps, Loaded
 from .output import copied_code
 from .steps import Fetched
 

@@ -18,8 +18,7 @@ from ...errors import FlashMoEError
 from ...format.json_file import read_json
 from ...format.layout import DATA_ALIGNMENT, EXPERT_DIR, MANIFEST
 from ..plan.parts import File, LayerPlan, Plan, flags
-from .checksum import as_text
-from .files import TEMPORARY, Entry, Header, sync_directory, write_file
+from .files import TEMPORARY, Entry, Header, as_text, sync_directory, write_file
 from .output import place
 
 JOURNAL = "unfinished.json"

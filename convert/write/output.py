@@ -23,9 +23,8 @@ from ..source.foreign_code import (
 )
 from ..source.hub import CARD, WEIGHTS
 from ..source.read import Reader
-from .checksum import CHECKSUM, as_text
 from .execute import Progress, Visit, write_layer, write_trunk
-from .files import Entry, json_bytes, link_file, write_file, write_json
+from .files import CHECKSUM, Entry, as_text, json_bytes, link_file, write_file, write_json
 
 OWN_CHECKSUM = "manifest_checksum"
 SHIM = "from flashmoe_mlx.loader import bind\n\nModel, ModelArgs = bind(__file__)\n"

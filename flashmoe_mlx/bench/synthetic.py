@@ -28,9 +28,8 @@ from ..convert.plan.parts import LayerPlan, Options, Plan, Quant, Spec, TrunkTen
 from ..convert.plan.plan import build_plan
 from ..convert.source.checkpoint import Dims, Source
 from ..convert.source.foreign_code import SHIM_NAME
-from ..convert.write.checksum import CHECKSUM
 from ..convert.write.execute import record_entry, write_record
-from ..convert.write.files import TensorFile, write_file, write_json
+from ..convert.write.files import CHECKSUM, TensorFile, write_file, write_json
 from ..convert.write.output import SHIM, write_index
 from ..custom_kernels.kept import cache_dir
 from ..errors import FlashMoEError

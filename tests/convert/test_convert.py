@@ -34,7 +34,7 @@ from safetensors import safe_open
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.plan import plan
-from flashmoe_mlx.convert.write import execute, experts
+from flashmoe_mlx.convert.write import execute
 from flashmoe_mlx.convert.write import files as write
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import open_layout
@@ -197,7 +197,7 @@ def test_a_log_keeps_its_precision(root, tmp_path):
 
 def test_small_blocks_and_files_change_nothing(root, tmp_path, monkeypatch):
     monkeypatch.setattr(execute, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(experts, "BATCH_BYTES", 1)
+    monkeypatch.setattr(execute, "BATCH_BYTES", 1)
     monkeypatch.setattr(plan, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(write, "SYNC_BYTES", 5000)
     convert(str(root / "hf"), tmp_path / "out", quantize=True)

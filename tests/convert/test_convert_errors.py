@@ -25,7 +25,7 @@ from convert_helpers import (
 
 from flashmoe_mlx.convert import convert, run
 from flashmoe_mlx.convert.cli import main
-from flashmoe_mlx.convert.write import execute, experts, files, output
+from flashmoe_mlx.convert.write import execute, files, output
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import open_layout
 
@@ -195,14 +195,14 @@ def test_failure_inside_a_file_leaves_no_file(root, tmp_path, monkeypatch):
     """The source shrinks while it is read: the file in progress is deleted, .tmp included."""
     source = tmp_path / "mlx"
     shutil.copytree(root / "stock", source)
-    real = experts.read_records
+    real = execute.read_records
 
     def read_records(reader, layout, batch):
         if layout.layer == 1 and 5 in batch:
             os.truncate(source / "model.safetensors", 8)
         return real(reader, layout, batch)
 
-    monkeypatch.setattr(experts, "read_records", read_records)
+    monkeypatch.setattr(execute, "read_records", read_records)
     with pytest.raises(FlashMoEError, match=r"model.safetensors: ends at byte .* it again"):
         convert(str(source), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/model_experts").iterdir()}

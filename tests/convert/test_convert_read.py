@@ -7,7 +7,7 @@ import pytest
 
 from flashmoe_mlx.convert.source import read
 from flashmoe_mlx.convert.source.read import PAGE, Reader
-from flashmoe_mlx.convert.write.experts import ExpertSteps
+from flashmoe_mlx.convert.write.execute import ExpertSteps
 from flashmoe_mlx.errors import FlashMoEError
 
 SIZE = 5 * PAGE + 100

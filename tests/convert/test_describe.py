@@ -11,7 +11,7 @@ from flashmoe_mlx.convert.plan.parts import Options
 from flashmoe_mlx.convert.plan.plan import build_plan
 from flashmoe_mlx.convert.source.checkpoint import open_source
 from flashmoe_mlx.convert.write import describe
-from flashmoe_mlx.convert.write.experts import ExpertSteps
+from flashmoe_mlx.convert.write.execute import ExpertSteps
 from flashmoe_mlx.convert.write.steps import Fetched
 
 NOTHING = Fetched(0, 0, 0, 0)

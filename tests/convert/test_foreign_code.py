@@ -157,7 +157,7 @@ def test_another_option_is_another_conversion(source, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("flashmoe_mlx.convert.output.write_weights", stop)
+        patch.setattr("flashmoe_mlx.convert.write.output.write_weights", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "out", no_remote_code=True)
     with pytest.raises(FlashMoEError, match="begun with options --no-remote-code, not none"):

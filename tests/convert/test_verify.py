@@ -15,7 +15,7 @@ from convert_helpers import EXPERTS, LAYERS, contents, flip, read, write_checkpo
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.convert.verify import repair, verify
-from flashmoe_mlx.convert.write import checksum
+from flashmoe_mlx.convert.write import files as write_files
 from flashmoe_mlx.convert.write.output import write_manifest
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.headers import read_header
@@ -60,9 +60,9 @@ def test_an_untouched_directory_has_no_problems(root, capsys):
 def test_checksums_of_parts_give_that_of_the_whole():
     chances = random.Random(1)
     parts = [chances.randbytes(chances.choice((0, 1, 7, 1000, 65536))) for _ in range(50)]
-    whole = checksum.joined((zlib.crc32(part), len(part)) for part in parts)
+    whole = write_files.joined((zlib.crc32(part), len(part)) for part in parts)
     assert whole == zlib.crc32(b"".join(parts))
-    assert checksum.joined([]) == zlib.crc32(b"") == 0
+    assert write_files.joined([]) == zlib.crc32(b"") == 0
 
 
 def test_the_manifest_has_the_checksum_of_every_file(root):
