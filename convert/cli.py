@@ -21,11 +21,11 @@ EXIT_DIFFERENCES = 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser; the flags are those of mlx_lm.convert, and a few more."""
+    """Return the parser; its options are those of mlx_lm.convert, and more."""
     result = argparse.ArgumentParser(
         prog="flashmoe-convert",
         description="Convert a Qwen3.5 MoE checkpoint so that its experts stream from disk.",
-        epilog="`flashmoe-convert verify DIR` reads every byte of a converted directory again.",
+        epilog="`flashmoe-convert verify DIR` checks every byte of a converted directory.",
     )
     add = result.add_argument
     add(
@@ -34,20 +34,18 @@ def parser() -> argparse.ArgumentParser:
         "format or MLX's, quantized or not.",
     )  # fmt: skip
     add(
-        "--mlx-path",
-        default="mlx_model",
-        metavar="DIR",
-        help="Directory to write. It does not exist yet, or an interrupted run of the same command "
-        "left it unfinished, which then goes on.",
-    )
+        "--mlx-path", default="mlx_model", metavar="DIR",
+        help="Directory to write. It must not exist, or be the unfinished output of the same "
+        "command, which then resumes.",
+    )  # fmt: skip
     add(
         "-q", "--quantize", action="store_true",
-        help="Quantize. Without it, a source that is quantized already is repacked as it is.",
+        help="Quantize. Without it, a quantized source is repacked unchanged.",
     )  # fmt: skip
     add(
         "--q-bits", type=int, metavar="N",
-        help="Bits per expert weight: 2, 3, 4, 5, 6 or 8 (default 4). Everything else gets 4 "
-        "at least: a 2-bit conversion keeps a 4-bit trunk, and routers have 8.",
+        help="Bits per expert weight: 2, 3, 4, 5, 6 or 8 (default 4). Other weights get at least "
+        "4: a 2-bit conversion has a 4-bit trunk. Routers have 8.",
     )  # fmt: skip
     add(
         "--q-group-size", type=int, metavar="N",
@@ -55,54 +53,54 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--quant-predicate", choices=RECIPES,
-        help="Bits of experts matrix by matrix instead of --q-bits: mixed_LOW_HIGH is mlx_lm's "
+        help="Bits per expert matrix, instead of --q-bits: mixed_LOW_HIGH is mlx_lm's "
         "rule for down projections; mixed_2_2_4 has gate and up at 2 and down at 4; "
         "mixed_2_4_ends has the first and the last eighth of the layers at 4.",
     )  # fmt: skip
     add(
         "--q-method", choices=METHODS,
-        help="How to find an expert's scales: min-max takes each group's extremes and gives what "
-        "mlx_lm.convert gives; least-squares searches for the smallest error, is slower, and "
+        help="How to choose the scales of experts: min-max uses each group's extremes, as "
+        "mlx_lm.convert does; least-squares searches for the smallest error, is slower, and "
         "never worse (default: least-squares below 4 bits, else min-max).",
     )  # fmt: skip
     add(
         "--calibrate", metavar="FILE",
-        help="Quantize each expert for what it sees of this text (UTF-8), which the model reads: "
-        "some thousand words of the kind that it will be used for. Needs a quantized source, "
-        "memory to run it, and hours for a large model.",
+        help="Quantize each expert for its inputs in this text (UTF-8): some thousand words of the "
+        "kind that the model will be used for. Needs a quantized source, memory to run it, and "
+        "hours for a large model.",
     )  # fmt: skip
     add(
         "--dtype", choices=sorted(DTYPES),
-        help="Type of what is not quantized (default: the config's, or bfloat16).",
+        help="Type of tensors that are not quantized (default: the config's, or bfloat16).",
     )  # fmt: skip
     add("--revision", help="Branch, tag or commit on the Hub.")
     add(
         "--keep-source", action="store_true",
-        help="Download a checkpoint from the Hub whole, into the Hub's own cache, where it stays. "
-        "Without it, one file after the other is fetched, packed and deleted.",
+        help="Download the whole checkpoint into the Hub's cache and keep it. By default, each "
+        "file is downloaded, packed and deleted in turn.",
     )  # fmt: skip
     add("--dry-run", action="store_true", help="Print what would be written, and write nothing.")
     add(
         "--link", action="store_true",
-        help="Stream from a quantized MLX checkpoint where it lies: symlinks, no copies.",
+        help="Stream from a quantized MLX checkpoint in place: symlinks instead of copies.",
     )  # fmt: skip
     add(
         "--no-remote-code", action="store_true",
-        help="Leave out the source's Python files and what names code in its configuration "
-        "(auto_map), which --trust-remote-code would run. Without it they go along unchanged.",
+        help="Omit the source's Python files, and the entries in its configuration (auto_map) that "
+        "make --trust-remote-code run them. By default they are copied unchanged.",
     )  # fmt: skip
     add(
         "--upload-repo", metavar="OWNER/NAME",
-        help="Upload the finished directory to this repository of the Hub, which is made if need "
-        "be: what the manifest lists, and the model card. Added to a command that finished "
-        "before, it uploads what that made. Needs --private or --public.",
+        help="Upload the finished directory to this repository of the Hub, created if necessary: "
+        "the files in the manifest, and the model card. If the same command has finished before, "
+        "its output is uploaded. Needs --private or --public.",
     )  # fmt: skip
-    seen = result.add_mutually_exclusive_group()
-    seen.add_argument(
+    visibility = result.add_mutually_exclusive_group()
+    visibility.add_argument(
         "--private", action="store_const", const=True,
         help="With --upload-repo: only you, or your organization, may see the repository.",
     )  # fmt: skip
-    seen.add_argument(
+    visibility.add_argument(
         "--public", dest="private", action="store_const", const=False,
         help="With --upload-repo: everybody may see it.",
     )  # fmt: skip
@@ -114,12 +112,12 @@ def verify_parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="flashmoe-convert verify",
         description="Compare every byte of a converted directory with its manifest's checksums, "
-        "except README.md, the model card, and settings in config.json, which are for editing. "
-        "Exit code 0: equal, 1: something differs, 2: it cannot be told.",
+        "except README.md, the model card, and settings in config.json, which users may edit. "
+        "Exit code 0: equal, 1: different, 2: the check failed.",
     )
     add = result.add_argument
     add("directory", metavar="DIR", help="A directory that flashmoe-convert wrote.")
-    add("--repair", action="store_true", help="Write what differs anew, from --hf-path.")
+    add("--repair", action="store_true", help="Rewrite what differs, from --hf-path.")
     add("--hf-path", "--model", metavar="PATH", help="The checkpoint that DIR was made from.")
     add("--revision", help="Its branch, tag or commit on the Hub (default: the one in DIR).")
     return result
@@ -128,7 +126,7 @@ def verify_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 after a one-line error.
 
-    The command `verify` returns 1 if something differs.
+    `verify` returns 1 if bytes differ.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
 
@@ -158,27 +156,24 @@ def _convert(options: argparse.Namespace) -> int:
         convert(**vars(options))
     except KeyboardInterrupt:
         out = Path(options.mlx_path).expanduser()
-        advice = "; the same command goes on" if out.exists() else ""
+        advice = "; run the same command again to resume" if out.exists() else ""
         advice += f", or delete {options.mlx_path}" if advice and not is_finished(out) else ""
         raise KeyboardInterrupt(f"flashmoe-convert: interrupted{advice}") from None
     if not options.dry_run:
-        print(*done(options.hf_path, options.mlx_path, options.upload_repo), sep="\n")
+        print(*_done(options.hf_path, options.mlx_path, options.upload_repo), sep="\n")
     return 0
 
 
-def done(source: str, out: str, repo: str | None) -> list[str]:
-    """Say that all is done, and how to try it: with the flag only if that runs just our shim."""
+def _done(source: str, out: str, repo: str | None) -> list[str]:
+    """Return the last lines: how to try it, with the flag only if it runs no foreign code."""
     directory, place = Path(out).expanduser(), shlex.quote(out)
     code = foreign_code(directory, list(directory.iterdir()))
-    named = [f"Code of {source} went along: {code}. {REMEDY}."] if code else []
+    notes = [f"Copied code of {source}: {code}. {REMEDY}."] if code else []
     if repo:
-        return [f"Uploaded: https://huggingface.co/{repo}", *named]
+        return [f"Uploaded: https://huggingface.co/{repo}", *notes]
     if code:
-        return [
-            "Done.",
-            *named,
-            f"Try, without that flag: flashmoe-generate --model {place} -p Hello",
-        ]
+        attempt = f"Try, without that flag: flashmoe-generate --model {place} -p Hello"
+        return ["Done.", *notes, attempt]
     return [f"Done. Try: mlx_lm.generate --model {place} --trust-remote-code -p Hello"]
 
 

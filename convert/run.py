@@ -6,6 +6,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,49 +15,25 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..errors import FlashMoEError
+from ..format.headers import TensorInfo, checkpoint_headers
 from ..format.layout import EXPERT_DIR, MANIFEST
+from ..format.model_files import read_config
+from ..models.qwen3_5.args import ModelArgs
 from .plan.parts import METHODS, LayerPlan, Options, Plan
 from .plan.plan import build_plan
+from .publish import published, upload
 from .publish.card import model_card
-from .publish.upload import (
-    Destination,
-    card_of,
-    check_card,
-    check_finished,
-    check_repo,
-    impatient,
-    is_finished,
-    upload,
-)
 from .quant.calibrate import Calibration
-from .source.checkpoint import Source, open_source
+from .source.checkpoint import Place, Source, open_source
 from .source.hub import CARD
 from .source.locate import Found, located
 from .source.read import Reader
 from .source.shards import Shards
-from .verify.loadable import check_plan, check_written
-from .write.checksum import as_text
+from .write import files, journal, output
 from .write.describe import describe, describe_time, human
-from .write.files import write_file
-from .write.journal import (
-    Begun,
-    Entries,
-    check_output,
-    data_bytes,
-    finished,
-    leftover_bytes,
-    locked,
-    remove_journal,
-    remove_leftovers,
-    write_journal,
-)
-from .write.link import check_linkable, link_source
-from .write.output import MODEL_FILE as MODEL_FILE
-from .write.output import SHIM as SHIM
-from .write.output import place, small_files, write_manifest, write_small, write_weights
-from .write.output import write_index as write_index
+from .write.files import as_text
 from .write.stamps import SourceChangedError, Stamps, source_files
-from .write.steps import fetched, plan_steps
+from .write.steps import Step, fetched, plan_steps
 
 
 def convert(
@@ -81,40 +58,41 @@ def convert(
 
     Args:
         hf_path: a checkpoint's directory, or its name on the Hugging Face Hub.
-        mlx_path: the directory to write: it does not exist, is empty, or was begun by the same
-            call before, which then goes on from there.
+        mlx_path: the directory to write. It must not exist, be empty, or be the unfinished output
+            of the same call, which then resumes.
         quantize: quantize the experts (and the trunk, if the source is not quantized).
-        q_group_size: weights that share a scale and a bias; 64 unless given.
-        q_bits: bits of an expert's weight; 4 unless given.
-        q_method: "min-max" or "least-squares", for the scales of experts; the latter below 4 bits
-            unless given, else the former, which gives what mlx_lm.convert gives.
-        calibrate: a text, for what experts see of which they are quantized.
-        quant_predicate: a name in `recipes.RECIPES`: bits of experts matrix by matrix.
-        dtype: "bfloat16", "float16" or "float32" for what is not quantized; else the config's.
+        q_group_size: weights per scale and bias; default 64.
+        q_bits: bits per expert weight; default 4.
+        q_method: "min-max" (as mlx_lm.convert) or "least-squares" (smaller error) for the scales
+            of experts; by default the latter below 4 bits.
+        calibrate: path of a text; experts are quantized for their inputs in it.
+        quant_predicate: a name in `recipes.RECIPES`: bits per expert matrix.
+        dtype: "bfloat16", "float16" or "float32" for tensors that are not quantized; default: the
+            config's.
         revision: branch, tag or commit on the Hub.
-        dry_run: print what would be written, and write nothing; from the Hub, headers are enough.
-        link: stream from the (quantized MLX) source where it lies instead of copying it.
-        keep_source: download a repository whole into the Hub's own cache, where it stays. Else its
-            files are fetched one after the other, and deleted when nothing more needs them. (They
-            stay with `link` and `calibrate`, which need them all.)
-        upload_repo: OWNER/NAME on the Hub, to upload the finished directory to. One that the same
-            call made before is uploaded as it is.
-        no_remote_code: leave out Python files of the source, and what of its configuration names
-            code (`auto_map`), which `trust_remote_code` would run. Else they go along unchanged.
-        private: whether `upload_repo` is for you or your organization only; must be said.
+        dry_run: print the plan and write nothing; from the Hub, it downloads headers only.
+        link: stream from the (quantized MLX) source in place instead of copying it.
+        keep_source: download the whole repository into the Hub's cache and keep it. By default
+            each file is deleted after its last use, except with `link` and `calibrate`.
+        upload_repo: OWNER/NAME on the Hub to upload the finished directory to. The finished output
+            of the same call is uploaded as it is.
+        no_remote_code: omit the source's Python files, and the configuration entries (`auto_map`)
+            that make `trust_remote_code` run them. By default they are copied unchanged.
+        private: whether `upload_repo` is private; required with it.
 
     Raises:
-        FlashMoEError: the source, the options or the disk does not allow it. If it happens after
-            writing began, the directory has no manifest, and is not taken for a whole one. The
-            same call goes on with the files that are not finished.
+        FlashMoEError: the source, the options or the disk do not allow it. A partly written
+            directory has no manifest, so it is recognized as unfinished; the same call resumes.
     """
     out = Path(mlx_path).expanduser()
     if upload_repo is None and private is not None:
-        raise FlashMoEError("--private and --public are about --upload-repo. Add it, or drop them.")
-    if upload_repo is None or not is_finished(out):
-        check_output(out)
+        raise FlashMoEError(
+            "--private and --public have no effect without --upload-repo. Add it, or drop them."
+        )
+    if upload_repo is None or not upload.is_finished(out):
+        journal.check_output(out)
     if q_method not in (None, *METHODS):
-        raise FlashMoEError(f"q_method = {q_method!r} is none of {', '.join(METHODS)}.")
+        raise FlashMoEError(f"q_method = {q_method!r}: expected one of {', '.join(METHODS)}.")
     text = None if calibrate is None else str(Path(calibrate).expanduser())
     options = Options(
         quantize, q_bits, q_group_size, dtype, q_method, text, quant_predicate, no_remote_code
@@ -123,129 +101,152 @@ def convert(
         raise FlashMoEError("--link copies nothing, so -q and --dtype have no effect. Drop them.")
     if link and upload_repo is not None:
         raise FlashMoEError(
-            f"--upload-repo {upload_repo}: with --link there is nothing to upload but links to "
-            "files of this machine. Drop --link."
+            f"--upload-repo {upload_repo}: --link makes symlinks to files of this machine, which "
+            "cannot be uploaded. Drop --link."
         )
     whole = keep_source or link or text is not None
-    with nullcontext() if upload_repo is None else impatient():
-        to = None if upload_repo is None else check_repo(upload_repo, private)
+    with nullcontext() if upload_repo is None else upload.client_timeout():
+        if upload_repo is not None:
+            upload.check_repo(upload_repo, private)
         with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
             source = open_source(found.directory, str(hf_path), found.commit)
             shards = Shards(Found(found.directory) if whole else found, out)
-            _convert(source, shards, options, out, dry_run, link, to)
+            job = _Job.of(source, shards, options, out, link)
+            _run(job, upload_repo, bool(private), dry_run)
 
 
-def _convert(
-    source: Source,
-    shards: Shards,
-    options: Options,
-    out: Path,
-    dry_run: bool,
-    link: bool,
-    to: Destination | None,
-) -> None:
-    stamps = Stamps(shards.lasting(source_files(source)))
-    plan = build_plan(source, options)
-    if link:
-        check_linkable(source)
-    card = b"" if link else model_card(source, plan, options, tools())
-    begun = _begun(source, options, link, stamps)
-    if to:
-        check_card(to.repo, card_of(out, card) if is_finished(out) else card)
-    if to and is_finished(out):
-        check_finished(out, public(begun))
+@dataclass(frozen=True)
+class _Job:
+    source: Source
+    shards: Shards
+    stamps: Stamps
+    plan: Plan
+    calibrate: str | None
+    link: bool
+    out: Path
+    begun: journal.Begun  # what the output's bytes depend on
+    card: bytes
+
+    @classmethod
+    def of(cls, source: Source, shards: Shards, options: Options, out: Path, link: bool) -> "_Job":
+        stamps = Stamps(shards.lasting(source_files(source)))
+        plan = build_plan(source, options)
+        if link:
+            output.check_linkable(source)
+        card = b"" if link else model_card(source, plan, options, tools())
+        begun = {
+            "source": origin(source),
+            "options": options.given() | {"link": link},
+            "tools": tools(),
+            # A commit identifies the files; a dry run has outlines of them only.
+            "files": {} if source.revision else stamps.named(source.directory),
+        }
+        return cls(source, shards, stamps, plan, options.calibrate, link, out, begun, card)
+
+    def steps(self, done: journal.Entries) -> list[Step]:
+        remote = frozenset(self.shards.sizes)
+        return plan_steps(self.source, self.plan, done, remote, self.shards.held())
+
+
+def _run(job: _Job, repo: str | None, private: bool, dry_run: bool) -> None:
+    done = repo is not None and upload.is_finished(job.out)
+    if repo:
+        upload.check_card(repo, (published.own_card(job.out) if done else None) or job.card)
+    if done:
+        upload.check_finished(job.out, public(job.begun))
     else:
-        _make(source, shards, plan, options, out, dry_run, begun, card, stamps)
-    if to and dry_run:
-        print(f"to upload   {to}")
-    elif to:
-        upload(out, to, card)
+        _make(job, dry_run)
+    if repo and dry_run:
+        print(f"to upload   {repo} ({'private' if private else 'public'})")
+    elif repo:
+        upload.upload(job.out, repo, private, job.card)
 
 
-def _make(
-    source: Source,
-    shards: Shards,
-    plan: Plan,
-    options: Options,
-    out: Path,
-    dry_run: bool,
-    begun: Begun,
-    card: bytes,
-    stamps: Stamps,
-) -> None:
-    """Check what there is room for, and write what is missing; or say what would be written."""
-    link = begun["options"]["link"]
-    check_plan(source, plan, with_tokenizer=not (dry_run and source.revision))
-    text = _read_text(options.calibrate) if options.calibrate else None
+def _make(job: _Job, dry_run: bool) -> None:
+    """Check the free disk space and write what is missing, or print the plan."""
+    source, plan, out = job.source, job.plan, job.out
+    _check_plan(source, plan, with_tokenizer=not (dry_run and source.revision))
+    text = _read_text(job.calibrate) if job.calibrate else None
     if text is not None:
-        begun["text"] = as_text(zlib.crc32(text.encode()))
-    done = finished(out, plan, begun)
-    to_write = 0 if link else plan.trunk_bytes + plan.expert_bytes - data_bytes(plan, done)
-    steps = plan_steps(source, plan, done, frozenset(shards.sizes), shards.held())
-    fetching = fetched(steps, shards.sizes, shards.held())
+        job.begun["text"] = as_text(zlib.crc32(text.encode()))
+    done = journal.finished(out, plan, job.begun)
+    total = plan.trunk_bytes + plan.expert_bytes
+    to_write = 0 if job.link else total - journal.data_bytes(plan, done)
+    fetching = fetched(job.steps(done), job.shards.sizes, job.shards.held())
     needed = to_write + fetching.most_bytes
-    free = shutil.disk_usage(_existing_parent(out)).free + leftover_bytes(out, plan, done)
-    free += shards.nbytes()
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free + job.shards.nbytes()
+    free += journal.leftover_bytes(out, plan, done)
     if dry_run:
         print(describe(source, plan, out, fetching, to_write, free))
-        if not link and not options.calibrate:
-            share = to_write / (plan.trunk_bytes + plan.expert_bytes)
-            print(describe_time(source, plan, share, fetching))
+        if not job.link and not job.calibrate:
+            print(describe_time(source, plan, to_write / total, fetching))
         return
     if needed > free:
         raise FlashMoEError(
             f"{out}: the conversion needs {human(needed)}"
-            + (f" ({human(fetching.most_bytes)} of them for a while)" if fetching.most else "")
+            + (f" ({human(fetching.most_bytes)} of them temporarily)" if fetching.most else "")
             + f", but only {human(free)} are free. "
             "Free some space, choose another --mlx-path, or fewer --q-bits."
         )
-    with locked(out), _unfinished(out):
-        check_output(out)  # again, as another process may have had it
-        done = finished(out, plan, begun)
+    with journal.locked(out), _unfinished(out):
+        journal.check_output(out)  # again: another process may have written before the lock
+        done = journal.finished(out, plan, job.begun)
         (out / EXPERT_DIR / MANIFEST).unlink(missing_ok=True)
-        write_journal(out, begun, done)
-        remove_leftovers(out, plan, done)
-        if link:
-            content = link_source(source, plan, out)
+        journal.write_journal(out, job.begun, done)
+        journal.remove_leftovers(out, plan, done)
+        if job.link:
+            content = output.link_source(source, plan, out)
         else:
             with _calibration(source, text) as calibration:
-                content = _write(source, shards, plan, out, begun, done, calibration, stamps)
-            write_file(out / CARD, card)
-        check_written(out)
-        stamps.check(out)
-        write_manifest(out, content)
-        remove_journal(out)
+                content = _write(job, done, calibration)
+            files.write_file(out / CARD, job.card)
+        _check_written(out)
+        job.stamps.check(out)
+        output.write_manifest(out, content)
+        journal.remove_journal(out)
 
 
-def _begun(source: Source, options: Options, link: bool, stamps: Stamps) -> Begun:
-    """Return what the bytes of the output depend on, for the journal.
-
-    Of a source on the Hub the commit says everything, and a dry run has outlines of its files only.
-    """
-    return {
-        "source": origin(source),
-        "options": options.given() | {"link": link},
-        "tools": tools(),
-        "files": {} if source.revision else stamps.named(source.directory),
+def _check_plan(source: Source, plan: Plan, with_tokenizer: bool) -> None:
+    """Check the planned trunk and the source's tokenizer; raises FlashMoEError."""
+    planned = {
+        spec.name: (tensor.source[0], TensorInfo(spec.dtype, spec.shape, 0, spec.nbytes))
+        for file in plan.trunk
+        for tensor in file.tensors
+        for spec in tensor.outputs
     }
+    _check_loads(source.directory, planned, ModelArgs.from_dict(plan.config), with_tokenizer)
+
+
+def _check_written(out: Path) -> None:
+    """Check the written trunk (its headers) and tokenizer; raises FlashMoEError."""
+    _check_loads(out, checkpoint_headers(out), ModelArgs.from_dict(read_config(out)), True)
+
+
+def _check_loads(
+    directory: Path, headers: dict[str, Place], args: ModelArgs, with_tokenizer: bool
+) -> None:
+    # mlx-lm and transformers take seconds to import.
+    from ..loader import check_tokenizer
+    from ..models.trunk_checks import check_trunk
+
+    check_trunk(directory, headers, args)
+    if with_tokenizer:
+        check_tokenizer(directory, args.vocab_size)
 
 
 def tools() -> str:
-    """Return what quantizes: two versions or devices may round in different ways."""
+    """Return what quantizes: versions and devices round differently."""
     return f"mlx {version('mlx')}, {mx.default_device().type.name}"
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 @contextmanager
 def _unfinished(out: Path) -> Iterator[None]:
-    """Say with every error that the directory is not whole."""
-    advice = f"Run the same command again to go on from here, or delete {out}."
+    """Add to every error how to resume."""
+    advice = f"Run the same command again to resume, or delete {out}."
     try:
         yield
-    except SourceChangedError:  # to go on would be no use
+    except SourceChangedError:  # resuming would not help
         raise
     except FlashMoEError as error:
         raise FlashMoEError(f"{error} {advice}") from error
@@ -268,7 +269,6 @@ def _read_text(path: str) -> str:
 
 @contextmanager
 def _calibration(source: Source, text: str | None) -> Iterator[Calibration | None]:
-    """Have the source's model read a text, if there is one."""
     if text is None:
         yield None
         return
@@ -281,48 +281,43 @@ def _calibration(source: Source, text: str | None) -> Iterator[Calibration | Non
         model.close()
 
 
-def _write(
-    source: Source,
-    shards: Shards,
-    plan: Plan,
-    out: Path,
-    begun: Begun,
-    done: Entries,
-    calibration: Calibration | None,
-    stamps: Stamps,
-) -> dict[str, Any]:
-    """Write everything that is not done but the manifest, and return the manifest's content."""
-    small = {name: write_small(out / name, c) for name, c in small_files(source, plan).items()}
-    steps = plan_steps(source, plan, done, frozenset(shards.sizes), shards.held())
+def _write(job: _Job, done: journal.Entries, calibration: Calibration | None) -> dict[str, Any]:
+    """Write everything that is not done except the manifest, and return its content."""
+    source, plan, out, shards = job.source, job.plan, job.out, job.shards
+    small = {
+        name: files.write_file(out / name, c)
+        for name, c in output.small_files(source, plan).items()
+    }
+    steps = job.steps(done)
     shards.tidy(frozenset().union(*(step.needs for step in steps)))
     with Reader(shards.find) as reader, _bar(plan, done) as bar:
         for step in steps:
-            file, name = step.file, place(step.file)
+            file, name = step.file, output.place(step.file)
             bar.set_description(Path(name).name)
             shards.fetch(step.needs)
-            seen = None
+            inputs = None
             if calibration and isinstance(file, LayerPlan):
-                seen = calibration.layer(file.layer)
+                inputs = calibration.layer(file.layer)
             visit = step.visit(done)
-            with _unchanged(stamps, out):
-                entry = write_weights(source, file, out, reader, bar.update, seen, visit)
+            with _unchanged(job.stamps, out):
+                entry = output.write_weights(source, file, out, reader, bar.update, inputs, visit)
             done[name] = entry
-            write_journal(out, begun, done)
+            journal.write_journal(out, job.begun, done)
             shards.delete(step.spent, reader)
     shards.remove()
-    trunk = {file.name: done[place(file)] for file in plan.trunk}
+    trunk = {file.name: done[output.place(file)] for file in plan.trunk}
     return {
-        **public(begun),
-        "tools": begun["tools"],
+        **public(job.begun),
+        "tools": job.begun["tools"],
         "num_experts": source.dims.experts,
-        "layers": [done[place(layer)] for layer in plan.layers],
+        "layers": [done[output.place(layer)] for layer in plan.layers],
         "files": [entry for _, entry in sorted((small | trunk).items())],
     }
 
 
 @contextmanager
 def _unchanged(stamps: Stamps, out: Path) -> Iterator[None]:
-    """Check the source's stamps after a step, also where its files made the step fail."""
+    """Check the source's stamps after a step, even a failed one: the change may be the cause."""
     try:
         yield
     except FlashMoEError as error:
@@ -334,22 +329,22 @@ def _unchanged(stamps: Stamps, out: Path) -> Iterator[None]:
     stamps.check(out)
 
 
-def _bar(plan: Plan, done: Entries) -> Any:
-    total, initial = plan.trunk_bytes + plan.expert_bytes, data_bytes(plan, done)
+def _bar(plan: Plan, done: journal.Entries) -> Any:
+    total, initial = plan.trunk_bytes + plan.expert_bytes, journal.data_bytes(plan, done)
     return tqdm(
         total=total, initial=initial, unit="B", unit_scale=True, file=sys.stderr, disable=None
     )
 
 
 def origin(source: Source) -> dict[str, str]:
-    """Return where a source came from."""
+    """Return the repository and commit, or the path, of a source."""
     if source.revision:
         return {"repo": source.name, "revision": source.revision}
     return {"path": str(source.directory.resolve())}
 
 
-def public(begun: Begun) -> dict[str, dict[str, Any]]:
-    """Return source and options for the manifest, which may be published: no path but its end."""
+def public(begun: journal.Begun) -> dict[str, dict[str, Any]]:
+    """Return source and options for the manifest, which may be published: no private paths."""
     source, options = dict(begun["source"]), dict(begun["options"])
     if "path" in source:
         source["path"] = Path(source["path"]).name

@@ -122,7 +122,7 @@ CONVERT = [
     ),
     (
         "--hf-path {bundled} --mlx-path {out} --link --upload-repo a/b",
-        "--upload-repo a/b: with --link there is nothing to upload but links to files of this mac",
+        "--upload-repo a/b: --link makes symlinks to files of this machine, which cannot be uplo",
     ),
     (
         "--hf-path {bundled} --mlx-path {out} --upload-repo a/b",
@@ -134,7 +134,7 @@ CONVERT = [
     ),
     (
         "--hf-path {bundled} --mlx-path {out} --private",
-        "--private and --public are about --upload-repo. Add it, or drop them.",
+        "--private and --public have no effect without --upload-repo.",
     ),
     ("verify", "the following arguments are required: DIR"),
     ("verify {out}", "out: not a directory. Give one that flashmoe-convert wrote."),

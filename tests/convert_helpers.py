@@ -1,4 +1,4 @@
-"""Tiny random Qwen3.5 MoE checkpoints, in every spelling that is published."""
+"""Tiny random Qwen3.5 MoE checkpoints, in every published naming."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ def make_config(**text: Any) -> dict[str, Any]:
 
 
 def make_weights(config: dict[str, Any], dtype: mx.Dtype = mx.bfloat16, seed: int = 7) -> Weights:
-    """Random weights with mlx-lm's names, and the norms and convolutions of Hugging Face."""
+    """Random weights with mlx-lm's names, but Hugging Face's norms and convolutions."""
     mx.random.seed(seed)
     args = qwen3_5_moe.ModelArgs.from_dict(copy.deepcopy(config))
     shapes = {k: v.shape for k, v in tree_flatten(qwen3_5_moe.Model(args).parameters())}
@@ -78,7 +78,7 @@ def separate(weights: Weights) -> Weights:
 
 
 def spell(weights: Weights, prefix: str) -> Weights:
-    """Replace the prefix `language_model.model.` by another published one."""
+    """Replace the prefix `language_model.model.` with another published one."""
 
     def rename(name: str) -> str:
         name = name.replace("language_model.lm_head", "lm_head")
@@ -88,7 +88,7 @@ def spell(weights: Weights, prefix: str) -> Weights:
 
 
 def extras() -> Weights:
-    """Tensors that text generation does not use, with names that could be taken for ours."""
+    """Tensors that text generation does not use, with similar names."""
     return {
         "model.visual.blocks.0.norm1.weight": mx.ones((16,), mx.bfloat16),
         "mtp.layers.0.mlp.experts.gate_up_proj": mx.ones((EXPERTS, 2, 2), mx.bfloat16),
@@ -106,7 +106,7 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def save(directory: Path, config: dict[str, Any], weights: Weights, shards: int = 1) -> Path:
-    """Write a checkpoint and a tokenizer; what belongs together lies in different files."""
+    """Write a checkpoint and a tokenizer; tensors that belong together are in different files."""
     names = sorted(weights)
     write_weights(directory, config, weights, [names[n::shards] for n in range(shards)])
     write_tokenizer(directory)
@@ -122,7 +122,7 @@ def save_in_order(directory: Path, config: dict[str, Any], weights: Weights, sha
 def write_weights(
     directory: Path, config: dict[str, Any], weights: Weights, files: list[list[str]]
 ) -> None:
-    """Write config.json, files of the given tensors, and an index if they are several."""
+    """Write config.json, weight files, and an index if there are several."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     index = {}
@@ -192,7 +192,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 # anything in the parent, so that forks are safe.
 KILLER = """
 import os, signal, sys, threading
-from flashmoe_mlx import loader  # so that forks need not load transformers
+from flashmoe_mlx import loader  # so that forks do not load transformers
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.quant import min_max_cpu  # nor numba
 

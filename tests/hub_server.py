@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hub's API as its client needs, and can fail."""
+"""A loopback server with the part of the Hub's API that its client needs; it can fail."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ def commit(letter: str) -> str:
 
 @dataclass
 class Fault:
-    """What goes wrong the next time that a file is asked for.
+    """A fault at the next request for a file.
 
     By kind, `value` is: "status": which; "drop": bytes to send before the connection is dropped;
     "stall": bytes to send before nothing more comes; "bytes", "etag": what comes in place of the
     right one; "plain": anything, and byte ranges are ignored; "busy": what a refusal with status
-    429 says in its headers.
+    429 has in its headers.
     """
 
     kind: str
@@ -45,10 +45,10 @@ class HubServer(ThreadingHTTPServer):
         repos: directory by name and commit.
         main: commit by name.
         sent: bytes of content sent, by file.
-        asked: how often a file's content was asked for.
-        faults: what goes wrong with a file, in that order.
-        outwaited: how often a client waited for a stalled connection to the end, STALL_S.
-        listener: hears of every piece of content that was sent: file, and bytes of it so far.
+        asked: requests for content, by file.
+        faults: the next faults of each file, in order.
+        outwaited: stalled connections that a client waited out (STALL_S).
+        listener: called for every piece of content sent, with the file and its bytes so far.
     """
 
     daemon_threads = True
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _fault(self, file: str, *kinds: str) -> Any:
-        """Return the value of the fault that is due, if it is one of these."""
+        """Return the value of the next fault, if it is of one of these kinds."""
         due = self.server.faults[file]
         if due and due[0].kind in kinds and due[0].method == self.command:
             return due.pop(0).value
@@ -129,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         return directory and (str(revision), directory)
 
     def _stall(self) -> None:
-        """Send nothing until the client has gone."""
+        """Send nothing until the client disconnects."""
         if not select.select([self.connection], [], [], STALL_S)[0]:
             self.server.outwaited += 1
         self.close_connection = True
@@ -216,6 +216,6 @@ def _entry(path: Path, directory: Path) -> dict[str, Any]:
 
 @cache
 def _sha256(path: Path) -> str:
-    """Of a file that does not change while it is served."""
+    """The file must not change while it is served."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A server on loopback that takes uploads as the Hub does, less its xet protocol; it can fail."""
+"""A loopback server that accepts uploads like the Hub, without xet; it can fail."""
 
 import base64
 import hashlib
@@ -18,21 +18,21 @@ LARGE = ".safetensors"
 
 
 class UploadServer(ThreadingHTTPServer):
-    """Keeps what it is sent.
+    """Keeps the uploaded files.
 
     Attributes:
         user: who has TOKEN.
         repos: the files of each repository, by name.
         commits: the names of the files that came together, in order.
-        stored: content of large files by SHA-256, uploaded though perhaps in no commit yet.
+        stored: uploaded content of large files by SHA-256, committed or not.
         puts: how often each was sent.
-        refuse: status codes to answer with, by the beginning of a path, each as often as it stands
-            there; 0 drops the connection.
+        refuse: status codes to answer with, by prefix of a path, one per request;
+            0 drops the connection.
         licenses: those that a model card may have.
-        private: whether a repository is, by name.
-        nonsense: what to answer with in place of what was asked for, by the beginning of a path:
-            status, type and content; no content is an answer that never comes.
-        dropped: files that are taken and not kept, as those that a .gitignore names.
+        private: whether a repository is private, by name.
+        nonsense: what to answer instead, by prefix of a path:
+            status, type and content; with None it never answers.
+        dropped: files to accept but not keep, as with a .gitignore.
     """
 
     daemon_threads = True
@@ -105,9 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if not known and path != "/api/validate-yaml":
             return self._answer(401, {"error": "Invalid credentials in Authorization header"})
-        for pattern, act in ROUTES:
+        for pattern, handle in ROUTES:
             if match := re.fullmatch(pattern, path):
-                return act(self, body, *match.groups())
+                return handle(self, body, *match.groups())
         return self._answer(404, {"error": "no such path"})
 
     def _refuse(self, status: int) -> None:
@@ -203,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _oid(content: bytes, mode: str) -> str:
-    """How the Hub names what it has: a large file by SHA-256, a small one as git does."""
+    """The Hub's id of a file: SHA-256 of a large one, git's SHA-1 of a small one."""
     if mode == "lfs":
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

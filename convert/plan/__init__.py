@@ -1,1 +1,1 @@
-"""Decide everything from headers and config alone. Knows the source; writes nothing."""
+"""Plan a conversion from headers and config alone. Knows the source; writes nothing."""

@@ -1,9 +1,8 @@
-"""The parts of a conversion's plan: frozen, and derived from headers and config alone."""
+"""The parts of a conversion's plan, derived from headers and config alone."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from ...format.headers import ITEM_SIZE
 from ...format.layout import layer_file
@@ -12,7 +11,7 @@ from ..source.checkpoint import Place
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; None means "not given"."""
+    """The user's options; None means "not given"."""
 
     quantize: bool = False
     bits: int | None = None
@@ -24,7 +23,7 @@ class Options:
     no_remote_code: bool = False
 
     def given(self) -> dict[str, Any]:
-        """Return them for journal and manifest: what older ones do not know, only if it is set."""
+        """Return the dict for journal and manifest; older ones lack `no_remote_code`."""
         return {k: v for k, v in asdict(self).items() if k != "no_remote_code" or v}
 
 
@@ -38,22 +37,21 @@ _FLAGS = {
 
 
 def flags(options: dict[str, Any]) -> str:
-    """Return options, as a dict, as they stand on the command line."""
+    """Format an options dict as on the command line."""
     given = {_FLAGS.get(key, key): value for key, value in options.items() if value}
     return " ".join(f if value is True else f"{f} {value}" for f, value in given.items()) or "none"
 
 
 @dataclass(frozen=True)
 class Quant:
-    """Affine quantization: bits a weight, and weights that share a scale and a bias."""
+    """Affine quantization: bits per weight, and weights per scale and bias."""
 
     bits: int
     group_size: int
 
 
-@dataclass(frozen=True)
-class Spec:
-    """Name, safetensors dtype and shape of one tensor to write."""
+class Spec(NamedTuple):
+    """One tensor to write; `dtype` is safetensors' name."""
 
     name: str
     dtype: str
@@ -61,15 +59,15 @@ class Spec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size in bytes."""
         return math.prod(self.shape) * ITEM_SIZE[self.dtype]
 
 
 @dataclass(frozen=True)
 class TrunkTensor:
-    """One tensor of the trunk: `source` becomes `outputs`, one tensor or weight, scales, biases.
+    """One trunk tensor: `source` becomes `outputs`, either one tensor or weight, scales, biases.
 
-    `shift` adds 1 in the source's dtype, before any cast to `dtype`.
+    `shift` adds 1 in the source's dtype, before the cast to `dtype`.
     """
 
     source: Place
@@ -93,17 +91,13 @@ class TrunkFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors."""
+        """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.outputs)
-
-    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return (name, dtype, shape) of every tensor."""
-        return [(spec.name, spec.dtype, spec.shape) for spec in self.outputs]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One of an expert's three matrices: `before` is None for a float source."""
+    """One of an expert's three matrices `[rows, columns]`; `before` is None for a float source."""
 
     name: str
     rows: int
@@ -111,16 +105,16 @@ class Projection:
     before: Quant | None
     after: Quant
     dtype: str  # of scales and biases
-    method: str = MIN_MAX  # how to find them
+    method: str = MIN_MAX
 
     @property
     def copied(self) -> bool:
-        """Whether the source's bytes are taken as they are."""
+        """Whether the source's bytes are copied unchanged."""
         return self.before == self.after
 
     @property
     def outputs(self) -> tuple[Spec, Spec, Spec]:
-        """Weight, scales and biases of one expert."""
+        """Weight, scales and biases."""
         return quantized(self.name, self.rows, self.columns, self.after, self.dtype)
 
 
@@ -134,12 +128,12 @@ class LayerPlan:
 
     @property
     def file(self) -> str:
-        """Name of the file."""
+        """File name."""
         return layer_file(self.layer)
 
     @property
     def record(self) -> tuple[Spec, ...]:
-        """The nine tensors of one expert, in the order of `names.FIELDS`."""
+        """One expert's nine tensors, in the order of `names.FIELDS`."""
         return tuple(spec for projection in self.projections for spec in projection.outputs)
 
     @property
@@ -152,29 +146,31 @@ class LayerPlan:
         """Bytes of all experts."""
         return self.record_bytes * self.experts
 
-    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
-        """Return (name, dtype, shape) of every tensor."""
-        return [(spec.name, spec.dtype, spec.shape) for spec in self.outputs()]
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        """Every tensor of the file, in order."""
+        return tuple(
+            spec._replace(name=f"experts.{expert}.{spec.name}")
+            for expert in range(self.experts)
+            for spec in self.record
+        )
 
-    def outputs(self) -> Iterator[Spec]:
-        """Yield every tensor of the file, expert after expert."""
-        for expert in range(self.experts):
-            for spec in self.record:
-                yield Spec(f"experts.{expert}.{spec.name}", spec.dtype, spec.shape)
+
+File: TypeAlias = TrunkFile | LayerPlan
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole conversion."""
+    """A conversion."""
 
     layers: tuple[LayerPlan, ...]
     trunk: tuple[TrunkFile, ...]
     config: dict[str, Any]
-    remote_code: bool = True  # whether code that comes with the source goes along
+    remote_code: bool = True  # copy the source's Python files
 
     @property
-    def weight_files(self) -> "tuple[TrunkFile | LayerPlan, ...]":
-        """The files of the trunk, then those of experts."""
+    def weight_files(self) -> tuple[File, ...]:
+        """The trunk's files, then the experts'."""
         return *self.trunk, *self.layers
 
     @property

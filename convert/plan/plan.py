@@ -1,82 +1,66 @@
-"""Decide everything before anything is written: a pure function of headers, config and options."""
+"""Build the plan: a pure function of headers, config and options."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ...errors import FlashMoEError
-from ...format.layout import LayerLayout, quantization
+from ...format.layout import quantization
 from ...format.names import PROJECTIONS, layer_prefix
 from ..source.checkpoint import Dims, Source
 from ..source.foreign_code import KEYS, SHIM_NAME, without
 from .parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Options, Plan, Projection, Quant, TrunkTensor
-from .recipes import Target, check_recipe
+from .recipes import RECIPES, Target
 from .trunk import ROUTERS, plan_trunk, split_files
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-SHARD_BYTES = 5 << 30  # as mlx-lm cuts its files
+SHARD_BYTES = 5 << 30  # mlx-lm's limit
 
 
 def build_plan(source: Source, options: Options) -> Plan:
-    """Plan the conversion of a source.
-
-    Raises:
-        FlashMoEError: the options do not fit the source, or one another.
-    """
+    """Plan the conversion. Raises FlashMoEError if options contradict the source or each other."""
     target = _target(source.dims, options)
     method = options.method or _best_method(target, options)
     if options.calibrate:
         _check_calibration(source, method)
-    layers: tuple[LayerPlan, ...]
+    if source.layout is None and target is None:
+        raise FlashMoEError(
+            f"{source.name}: the experts are not quantized, and only quantized ones can be "
+            "streamed. Add -q (and --q-bits 4, or 2)."
+        )
+    default = None if source.layout or target is None else target.trunk
+    dtype = _target_dtype(source, options) if default else None
+    numbers = range(source.dims.layers)
+    layers = tuple(_layer(source, number, target, dtype, method) for number in numbers)
     if source.layout:
-        layers = tuple(
-            _quantized_layer(source.dims, x, target, method) for x in source.layout.layers
-        )
         _check_dtype(options, layers)
-        tensors = plan_trunk(source, None, None)
-        entry = _kept_quantization(source, layers)
-    else:
-        if target is None:
-            raise FlashMoEError(
-                f"{source.name}: the experts are not quantized, and only quantized ones can be "
-                "streamed. Add -q (and --q-bits 4, or 2)."
-            )
-        dtype = _target_dtype(source, options)
-        layers = tuple(
-            _float_layer(source.dims, n, target, dtype, method) for n in range(source.dims.layers)
-        )
-        tensors = plan_trunk(source, target.trunk, dtype)
-        entry = _new_quantization(target.trunk, tensors, layers)
-    # No model code of the source's, at any depth; other code if it is wanted.
+    tensors = plan_trunk(source, default, dtype)
+    entry = _quantization(source, default, tensors, layers)
+    # `model_file` goes at any depth: stock mlx-lm would run the source's model code.
     dropped = ("model_file", *(KEYS if options.no_remote_code else ()))
     config = without(source.config, dropped)
-    config = output_config(config, entry)
+    config |= {"model_file": SHIM_NAME, "flashmoe": {"format_version": 1}}
+    config |= {"quantization": entry, "quantization_config": entry}
     trunk = split_files(tensors, SHARD_BYTES)
     return Plan(layers, trunk, config, remote_code=not options.no_remote_code)
 
 
-def output_config(config: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the config to write: the source's, its quantization, and what makes it ours."""
-    extra = {"model_file": SHIM_NAME, "flashmoe": {"format_version": 1}}
-    if entry:
-        extra |= {"quantization": entry, "quantization_config": entry}
-    return config | extra
-
-
 def _best_method(target: Target | None, options: Options) -> str:
-    """With few bits errors matter more than equality with what mlx-lm makes."""
-    wanted = options.calibrate or (target and target.lowest < 4)
-    return LEAST_SQUARES if wanted else MIN_MAX
+    """Prefer the smaller error below 4 bits, and mlx-lm's own codes from 4 bits on."""
+    smaller_error = options.calibrate or (target and target.lowest < 4)
+    return LEAST_SQUARES if smaller_error else MIN_MAX
 
 
 def _check_calibration(source: Source, method: str) -> None:
     if method != LEAST_SQUARES:
-        raise FlashMoEError(f"--calibrate does not go with --q-method {method}. Drop one of them.")
+        raise FlashMoEError(
+            f"--calibrate cannot be combined with --q-method {method}. Drop one of them."
+        )
     if source.layout is None:
         raise FlashMoEError(
             f"{source.name}: --calibrate runs the model, and experts that are not quantized cannot "
-            "be streamed. Convert to 8 bits first, and that with --calibrate then."
+            "be streamed. Convert to 8 bits first, then convert the result with --calibrate."
         )
 
 
@@ -93,10 +77,14 @@ def _target(dims: Dims, options: Options) -> Target | None:
                 raise FlashMoEError(f"{flag} {value} has no effect without -q. Add -q.")
         return None
     if options.recipe is not None:
-        check_recipe(options.recipe)
+        if options.recipe not in RECIPES:
+            raise FlashMoEError(
+                f"--quant-predicate {options.recipe}: unknown recipe. "
+                f"Choose one of {', '.join(RECIPES)}."
+            )
         if options.bits is not None:
             raise FlashMoEError(
-                f"--q-bits {options.bits} and --quant-predicate {options.recipe} both state bits. "
+                f"--q-bits {options.bits} and --quant-predicate {options.recipe} both set bits. "
                 "Drop one of them."
             )
     if options.bits is not None and options.bits not in BITS:
@@ -130,8 +118,8 @@ def _target_dtype(source: Source, options: Options) -> str:
         for key in ("torch_dtype", "dtype"):
             if not isinstance(name := entry.get(key, ""), str | None):
                 raise FlashMoEError(
-                    f"config.json: {key} = {name!r} is not the name of a dtype. Restore the "
-                    "checkpoint's own config.json."
+                    f"config.json: {key} = {name!r} is not the name of a dtype. "
+                    "Restore the checkpoint's own config.json."
                 )
             if options.dtype is None and name in DTYPES:
                 return DTYPES[name]
@@ -143,65 +131,57 @@ def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
         for projection in layer.projections:
             if options.dtype and DTYPES[options.dtype] != projection.dtype:
                 raise FlashMoEError(
-                    f"--dtype {options.dtype}: the source is quantized already, with scales of "
-                    f"{projection.dtype} (layer {layer.layer} {projection.name}), and keeps them. "
-                    "Leave --dtype out."
+                    f"--dtype {options.dtype}: the source is quantized already and keeps its "
+                    f"{projection.dtype} scales (layer {layer.layer} {projection.name}). "
+                    "Drop --dtype."
                 )
 
 
-def _float_layer(dims: Dims, layer: int, target: Target, dtype: str, method: str) -> LayerPlan:
-    projections = []
-    for name in PROJECTIONS:
-        shape, after = (dims.rows(name), dims.columns(name)), target.experts(layer, name)
-        projections.append(Projection(name, *shape, None, after, dtype, method))
-    return LayerPlan(layer, dims.experts, tuple(projections))
-
-
-def _quantized_layer(
-    dims: Dims, layout: LayerLayout, target: Target | None, method: str
+def _layer(
+    source: Source, number: int, target: Target | None, dtype: str | None, method: str
 ) -> LayerPlan:
+    """Plan one layer; `dtype` is that of a float source's scales."""
     projections = []
+    layout = source.layout.layers[number] if source.layout else None
     for index, name in enumerate(PROJECTIONS):
-        scales = layout.fields[3 * index + 1]
-        shape = dims.rows(name), dims.columns(name)
-        before = Quant(*quantization(layout, name, shape))
-        after = target.experts(layout.layer, name) if target else before
-        projections.append(Projection(name, *shape, before, after, scales.dtype, method))
-    return LayerPlan(layout.layer, layout.num_experts, tuple(projections))
+        shape = source.dims.rows(name), source.dims.columns(name)
+        before = Quant(*quantization(layout, name, shape)) if layout else None
+        after = target.experts(number, name) if target else before
+        kind = layout.fields[3 * index + 1].dtype if layout else dtype
+        assert after and kind
+        projections.append(Projection(name, *shape, before, after, kind, method))
+    return LayerPlan(number, source.dims.experts, tuple(projections))
 
 
-def _new_quantization(
-    default: Quant, tensors: list[TrunkTensor], layers: tuple[LayerPlan, ...]
+def _quantization(
+    source: Source,
+    default: Quant | None,
+    tensors: list[TrunkTensor],
+    layers: tuple[LayerPlan, ...],
 ) -> dict[str, Any]:
-    """Return config["quantization"] as mlx-lm writes it: a default, and paths that differ."""
-    entry: dict[str, Any] = _entry(default)
-    for tensor in tensors:
-        path = tensor.outputs[0].name.removesuffix(".weight")
-        if tensor.quant and path.endswith(ROUTERS):
-            entry[path] = {"group_size": tensor.quant.group_size, "bits": tensor.quant.bits}
-    return entry | {
-        path: _entry(quant) for path, quant in _expert_paths(layers) if quant != default
-    }
+    """Return config["quantization"] as in mlx-lm: a default, and the paths that differ.
 
-
-def _kept_quantization(source: Source, layers: tuple[LayerPlan, ...]) -> dict[str, Any]:
-    """Return the source's config["quantization"], with the entries of the experts brought up."""
-    first = layers[0].projections[0]
-    entry = _entry(first.before or first.after) | source.default_quantization
-    default = Quant(entry["bits"], entry["group_size"])
-    for path, quant in _expert_paths(layers):
-        entry.pop(path, None)
-        if quant != default:
-            entry[path] = _entry(quant)
+    With `default` None, it is the source's, with the experts' entries updated.
+    """
+    entry: dict[str, Any]
+    if default:
+        entry = _entry(default)
+        for tensor in tensors:
+            path = tensor.outputs[0].name.removesuffix(".weight")
+            if tensor.quant and path.endswith(ROUTERS):
+                entry[path] = {"group_size": tensor.quant.group_size, "bits": tensor.quant.bits}
+    else:
+        first = layers[0].projections[0]
+        entry = _entry(first.before or first.after) | source.default_quantization
+        default = Quant(entry["bits"], entry["group_size"])
+    for layer in layers:
+        for projection in layer.projections:
+            path = f"{layer_prefix(layer.layer)}.mlp.switch_mlp.{projection.name}"
+            entry.pop(path, None)
+            if projection.after != default:
+                entry[path] = _entry(projection.after)
     return entry
 
 
 def _entry(quant: Quant) -> dict[str, Any]:
     return {"group_size": quant.group_size, "bits": quant.bits, "mode": "affine"}
-
-
-def _expert_paths(layers: tuple[LayerPlan, ...]) -> Iterator[tuple[str, Quant]]:
-    for layer in layers:
-        for projection in layer.projections:
-            name = f"{layer_prefix(layer.layer)}.mlp.switch_mlp.{projection.name}"
-            yield name, projection.after

@@ -1,23 +1,23 @@
-"""Bits matrix by matrix: `--quant-predicate`, with names in mlx_lm.convert's style.
+"""Bits per expert matrix: `--quant-predicate`, named as in mlx_lm.convert.
 
-`mixed_LOW_HIGH` is mlx-lm's own rule: down projections have HIGH bits in the first and the last
-eighth of the layers and in every third one between, and everything else has LOW. Its rule is for
-dense models; for experts two more are named, which give equal sizes a better use.
+`mixed_LOW_HIGH` is mlx-lm's rule: down projections get HIGH bits in the first and last eighth of
+the layers and in every third layer between; every other matrix gets LOW. That rule is made for
+dense models; the two other recipes are better at equal size for experts.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...errors import FlashMoEError
+from ...format.names import PROJECTIONS
 from .parts import Quant
 
-TRUNK_BITS = 4  # at least
+LEAST_TRUNK_BITS = 4
 
-Bits = Callable[[int, str, int], int]  # of layer, projection and number of layers
+Bits = Callable[[int, str, int], int]  # (layer, projection, number of layers) -> bits
 
 
 def _by_depth(low: int, high: int) -> Bits:
-    """Choose as mlx-lm's `mixed_quant_predicate` does."""
+    """Return the rule of mlx-lm's `mixed_quant_predicate`."""
 
     def bits(layer: int, projection: str, layers: int) -> int:
         eighth = layers // 8
@@ -28,20 +28,9 @@ def _by_depth(low: int, high: int) -> Bits:
     return bits
 
 
-def _ends(low: int, high: int) -> Bits:
-    """Give whole layers more bits: the first and the last eighth, one at least of each."""
-
-    def bits(layer: int, projection: str, layers: int) -> int:
-        eighth = max(1, layers // 8)
-        return low if eighth <= layer < layers - eighth else high
-
-    return bits
-
-
-def _by_matrix(gate: int, up: int, down: int) -> Bits:
-    """Give the same to every layer."""
-    of = {"gate_proj": gate, "up_proj": up, "down_proj": down}
-    return lambda layer, projection, layers: of[projection]
+def _ends(layer: int, projection: str, layers: int) -> int:
+    eighth = max(1, layers // 8)
+    return 2 if eighth <= layer < layers - eighth else 4
 
 
 RECIPES: dict[str, Bits] = {
@@ -50,21 +39,14 @@ RECIPES: dict[str, Bits] = {
     "mixed_3_4": _by_depth(3, 4),
     "mixed_3_6": _by_depth(3, 6),
     "mixed_4_6": _by_depth(4, 6),
-    "mixed_2_2_4": _by_matrix(2, 2, 4),
-    "mixed_2_4_ends": _ends(2, 4),
+    "mixed_2_2_4": lambda layer, projection, layers: 4 if projection == "down_proj" else 2,
+    "mixed_2_4_ends": _ends,
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """How to quantize a model whose experts have `layers` layers.
-
-    Attributes:
-        layers: of the model.
-        group_size: weights that share a scale and a bias.
-        bits: of every expert's weight, or
-        recipe: a name in RECIPES.
-    """
+    """Quantization to reach: `bits` for every expert, or a `recipe` of RECIPES."""
 
     layers: int
     group_size: int
@@ -72,7 +54,7 @@ class Target:
     recipe: str | None = None
 
     def experts(self, layer: int, projection: str) -> Quant:
-        """Return how one layer's gate_proj, up_proj or down_proj is quantized."""
+        """Return the quantization of one layer's gate_proj, up_proj or down_proj."""
         bits = self.bits
         if self.recipe:
             bits = RECIPES[self.recipe](layer, projection, self.layers)
@@ -81,19 +63,10 @@ class Target:
 
     @property
     def lowest(self) -> int:
-        """The fewest bits that any expert's matrix gets."""
-        names = "gate_proj", "up_proj", "down_proj"
-        return min(self.experts(n, name).bits for n in range(self.layers) for name in names)
+        """The fewest bits of any expert matrix."""
+        return min(self.experts(n, name).bits for n in range(self.layers) for name in PROJECTIONS)
 
     @property
     def trunk(self) -> Quant:
-        """How what is not an expert is quantized: by the fewest bits, and by 4 at least."""
-        return Quant(max(self.lowest, TRUNK_BITS), self.group_size)
-
-
-def check_recipe(name: str) -> None:
-    """Refuse a name that is none of RECIPES."""
-    if name not in RECIPES:
-        raise FlashMoEError(
-            f"--quant-predicate {name}: no such recipe. Choose among {', '.join(RECIPES)}."
-        )
+        """Quantization of everything but experts."""
+        return Quant(max(self.lowest, LEAST_TRUNK_BITS), self.group_size)

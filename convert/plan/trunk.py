@@ -1,4 +1,4 @@
-"""Plan the trunk: what mlx-lm's `sanitize` and quantization predicate do, from headers alone."""
+"""Plan the trunk as mlx-lm's `sanitize` and quantization predicate do, from headers alone."""
 
 from ...errors import FlashMoEError
 from ..source.checkpoint import FLOAT_DTYPES, Place, Source
@@ -14,8 +14,8 @@ ROUTER_QUANT = Quant(8, 64)
 
 
 def plan_trunk(source: Source, default: Quant | None, dtype: str | None) -> list[TrunkTensor]:
-    """Plan the trunk; with `default` None its tensors keep dtype and quantization."""
-    # As in mlx-lm, one look at the whole checkpoint decides: Hugging Face's conv1d is [C, 1, 4].
+    """Plan the trunk; if `default` is None, tensors keep dtype and quantization."""
+    # mlx-lm's test for a Hugging Face checkpoint: its conv1d is [C, 1, 4].
     raw = any("conv1d.weight" in n and t.shape[-1:] != (1,) for n, (_, t) in source.trunk.items())
     ordered = sorted(source.trunk.items(), key=lambda item: (item[1][0], item[1][1].offset))
     return [_trunk_tensor(name, place, raw, default, dtype) for name, place in ordered]
@@ -34,8 +34,8 @@ def _trunk_tensor(
     shape: tuple[int, ...] = info.shape
     if 0 in shape:
         raise FlashMoEError(
-            f"{place[0]}: {name} has shape {list(shape)}, so it has no elements. Download the "
-            "checkpoint again."
+            f"{place[0]}: {name} has shape {list(shape)}, so it has no elements. "
+            "Download the checkpoint again."
         )
     if "conv1d.weight" in name and shape[-1:] != (1,):
         if len(shape) != 3 or shape[1] != 1:
@@ -44,7 +44,7 @@ def _trunk_tensor(
                 "Download the checkpoint again."
             )
         shape = (shape[0], shape[2], 1)
-    # A_log is left in the checkpoint's precision, as in mlx-lm.
+    # A_log keeps the checkpoint's precision, as in mlx-lm.
     target = info.dtype if dtype is None or name.endswith("A_log") else dtype
     quant = _tensor_quant(name, shape, default) if default else None
     if quant:
@@ -56,7 +56,7 @@ def _trunk_tensor(
 
 
 def _tensor_quant(name: str, shape: tuple[int, ...], default: Quant) -> Quant | None:
-    """Follow mlx-lm's predicate: linears and embeddings that the group size divides."""
+    """Apply mlx-lm's predicate: linears and embeddings that the group size divides."""
     if not name.endswith(".weight") or len(shape) != 2 or shape[1] % default.group_size:
         return None
     if not name.removesuffix(".weight").endswith(ROUTERS):
@@ -65,7 +65,7 @@ def _tensor_quant(name: str, shape: tuple[int, ...], default: Quant) -> Quant | 
 
 
 def split_files(tensors: list[TrunkTensor], limit: int) -> tuple[TrunkFile, ...]:
-    """Fill files up to a limit, in bytes, and name them as mlx-lm does."""
+    """Split tensors into files of at most `limit` bytes, named as in mlx-lm."""
     shards: list[list[TrunkTensor]] = []
     size = 0
     for tensor in tensors:

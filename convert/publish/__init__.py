@@ -1,1 +1,1 @@
-"""The model card, and the upload of a converted directory to the Hub."""
+"""The model card, and the upload to the Hub."""

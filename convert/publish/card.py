@@ -1,7 +1,7 @@
-"""The model card of a converted directory, README.md: what it is, how it was made, how to run it.
+"""The model card of a converted directory, README.md.
 
-It depends on source and options alone, so that a conversion which goes on ends in the same bytes.
-The manifest leaves it out: a card is there to be edited.
+It depends on source and options alone, so that a resumed conversion writes the same bytes. The
+manifest omits it, because users edit it.
 """
 
 import shlex
@@ -13,13 +13,12 @@ from typing import Any
 from ...errors import FlashMoEError
 from ..plan.parts import Options, Plan, flags
 from ..source.checkpoint import Source
-from ..source.foreign_code import ForeignCode
 from ..source.hub import CARD, reason
 from ..write.describe import human
-from ..write.output import brought_code
+from ..write.output import copied_code
 
-PLACE = "DIR"  # how a card calls its directory; an uploaded one has the repository's name
-# Of the source's card. What was measured with the source's weights is left behind.
+PLACE = "DIR"  # stands for the directory; an upload replaces it with the repository's name
+# Kept from the source's card; its measurements are not, as they are of other weights.
 KEPT = (
     "base_model", "datasets", "language", "license", "license_link", "license_name", "tags",
 )  # fmt: skip
@@ -29,15 +28,15 @@ PLAIN = str | int | float | bool | None
 TEXT = """
 # {title}, experts on disk
 
-{source} in a form whose routed experts stay on the SSD and are read as they are needed, so that
-the model may be larger than memory. Stock [mlx-lm](https://github.com/ml-explore/mlx-lm) runs it
-with the package flashmoe-mlx installed.
+{source} in a form whose routed experts stay on the SSD and are read when needed, so that the model
+may be larger than memory. Stock [mlx-lm](https://github.com/ml-explore/mlx-lm) runs it with the
+package flashmoe-mlx installed.
 
 | | |
 |---|---|
 | made from | {origin} |
 | experts | {experts} |
-| each | {record} bytes; {count} in each of {layers} layers, {top_k} a token; {expert_bytes} |
+| each | {record} bytes; {count} in each of {layers} layers, {top_k} per token; {expert_bytes} |
 | trunk | {trunk}; {trunk_bytes}, resident in memory |
 
 ```sh
@@ -49,8 +48,8 @@ mlx_lm.generate --model {place} --trust-remote-code --prompt "Hello"
 `--trust-remote-code` is needed because `config.json` names a two-line `flashmoe_model.py`, which
 loads flashmoe-mlx. {code}
 
-`flashmoe-convert verify` compares every byte of a downloaded copy, but for this card, with its
-checksums. They are CRC-32, which finds damage, not intent.
+`flashmoe-convert verify` compares every byte of a downloaded copy, except this card, with its
+checksums. They are CRC-32, which detects damage, not tampering.
 
 Made by flashmoe-mlx {version} ({tools}) with
 
@@ -61,16 +60,10 @@ Made by flashmoe-mlx {version} ({tools}) with
 
 
 def model_card(source: Source, plan: Plan, options: Options, tools: str) -> bytes:
-    """Return the card.
-
-    Args:
-        source: the checkpoint; some of its own card's front matter is kept.
-        plan: the conversion.
-        options: what the user asked for.
-        tools: what quantizes.
+    """Return the card; `tools` names what quantizes.
 
     Raises:
-        FlashMoEError: the source's card has a front matter that is none.
+        FlashMoEError: the source's card has an invalid front matter.
     """
     from huggingface_hub import ModelCard, ModelCardData  # slow to import
 
@@ -85,14 +78,20 @@ def model_card(source: Source, plan: Plan, options: Options, tools: str) -> byte
 
 
 def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
-    name, first, trunk = label(source), plan.layers[0], plan.config["quantization"]
+    name, trunk = _label(source), plan.config["quantization"]
     records = sorted({layer.record_bytes for layer in plan.layers})
+    code = "It runs no other code of this directory."
+    if copied := copied_code(source, plan):
+        code = (
+            f"**It would also run code of {name}:** {copied}.\nRead that first. "
+            "`flashmoe-generate` without the flag runs none of it."
+        )
     return {
         "title": name.rpartition("/")[2],
         "source": f"[{name}](https://huggingface.co/{name})" if source.revision else name,
         "origin": name + (f" at {source.revision}" if source.revision else ""),
         "experts": _experts(plan, options),
-        "count": first.experts,
+        "count": plan.layers[0].experts,
         "layers": len(plan.layers),
         "top_k": source.dims.top_k,
         "expert_bytes": human(plan.expert_bytes),
@@ -100,32 +99,21 @@ def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
         "trunk": f"{trunk['bits']} bits, groups of {trunk['group_size']}",
         "trunk_bytes": human(plan.trunk_bytes),
         "place": PLACE,
-        "code": _code(brought_code(source, plan), name),
+        "code": code,
         "version": version("flashmoe-mlx"),
-        "command": command(source, options),
+        "command": _command(source, options),
     }
 
 
-def _code(code: ForeignCode, name: str) -> str:
-    """Say whose code the flag would run besides."""
-    if not code:
-        return "It runs no other code of this directory."
-    return (
-        f"**It would also run code of {name}:** {code}.\nRead that first. `flashmoe-generate` "
-        "without the flag runs none of it."
-    )
-
-
 def _experts(plan: Plan, options: Options) -> str:
-    """Say how many bits the experts have, in groups of how many, and how they came about."""
+    """Describe the experts' quantization, and its method, by projection."""
     kinds: dict[str, list[str]] = {}
     for layer in plan.layers:
         for projection in layer.projections:
             quant = projection.after
-            way = "as in the source" if projection.copied else projection.method
-            if options.calibrate and not projection.copied:
-                way = "calibrated"
-            kind = f"{quant.bits} bits, groups of {quant.group_size}, {way}"
+            method = "calibrated" if options.calibrate else projection.method
+            method = "as in the source" if projection.copied else method
+            kind = f"{quant.bits} bits, groups of {quant.group_size}, {method}"
             names = kinds.setdefault(kind, [])
             names += [projection.name] if projection.name not in names else []
     if len(kinds) == 1:
@@ -133,19 +121,19 @@ def _experts(plan: Plan, options: Options) -> str:
     return "; ".join(f"{', '.join(names)}: {kind}" for kind, names in kinds.items())
 
 
-def label(source: Source) -> str:
-    """Return a source's name on the Hub, or the last part of its directory's: no private path."""
+def _label(source: Source) -> str:
+    """Return a source's name on the Hub, or its directory's name without the private path."""
     if source.revision:
         return source.name
     return " ".join(source.directory.resolve().name.split())
 
 
-def command(source: Source, options: Options) -> str:
-    """Return the command that makes the same again."""
+def _command(source: Source, options: Options) -> str:
+    """Return the command that makes the same conversion."""
     given = asdict(options)
     if options.calibrate:
         given["calibrate"] = shlex.quote(Path(options.calibrate).name)
-    words = ["flashmoe-convert", "--hf-path", shlex.quote(label(source))]
+    words = ["flashmoe-convert", "--hf-path", shlex.quote(_label(source))]
     words += ["--revision", source.revision] if source.revision else []
     words += ["--mlx-path", PLACE]
     words += [flags(given)] if any(given.values()) else []
@@ -153,7 +141,7 @@ def command(source: Source, options: Options) -> str:
 
 
 def _front_matter(source: Source) -> dict[str, Any]:
-    """Return what is kept of the source's own card."""
+    """Return the KEPT entries of the source's own card."""
     from huggingface_hub import metadata_load
 
     path = source.directory / CARD
@@ -163,9 +151,8 @@ def _front_matter(source: Source) -> dict[str, Any]:
         found = metadata_load(path) or {}
         kept = {key: found[key] for key in KEPT if found.get(key) is not None}
         for key, value in kept.items():
-            if not all(
-                isinstance(v, PLAIN) for v in (value if isinstance(value, list) else [value])
-            ):
+            values = value if isinstance(value, list) else [value]
+            if not all(isinstance(v, PLAIN) for v in values):
                 raise ValueError(f"{key} is neither a text nor a list of texts")
     except Exception as error:  # of files, of text, of YAML's many kinds
         raise FlashMoEError(

@@ -1,7 +1,6 @@
-"""Which files of a converted directory are published, and which are not.
+"""Which files of a converted directory are published: the manifest's, unaltered, and the card.
 
-What the manifest lists is, byte for byte, and the model card. Whatever else lies in the directory
-may be private.
+All other files in the directory may be private.
 """
 
 import json
@@ -13,83 +12,70 @@ from ...format.layout import EXPERT_DIR, MANIFEST
 from ..source.foreign_code import SHIM_NAME
 from ..source.hub import CARD, WEIGHTS
 from ..verify.verify import entries, read_checksums, verify
-from ..write.output import SHIM, WRITTEN_ANEW, is_copied
+from ..write.output import GENERATED, SHIM, is_copied
 
 LAST = f"{EXPERT_DIR}/{MANIFEST}"
-SHOWN = 10  # names of what is left out
+SHOWN = 10  # names of unlisted files to print
 
 
-def listed(out: Path) -> set[str]:
-    """Return the names of the files to publish before the card and the manifest, and check them.
+def check_listed(out: Path) -> set[str]:
+    """Return the names in the manifest.
 
     Raises:
-        FlashMoEError: one is missing, altered, a symlink out of the directory, or no file that a
-            conversion writes.
+        FlashMoEError: a file is missing, altered, a symlink out of the directory, or of a name
+            that a conversion does not write.
     """
     names = set(entries(read_checksums(out)))
     for name in sorted(names):
-        if not (is_copied(name) or name in WRITTEN_ANEW or name.endswith(WEIGHTS)):
+        if not (is_copied(name) or name in GENERATED or name.endswith(WEIGHTS)):
             raise FlashMoEError(
                 f"{out / LAST}: lists {name!r}, which flashmoe-convert does not write. Convert "
                 "again."
             )
-        check_inside(out, name)
-    check_inside(out, LAST)
+        _check_inside(out, name)
+    _check_inside(out, LAST)
     for problem in verify(out, names):
         raise FlashMoEError(
             f"{out}: {problem}. Run flashmoe-convert verify {out} before you upload it."
         )
-    _check_code(out)
-    return names
-
-
-def _check_code(out: Path) -> None:
-    """Check what stock mlx-lm runs, whatever the manifest says of it."""
+    # Stock mlx-lm runs this file, so the manifest's word for it is not enough.
     named = json.loads((out / "config.json").read_bytes()).get("model_file")
     if named != SHIM_NAME or (out / SHIM_NAME).read_bytes() != SHIM.encode():
         raise FlashMoEError(
             f"{out / SHIM_NAME}: not the two lines that flashmoe-convert writes, or not what "
             "config.json names as model_file. Convert again."
         )
+    return names
 
 
-def check_inside(out: Path, name: str) -> None:
-    """Check that a file lies in the directory, also if its name is a symlink's.
-
-    Raises:
-        FlashMoEError: it is elsewhere, or no regular file.
-    """
+def _check_inside(out: Path, name: str) -> None:
     path = out / name
     if not path.resolve().is_relative_to(out.resolve()):
         raise FlashMoEError(
-            f"{path}: a symlink out of the directory, to {path.resolve()}. Put the file itself in "
-            "its place before you upload it."
+            f"{path}: a symlink out of the directory, to {path.resolve()}. Replace it with the "
+            "file itself before you upload it."
         )
     if not path.is_file():
         raise FlashMoEError(
-            f"{path}: missing, or no regular file. Run flashmoe-convert verify {out} before you "
+            f"{path}: missing, or not a regular file. Run flashmoe-convert verify {out} before you "
             "upload it."
         )
 
 
 def own_card(out: Path) -> bytes | None:
-    """Return the directory's model card, if it has one.
-
-    Raises:
-        FlashMoEError: it is a symlink out of the directory, or no text.
-    """
+    """Return the directory's model card, or None; raises FlashMoEError if it is not a text."""
     path = out / CARD
     if not os.path.lexists(path):
         return None
-    check_inside(out, CARD)
+    _check_inside(out, CARD)
     try:
         return path.read_bytes().decode().encode()
     except UnicodeDecodeError as error:
         raise FlashMoEError(f"{path}: not UTF-8 ({error}). Correct it, or delete it.") from error
 
 
-def left_out(out: Path, names: set[str]) -> str:
-    """Name what else lies in a directory; "" if nothing does."""
+def unlisted(out: Path, names: set[str]) -> str:
+    """List the directory's other files, or return ""."""
     published = names | {CARD, LAST}
     others = []
     for folder, folders, files in os.walk(out):

@@ -1,12 +1,11 @@
 """`--upload-repo`: publish a converted directory on the Hugging Face Hub.
 
-What can be refused is refused before the conversion begins. The manifest goes last, as it does on
-disk; so who downloads half an upload is told that it is unfinished.
+Checks run before the conversion begins. The manifest is uploaded last, as on disk, so that a
+partial upload is recognized as unfinished.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from glob import escape
 from pathlib import Path
@@ -15,37 +14,25 @@ from typing import Any
 from ...errors import FlashMoEError
 from ...format.layout import EXPERT_DIR
 from ..plan.parts import flags
-from ..source.hub import CARD, MAX_REASON, WAITS, WEIGHTS, causes, patiently, reason
+from ..source.hub import CARD, MAX_REASON, WEIGHTS, causes, reason, retry, status_of
 from ..verify.verify import entries, read_checksums
 from ..write.journal import JOURNAL, locked
 from .card import PLACE
-from .published import LAST, left_out, listed, own_card
+from .published import LAST, check_listed, own_card, unlisted
 
 LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN."
-SILENCE_S = 60.0  # without a byte, after which a connection is given up; a large commit takes long
+SILENCE_S = 60.0  # a large commit takes long to answer
 NONSENSE = AttributeError, LookupError, TypeError, ValueError
 MESSAGE = "Upload a model whose experts are read from disk by flashmoe-mlx"
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where to upload to: OWNER/NAME, and whether others are not to see it."""
-
-    repo: str
-    private: bool
-
-    def __str__(self) -> str:
-        """Return both."""
-        return f"{self.repo} ({'private' if self.private else 'public'})"
-
-
 @contextmanager
-def impatient() -> Iterator[None]:
-    """Give the Hub's client a timeout: of itself it waits for an answer without limit."""
+def client_timeout() -> Iterator[None]:
+    """Give the Hub's client a timeout; its default is to wait forever."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
-    make = _http._GLOBAL_CLIENT_FACTORY  # which the library does not tell otherwise
+    make = _http._GLOBAL_CLIENT_FACTORY  # the library has no getter
 
     def client() -> Any:
         made = make()
@@ -59,24 +46,25 @@ def impatient() -> Iterator[None]:
         set_client_factory(make)
 
 
-def said(error: BaseException) -> str:
-    """Return what the Hub said, or that its answer makes no sense."""
+def _why(error: Exception) -> str:
+    """Return the Hub's reason, or that its answer makes no sense."""
     *_, first = causes(error)
-    is_answer = getattr(first, "response", None) is not None  # a refusal, which may be a ValueError
+    is_answer = getattr(first, "response", None) is not None  # a refusal may be a ValueError
     if isinstance(first, NONSENSE) and not is_answer:
         return f"its answer makes no sense: {type(first).__name__}: {reason(error)}"
     return reason(error)
 
 
-def check_repo(repo: str, private: bool | None) -> Destination:
-    """Check a repository's name, and that the user's token may write there; return both.
+def _failure(repo: str, what: str, error: Exception, remedy: str) -> FlashMoEError:
+    why = _why(error)
+    return FlashMoEError(f"--upload-repo {repo}: the Hugging Face Hub {what} ({why}). {remedy}")
 
-    Args:
-        repo: OWNER/NAME.
-        private: whether others are not to see it; None if the user did not say.
+
+def check_repo(repo: str, private: bool | None) -> None:
+    """Check that the user's token may write to OWNER/NAME, and that its visibility fits.
 
     Raises:
-        FlashMoEError: the name is none, there is no token, or it is not good for this.
+        FlashMoEError: the name, the visibility or the token is missing or wrong.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import validate_repo_id
@@ -97,85 +85,61 @@ def check_repo(repo: str, private: bool | None) -> Destination:
     if not get_token():
         raise FlashMoEError(f"--upload-repo {repo}: no token for the Hugging Face Hub. {LOG_IN}")
     try:
-        name, role, owners = _who(patiently(repo, HfApi().whoami, WAITS[:2]))
-    except Exception as error:  # a dozen kinds: network, a token that is none
-        raise FlashMoEError(
-            f"--upload-repo {repo}: the Hugging Face Hub does not know whose token this is "
-            f"({said(error)}). {LOG_IN}"
-        ) from error
-    _check_rights(repo, owner, name, role, owners)
-    _check_seen(repo, private)
-    return Destination(repo, private)
+        user = retry(repo, HfApi().whoami, 2)
+        name, role = user["name"], user.get("auth", {}).get("accessToken", {}).get("role")
+        owners = {name, *(org["name"] for org in user.get("orgs", ()))}
+        if not all(isinstance(owner, str) for owner in owners):
+            raise TypeError("a name is not a string")
+    except Exception as error:  # a dozen kinds: network, invalid tokens
+        raise _failure(repo, "does not know whose token this is", error, LOG_IN) from error
+    if role in ("read", "write"):  # the Hub alone knows the rights of fine-grained tokens
+        if owner not in owners:
+            raise FlashMoEError(
+                f"--upload-repo {repo}: the token is {name}'s, who is not a member of {owner}. "
+                f"Give {name}/NAME, or use another token."
+            )
+        if role == "read":
+            raise FlashMoEError(
+                f"--upload-repo {repo}: the token may only read. Create a write token at "
+                "https://huggingface.co/settings/tokens."
+            )
+    _check_existing(repo, private)
 
 
-def _who(user: dict[str, Any]) -> tuple[str, str | None, set[str]]:
-    """Return a token's owner, its role, and whose repositories the owner may write to."""
-    name, role = user["name"], user.get("auth", {}).get("accessToken", {}).get("role")
-    owners = {name, *(org["name"] for org in user.get("orgs", ()))}
-    if not all(isinstance(owner, str) for owner in owners):
-        raise TypeError("a name that is no text")
-    return name, role, owners
-
-
-def _check_rights(repo: str, owner: str, name: str, role: str | None, owners: set[str]) -> None:
-    if role not in ("read", "write"):  # one of fine grain, of which only the Hub knows the rights
-        return
-    if owner not in owners:
-        raise FlashMoEError(
-            f"--upload-repo {repo}: the token is {name}'s, who is not a member of {owner}. Give "
-            f"{name}/NAME, or another token."
-        )
-    if role == "read":
-        raise FlashMoEError(
-            f"--upload-repo {repo}: the token may only read. Make one that may write, at "
-            "https://huggingface.co/settings/tokens."
-        )
-
-
-def _check_seen(repo: str, private: bool) -> None:
-    """Check that a repository that is there is as private as it is to be."""
+def _check_existing(repo: str, private: bool) -> None:
     from huggingface_hub import HfApi
 
     try:
-        found = patiently(repo, partial(HfApi().model_info, repo), WAITS[:2]).private
+        found = retry(repo, partial(HfApi().model_info, repo), 2).private
     except Exception as error:  # a dozen kinds
-        if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403, 404):
-            return  # it is not there, or the token does not see it; the upload will tell
-        raise FlashMoEError(
-            f"--upload-repo {repo}: the Hugging Face Hub does not say whether it is there "
-            f"({said(error)}). Check the network."
-        ) from error
+        if status_of(error) in (401, 403, 404):
+            return  # it does not exist, or the token cannot see it; `_create` decides
+        what = "does not say whether it exists"
+        raise _failure(repo, what, error, "Check the network.") from error
     if found is not None:
-        _agree(repo, private, found)
+        _check_visibility(repo, private, found)
 
 
-def _agree(repo: str, private: bool, found: object) -> None:
-    """Refuse to publish in a repository that others see although they should not, or the reverse.
+def _check_visibility(repo: str, private: bool, found: object) -> None:
+    """Refuse a repository that is public though the user asked for private, or the reverse.
 
-    Args:
-        repo: OWNER/NAME, which is there.
-        private: as the user wants it.
-        found: as the Hub has it; None if it does not say.
+    `found` is the Hub's answer, or None if it has none.
     """
     if (found is True) == private or (found is None and not private):
         return
     is_, flag = ("public", "--private") if private else ("private", "--public")
     raise FlashMoEError(
-        f"--upload-repo {repo}: the repository is there and {is_}, so {flag} does not fit. Give "
+        f"--upload-repo {repo}: the repository exists and is {is_}, but {flag} was given. Give "
         f"--{is_}, another name, or change it at https://huggingface.co/{repo}/settings."
     )
 
 
 def check_card(repo: str, card: bytes) -> None:
-    """Have the Hub check a model card's front matter.
-
-    Raises:
-        FlashMoEError: it refuses it, or cannot be asked.
-    """
+    """Let the Hub check a model card's front matter; raises FlashMoEError if it refuses it."""
     from huggingface_hub import ModelCard
 
     try:
-        patiently(repo, partial(ModelCard(card.decode()).validate, "model"), WAITS[:2])
+        retry(repo, partial(ModelCard(card.decode()).validate, "model"), 2)
     except ValueError as error:
         raise FlashMoEError(
             f"--upload-repo {repo}: the Hugging Face Hub does not take the model card "
@@ -183,33 +147,27 @@ def check_card(repo: str, card: bytes) -> None:
             f"source's {CARD}."
         ) from error
     except Exception as error:  # a dozen kinds
-        raise FlashMoEError(
-            f"--upload-repo {repo}: the Hugging Face Hub cannot check the model card "
-            f"({said(error)}). Check the network."
-        ) from error
+        raise _failure(repo, "cannot check the model card", error, "Check the network.") from error
 
 
 def is_finished(out: Path) -> bool:
-    """Say whether a conversion ended here."""
+    """Whether the directory holds a finished conversion."""
     return (out / LAST).is_file() and not (out / EXPERT_DIR / JOURNAL).exists()
 
 
 def check_finished(out: Path, made: dict[str, Any]) -> None:
-    """Check that a finished conversion is the one that was asked for, and that no file is missing.
+    """Refuse a finished conversion of another source or options, or with missing files.
 
     Args:
         out: its directory.
-        made: source and options, as the manifest has them.
-
-    Raises:
-        FlashMoEError: it is another one, or files are missing or of another size.
+        made: source and options to expect in the manifest.
     """
     manifest = read_checksums(out)
     for key, now in made.items():
         if manifest[key] != now:
             raise FlashMoEError(
                 f"{out}: exists already, made with {key} {_shown(manifest[key])}, not "
-                f"{_shown(now)}. Give the same again to upload it, or another --mlx-path."
+                f"{_shown(now)}. Give the same to upload it, or another --mlx-path."
             )
     for name, entry in entries(manifest).items():
         path = out / name
@@ -224,46 +182,39 @@ def _shown(made: dict[str, Any]) -> str:
     return flags(made) if "quantize" in made else " ".join(map(str, made.values()))
 
 
-def card_of(out: Path, card: bytes) -> bytes:
-    """Return the model card to publish: the directory's, which may be edited, or what it gets."""
-    return own_card(out) or card
-
-
-def upload(out: Path, to: Destination, card: bytes) -> None:
-    """Create the repository if it is not there, and upload what the manifest lists, and the card.
-
-    What an upload that was broken off brought there is not sent again.
+def upload(out: Path, repo: str, private: bool, card: bytes) -> None:
+    """Upload what the manifest lists, and the card; files that arrived before are not sent again.
 
     Args:
         out: the directory.
-        to: where to.
-        card: its model card, in case that it has none.
+        repo: OWNER/NAME, created if necessary.
+        private: its visibility.
+        card: the model card, unless the directory has one.
 
     Raises:
-        FlashMoEError: a file is not what the manifest says, or the Hub refuses, or cannot be
-            reached.
+        FlashMoEError: a file differs from the manifest, or the Hub refuses or cannot be reached.
     """
     with locked(out):
-        names = listed(out)
-        card = card_of(out, card).replace(
-            f"--model {PLACE} ".encode(), f"--model {to.repo} ".encode()
+        names = check_listed(out)
+        card = (own_card(out) or card).replace(
+            f"--model {PLACE} ".encode(), f"--model {repo} ".encode()
         )
-        if others := left_out(out, names):
-            print(f"Left out, because the manifest does not list it: {others}")
+        if others := unlisted(out, names):
+            print(f"Not uploaded, because the manifest does not list it: {others}")
         try:
-            _create(to.repo, to.private)
-            _upload(out, to.repo, names, card)
+            _create(repo, private)
+            _upload(out, repo, names, card)
         except FlashMoEError:
             raise
         except Exception as error:  # a dozen kinds: network, permissions, quotas
             raise FlashMoEError(
-                f"{out}: is whole, but its upload to {to.repo} was broken off ({said(error)}). Run "
-                "the same command again to go on with it."
+                f"{out}: is finished, but its upload to {repo} failed ({_why(error)}). Run the "
+                "same command again to resume it."
             ) from error
 
 
 def _upload(out: Path, repo: str, names: set[str], card: bytes) -> None:
-    """Send the files, see that they are there, and then send card and manifest."""
+    """Upload the files, check that the Hub lists them, then upload card and manifest."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
@@ -274,43 +225,35 @@ def _upload(out: Path, repo: str, names: set[str], card: bytes) -> None:
         allow_patterns=[escape(name) for name in sorted(names)],
         commit_message=MESSAGE,
     )
-    patiently(repo, send)
-    _check_arrived(repo, names)
-
-    def finish() -> None:
-        last = [CommitOperationAdd(CARD, card), CommitOperationAdd(LAST, out / LAST)]
-        api.create_commit(repo, last, commit_message=f"{MESSAGE}: the manifest, which comes last")
-
-    patiently(repo, finish)
-
-
-def _create(repo: str, private: bool) -> None:
-    """Make the repository, or see that it is there and as private as it is to be."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api = HfApi()
-    try:
-        patiently(repo, partial(api.create_repo, repo, private=private))
-    except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 402, 403, 409):  # else it may be there
-            raise
-        try:
-            found = patiently(repo, partial(api.model_info, repo)).private
-        except HfHubHTTPError:
-            raise error from None
-        _agree(repo, private, found)
-
-
-def _check_arrived(repo: str, names: set[str]) -> None:
-    """Check that the Hub lists every file; a .gitignore there keeps some out without a word."""
-    from huggingface_hub import HfApi
-
-    info = patiently(repo, partial(HfApi().model_info, repo))
-    found = {file.rfilename for file in info.siblings or ()}
+    retry(repo, send)
+    found = {file.rfilename for file in retry(repo, partial(api.model_info, repo)).siblings or ()}
     if found and (missing := sorted(names - found)):
         raise FlashMoEError(
             f"--upload-repo {repo}: the Hub took the upload but does not list {missing[0]} "
             f"({len(missing)} of {len(names)} files are missing). Delete .gitignore in the "
             "repository, if it has one, and run the same command again."
         )
+
+    def finish() -> None:
+        last = [CommitOperationAdd(CARD, card), CommitOperationAdd(LAST, out / LAST)]
+        api.create_commit(repo, last, commit_message=f"{MESSAGE}: the manifest, which comes last")
+
+    retry(repo, finish)
+
+
+def _create(repo: str, private: bool) -> None:
+    """Create the repository, or check the visibility of the existing one."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        retry(repo, partial(api.create_repo, repo, private=private))
+    except HfHubHTTPError as error:
+        if status_of(error) not in (401, 402, 403, 409):  # otherwise it may exist
+            raise
+        try:
+            found = retry(repo, partial(api.model_info, repo)).private
+        except HfHubHTTPError:
+            raise error from None
+        _check_visibility(repo, private, found)

@@ -1,1 +1,1 @@
-"""Quantize a matrix or an expert. Knows arrays; no files but those it reads."""
+"""Quantize a matrix or an expert. Knows arrays, not output files."""

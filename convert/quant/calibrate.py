@@ -1,8 +1,7 @@
-"""What a model's experts see of a text, layer by layer, and experts quantized for it.
+"""Run a text through a model layer by layer, and quantize experts for the inputs they see.
 
-The model streams its experts as in generation, one layer at a time: while a layer is converted, the
-inputs of its mixture and the router's choices are in memory (6 H + 4 K bytes a token), and nothing
-of other layers but their input.
+The model streams its experts as in generation. Memory holds the inputs and routing of one layer
+(6 H + 4 K bytes per token).
 """
 
 from collections.abc import Sequence
@@ -18,25 +17,23 @@ from ...errors import FlashMoEError
 from ..plan.parts import Projection
 from ..source.read import FLOATS
 from .codes import Codes
-from .compensate import DAMPING, quantize_for
+from .compensate import DAMPING, Floats, quantize_for
 
 if TYPE_CHECKING:
     from ...models.qwen3_5.model import Decoder, DecoderLayer
 
-CHUNK = 2048  # tokens that are computed together, and see one another
-PRIOR = 64  # tokens of the layer that count among each expert's own
-
-Floats = npt.NDArray[np.float32]
+CHUNK = 2048  # tokens per forward pass, and the context length
+PRIOR = 64  # tokens of the whole layer that count in each expert's moments
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What one layer's experts see.
+    """The inputs of one layer's experts, and their routing.
 
     Attributes:
         inputs: `[tokens, H]` float32.
-        experts: `[tokens, K]`, the router's choice.
-        scores: `[tokens, K]` float32, what it multiplies their outputs by.
+        experts: `[tokens, K]`, the router's top k.
+        scores: `[tokens, K]` float32, the weights of their outputs.
     """
 
     inputs: Floats
@@ -44,13 +41,13 @@ class LayerInputs:
     scores: Floats
 
     def rows(self, expert: int) -> tuple[Floats, Floats]:
-        """Return the inputs of one expert, `[rows, H]`, and their scores; there may be none."""
+        """Return one expert's inputs `[rows, H]` and scores `[rows]`; rows may be 0."""
         chosen = self.experts == expert
         return self.inputs[chosen.any(-1)], self.scores[chosen]
 
     @cached_property
-    def some(self) -> Floats:
-        """Up to four times PRIOR inputs of the layer, evenly spread."""
+    def sample(self) -> Floats:
+        """Up to 4 PRIOR inputs of the layer, evenly spaced."""
         places = np.linspace(0, len(self.inputs) - 1, min(4 * PRIOR, len(self.inputs)))
         return self.inputs[np.unique(places.astype(int))]
 
@@ -62,18 +59,10 @@ class LayerInputs:
     def quantize(
         self, expert: int, matrices: Sequence[mx.array], projections: Sequence[Projection]
     ) -> list[Codes]:
-        """Quantize an expert's gate, up and down for what it sees.
+        """Quantize an expert's gate, up and down (`[I, H]`, `[I, H]`, `[H, I]` float32).
 
-        An input counts by what an error there does to the layer's output. Down is quantized for
-        what the new gate and up give, and towards what the old ones gave.
-
-        Args:
-            expert: id.
-            matrices: `[I, H]`, `[I, H]` and `[H, I]` float32.
-            projections: their plans.
-
-        Returns:
-            codes, scales and biases of each.
+        Inputs are weighted by the effect of an error on the layer's output. Down is quantized for
+        the outputs of the new gate and up, towards those of the old ones.
         """
         rows, scores = self.rows(expert)
         weights: list[Floats] = [np.array(matrix) for matrix in matrices]
@@ -82,10 +71,13 @@ class LayerInputs:
         for index, own in enumerate(_sensitivities(rows, *weights)):
             moments = _mixed(_moments(rows, rows, counts * own), self.moments, len(rows))
             found.append(_quantized(weights[index], moments, projections[index]))
-            new.append(_now(weights[index], found[index], projections[index]))
-        # Tokens of other experts stand in for those that this one will see once in a while.
+            now = weights[index]
+            if not projections[index].copied:
+                now = np.array(found[index].restored(projections[index].after))
+            new.append(now)
+        # Tokens of other experts stand in for this expert's rare ones.
         seen, wanted = (
-            [_hidden(x, gate, up) for x in (rows, self.some)] for gate, up in (new, weights[:2])
+            [_hidden(x, gate, up) for x in (rows, self.sample)] for gate, up in (new, weights[:2])
         )
         both = [
             _mixed(_moments(x[0], seen[0], counts), _moments(x[1], seen[1]), len(rows))
@@ -96,7 +88,7 @@ class LayerInputs:
 
 
 def _sensitivities(rows: Floats, gate: Floats, up: Floats, down: Floats) -> tuple[Floats, Floats]:
-    """Return what a square error of gate's and of up's output counts in down's, by `[rows]`."""
+    """Return how squared errors of gate's and of up's outputs scale in down's, `[rows]` each."""
     gated, lifted = rows @ gate.T, rows @ up.T
     sigmoid = 1 / (1 + np.exp(-gated))
     slope = sigmoid * (1 + gated * (1 - sigmoid))
@@ -105,39 +97,23 @@ def _sensitivities(rows: Floats, gate: Floats, up: Floats, down: Floats) -> tupl
 
 
 def _quantized(weights: Floats, moments: Floats, projection: Projection) -> Codes:
-    """Quantize one matrix `[rows, columns]`."""
     dtype = FLOATS[projection.dtype]
-    several = quantize_for(weights[None], moments[None], projection.after, dtype)
-    return Codes(*(part[0] for part in several))
-
-
-def _now(weights: Floats, found: Codes, projection: Projection) -> Floats:
-    """Return a matrix as the converted model has it."""
-    return weights if projection.copied else np.array(found.restored(projection.after))
+    batch = quantize_for(weights[None], moments[None], projection.after, dtype)
+    return Codes(*(part[0] for part in batch))
 
 
 def _correction(seen: Floats, wanted: Floats) -> Floats:
-    """Return the least-squares map from what is seen to what was wanted, `[columns, columns]`.
-
-    Args:
-        seen: the mean of x' x'^T.
-        wanted: the mean of x x'^T.
-    """
+    """Return the least-squares map from x' to x, given the means of x' x'^T and of x x'^T."""
     damping = DAMPING * np.trace(seen) / len(seen) or 1.0
     ridge = np.eye(len(seen), dtype=np.float32) * np.float32(damping)
     return np.linalg.solve(seen + ridge, (wanted + ridge).T).T.astype(np.float32)
 
 
 class Calibration:
-    """A text on its way through a model."""
+    """Runs a text through a model, one layer at a time."""
 
     def __init__(self, model: "Decoder", tokens: Sequence[int]) -> None:
-        """Begin at the first layer.
-
-        Args:
-            model: a decoder; `Model.model` of a loaded model.
-            tokens: token ids of the text.
-
+        """Embed the tokens. `model` is `Model.model` of a loaded model.
         Raises:
             FlashMoEError: there are no tokens.
         """
@@ -148,7 +124,7 @@ class Calibration:
         self._states = [model.embed_tokens(mx.array([piece])) for piece in pieces]
 
     def layer(self, number: int) -> LayerInputs:
-        """Go on to a layer that was not passed yet, and return what its experts see."""
+        """Run through a layer, in increasing order, and return its experts' inputs."""
         while self._next <= number:
             found = []
             for index, state in enumerate(self._states):
@@ -162,7 +138,7 @@ class Calibration:
 
 
 def _through(layer: "DecoderLayer", h: mx.array) -> tuple[mx.array, ...]:
-    """Return a layer's output, its experts' input `[1, T, H]`, choice and scores `[1, T, K]`."""
+    """Return a layer's output, its experts' input `[1, T, H]`, ids and scores `[1, T, K]`."""
     from mlx_lm.models.base import create_attention_mask, create_ssm_mask  # slow to import
 
     make_mask = create_ssm_mask if layer.is_linear else create_attention_mask
@@ -179,7 +155,7 @@ def _through(layer: "DecoderLayer", h: mx.array) -> tuple[mx.array, ...]:
 
 
 def _moments(left: Floats, right: Floats, counts: Floats | None = None) -> Floats:
-    """Return the mean of x y^T over `[rows, columns]`, weighted; zeros if there are no rows."""
+    """Return the weighted mean of x y^T over `[rows, columns]`; zeros if rows is 0."""
     if counts is None:
         counts = np.ones(len(left), np.float32)
     shares = (counts / np.float32(counts.sum() or 1))[:, None]
@@ -187,12 +163,12 @@ def _moments(left: Floats, right: Floats, counts: Floats | None = None) -> Float
 
 
 def _hidden(rows: Floats, gate: Floats, up: Floats) -> Floats:
-    """Return what an expert's down projection sees of `[rows, H]`: `[rows, I]`."""
+    """Return the down projection's input `[rows, I]` for `[rows, H]`."""
     gated = rows @ gate.T
     return gated / (1 + np.exp(-gated)) * (rows @ up.T)
 
 
 def _mixed(own: Floats, layer: Floats, rows: int) -> Floats:
-    """Return an expert's moments, drawn towards its layer's the fewer rows it has."""
+    """Shrink an expert's moments towards its layer's; the fewer rows, the more."""
     share = np.float32(rows / (rows + PRIOR))
     return share * own + (1 - share) * layer

@@ -1,4 +1,4 @@
-"""Quantized matrices, and quantization by each group's smallest and largest weight."""
+"""Quantized matrices, and quantization by each group's extremes (min-max)."""
 
 import importlib.util
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from ..plan.parts import Quant
 
 
 class Codes(NamedTuple):
-    """A quantized matrix: packed uint32 `[..., rows, columns * bits / 32]`, and one per group."""
+    """Packed codes uint32 `[..., rows, columns * bits / 32]`; the rest `[..., rows, groups]`."""
 
     codes: mx.array
     scales: mx.array
@@ -22,11 +22,9 @@ class Codes(NamedTuple):
 
 
 def quantize(weights: mx.array, quant: Quant) -> Codes:
-    """Quantize float `[..., rows, columns]` by each group's extremes, to the bit as mlx-lm does.
+    """Quantize float `[..., rows, columns]` bit for bit as mlx-lm does.
 
-    Returns:
-        Packed codes uint32 `[..., rows, columns * bits / 32]`; scales and biases
-        `[..., rows, columns / group]` in the dtype of the weights.
+    Scales and biases have the dtype of the weights.
     """
     if has_numba():
         from . import min_max_cpu
@@ -37,6 +35,6 @@ def quantize(weights: mx.array, quant: Quant) -> Codes:
 
 
 def has_numba() -> bool:
-    """Say whether to compute by numba: on a processor, where MLX's own ops take far longer."""
+    """Whether to use numba: on a CPU, where MLX's ops take far longer."""
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     return on_cpu and importlib.util.find_spec("numba") is not None

@@ -1,13 +1,9 @@
-"""Quantization with less error than by each group's smallest and largest weight.
+"""Least-squares quantization, never worse than min-max.
 
-A group of weights w shares a scale s and a bias b; its codes q are whole numbers, and s q + b is
-what the model will compute with. From several shares of the group's range, codes and (s, b) are
-improved in turn: the nearest codes for given s and b, then the s and b that fit these codes best,
-in the sense of least squares and as stored. The best of all that was seen is kept, and MLX's
-own choice is among it, so no group is worse than `mx.quantize` makes it.
-
-Alternating least squares from several clipped ranges is common knowledge; rounding s and b before
-the codes are chosen is what keeps a 2-bit weight where it was meant to be.
+A group of weights w shares a scale s and a bias b; the model computes with s q + b, q its codes.
+From several clipped ranges, two steps alternate: the nearest codes for s and b, then the
+least-squares s and b for these codes. s and b are rounded to the stored dtype before codes are
+chosen, which matters most at 2 bits. The best result is kept, `mx.quantize`'s among them.
 """
 
 import mlx.core as mx
@@ -17,24 +13,21 @@ from ..plan.parts import Quant
 from .codes import Codes, has_numba, quantize
 
 STARTS = (1.0, 0.9, 0.8, 0.7, 0.6)  # shares of the group's range
-STEPS = 8  # improvements from each start
-CHUNK = 1 << 22  # weights at a time: some thirty times as many bytes are in use
+STEPS = 8  # per start
+CHUNK = 1 << 22  # weights per batch; uses about 30 bytes per weight
 
 
 def fit(
     weights: mx.array, quant: Quant, dtype: mx.Dtype, importance: mx.array | None = None
 ) -> Codes:
-    """Quantize with the least error found.
+    """Quantize with the least squared error found.
 
     Args:
-        weights: `[..., rows, columns]`, floats; columns a multiple of the group size.
-        quant: bits and group size.
+        weights: float `[..., rows, columns]`.
+        quant: bits and group size, which divides columns.
         dtype: of scales and biases.
-        importance: `[columns]` or of weights' shape, at least 0: what a squared error counts.
-            All count alike unless given.
-
-    Returns:
-        codes, scales and biases.
+        importance: weight of each squared error, at least 0, `[columns]` or of weights' shape;
+            equal by default.
     """
     rows = weights.reshape(-1, quant.group_size).astype(mx.float32)
     if importance is None:
@@ -60,7 +53,7 @@ def fit(
 def _fit_on_cpu(
     rows: mx.array, counts: mx.array, quant: Quant, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Do what `_fit_rows` does, by numba."""
+    """The numba version of `_fit_rows`."""
     from .fit_cpu import KINDS, fit_groups
 
     _, scales, biases = quantize(rows, quant)
@@ -76,7 +69,7 @@ def _fit_on_cpu(
 def _fit_rows(
     rows: mx.array, counts: mx.array, quant: Quant, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Fit each row `[group size]`: its codes uint8, scale and bias."""
+    """Return codes uint8, scale and bias of each row `[group size]`."""
     most = (1 << quant.bits) - 1
     weight = counts / mx.maximum(counts.sum(-1, keepdims=True), 1e-30)
     mean = (weight * rows).sum(-1, keepdims=True)
@@ -89,16 +82,21 @@ def _fit_rows(
         steps = (rows - biases) / mx.where(scales == 0, 1.0, scales)
         return mx.clip(mx.round(mx.where(scales == 0, 0.0, steps)), 0, most)
 
+    def with_error(codes: mx.array, scales: mx.array, biases: mx.array) -> list[mx.array]:
+        off = rows - (codes * scales + biases)
+        return [codes, scales, biases, (weight * off * off).sum(-1, keepdims=True)]
+
     _, scales, biases = quantize(rows, quant)
     scales, biases = stored(scales), stored(biases)
-    codes = nearest(scales, biases)
-    best = codes, scales, biases, _error(rows, codes, scales, biases, weight)
+    best = with_error(nearest(scales, biases), scales, biases)
     for share in STARTS:
         half = (high - low) / 2 * share
         scales, biases = stored(2 * half / most), stored((low + high) / 2 - half)
         for _ in range(STEPS):
             codes = nearest(scales, biases)
-            best = _better(best, (codes, scales, biases), rows, weight)
+            new = with_error(codes, scales, biases)
+            less = new[3] < best[3]
+            best = [mx.where(less, a, b) for a, b in zip(new, best, strict=True)]
             middle = (weight * codes).sum(-1, keepdims=True)
             spread = (weight * (codes - middle) ** 2).sum(-1, keepdims=True)
             slope = (weight * (codes - middle) * (rows - mean)).sum(-1, keepdims=True)
@@ -109,33 +107,8 @@ def _fit_rows(
     return codes.astype(mx.uint8), scales.astype(dtype), biases.astype(dtype)
 
 
-Found = tuple[mx.array, mx.array, mx.array, mx.array]
-
-
-def _better(
-    best: Found, new: tuple[mx.array, mx.array, mx.array], rows: mx.array, weight: mx.array
-) -> Found:
-    error = _error(rows, *new, weight)
-    less = error < best[3]
-    codes, scales, biases, least = (
-        mx.where(less, a, b) for a, b in zip((*new, error), best, strict=True)
-    )
-    return codes, scales, biases, least
-
-
-def _error(
-    rows: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, weight: mx.array
-) -> mx.array:
-    difference = rows - (codes * scales + biases)
-    return (weight * difference * difference).sum(-1, keepdims=True)
-
-
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """Pack codes below 2^bits, `[..., columns]`, as MLX does: lowest bits first, without gaps.
-
-    Returns:
-        uint32 `[..., columns * bits / 32]`.
-    """
+    """Pack codes as MLX does, lowest bits first, to uint32 `[..., columns * bits / 32]`."""
     *lead, columns = codes.shape
     wide = codes.astype(mx.uint32)
     if 32 % bits == 0:

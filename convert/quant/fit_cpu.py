@@ -1,4 +1,4 @@
-"""`fit` by numba, for processors: the same search, a group at a time, on all cores."""
+"""`fit` in numba for CPUs: the same search, one group at a time, on all cores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ from ...custom_kernels.cpu.numba_cache import make_cache_safe
 make_cache_safe()
 
 Array = npt.NDArray[Any]
-BFLOAT, HALF, FULL = range(3)  # what scales and biases are stored as
+BFLOAT, HALF, FULL = range(3)  # storage dtypes of scales and biases
 KINDS = {mx.bfloat16: BFLOAT, mx.float16: HALF, mx.float32: FULL}
 I32, F32 = ir.IntType(32), ir.FloatType()
 FAST = {"reassoc", "contract", "nsz", "arcp"}  # infinities and NaN keep their meaning
@@ -24,7 +24,7 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}  # infinities and NaN keep their m
 
 @intrinsic
 def _to_bfloat(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """Round a float32 to bfloat16, ties to even, and return it as float32."""
+    """Round a float32 to bfloat16 (ties to even), as float32."""
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
         bits = builder.bitcast(args[0], I32)
@@ -37,7 +37,7 @@ def _to_bfloat(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def _to_half(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
-    """Round a float32 to float16 and return it as float32."""
+    """Round a float32 to float16, as float32."""
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.fpext(builder.fptrunc(args[0], ir.HalfType()), F32)
@@ -56,7 +56,7 @@ def _stored(x: Any, kind: int) -> Any:
 def _try(
     row: Array, weight: Array, scale: Any, bias: Any, most: Any, codes: Array
 ) -> tuple[Any, Any, Any, Any]:
-    """Take the nearest codes; return the error, and sums of code, code^2 and code * weight."""
+    """Choose the nearest codes; return the error, and sums of code, code^2 and code * weight."""
     inverse = np.float32(0.0) if scale == 0 else np.float32(1.0) / scale
     error = first = second = cross = np.float32(0.0)
     for i in range(row.size):
@@ -76,15 +76,15 @@ def fit_groups(
     rows: Array, counts: Array, bits: int, kind: int, shares: Array, steps: int,
     codes: Array, scales: Array, biases: Array,
 ) -> None:  # fmt: skip
-    """Fit each group of `rows`; `scales` and `biases` hold what to start from, and the result.
+    """Fit each group of `rows`; `scales` and `biases` hold the start, then the result.
 
     Args:
         rows: `[groups, group size]` float32.
-        counts: the same, or `[1, group size]`: what a square error counts.
-        bits: of a code.
+        counts: weights of squared errors, of rows' shape or `[1, group size]`.
+        bits: per code.
         kind: BFLOAT, HALF or FULL.
-        shares: of a group's range to start from.
-        steps: improvements from each.
+        shares: see `fit.STARTS`.
+        steps: see `fit.STEPS`.
         codes: `[groups, group size]` uint8, written.
         scales: `[groups]` float32.
         biases: `[groups]` float32.
@@ -92,7 +92,7 @@ def fit_groups(
     groups, size = rows.shape
     most = np.float32((1 << bits) - 1)
     for g in prange(groups):
-        group: Any = np.int64(g)  # unsigned numbers mix badly with others
+        group: Any = np.int64(g)  # numba turns unsigned with signed into float
         row, some = rows[group], counts[min(group, len(counts) - 1)]
         total = max(some.sum(), np.float32(1e-30))
         weight = some / total

@@ -1,4 +1,4 @@
-"""`mx.quantize` by numba, to the last bit, for processors: vectorized, and on all cores."""
+"""`mx.quantize` in numba for CPUs, bit for bit: vectorized, and on all cores."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,21 +15,21 @@ from ...custom_kernels.cpu.bounds import jit, within
 from ...custom_kernels.cpu.simd import F32, address, load
 
 Array = npt.NDArray[Any]
-BITS = 2, 4, 8  # whose codes do not straddle words
-# How the dtypes travel, and how far left of that a float32 has their bits.
+BITS = 2, 4, 8  # their codes do not straddle words
+# The integer dtype that carries a float dtype, and the shift that makes a float32 of it.
 _CARRIERS = {mx.bfloat16: (mx.uint16, 16), mx.float32: (mx.uint32, 0)}
-LANES = 32  # of which every group size is a multiple
-_BLOCK = 64  # groups that one core takes at a time
-_ROUNDER = np.float32(3 << 22)  # added, it leaves a code, rounded ties to even, in the lowest bits
+LANES = 32  # divides every group size
+_BLOCK = 64  # groups per task
+_ROUNDER = np.float32(3 << 22)  # adding it rounds (ties to even) into the lowest bits
 
 
 def takes(dtype: mx.Dtype, bits: int) -> bool:
-    """Whether `min_max` quantizes weights of this dtype to this many bits."""
+    """Whether `min_max` supports this dtype and these bits."""
     return dtype in _CARRIERS and bits in BITS
 
 
 def min_max(weights: mx.array, group_size: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Return what `mx.quantize(weights, group_size, bits)` returns, for what `takes` allows."""
+    """Return `mx.quantize(weights, group_size, bits)`, for arguments that `takes` allows."""
     carrier, shift = _CARRIERS[weights.dtype]
     words = np.array(weights.view(carrier), copy=False).reshape(-1, group_size)
     packed = np.empty(weights.size * bits // 32, np.uint32)
@@ -45,9 +45,9 @@ def min_max(weights: mx.array, group_size: int, bits: int) -> tuple[mx.array, mx
 
 
 def _extreme(name: str) -> Any:
-    """Make a function for numba: the extreme of 32 float32 from a pointer on, none of them NaN.
+    """Return a numba function: the extreme of LANES float32 at a pointer, none of them NaN.
 
-    Written out because numba's own vectorizer makes neither vectors nor one loop of it.
+    Hand-written because numba does not vectorize this loop.
     """
 
     @intrinsic
@@ -71,7 +71,7 @@ _least, _greatest = _extreme("fmin"), _extreme("fmax")
 def _quantize(
     words: Array, shift: int, bits: int, packed: Array, scales: Array, biases: Array
 ) -> None:
-    """Quantize each group, a row of `words`; what is computed, and in which order, is as in MLX."""
+    """Quantize each group, a row of `words`, with MLX's operations in MLX's order."""
     groups, size = words.shape
     each = size * bits // 32
     most, least = np.float32((1 << bits) - 1), np.float32(1e-7)
@@ -107,7 +107,7 @@ def _quantize(
 
 @jit(error_model="numpy")
 def _pack(codes: Array, bits: int, packed: Array) -> None:
-    """Join codes, uint8 each, to words, the first code lowest: pairs, pairs of pairs, and so on."""
+    """Pack uint8 codes into words, first code lowest, by joining pairs, then pairs of pairs."""
     if bits == 8:
         packed[:] = codes.view(np.uint32)[: packed.size]
     elif bits == 4:

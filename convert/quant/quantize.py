@@ -20,7 +20,7 @@ def encode_floats(
 ) -> list[Part]:
     """Quantize one expert's float matrices, given as (bytes, dtype) in the plan's order.
 
-    By extremes the cast to the target dtype comes first: mlx-lm's order, and it changes the codes.
+    Min-max casts to the target dtype first: mlx-lm's order, which changes the codes.
     """
     parts: list[Part] = []
     for (data, dtype), projection in zip(matrices, plan.projections, strict=True):
@@ -35,51 +35,51 @@ def encode_floats(
 def encode_record(
     record: Bytes, before: Sequence[Spec], plan: LayerPlan, streams: Iterator[mx.Stream]
 ) -> list[Part]:
-    """Requantize one expert's record where bits or group size change, and copy it elsewhere.
+    """Requantize one expert's record, and copy projections whose quantization stays.
 
     Args:
-        record: the nine tensors of the expert as the source has them, end to end.
+        record: the expert's nine source tensors, end to end.
         before: their dtypes and shapes.
         plan: the layer's plan.
         streams: each projection is computed on the next one.
     """
-    pieces = _cut(record, before)
     parts: list[Part] = []
-    for index, projection in enumerate(plan.projections):
-        own = slice(3 * index, 3 * index + 3)
+    for projection, pieces, specs in _split(record, before, plan):
         if projection.copied:
-            parts += pieces[own]
+            parts += pieces
         else:
             with mx.stream(next(streams)):
-                parts += _quantize(_restored(pieces[own], before[own], projection), projection)
+                parts += _quantize(_restored(pieces, specs, projection), projection)
     return parts
 
 
 def encode_calibrated(
-    record: Bytes, before: Sequence[Spec], plan: LayerPlan, expert: int, seen: LayerInputs
+    record: Bytes, before: Sequence[Spec], plan: LayerPlan, expert: int, inputs: LayerInputs
 ) -> list[Part]:
-    """Do what `encode_record` does, for what an expert sees of a text."""
-    pieces = _cut(record, before)
-    owns = [slice(3 * index, 3 * index + 3) for index in range(len(plan.projections))]
-    matrices = [
-        _restored(pieces[own], before[own], projection)
-        for own, projection in zip(owns, plan.projections, strict=True)
-    ]
-    found = seen.quantize(expert, matrices, plan.projections)
+    """Do the same for the expert's inputs in the calibration text."""
+    split = _split(record, before, plan)
+    matrices = [_restored(pieces, specs, projection) for projection, pieces, specs in split]
+    found = inputs.quantize(expert, matrices, plan.projections)
     parts: list[Part] = []
-    for own, projection, codes in zip(owns, plan.projections, found, strict=True):
-        parts += pieces[own] if projection.copied else codes
+    for (projection, pieces, _), codes in zip(split, found, strict=True):
+        parts += pieces if projection.copied else codes
     return parts
 
 
-def _cut(record: Bytes, specs: Sequence[Spec]) -> list[Bytes]:
-    """Cut a record into its tensors."""
+def _split(
+    record: Bytes, specs: Sequence[Spec], plan: LayerPlan
+) -> list[tuple[Projection, list[Bytes], Sequence[Spec]]]:
+    """Return each projection with its three tensors and their specs."""
     ends = list(itertools.accumulate(spec.nbytes for spec in specs))
-    return [record[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+    pieces = [record[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return [
+        (projection, pieces[n : n + 3], specs[n : n + 3])
+        for n, projection in zip(range(0, len(specs), 3), plan.projections, strict=True)
+    ]
 
 
 def _restored(pieces: list[Bytes], specs: Sequence[Spec], projection: Projection) -> mx.array:
-    """Return a projection's weights as float32."""
+    """Dequantize a projection to float32."""
     assert projection.before
     arrays = (as_array(data, s.dtype, s.shape) for data, s in zip(pieces, specs, strict=True))
     return Codes(*arrays).restored(projection.before)

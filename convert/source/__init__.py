@@ -1,1 +1,1 @@
-"""The checkpoint to convert: its files on disk or on the Hub, and where each tensor lies."""
+"""The checkpoint to convert: its files on disk or on the Hub, and each tensor's place."""

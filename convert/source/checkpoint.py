@@ -1,15 +1,16 @@
-"""Open the checkpoint to convert: find its files, check them, say where every tensor lies."""
+"""Open the checkpoint to convert: check its files and locate every tensor."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...errors import FlashMoEError
+from ...format import names
 from ...format.config_entries import MOST
 from ...format.headers import ITEM_SIZE, MAX_NAME, TensorInfo, checkpoint_headers
 from ...format.json_file import exists, read_object
 from ...format.layout import EXPERT_DIR, ExpertLayout, open_layout
-from ...format.names import canonical, fused_expert, is_expert, single_expert, stacked_expert
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -20,7 +21,7 @@ Place = tuple[Path, TensorInfo]
 
 @dataclass(frozen=True)
 class Dims:
-    """The sizes that a conversion depends on, from the text part of config.json."""
+    """The sizes from the text part of config.json."""
 
     layers: int
     experts: int
@@ -49,7 +50,7 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrix."""
+        """Size in bytes."""
         return self.shape[0] * self.shape[1] * ITEM_SIZE[self.dtype]
 
 
@@ -58,14 +59,14 @@ class Source:
     """A checked checkpoint directory.
 
     Attributes:
-        directory: where its files lie.
-        name: what the user called it: a path, or a name on the Hub.
+        directory: its files.
+        name: the user's name for it: a path, or a name on the Hub.
         revision: the commit on the Hub, if it came from there.
-        config: its config.json, unchanged.
+        config: config.json, unchanged.
         dims: sizes from the config.
-        trunk: every tensor of text generation that is no expert's, by canonical name.
+        trunk: every text-generation tensor except experts, by canonical name.
         layout: the quantized experts, or None if the experts are floats.
-        matrices: where float experts lie, by (layer, expert, projection).
+        matrices: float experts by (layer, expert, projection).
     """
 
     directory: Path
@@ -84,12 +85,12 @@ class Source:
 
 
 def open_source(directory: Path, name: str, revision: str | None = None) -> Source:
-    """Open a checkpoint that the user knows as `name`.
+    """Open a checkpoint; `name` is for errors and reports.
 
     Raises:
-        FlashMoEError: it is not a whole Qwen3.5 MoE checkpoint that can be converted.
+        FlashMoEError: it is not a complete Qwen3.5 MoE checkpoint.
     """
-    config = read_config(directory)
+    config = _read_config(directory)
     dims = _dims(directory / "config.json", config)
     _check_quantization(directory / "config.json", config)
     headers = checkpoint_headers(directory)
@@ -103,14 +104,13 @@ def open_source(directory: Path, name: str, revision: str | None = None) -> Sour
     return Source(directory, name, revision, config, dims, trunk, layout, matrices)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read config.json and check that its model can be converted."""
+def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config = read_object(path, "Download it again.")
     except FileNotFoundError:
         raise FlashMoEError(
-            f"{path}: missing. Give the directory of a whole Qwen3.5 MoE checkpoint."
+            f"{path}: missing. Give the directory of a complete Qwen3.5 MoE checkpoint."
         ) from None
     text = config.get("text_config") or config
     if not isinstance(text, dict):
@@ -128,7 +128,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """Return a value as an error shows it: its beginning, if it is long."""
+    """Return a value for an error message, abbreviated if it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
@@ -157,7 +157,7 @@ def _dims(path: Path, config: dict[str, Any]) -> Dims:
 
 
 def _check_quantization(path: Path, config: dict[str, Any]) -> None:
-    """Refuse quantization schemes that are not MLX's affine one."""
+    """Refuse quantization schemes other than MLX's affine one."""
     text = config.get("text_config") or config
     for entry in (config, text):
         for key in ("quantization", "quantization_config"):
@@ -181,7 +181,7 @@ def _check_quantization(path: Path, config: dict[str, Any]) -> None:
 
 
 def _check_index(directory: Path, headers: dict[str, Place]) -> None:
-    """Check that every needed tensor of the index is there: a download may lack a shard."""
+    """Check that every needed tensor of the index exists: a download may lack a shard."""
     path = directory / INDEX
     try:
         index = read_object(path, "Download it again.")["weight_map"]
@@ -189,8 +189,8 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
             if len(name) > MAX_NAME:
                 raise ValueError(f"{name[:40]!r}... is a name of {len(name)} characters")
             if not isinstance(file, str) or "/" in file or "\\" in file or file == "..":
-                raise ValueError(f"{name} lies in {_shown(file)}, which is no file here")
-        wanted = {name: str(file) for name, file in index.items() if canonical(name)}
+                raise ValueError(f"{name} is in {_shown(file)}, not a file name")
+        wanted = {name: str(file) for name, file in index.items() if names.canonical(name)}
     except FileNotFoundError:
         return
     except FlashMoEError:
@@ -200,7 +200,7 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
     for name, file in wanted.items():
         if name not in headers:
             raise FlashMoEError(
-                f"{directory}: {INDEX} promises {name} in {file[:300]}, which is not there. "
+                f"{directory}: {INDEX} promises {name} in {file[:300]}, which is missing. "
                 f"Download {file[:300]} again."
             )
 
@@ -208,28 +208,30 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
 def _has_quantized_experts(directory: Path, headers: dict[str, Place]) -> bool:
     if exists(directory / EXPERT_DIR):
         return True
-    stacked = (stacked_expert(name) for name in headers)
+    stacked = (names.stacked_expert(name) for name in headers)
     return any(match and match[1].endswith(".scales") for match in stacked)
 
 
 def _trunk(directory: Path, dims: Dims, headers: dict[str, Place]) -> dict[str, Place]:
     trunk: dict[str, Place] = {}
     for name, place in headers.items():
-        full = canonical(name)
-        if full is None or is_expert(name):
+        full = names.canonical(name)
+        if full is None or names.is_expert(name):
             continue
         if dims.tied and full.startswith("language_model.lm_head."):
             continue
         if full in trunk:
             raise FlashMoEError(
-                f"{place[0]}: {name} is a second tensor for {full}. Remove the files that do not "
-                "belong to the checkpoint."
+                f"{place[0]}: {name} is a second tensor for {full}. Remove the files that are not "
+                "part of the checkpoint."
             )
         trunk[full] = place
-    names = [f"language_model.model.layers.{n}.mlp.gate.weight" for n in range(dims.layers)]
-    for name in ("language_model.model.embed_tokens.weight", *names):
+    routers = [f"language_model.model.layers.{n}.mlp.gate.weight" for n in range(dims.layers)]
+    for name in ("language_model.model.embed_tokens.weight", *routers):
         if name not in trunk:
-            raise FlashMoEError(f"{directory}: no tensor {name}. Download the checkpoint again.")
+            raise FlashMoEError(
+                f"{directory}: tensor {name} is missing. Download the checkpoint again."
+            )
     return trunk
 
 
@@ -241,33 +243,32 @@ def _find_matrices(
         for key, matrix in _matrices_of(name, file, info, dims).items():
             if key in matrices or key[0] >= dims.layers or key[1] >= dims.experts:
                 raise FlashMoEError(
-                    f"{file}: {name} holds expert {key[1]} of layer {key[0]}, which config.json "
-                    f"({dims.layers} layers, {dims.experts} experts) or another tensor leaves no "
-                    "room for. Restore the config.json that belongs to this checkpoint."
+                    f"{file}: {name} holds expert {key[1]} of layer {key[0]}, which another tensor "
+                    f"holds, or config.json ({dims.layers} layers, {dims.experts} experts) does "
+                    "not have. Restore the config.json that belongs to this checkpoint."
                 )
             matrices[key] = matrix
-    for layer in range(dims.layers):
-        for expert in range(dims.experts):
-            for projection in ("gate_proj", "up_proj", "down_proj"):
-                if (layer, expert, projection) not in matrices:
-                    raise FlashMoEError(
-                        f"{directory}: layer {layer} expert {expert} {projection}: no tensor. "
-                        "Download the checkpoint's missing files."
-                    )
+    keys = itertools.product(range(dims.layers), range(dims.experts), names.PROJECTIONS)
+    for layer, expert, projection in keys:
+        if (layer, expert, projection) not in matrices:
+            raise FlashMoEError(
+                f"{directory}: layer {layer} expert {expert} {projection} is missing. "
+                "Download the checkpoint's missing files."
+            )
     return matrices
 
 
 def _matrices_of(
     name: str, file: Path, info: TensorInfo, dims: Dims
 ) -> dict[tuple[int, int, str], Matrix]:
-    """Return the expert matrices that one tensor holds (none if it is no expert's)."""
+    """Return the expert matrices in one tensor; none if it is not an expert's."""
     projections: tuple[str, ...]
-    if single := single_expert(name):
+    if single := names.single_expert(name):
         layer, first, projections = single[0], single[1], (single[2],)
-    elif fused := fused_expert(name):
+    elif fused := names.fused_expert(name):
         layer, first = fused[0], 0
         projections = ("gate_proj", "up_proj") if fused[1] == "gate_up_proj" else (fused[1],)
-    elif stacked := stacked_expert(name):
+    elif stacked := names.stacked_expert(name):
         layer, first, projections = stacked[0], 0, (stacked[1].removesuffix(".weight"),)
     else:
         return {}

@@ -1,7 +1,7 @@
-"""Code that comes with a checkpoint: what `--trust-remote-code` would run besides our own shim.
+"""Code in a checkpoint that `--trust-remote-code` would run besides our own shim.
 
-transformers takes classes from `auto_map` and `custom_pipelines` of configuration files, out of
-modules beside them ("module.Class") or of another repository ("owner/name--module.Class").
+transformers loads the classes that `auto_map` and `custom_pipelines` of configuration files name,
+from modules beside them ("module.Class") or of another repository ("owner/name--module.Class").
 """
 
 import re
@@ -14,20 +14,20 @@ from ...format.json_file import read_json
 
 SHIM_NAME = "flashmoe_model.py"
 CODE = ".py"
-CONFIGS = "*config*.json"  # vocabularies are JSON too, and any word may be a key of them
+CONFIGS = "*config*.json"  # not vocabularies, where any word may be a key
 MAX_NAME = 100
-RESTORE = "Restore the checkpoint's own."
+RESTORE = "Restore the checkpoint's own file."
 KEYS = ("auto_map", "custom_pipelines", "custom_generate")
 
 
 @dataclass(frozen=True)
 class ForeignCode:
-    """Code that is not this package's, by names that are safe to print.
+    """Code from other authors, by names that are safe to print.
 
     Attributes:
         files: modules in the directory.
-        elsewhere: modules that would be downloaded, as "module.py of owner/name".
-        missing: modules that are named, but not there.
+        elsewhere: modules of other repositories, as "module.py of owner/name".
+        missing: modules that a configuration names, but that do not exist.
     """
 
     files: tuple[str, ...] = ()
@@ -35,12 +35,12 @@ class ForeignCode:
     missing: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether there is any, or something asks for some."""
+        """Whether any field has a name."""
         return bool(self.files or self.elsewhere or self.missing)
 
     def __str__(self) -> str:
-        """Name it."""
-        missing = (f"{name} (named, but not there)" for name in self.missing)
+        """List the names."""
+        missing = (f"{name} (named, but missing)" for name in self.missing)
         return ", ".join((*self.files, *self.elsewhere, *missing))
 
 
@@ -48,13 +48,17 @@ REMEDY = "--trust-remote-code would run it; --no-remote-code leaves it out"
 
 
 def foreign_code(directory: Path, files: list[Path]) -> ForeignCode:
-    """Find the code among the files of a directory, and what its configurations name besides.
+    """Find the code among a directory's files, and the modules that its configurations name.
 
     Raises:
         FlashMoEError: a configuration file cannot be read.
     """
     own = {_safe(path.name) for path in files if path.suffix == CODE and path.name != SHIM_NAME}
-    named = {_module(text) for path in config_files(directory) for text in _references(path)}
+    named = {
+        _module(text)
+        for path in config_files(directory)
+        for text in _texts(read_json(path, RESTORE), False)
+    }
     named.discard("")
     elsewhere = {name for name in named if " of " in name}
     parts = own, elsewhere, named - elsewhere - own
@@ -62,7 +66,7 @@ def foreign_code(directory: Path, files: list[Path]) -> ForeignCode:
 
 
 def _module(reference: str) -> str:
-    """Return the file that "module.Class" or "owner/name--module.Class" names; "" if it is none."""
+    """Return the file that "module.Class" or "owner/name--module.Class" names, or ""."""
     repo, mark, place = reference.rpartition("--")
     name = _safe(place.rpartition(".")[0])
     if not name:
@@ -75,16 +79,12 @@ def _safe(name: str) -> str:
 
 
 def config_files(directory: Path) -> list[Path]:
-    """Return the files in which transformers looks for the names of classes."""
+    """Return the files that transformers searches for class names."""
     return [path for path in sorted(directory.glob(CONFIGS)) if path.is_file()]
 
 
-def _references(path: Path) -> list[str]:
-    """Return every text below the keys that name code."""
-    return list(_texts(read_json(path, RESTORE), False))
-
-
 def _texts(value: Any, named: bool) -> Iterator[str]:
+    """Yield every string of a JSON value below one of KEYS."""
     if isinstance(value, dict):
         for key, entry in value.items():
             yield from _texts(entry, named or key in KEYS)
@@ -95,23 +95,8 @@ def _texts(value: Any, named: bool) -> Iterator[str]:
         yield value
 
 
-def without_code(path: Path) -> Path | dict[str, Any]:
-    """Return the content of a configuration file less what names code; the path if nothing does.
-
-    Raises:
-        FlashMoEError: it cannot be read.
-    """
-    content = read_json(path, RESTORE)
-    stripped = without(content, KEYS)
-    return path if stripped == content else stripped
-
-
 def without(content: Any, keys: tuple[str, ...]) -> Any:
-    """Return a JSON value without some keys, wherever they are in it."""
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: walk(entry) for key, entry in value.items() if key not in keys}
-        return [walk(entry) for entry in value] if isinstance(value, list) else value
-
-    return walk(content)
+    """Return a JSON value without some keys, at any depth."""
+    if isinstance(content, dict):
+        return {key: without(entry, keys) for key, entry in content.items() if key not in keys}
+    return [without(e, keys) for e in content] if isinstance(content, list) else content

@@ -23,10 +23,10 @@ class Found:
     """A checkpoint.
 
     Attributes:
-        directory: where it lies.
+        directory: its files.
         commit: its commit, if it came from the Hub.
-        repo: where the data of its weight files is, if `directory` has outlines of them: the
-            header, and a hole in place of the data.
+        repo: set if `directory` holds outlines of the weight files (the header, then a hole);
+            `repo` has their data.
     """
 
     directory: Path
@@ -38,19 +38,16 @@ class Found:
 def located(
     path_or_repo: str, revision: str | None, plan_only: bool = False, whole: bool = False
 ) -> Iterator[Found]:
-    """Yield the checkpoint.
-
-    Of a repository, weight files come as outlines, which last as long as the block, unless the
-    Hub's own cache has every file.
+    """Yield the checkpoint; a repository's outlines are deleted after the block.
 
     Args:
         path_or_repo: a directory, or a name on the Hub.
         revision: branch, tag or commit on the Hub.
-        plan_only: leave out what a plan does not need.
-        whole: download the whole repository into the Hub's own cache.
+        plan_only: skip files that a plan does not need.
+        whole: download the whole repository into the Hub's cache instead of outlines.
 
     Raises:
-        FlashMoEError: there is no such directory, or the Hub does not deliver.
+        FlashMoEError: the directory does not exist, or the Hub does not deliver.
     """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
@@ -93,31 +90,24 @@ def _from_hub(name: str, revision: str | None, folder: Path, plan_only: bool, wh
             raise error from None
     cached = [repo.cached(file) for file in repo.files if file != CARD]
     if all(cached) and (config := repo.cached("config.json")):
-        if CARD in repo.files and not repo.cached(CARD):  # mlx-lm leaves it out
+        if CARD in repo.files and not repo.cached(CARD):  # mlx-lm does not download it
             hf_hub_download(name, CARD, revision=repo.commit)
         return Found(config.parent, repo.commit)
     return _outlined(repo, folder, plan_only)
 
 
 def _snapshot(name: str, revision: str | None, local_files_only: bool = False) -> Found:
-    from huggingface_hub import snapshot_download  # slow to import, seldom needed
+    from huggingface_hub import snapshot_download
 
+    patterns = [*PATTERNS, CARD]
     path = snapshot_download(
-        name,
-        revision=revision,
-        allow_patterns=[*PATTERNS, CARD],
-        local_files_only=local_files_only,
+        name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
     )
     return Found(Path(path), Path(path).name)
 
 
-def _is_planned_from(name: str) -> bool:
-    """Say whether a plan needs a file: the figures, and whose code would go along."""
-    return name in TO_PLAN or name.endswith(CODE) or fnmatchcase(name, CONFIGS)
-
-
 def _outlined(repo: Repo, folder: Path, plan_only: bool) -> Found:
-    """Rebuild a repository with its weight files' headers, which cost kilobytes, only."""
+    """Fill `folder` with a repository's small files and outlines of its weight files."""
 
     def fetch(name: str) -> None:
         if name.endswith(WEIGHTS):
@@ -126,7 +116,7 @@ def _outlined(repo: Repo, folder: Path, plan_only: bool) -> Found:
             with open(path, "wb") as outline:
                 outline.write(repo.header(name))
                 outline.truncate(repo.files[name].size)
-        elif not plan_only or _is_planned_from(name):
+        elif not plan_only or name in TO_PLAN or name.endswith(CODE) or fnmatchcase(name, CONFIGS):
             repo.download(name, folder)
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:

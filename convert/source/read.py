@@ -1,11 +1,10 @@
-"""Positional reads from checkpoint files, and their bytes as arrays."""
+"""Read byte ranges of checkpoint files, and view them as arrays."""
 
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import mlx.core as mx
@@ -21,38 +20,33 @@ R = TypeVar("R")
 Bytes = npt.NDArray[np.uint8]
 
 FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-# NumPy has no bfloat16: its bits travel as uint16.
+# NumPy has no bfloat16: uint16 carries its bits.
 _NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
-# The smallest bit pattern that is not finite, sign aside, as signed and unsigned integers.
+# The smallest non-finite bit pattern, sign aside, and the integer types of the dtype's size.
 _NOT_FINITE: dict[str, tuple[int, npt.DTypeLike, npt.DTypeLike]] = {
     "BF16": (0x7F80, np.int16, np.uint16),
     "F16": (0x7C00, np.int16, np.uint16),
     "F32": (0x7F800000, np.int32, np.uint32),
 }
-PAGE = 4096  # what reads and writes past the page cache want to be multiples of
-_PROBES = 16  # bytes of a file that the page cache is asked for
-_READ_LIMIT = 1 << 30  # Linux and macOS both stop a single read short of 2 GiB.
+PAGE = 4096  # direct I/O needs multiples of it
+_PROBES = 16  # bytes to look up in the page cache
+_READ_LIMIT = 1 << 30  # Linux and macOS stop a single read short of 2 GiB
 
 
 class Reader:
-    """Keeps the files of a checkpoint open and reads byte ranges of them."""
+    """Reads byte ranges of files, which stay open until `close` or the end of the block."""
 
     def __init__(self, find: Callable[[Path], Path] | None = None) -> None:
-        """Open nothing yet. `find` says where a file really is, if not in its place."""
+        """Open nothing yet. `find` maps a file to the path of its data."""
         self._find = find or (lambda file: file)
-        self._files: dict[Path, tuple[int, bool]] = {}  # descriptors, and whether they are direct
+        self._files: dict[Path, tuple[int, bool]] = {}  # descriptor, and whether it is direct
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         """Return the reader."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close every file."""
         for file in list(self._files):
             self.close(file)
@@ -70,7 +64,7 @@ class Reader:
 
     @staticmethod
     def buffer(nbytes: int) -> Bytes:
-        """Return uninitialized memory, uint8 `[nbytes]`, that starts on a page."""
+        """Return uninitialized page-aligned memory, uint8 `[nbytes]`."""
         memory = np.empty(nbytes + PAGE, np.uint8)
         start = -memory.ctypes.data % PAGE
         return memory[start : start + nbytes]
@@ -114,12 +108,12 @@ class Reader:
 
 
 def _open_source(path: Path) -> tuple[int, bool]:
-    """Open a file past the page cache, if that can be, and it holds little of the file.
+    """Open a file, for direct I/O unless the page cache holds most of it.
 
-    Measured on Linux, buffered reads of a large checkpoint reach a third of a disk's speed.
+    On Linux, buffered reads of a large checkpoint reach a third of a disk's speed.
 
     Returns:
-        The descriptor, and whether it reads past the page cache: whole pages into whole pages.
+        The descriptor, and whether it is direct (reads whole pages into whole pages).
     """
     buffered = os.open(path, os.O_RDONLY)
     if not hasattr(os, "O_DIRECT") or _is_cached(buffered):
@@ -138,7 +132,7 @@ def _open_source(path: Path) -> tuple[int, bool]:
 
 
 def _is_cached(descriptor: int) -> bool:
-    """Whether the page cache seems to hold at least half of a file, or cannot be asked."""
+    """Whether the page cache seems to hold half of a file, or the system cannot tell."""
     size, found = os.fstat(descriptor).st_size, 0
     if not hasattr(os, "RWF_NOWAIT"):
         return True
@@ -147,45 +141,41 @@ def _is_cached(descriptor: int) -> bool:
             found += os.preadv(descriptor, [bytearray(1)], size * number // _PROBES, os.RWF_NOWAIT)
         except BlockingIOError:
             continue
-        except OSError:  # a file system that cannot tell
+        except OSError:  # the file system cannot tell
             return True
     return 2 * found >= _PROBES
 
 
 def as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
-    """Return raw bytes as an MLX array (a copy) of a safetensors dtype: BF16, F16, F32 or U32."""
+    """Copy raw bytes into an MLX array of a safetensors dtype: BF16, F16, F32 or U32."""
     array = mx.array(data.view(_NUMPY[dtype]).reshape(shape))
     return array.view(mx.bfloat16) if dtype == "BF16" else array
 
 
 def check_finite(data: Bytes, dtype: str, place: str) -> None:
-    """Refuse NaN and infinity in float bytes: `mx.quantize` would hide them (12 GB/s).
-
-    Raises:
-        FlashMoEError: there is one.
-    """
+    """Refuse NaN and infinity, which `mx.quantize` would hide (12 GB/s). `place` names the data."""
     if dtype not in _NOT_FINITE or not data.size:
         return
     limit, signed, unsigned = _NOT_FINITE[dtype]
     sign = 1 << (8 * ITEM_SIZE[dtype] - 1)
     if data.view(signed).max() >= limit or data.view(unsigned).max() >= limit | sign:
         raise FlashMoEError(
-            f"{place} holds NaN or infinity ({dtype}). Download the checkpoint again, or start "
-            "from another one."
+            f"{place} holds NaN or infinity ({dtype}). "
+            "Download the checkpoint again, or use another one."
         )
 
 
 def as_bytes(array: mx.array) -> memoryview:
-    """Return the bytes of an evaluated, row-contiguous array, without a copy."""
-    exporter: Any = array  # whose buffer protocol its type stubs do not mention
+    """View the bytes of an evaluated, row-contiguous array."""
+    exporter: Any = array  # its type stubs omit the buffer protocol
     return memoryview(exporter).cast("B")
 
 
 def read_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Yield `function(item)` in order, computing the next one in a thread meanwhile.
+    """Yield `function(item)` in order, computing the next one in a thread.
 
-    At most three results are alive at once. `function` must not touch MLX: its streams belong to
-    the thread that made them.
+    At most three results are alive at once. `function` must not use MLX, whose streams belong to
+    the thread that created them.
     """
     with ThreadPoolExecutor(1) as pool:
         pending = None

@@ -1,1 +1,1 @@
-"""Read what was written: compare every byte, repair, and build the model without weights."""
+"""Compare every byte of a converted directory with its checksums, and repair it."""

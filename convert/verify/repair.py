@@ -1,4 +1,4 @@
-"""Write anew what `verify` found to differ: experts in place, other files as a whole."""
+"""Rewrite what `verify` reports: experts in place, other files completely."""
 
 import json
 import os
@@ -12,18 +12,16 @@ from tqdm import tqdm
 
 from ...errors import FlashMoEError
 from ...format.layout import EXPERT_DIR
-from ..plan.parts import LayerPlan, Options, Plan
+from ..plan.parts import LayerPlan, Options
 from ..plan.plan import build_plan
 from ..source.checkpoint import Source, open_source
 from ..source.locate import Found, located
 from ..source.read import Reader
 from ..source.shards import RangeReader
-from ..write.act import as_buffer
-from ..write.checksum import as_text
-from ..write.experts import ExpertSteps
-from ..write.files import TEMPORARY, Entry, sync_directory, write_at
+from ..write.execute import ExpertSteps, as_buffer
+from ..write.files import TEMPORARY, Entry, as_text, sync_directory, write_at, write_file
 from ..write.journal import locked
-from ..write.output import place, small_files, write_small, write_weights
+from ..write.output import place, small_files, write_weights
 from .verify import Problem, entries, read_checksums, verify
 
 _SCRATCH = "repair" + TEMPORARY
@@ -32,16 +30,15 @@ _SCRATCH = "repair" + TEMPORARY
 def repair(
     directory: Path, problems: list[Problem], hf_path: str | Path, revision: str | None = None
 ) -> list[Problem]:
-    """Repair what differs, and return what still does: the files are read again.
+    """Repair what differs, read the files again, and return the remaining problems.
 
-    Nothing is written that has not the checksum of the manifest. Experts are written in place, all
-    else beside the old file, which it then replaces.
+    Only bytes with the manifest's checksum are written.
 
     Args:
         directory: one that `flashmoe-convert` wrote.
-        problems: what `verify` said about it.
+        problems: what `verify` returned.
         hf_path: the checkpoint that it was made from: a directory, or a name on the Hub.
-        revision: branch, tag or commit on the Hub; the one of the manifest unless given.
+        revision: branch, tag or commit on the Hub; the manifest's by default.
 
     Raises:
         FlashMoEError: the source gives other bytes, or the disk does not allow it.
@@ -55,8 +52,8 @@ def repair(
             _Repair(directory, manifest, source).run(problems, found)
         except OSError as error:
             raise FlashMoEError(
-                f"{error.filename or directory}: cannot be written ({error.strerror}). Run the "
-                "same command again when it can."
+                f"{error.filename or directory}: cannot be written ({error.strerror}). Fix that, "
+                "and run the same command again."
             ) from error
     known = entries(manifest)
     left = [problem for problem in problems if problem.file not in known]
@@ -64,23 +61,20 @@ def repair(
 
 
 class _Repair:
-    """The repair of one directory from one source."""
-
     def __init__(self, directory: Path, manifest: dict[str, Any], source: Source) -> None:
-        """Plan the conversion that made the directory."""
         self._directory, self._source = directory, source
         self._entries, self._made_with = entries(manifest), manifest["tools"]
         options = Options(**{key: manifest["options"].get(key) for key in Options.__annotations__})
         if options.calibrate:
             raise FlashMoEError(
-                f"{directory}: made with --calibrate {options.calibrate}, so no part of it can be "
-                "made alone. Convert again."
+                f"{directory}: made with --calibrate {options.calibrate}, so parts of it cannot be "
+                "made separately. Convert again."
             )
-        self._plan: Plan = build_plan(source, options)
+        self._plan = build_plan(source, options)
         self._files = {place(file): file for file in self._plan.weight_files}
 
     def run(self, problems: list[Problem], found: Found) -> None:
-        """Rewrite files that differ outside of experts, and then single experts."""
+        """Rewrite files that differ outside of experts, then single experts."""
         whole = {p.file for p in problems if p.expert is None and p.file in self._entries}
         single = [p for p in problems if p.expert is not None and p.file not in whole]
         with (
@@ -90,11 +84,10 @@ class _Repair:
             for name in sorted(whole):
                 self._rewrite(name, reader, bar)
             for problem in single:
-                self._rewrite_expert(problem, reader)
-                bar.update(self._layer(problem.file).record_bytes)
+                bar.update(self._rewrite_expert(problem, reader))
 
     def _rewrite(self, name: str, reader: Reader, bar: Any) -> None:
-        """Write one file beside the old one, and put it in its place if it is the right one."""
+        """Write a file to the scratch folder, and move it into place if its checksums are right."""
         scratch = self._directory / _SCRATCH
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / EXPERT_DIR).mkdir(parents=True)
@@ -113,25 +106,15 @@ class _Repair:
             return write_weights(self._source, self._files[name], scratch, reader, bar.update)
         contents = small_files(self._source, self._plan)
         if name not in contents:
-            raise FlashMoEError(
-                f"{self._source.name}: has no {name}. Give the checkpoint that {self._directory} "
-                "was made from."
-            )
-        return write_small(scratch / name, contents[name])
+            raise self._other_source(name)
+        return write_file(scratch / name, contents[name])
 
-    def _layer(self, name: str) -> LayerPlan:
-        file = self._files.get(name)
-        if not isinstance(file, LayerPlan):
-            raise FlashMoEError(
-                f"{self._source.name}: does not give {name}. Give the checkpoint that "
-                f"{self._directory} was made from."
-            )
-        return file
-
-    def _rewrite_expert(self, problem: Problem, reader: Reader) -> None:
-        """Make one expert's record, and write it over the old one if it is the right one."""
+    def _rewrite_expert(self, problem: Problem, reader: Reader) -> int:
+        """Overwrite one expert's record if the new checksum is right; return its bytes."""
         assert problem.expert is not None
-        layer, path = self._layer(problem.file), self._directory / problem.file
+        layer, path = self._files.get(problem.file), self._directory / problem.file
+        if not isinstance(layer, LayerPlan):
+            raise self._other_source(problem.file)
         steps = ExpertSteps(self._source, layer, reader)
         one = range(problem.expert, problem.expert + 1)
         (record,) = steps.encode(one, steps.load(one))
@@ -148,6 +131,13 @@ class _Repair:
         with open(path, "r+b", buffering=0) as file:
             write_at(file.fileno(), data, start)
             os.fsync(file.fileno())
+        return layer.record_bytes
+
+    def _other_source(self, name: str) -> FlashMoEError:
+        return FlashMoEError(
+            f"{self._source.name}: does not give {name}. Give the checkpoint that "
+            f"{self._directory} was made from."
+        )
 
     def _other_bytes(self, what: str, found: str, expected: str) -> FlashMoEError:
         return FlashMoEError(

@@ -1,4 +1,4 @@
-"""Read every byte of a converted directory and compare it with the manifest's checksums."""
+"""Compare every byte of a converted directory with the manifest's checksums."""
 
 import json
 import os
@@ -20,20 +20,19 @@ from ...format.layout import EXPERT_DIR, MANIFEST, layer_file, read_manifest
 from ...format.names import FIELDS
 from ...settings import StreamConfig
 from ..source.read import Reader
-from ..write.checksum import as_text
-from ..write.files import Entry, json_bytes
+from ..write.files import Entry, as_text, json_bytes
 from ..write.output import OWN_CHECKSUM
 
-BLOCK_BYTES = 8 << 20  # of each thread
+BLOCK_BYTES = 8 << 20  # per thread
 CONFIG = "config.json"
-SETTINGS = {field.name for field in fields(StreamConfig)}  # that a user may add to it
+SETTINGS = {field.name for field in fields(StreamConfig)}  # users may add them to config.json
 
 
 @dataclass(frozen=True)
 class Part:
-    """A byte range of a file (relative to the directory) that has a checksum of its own.
+    """A byte range with a checksum, in a file (relative to the directory).
 
-    `fields` are the (name, bytes, checksum) of the tensors of an expert, which is the unit.
+    For an expert, `fields` are the (name, bytes, checksum) of its tensors.
     """
 
     file: str
@@ -48,7 +47,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one expert of a file, or with the file; `found` is the checksum it has."""
+    """A fault of one expert, or of a file; `found` is the checksum of its bytes."""
 
     file: str
     text: str
@@ -62,18 +61,19 @@ class Problem:
 
 
 def verify(directory: Path, only: set[str] | None = None) -> list[Problem]:
-    """Compare every byte with the manifest, on all cores, and return what differs.
+    """Compare every byte with the manifest, on all cores, and return the differences.
 
     Args:
         directory: one that `flashmoe-convert` wrote.
         only: names of the files to read, instead of all.
 
     Raises:
-        FlashMoEError: the directory has no (whole) manifest with checksums, or cannot be read.
+        FlashMoEError: the manifest is missing, damaged or without checksums, or the directory is
+            unreadable.
     """
     directory = Path(directory).expanduser()
     manifest = read_checksums(directory)
-    problems = _strangers(directory, manifest) if only is None else []
+    problems = _unlisted(directory, manifest) if only is None else []
     parts: list[Part] = []
     for name, entry in entries(manifest).items():
         if name == CONFIG and _differs_in_settings(directory / name, entry):
@@ -82,36 +82,36 @@ def verify(directory: Path, only: set[str] | None = None) -> list[Problem]:
             problem = _size_problem(directory / name, name, entry["size"])
             problems += [problem] if problem else []
             parts += [] if problem else list(_parts(name, entry))
-    return problems + _moved(list(_differing(directory, parts)), manifest)
+    return problems + _name_swaps(list(_differing(directory, parts)), manifest)
 
 
 def read_checksums(directory: Path) -> dict[str, Any]:
-    """Read the manifest and check that it is as it was written, and has all checksums.
-
-    Raises:
-        FlashMoEError: there is none, or it is damaged, or has too few.
-    """
+    """Read the manifest; raises FlashMoEError unless it is intact and has every checksum."""
     if not (exists(directory) and directory.is_dir()):
         raise FlashMoEError(f"{directory}: not a directory. Give one that flashmoe-convert wrote.")
     path = directory / EXPERT_DIR / MANIFEST
     manifest = read_manifest(path)
     if "link" in manifest:
         raise FlashMoEError(
-            f"{directory}: its experts lie in {manifest['link']}, which has no checksums: this is "
-            "a conversion with --link. Convert without --link to have some."
+            f"{directory}: its experts lie in {manifest['link']}, which has no checksums, because "
+            "--link made this directory. Convert without --link to get checksums."
         )
     if OWN_CHECKSUM not in manifest:
         raise FlashMoEError(
-            f"{path}: has no checksum of every file; an older flashmoe-convert wrote it, or "
-            "another tool. Convert again."
+            f"{path}: has no checksum of every file; an older flashmoe-convert or another tool "
+            "wrote it. Convert again."
         )
     rest = {key: value for key, value in manifest.items() if key != OWN_CHECKSUM}
     own = as_text(zlib.crc32(json_bytes(rest)))
-    if manifest[OWN_CHECKSUM] != own or _read(path) != json_bytes(manifest):
+    try:
+        raw = read_bytes(path, "Convert again.")
+    except FileNotFoundError as error:  # deleted since read_manifest
+        raise unreadable(path, error) from error
+    if manifest[OWN_CHECKSUM] != own or raw != json_bytes(manifest):
         raise FlashMoEError(
             f"{path}: altered since it was written (its own checksum is "
-            f"{manifest[OWN_CHECKSUM]!r}, that of its content {own!r}). Convert again, or take the "
-            "manifest from a copy."
+            f"{manifest[OWN_CHECKSUM]!r}, that of its content {own!r}). Convert again, or restore "
+            "the manifest from a copy."
         )
     try:
         manifest["source"].items(), manifest["tools"], manifest["options"].items()
@@ -123,20 +123,13 @@ def read_checksums(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return read_bytes(path, "Convert again.")
-    except FileNotFoundError as error:  # a moment ago it was there
-        raise unreadable(path, error) from error
-
-
 def _is_sound(part: Part) -> bool:
     numbers = (part.offset, part.nbytes)
     return all(type(n) is int and n >= 0 for n in numbers) and type(part.checksum) is str
 
 
 def entries(manifest: dict[str, Any]) -> dict[str, Entry]:
-    """Return the entry of every file by its name, relative to the directory."""
+    """Return every file's entry by its path in the directory."""
     found: dict[str, Entry] = {}
     for entry in manifest["files"]:
         name = entry["file"]
@@ -145,13 +138,13 @@ def entries(manifest: dict[str, Any]) -> dict[str, Entry]:
         found[name] = entry
     for layer, entry in enumerate(manifest["layers"]):
         if entry["file"] != layer_file(layer):
-            raise ValueError(f"{entry['file']!r} stands for layer {layer}")
+            raise ValueError(f"{entry['file']!r} is listed as layer {layer}")
         found[f"{EXPERT_DIR}/{layer_file(layer)}"] = entry | {"layer": layer}
     return found
 
 
 def _parts(name: str, entry: Entry) -> Iterator[Part]:
-    """Cut a file into the header and the tensors or experts; or take it as it is."""
+    """Split a file into its header and its tensors or experts, if it has any."""
     if "layer" in entry:
         yield from _experts(name, entry)
     elif "tensors" in entry:
@@ -193,7 +186,7 @@ def _size_problem(path: Path, name: str, size: int) -> Problem | None:
 
 
 def _differs_in_settings(path: Path, entry: Entry) -> bool:
-    """Say whether config.json is as it was written but for settings that the format allows."""
+    """Whether config.json differs from what was written only by settings that users may add."""
     try:
         config = json.loads(path.read_bytes())
         own = config["flashmoe"]
@@ -205,8 +198,8 @@ def _differs_in_settings(path: Path, entry: Entry) -> bool:
     return same and not own.keys().isdisjoint(SETTINGS)
 
 
-def _strangers(directory: Path, manifest: dict[str, Any]) -> list[Problem]:
-    """Name weight files that stock mlx-lm would load although they do not belong."""
+def _unlisted(directory: Path, manifest: dict[str, Any]) -> list[Problem]:
+    """Report weight files that stock mlx-lm would load but the manifest does not list."""
     known = entries(manifest)
     names = [path.name for path in list_weight_files(directory)]
     text = "not in the manifest, but mlx-lm would load it; remove it"
@@ -231,22 +224,17 @@ def _differing(directory: Path, parts: list[Part]) -> Iterator[Problem]:
 
 
 def _check(reader: Reader, directory: Path, part: Part) -> Problem | None:
+    path, start, names = directory / part.file, part.offset, []
     try:
-        return _compare(reader, directory, part)
-    except FlashMoEError as error:  # a bad sector: the others are read nevertheless
+        found = _checksum(reader, path, part.offset, part.nbytes)
+        if found == part.checksum:
+            return None
+        for field, nbytes, checksum in part.fields:
+            if _checksum(reader, path, start, nbytes) != checksum:
+                names.append(field)
+            start += nbytes
+    except FlashMoEError as error:  # a bad sector must not stop the other parts
         return Problem(part.file, f"{part.what}: {error}", part.layer, part.expert)
-
-
-def _compare(reader: Reader, directory: Path, part: Part) -> Problem | None:
-    path = directory / part.file
-    found = _checksum(reader, path, part.offset, part.nbytes)
-    if found == part.checksum:
-        return None
-    names, start = [], part.offset
-    for field, nbytes, checksum in part.fields:
-        if _checksum(reader, path, start, nbytes) != checksum:
-            names.append(field)
-        start += nbytes
     what = f"{part.what} {', '.join(names)}".rstrip()
     place = f"bytes {part.offset} to {part.offset + part.nbytes}"
     text = f"{what} differs ({place}: checksum {found}, expected {part.checksum})"
@@ -261,8 +249,8 @@ def _checksum(reader: Reader, path: Path, offset: int, nbytes: int) -> str:
     return as_text(checksum)
 
 
-def _moved(problems: list[Problem], manifest: dict[str, Any]) -> list[Problem]:
-    """Say of records that belong elsewhere whose they are; of a whole file of them, once."""
+def _name_swaps(problems: list[Problem], manifest: dict[str, Any]) -> list[Problem]:
+    """Identify records that belong elsewhere; a file of another layer is reported once."""
     layers = [entry["records"] for entry in manifest["layers"]]
     homes = {c: (n, e) for n, records in enumerate(layers) for e, c in enumerate(records)}
     found = {(p.layer, p.expert): p.found for p in problems if p.expert is not None}
@@ -274,18 +262,15 @@ def _moved(problems: list[Problem], manifest: dict[str, Any]) -> list[Problem]:
     result = []
     for problem in problems:
         if problem.expert is None or problem.layer not in whole:
-            result.append(_named(problem, homes))
+            home = homes.get(problem.found) if problem.expert is not None else None
+            if home:
+                text = f"{problem.text}: the bytes of layer {home[0]} expert {home[1]}"
+                problem = replace(problem, text=text)
+            result.append(problem)
         elif problem.expert == min(e for n, e in found if n == problem.layer and e is not None):
             text = f"holds the experts of layer {whole[problem.layer]} instead of its own"
             result.append(replace(problem, text=text, expert=None))
     return result
-
-
-def _named(problem: Problem, homes: dict[str, tuple[int, int]]) -> Problem:
-    if problem.expert is None or problem.found not in homes:
-        return problem
-    layer, expert = homes[problem.found]
-    return replace(problem, text=f"{problem.text}: the bytes of layer {layer} expert {expert}")
 
 
 def summary(directory: Path, problems: Iterable[Problem]) -> str:
@@ -294,7 +279,7 @@ def summary(directory: Path, problems: Iterable[Problem]) -> str:
     if not count:
         files = entries(read_manifest(directory / EXPERT_DIR / MANIFEST))
         edited = _differs_in_settings(directory / CONFIG, files[CONFIG])
-        but = ", but for the settings added to config.json" if edited else ""
+        but = ", except settings added to config.json" if edited else ""
         return f"{directory}: every byte is as it was written{but}."
     things = "problem" if count == 1 else "problems"
     return (

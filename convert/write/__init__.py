@@ -1,1 +1,1 @@
-"""Write what was planned: whole files or none, in an order that needs little disk."""
+"""Execute the plan: complete files or none, in an order that needs little disk."""

@@ -1,35 +1,39 @@
-"""What `--dry-run` prints: tensors, bytes, free disk, and about how long it takes."""
+"""The report of `--dry-run`: tensors, bytes, free disk, and an estimate of the time."""
 
 import math
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
-from ...format.headers import ITEM_SIZE
 from ...format.names import FIELDS
 from ..plan.parts import LayerPlan, Plan, Quant
 from ..source.checkpoint import Source
 from ..source.foreign_code import REMEDY
-from ..source.read import Bytes, Reader
-from .experts import ExpertSteps, Loaded
-from .output import brought_code
+from ..source.read import FLOATS, Bytes, Reader, as_bytes
+from .execute import ExpertSteps, Loaded
+from .output import copied_code
 from .steps import Fetched
 
-LINK = 100e6  # bytes a second, to give fetching a time
+DOWNLOAD_RATE = 100e6  # bytes per second, assumed
 
 
 def describe(
     source: Source, plan: Plan, out: Path, fetching: Fetched, to_write: int, free: int
 ) -> str:
-    """Return the plan in words."""
+    """Return a table of the plan."""
     needed = to_write + fetching.most_bytes
     records = sorted({layer.record_bytes for layer in plan.layers})
     before = sorted({_kind(p.before) for layer in plan.layers for p in layer.projections})
     after = sorted({_kind(p.after) for layer in plan.layers for p in layer.projections})
     trunk = sum(len(file.outputs) for file in plan.trunk)
     experts = sum(layer.experts for layer in plan.layers) * len(FIELDS)
-    code = brought_code(source, plan)
+    code = copied_code(source, plan)
+    downloads = (
+        f"{fetching.count} files, {fetching.nbytes:,} bytes ({human(fetching.nbytes)}); at once "
+        f"at most {fetching.most}, {fetching.most_bytes:,} bytes ({human(fetching.most_bytes)})"
+    )
     rows = (
         ("source", f"{source.name} (experts: {', '.join(before)})"),
         ("target", f"{out} (experts: {', '.join(after)})"),
@@ -41,18 +45,11 @@ def describe(
             f"{plan.expert_bytes:,} bytes ({human(plan.expert_bytes)}), {experts:,} tensors",
         ),
         *([("code", f"of {source.name}: {code}. {REMEDY}")] if code else ()),
-        *([("to fetch", _fetching(fetching))] if fetching.count else ()),
+        *([("to fetch", downloads)] if fetching.count else ()),
         ("to write", f"{to_write:,} bytes ({human(to_write)})"),
         ("free disk", f"{free:,} bytes ({human(free)}){', too little' * (needed > free)}"),
     )
     return "\n".join(f"{name:<12}{value}" for name, value in rows)
-
-
-def _fetching(fetching: Fetched) -> str:
-    return (
-        f"{fetching.count} files, {fetching.nbytes:,} bytes ({human(fetching.nbytes)}); at once "
-        f"at most {fetching.most}, {fetching.most_bytes:,} bytes ({human(fetching.most_bytes)})"
-    )
 
 
 def _kind(quant: Quant | None) -> str:
@@ -60,15 +57,12 @@ def _kind(quant: Quant | None) -> str:
 
 
 def human(nbytes: int) -> str:
-    """Return a number of bytes in GB or MB."""
+    """Format bytes in GB or MB."""
     return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
 def describe_time(source: Source, plan: Plan, share: float, fetching: Fetched) -> str:
-    """Return about how long it takes to write a share of the experts (0 to 1), in words.
-
-    A few experts of random weights are quantized to see: seconds, or less.
-    """
+    """Estimate the time for a share (0 to 1) of the experts; takes seconds to measure a few."""
     kinds: dict[object, list[LayerPlan]] = {}
     for layer in plan.layers:
         kinds.setdefault(layer.projections, []).append(layer)
@@ -78,45 +72,44 @@ def describe_time(source: Source, plan: Plan, share: float, fetching: Fetched) -
     )
     parts = [f"{_duration(share * seconds)} to compute"] if seconds else []
     if fetching.count:
-        parts.append(f"{_duration(fetching.nbytes / LINK)} to fetch at {LINK / 1e6:.0f} MB/s")
-    known = f"about {', '.join(parts)}, and " if parts else ""
-    return f"time        {known}what the disk takes"
+        rate = f"{DOWNLOAD_RATE / 1e6:.0f} MB/s"
+        parts.append(f"{_duration(fetching.nbytes / DOWNLOAD_RATE)} to fetch at {rate}")
+    known = f"about {', '.join(parts)}, plus disk time" if parts else "disk time only"
+    return f"time        {known}"
 
 
 def _seconds(source: Source, plan: LayerPlan) -> float:
-    """Return how long one expert takes to compute: none if it is copied."""
+    """Return the seconds to compute one expert; 0 if it is copied."""
     if all(projection.copied for projection in plan.projections):
         return 0.0
     steps = ExpertSteps(source, plan, Reader())
     batch = steps.batches(range(plan.experts))[0]
     loaded = [_random(source, plan)] * len(batch)
-    steps.encode(batch, loaded)  # kernels are compiled
+    steps.encode(batch, loaded)  # compiles kernels
     begun = time.perf_counter()
     steps.encode(batch, loaded)
     return (time.perf_counter() - begun) / len(batch)
 
 
 def _random(source: Source, plan: LayerPlan) -> Loaded:
-    """Return an expert of random weights, as it is loaded from the source."""
-    rng = np.random.default_rng(0)
+    """Return an expert of random weights, as `ExpertSteps.load` does."""
     if source.layout:
         fields = source.layout.layers[plan.layer].fields
-        tensors = [_tensor(rng, field.dtype, field.shape) for field in fields]
+        tensors = [_tensor(field.dtype, field.shape) for field in fields]
         return [(np.concatenate(tensors), "U8")]
     dtypes = [source.matrices[plan.layer, 0, p.name].dtype for p in plan.projections]
     shapes = [(p.rows, p.columns) for p in plan.projections]
-    return [(_tensor(rng, d, s), d) for d, s in zip(dtypes, shapes, strict=True)]
+    return [(_tensor(d, s), d) for d, s in zip(dtypes, shapes, strict=True)]
 
 
-def _tensor(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> Bytes:
-    """Return random bytes, or small random floats."""
-    count = math.prod(shape)
+def _tensor(dtype: str, shape: tuple[int, ...]) -> Bytes:
+    """Return random codes, or small random floats."""
     if dtype == "U32":
-        return np.frombuffer(rng.bytes(count * ITEM_SIZE[dtype]), np.uint8)
-    floats = rng.standard_normal(count, np.float32) * np.float32(0.02)
-    if dtype == "BF16":
-        return (floats.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    return floats.astype(np.float16 if dtype == "F16" else np.float32).view(np.uint8)
+        array = mx.random.randint(-(1 << 31), (1 << 31) - 1, shape).astype(mx.uint32)
+    else:
+        array = (mx.random.normal(shape) * 0.02).astype(FLOATS[dtype])
+    mx.eval(array)
+    return np.frombuffer(as_bytes(array), np.uint8)
 
 
 def _duration(seconds: float) -> str:

@@ -1,8 +1,7 @@
-"""Whether a source is still as it was when its conversion began: a stamp of every file.
+"""Detect that a source changes during its conversion, from size and times of every file.
 
-A file that is overwritten while it is read gives a mixture whose checksums are right, so only its
-size and times tell. The time of the last change (ctime) cannot be set back, unlike that of the
-content (mtime), which `cp -p` and `rsync` restore.
+A file overwritten while it is read gives a mixture with correct checksums. Unlike the content time
+(mtime), the change time (ctime) cannot be set back, as `cp -p` and `rsync` do.
 """
 
 from collections.abc import Iterable
@@ -14,20 +13,20 @@ from ..source.checkpoint import INDEX, Source
 from ..source.hub import CARD
 from .output import copied_files
 
-Stamp = list[int]
+Stamp = list[int]  # bytes, mtime and ctime in ns
 
 
 class SourceChangedError(FlashMoEError):
-    """The source is no longer the one that the conversion began with."""
+    """The source changed since the conversion began."""
 
 
 def source_files(source: Source) -> set[Path]:
     """Return every file that a conversion reads."""
     layers = source.layout.layers if source.layout else ()
-    maybe = (CARD, INDEX, f"{EXPERT_DIR}/{MANIFEST}")
+    optional = (CARD, INDEX, f"{EXPERT_DIR}/{MANIFEST}")
     return {
         source.directory / "config.json",
-        *(path for name in maybe if (path := source.directory / name).is_file()),
+        *(path for name in optional if (path := source.directory / name).is_file()),
         *copied_files(source),
         *(file for file, _ in source.trunk.values()),
         *(matrix.file for matrix in source.matrices.values()),
@@ -36,43 +35,31 @@ def source_files(source: Source) -> set[Path]:
 
 
 class Stamps:
-    """Size in bytes, time of the content and time of the last change (ns) of files, as once seen.
-
-    Attributes:
-        begun: the stamp of each file.
-    """
+    """The stamps of files when the conversion began."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        """Look at every file.
-
-        Raises:
-            FlashMoEError: one cannot be looked at.
-        """
-        self.begun = {path: _stamp(path) for path in sorted(files)}
+        """Stamp every file."""
+        self._begun = {path: _stamp(path) for path in sorted(files)}
 
     def named(self, directory: Path) -> dict[str, Stamp]:
-        """Return the stamps by name: within a directory, or the whole path of files elsewhere."""
+        """Return the stamps by path, relative to `directory` for files below it."""
         return {
             str(path.relative_to(directory) if path.is_relative_to(directory) else path): stamp
-            for path, stamp in self.begun.items()
+            for path, stamp in self._begun.items()
         }
 
     def check(self, out: Path) -> None:
-        """Check that every file still is as it was when what is in `out` was begun.
-
-        Raises:
-            SourceChangedError: one is not.
-        """
-        for path, before in self.begun.items():
+        """Raise SourceChangedError if a stamp differs; `out` is the directory being written."""
+        for path, before in self._begun.items():
             try:
                 now: Stamp | str = _stamp(path)
             except FlashMoEError as error:
                 now = str(error)
             if now != before:
                 raise SourceChangedError(
-                    f"{path}: changed while it was converted (size and times were {before}, now "
-                    f"{now}), so what was written may be a mixture. Delete {out}, and convert "
-                    "again once nothing writes to the source."
+                    f"{path}: changed during the conversion (size and times were {before}, now "
+                    f"{now}), so the output may be a mixture. Delete {out}, and convert again "
+                    "once nothing writes to the source."
                 )
 
 

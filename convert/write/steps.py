@@ -1,8 +1,7 @@
-"""In which order a conversion writes what, so that few files of the source are needed at once.
+"""The order of writing, chosen so that few source files are needed at once.
 
-A *part* is what is written at once: a tensor of the trunk, or an expert. It needs one or a few
-files of the source. Parts of one output file that need the same ones are one step; a file whose
-source is spread over several others takes several steps.
+A *part* is a tensor of the trunk, or an expert. The parts of an output file that need the same
+source files are one step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,25 +10,24 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ...format.names import FIELDS
-from ..plan.parts import LayerPlan, Plan, TrunkFile
+from ..plan.parts import File, Plan, TrunkFile
 from ..source.checkpoint import Source
-from .act import Visit
+from .execute import Visit
 from .journal import Entries
 from .output import place
 
-File: TypeAlias = TrunkFile | LayerPlan
 Files: TypeAlias = frozenset[Path]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One visit to a file of the output.
+    """One visit to an output file.
 
     Attributes:
-        file: which.
+        file: the output file.
         parts: indices of its tensors (trunk), or experts.
-        whole: whether that is all of the file.
-        needs: files of the source that must be fetched first.
+        whole: whether these are all of its parts.
+        needs: source files to download first.
         spent: those of them that no later step needs.
     """
 
@@ -40,7 +38,7 @@ class Step:
     spent: Files = frozenset()
 
     def visit(self, done: Entries) -> Visit | None:
-        """Return what to write, given the entries so far; None for all of it at once."""
+        """Return what to write, given the entries so far; None for the whole file."""
         if self.whole:
             return None
         return Visit(self.parts, done.get(place(self.file), {}).get("written", ()))
@@ -49,26 +47,33 @@ class Step:
 def plan_steps(
     source: Source, plan: Plan, done: Entries, remote: Files, held: Files = frozenset()
 ) -> list[Step]:
-    """Order what is left to write.
+    """Order what is left to write; without remote files, in the plan's order.
 
     Args:
-        source: where everything comes from.
-        plan: what is to be written.
+        source: the checkpoint.
+        plan: the conversion.
         done: the entries of what is written.
-        remote: files of the source that must be fetched; without any, trunk and layers come in
-            the order of the plan, each at once.
-        held: those that were fetched already.
+        remote: source files to download.
+        held: those already downloaded.
     """
-    files: tuple[File, ...] = (*plan.trunk, *plan.layers)
-    left = [file for file in files if "file" not in done.get(place(file), {})]
-    groups = [step for file in left for step in _steps(source, file, done, remote)]
-    return _last_needs(list(_ordered(groups, held)))
+    left = [file for file in plan.weight_files if "file" not in done.get(place(file), {})]
+    steps = [step for file in left for step in _steps(source, file, done, remote)]
+    later: Files = frozenset()
+    result = []
+    for step in reversed(list(_ordered(steps, held))):
+        result.append(replace(step, spent=step.needs - later))
+        later |= step.needs
+    return result[::-1]
 
 
 def _steps(source: Source, file: File, done: Entries, remote: Files) -> Iterator[Step]:
-    """Group the parts of a file that are not written by what they need."""
+    """Group the unwritten parts of a file by the source files that they need."""
+    if isinstance(file, TrunkFile):
+        widths = [len(tensor.outputs) for tensor in file.tensors]
+    else:
+        widths = [len(FIELDS)] * file.experts
     groups: dict[Files, list[int]] = {}
-    count, widths = 0, _widths(file)
+    count = 0
     written = done.get(place(file), {}).get("written") or [""] * sum(widths)
     for part, width in enumerate(widths):
         if not all(written[count : count + width]):
@@ -78,15 +83,7 @@ def _steps(source: Source, file: File, done: Entries, remote: Files) -> Iterator
         yield Step(file, tuple(parts), not any(written) and len(parts) == len(widths), needs)
 
 
-def _widths(file: File) -> list[int]:
-    """Return how many tensors each part of a file has."""
-    if isinstance(file, TrunkFile):
-        return [len(tensor.outputs) for tensor in file.tensors]
-    return [len(FIELDS)] * file.experts
-
-
 def _needs(source: Source, file: File, part: int) -> Files:
-    """Return the files of the source that hold a part."""
     if isinstance(file, TrunkFile):
         return frozenset([file.tensors[part].source[0]])
     if source.layout:
@@ -96,9 +93,9 @@ def _needs(source: Source, file: File, part: int) -> Files:
 
 
 def _ordered(steps: list[Step], held: Files) -> Iterator[Step]:
-    """Fetch next what completes a step with the fewest files, best with some that are held.
+    """Choose greedily the step that needs the fewest new files, and the most held ones.
 
-    Where layers follow one another through the files, two are held at once.
+    Two files are held at once if layers follow one another through the files.
     """
     while steps:
         held &= frozenset().union(*(step.needs for step in steps))
@@ -109,19 +106,9 @@ def _ordered(steps: list[Step], held: Files) -> Iterator[Step]:
         steps = [step for step in steps if not step.needs <= held]
 
 
-def _last_needs(steps: list[Step]) -> list[Step]:
-    """Note with each step which files no later one needs."""
-    later: Files = frozenset()
-    result = []
-    for step in reversed(steps):
-        result.append(replace(step, spent=step.needs - later))
-        later |= step.needs
-    return result[::-1]
-
-
 @dataclass(frozen=True)
 class Fetched:
-    """What steps have fetched: how many files and bytes in all, and on disk at once at most."""
+    """Downloads: files and bytes in total, and the most files and bytes on disk at once."""
 
     count: int
     nbytes: int
@@ -130,13 +117,7 @@ class Fetched:
 
 
 def fetched(steps: list[Step], sizes: Mapping[Path, int], held: Files) -> Fetched:
-    """Add up what steps fetch.
-
-    Args:
-        steps: in their order.
-        sizes: bytes by file.
-        held: what is on disk at the start, and goes unless it is needed.
-    """
+    """Sum up the downloads of ordered steps; `held` files are on disk at the start."""
     needed: Files = frozenset().union(*(step.needs for step in steps))
     new, held = needed - held, held & needed
     most = most_bytes = 0

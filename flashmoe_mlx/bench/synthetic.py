@@ -26,10 +26,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from ..cli.doctor_model import examine
 from ..convert.plan.parts import LayerPlan, Options, Plan, Quant, Spec, TrunkTensor
 from ..convert.plan.plan import build_plan
-from ..convert.run import MODEL_FILE, SHIM, write_index
 from ..convert.source.checkpoint import Dims, Source
-from ..convert.write.act import CHECKSUM, record_entry, write_record
-from ..convert.write.files import TensorFile, write_file, write_json
+from ..convert.source.foreign_code import SHIM_NAME
+from ..convert.write.execute import record_entry, write_record
+from ..convert.write.files import CHECKSUM, TensorFile, write_file, write_json
+from ..convert.write.output import SHIM, write_index
 from ..custom_kernels.kept import cache_dir
 from ..errors import FlashMoEError
 from ..format import layout
@@ -190,10 +191,10 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
     """Write every file, the manifest last."""
     pools = Pools()
     write_json(directory / "config.json", plan.config)
-    write_file(directory / MODEL_FILE, SHIM.encode())
+    write_file(directory / SHIM_NAME, SHIM.encode())
     write_tokenizer(directory)
     for file in plan.trunk:
-        with TensorFile(directory / file.name, file.specs()) as target:
+        with TensorFile(directory / file.name, file.outputs) as target:
             for tensor in file.tensors:
                 _write_tensor(target, tensor, pools)
     write_index(plan, directory)
@@ -209,7 +210,7 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
 def _write_layer(directory: Path, plan: LayerPlan, pools: "Pools") -> dict[str, Any]:
     """Write one layer's experts and return its entry of the manifest."""
     rng = _rng(plan.file)
-    with TensorFile(directory / plan.file, plan.specs(), layout.DATA_ALIGNMENT) as file:
+    with TensorFile(directory / plan.file, plan.outputs, layout.DATA_ALIGNMENT) as file:
         for expert in range(plan.experts):
             matrices = (pools.matrix(x.outputs, x.after, rng) for x in plan.projections)
             write_record(file, expert, [part for matrix in matrices for part in matrix])

@@ -1,4 +1,4 @@
-"""Calibration sees what stock mlx-lm's experts see, and quantizes for it."""
+"""Calibration gets the inputs of stock mlx-lm's experts, and quantizes for them."""
 
 import mlx.core as mx
 import mlx_lm
@@ -8,13 +8,14 @@ import pytest
 import flashmoe_mlx
 from flashmoe_mlx import FlashMoEError
 from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
-from flashmoe_mlx.convert import convert, run
+from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.plan.parts import Projection, Quant
 from flashmoe_mlx.convert.quant import calibrate
 from flashmoe_mlx.convert.quant.calibrate import Calibration, LayerInputs
 from flashmoe_mlx.convert.quant.fit import fit
 from flashmoe_mlx.convert.verify.repair import repair
 from flashmoe_mlx.convert.verify.verify import verify
+from flashmoe_mlx.convert.write import output
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.format.names import PROJECTIONS
 from flashmoe_mlx.loader import BUNDLED_MODEL
@@ -56,7 +57,7 @@ def test_inputs_and_experts_are_stocks(seen, monkeypatch, expert_cache):
     text = Calibration(model.model, TOKENS)
     for number, (inputs, experts) in enumerate(seen):
         if number == 1:
-            continue  # passed on the way to the next
+            continue  # skipped: the next call runs through it
         found = text.layer(number)
         assert np.abs(found.inputs - inputs).max() < 1e-4 * np.abs(inputs).max()
         assert (np.sort(found.experts) == np.sort(experts)).all()
@@ -84,7 +85,7 @@ QUANT = Quant(2, 64)
 
 @pytest.fixture
 def expert():
-    """An expert's matrices, and inputs that vary together, of which it sees every other one."""
+    """An expert's matrices, and correlated inputs; every other one is routed to it."""
     rng = np.random.default_rng(0)
     shapes = (INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)
     matrices = [mx.array(rng.normal(size=s).astype(np.float32) / s[1] ** 0.5) for s in shapes]
@@ -111,7 +112,7 @@ def plans():
     ]
 
 
-def test_an_experts_output_comes_out_better(expert):
+def test_an_experts_output_is_closer(expert):
     matrices, seen = expert
     found = seen.quantize(1, matrices, plans())
     alone = [fit(matrix, QUANT, mx.bfloat16) for matrix in matrices]
@@ -119,7 +120,7 @@ def test_an_experts_output_comes_out_better(expert):
 
 
 @pytest.mark.parametrize("layer_sees", ["much", "one token"])
-def test_an_expert_that_saw_nothing_is_quantized_for_its_layer(expert, layer_sees):
+def test_an_expert_without_inputs_is_quantized_for_its_layer(expert, layer_sees):
     matrices, seen = expert
     if layer_sees == "one token":
         seen = LayerInputs(seen.inputs[:1], seen.experts[:1], seen.scores[:1])
@@ -152,11 +153,9 @@ def files(directory):
     return {p.name: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def test_a_conversion_for_a_text_is_no_other_when_it_was_interrupted(
-    source, text, tmp_path, monkeypatch
-):
+def test_an_interrupted_calibration_resumes_to_the_same_bytes(source, text, tmp_path, monkeypatch):
     two_bits(source, tmp_path / "whole", text)
-    write, calls = run.write_weights, []
+    write, calls = output.write_weights, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -165,7 +164,7 @@ def test_a_conversion_for_a_text_is_no_other_when_it_was_interrupted(
         return write(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "write_weights", interrupted)
+        patch.setattr(output, "write_weights", interrupted)
         two_bits(source, tmp_path / "out", text)
     two_bits(source, tmp_path / "out", text)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
@@ -186,12 +185,12 @@ def test_a_conversion_for_a_text_is_no_other_when_it_was_interrupted(
         repair(tmp_path / "out", verify(tmp_path / "out"), source)
 
 
-def test_another_text_does_not_go_on_with_a_conversion(source, text, tmp_path, monkeypatch):
+def test_another_text_cannot_resume_a_conversion(source, text, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "write_weights", interrupted)
+        patch.setattr(output, "write_weights", interrupted)
         two_bits(source, tmp_path / "out", text)
     text.write_text("something else")
     with pytest.raises(FlashMoEError, match=r"text"):
@@ -199,7 +198,7 @@ def test_another_text_does_not_go_on_with_a_conversion(source, text, tmp_path, m
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"q_method": "min-max"}, "--calibrate does not go with --q-method min-max. Drop one of them"),
+    ({"q_method": "min-max"}, "--calibrate cannot be combined with --q-method min-max. Drop"),
     ({"quantize": False, "q_bits": None}, "--calibrate .*text.txt has no effect without -q."),
     ({"calibrate": "/nowhere.txt"}, "/nowhere.txt: cannot be read as a text .*UTF-8 file"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The model card that a conversion writes: README.md."""
+"""The model card of a conversion: README.md."""
 
 import shutil
 from pathlib import Path
@@ -72,7 +72,7 @@ def test_without_a_card_in_the_source(root, tmp_path):
     }
 
 
-def test_its_command_makes_the_same_again(root, tmp_path, monkeypatch, capsys):
+def test_its_command_makes_the_same_conversion(root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(root)
     convert(root / "hf", tmp_path / "out", True, 32, quant_predicate="mixed_2_4", dtype="float16")
     card = (tmp_path / "out/README.md").read_text()
@@ -109,7 +109,7 @@ def test_nothing_private_is_published(root, tmp_path):
 
 
 def test_it_is_for_editing(root, tmp_path):
-    """The manifest does not have it."""
+    """The manifest does not list it."""
     convert(root / "stock", tmp_path / "out")
     (tmp_path / "out/README.md").write_text("mine")
     assert verify(tmp_path / "out") == []
@@ -129,7 +129,7 @@ BOMB = "\n".join(["a: &a [x, x]", "b: &b [*a, *a]", "tags: [*b, *b]"])
 @pytest.mark.parametrize(
     "matter", ["license: [", "- a", "tags: {a: b}", BOMB, "tags: " + "[" * 9999]
 )
-def test_a_front_matter_that_is_none(root, tmp_path, matter):
+def test_an_invalid_front_matter(root, tmp_path, matter):
     source = with_card(root, tmp_path / "source", f"---\n{matter}\n---\n")
     with pytest.raises(
         FlashMoEError, match=r"source/README.md: the front matter .* Correct it, or"

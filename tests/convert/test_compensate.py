@@ -1,4 +1,4 @@
-"""Quantization for given inputs: products come out better than by rounding each weight alone."""
+"""Quantization for given inputs: products are closer than with each weight rounded alone."""
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +13,7 @@ EXPERTS, ROWS, COLUMNS = 3, 16, 128
 
 @pytest.fixture(scope="module")
 def case():
-    """Weights, and inputs `[experts, samples, columns]` that vary together, as a model's do."""
+    """Weights, and correlated inputs `[experts, samples, columns]`, as in a model."""
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(EXPERTS, ROWS, COLUMNS)).astype(np.float32)
     mixes = rng.normal(size=(EXPERTS, 24, COLUMNS)) * rng.lognormal(sigma=1, size=(EXPERTS, 24, 1))
@@ -37,7 +37,7 @@ def product_error(weights, inputs, found, quant):
 
 
 @pytest.mark.parametrize("bits, group_size", [(2, 64), (2, 32), (4, 128)])
-def test_products_come_out_better(case, bits, group_size):
+def test_products_are_closer(case, bits, group_size):
     weights, inputs = case
     quant = Quant(bits, group_size)
     found = quantize_for(weights, moments(inputs), quant, mx.bfloat16)
@@ -48,7 +48,7 @@ def test_products_come_out_better(case, bits, group_size):
     assert (better < 0.5 * product_error(weights, inputs, alone, quant)).all()
 
 
-def test_inputs_that_do_not_vary_together_leave_nothing_to_make_up(case):
+def test_uncorrelated_inputs_leave_nothing_to_compensate(case):
     weights, _ = case
     quant, plain = Quant(2, 64), np.broadcast_to(np.eye(COLUMNS), (EXPERTS, COLUMNS, COLUMNS))
     found = quantize_for(weights, plain.astype(np.float32), quant, mx.bfloat16)
@@ -57,7 +57,7 @@ def test_inputs_that_do_not_vary_together_leave_nothing_to_make_up(case):
     assert (ours <= theirs * 1.000001).all() and (ours > 0.9 * theirs).all()
 
 
-def test_each_expert_has_inputs_of_its_own(case):
+def test_each_expert_has_its_own_inputs(case):
     weights, inputs = case
     quant, mine = Quant(2, 64), moments(inputs)
     whole = quantize_for(weights, mine, quant, mx.bfloat16)

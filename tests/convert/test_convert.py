@@ -1,4 +1,4 @@
-"""flashmoe-convert: the bytes that it writes, against slices of the source and stock mlx-lm."""
+"""The bytes that flashmoe-convert writes, against slices of the source and stock mlx-lm."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ from safetensors import safe_open
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.plan import plan
-from flashmoe_mlx.convert.write import act, experts
+from flashmoe_mlx.convert.write import execute
 from flashmoe_mlx.convert.write import files as write
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import open_layout
@@ -115,7 +115,7 @@ def test_casts_before_quantizing(tmp_path, dtype):
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model.", "language_model.model."])
 @pytest.mark.parametrize("style", [fused, separate])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_every_spelling_gives_the_same_bytes(root, tmp_path, prefix, style, shards):
+def test_every_naming_gives_the_same_bytes(root, tmp_path, prefix, style, shards):
     config = make_config()
     if prefix == "model.":  # text-only checkpoints have a flat config
         config = config["text_config"]
@@ -165,7 +165,7 @@ def test_two_bits_keep_a_four_bit_trunk(root, tmp_path):
 
 
 def test_stock_mlx_lm_understands_the_config(root, tmp_path):
-    """Stacked again, a 2-bit conversion loads strictly in stock mlx-lm, from its config alone."""
+    """Stock mlx-lm loads a 2-bit conversion with experts stacked again, from its config alone."""
     convert(str(root / "hf"), tmp_path / "out", quantize=True, q_bits=2)
     weights = load(tmp_path / "out")
     for number in range(LAYERS):
@@ -196,8 +196,8 @@ def test_a_log_keeps_its_precision(root, tmp_path):
 
 
 def test_small_blocks_and_files_change_nothing(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(act, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(experts, "BATCH_BYTES", 1)
+    monkeypatch.setattr(execute, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(execute, "BATCH_BYTES", 1)
     monkeypatch.setattr(plan, "SHARD_BYTES", 100_000)
     monkeypatch.setattr(write, "SYNC_BYTES", 5000)
     convert(str(root / "hf"), tmp_path / "out", quantize=True)
@@ -297,7 +297,7 @@ def test_requantizes_from_float32(tmp_path):
     (4, None, False), (4, "least-squares", True),
 ])  # fmt: skip
 def test_least_squares_come_closer(root, tmp_path, quantized, bits, method, better):
-    """From floats and from 8-bit codes; and only where asked for, or below 4 bits."""
+    """From floats and from 8-bit codes; only if requested, or below 4 bits."""
     source = stock_like(tmp_path / "mlx", q_bits=8, q_group_size=32) if quantized else root / "hf"
     errors = []
     for name, chosen in (("out", method), ("plain", "min-max")):
@@ -306,21 +306,23 @@ def test_least_squares_come_closer(root, tmp_path, quantized, bits, method, bett
         experts = layer(tmp_path / name, 0)
         if quantized:
             path = f"{PREFIX}.0.mlp.switch_mlp.down_proj"
-            truth = restored(*(load(source)[f"{path}.{p}"][1] for p in PARTS), 32, 8)
+            expected = restored(*(load(source)[f"{path}.{p}"][1] for p in PARTS), 32, 8)
         else:
             stem = "model.language_model.layers.0.mlp.experts."
-            truth = load(source)[stem + "down_proj"][1].astype(mx.float32)
+            expected = load(source)[stem + "down_proj"][1].astype(mx.float32)
         found = restored(*(experts[f"experts.1.down_proj.{p}"] for p in PARTS), 64, bits)
-        errors.append(((found - truth) ** 2).sum().item())
+        errors.append(((found - expected) ** 2).sum().item())
     assert errors[0] < 0.95 * errors[1] if better else errors[0] == errors[1]
 
 
 def test_an_unknown_method_is_refused(root, tmp_path):
-    with pytest.raises(FlashMoEError, match="q_method = 'best' is none of min-max, least-squares"):
+    with pytest.raises(
+        FlashMoEError, match="q_method = 'best': expected one of min-max, least-squares"
+    ):
         convert(str(root / "hf"), tmp_path / "out", quantize=True, q_method="best")
 
 
-def test_mixed_source_copies_what_fits_already(tmp_path):
+def test_mixed_source_copies_matrices_with_the_target_bits(tmp_path):
     def predicate(path: str, module: Any) -> bool | dict[str, int]:
         return {"group_size": 64, "bits": 6} if "switch_mlp.down_proj" in path else True
 
@@ -409,7 +411,7 @@ def test_manifest_and_shim(root, tmp_path):
     assert not list(out.rglob("*.tmp"))
 
 
-def test_small_files_go_along_byte_for_byte(root, tmp_path):
+def test_small_files_are_copied_byte_for_byte(root, tmp_path):
     source = tmp_path / "hf"
     shutil.copytree(root / "hf", source)
     copied = {

@@ -1,4 +1,4 @@
-"""flashmoe-convert when something is wrong: what it says, and what it leaves; and its command."""
+"""Errors of flashmoe-convert, what they leave on disk, and the command line."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ from convert_helpers import (
 
 from flashmoe_mlx.convert import convert, run
 from flashmoe_mlx.convert.cli import main
-from flashmoe_mlx.convert.write import act, experts, files, output
+from flashmoe_mlx.convert.write import execute, files, output
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import open_layout
 
@@ -75,7 +75,7 @@ def test_dtype_of_a_quantized_source_stays(root, tmp_path):
         ({"num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "num_experts = 8"]),
         ({"num_experts": None}, ["num_experts is None"]),
         ({"num_experts": 9}, ["_proj is BF16[8, 128, ", "expected [9, 128, "]),
-        ({"num_hidden_layers": 5}, ["layer 4 expert 0 gate_proj: no tensor"]),
+        ({"num_hidden_layers": 5}, ["layer 4 expert 0 gate_proj is missing"]),
         ({"num_hidden_layers": 3}, ["expert 0 of layer 3", "3 layers"]),
         ({"moe_intermediate_size": 32}, ["_proj is BF16[8, 128, ", "expected [8, "]),
         ({"quantization_config": {"quant_method": "fp8"}}, ["'fp8'", "bfloat16 checkpoint"]),
@@ -98,7 +98,7 @@ def test_missing_expert_is_named(tmp_path):
     weights = separate(make_weights(make_config()))
     del weights[f"{PREFIX}.2.mlp.experts.6.up_proj.weight"]
     source = save(tmp_path / "hf", make_config(), weights)
-    with pytest.raises(FlashMoEError, match=r"layer 2 expert 6 up_proj: no tensor"):
+    with pytest.raises(FlashMoEError, match=r"layer 2 expert 6 up_proj is missing"):
         convert(str(source), tmp_path / "out", quantize=True)
 
 
@@ -159,7 +159,7 @@ def test_failure_leaves_no_manifest(root, tmp_path, monkeypatch):
         if plan.layer == 2:
             raise OSError(errno.ENOSPC, "No space left on device", str(plan.file))
         written.append(plan.layer)
-        return act.write_layer(source, plan, *rest)
+        return execute.write_layer(source, plan, *rest)
 
     monkeypatch.setattr(output, "write_layer", write_layer)
     with pytest.raises(FlashMoEError, match=r"No space left on device\). Free some.*Run the same"):
@@ -174,7 +174,7 @@ def test_failure_leaves_no_manifest(root, tmp_path, monkeypatch):
 
 
 def test_failed_write_back_is_not_forgotten(root, tmp_path, monkeypatch):
-    """The system reports a lost write once, maybe to a flush in the background."""
+    """The system reports a lost write once, possibly to a background fsync."""
     real, calls = os.fsync, []
 
     def fsync(file):
@@ -192,17 +192,17 @@ def test_failed_write_back_is_not_forgotten(root, tmp_path, monkeypatch):
 
 
 def test_failure_inside_a_file_leaves_no_file(root, tmp_path, monkeypatch):
-    """A source that shrinks while it is read: the file in progress vanishes, .tmp included."""
+    """The source shrinks while it is read: the file in progress is deleted, .tmp included."""
     source = tmp_path / "mlx"
     shutil.copytree(root / "stock", source)
-    real = experts.read_records
+    real = execute.read_records
 
     def read_records(reader, layout, batch):
         if layout.layer == 1 and 5 in batch:
             os.truncate(source / "model.safetensors", 8)
         return real(reader, layout, batch)
 
-    monkeypatch.setattr(experts, "read_records", read_records)
+    monkeypatch.setattr(execute, "read_records", read_records)
     with pytest.raises(FlashMoEError, match=r"model.safetensors: ends at byte .* it again"):
         convert(str(source), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out/model_experts").iterdir()}
@@ -235,7 +235,7 @@ def test_interruption(root, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert main(["--model", str(root / "hf"), "--mlx-path", str(out), "-q"]) == 130
     assert capsys.readouterr().err == (
-        f"flashmoe-convert: interrupted; the same command goes on, or delete {out}\n"
+        f"flashmoe-convert: interrupted; run the same command again to resume, or delete {out}\n"
     )
     assert not (out / "model_experts/manifest.json").exists()
 
@@ -243,7 +243,7 @@ def test_interruption(root, tmp_path, capsys, monkeypatch):
 def test_help_says_what_two_bits_mean(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "2-bit conversion keeps a 4-bit trunk" in " ".join(capsys.readouterr().out.split())
+    assert "2-bit conversion has a 4-bit trunk" in " ".join(capsys.readouterr().out.split())
 
 
 MEASURE = """
@@ -260,7 +260,7 @@ print(before, peak())
 
 
 def test_memory_stays_small(tmp_path):
-    """A stacked tensor of 403 MB is never held: the process grows by less than 150 MB."""
+    """A stacked tensor of 403 MB is never in memory: the process grows by less than 150 MB."""
     config = make_config(
         hidden_size=1024, moe_intermediate_size=512, num_experts=192, num_hidden_layers=1
     )
@@ -276,7 +276,7 @@ def test_memory_stays_small(tmp_path):
     text = json.dumps(header).encode()
     with open(source / "model-experts.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)  # zeros that take no room on the disk
+        file.truncate(8 + len(text) + end)  # a sparse file
     command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out")]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     before, after = map(int, output.split())

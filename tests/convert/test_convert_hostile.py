@@ -1,4 +1,4 @@
-"""Checkpoints that were made to do harm: each is refused in one sentence, before any harm."""
+"""Hostile checkpoints: each is refused in one sentence, before it can do harm."""
 
 import json
 import os
@@ -122,8 +122,8 @@ def test_tensors_without_bytes_are_fine(tmp_path):
     assert [info.nbytes for info in found.values()] == [0, 16, 0]
 
 
-def test_what_is_no_file_is_not_opened(root, hf):
-    """Opening a named pipe would wait for ever."""
+def test_only_regular_files_are_opened(root, hf):
+    """Opening a named pipe would block forever."""
     path = hf / "model-00002-of-00003.safetensors"
     path.unlink()
     os.mkfifo(path)
@@ -167,11 +167,11 @@ def test_index_that_leads_elsewhere(hf, file):
     index = read(hf / INDEX)
     index["weight_map"]["lm_head.weight"] = file
     (hf / INDEX).write_text(json.dumps(index))
-    refused(hf, r"index.json: damaged \(lm_head.weight lies in .*Download it again")
+    refused(hf, r"index.json: damaged \(lm_head.weight is in .*Download it again")
 
 
-def test_long_names_and_values_are_cut(hf):
-    """An error is a sentence, whatever it quotes."""
+def test_long_names_and_values_are_abbreviated(hf):
+    """An error is one sentence, even if it quotes a long value."""
     index, config = read(hf / INDEX), read(hf / "config.json")
     layer = "model.language_model.layers." + "9" * 5000
     for change, match in (
@@ -181,7 +181,7 @@ def test_long_names_and_values_are_cut(hf):
         ),
         (
             {"lm_head.weight": "../" * 5000},
-            r"lies in '\.\./.*\.\.\. \(15002 characters\), which is no f",
+            r"is in '\.\./.*\.\.\. \(15002 characters\), not a file name",
         ),
         ({"lm_head.weight.scales": "x" * 5000}, r"promises lm_head.weight.scales in x{300}, which"),
     ):
@@ -192,7 +192,7 @@ def test_long_names_and_values_are_cut(hf):
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "[]", '{"weight_map": []}', "{"])
-def test_index_that_is_none(hf, text):
+def test_invalid_index(hf, text):
     (hf / INDEX).write_text(text)
     refused(hf, r"index.json: (damaged|not )")
 
@@ -241,8 +241,8 @@ def test_wrong_dtypes_of_a_quantized_source(root, tmp_path):
         ("norm.weight", r"model.norm.weight holds NaN or infinity \(BF16\). Download"),
     ],
 )
-def test_weights_that_are_no_numbers(tmp_path, value, name, match):
-    """`mx.quantize` would make finite codes, scales and biases of NaN, and nobody would know."""
+def test_weights_with_nan_or_infinity(tmp_path, value, name, match):
+    """`mx.quantize` would silently turn NaN into finite codes, scales and biases."""
 
     def spoil(weights: mx.array) -> mx.array:
         weights[..., -1] = value
@@ -255,7 +255,7 @@ def test_weights_that_are_no_numbers(tmp_path, value, name, match):
 
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("part", ["scales", "biases"])
-def test_scales_that_are_no_numbers(root, tmp_path, quantize, part):
+def test_scales_with_nan_or_infinity(root, tmp_path, quantize, part):
     def spoil(values: mx.array) -> mx.array:
         values[5, 7, 0] = float("nan")
         return values
@@ -268,7 +268,7 @@ def test_scales_that_are_no_numbers(root, tmp_path, quantize, part):
 @pytest.mark.parametrize(
     ("dtype", "kind"), [("F16", mx.float16), ("BF16", mx.bfloat16), ("F32", mx.float32)]
 )
-def test_the_largest_numbers_are_numbers(dtype, kind):
+def test_the_largest_finite_numbers_are_accepted(dtype, kind):
     info = mx.finfo(kind)
     values = mx.array([0.0, -0.0, info.max, info.min, 1e-7]).astype(kind)
     check_finite(np.frombuffer(memoryview(values).cast("B"), np.uint8), dtype, "x")
@@ -308,7 +308,7 @@ def test_tensors_without_elements_or_dimensions(root, tmp_path, quantize, name, 
         ('{"model_type": "qwen3_5_moe", "text_config": [1]}', r"config.json: text_config is \[1\]"),
     ],
 )
-def test_config_that_is_none(hf, text, match):
+def test_invalid_config(hf, text, match):
     (hf / "config.json").write_text(text)
     refused(hf, match)
 
@@ -340,10 +340,10 @@ def test_sizes_of_the_wrong_kind(hf, key, value):
 
 
 def test_symlinks_out_of_the_checkpoint(hf, tmp_path):
-    """Whoever published the result would publish a file of this machine."""
+    """Publishing the result would publish another file of this machine."""
     (tmp_path / "secret").write_text("key")
     os.symlink(tmp_path / "secret", hf / "vocab.txt")
-    refused(hf, r"vocab.txt: a symlink out of the checkpoint, to \S+secret. Remove it, or put a")
+    refused(hf, r"vocab.txt: a symlink out of the checkpoint, to \S+secret. Delete it, or repl")
     (hf / "vocab.txt").unlink()
     os.symlink("tokenizer.json", hf / "vocab.txt")  # within it
     convert(hf, tmp_path / "out", quantize=True)
@@ -417,7 +417,7 @@ def change_header(path: Path, chances: random.Random) -> None:
 
 
 def change_manifest(path: Path, chances: random.Random) -> None:
-    """With the right checksum of its own, as whoever means harm can write it."""
+    """With a correct checksum of its own, as an attacker can write it."""
     manifest = read(path)
     del manifest["manifest_checksum"]
     write_manifest(path.parents[1], changed(manifest, chances))
@@ -441,7 +441,7 @@ def change_json(path: Path, chances: random.Random) -> None:
     ],
 )
 def test_random_changes(root, tmp_path, kind, name, change):
-    """Whatever stands in a file: it is read, or refused by a FlashMoEError, within 5 seconds."""
+    """Any content is read, or refused with a FlashMoEError, within 5 seconds."""
     if kind == "packed" and not (root / "packed").exists():
         convert(root / "stock", root / "packed")
     source = shutil.copytree(root / kind, tmp_path / kind)

@@ -1,4 +1,4 @@
-"""Reads of a source past the page cache and through it: the same bytes, and the same refusals."""
+"""Direct and buffered reads of a source: the same bytes, and the same errors."""
 
 import os
 import random
@@ -7,15 +7,15 @@ import pytest
 
 from flashmoe_mlx.convert.source import read
 from flashmoe_mlx.convert.source.read import PAGE, Reader
-from flashmoe_mlx.convert.write.experts import ExpertSteps
+from flashmoe_mlx.convert.write.execute import ExpertSteps
 from flashmoe_mlx.errors import FlashMoEError
 
 SIZE = 5 * PAGE + 100
 
 
 @pytest.fixture(params=["buffered", "direct"])
-def way(request, monkeypatch):
-    """Direct reads are told apart here by descriptors that refuse what is no whole page."""
+def mode(request, monkeypatch):
+    """Descriptors of direct reads refuse anything but whole pages here."""
     direct = request.param == "direct"
     opened, real = [], os.preadv
 
@@ -34,7 +34,7 @@ def way(request, monkeypatch):
     monkeypatch.setattr(os, "preadv", preadv)
 
 
-def test_any_range(way, tmp_path):
+def test_any_range(mode, tmp_path):
     content = random.Random(0).randbytes(SIZE)
     path = tmp_path / "source"
     path.write_bytes(content)
@@ -49,13 +49,13 @@ def test_any_range(way, tmp_path):
 
 def test_the_page_cache_is_used_where_it_has_the_file(tmp_path):
     path = tmp_path / "source"
-    path.write_bytes(bytes(SIZE))  # which leaves it there
+    path.write_bytes(bytes(SIZE))  # which leaves it in the page cache
     descriptor, direct = read._open_source(path)
     os.close(descriptor)
     assert not direct
 
 
-def test_batches_are_of_neighbours(monkeypatch):
+def test_batches_have_consecutive_experts(monkeypatch):
     steps = ExpertSteps.__new__(ExpertSteps)
     monkeypatch.setattr(ExpertSteps, "_float_bytes", lambda self: 20 << 20)
     assert steps.batches([0, 1, 2, 5, 6, 9]) == [[0, 1], [2], [5, 6], [9]]

@@ -1,4 +1,4 @@
-"""The time that a dry run tells is that of the experts that it tried, of every kind of layer."""
+"""A dry run estimates the time from experts that it quantizes, one kind of layer at a time."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from flashmoe_mlx.convert.plan.parts import Options
 from flashmoe_mlx.convert.plan.plan import build_plan
 from flashmoe_mlx.convert.source.checkpoint import open_source
 from flashmoe_mlx.convert.write import describe
-from flashmoe_mlx.convert.write.experts import ExpertSteps
+from flashmoe_mlx.convert.write.execute import ExpertSteps
 from flashmoe_mlx.convert.write.steps import Fetched
 
 NOTHING = Fetched(0, 0, 0, 0)
@@ -24,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock by which each expert that is computed takes a minute."""
+    """A clock that advances by a minute per computed expert."""
     now = [0.0]
     real = ExpertSteps.encode
 
@@ -43,18 +43,18 @@ def test_every_expert_counts(root, clock, source):
     plan = build_plan(opened, Options(True, 2))
     hours = LAYERS * EXPERTS / 60
     told = describe.describe_time(opened, plan, 1.0, NOTHING)
-    assert told == f"time        about {hours * 60:.0f} min to compute, and what the disk takes"
+    assert told == f"time        about {hours * 60:.0f} min to compute, plus disk time"
     told = describe.describe_time(opened, plan, 0.5, Fetched(3, 10**12, 2, 10**9))
     assert told == (
-        f"time        about {hours * 30:.0f} min to compute, 2.8 h to fetch at 100 MB/s, and what "
-        "the disk takes"
+        f"time        about {hours * 30:.0f} min to compute, 2.8 h to fetch at 100 MB/s, "
+        "plus disk time"
     )
 
 
-def test_experts_that_are_copied_take_no_computing(root, clock):
+def test_copied_experts_take_no_time_to_compute(root, clock):
     opened = open_source(root / "stock", "stock")
     told = describe.describe_time(opened, build_plan(opened, Options()), 1.0, NOTHING)
-    assert told == "time        what the disk takes"
+    assert told == "time        disk time only"
     assert clock == [0.0]
 
 
@@ -64,5 +64,5 @@ def test_the_last_rows_of_a_dry_run(root, tmp_path, capsys):
     record = 3 * INTERMEDIATE * HIDDEN * 9 // 16
     experts = f"{LAYERS * EXPERTS * record:,} bytes"
     assert re.search(rf"\nexperts +{experts} \(\S+ MB\), {LAYERS * EXPERTS * 9:,} tensors\n", text)
-    assert re.search(r"\ntime +about \d+ s to compute, and what the disk takes\n$", text)
+    assert re.search(r"\ntime +about \d+ s to compute, plus disk time\n$", text)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A directory that an earlier commit wrote: it loads, verifies and gives its tokens.
+"""A directory that an earlier commit wrote loads, verifies and generates the same tokens.
 
 tests/fixtures/converted was made of tests/fixtures/transformers by `flashmoe-convert -q --q-bits 4
 --q-group-size 32` of commit 38a069a, and converted_tokens.json by generating from it greedily.

@@ -57,7 +57,7 @@ def test_no_group_is_worse_than_by_mlx(kind, bits, dtype):
 
 
 def test_no_group_of_the_bundled_model_is_worse_than_by_mlx():
-    """Nor any row or expert, then; at 4 bits, in as many experts as take a second."""
+    """So neither is a row or an expert; at 4 bits, for as many experts as take a second."""
     weights, quant, groups = mx.load(str(BUNDLED_MODEL / "model.safetensors")), Quant(4, 64), 0
     for name in sorted(n for n in weights if "switch_mlp" in n and n.endswith(".weight")):
         codes, scales, biases = (
@@ -93,14 +93,14 @@ def test_numba_finds_what_mlx_finds(monkeypatch, dtype, weighted):
 
 @pytest.mark.usefixtures("executor")
 @pytest.mark.parametrize("bits, gain", [(2, 0.70), (4, 0.92)])
-def test_normal_weights_come_out_clearly_better(bits, gain):
+def test_normal_weights_are_clearly_closer(bits, gain):
     w, quant = weights("normal"), Quant(bits, 64)
     plain = errors(w, mx.quantize(w, 64, bits), quant).sum()
     assert errors(w, fit(w, quant, mx.bfloat16), quant).sum() < gain * plain
 
 
 @pytest.mark.usefixtures("executor")
-def test_what_counts_more_is_kept_better():
+def test_important_weights_are_closer():
     w, quant = weights("normal"), Quant(2, 64)
     importance = mx.where(mx.arange(256) % 8 == 0, 20.0, 1.0)
     weighted, flat = fit(w, quant, mx.bfloat16, importance), fit(w, quant, mx.bfloat16)
@@ -109,7 +109,7 @@ def test_what_counts_more_is_kept_better():
 
 
 @pytest.mark.usefixtures("executor")
-def test_rows_in_pieces_give_the_same(monkeypatch):
+def test_chunks_of_rows_give_the_same(monkeypatch):
     w, quant = random(3, 8, 128), Quant(2, 32)
     importance = mx.abs(random(3, 8, 128, seed=1))
     whole = fit(w, quant, mx.bfloat16, importance)

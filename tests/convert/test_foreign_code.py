@@ -1,4 +1,4 @@
-"""Code that comes with a checkpoint is named, left out if asked, and never taken for ours."""
+"""Code in a checkpoint is named, omitted on request, and never mistaken for ours."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ MANIFEST = "model_experts/manifest.json"
 SHIM = b"from flashmoe_mlx.loader import bind\n\nModel, ModelArgs = bind(__file__)\n"
 NAMED = (
     "tokenizer_evil.py, configuration_evil.py of owner/name, processing_evil.py of owner/name, "
-    "pipe.py (named, but not there)"
+    "pipe.py (named, but missing)"
 )
 REMEDY = "--trust-remote-code would run it; --no-remote-code leaves it out"
 PICKLES = (
@@ -38,7 +38,7 @@ def change(path: Path, **entries: Any) -> None:
 
 @pytest.fixture
 def source(root: Path, tmp_path: Path) -> Path:
-    """A checkpoint with code in every place that transformers or mlx-lm looks at."""
+    """A checkpoint with code in every place that transformers or mlx-lm searches."""
     source = shutil.copytree(root / "stock", tmp_path / "source")
     text = read(source / "config.json")["text_config"]
     change(
@@ -74,14 +74,14 @@ def test_named_by_the_plan_the_end_and_the_card(source, tmp_path, capsys):
     assert main([*command, "--dry-run"]) == 0
     assert f"\ncode        of {source}: {NAMED}. {REMEDY}\n" in capsys.readouterr().out
     assert main(command) == 0
-    done = f"Done.\nCode of {source} went along: {NAMED}. {REMEDY}.\n"
+    done = f"Done.\nCopied code of {source}: {NAMED}. {REMEDY}.\n"
     attempt = f"Try, without that flag: flashmoe-generate --model {tmp_path / 'out'} -p Hello\n"
     assert capsys.readouterr().out == done + attempt
     card = (tmp_path / "out/README.md").read_text()
     assert f"**It would also run code of source:** {NAMED}.\nRead that first." in card
 
 
-def test_goes_along_byte_for_byte_unless_asked_otherwise(source, tmp_path):
+def test_copied_byte_for_byte_by_default(source, tmp_path):
     convert(source, tmp_path / "out")
     copied = (
         "tokenizer_evil.py", "tokenizer_config.json", "processor_config.json",
@@ -96,7 +96,7 @@ def test_goes_along_byte_for_byte_unless_asked_otherwise(source, tmp_path):
 
 @pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize("no_remote_code", [False, True])
-def test_pickles_and_model_files_stay_behind(source, tmp_path, link, no_remote_code):
+def test_pickles_and_model_files_are_not_copied(source, tmp_path, link, no_remote_code):
     out = tmp_path / "out"
     convert(source, out, link=link, no_remote_code=no_remote_code)
     assert not {*PICKLES, "evil.py", "sub"} & {path.name for path in out.rglob("*")}
@@ -112,7 +112,7 @@ def test_a_model_file_that_is_called_like_a_tokenizer(source, tmp_path):
     assert [path.name for path in (tmp_path / "out").rglob("*.py")] == ["flashmoe_model.py"]
 
 
-def test_an_altered_shim_is_not_passed_on(root, tmp_path):
+def test_an_altered_shim_is_not_copied(root, tmp_path):
     convert(root / "stock", tmp_path / "packed")
     (tmp_path / "packed/flashmoe_model.py").write_text("raise SystemExit")
     convert(tmp_path / "packed", tmp_path / "out")
@@ -152,12 +152,12 @@ def test_repaired_without_it(source, tmp_path):
     assert contents(out) == before
 
 
-def test_another_choice_is_another_conversion(source, tmp_path, monkeypatch):
+def test_another_option_is_another_conversion(source, tmp_path, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("flashmoe_mlx.convert.run.write_weights", stop)
+        patch.setattr("flashmoe_mlx.convert.write.output.write_weights", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "out", no_remote_code=True)
     with pytest.raises(FlashMoEError, match="begun with options --no-remote-code, not none"):
@@ -165,7 +165,7 @@ def test_another_choice_is_another_conversion(source, tmp_path, monkeypatch):
 
 
 def test_without_any_the_bytes_and_the_manifest_are_those_of_before(root, tmp_path, capsys):
-    """A word of a vocabulary may be called like a key that names code."""
+    """A word of a vocabulary may equal a key that names code."""
     source = shutil.copytree(root / "stock", tmp_path / "stock")
     (source / "vocab.json").write_text('{"auto_map":1, "custom_pipelines": 2}')
     convert(source, tmp_path / "out", no_remote_code=True)
@@ -177,7 +177,7 @@ def test_without_any_the_bytes_and_the_manifest_are_those_of_before(root, tmp_pa
     assert "\ncode " not in capsys.readouterr().out
 
 
-def test_hidden_files_stay_behind(root, tmp_path):
+def test_hidden_files_are_not_copied(root, tmp_path):
     source = shutil.copytree(root / "stock", tmp_path / "stock")
     for name in (".env.json", ".token.txt", ".LICENSE", ".tokenizer.py"):
         (source / name).write_text("{}")
@@ -194,7 +194,7 @@ def test_names_that_are_made_to_be_printed(root, tmp_path, capsys):
     )
     convert(source, tmp_path / "out", dry_run=True)
     row = next(row for row in capsys.readouterr().out.splitlines() if row.startswith("code "))
-    assert "??2J???.py of o/n" in row and "a?b.py (named, but not there)" in row
+    assert "??2J???.py of o/n" in row and "a?b.py (named, but missing)" in row
     assert row.isprintable() and len(row) < 1000
 
 

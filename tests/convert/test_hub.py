@@ -39,10 +39,11 @@ from hub_server import Fault, HubServer, commit
 from huggingface_hub import constants, file_download, snapshot_download
 from mlx_lm.convert import convert as stock_convert
 
-from flashmoe_mlx.convert import convert, run
+from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.convert.source import hub
 from flashmoe_mlx.convert.source.shards import FOLDER
+from flashmoe_mlx.convert.write import journal, output
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.headers import read_header
 
@@ -50,7 +51,7 @@ MANIFEST = "model_experts/manifest.json"
 JOURNAL = "model_experts/unfinished.json"
 NAME = "owner/chain"
 LAYER_BYTES = EXPERTS * 3 * INTERMEDIATE * HIDDEN * 9 // 16
-FEW = 20_000  # bytes of names and times of what was downloaded, and of the journal
+FEW = 20_000  # bytes of the client's metadata and of the journal
 
 
 def _layer(name: str) -> int:
@@ -89,7 +90,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def serving(root: Path, cache: Path) -> Iterator[HubServer]:
-    """A server, which this process's client takes for the Hub meanwhile."""
+    """A server that this process's client uses as the Hub."""
     with HubServer() as server, pytest.MonkeyPatch.context() as monkeypatch:
         server.add(NAME, root / "chain")
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -111,7 +112,7 @@ def server(root: Path, tmp_path: Path) -> Iterator[HubServer]:
 @pytest.fixture(scope="module")
 def half_done(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversion that was interrupted at its fifth step."""
-    folder, real, steps = tmp_path_factory.mktemp("half"), run.write_weights, []
+    folder, real, steps = tmp_path_factory.mktemp("half"), output.write_weights, []
 
     def write_weights(*arguments):
         steps.append(arguments)
@@ -120,7 +121,7 @@ def half_done(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return real(*arguments)
 
     with serving(root, folder / "cache"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "write_weights", write_weights)
+        patch.setattr(output, "write_weights", write_weights)
         with pytest.raises(KeyboardInterrupt):
             convert(NAME, folder / "out", quantize=True)
     return folder / "out"
@@ -142,7 +143,7 @@ def sizes(root: Path, files: list[str]) -> dict[str, int]:
 
 
 def assert_same(root: Path, out: Path) -> None:
-    """Equal to the conversion of the directory in all but its name."""
+    """Equal to the conversion of the directory except for its name."""
     made, whole = contents(out), contents(root / "whole")
     assert made.pop("README.md") == hub_card(whole.pop("README.md"))
     old, new = (json.loads(c.pop(MANIFEST)) for c in (whole, made))
@@ -153,7 +154,7 @@ def assert_same(root: Path, out: Path) -> None:
 
 
 def hub_card(card: bytes) -> bytes:
-    """The card of the conversion of a directory, as it is if the checkpoint comes from the Hub."""
+    """The card of a directory's conversion, changed to that of the same checkpoint on the Hub."""
     link = f"[{NAME}](https://huggingface.co/{NAME}) in a form"
     text = card.decode().replace("\nchain in a form", f"\n{link}")
     text = text.replace("made from | chain", f"made from | {NAME} at {commit('a')}")
@@ -162,7 +163,7 @@ def hub_card(card: bytes) -> bytes:
 
 
 def on_disk(folder: Path) -> int:
-    """Bytes of all files below a folder, which come and go meanwhile."""
+    """Bytes of all files below a folder, while files are created and deleted."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -174,20 +175,20 @@ def on_disk(folder: Path) -> int:
 
 
 def test_same_bytes_within_the_bound(root, server, sizes, tmp_path, monkeypatch):
-    """Every file is fetched once, and the disk holds the output and two of them at most."""
+    """Every file is downloaded once, and the disk holds the output and at most two of them."""
     out, held, total = tmp_path / "out", [], []
 
     def look(*arguments: object) -> None:
         held.append(on_disk(out / FOLDER))
         total.append(on_disk(out))
 
-    def write_weights(*arguments, real=run.write_weights):
+    def write_weights(*arguments, real=output.write_weights):
         look()
         entry = real(*arguments)
         look()
         return entry
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
     server.listener = look
     convert(NAME, out, quantize=True)
     assert_same(root, out)
@@ -208,7 +209,7 @@ def test_dry_run_fetches_headers_only(root, server, files, sizes, tmp_path, caps
     (fetching,) = (row for row in rows if row.startswith("to fetch"))
     rows.remove(fetching)
     assert rows[0].startswith(f"source      {NAME} (") and rows[1:-2] == local[1:-2]
-    took = r"time +about \d+ s to compute, 1 s to fetch at 100 MB/s, and what the disk takes"
+    took = r"time +about \d+ s to compute, 1 s to fetch at 100 MB/s, plus disk time"
     assert re.fullmatch(took, rows[-1])
     assert fetching.startswith(f"to fetch    {len(files)} files, {sum(sizes.values()):,} bytes (")
     assert "; at once at most 2, " in fetching
@@ -220,7 +221,7 @@ def test_dry_run_fetches_headers_only(root, server, files, sizes, tmp_path, caps
 
 
 def test_a_dry_run_names_code_that_it_did_not_run(root, server, files, tmp_path, capsys):
-    """Its modules, and those of other repositories that its configuration names."""
+    """It names the repository's modules, and those of other repositories in its configuration."""
     source = shutil.copytree(root / "chain", tmp_path / "code")
     (source / "tokenizer_evil.py").write_text("raise SystemExit")
     (source / "processor_config.json").write_text('{"auto_map": {"A": "owner/name--evil.P"}}')
@@ -240,25 +241,25 @@ class Usage:
 
 
 def test_room_for_the_output_and_what_is_held(root, server, tmp_path, monkeypatch, capsys):
-    """With one byte less than it takes nothing is begun."""
+    """With one byte too few, nothing is written."""
     convert(NAME, tmp_path / "out", quantize=True, dry_run=True)
     rows = capsys.readouterr().out
     figures = re.findall(r"at most 2, ([\d,]+) bytes|to write +([\d,]+) bytes", rows)
     needed = sum(int((a or b).replace(",", "")) for a, b in figures)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(needed - 1))
-    with pytest.raises(FlashMoEError, match=r"needs 1.\d\d MB \(0.\d\d MB of them for a while\)"):
+    with pytest.raises(FlashMoEError, match=r"needs 1.\d\d MB \(0.\d\d MB of them temporarily\)"):
         convert(NAME, tmp_path / "out", quantize=True)
     assert not (tmp_path / "out").exists()
     asked = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(needed))
-    (tmp_path / "out").mkdir()  # maybe where a disk is mounted
+    (tmp_path / "out").mkdir()  # it may be a mount point
     convert(NAME, tmp_path / "out", quantize=True)
     assert tmp_path / "out" in asked and tmp_path not in asked
     assert_same(root, tmp_path / "out")
 
 
 def test_quantized_sources(root, server, tmp_path):
-    """One that mlx-lm wrote, and one that flashmoe-convert wrote, layer by layer."""
+    """mlx-lm's output, and flashmoe-convert's, layer by layer."""
     stock_convert(str(root / "chain"), str(tmp_path / "stock"), quantize=True)
     for name, source in (("stock", tmp_path / "stock"), ("packed", root / "whole")):
         server.add(f"owner/{name}", source)
@@ -273,7 +274,7 @@ def test_quantized_sources(root, server, tmp_path):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_model_card_comes_along(root, server, tmp_path, cached):
-    """Of its front matter the licence is kept. mlx-lm leaves it out of the cache."""
+    """The licence in its front matter is kept. mlx-lm does not download the card to the cache."""
     shutil.copytree(root / "chain", tmp_path / "chain")
     (tmp_path / "chain/README.md").write_text("---\nlicense: mit\nbase_model: other/x\n---\n# It")
     server.add(NAME, tmp_path / "chain")
@@ -317,7 +318,7 @@ def test_what_the_cache_has_is_used_and_stays(root, server, files, tmp_path, mon
 
 
 def test_faults_that_pass(root, server, files, sizes, tmp_path, capfd):
-    """A dropped connection goes on where it was; refusals and wrong bytes are asked for again."""
+    """A dropped connection resumes at its offset; refusals and wrong bytes are retried."""
     data = (root / "chain" / files[3]).read_bytes()
     right, wrong = Fault("etag", "2" * 64, "HEAD"), data[:-1] + bytes([data[-1] ^ 1])
     server.faults |= {
@@ -331,14 +332,18 @@ def test_faults_that_pass(root, server, files, sizes, tmp_path, capfd):
     convert(NAME, tmp_path / "out", quantize=True)
     assert_same(root, tmp_path / "out")
     assert not any(server.faults.values())
-    assert server.sent[files[1]] == sizes[files[1]] + 5000 + hub.FIRST_BYTES  # no byte came twice
+    assert (
+        server.sent[files[1]] == sizes[files[1]] + 5000 + hub.FIRST_BYTES
+    )  # no byte is sent twice
     told = capfd.readouterr().err
     assert f"{NAME}: Server error '503 Service Unavailable'" in told
-    assert re.search(rf"{NAME}: {files[3]}: {len(data):,} bytes of checksum \w+ came, exp", told)
+    assert re.search(
+        rf"{NAME}: {files[3]}: received {len(data):,} bytes with checksum \w+, exp", told
+    )
 
 
 def test_connections_that_stall(root, server, files, sizes, tmp_path, monkeypatch):
-    """Nobody waits for ever: for the list, a header, the ETag, or the rest of a file."""
+    """Timeouts apply to the list, a header, the ETag, and the rest of a file."""
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         monkeypatch.setattr(constants, name, 0.3)
     server.faults |= {
@@ -349,10 +354,12 @@ def test_connections_that_stall(root, server, files, sizes, tmp_path, monkeypatc
     convert(NAME, tmp_path / "out", quantize=True)
     assert_same(root, tmp_path / "out")
     assert not any(server.faults.values()) and not server.outwaited
-    assert server.sent[files[1]] == sizes[files[1]] + 5000 + hub.FIRST_BYTES  # no byte came twice
+    assert (
+        server.sent[files[1]] == sizes[files[1]] + 5000 + hub.FIRST_BYTES
+    )  # no byte is sent twice
 
 
-def test_a_server_that_is_busy_says_for_how_long(root, server, files, tmp_path, monkeypatch):
+def test_a_busy_server_sets_the_wait(root, server, files, tmp_path, monkeypatch):
     waited: list[float] = []
     monkeypatch.setattr(hub.time, "sleep", waited.append)
     server.faults |= {
@@ -368,16 +375,19 @@ def test_a_server_that_is_busy_says_for_how_long(root, server, files, tmp_path, 
 
 @pytest.mark.parametrize("kind", ["bytes", "status", "gone"])
 def test_faults_that_stay(root, server, files, tmp_path, kind):
-    """The file is named, nothing wrong stays on disk, and the same command goes on later."""
+    """The error names the file, no wrong bytes stay on disk, and the same command resumes later."""
     out, file = tmp_path / "out", files[5]
     fault, reason = {
-        "bytes": (Fault("bytes", (root / "chain" / file).read_bytes()[::-1]), "checksum .* came"),
+        "bytes": (
+            Fault("bytes", (root / "chain" / file).read_bytes()[::-1]),
+            "with checksum .*, expected",
+        ),
         "status": (Fault("status", 500), "500 Internal Server Error"),
         "gone": (Fault("status", 404), "404 Not Found"),
     }[kind]
-    begun = Fault("etag", "2" * 64, "HEAD")  # the header has come by then
+    begun = Fault("etag", "2" * 64, "HEAD")  # after the header was read
     server.faults[file] = [begun, *[fault] * 100]
-    with pytest.raises(FlashMoEError, match=rf"did not deliver {file} of .*{reason}.* to go on"):
+    with pytest.raises(FlashMoEError, match=rf"did not deliver {file} of .*{reason}.* to resume"):
         convert(NAME, out, quantize=True)
     assert (out / JOURNAL).exists() and not (out / MANIFEST).exists()
     assert not list((out / FOLDER).rglob(f"*{file}")) and len(server.faults[file]) > 90
@@ -389,7 +399,7 @@ def test_faults_that_stay(root, server, files, tmp_path, kind):
 
 
 def test_full_disk(root, server, files, tmp_path, monkeypatch):
-    """It is said, and once there is room it goes on."""
+    """The error says so, and the same command resumes once there is space."""
     out, real, fetched = tmp_path / "out", file_download.http_get, []
 
     def http_get(url, temp_file, **options):
@@ -403,32 +413,34 @@ def test_full_disk(root, server, files, tmp_path, monkeypatch):
         patch.setattr(file_download, "http_get", http_get)
         with pytest.raises(FlashMoEError, match=r"\(No space left on device\). Free some space. R"):
             convert(NAME, out, quantize=True)
-    assert len([url for url in fetched if url.endswith(files[5])]) == 1  # not tried again
+    assert len([url for url in fetched if url.endswith(files[5])]) == 1  # not retried
     assert not (out / MANIFEST).exists()
     convert(NAME, out, quantize=True)
     assert_same(root, out)
 
 
 def test_names_that_do_not_exist(server, tmp_path, capsys):
-    """Asked once, and with a remedy; nothing is begun."""
+    """Not retried; the error has a remedy; nothing is written."""
     for arguments in (["--model", "owner/none"], ["--model", NAME, "--revision", "nowhere"]):
         out = tmp_path / "out"
         assert main([*arguments, "-q", "--mlx-path", str(out)]) == 2
         told = capsys.readouterr().err
-        assert "did not deliver it (" in told and "404 Not Found" in told and "again in" not in told
+        assert (
+            "did not deliver it (" in told and "404 Not Found" in told and "retrying in" not in told
+        )
         assert "Check the name, --revision and the network" in told
         assert not out.exists()
 
 
 def test_names_of_files_that_lead_elsewhere(root, server, tmp_path):
-    """Files of folders that no conversion reads, above all of those outside, are not asked for."""
+    """Files of other folders, above all outside the repository, are not downloaded."""
     lfs = {"sha256": "0" * 64, "size": 9, "pointerSize": 1}
     names = ("../model.safetensors", "/model.safetensors", "onnx/model.safetensors", "a/../x.json")
     server.listing = [{"rfilename": n, "size": 9, "blobId": "0" * 40, "lfs": lfs} for n in names]
     convert(NAME, tmp_path / "out", quantize=True)
     assert_same(root, tmp_path / "out")
     server.listing = [{"rfilename": "model-x.safetensors", "size": None, "blobId": None}]
-    with pytest.raises(FlashMoEError, match=r"no size and checksum of model-x.safetensors came"):
+    with pytest.raises(FlashMoEError, match=r"no size and checksum of model-x.safetensors"):
         convert(NAME, tmp_path / "out2", quantize=True)
 
 
@@ -443,7 +455,7 @@ def environment(server: HubServer, tmp_path: Path) -> dict[str, str]:
 
 
 def test_killed_while_a_file_comes(root, server, files, sizes, tmp_path):
-    """Half of a file is on disk then, and is no burden; what was packed is not fetched again."""
+    """Half of a file is on disk and is deleted; packed files are not downloaded again."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "flashmoe_mlx.convert.cli", "--model", NAME, "-q"]
     process = subprocess.Popen(
@@ -470,8 +482,8 @@ def test_killed_while_a_file_comes(root, server, files, sizes, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["right", "wrong", "holes", "no ranges"])
-def test_half_a_file_is_gone_on_with(root, server, half, files, content):
-    """What a killed client leaves it never looks at again; we do."""
+def test_half_a_file_is_resumed(root, server, half, files, content):
+    """The client never resumes the file that it left when it was killed; we do."""
     name = next(f for f in files if not (half / FOLDER / f).exists() and f > files[4])
     data = (root / "chain" / name).read_bytes()
     left = half / FOLDER / ".cache/huggingface/download"
@@ -494,7 +506,7 @@ def test_half_a_file_is_gone_on_with(root, server, half, files, content):
 
 
 def test_killed_anywhere(root, server, tmp_path):
-    """At calls to the system of every kind; threads make them, so each run has a few of its own."""
+    """At system calls of every kind; threads make them, so their order varies from run to run."""
     process = subprocess.Popen(
         [sys.executable, "-c", KILLER, NAME], env=environment(server, tmp_path),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -516,13 +528,13 @@ def test_killed_anywhere(root, server, tmp_path):
 
 @pytest.mark.parametrize("name", ["write_manifest", "remove_journal"])
 def test_stopped_at_the_end(root, server, half, files, name, monkeypatch):
-    """The fetched files are gone by then, and none of them comes again."""
+    """The downloads are deleted by then, and none is downloaded again."""
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, name, stop)
+        patch.setattr({"write_manifest": output, "remove_journal": journal}[name], name, stop)
         convert(NAME, half, quantize=True)
     assert not (half / FOLDER).exists()
     server.reset()
@@ -532,7 +544,7 @@ def test_stopped_at_the_end(root, server, half, files, name, monkeypatch):
 
 
 def test_a_branch_that_moved_is_refused(root, server, half, tmp_path):
-    """Two commits are not mixed; the first one can be finished by its name."""
+    """Two commits are not mixed; --revision finishes the first."""
     shutil.copytree(root / "chain", tmp_path / "later")
     server.add(NAME, tmp_path / "later", "b")
     before = f"source {NAME} {commit('a')}, not {NAME} {commit('b')}"
@@ -543,7 +555,7 @@ def test_a_branch_that_moved_is_refused(root, server, half, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["gone", "byte", "short", "entry"])
-def test_files_begun_that_changed_are_begun_anew(root, server, half, damage):
+def test_partial_files_that_changed_are_written_again(root, server, half, damage):
     path = half / "model.safetensors.tmp"
     entry = read(half / JOURNAL)["files"]["model.safetensors"]
     assert any(entry["written"]) and not all(entry["written"])
@@ -560,7 +572,7 @@ def test_files_begun_that_changed_are_begun_anew(root, server, half, damage):
     assert_same(root, half)
 
 
-def test_a_dry_run_says_what_is_left(root, server, half, sizes, capsys):
+def test_a_dry_run_reports_what_is_left(root, server, half, sizes, capsys):
     convert(NAME, half, quantize=True, dry_run=True)
     text = capsys.readouterr().out
     (fetch, left) = re.search(r"to fetch +(\d+) files[^$]*to write +([\d,]+) by", text).groups()

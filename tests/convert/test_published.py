@@ -1,4 +1,4 @@
-"""What an upload publishes and what not, who may see it, and a Hub that answers nonsense."""
+"""What an upload publishes, its visibility, and a Hub that answers nonsense."""
 
 import json
 import os
@@ -90,15 +90,15 @@ LEFT_OUT = [
 ]  # fmt: skip
 
 
-def test_everything_else_stays_here_and_is_named(root, out, server, capsys):
+def test_other_files_are_not_uploaded_but_named(root, out, server, capsys):
     for put, _ in LEFT_OUT:
         put(out)
     expected = contents(root / "finished").keys()
     assert main(command(root, out)) == 0
     assert server.repos[REPO].keys() == expected and SECRET not in published(server)
     names = ", ".join(sorted(name for _, name in LEFT_OUT))
-    said = f"Left out, because the manifest does not list it: {names}\n"
-    assert capsys.readouterr().out == f"{said}Uploaded: https://huggingface.co/{REPO}\n"
+    printed = f"Not uploaded, because the manifest does not list it: {names}\n"
+    assert capsys.readouterr().out == f"{printed}Uploaded: https://huggingface.co/{REPO}\n"
 
 
 def test_many_names_and_names_that_are_made_to_be_printed(root, out, server, capsys):
@@ -106,8 +106,12 @@ def test_many_names_and_names_that_are_made_to_be_printed(root, out, server, cap
     for number in range(20):
         (out / f"b{number}").write_bytes(SECRET)
     assert main(command(root, out)) == 0
-    (said, _) = capsys.readouterr().out.splitlines()
-    assert said.isprintable() and said.endswith("and 11 more") and "'a\\x1b[2J\\n', b0" in said
+    (printed, _) = capsys.readouterr().out.splitlines()
+    assert (
+        printed.isprintable()
+        and printed.endswith("and 11 more")
+        and "'a\\x1b[2J\\n', b0" in printed
+    )
 
 
 def link(name: str) -> Callable[[Path], None]:
@@ -133,7 +137,7 @@ def altered(name: str) -> Callable[[Path], None]:
 
 
 def rewrite_shim(out: Path) -> None:
-    """With the checksums of the altered file in the manifest, as one who means harm has them."""
+    """With the altered file's checksums in the manifest, as an attacker can write them."""
     text = b"import os\n"
     (out / "flashmoe_model.py").write_bytes(text)
     relist(out, "flashmoe_model.py", "flashmoe_model.py", text)
@@ -171,7 +175,7 @@ def relist(out: Path, name: str, new: str, text: bytes) -> None:
         (link("model_experts"), ".safetensors: a symlink out of the directory, to "),
         (link(MANIFEST), "manifest.json: a symlink out of the directory, to "),
         (link("README.md"), "README.md: a symlink out of the directory, to "),
-        (pipe("README.md"), "README.md: missing, or no regular file."),
+        (pipe("README.md"), "README.md: missing, or not a regular file."),
         (pipe("tokenizer.json"), "tokenizer.json: missing, or not of "),
         (altered("flashmoe_model.py"), "out: flashmoe_model.py: file differs ("),
         (altered("tokenizer.json"), "out: tokenizer.json: file differs ("),
@@ -190,7 +194,7 @@ def test_what_is_not_as_it_was_written_is_refused(root, out, server, capsys, cha
     assert not server.repos and not server.stored
 
 
-def test_a_symlink_within_the_directory_is_as_good_as_a_file(root, out, server):
+def test_a_symlink_within_the_directory_is_uploaded(root, out, server):
     (out / "tokenizer.json").rename(out / "real.json")
     os.symlink("real.json", out / "tokenizer.json")
     assert main(command(root, out)) == 0
@@ -206,7 +210,7 @@ def test_private_or_public(root, out, server, private):
     flag = "--private" if private else "--public"
     assert main(command(root, out, flag)) == 0
     assert server.private[REPO] is private
-    assert main(command(root, out, flag)) == 0  # it is there now
+    assert main(command(root, out, flag)) == 0  # it exists now
 
 
 def test_neither_or_both_or_without_an_upload(root, out, server, capsys):
@@ -219,20 +223,20 @@ def test_neither_or_both_or_without_an_upload(root, out, server, capsys):
     assert "--public: not allowed with argument --private" in capsys.readouterr().err
     for flag in ("--private", "--public"):
         line = refused(capsys, [*arguments[:-2], flag])
-        assert "--private and --public are about --upload-repo. Add it, or drop them." in line
+        assert "--private and --public have no effect without --upload-repo. Add it," in line
     assert not server.asked
 
 
 @pytest.mark.parametrize("private", [False, True])
 @pytest.mark.parametrize("late", [False, True])
-def test_a_repository_that_others_see_or_do_not(root, out, server, capsys, private, late):
-    """Also one that somebody makes between the first look and the upload."""
+def test_a_repository_of_the_other_visibility(root, out, server, capsys, private, late):
+    """Also one that is created between the first check and the upload."""
     server.repos[REPO], server.private[REPO] = {}, not private
     flag, is_ = ("--private", "public") if private else ("--public", "private")
     if late:
         server.refuse = {f"/api/models/{REPO}": [404]}
     line = refused(capsys, command(root, out, flag))
-    assert f"the repository is there and {is_}, so {flag} does not fit. Give --{is_}," in line
+    assert f"the repository exists and is {is_}, but {flag} was given. Give --{is_}," in line
     assert server.repos[REPO] == {} and not server.stored
 
 
@@ -249,20 +253,19 @@ PLACES = (
     "/api/whoami", "/api/validate-yaml", "/api/repos/create", "/api/models/alice/tiny/preupload",
     "/alice/tiny.git/info/lfs", "/put/", "/api/models/alice/tiny/commit",
 )  # fmt: skip
-BY_STATUS = "/api/validate-yaml", "/put/"  # all of the answer there
+BY_STATUS = "/api/validate-yaml", "/put/"  # the client reads the status only
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_nonsense_ends_in_one_sentence_and_loses_nothing(
     root, out, server, capsys, monkeypatch, place
 ):
-    """Whatever the Hub answers with, or if it answers nothing; the same command then goes on."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own patience
+    """For any answer of the Hub, or none; the same command then resumes."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own retries
     before = contents(out)
     with monkeypatch.context() as patch:
         patch.setattr(upload, "SILENCE_S", 0.02)
         patch.setattr(hub, "WAITS", ())
-        patch.setattr(upload, "WAITS", ())
         for status, kind, content in NONSENSE:
             if place in BY_STATUS and status == 200 and kind not in ("truncated", "silent"):
                 continue
@@ -276,7 +279,7 @@ def test_nonsense_ends_in_one_sentence_and_loses_nothing(
 
 
 def test_a_hub_that_takes_all_and_keeps_less(root, out, server, capsys):
-    """A .gitignore in the repository has the Hub leave out files without a word."""
+    """A .gitignore in the repository makes the Hub drop files silently."""
     server.dropped = {"model.safetensors"}
     line = refused(capsys, command(root, out))
     assert "does not list model.safetensors (1 of " in line and "Delete .gitignore in" in line
@@ -287,7 +290,7 @@ def test_a_hub_that_takes_all_and_keeps_less(root, out, server, capsys):
 
 
 def test_the_client_waits_without_limit_for_others(root, out, server):
-    """What an upload changes about the Hub's client does not outlast it."""
+    """An upload restores the Hub client's settings."""
     from huggingface_hub import get_session
 
     assert main(command(root, out)) == 0

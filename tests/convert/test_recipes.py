@@ -219,10 +219,10 @@ def test_a_dry_run_names_both(root, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"quant_predicate": "mixed_9"}, "--quant-predicate mixed_9: no such recipe. Choose among "
+    ({"quant_predicate": "mixed_9"}, "--quant-predicate mixed_9: unknown recipe. Choose one of "
      "mixed_2_4, mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6, mixed_2_2_4, mixed_2_4_ends."),
     ({"quant_predicate": "mixed_2_4", "q_bits": 3}, "--q-bits 3 and --quant-predicate mixed_2_4 "
-     "both state bits. Drop one of them."),
+     "both set bits. Drop one of them."),
     ({"quant_predicate": "mixed_2_4", "quantize": False}, "--quant-predicate mixed_2_4 has no "
      "effect without -q. Add -q."),
 ])  # fmt: skip

@@ -1,12 +1,12 @@
-"""Refining: products come out better, no row comes out worse, and scales are the best there are."""
+"""Refining improves products, worsens no row, and finds the optimal scales."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from flashmoe_mlx.convert.plan.parts import Quant
+from flashmoe_mlx.convert.quant.compensate import refine
 from flashmoe_mlx.convert.quant.fit import fit
-from flashmoe_mlx.convert.quant.refine import refine
 
 QUANT = Quant(2, 64)
 ROWS, COLUMNS = 6, 128
@@ -15,7 +15,7 @@ SHIFTS = mx.arange(0, 32, 2, dtype=mx.uint32)
 
 @pytest.fixture(scope="module")
 def case():
-    """Weights of two experts, moments of inputs that vary together, and the nearest codes."""
+    """Weights of two experts, moments of correlated inputs, and the nearest codes."""
     rng = np.random.default_rng(3)
     weights = rng.normal(size=(2, ROWS, COLUMNS)).astype(np.float32)
     inputs = rng.normal(size=(2, 300, 20)) @ rng.normal(size=(2, 20, COLUMNS))
@@ -46,7 +46,7 @@ def test_every_round_is_better_and_no_row_is_worse(case):
             assert (np.array(mx.array(part).astype(mx.bfloat16).astype(mx.float32)) == part).all()
 
 
-def test_no_single_code_and_no_scale_can_be_changed_for_the_better(case):
+def test_no_change_of_a_single_code_or_scale_improves(case):
     weights, moments, found = case
     new = refine(weights, moments, found, QUANT, mx.float32, rounds=60)
     least = error(weights, moments, new)

@@ -1,4 +1,4 @@
-"""A conversion that is killed, or finds no room, goes on to the bytes of an undisturbed one."""
+"""A conversion that is killed, or runs out of disk, resumes to the same bytes."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ import pytest
 from convert_helpers import KILLER, LAYERS, contents, read, write_checkpoints
 
 from flashmoe_mlx.convert import convert, run
-from flashmoe_mlx.convert.write import files, journal
+from flashmoe_mlx.convert.write import files, journal, output
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import open_layout
 
@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Killer:
-    """Runs conversions of `source` that kill themselves at the n-th call to the system."""
+    """Runs conversions of `source` that kill themselves at the n-th system call."""
 
     def __init__(self, source: Path) -> None:
         self._process = subprocess.Popen(
@@ -43,7 +43,7 @@ class Killer:
         )  # fmt: skip
 
     def run(self, out: Path, last_call: int) -> str:
-        """Convert, and return "9" for SIGKILL, or the names of all the calls that it made."""
+        """Convert, and return "9" for SIGKILL, or the names of all its system calls."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(f"{last_call} {out}\n")
         self._process.stdin.flush()
@@ -61,7 +61,7 @@ def killer(root: Path) -> Iterator[Killer]:
 
 
 def assert_not_whole(out: Path) -> None:
-    """No manifest, so nothing takes it for whole; or all the rest is there, and the manifest."""
+    """Either the manifest is missing, or everything is there."""
     if (out / MANIFEST).exists():
         open_layout(out, LAYERS, 8)
     else:
@@ -69,8 +69,8 @@ def assert_not_whole(out: Path) -> None:
             open_layout(out, LAYERS, 8)
 
 
-def test_killed_anywhere_it_goes_on(root, tmp_path, killer):
-    """At random calls of every kind, and the last ones: before it, after it, amid a write."""
+def test_killed_anywhere_it_resumes(root, tmp_path, killer):
+    """At random calls of every kind and the last ones: before, after, or amid a write."""
     expected = contents(root / "whole")
     calls = killer.run(tmp_path / "count", 10**9).split()
     assert contents(tmp_path / "count") == expected
@@ -81,7 +81,7 @@ def test_killed_anywhere_it_goes_on(root, tmp_path, killer):
     for kind in ("open", "pwrite", "fsync", "replace", "mkdir", "unlink"):
         places = [point for point, call in enumerate(calls) if call == kind]
         points += random.Random(kind).sample(places, min(3, len(places)))
-    points += range(len(calls) - 8, len(calls))  # the manifest comes, and the journal goes
+    points += range(len(calls) - 8, len(calls))  # the manifest is written, then the journal deleted
     assert len(points) >= 20
     for point in points:
         out = tmp_path / "out"
@@ -94,7 +94,7 @@ def test_killed_anywhere_it_goes_on(root, tmp_path, killer):
 
 
 def test_killed_again_and_again(root, tmp_path, killer):
-    """What a run has finished stays: the last one has little to do."""
+    """The files of each run are kept: the last run has little to do."""
     out, rounds = tmp_path / "out", 0
     assert killer.run(out, 215) == KILLED  # with the trunk finished
     while killer.run(out, 80) == KILLED:
@@ -105,7 +105,7 @@ def test_killed_again_and_again(root, tmp_path, killer):
 
 
 def test_the_command_killed_by_the_clock(root, tmp_path):
-    """The real command, killed at no chosen place while it makes bigger files."""
+    """The real command, killed at arbitrary times while it writes larger files."""
     out = tmp_path / "out"
     command = [
         sys.executable, "-m", "flashmoe_mlx.convert.cli", "--model", str(root / "hf"), "-q",
@@ -124,7 +124,7 @@ def test_the_command_killed_by_the_clock(root, tmp_path):
 
 @pytest.fixture(scope="module")
 def half_done(root: Path, killer: Killer) -> Path:
-    """A conversion that was killed while it wrote layer 2."""
+    """A conversion killed while it wrote layer 2."""
     out = root / "half"
     calls = len(killer.run(root / "count", 10**9).split())
     for point in range(calls - 20, 0, -8):  # the layers come last
@@ -142,20 +142,20 @@ def half(half_done: Path, tmp_path: Path) -> Path:
 
 def test_finished_files_are_kept(root, half, monkeypatch):
     written = []
-    real = run.write_weights
+    real = output.write_weights
 
     def write_weights(source, file, *rest):
         written.append(file)
         return real(source, file, *rest)
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
     convert(root / "hf", half, quantize=True)
     assert [file.layer for file in written] == [2, 3]
     assert contents(half) == contents(root / "whole")
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "header", "end", "gone"])
-def test_finished_files_that_changed_are_made_again(root, half, damage):
+@pytest.mark.parametrize("damage", ["short", "longer", "header", "end", "gone"])
+def test_finished_files_that_changed_are_written_again(root, half, damage):
     path = half / "model_experts/layer_01.safetensors"
     data = bytearray(path.read_bytes())
     if damage == "gone":
@@ -163,21 +163,21 @@ def test_finished_files_that_changed_are_made_again(root, half, damage):
     else:
         if damage in ("header", "end"):
             data[100 if damage == "header" else -100] ^= 1
-        path.write_bytes(data[:-1] if damage == "cut" else data + b"\0" * (damage == "longer"))
+        path.write_bytes(data[:-1] if damage == "short" else data + b"\0" * (damage == "longer"))
     convert(root / "hf", half, quantize=True)
     assert contents(half) == contents(root / "whole")
 
 
-def test_no_manifest_while_a_file_is_made_again(root, tmp_path, monkeypatch):
+def test_no_manifest_while_a_file_is_written_again(root, tmp_path, monkeypatch):
     """Killed between manifest and journal, and then a file was damaged."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "remove_journal", interrupt)
+        patch.setattr(journal, "remove_journal", interrupt)
         convert(root / "hf", out, quantize=True)
     assert (out / MANIFEST).exists() and (out / JOURNAL).exists()
     os.truncate(out / "model_experts/layer_01.safetensors", 99)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "write_weights", interrupt)
+        patch.setattr(output, "write_weights", interrupt)
         convert(root / "hf", out, quantize=True)
     assert not (out / MANIFEST).exists()
     convert(root / "hf", out, quantize=True)
@@ -193,8 +193,8 @@ def test_other_options_are_refused(root, half):
     with pytest.raises(FlashMoEError) as error:
         convert(root / "hf", half, quantize=True, q_bits=2)
     assert str(error.value) == (
-        f"{half}: an unfinished conversion that was begun with options -q, not -q --q-bits 2. Give "
-        f"it the same again to finish it, or delete {half} to begin anew."
+        f"{half}: an unfinished conversion, begun with options -q, not -q --q-bits 2. Give "
+        f"the same options and source to finish it, or delete {half} to start again."
     )
     with pytest.raises(FlashMoEError, match=r"begun with source \S+hf, not \S+stock"):
         convert(root / "stock", half)
@@ -223,14 +223,14 @@ def test_a_source_that_changed_is_refused(root, tmp_path, monkeypatch):
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
-    real = run.write_weights
+    real = output.write_weights
 
     def write_weights(source, file, *rest):
         if getattr(file, "layer", None) == layer:
             raise KeyboardInterrupt
         return real(source, file, *rest)
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
 
 
 def test_damaged_journal(root, half):
@@ -245,7 +245,7 @@ def test_damaged_journal(root, half):
 
 
 def test_entries_of_the_journal_are_not_trusted(root, half):
-    """Files that the plan does not have are ignored, wherever they are said to be."""
+    """Entries of files outside the plan are ignored, whatever path they give."""
     content = read(half / JOURNAL)
     content["files"]["../../etc/passwd"] = {"size": 1}
     content["files"]["model_experts/layer_01.safetensors"] = {"header": 5}
@@ -272,7 +272,7 @@ def test_file_systems_without_locks(root, tmp_path, monkeypatch):
     assert contents(tmp_path / "out") == contents(root / "whole")
 
 
-def test_an_empty_directory_is_as_good_as_none(root, tmp_path):
+def test_an_empty_directory_is_accepted(root, tmp_path):
     (tmp_path / "out").mkdir()
     convert(root / "hf", tmp_path / "out", quantize=True)
     assert contents(tmp_path / "out") == contents(root / "whole")
@@ -280,7 +280,7 @@ def test_an_empty_directory_is_as_good_as_none(root, tmp_path):
         convert(root / "hf", tmp_path / "out", quantize=True)
 
 
-def test_link_goes_on_too(root, tmp_path, monkeypatch):
+def test_link_resumes_too(root, tmp_path, monkeypatch):
     real, links = os.symlink, []
 
     def symlink(source, target):
@@ -307,7 +307,7 @@ LAYER_BYTES = 8 * 3 * 128 * 64 * 9 // 16
 
 @pytest.fixture
 def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory with room for half a conversion; `ballast` in it may be removed."""
+    """A directory with space for half a conversion; removing `ballast` frees more."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = 4 << 20
@@ -323,7 +323,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def _limit_writes(monkeypatch: pytest.MonkeyPatch, disk: Path, size: int) -> None:
-    """Fail writes as a full disk does, where none can be mounted."""
+    """Fail writes like a full disk, where none can be mounted."""
     real = os.pwrite
 
     def pwrite(file, data, offset):
@@ -345,7 +345,7 @@ def test_full_disk(root, small_disk, monkeypatch, simulated):
     assert not out.exists()
     real = shutil.disk_usage
     monkeypatch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1e9))
-    for _ in range(2):  # the second finds no more room than the first
+    for _ in range(2):  # the second run has no more space than the first
         with pytest.raises(FlashMoEError) as error:
             convert(root / "hf", out, quantize=True)
         assert "(No space left on device). Free some space. Run the same" in str(error.value)
@@ -377,8 +377,8 @@ def test_the_message_names_file_and_byte(root, tmp_path, monkeypatch):
     )
 
 
-def test_a_file_that_the_journal_does_not_know_yet_is_no_burden(root, half, monkeypatch):
-    """Killed between its rename and the journal's: it is not on the disk twice while made anew."""
+def test_a_file_not_in_the_journal_yet_is_deleted(root, half, monkeypatch):
+    """Killed between its rename and the journal's: it is deleted before it is written again."""
     content = read(half / JOURNAL)
     del content["files"]["model_experts/layer_01.safetensors"]
     (half / JOURNAL).write_text(json.dumps(content))
@@ -387,13 +387,13 @@ def test_a_file_that_the_journal_does_not_know_yet_is_no_burden(root, half, monk
     monkeypatch.setattr(
         run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, LAYER_BYTES)
     )
-    real, before = run.write_weights, []
+    real, before = output.write_weights, []
 
     def write_weights(source, file, *rest):
         before.append({path.name for path in (half / "model_experts").iterdir()})
         return real(source, file, *rest)
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
     convert(root / "hf", half, quantize=True)
     assert len(before) == 3 and before[0] == {"layer_00.safetensors", "unfinished.json"}
     assert contents(half) == contents(root / "whole")

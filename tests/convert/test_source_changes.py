@@ -1,4 +1,4 @@
-"""A source that changes while it is converted, or between two runs, is noticed and named."""
+"""A source that changes during a conversion, or between two runs, is detected and named."""
 
 import os
 import shutil
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from convert_helpers import contents, flip, write_checkpoints
 
-from flashmoe_mlx.convert import convert, run
-from flashmoe_mlx.convert.write import link
+from flashmoe_mlx.convert import convert
+from flashmoe_mlx.convert.write import files, output
 from flashmoe_mlx.errors import FlashMoEError
 
 MANIFEST = "model_experts/manifest.json"
@@ -41,14 +41,14 @@ def overwrite(path: Path) -> None:
 
 
 def overwrite_in_secret(path: Path) -> None:
-    """In place, and the time of the content set back, as `cp -p` and `rsync --inplace -t` do."""
+    """In place, with mtime set back, as `cp -p` and `rsync --inplace -t` do."""
     before = path.stat()
     overwrite(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def replace(path: Path) -> None:
-    """By a file of the same size and time of content, renamed over it."""
+    """By a file of the same size and mtime, renamed over it."""
     shutil.copy2(path, path.with_name("new"))
     alter(path.with_name("new"))
     os.utime(path.with_name("new"), ns=(0, path.stat().st_mtime_ns))
@@ -56,7 +56,7 @@ def replace(path: Path) -> None:
 
 
 def lengthen(path: Path) -> None:
-    """By a line's end, which changes nothing of what it says."""
+    """By a line break, which does not change its meaning."""
     path.write_bytes(path.read_bytes() + b"\n")
 
 
@@ -65,31 +65,31 @@ def truncate(path: Path) -> None:
 
 
 def spoil(path: Path) -> None:
-    """With NaN, which would be refused as the checkpoint's fault."""
+    """With NaN, for which the error would blame the checkpoint."""
     size = path.stat().st_size
     with open(path, "r+b") as file:
         file.seek(size // 2)
         file.write(b"\xff" * (size // 2))
 
 
-def at_step(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
-    """Do something just before the n-th weight file is written."""
-    real, steps = run.write_weights, []
+def at_step(monkeypatch: pytest.MonkeyPatch, number: int, change: Callable[[], None]) -> None:
+    """Call `change` just before the n-th weight file is written."""
+    real, steps = output.write_weights, []
 
     def write_weights(*arguments):
         steps.append(arguments)
         if len(steps) == number:
-            act()
+            change()
         return real(*arguments)
 
-    monkeypatch.setattr(run, "write_weights", write_weights)
+    monkeypatch.setattr(output, "write_weights", write_weights)
 
 
 def refused(source: Path, out: Path, path: Path, **options: bool) -> None:
     with pytest.raises(FlashMoEError) as error:
         convert(source, out, **options)
     text = str(error.value)
-    assert f"{path}: changed while it was converted (size and times were [" in text
+    assert f"{path}: changed during the conversion (size and times were [" in text
     assert text.endswith(f"Delete {out}, and convert again once nothing writes to the source.")
     assert not (out / MANIFEST).exists()
 
@@ -101,46 +101,47 @@ def test_weights(stock, tmp_path, monkeypatch, change: Change):
     refused(stock, tmp_path / "out", stock / WEIGHTS)
 
 
-def test_a_change_that_would_be_taken_for_damage(root, tmp_path, monkeypatch):
+def test_a_change_that_looks_like_damage(root, tmp_path, monkeypatch):
     hf = shutil.copytree(root / "hf", tmp_path / "hf")
     at_step(monkeypatch, 2, lambda: spoil(hf / SHARD))
     refused(hf, tmp_path / "out", hf / SHARD, quantize=True)
 
 
 def test_weights_that_were_read_to_the_end(stock, tmp_path, monkeypatch):
-    """By the time that the model card, which comes after all of them, is written."""
-    real = run.write_file
+    """The model card is written after all of them."""
+    real = files.write_file
 
     def write_file(path, content):
-        overwrite(stock / WEIGHTS)
+        if path.name == "README.md":
+            overwrite(stock / WEIGHTS)
         return real(path, content)
 
-    monkeypatch.setattr(run, "write_file", write_file)
+    monkeypatch.setattr(files, "write_file", write_file)
     refused(stock, tmp_path / "out", stock / WEIGHTS)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", INDEX])
 def test_small_files(stock, tmp_path, monkeypatch, name):
-    """The plan was made of some, and others were copied, before the change."""
+    """Some were read for the plan, and others copied, before the change."""
     at_step(monkeypatch, 2, lambda: overwrite_in_secret(stock / name))
     refused(stock, tmp_path / "out", stock / name)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json", "tokenizer.json"])
 def test_the_source_of_links(stock, tmp_path, monkeypatch, name):
-    real = link.link_file
+    real = output.link_file
 
     def link_file(path, target):
         real(path, target)
         if target.name == "tokenizer_config.json":
             overwrite_in_secret(stock / name)
 
-    monkeypatch.setattr(link, "link_file", link_file)
+    monkeypatch.setattr(output, "link_file", link_file)
     refused(stock, tmp_path / "out", stock / name, link=True)
 
 
 def test_weights_that_a_link_leads_to(stock, tmp_path, monkeypatch):
-    """Of two files of one name, in the linked directory and behind its link, each counts."""
+    """Two files of one name, in the linked directory and behind its link, are both checked."""
     convert(stock, tmp_path / "linked", link=True)
     (tmp_path / "linked" / WEIGHTS).unlink()
     shutil.copy(stock / WEIGHTS, tmp_path / "linked" / WEIGHTS)
@@ -169,7 +170,7 @@ def test_between_two_runs(stock, tmp_path, monkeypatch, name, change: Change):
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
-def test_what_was_begun_before_a_change_is_not_gone_on_with(stock, tmp_path, monkeypatch):
+def test_a_conversion_begun_before_a_change_is_not_resumed(stock, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: overwrite(stock / WEIGHTS))
         refused(stock, tmp_path / "out", stock / WEIGHTS)
@@ -180,7 +181,7 @@ def test_what_was_begun_before_a_change_is_not_gone_on_with(stock, tmp_path, mon
 
 
 def test_a_source_that_is_only_read_is_the_same(root, stock, tmp_path):
-    """Reading it changes nothing, nor does a file beside it that no conversion reads."""
+    """Neither reading it nor adding an unrelated file counts as a change."""
     (stock / "notes.md").write_text("mine")
     convert(stock, tmp_path / "out")
     convert(root / "stock", tmp_path / "again")

@@ -1,4 +1,4 @@
-"""The order of a conversion whose source comes file by file: how much of it is needed at once."""
+"""The order of a conversion from the Hub: how many source files are needed at once."""
 
 import math
 import zlib
@@ -60,7 +60,7 @@ def steps_of(source: Source, plan: Plan) -> tuple[list[Step], Fetched]:
 
 
 def check(source: Source, plan: Plan, steps: list[Step]) -> None:
-    """Every part is written once, with its files at hand; every file comes and goes once."""
+    """Every part is written once, with its files at hand; files are fetched and deleted once."""
     parts = [(place(step.file), part) for step in steps for part in step.parts]
     whole = [(place(f), n) for f in plan.trunk for n in range(len(f.tensors))]
     whole += [(place(f), n) for f in plan.layers for n in range(f.experts)]
@@ -81,7 +81,7 @@ def check(source: Source, plan: Plan, steps: list[Step]) -> None:
 
 
 def test_layers_that_follow_one_another():
-    """Files are cut anywhere: two are needed at once, or one where layers end with files."""
+    """Layers cross file boundaries: two files are needed at once, or one if boundaries coincide."""
     source, plan = make(12, 8, lambda layer, e, p: layer)
     assert steps_of(source, plan)[1] == Fetched(12, 120, 1, 10)
     source, plan = make(12, 8, lambda n, e, p: math.floor(0.7 * n + 0.4 * (p == "down_proj")))
@@ -92,7 +92,7 @@ def test_layers_that_follow_one_another():
 
 
 def test_layers_larger_than_files():
-    """Expert by expert in three files, two are enough; a stacked tensor in each needs all three."""
+    """With experts in order in three files, two are enough; stacked tensors need all three."""
     source, plan = make(6, 9, lambda n, e, p: 3 * n + e // 3)
     assert steps_of(source, plan)[1].most == 1
     source, plan = make(6, 9, lambda n, e, p: (9 * n + e + (p == "down_proj")) // 4)
@@ -112,7 +112,7 @@ def test_names_in_alphabetical_order():
 
 
 def test_scattered_as_badly_as_can_be():
-    """It is planned all the same, and the true peak is told."""
+    """It is planned nevertheless, and the real peak is reported."""
     source, plan = make(8, 64, lambda *key: zlib.crc32(repr(key).encode()) % 40)
     found = steps_of(source, plan)[1]
     assert 20 < found.most <= 40 and found.count == 40
@@ -120,7 +120,7 @@ def test_scattered_as_badly_as_can_be():
 
 @pytest.mark.parametrize("held", [(), (3,), (3, 4), (9,)])
 def test_what_is_left(held):
-    """Parts that are written need nothing; files that are held are used first."""
+    """Written parts need no files; held files are used first."""
     source, plan = make(12, 4, lambda n, e, p: (3 * n + PROJECTIONS.index(p)) // 4)
     done = {place(layer): {"file": "x"} for layer in plan.layers[:5]}
     trunk = ["00000000"] * 4 + [""] * 5
@@ -143,7 +143,7 @@ def test_what_is_left(held):
     assert visit and visit.written == trunk
 
 
-def test_sources_at_hand_are_written_in_the_order_of_the_plan():
+def test_local_sources_are_written_in_the_order_of_the_plan():
     source, plan = make(5, 4, lambda n, e, p: n % 2)
     steps = plan_steps(source, plan, {}, frozenset())
     assert [place(step.file) for step in steps] == [place(f) for f in (*plan.trunk, *plan.layers)]

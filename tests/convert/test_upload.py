@@ -9,11 +9,12 @@ from convert_helpers import contents, flip, write_checkpoints
 from huggingface_hub import constants
 from upload_server import TOKEN, USER, UploadServer
 
-from flashmoe_mlx.convert import convert, run
+from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.convert.publish import upload
 from flashmoe_mlx.convert.source import hub
 from flashmoe_mlx.convert.verify.verify import verify
+from flashmoe_mlx.convert.write import output
 from flashmoe_mlx.errors import FlashMoEError
 
 REPO = "alice/tiny"
@@ -27,7 +28,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[UploadServer]:
-    """A server, which this process's client takes for the Hub meanwhile, and a user logged in."""
+    """A server that this process's client uses as the Hub, and a logged-in user."""
     with UploadServer() as server:
         for key, value in {
             "ENDPOINT": server.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
@@ -36,7 +37,6 @@ def server(tmp_path, monkeypatch) -> Iterator[UploadServer]:
             monkeypatch.setattr(constants, key, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(hub, "WAITS", (0.0,) * 2)
-        monkeypatch.setattr(upload, "WAITS", (0.0,) * 2)
         yield server
 
 
@@ -46,7 +46,7 @@ def command(root: Path, out: Path, *more: str) -> list[str]:
 
 
 def assert_uploaded(server: UploadServer, out: Path, repo: str = REPO) -> None:
-    """All that is in the directory is there; the card says where, and the manifest is last."""
+    """All files arrived; the card names the repository, and the manifest is last."""
     expected = contents(out)
     card = expected["README.md"]
     assert b"--model DIR " in card
@@ -74,12 +74,12 @@ def test_converted_and_uploaded(root, server, tmp_path, capsys):
 
 
 def test_a_finished_conversion_is_uploaded_as_it_is(root, server, tmp_path, monkeypatch):
-    """To an organization; what the user wrote into the card stays."""
+    """To an organization; the user's edits of the card stay."""
     out = tmp_path / "out"
     convert(root / "stock", out)
     card = (out / "README.md").read_text() + "Mine.\n"
     (out / "README.md").write_text(card)
-    monkeypatch.setattr(run, "write_weights", None)
+    monkeypatch.setattr(output, "write_weights", None)
     convert(root / "stock", out, upload_repo="team/tiny", private=False)
     assert_uploaded(server, out, "team/tiny")
     assert server.repos["team/tiny"]["README.md"].endswith(b"Mine.\n")
@@ -88,16 +88,16 @@ def test_a_finished_conversion_is_uploaded_as_it_is(root, server, tmp_path, monk
 
 @pytest.mark.parametrize("status", [0, 403, 500])
 @pytest.mark.parametrize("where", ["/put/", "/api/models/alice/tiny/commit/"])
-def test_broken_off_and_gone_on_with(root, server, tmp_path, capsys, status, where, monkeypatch):
-    """The same command goes on: no file is made again, and none that came whole is sent again."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own patience
+def test_a_failed_upload_resumes(root, server, tmp_path, capsys, status, where, monkeypatch):
+    """The same command resumes: no file is written again, and complete ones are not sent again."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own retries
     out = tmp_path / "out"
     convert(root / "stock", out)
     before = contents(out)
     server.refuse = {where: [403] if status == 403 else [status] * 99}
     line = refused(capsys, command(root, out))
-    assert f"out: is whole, but its upload to {REPO} was broken off (" in line
-    assert line.endswith("Run the same command again to go on with it.")
+    assert f"out: is finished, but its upload to {REPO} failed (" in line
+    assert line.endswith("Run the same command again to resume it.")
     assert LAST not in server.repos[REPO] and contents(out) == before
     came = set(server.stored)
     assert came or where == "/put/"
@@ -122,7 +122,7 @@ def test_interrupted(root, server, tmp_path, capsys, monkeypatch):
             upload, "_upload", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         assert main(command(root, out)) == 130
-    assert capsys.readouterr().err.endswith("interrupted; the same command goes on\n")
+    assert capsys.readouterr().err.endswith("interrupted; run the same command again to resume\n")
     assert main(command(root, out)) == 0
     assert_uploaded(server, out)
 
@@ -131,13 +131,13 @@ def test_nothing_is_uploaded_of_a_conversion_that_fails(root, server, tmp_path, 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "write_manifest", full)
+    monkeypatch.setattr(output, "write_manifest", full)
     with pytest.raises(FlashMoEError, match="No space left"):
         convert(root / "stock", tmp_path / "out", upload_repo=REPO, private=False)
     assert not server.repos
 
 
-def test_uploaded_once_more(root, server, tmp_path):
+def test_uploading_again_changes_nothing(root, server, tmp_path):
     convert(root / "stock", tmp_path / "out", upload_repo=REPO, private=False)
     commits = len(server.commits)
     convert(root / "stock", tmp_path / "out", upload_repo=REPO, private=False)
@@ -158,7 +158,7 @@ def test_dry_run(root, server, tmp_path, capsys):
     [
         ("", {}, "no token for the Hugging Face Hub. Log in with `hf auth login`, or set HF_TOKEN"),
         ("hf_other", {}, "does not know whose token this is (Client error '401 Unauthorized'"),
-        (TOKEN, {"auth": {"accessToken": {"role": "read"}}}, "the token may only read. Make one"),
+        (TOKEN, {"auth": {"accessToken": {"role": "read"}}}, "the token may only read. Create a"),
         (TOKEN, {"name": "bob", "orgs": []}, "the token is bob's, who is not a member of alice."),
     ],
 )
@@ -198,12 +198,12 @@ def test_another_conversion_is_there(root, server, tmp_path, capsys):
     assert "out: exists already, made with options none, not -q --q-bits 2. Give the same" in line
     shutil.copytree(root / "stock", tmp_path / "other/copy")
     line = refused(capsys, ["--hf-path", str(tmp_path / "other/copy"), *command(root, out)[2:]])
-    assert "out: exists already, made with source stock, not copy. Give the same again" in line
+    assert "out: exists already, made with source stock, not copy. Give the same to" in line
     assert not server.repos
 
 
 @pytest.mark.parametrize("gone", ["tokenizer.json", "model_experts/layer_01.safetensors"])
-def test_a_conversion_that_is_not_whole_any_more(root, server, tmp_path, capsys, gone):
+def test_a_conversion_with_missing_files(root, server, tmp_path, capsys, gone):
     out = tmp_path / "out"
     convert(root / "stock", out)
     (out / gone).unlink()

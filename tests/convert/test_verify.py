@@ -1,4 +1,4 @@
-"""Verification reads every byte and names what differs; repair restores the bytes that were."""
+"""Verification reads every byte and names what differs; repair restores it."""
 
 import errno
 import json
@@ -15,7 +15,7 @@ from convert_helpers import EXPERTS, LAYERS, contents, flip, read, write_checkpo
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.convert.verify import repair, verify
-from flashmoe_mlx.convert.write import checksum
+from flashmoe_mlx.convert.write import files as write_files
 from flashmoe_mlx.convert.write.output import write_manifest
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.headers import read_header
@@ -25,7 +25,7 @@ from flashmoe_mlx.format.names import FIELDS
 RECORD = 13824
 DATA = 16384
 MANIFEST = "model_experts/manifest.json"
-CARD = "README.md"  # for editing, so that it has no checksum
+CARD = "README.md"  # users edit it, so it has no checksum
 LAYER = "model_experts/layer_02.safetensors"
 
 
@@ -52,7 +52,7 @@ def assert_repaired(root: Path, out: Path) -> None:
     assert contents(out) == contents(root / "out")
 
 
-def test_an_untouched_directory_is_well(root, capsys):
+def test_an_untouched_directory_has_no_problems(root, capsys):
     assert main(["verify", str(root / "out")]) == 0
     assert capsys.readouterr().out == f"{root / 'out'}: every byte is as it was written.\n"
 
@@ -60,9 +60,9 @@ def test_an_untouched_directory_is_well(root, capsys):
 def test_checksums_of_parts_give_that_of_the_whole():
     chances = random.Random(1)
     parts = [chances.randbytes(chances.choice((0, 1, 7, 1000, 65536))) for _ in range(50)]
-    whole = checksum.joined((zlib.crc32(part), len(part)) for part in parts)
+    whole = write_files.joined((zlib.crc32(part), len(part)) for part in parts)
     assert whole == zlib.crc32(b"".join(parts))
-    assert checksum.joined([]) == zlib.crc32(b"") == 0
+    assert write_files.joined([]) == zlib.crc32(b"") == 0
 
 
 def test_the_manifest_has_the_checksum_of_every_file(root):
@@ -75,7 +75,7 @@ def test_the_manifest_has_the_checksum_of_every_file(root):
         )  # fmt: skip
 
 
-def test_record_checksums_for_whoever_reads_records(root):
+def test_record_checksums_match_the_records(root):
     manifest = read_manifest(root / "out" / MANIFEST)
     checksums = record_checksums(manifest)
     data = (root / "out" / LAYER).read_bytes()
@@ -179,7 +179,7 @@ def test_edited_header(root, out):
 
 
 def test_a_bad_sector(root, out, monkeypatch):
-    """The expert that cannot be read is named, and all others are read."""
+    """The unreadable expert is named, and all others are read."""
     real, inode = os.preadv, (out / LAYER).stat().st_ino
 
     def preadv(file, buffers, offset, *flags):
@@ -199,7 +199,7 @@ def test_a_bad_sector(root, out, monkeypatch):
     assert contents(out) == contents(root / "out")
 
 
-def test_a_weight_file_too_many(root, out):
+def test_an_unlisted_weight_file(root, out):
     shutil.copy(out / "model.safetensors", out / "model-extra.safetensors")
     problems = verify.verify(out)
     line = "model-extra.safetensors: not in the manifest, but mlx-lm would load it; remove it"
@@ -208,7 +208,7 @@ def test_a_weight_file_too_many(root, out):
 
 
 def test_repair_writes_only_the_experts_that_differ(root, out, monkeypatch):
-    """Others are not even read from the source, and the file stays the same file."""
+    """Other experts are not even read from the source, and the file is not replaced."""
     inode = (out / LAYER).stat().st_ino
     flip(out / LAYER, DATA + 6 * RECORD)
     flip(out / LAYER, DATA + 7 * RECORD - 1)
@@ -268,8 +268,8 @@ def test_repair_does_not_write_through_symlinks(root, out, tmp_path):
         repair.repair(out, verify.verify(out), root / "hf")
 
 
-def test_repair_goes_on_after_an_interruption(root, out, monkeypatch):
-    """Half of an expert is written, or a file beside the old one: the next repair ends well."""
+def test_repair_succeeds_after_an_interruption(root, out, monkeypatch):
+    """Half of an expert is written, or a scratch file: the next repair succeeds."""
     real = repair.write_at
 
     def write_at(file, data, offset):
@@ -323,7 +323,7 @@ def test_directories_without_checksums(root, out, tmp_path):
 
 
 def rewritten(out: Path, **changes: object) -> None:
-    """Write another manifest, with the right checksum of its own."""
+    """Write another manifest, with a correct checksum of its own."""
     manifest = read(out / MANIFEST) | changes
     del manifest["manifest_checksum"]
     write_manifest(out, manifest)
@@ -399,7 +399,7 @@ def test_settings_added_to_config_json_are_no_difference(names, indent, out, cap
     edit(out, lambda c: c["flashmoe"].update((n, SETTINGS[n]) for n in names), indent)
     assert main(["verify", str(out)]) == 0
     assert capsys.readouterr().out == (
-        f"{out}: every byte is as it was written, but for the settings added to config.json.\n"
+        f"{out}: every byte is as it was written, except settings added to config.json.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Tensor files past the page cache and through it: the same bytes, and no failure is lost."""
+"""Direct and buffered writes of tensor files: the same bytes, and no error is lost."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ def write_all(path) -> bytes:
 
 @pytest.fixture
 def past(monkeypatch) -> list[int]:
-    """The offsets of what is written past the page cache."""
+    """The offsets of direct writes."""
     offsets: list[int] = []
     real = files.TensorFile._write_past
     monkeypatch.setattr(
@@ -50,7 +50,7 @@ def test_both_ways_write_the_same(tmp_path, monkeypatch, past):
     assert past == [PAGE, 2 * PAGE]
 
 
-def test_whole_pages_alone_go_past_the_cache():
+def test_only_whole_pages_are_written_directly():
     memory = pages(2)
     assert files._is_paged(memory, 0) and files._is_paged(memory[PAGE:], PAGE)
     assert not files._is_paged(memory, 8) and not files._is_paged(memory[:-1], 0)
@@ -58,8 +58,8 @@ def test_whole_pages_alone_go_past_the_cache():
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EINVAL])
-def test_a_failed_write_is_an_error_or_made_up_for(tmp_path, monkeypatch, number):
-    """Blocks larger than a page are written through the cache; nothing else is."""
+def test_a_failed_write_is_an_error_or_retried_buffered(tmp_path, monkeypatch, number):
+    """Only a disk with blocks larger than a page falls back to buffered writes."""
     direct = []
     monkeypatch.setattr(
         files, "_open_direct", lambda path: direct.append(os.open(path, os.O_WRONLY)) or direct[0]

@@ -300,16 +300,16 @@ def test_a_conversion_that_would_not_load_is_refused(root, tmp_path, kind, spoil
 
 def test_written_files_are_checked_before_the_manifest(root, tmp_path, monkeypatch):
     """As if a disk returns other bytes than were written."""
-    from flashmoe_mlx.convert import run
+    from flashmoe_mlx.convert.write import files
 
-    real = run.write_file
+    real = files.write_file
 
     def write(path: Path, content: bytes) -> object:
         if path.name == "README.md":  # the last file before the manifest
             (path.parent / "tokenizer.json").write_text("{}")
         return real(path, content)
 
-    monkeypatch.setattr(run, "write_file", write)
+    monkeypatch.setattr(files, "write_file", write)
     with pytest.raises(FlashMoEError, match=r"out: its tokenizer cannot be loaded .*delete .*out"):
         convert(root / "stock", tmp_path / "out")
     assert not (tmp_path / "out/model_experts/manifest.json").exists()

@@ -1,0 +1,250 @@
+"""Execute a plan file by file, with a few experts or one block of the trunk in memory."""
+
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from ...format.headers import ITEM_SIZE
+from ...format.layout import DATA_ALIGNMENT, LayerLayout
+from ...format.names import FIELDS
+from ..plan.parts import LayerPlan, Spec, TrunkFile, TrunkTensor
+from ..quant.calibrate import LayerInputs
+from ..quant.codes import quantize
+from ..quant.quantize import Part, encode_calibrated, encode_floats, encode_record
+from ..source.checkpoint import Source
+from ..source.read import FLOATS, Bytes, Reader, as_array, as_bytes, check_finite, read_ahead
+from .files import Entry, TensorFile, as_text, joined
+
+BLOCK_BYTES = 16 << 20
+# Two bfloat16 experts of the 397B model. Three batches of bytes and one of arrays are alive at
+# once: about 200 MB.
+BATCH_BYTES = 48 << 20
+
+Loaded = list[tuple[Bytes, str]]
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One of several visits to a file.
+
+    Attributes:
+        parts: indices of trunk tensors, or experts, to write.
+        written: see `TensorFile`.
+    """
+
+    parts: Sequence[int]
+    written: Sequence[str] = ()
+
+
+def write_trunk(
+    plan: TrunkFile, directory: Path, reader: Reader, progress: Progress, visit: Visit | None = None
+) -> Entry:
+    """Write one trunk file and return its entry; `progress` gets the bytes of each tensor."""
+    chosen = range(len(plan.tensors)) if visit is None else visit.parts
+    written = visit.written if visit else None
+    with TensorFile(directory / plan.name, plan.outputs, written=written) as file:
+        for tensor in (plan.tensors[index] for index in chosen):
+            _write_tensor(tensor, file, reader)
+            progress(sum(spec.nbytes for spec in tensor.outputs))
+    mx.clear_cache()
+    return file.entry() | {"tensors": file.tensors()} if file.whole else file.begun()
+
+
+def _write_tensor(tensor: TrunkTensor, file: TensorFile, reader: Reader) -> None:
+    """Write one tensor in blocks of rows (quantized) or elements (otherwise)."""
+    path, info = tensor.source
+    count = math.prod(info.shape)
+    unit = info.shape[-1] if tensor.quant else 1
+    size = ITEM_SIZE[info.dtype]
+    step = max(1, BLOCK_BYTES // (unit * size)) * unit
+    starts = range(0, count, step)
+
+    def load(start: int) -> Bytes:
+        data = reader.read(path, info.offset + start * size, min(step, count - start) * size)
+        check_finite(data, info.dtype, f"{path}: {tensor.outputs[0].name}")
+        return data
+
+    for start, data in zip(starts, read_ahead(load, starts), strict=True):
+        parts = _convert_block(tensor, data, unit)
+        mx.eval([part for part in parts if isinstance(part, mx.array)])
+        for spec, part in zip(tensor.outputs, parts, strict=True):
+            file.write(spec.name, as_buffer(part), spec.nbytes * start // count)
+
+
+def _convert_block(tensor: TrunkTensor, data: Bytes, unit: int) -> Sequence[Part]:
+    dtype = tensor.source[1].dtype
+    if dtype == tensor.dtype and not tensor.shift and not tensor.quant:
+        return [data]
+    block = as_array(data, dtype, (data.size // ITEM_SIZE[dtype] // unit, unit))
+    if tensor.shift:
+        block = block + 1.0  # before the cast, as in mlx-lm
+    block = block.astype(FLOATS[tensor.dtype])
+    return quantize(block, tensor.quant) if tensor.quant else [block]
+
+
+class ExpertSteps:
+    """One layer's experts in two steps: `load` reads (in any thread), `encode` computes."""
+
+    def __init__(
+        self, source: Source, plan: LayerPlan, reader: Reader, inputs: LayerInputs | None = None
+    ) -> None:
+        """Read nothing yet. `inputs`, if given, are those to quantize the experts for."""
+        self._inputs = inputs
+        self._source, self._plan, self._reader = source, plan, reader
+        self._layout = source.layout.layers[plan.layer] if source.layout else None
+        self._before: list[Spec] = []
+        if self._layout:
+            self._before = [Spec(f.name, f.dtype, f.shape) for f in self._layout.fields]
+        self._copied = all(projection.copied for projection in plan.projections)
+
+    def batches(self, experts: Sequence[int]) -> list[Sequence[int]]:
+        """Split experts into batches of consecutive ones, up to BATCH_BYTES or one expert each."""
+        most = max(1, BATCH_BYTES // self._float_bytes())
+        batches: list[list[int]] = []
+        for expert in experts:
+            if not batches or len(batches[-1]) == most or batches[-1][-1] != expert - 1:
+                batches.append([])
+            batches[-1].append(expert)
+        return list(batches)
+
+    def _float_bytes(self) -> int:
+        """Return one expert's bytes in memory: as copied, or as floats."""
+        if self._layout and self._copied:
+            return self._layout.record_bytes
+        if self._before:
+            return sum(4 * p.rows * p.columns for p in self._plan.projections)
+        layer, names = self._plan.layer, [p.name for p in self._plan.projections]
+        return sum(self._source.matrices[layer, 0, name].nbytes for name in names)
+
+    def load(self, batch: Sequence[int]) -> list[Loaded]:
+        """Read experts' source bytes: one record each, or one entry per matrix."""
+        if self._layout:
+            return [[(r, "U8")] for r in read_records(self._reader, self._layout, batch)]
+        return [self._load_matrices(expert) for expert in batch]
+
+    def _load_matrices(self, expert: int) -> Loaded:
+        found = []
+        for projection in self._plan.projections:
+            matrix = self._source.matrices[self._plan.layer, expert, projection.name]
+            data = self._reader.read(matrix.file, matrix.offset, matrix.nbytes)
+            place = f"{matrix.file}: layer {self._plan.layer} expert {expert} {projection.name}"
+            check_finite(data, matrix.dtype, place)
+            found.append((data, matrix.dtype))
+        return found
+
+    def encode(self, batch: Sequence[int], loaded: list[Loaded]) -> list[Sequence[Part]]:
+        """Return a batch's records, evaluated."""
+        if self._copied:
+            return [[record] for ((record, _),) in loaded]
+        streams = _streams()
+        records = [self._encode(e, data, streams) for e, data in zip(batch, loaded, strict=True)]
+        mx.eval([part for record in records for part in record if isinstance(part, mx.array)])
+        return records
+
+    def _encode(self, expert: int, loaded: Loaded, streams: Iterator[mx.Stream]) -> Sequence[Part]:
+        record = loaded[0][0]
+        if self._before and self._inputs:
+            return encode_calibrated(record, self._before, self._plan, expert, self._inputs)
+        if self._before:
+            return encode_record(record, self._before, self._plan, streams)
+        return encode_floats(loaded, self._plan, streams)
+
+
+def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) -> list[Bytes]:
+    """Read consecutive quantized experts, each one's nine tensors end to end.
+
+    Tensors adjacent in a file are read together.
+    """
+    count, size = len(experts), layout.record_bytes
+    memory = reader.buffer(count * size).reshape(count, size)
+    start = 0
+    for span in layout.spans(experts[0]):
+        fields = layout.fields[span.first : span.last]
+        nbytes, stride = sum(field.nbytes for field in fields), fields[0].stride
+        if nbytes == size == stride:
+            reader.read_into(span.file, span.offset, memory.reshape(-1))
+        elif nbytes == stride:
+            together = reader.read(span.file, span.offset, count * nbytes)
+            memory[:, start : start + nbytes] = together.reshape(count, nbytes)
+        else:
+            for n in range(count):
+                part = memory[n, start : start + nbytes]
+                reader.read_into(span.file, span.offset + n * stride, part)
+        start += nbytes
+    for expert, record in zip(experts, memory, strict=True):
+        start = 0
+        for field in layout.fields:
+            place = f"{field.file}: layer {layout.layer} expert {expert} {field.name}"
+            check_finite(record[start : start + field.nbytes], field.dtype, place)
+            start += field.nbytes
+    return list(memory)
+
+
+_LOCAL = threading.local()  # streams belong to the thread that created them
+
+
+def _streams() -> Iterator[mx.Stream]:
+    """Cycle through one stream per core on a CPU, where a quantization uses one thread."""
+    if not hasattr(_LOCAL, "streams"):
+        cores = min(os.cpu_count() or 1, 8)
+        count = cores if mx.default_device() == mx.Device(mx.cpu) else 1
+        _LOCAL.streams = [mx.new_stream(mx.default_device()) for _ in range(count)]
+    return itertools.cycle(_LOCAL.streams)
+
+
+def write_layer(
+    source: Source,
+    plan: LayerPlan,
+    directory: Path,
+    reader: Reader,
+    progress: Progress,
+    inputs: LayerInputs | None = None,
+    visit: Visit | None = None,
+) -> Entry:
+    """Write one layer's expert file and return its entry, with a checksum per record."""
+    steps = ExpertSteps(source, plan, reader, inputs)
+    batches = steps.batches(range(plan.experts) if visit is None else visit.parts)
+    path, written = directory / plan.file, visit.written if visit else None
+    with TensorFile(path, plan.outputs, DATA_ALIGNMENT, written) as file:
+        for batch, loaded in zip(batches, read_ahead(steps.load, batches), strict=True):
+            for expert, record in zip(batch, steps.encode(batch, loaded), strict=True):
+                write_record(file, expert, record)
+                progress(plan.record_bytes)
+    mx.clear_cache()
+    return file.entry() | record_entry(plan, file) if file.whole else file.begun()
+
+
+def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> None:
+    """Write one expert's nine tensors, or one buffer that holds them end to end."""
+    parts = [as_buffer(part) for part in record]
+    data, start = parts[0], 0
+    if len(parts) > 1:
+        data = Reader.buffer(sum(part.nbytes for part in parts)).data  # aligned for direct I/O
+        for part in parts:
+            data[start : start + part.nbytes] = part.cast("B")
+            start += part.nbytes
+    file.write(f"experts.{expert}.{FIELDS[0]}", data)
+
+
+def record_entry(plan: LayerPlan, file: TensorFile) -> Entry:
+    """Return the checksums of records, and of their tensors."""
+    records, tensors = [], []
+    for expert in range(plan.experts):
+        fields = file.checksums(expert * len(FIELDS), len(FIELDS))
+        records.append(as_text(joined(fields)))
+        tensors.append("".join(as_text(checksum) for checksum, _ in fields))
+    field_bytes = [spec.nbytes for spec in plan.record]
+    return {"field_bytes": field_bytes, "records": records, "tensors": tensors}
+
+
+def as_buffer(part: Part) -> memoryview:
+    """View the bytes of a part of a record."""
+    return as_bytes(part) if isinstance(part, mx.array) else part.data
