@@ -13,7 +13,7 @@ from mlx_lm.models import qwen3_5_moe
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from flashmoe_mlx.cli.full_check import stacked_experts
+from flashmoe_mlx.cli.stock import stacked_experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, VOCABULARY = 128, 64, 8, 4, 96
 

@@ -8,7 +8,7 @@ from fault_server import Row, Server, failed_alone, failed_batch
 from fault_table import FAULTS
 from faults import HEADER, line, scene, table_row
 
-from flashmoe_mlx.store import store
+from flashmoe_mlx.store import files
 from flashmoe_mlx.store.reader import Arrival
 
 NAMES = [fault.name for fault in FAULTS]
@@ -46,7 +46,7 @@ def test_the_table_sees_leaks(stage, monkeypatch):
     """Files that are not closed when threads are refused."""
     descriptors = []
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_close_files", descriptors.extend)
+        patch.setattr(files, "close_files", descriptors.extend)
         found = row(stage, "load: no threads", times=1)
     assert found.named == 1 and not found.well
     assert found.held[1][0] > found.held[0][0]

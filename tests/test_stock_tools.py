@@ -218,7 +218,7 @@ def test_greedy_tokens_are_counted(name, models, monkeypatch):
     monkeypatch.setattr(full_check, "TEXTS", ("Once upon a time",))
     monkeypatch.setattr(full_check, "QUESTIONS", ("Who are you?",))
     monkeypatch.setattr(full_check, "TOKENS", 5)
-    assert full_check.greedy(examine(models[name])) == (True, "10 of 10 are stock mlx-lm's")
+    assert full_check.greedy(examine(models[name])) == (True, "10 of 10 equal stock mlx-lm's")
 
 
 class Fixed:

@@ -78,7 +78,7 @@ def test_without_a_gpu_stock_is_timed_alone(capsys):
 
 def test_a_wrong_kernel_is_not_timed(metal, capsys, monkeypatch):
     wrong = ShiftedMatvec(24, 128, 4, 64, "float32", "bfloat16")
-    monkeypatch.setattr(kernels, "trials", lambda *a: [wrong, MATVEC])
+    monkeypatch.setattr(kernels, "cases", lambda *a: [wrong, MATVEC])
     code, table, result = run(QUICK, capsys)
     assert code == 1
     red, green = result["rows"]
@@ -107,10 +107,10 @@ def test_columns_stand_under_their_titles():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--bits", "5"], "--bits 5 is not among what can be measured: 2, 4, 8."),
-        (["--top-k", "0"], "--top-k 0 is not among what can be measured: 1 to 32."),
-        (["--calls", "0"], "--calls 0 is not among what can be measured: 1 to 999999."),
-        (["--op", "conv"], "--op conv is not among what can be measured: dequant_matvec, router"),
+        (["--bits", "5"], "--bits must be one of 2, 4, 8, got 5"),
+        (["--top-k", "0"], "--top-k must be from 1 to 32, got 0"),
+        (["--calls", "0"], "--calls must be from 1 to 999999, got 0"),
+        (["--op", "conv"], "--op must be one of dequant_matvec, router"),
     ],
 )
 def test_bad_input(args, message, capsys):

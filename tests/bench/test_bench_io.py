@@ -30,7 +30,7 @@ def test_every_way_is_measured_and_the_file_goes_away(tmp_path, capsys):
     assert [entry["record"] for entry in found["records"]] == [110592, 49152]
     with scratch_ranges(tmp_path, 110592, 110592) as ranges:
         direct = obstacle(bench_io.scratch_layout(ranges, 110592)) is None
-    ways = [(s, w) for s, ws in bench_io.WAYS.items() for w in ws]
+    ways = [(s, w) for s, ws in bench_io.METHODS.items() for w in ws]
     ways = [way for way in ways if direct or "direct" not in way[1]]
     for entry in found["records"]:
         cases = [(row["state"], row["way"], row["threads"]) for row in entry["rows"]]
@@ -71,9 +71,9 @@ def test_the_files_records_are_experts_in_blocks(tmp_path, record):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--record", "100"], "--record 100 is not a multiple of 12288 from 36864 on"),
-        (["--threads", "0"], "--threads 0 measures nothing. Give at least 1"),
-        (["--rounds", "0"], "--rounds 0 measures nothing"),
+        (["--record", "100"], "--record must be a multiple of 12288, at least 36864, to"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--dir", "/dev/null/x"], "/dev/null/x: cannot be written (Not a directory)"),
         (["--model", "no/such/dir"], "no/such/dir: not a directory here"),
     ],

@@ -128,7 +128,7 @@ def test_prefill_reads_each_expert_once_a_chunk(run):
         assert row["theory_bytes"] == row["missing"] * RECORD
         assert row["bytes_per_token"] * row["tokens"] == pytest.approx(row["theory_bytes"])
         assert row["missing"] < row["distinct"] <= 4 * 16 * -(-row["tokens"] // 16)
-    assert "prompt of 40 tokens, 16 at a time" in table
+    assert "prompt of 40 tokens, 16 per step" in table
 
 
 def test_prompts_whose_experts_are_all_there_miss_none(run):
@@ -186,7 +186,7 @@ def test_only_what_counts_is_profiled(subject):
         logits(model, [1])
         return use()
 
-    work = throughput.Work({}, "", "", 1, 1, (False,), run, compute=float)
+    work = throughput.Workload({}, "", "", 1, 1, (False,), run, compute=float)
     layers, seconds = throughput.profile(subject, work)
     assert [layer.asked for layer in layers] == [4] * 4
     assert sum(layer.seconds for layer in layers) < seconds
@@ -195,7 +195,7 @@ def test_only_what_counts_is_profiled(subject):
 def test_settled_banks_are_full(subject):
     for layer in range(4):
         subject.store.fetch(layer, [15, 14, 13])
-    bench_model.settle(subject.store, cold=False)
+    bench_model.reset_caches(subject.store, cold=False)
     for bank in subject.store.banks:
         assert sorted(bank.resident(range(16))) == list(range(SLOTS))
 
@@ -209,7 +209,7 @@ def test_forced_tokens_do_not_depend_on_the_logits():
 def test_nothing_is_read_while_computing_is_timed(subject):
     prompt = bench_model.random_tokens(512, 20)
     before = logits(subject.model, prompt)
-    with bench_model.nothing_read(subject.store):
+    with bench_model.without_reads(subject.store):
         views = [view for bank in subject.store.banks for view in bank._views]
         kept = [bytes(view) for view in views]
         during = logits(subject.model, prompt)
@@ -243,7 +243,12 @@ def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, mon
         limit.measure()
     assert {case.state for case in limit.rounds} == {"cold", "warm"}
     for case, rounds in limit.rounds.items():
-        assert len(rounds) == 2 and case.way in ("pread", "pread, no read-ahead", "direct", "mmap")
+        assert len(rounds) == 2 and case.method in (
+            "pread",
+            "pread, no read-ahead",
+            "direct",
+            "mmap",
+        )
         speed = {("cold", "mmap", 4): 2000.0, ("warm", "pread", 2): 8000.0}
         rounds[:] = [(speed.get(case, 1000.0), None)] * 2
     stats = ExpertStats(asked=4, reads=4, bytes_read=4000, seconds_waited=1.0, seconds_reading=2.5)
@@ -256,7 +261,9 @@ def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, mon
     assert found["reached"] == {"decode": {"bytes_per_s": 1600.0, "share": 0.5}, "nothing": None}
     best = found["best"]
     assert (best["cold"]["way"], best["warm"]["bytes_per_s"]) == ("mmap", 8000.0)
-    assert "decode: 0.00 GB/s while a read was in flight, 50% of" in capsys.readouterr().out
+    assert (
+        "decode: 0.00 GB/s while a read was in flight, 50% of the limit" in capsys.readouterr().out
+    )
 
 
 def test_the_disk_is_measured_as_the_store_reads(subject, monkeypatch):
@@ -271,8 +278,8 @@ def test_the_disk_is_measured_as_the_store_reads(subject, monkeypatch):
 
 def test_the_median_run_is_one_that_was_measured():
     rows = [{"tokens_per_s": speed} for speed in (3.0, 1.0, 4.0, 2.0)]
-    assert throughput.middle(rows) is rows[3]
-    assert throughput.middle(rows[:3]) is rows[0]
+    assert throughput.median_run(rows) is rows[3]
+    assert throughput.median_run(rows[:3]) is rows[0]
 
 
 def test_columns_stand_under_their_titles():
@@ -284,7 +291,7 @@ def test_columns_stand_under_their_titles():
         "  100.00  cold"
     )
     assert throughput.HEADER == (
-        "    tok/s   hits  MB/token  in vain   disk MB   GB/s   disk ms  comp. ms  share  user ms"
+        "    tok/s   hits  MB/token   unused   disk MB   GB/s   disk ms  comp. ms  share  user ms"
         "  sys ms  run"
     )
     unknown = throughput.line(row | {"disk_bytes_per_token": None}, 1, "warm")
@@ -328,7 +335,7 @@ def test_stock_must_fit(capsys, monkeypatch, directory):
     monkeypatch.setattr(bench_model, "available_bytes", lambda: 1_000_000)
     flags = ["--tokens", "2", "--runs", "1", "--stock", "--dir", str(directory)]
     assert failure(capsys, "decode", *flags) == (
-        "--stock: 0.00 GB of experts do not fit in the 0.00 GB of memory that are available. "
+        "--stock: 0.00 GB of experts do not fit in 0.00 GB of available memory. "
         "Leave --stock out, or give fewer --layers."
     )
 
@@ -343,8 +350,8 @@ def test_cold_needs_a_system_that_drops_pages(capsys, monkeypatch, directory):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["prefill", "--tokens", "8", "0"], "--tokens 0 measures nothing. Give at least 1."),
-        (["batch", "--batch", "2", "0"], "--batch 0 measures nothing. Give at least 1."),
+        (["prefill", "--tokens", "8", "0"], "--tokens must be at least 1, got 0"),
+        (["batch", "--batch", "2", "0"], "--batch must be at least 1, got 0"),
         (["decode", "--top-k", "17"], "experts_per_token = 17, but the model has 16 experts"),
         (["decode", "--expert-cache", "1KiB"], "expert_cache = 1024 bytes holds 0 experts"),
         (["decode", "--plot", "no/x.png"], "--plot no/x.png: "),

@@ -139,7 +139,7 @@ def test_a_full_disk_is_found_beforehand(tmp_path, monkeypatch):
         checkpoint(Recipe("397b", 60, 248320, 4), tmp_path)
     place = f"{tmp_path}/397b-60-layers-248320-tokens-4-bit-v1"
     assert str(error.value) == (
-        f"{place}: a checkpoint of 223.01 GB, but only 0.00 GB are free. Free some space, give "
+        f"{place}: needs 223.01 GB, but 0.00 GB are free. Free some space, give "
         "another --dir, or fewer --layers."
     )
     assert list(tmp_path.iterdir()) == []
@@ -155,9 +155,9 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     ("recipe", "message"),
     [
         (("9b", 4, 512, 4), "geometry '9b' is unknown. Choose from tiny, 35b, 122b, 397b."),
-        (("tiny", 1, 512, 4), "layers = 1 is too few: give at least 2, "),
-        (("tiny", 4, 96, 4), "vocabulary = 96 is too few: give at least 259, "),
-        (("tiny", 4, 512, 8), "bits = 8: experts are made with 4 or 2. Choose one."),
+        (("tiny", 1, 512, 4), "layers must be from 2 to 1000, got 1"),
+        (("tiny", 4, 96, 4), "vocabulary must be from 259 to 10000000, got 96"),
+        (("tiny", 4, 512, 8), "bits must be 4 or 2, got 8"),
     ],
 )
 def test_bad_recipes(recipe, message):

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from flashmoe_mlx import load
-from flashmoe_mlx.cli.live import Live, line_of
+from flashmoe_mlx.cli.live import Live, status_line
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.profile.stats import RunStats
 from flashmoe_mlx.store.store import ExpertStats
@@ -110,9 +110,9 @@ def test_bad_files(flags, message, capsys):
 def test_line():
     before = ExpertStats(asked=10, hits=5, bytes_read=10**6, seconds_reading=1.0)
     after = ExpertStats(asked=30, hits=20, bytes_read=3 * 10**9 + 10**6, seconds_reading=2.5)
-    line = line_of(12.34, before, after)
+    line = status_line(12.34, before, after)
     assert line == "[flashmoe] 12.3 tokens/s, 2.00 GB/s while reading, 75.0% hits"
-    assert line_of(1, after, after) == "[flashmoe] 1.0 tokens/s, nothing read, 100.0% hits"
+    assert status_line(1, after, after) == "[flashmoe] 1.0 tokens/s, nothing read, 100.0% hits"
 
 
 def test_where_nobody_asks_no_share_of_hits_is_told(capsys):
@@ -149,7 +149,7 @@ with live.shown():
 """
 
 
-def test_the_last_line_of_a_terminal():
+def test_the_last_status_line_a_terminal():
     """The others scroll above it; in the end it is empty, and everything scrolls again."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"LINES": "20", "COLUMNS": "60"}

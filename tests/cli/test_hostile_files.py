@@ -262,7 +262,7 @@ def test_a_garbage_tokenizer(model, text):
 
 
 def test_the_doctor_does_not_say_that_all_is_well(model, monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "trials", lambda *_: [])
+    monkeypatch.setattr(doctor, "cases", lambda *_: [])
     (model / "tokenizer.json").write_bytes(b"{}")
     with pytest.raises(SystemExit) as ended:
         doctor.main([str(model), "--geometry", "tiny", "--sample-mib", "4"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from flashmoe_mlx.store import slots
+from flashmoe_mlx.store import host
 
 preadv = os.preadv
 Rows = Sequence[memoryview]
@@ -318,7 +318,7 @@ def no_memory_to_compute(files: Files, moment: int, rng: random.Random) -> Plant
 def no_memory_to_load(files: Files, moment: int, rng: random.Random) -> Planted:
     """Plant a system that refuses the memory of the expert cache."""
     reason = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-    return Instead(slots.mmap, "mmap", reason, 0)
+    return Instead(host.mmap, "mmap", reason, 0)
 
 
 def no_thread(files: Files, moment: int, rng: random.Random) -> Planted:
