@@ -248,10 +248,10 @@ def test_a_model_by_itself(models, monkeypatch):
     assert right and " MB; trunk, expert cache and 400 MB are " in said
     monkeypatch.setattr(full_check, "ALLOWANCE", -report.trunk_bytes)
     assert full_check.memory(report)[0] is False
-    monkeypatch.setattr(full_check, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(full_check, "free_bytes", lambda: 10**6)
     for check in full_check.streamed, full_check.greedy:
         right, said = check(report)
-        assert right is None and said.endswith("GB, and 0.0 GB are available")
+        assert right is None and said.endswith("GB of memory, but 0.0 GB are available")
 
 
 # ---- reading -------------------------------------------------------------------------------------
