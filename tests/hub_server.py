@@ -1,4 +1,4 @@
-"""A server on loopback that speaks as much of the Hub's API as its client needs, and can fail."""
+"""A local server for the part of the Hub's API that its client needs; it can fail on request."""
 
 import hashlib
 import json
@@ -25,12 +25,11 @@ def commit(letter: str) -> str:
 
 @dataclass
 class Fault:
-    """What goes wrong the next time that a file is asked for.
+    """A fault at the next request for a file.
 
-    By kind, `value` is: "status": which; "drop": bytes to send before the connection is dropped;
-    "stall": bytes to send before nothing more comes; "bytes", "etag": what comes in place of the
-    right one; "plain": anything, and byte ranges are ignored; "busy": what a refusal with status
-    429 says in its headers.
+    `value` by kind: "status": the status; "drop": bytes to send before dropping the connection;
+    "stall": bytes to send before stalling; "bytes", "etag": the wrong content or ETag; "plain":
+    anything, to ignore byte ranges; "busy": headers of a refusal with status 429.
     """
 
     kind: str
@@ -39,16 +38,16 @@ class Fault:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves directories as the commits of repositories.
+    """Serves directories as commits of repositories.
 
     Attributes:
         repos: directory by name and commit.
         main: commit by name.
         sent: bytes of content sent, by file.
-        asked: how often a file's content was asked for.
-        faults: what goes wrong with a file, in that order.
-        outwaited: how often a client waited for a stalled connection to the end, STALL_S.
-        listener: hears of every piece of content that was sent: file, and bytes of it so far.
+        asked: number of requests for a file's content.
+        faults: faults by file, in order.
+        outwaited: number of clients that waited STALL_S on a stalled connection.
+        listener: called after each piece of content with the file and the bytes sent so far.
     """
 
     daemon_threads = True
@@ -57,7 +56,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, dict[str, Path]] = {}
         self.main: dict[str, str] = {}
-        self.listing: list[dict[str, Any]] = []  # entries to add to every list of files
+        self.listing: list[dict[str, Any]] = []  # entries to add to each list of files
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.outwaited = 0
         self.listener: Callable[[str, int], None] = lambda file, sent: None
@@ -83,7 +82,7 @@ class HubServer(ThreadingHTTPServer):
         return self
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections are dropped on purpose, by either side."""
+        """Ignore errors: both sides drop connections on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _fault(self, file: str, *kinds: str) -> Any:
-        """Return the value of the fault that is due, if it is one of these."""
+        """Return the value of the next fault if its kind is among `kinds`."""
         due = self.server.faults[file]
         if due and due[0].kind in kinds and due[0].method == self.command:
             return due.pop(0).value
@@ -129,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         return directory and (str(revision), directory)
 
     def _stall(self) -> None:
-        """Send nothing until the client has gone."""
+        """Send nothing until the client disconnects."""
         if not select.select([self.connection], [], [], STALL_S)[0]:
             self.server.outwaited += 1
         self.close_connection = True
@@ -205,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(path: Path, directory: Path) -> dict[str, Any]:
-    """A file's entry in the Hub's list: large ones have a SHA-256, small ones git's SHA-1."""
+    """Return a file's entry in the Hub's list, with SHA-256 for large files and git's SHA-1 for small."""
     name, size = path.relative_to(directory).as_posix(), path.stat().st_size
     if path.suffix == ".safetensors":
         lfs = {"sha256": _sha256(path), "oid": _sha256(path), "size": size, "pointerSize": 134}
@@ -216,6 +215,6 @@ def _entry(path: Path, directory: Path) -> dict[str, Any]:
 
 @cache
 def _sha256(path: Path) -> str:
-    """Of a file that does not change while it is served."""
+    """Return the SHA-256 of a file that does not change."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

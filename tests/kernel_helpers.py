@@ -1,4 +1,4 @@
-"""Mistakes put into the kernels' text, and whether somebody notices."""
+"""Mistakes in the kernels' source, and whether a check detects them."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from flashmoe_mlx.custom_kernels import launch
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str) -> None:
-    """Replace what stands once in a kernel file's text."""
+    """Replace a string that occurs once in a kernel file."""
     read, text = launch.read_text, launch.read_text(file)
     assert text.count(old) == 1, text.count(old)
     wrong = text.replace(old, new)
@@ -17,7 +17,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str) -> Non
 
 
 def complains(check: Callable[[], None]) -> bool:
-    """Say whether a check finds a wrong result, or the bench something else."""
+    """Return whether a check finds a wrong result, or the bench another error."""
     try:
         check()
     except (AssertionError, BenchError):

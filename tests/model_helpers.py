@@ -1,4 +1,4 @@
-"""A tiny model of random weights."""
+"""A tiny model with random weights."""
 
 import mlx.core as mx
 from mlx.utils import tree_map

@@ -1,4 +1,4 @@
-"""Small stores over files whose bytes say what they are, and reads that wait for a gate."""
+"""Small stores over files with recognizable bytes, and reads that wait at a gate."""
 
 import os
 import threading
@@ -16,7 +16,7 @@ EXPERTS, RECORD = 10, 4 * 9
 def make_store(tmp_path, slots: int, scattered: bool = False, layers: int = 2) -> ExpertStore:
     """Return a store over one file per layer; tensor f of expert e holds the number 100 e + f.
 
-    `scattered` stores like a stock checkpoint: tensor by tensor, so an expert is nine ranges.
+    `scattered` writes like a stock checkpoint, tensor by tensor, so that an expert has nine ranges.
     """
     tensors = []
     for layer in range(layers):
@@ -72,10 +72,9 @@ def assert_whole(store: ExpertStore, experts: list[int], slots: list[int]) -> No
 
 
 class Gate:
-    """Reads that wait until the gate opens, and are counted.
+    """Counts reads and holds them until the gate opens, or a time limit.
 
-    Nobody waits for ever: a store whose reads never end could not be closed, so a failing test
-    would hang.
+    The limit lets a failing test close its store instead of hanging.
     """
 
     def __init__(self, monkeypatch) -> None:

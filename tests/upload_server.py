@@ -1,4 +1,4 @@
-"""A server on loopback that takes uploads as the Hub does, less its xet protocol; it can fail."""
+"""A local server that takes uploads like the Hub, without the xet protocol; it can fail on request."""
 
 import base64
 import hashlib
@@ -18,21 +18,21 @@ LARGE = ".safetensors"
 
 
 class UploadServer(ThreadingHTTPServer):
-    """Keeps what it is sent.
+    """Stores uploads.
 
     Attributes:
-        user: who has TOKEN.
+        user: the owner of TOKEN.
         repos: the files of each repository, by name.
-        commits: the names of the files that came together, in order.
-        stored: content of large files by SHA-256, uploaded though perhaps in no commit yet.
-        puts: how often each was sent.
-        refuse: status codes to answer with, by the beginning of a path, each as often as it stands
-            there; 0 drops the connection.
-        licenses: those that a model card may have.
-        private: whether a repository is, by name.
-        nonsense: what to answer with in place of what was asked for, by the beginning of a path:
-            status, type and content; no content is an answer that never comes.
-        dropped: files that are taken and not kept, as those that a .gitignore names.
+        commits: the file names of each commit, in order.
+        stored: content of large files by SHA-256, before or after their commit.
+        puts: number of uploads of each.
+        refuse: status codes to return, by the prefix of a path, each used once; 0 drops the
+            connection.
+        licenses: the licenses that a model card may have.
+        private: whether a repository is private, by name.
+        nonsense: wrong answers by the prefix of a path: status, type and content; without content
+            the answer never arrives.
+        dropped: files to accept but not to store, like those in a .gitignore.
     """
 
     daemon_threads = True
@@ -63,7 +63,7 @@ class UploadServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections are dropped on purpose."""
+        """Ignore errors: the server drops connections on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -203,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _oid(content: bytes, mode: str) -> str:
-    """How the Hub names what it has: a large file by SHA-256, a small one as git does."""
+    """Return the Hub's object id: SHA-256 for a large file, git's SHA-1 for a small one."""
     if mode == "lfs":
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
