@@ -186,7 +186,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-# Reads lines "CALL OUT", and converts its checkpoint in a fork that kills itself with SIGKILL at that
+# Reads lines "CALL OUT", and converts its checkpoint in a fork that sends itself SIGKILL at that
 # system call: before it, after it, or after half of a write. Prints the signal, or the names of the
 # calls of a complete conversion. MLX computes nothing in the parent, so that forks are safe.
 KILLER = """

@@ -204,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(path: Path, directory: Path) -> dict[str, Any]:
-    """Return a file's entry in the Hub's list, with SHA-256 for large files and git's SHA-1 for small."""
+    """Return a file's entry in the Hub's list: SHA-256 for large files, git's SHA-1 for small."""
     name, size = path.relative_to(directory).as_posix(), path.stat().st_size
     if path.suffix == ".safetensors":
         lfs = {"sha256": _sha256(path), "oid": _sha256(path), "size": size, "pointerSize": 134}

@@ -1,4 +1,4 @@
-"""The Python API: python-api.md as it stands, closing, several models, threads, copies."""
+"""The Python API: the script of python-api.md, closing, several models, threads, copies."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ from flashmoe_mlx import BUNDLED_MODEL, FlashMoEError, generate, load, stream_ge
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/reference/python-api.md").read_text(encoding="utf-8")
 CLOSED = r"^this model was closed; load it again\.$"
-# What others, and the first use on a machine, say on stderr. No warning is among it.
+# Messages on stderr from other packages and from the first use on a machine; no warnings.
 SAID = re.compile(
     r"\[transformers\] PyTorch was not found\..*|\[flashmoe\] compiling CPU kernels.*"
 )
@@ -37,7 +37,7 @@ def blocks(kind: str) -> list[str]:
 
 
 def run_strictly(script: str) -> str:
-    """Run a script in Python's development mode, where a warning or a file left open is said."""
+    """Run a script in Python's development mode, which reports warnings and open files."""
     result = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", script],
         capture_output=True, text=True, timeout=300,
@@ -80,7 +80,7 @@ Loader = Callable[..., tuple[Any, Any]]
 
 @pytest.fixture
 def loaded(models) -> Iterator[Loader]:
-    """Load models that are closed in the end."""
+    """Load models, and close them after the test."""
     opened = []
 
     def opener(name: str = "packed4", cache: int | str = "1MiB") -> tuple[Any, Any]:
@@ -104,7 +104,7 @@ def test_with_closes_files_and_threads_also_after_an_error(models):
     def held() -> tuple[int, int]:
         return len(os.listdir("/dev/fd")), len(readers())
 
-    load(models["packed4"])[0].close()  # what the process opens once
+    load(models["packed4"])[0].close()  # opens what the process opens once
     gc.collect()  # models of other tests
     before = held()
     model, _ = load(models["packed4"], expert_cache="1MiB", io_threads=3)
@@ -140,8 +140,8 @@ def test_memory_goes_with_the_last_reference(loaded, models):
     model, _ = load(models["packed4"])
     held = mx.get_active_memory()
     model.close()
-    del model  # no garbage collection: no cycle keeps it
-    assert held - mx.get_active_memory() > 8_000_000  # the experts alone are 8.3 MB
+    del model  # without garbage collection: no cycle keeps it alive
+    assert held - mx.get_active_memory() > 8_000_000  # the experts alone have 8.3 MB
 
 
 def test_two_models_take_turns(loaded):
@@ -203,7 +203,7 @@ def test_a_resident_model_closes_and_copies_as_any_module():
 
 
 def test_a_fork_is_told_whatever_the_cache_holds(models):
-    """In a process of its own: forking this one, with its threads, is not safe."""
+    """In a separate process, because forking this one, with its threads, is unsafe."""
     script = f"""
 import os, warnings, flashmoe_mlx
 warnings.simplefilter("ignore")  # newer Pythons warn of any fork of a process with threads
@@ -226,7 +226,7 @@ def test_bundled_model_is_a_directory():
 
 
 def test_a_conversion_imports_neither_mlx_lm_nor_transformers():
-    """They take two seconds, and from a cold disk more."""
+    """These imports take two seconds, and more from a cold disk."""
     code = (
         "import sys, flashmoe_mlx.convert.cli; "
         "print([m for m in ('mlx_lm', 'transformers', 'numba', 'torch') if m in sys.modules])"

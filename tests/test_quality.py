@@ -1,4 +1,4 @@
-"""The table of qualities: what it is measured on, and that its figures mean what they say."""
+"""`tools/quality.py`: its held-out data, and the meaning of its figures."""
 
 import numpy as np
 import pytest

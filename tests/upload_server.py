@@ -1,4 +1,4 @@
-"""A local server that takes uploads like the Hub, without the xet protocol; it can fail on request."""
+"""A local server that takes uploads like the Hub, without xet; it can fail on request."""
 
 import base64
 import hashlib

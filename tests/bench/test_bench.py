@@ -1,4 +1,4 @@
-"""flashmoe-bench: a table, one JSON line last, and no figure for a kernel that is wrong."""
+"""flashmoe-bench: a table, a final JSON line, and no figures for a wrong kernel."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ MATVEC = MatvecCase(24, 128, 4, 64, "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class ShiftedMatvec(MatvecCase):
-    """The real kernel, whose rows land one too far."""
+    """The real kernel, with its rows shifted by one."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         return [mx.roll(super().custom(*inputs)[0], 1, axis=-1)]
@@ -28,14 +28,14 @@ class ShiftedMatvec(MatvecCase):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Keep chains and copies short."""
+    """Shorten chains and copies."""
     monkeypatch.setattr(machine, "cache_bytes", lambda: 1)
     monkeypatch.setattr(kernels, "COPIED", 1 << 20)
 
 
 @pytest.fixture
 def metal():
-    """Kernels run on the Metal bench."""
+    """Run kernels on the Metal bench."""
     require_bench()
     launch._build.cache_clear()
     with metal_on_cpu():

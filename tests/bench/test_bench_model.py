@@ -1,4 +1,4 @@
-"""flashmoe-bench decode, prefill and batch: counters, tables, and the model left as it was."""
+"""flashmoe-bench decode, prefill and batch: counters, tables, and an unchanged model."""
 
 import json
 import os
@@ -192,7 +192,7 @@ def test_only_what_counts_is_profiled(subject):
     assert sum(layer.seconds for layer in layers) < seconds
 
 
-def test_settled_banks_are_full(subject):
+def test_reset_banks_are_full(subject):
     for layer in range(4):
         subject.store.fetch(layer, [15, 14, 13])
     bench_model.reset_caches(subject.store, cold=False)
@@ -225,7 +225,7 @@ def test_floor_is_the_longer_of_disk_and_computing():
     assert replace(use, from_disk=9000).needed == 4000
     guessed = replace(use, stats=replace(stats, bytes_useless=1500))
     assert guessed.needed == 2500 and guessed.disk_floor([9.0]) == 2500 / 1500
-    # Probes at 1000 bytes/s; the run itself got 3000 bytes in the 2 seconds that it read.
+    # Probes at 1000 bytes/s; the run itself read 3000 bytes in 2 seconds.
     assert use.disk_floor([500.0, 1000.0, 9000.0]) == 2.0
     assert use.disk_floor([500.0, 3000.0, 9000.0]) == 1.0
     assert throughput.result(use, 2, 6.0, 4.0)["share_of_floor"] == 0.75

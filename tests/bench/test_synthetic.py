@@ -35,7 +35,7 @@ def contents(directory):
 def test_flashmoe_convert_would_write_the_same_files(tiny, tmp_path):
     convert(tiny, tmp_path / "again")
     ours, theirs = contents(tiny), contents(tmp_path / "again")
-    del theirs["README.md"]  # a card that says what was converted
+    del theirs["README.md"]  # a model card that describes the conversion
     assert ours.keys() == theirs.keys()
     manifests = [json.loads(x.pop(f"{EXPERT_DIR}/{MANIFEST}")) for x in (ours, theirs)]
     assert manifests[0].pop("source") == {

@@ -1,4 +1,4 @@
-"""flashmoe-doctor: facts to paste, exit code 1 for what is wrong, and the sentence that says it."""
+"""flashmoe-doctor: facts for a report, and for each problem a sentence and exit code 1."""
 
 import json
 import os
@@ -31,7 +31,7 @@ QUICK = ["--geometry", "tiny", "--sample-mib", "4"]
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """A cache directory of its own, where kernels have to be timed: shortly."""
+    """Use an empty cache directory, and short timings of kernels."""
     monkeypatch.setattr(autotune, "MOST_CALLS", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FLASHMOE_KERNELS", raising=False)
@@ -223,7 +223,7 @@ def test_findings_decide_the_exit_code(ok, code, line, models, capsys, monkeypat
 
 
 def test_cases_are_summed_up_for_each_op():
-    """Other processes judge them, which have no GPU."""
+    """Other processes, without a GPU, compare the cases."""
     found = full_check.parity([MATVEC, replace(MATVEC, dtype="float16"), ROUTER])
     said = "1 of 1 cases agree with the float32 reference (1 more need a GPU)"
     assert found == [

@@ -117,8 +117,8 @@ def test_settings_out_of_range(models, settings, message):
     ],
 )
 def test_command_line(args, message, capsys, monkeypatch):
-    """Options of the command, or a setting of the environment."""
-    device._cpu_module.cache_clear()  # remembers a choice of kernels
+    """Options of a command, or environment variables."""
+    device._cpu_module.cache_clear()  # caches the kernel mode
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = [arg.split("=") for arg in args if "=" in arg]
     for setting in settings:

@@ -1,4 +1,4 @@
-"""What `flashmoe-generate` tells of a run: tables, JSON, a picture, and a line that follows it."""
+"""`flashmoe-generate` reports on a run: tables, JSON, a plot, and a status line."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ def text_of(output: str) -> str:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """A run with everything, and one with nothing: what they print, and the directory."""
+    """Return the output of a run with all reports and of one without, and the directory."""
     folder, printed = tmp_path_factory.mktemp("stats"), []
     watched = ["--stats", "--stats-json", str(folder / "s.json"), "--plot", str(folder / "p.png")]
     for flags in (watched, []):
@@ -66,7 +66,7 @@ def test_tables(outputs):
     start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["phase", "tokens"])
     assert lines[start + 1].split()[0] == "prompt"
     assert lines[start + 2].split()[:2] == ["generation", str(TOKENS - 1)]
-    assert [line.split()[0] for line in lines].count("all") == 2  # a table for each phase
+    assert [line.split()[0] for line in lines].count("all") == 2  # one table per phase
 
 
 def test_picture(outputs):
@@ -75,7 +75,7 @@ def test_picture(outputs):
 
 
 def test_the_model_is_as_before(monkeypatch):
-    """No proxy stays, nor do requests go on being watched."""
+    """No proxy and no observer of requests stays."""
     model, _ = load(BUNDLED_MODEL, expert_cache="1500KiB")
     before = [(type(layer.mlp), type(layer.get("linear_attn"))) for layer in model.layers]
     monkeypatch.setattr(generate, "load", lambda *args, **kwargs: (model, load_tokenizer()))
@@ -150,7 +150,7 @@ with live.shown():
 
 
 def test_the_last_status_line_a_terminal():
-    """The others scroll above it; in the end it is empty, and everything scrolls again."""
+    """The other lines scroll above it; at the end it is empty, and all lines scroll again."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"LINES": "20", "COLUMNS": "60"}
     subprocess.run([sys.executable, "-c", SHOW], stdout=theirs, stderr=theirs, env=environment)

@@ -1,4 +1,4 @@
-"""flashmoe-plan: predictions that hold against what others published, and plain refusals."""
+"""flashmoe-plan: predictions compared with published figures, and error messages."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_sizes_are_the_checkpoints(name, trunk, records, experts):
 
 
 def test_published_rows_are_met():
-    """At least six figures that gave the model nothing, from more than two machines."""
+    """Predictions meet six or more figures that the model was not fitted to, of three machines."""
     met = [r for r in ROWS if r.unit == "tok/s" and r.kind == "predicted" and abs(r.error) <= 0.2]
     assert len(met) == count_within()[0] >= 6
     assert len({row.setup.machine for row in met}) > 2
@@ -47,7 +47,7 @@ def test_fitted_rows_fit():
     fitted = [row for row in ROWS if row.kind == "fitted"]
     assert {row.kind for row in ROWS} == {"fitted", "assumed", "predicted"}
     assert all(abs(row.error) < (0.07 if row.unit == "% hits" else 0.03) for row in fitted)
-    # One row gives an engine its time per layer; four give the exponent of the hit rate.
+    # One row per engine fits its time per layer; four rows fit the exponent of the hit rate.
     assert len({row.setup.engine for row in fitted if row.unit == "tok/s"}) == 4
     assert sum(row.unit == "tok/s" for row in fitted) == 4
 
