@@ -70,12 +70,12 @@ def struck(folder: Path, **how: object) -> int:
         (4, "after", {"x": b"firstsecond"}),
     ],
 )
-def test_struck_at_a_call(tmp_path, point, when, left):
+def test_killed_at_a_call(tmp_path, point, when, left):
     assert struck(tmp_path, point=point, when=when) == -signal.SIGKILL
     assert contents(tmp_path) == left
 
 
-def test_a_loss_of_power_takes_what_was_not_synced(tmp_path):
+def test_a_power_failure_loses_unsynced_bytes(tmp_path):
     found = set()
     for seed in range(6):
         assert struck(tmp_path, point=4, when="after", power=seed) == -signal.SIGKILL
@@ -89,7 +89,7 @@ def test_a_loss_of_power_takes_what_was_not_synced(tmp_path):
     assert [n for n, _ in calls] == ["open", "pwrite", "fsync", "pwrite", "replace", "fsync"]
 
 
-def test_what_pretends_to_be_finished(root, tmp_path):
+def test_unfinished_files_that_look_finished(root, tmp_path):
     whole, out = root / "packed", shutil.copytree(root / "packed", tmp_path / "out")
     assert not pretends(out, whole) and not differences(out, whole)
     flip(out / LAYER, 20_000)

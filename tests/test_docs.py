@@ -134,7 +134,7 @@ def test_folders():
     assert sorted(named) == sorted(there)
 
 
-def test_messages_of_troubleshooting_are_the_programs():
+def test_quoted_messages_exist_in_the_source():
     sources = (
         path.read_text(encoding="utf-8") for f in FOLDERS for path in (ROOT / f).rglob("*.py")
     )
@@ -146,7 +146,7 @@ def test_messages_of_troubleshooting_are_the_programs():
             assert part.strip() in said, part
 
 
-def test_prediction_in_full_is_that_of_the_plan(capsys):
+def test_the_quoted_prediction_is_flashmoe_plans(capsys):
     (quoted,) = re.findall(r"^decode .*$", text("docs/guides/large-models.md"), re.M)
     plan.main(["--check"])
     assert capsys.readouterr().out.splitlines()[-1] in text("docs/guides/large-models.md")
@@ -190,7 +190,7 @@ def brief(value: float) -> str:
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
-def test_tables_of_models_are_those_of_the_plan():
+def test_tables_of_models_are_flashmoe_plans():
     sizes, room, speeds = tables(text("docs/guides/large-models.md"))
     assert [row[0] for row in sizes[2:]] == [
         "experts on disk, 4-bit / 2-bit",
@@ -209,7 +209,7 @@ def test_tables_of_models_are_those_of_the_plan():
         assert cells == [speed(f"{model} {flags}") for model in speeds[0][1:]], flags
 
 
-def test_help_offers_nothing_that_is_refused():
+def test_help_hides_unsupported_options():
     for name in UNSUPPORTED:
         assert f"--{name.replace('_', '-')}" in generate_parser()._option_string_actions
         assert f"--{name.replace('_', '-')}" not in generate_parser().format_help()
@@ -243,7 +243,7 @@ def without_figures(output: str) -> list[str]:
 
 
 def columns_of(document: str, heading: str, count: int) -> list[str]:
-    """Return the first column's cells of the table with a heading."""
+    """Return the first `count` columns of the table with a heading, each as one text."""
     head = rf"^\| {heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)"
     body = re.search(head, text(document), re.M)
     assert body

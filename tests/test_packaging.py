@@ -94,7 +94,7 @@ def test_wheel_holds_every_file(wheel):
     assert shipped == expected
 
 
-def test_wheel_has_a_licence_and_the_readme(wheel):
+def test_wheel_has_a_license_and_the_readme(wheel):
     name = next(name for name in wheel if name.endswith(".dist-info/METADATA"))
     assert any(name.endswith("/licenses/LICENSE") for name in wheel)
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in wheel[name].decode()

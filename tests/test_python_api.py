@@ -56,7 +56,7 @@ def test_page_runs_without_a_warning_and_prints_what_it_shows():
     assert run_strictly("\n".join(blocks("python"))) == "".join(shown)
 
 
-def test_a_file_left_open_would_be_noticed():
+def test_an_open_file_is_detected():
     with pytest.raises(AssertionError, match="ResourceWarning"):
         run_strictly("open('/dev/null')")
 
@@ -119,7 +119,7 @@ def test_with_closes_files_and_threads_also_after_an_error(models):
 
 
 @pytest.mark.parametrize("cache", ["1MiB", "auto"])
-def test_a_closed_model_refuses_whatever_its_cache_holds(cache, loaded):
+def test_a_closed_model_raises(cache, loaded):
     model, tokenizer = loaded(cache=cache)
     assert answer(model, tokenizer)
     model.close()
@@ -163,7 +163,7 @@ def test_another_thread_may_use_a_model_and_load_one(cache, loaded):
     assert answer(*theirs) == here
 
 
-def test_two_threads_in_one_bank_are_told(loaded):
+def test_two_threads_in_one_bank_raise(loaded):
     store = loaded()[0]._store
     bank = len(store.banks[0])
     with ThreadPoolExecutor(1) as pool:
@@ -202,7 +202,7 @@ def test_a_resident_model_closes_and_copies_as_any_module():
     assert mx.array_equal(model(tokens), twin(tokens))
 
 
-def test_a_fork_is_told_whatever_the_cache_holds(models):
+def test_a_forked_model_raises(models):
     """In a separate process, because forking this one, with its threads, is unsafe."""
     script = f"""
 import os, warnings, flashmoe_mlx
@@ -235,7 +235,7 @@ def test_a_conversion_imports_neither_mlx_lm_nor_transformers():
     assert done.stdout == "[]\n"
 
 
-def test_public_names_come_when_they_are_asked_for():
+def test_public_names_are_imported_on_demand():
     assert set(flashmoe_mlx.__all__) <= set(dir(flashmoe_mlx))
     for name in flashmoe_mlx.__all__:
         assert getattr(flashmoe_mlx, name) is vars(flashmoe_mlx)[name]

@@ -20,7 +20,7 @@ def small(text, windows=1, chats=1):
     )
 
 
-def test_calibration_has_nothing_of_what_is_held_out(opened):
+def test_calibration_contains_no_held_out_text(opened):
     text = quality.calibration_text(opened[1])
     held = quality.HELD_OUT.read_text()
     assert not quality.runs(text) & quality.runs(held)

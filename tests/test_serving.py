@@ -113,7 +113,7 @@ def test_a_closed_stream_stops_and_others_go_on(server):
     assert server.health() == 200
 
 
-def test_16_clients_get_what_one_gets(server):
+def test_16_clients_get_the_same_answers_as_one(server):
     bodies = requests({"tool": 1, "json": 12, "no_tool": 3}, most_tokens=8)
     alone = [answer(server.ask(body)) for body in bodies]
     assert len(bodies) == CLIENTS and len({text for text, _, _ in alone}) > CLIENTS / 2
@@ -125,7 +125,7 @@ def test_16_clients_get_what_one_gets(server):
     assert (outcome.asked, outcome.errors, outcome.differing) == (2 * CLIENTS, [], [])
 
 
-def test_load_counts_what_is_wrong():
+def test_load_counts_errors():
     def ask(body: dict) -> str:
         if body["n"] == 1:
             raise OSError("closed")
@@ -147,7 +147,7 @@ def test_slope(period, least, most):
     assert least < error < most
 
 
-def test_what_troubleshooting_quotes_of_mlx_lm_is_there():
+def test_quoted_messages_of_mlx_lm_exist():
     said = "".join(
         re.sub(r'"\s*\n\s*f?"', "", Path(module.__file__).read_text()) for module in (stock, utils)
     )

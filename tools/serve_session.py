@@ -117,7 +117,7 @@ def an_answer_broken_off(client: OpenAI, server: StockServer) -> None:
     for _ in range(20):
         next(stream)
     print("streaming:      {:.2f} cores, {:.1f} MB/s read".format(*busy(server)))
-    assert chat(client, TABLE).choices[0].message.content == alone  # beside it
+    assert chat(client, TABLE).choices[0].message.content == alone  # concurrently
     stream.close()
     time.sleep(2)  # the server notices when it writes
     cores, read = busy(server)

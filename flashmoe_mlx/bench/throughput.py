@@ -6,30 +6,22 @@ bytes from disk, at the bandwidth measured around the run, and computing without
 
 import argparse
 import json
-import os
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..cli.published import ROWS
 from ..models.qwen3_5.args import PREFILL_CHUNK
 from ..models.qwen3_5.geometry import GEOMETRIES
-from ..profile.counters import Use, now
+from ..profile.counters import Use
 from ..profile.layers import LayerTime, print_rows, timed_layers
 from ..profile.plot import check_plot, plot
 from ..store.memory import peak_bytes
-from ..store.store import ExpertStore
 from . import model as bench
 from .io import Limit
-from .model import PROMPT, WARM_UP, Subject
+from .model import PROMPT, Subject
 from .synthetic import Recipe
+from .workloads import Workload, begin, prefill, state_name, workloads
 
 HEADER = (
     f"{'tok/s':>9} {'hits':>6} {'MB/token':>9} {'unused':>8} {'disk MB':>9} {'GB/s':>6} "
@@ -41,35 +33,6 @@ LEGEND = (
     "disk, comp. ms: a token's least time for reading and for computing; share: the longer of both "
     "over the time taken;\nuser, sys ms: on all cores, in the program and in the kernel"
 )
-Begin = Callable[[], Callable[[], Use]]  # starts counting, returns a function that reads counters
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One kind of run.
-
-    Attributes:
-        size: JSON values that distinguish it from the command's other workloads.
-        title: title of its table.
-        row: name of a row, with "{state}" for cold or warm and "{run}" for a number or "median".
-        tokens: number decoded or read in a run, in all sequences.
-        steps: number of model steps in a run; layer times are per step.
-        states: initial page cache, True for cold, False for warm.
-        run: runs a model with a seed, and calls `Begin` to start counting.
-        compute: runs our model without reads, and returns seconds.
-    """
-
-    size: dict[str, int]
-    title: str
-    row: str
-    tokens: int
-    steps: int
-    states: tuple[bool, ...]
-    run: Callable[[nn.Module, int, Begin], Use]
-    compute: Callable[[], float]
-
-
-# ---- the three kinds of run ----------------------------------------------------------------------
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -96,95 +59,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     text = "tokens to decode per sequence (default: 32)"
     parser.add_argument("--tokens", type=int, default=32, help=text)
     parser.add_argument("--cold", action="store_true", help=bench.COLD)
-
-
-def workloads(subject: Subject, args: argparse.Namespace) -> list[Workload]:
-    """Return the workloads that the flags describe: one, or one per length or batch size."""
-    if args.what == "prefill":
-        return [_prompt(subject, args, tokens) for tokens in args.tokens]
-    if args.what == "decode":
-        return [_decoding(subject, args, {}, partial(decode, args))]
-    return [
-        _decoding(subject, args, {"batch": batch}, partial(decode_batch, args, batch))
-        for batch in args.batch
-    ]
-
-
-def _decoding(
-    subject: Subject,
-    args: argparse.Namespace,
-    size: dict[str, int],
-    run: Callable[[nn.Module, int, Begin], Use],
-) -> Workload:
-    batch = size.get("batch", 1)
-
-    def compute() -> float:
-        return args.tokens * bench.step_seconds(subject, batch)
-
-    title = f"{args.tokens} tokens per sequence; page cache {_state(args.cold)} at the start"
-    row = f"{{run}} of batch {batch}" if size else "{run}"
-    return Workload(size, title, row, batch * args.tokens, args.tokens, (args.cold,), run, compute)
-
-
-def decode(args: argparse.Namespace, model: nn.Module, seed: int, begin: Begin) -> Use:
-    """Decode `args.tokens` tokens of one sequence with mlx-lm's generator."""
-    prompt = mx.array(bench.random_tokens(args.vocabulary, PROMPT, seed))
-    sampler = bench.forced(args.vocabulary, seed + 1) if args.forced else bench.greedy
-    steps = WARM_UP + args.tokens + 1
-    for index, _ in enumerate(generate_step(prompt, model, max_tokens=steps, sampler=sampler)):
-        if index == WARM_UP:
-            use = begin()
-    return use()
-
-
-def decode_batch(
-    args: argparse.Namespace, batch: int, model: nn.Module, seed: int, begin: Begin
-) -> Use:
-    """Decode `args.tokens` tokens in each of `batch` sequences with mlx-lm's batch generator."""
-    last = WARM_UP + args.tokens
-    generator = BatchGenerator(
-        model,
-        max_tokens=last + 2,  # so that no sequence ends and leaves the batch while it is timed
-        sampler=bench.forced(args.vocabulary, seed + 1),
-        completion_batch_size=batch,
-        prefill_batch_size=batch,
-    )
-    tokens = bench.random_tokens(args.vocabulary, batch * PROMPT, seed)
-    generator.insert([tokens[i::batch] for i in range(batch)])
-    for step in range(last + 1):
-        generator.next_generated()
-        if step == WARM_UP:
-            use = begin()
-    took = use()
-    generator.close()
-    return took
-
-
-def prefill(prompt: list[int], chunk: int, model: nn.Module, seed: int, begin: Begin) -> Use:
-    """Prefill a prompt in steps of `chunk` tokens, as mlx-lm does; `seed` has no effect."""
-    use, cache = begin(), make_prompt_cache(model)
-    for first in range(0, len(prompt), chunk):
-        model(mx.array([prompt[first : first + chunk]]), cache=cache)
-        mx.eval([c.state for c in cache])
-        mx.clear_cache()
-    return use()
-
-
-def _prompt(subject: Subject, args: argparse.Namespace, tokens: int) -> Workload:
-    """Return the prefill of one prompt: cold, if the system can drop pages, and warm."""
-    run = partial(prefill, bench.random_tokens(args.vocabulary, tokens), args.chunk)
-
-    def compute() -> float:
-        with bench.without_reads(subject.store):
-            return run(subject.model, 0, partial(begin, None, False)).seconds
-
-    states = (True, False) if hasattr(os, "posix_fadvise") else (False,)
-    title = f"prompt of {tokens} tokens, {args.chunk} per step"
-    size, row = {"tokens": tokens}, "{state}, {run}"
-    return Workload(size, title, row, tokens, steps=1, states=states, run=run, compute=compute)
-
-
-# ---- measuring -----------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> int:
@@ -216,17 +90,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def begin(
-    store: ExpertStore | None, cold: bool, started: Callable[[], None] = lambda: None
-) -> Callable[[], Use]:
-    """Reset our model's banks and the page cache, call `started`, and start counting."""
-    if store:
-        bench.reset_caches(store, cold)
-    started()
-    start = now(store)
-    return lambda: now(store) - start
-
-
 def _report(subject: Subject, args: argparse.Namespace, work: Workload) -> list[dict[str, Any]]:
     """Measure a workload, print its tables, and return JSON values for each state."""
     limit = Limit(subject.store.layout)
@@ -240,9 +103,11 @@ def _report(subject: Subject, args: argparse.Namespace, work: Workload) -> list[
         figures = [result(use, work.tokens, use.disk_floor(disk), least) for use in found]
         best = median_run(figures)
         for run, row in [*enumerate(figures, 1), ("median", best)]:
-            print(line(row, work.tokens, work.row.format(state=_state(cold), run=run)))
+            print(line(row, work.tokens, work.row.format(state=state_name(cold), run=run)))
         rows.append({**work.size, "cold": cold, **best, "runs": figures})
-    by_name = {_state(c) if args.what == "prefill" else args.what: use for c, use in uses.items()}
+    by_name = {
+        state_name(c) if args.what == "prefill" else args.what: use for c, use in uses.items()
+    }
     shared = {
         "disk_bytes_per_s": disk,
         "step_s": [seconds / work.steps for seconds in compute],
@@ -308,9 +173,6 @@ def _stock(subject: Subject, runs: int, works: list[Workload]) -> list[dict[str,
     return rows
 
 
-# ---- figures -------------------------------------------------------------------------------------
-
-
 def result(use: Use, tokens: int, disk_s: float, compute_s: float) -> dict[str, Any]:
     """Return a run's figures as JSON values; the floor is the longer of `disk_s`, `compute_s`."""
     stats = use.stats
@@ -346,10 +208,6 @@ def line(row: dict[str, Any], tokens: int, name: str) -> str:
         f"{row['share_of_floor']:6.0%} {row['cpu_user_s'] / tokens * 1e3:8.2f}",
         f"{row['cpu_system_s'] / tokens * 1e3:7.2f}  {name}",
     ))  # fmt: skip
-
-
-def _state(cold: bool) -> str:
-    return "cold" if cold else "warm"
 
 
 def _size(work: Workload) -> str:

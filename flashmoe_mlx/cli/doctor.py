@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--geometry",
         choices=GEOMETRIES,
-        help="model whose shapes the kernels are checked at (default: MODEL_DIR's, else 35b)",
+        help="check the kernels at this model's shapes (default: MODEL_DIR's, else 35b)",
     )
     parser.add_argument(
         "--sample-mib",

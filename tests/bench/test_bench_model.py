@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from flashmoe_mlx import load
 from flashmoe_mlx.bench import io as bench_io
 from flashmoe_mlx.bench import model as bench_model
-from flashmoe_mlx.bench import throughput
+from flashmoe_mlx.bench import throughput, workloads
 from flashmoe_mlx.bench.io import Limit
 from flashmoe_mlx.bench.main import main
 from flashmoe_mlx.bench.model import Subject
@@ -95,17 +95,17 @@ def test_resident_experts_are_hits_and_nothing_is_read(run):
 
 @pytest.mark.parametrize("forced", [True, False])
 def test_tokens_are_random_or_the_models_own(forced, subject, monkeypatch):
-    tokens, real = [], throughput.generate_step
+    tokens, real = [], workloads.generate_step
 
     def watched(*args, **options):
         for token, logits in real(*args, **options):
             tokens.append((token, mx.argmax(logits).item()))
             yield token, logits
 
-    monkeypatch.setattr(throughput, "generate_step", watched)
+    monkeypatch.setattr(workloads, "generate_step", watched)
     args = Namespace(vocabulary=512, tokens=6, forced=forced)
-    begin = partial(throughput.begin, subject.store, cold=False)
-    throughput.decode(args, subject.model, seed=4, begin=begin)
+    begin = partial(workloads.begin, subject.store, cold=False)
+    workloads.decode(args, subject.model, seed=4, begin=begin)
     given, likeliest = zip(*tokens, strict=True)
     assert len(given) == bench_model.WARM_UP + 6 + 1
     expected = bench_model.random_tokens(512, len(given), seed=5) if forced else likeliest
@@ -131,7 +131,7 @@ def test_prefill_reads_each_expert_once_a_chunk(run):
     assert "prompt of 40 tokens, 16 per step" in table
 
 
-def test_prompts_whose_experts_are_all_there_miss_none(run):
+def test_prompts_with_resident_experts_have_no_misses(run):
     _, result = run("prefill", "--tokens", "24", "--chunk", "16")
     for row in result["rows"]:
         assert row["distinct"] > 4 * 16 and row["missing"] == 0 == row["theory_bytes"]
@@ -165,7 +165,7 @@ def test_stock_has_the_same_weights(subject):
     assert mx.abs(ours - theirs).max().item() < 0.02 * mx.abs(theirs).max().item()
 
 
-def test_profiling_leaves_the_model_as_it_was(subject):
+def test_profiling_does_not_change_the_model(subject):
     before = logits(subject.model)
     modules = [dict(layer) for layer in subject.model.layers]
     with timed_layers(subject.model, subject.store) as layers:
@@ -186,7 +186,7 @@ def test_only_what_counts_is_profiled(subject):
         logits(model, [1])
         return use()
 
-    work = throughput.Workload({}, "", "", 1, 1, (False,), run, compute=float)
+    work = workloads.Workload({}, "", "", 1, 1, (False,), run, compute=float)
     layers, seconds = throughput.profile(subject, work)
     assert [layer.asked for layer in layers] == [4] * 4
     assert sum(layer.seconds for layer in layers) < seconds
@@ -223,8 +223,8 @@ def test_floor_is_the_longer_of_disk_and_computing():
     use = Use(8.0, stats, 3000, 1.0, 0.5)
     assert use.needed == 3000 and replace(use, from_disk=None).needed == 4000
     assert replace(use, from_disk=9000).needed == 4000
-    guessed = replace(use, stats=replace(stats, bytes_useless=1500))
-    assert guessed.needed == 2500 and guessed.disk_floor([9.0]) == 2500 / 1500
+    prefetched = replace(use, stats=replace(stats, bytes_useless=1500))
+    assert prefetched.needed == 2500 and prefetched.disk_floor([9.0]) == 2500 / 1500
     # Probes at 1000 bytes/s; the run itself read 3000 bytes in 2 seconds.
     assert use.disk_floor([500.0, 1000.0, 9000.0]) == 2.0
     assert use.disk_floor([500.0, 3000.0, 9000.0]) == 1.0
@@ -234,7 +234,7 @@ def test_floor_is_the_longer_of_disk_and_computing():
     assert row["read_bytes_per_s"] == 4000
 
 
-def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, monkeypatch, capsys):
+def test_limit_adds_the_times_of_disk_and_page_cache(directory, monkeypatch, capsys):
     layout = open_layout(checkpoint(RECIPE, directory), 4, 16)
     limit = Limit(layout)
     with monkeypatch.context() as patch:

@@ -107,7 +107,7 @@ def test_config(place, change, message, tmp_path, capsys):
         ("model.safetensors", "GGUF", r"model\.safetensors: not a whole safetensors file \(4 byte"),
     ],
 )
-def test_spoilt_file(name, content, message, tmp_path, capsys):
+def test_damaged_file(name, content, message, tmp_path, capsys):
     model = model_of(tmp_path / "model", leave=name)
     (model / name).write_text(content)
     assert re.search(message, refuse(capsys, "generate", ["--model", str(model)]))

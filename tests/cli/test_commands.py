@@ -208,14 +208,14 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", WORK)
-def test_one_line_and_2_for_what_the_user_can_mend(name, kind, monkeypatch, capsys):
+def test_errors_that_users_can_fix_give_one_line_and_exit_code_2(name, kind, monkeypatch, capsys):
     error, line = KINDS[kind]
     code, said = ended(name, error, monkeypatch, capsys)
     assert code == 2 and said.startswith(f"{name}: error: {line}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_130_for_ctrl_c(name, monkeypatch, capsys):
+def test_ctrl_c_gives_exit_code_130(name, monkeypatch, capsys):
     code, said = ended(name, KeyboardInterrupt(), monkeypatch, capsys)
     assert code == 130 and said.strip() == f"{name}: interrupted"
 
@@ -228,7 +228,7 @@ def test_130_for_ctrl_c(name, monkeypatch, capsys):
         BrokenPipeError(errno.EPIPE, "a socket's"),
     ],
 )  # fmt: skip
-def test_faults_of_ours_keep_their_traceback(fault, monkeypatch, capsys):
+def test_bugs_keep_their_traceback(fault, monkeypatch, capsys):
     with pytest.raises(type(fault)):
         ended("flashmoe-plan", fault, monkeypatch, capsys)
 
@@ -248,7 +248,7 @@ def test_a_reader_that_goes_away(arguments):
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["--model", "35b", "--machine", "m3-max-48"]])
-def test_output_that_the_disk_does_not_take(arguments, tmp_path):
+def test_output_on_a_full_disk(arguments, tmp_path):
     command = [sys.executable, "-m", "flashmoe_mlx.cli.plan", *arguments]
     with open(tmp_path / "output", "w") as output:
         done = subprocess.run(

@@ -209,7 +209,7 @@ class Deadly(MatvecCase):
 
 
 @pytest.mark.parametrize(("ok", "code", "line"), [(True, 0, "ok"), (False, 1, "FAILS")])
-def test_findings_decide_the_exit_code(ok, code, line, models, capsys, monkeypatch):
+def test_findings_determine_the_exit_code(ok, code, line, models, capsys, monkeypatch):
     asked = []
     found = [Finding("kernel router", ok, "1 of 2"), Finding("greedy tokens", None, "no room")]
     monkeypatch.setattr(doctor, "full_check", lambda report: (asked.append(report), found)[1])
@@ -222,7 +222,7 @@ def test_findings_decide_the_exit_code(ok, code, line, models, capsys, monkeypat
     assert json.loads(run([*args, "--json"], capsys)[1])["full"][0]["ok"] is ok
 
 
-def test_cases_are_summed_up_for_each_op():
+def test_cases_are_summarized_per_op():
     """Other processes, without a GPU, compare the cases."""
     found = full_check.parity([MATVEC, replace(MATVEC, dtype="float16"), ROUTER])
     said = "1 of 1 cases agree with the float32 reference (1 more need a GPU)"
@@ -269,7 +269,7 @@ def test_reads_are_those_of_the_experts(models):
 
 
 @pytest.mark.parametrize(("direct", "cache"), [(True, "expert"), (False, "page")])
-def test_experts_are_read_as_a_load_would_read_them(direct, cache, models, capsys, monkeypatch):
+def test_experts_are_read_as_in_a_load(direct, cache, models, capsys, monkeypatch):
     def plan(mode, layout, room):
         assert mode == "auto" and 0 < room < available_bytes() + (1 << 30)
         return IoPlan(direct, "a test")
@@ -283,7 +283,7 @@ def test_experts_are_read_as_a_load_would_read_them(direct, cache, models, capsy
     assert f"Leave memory for the {cache} cache." in out
 
 
-def test_the_temporary_file_goes_away(tmp_path):
+def test_the_temporary_file_is_removed(tmp_path):
     with scratch_ranges(tmp_path / "new", sample=1 << 20, record=1 << 17) as ranges:
         assert sorted(offset for _, offset, _ in ranges) == [i << 17 for i in range(8)]
         assert time_reads(ranges, "a test").nbytes == 1 << 20

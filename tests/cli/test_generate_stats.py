@@ -74,7 +74,7 @@ def test_picture(outputs):
     assert data.startswith(b"\x89PNG") and len(data) > 10_000
 
 
-def test_the_model_is_as_before(monkeypatch):
+def test_stats_do_not_change_the_model(monkeypatch):
     """No proxy and no observer of requests stays."""
     model, _ = load(BUNDLED_MODEL, expert_cache="1500KiB")
     before = [(type(layer.mlp), type(layer.get("linear_attn"))) for layer in model.layers]
@@ -115,7 +115,7 @@ def test_line():
     assert status_line(1, after, after) == "[flashmoe] 1.0 tokens/s, nothing read, 100.0% hits"
 
 
-def test_where_nobody_asks_no_share_of_hits_is_told(capsys):
+def test_hit_rate_without_requests(capsys):
     model, _ = load(BUNDLED_MODEL)
     said = str(ExpertStats(bytes_preloaded=2 * 10**6, seconds_preloading=0.5))
     assert said == "Experts: all are resident, nothing is read; 2.0 MB at load in 0.50 s"
@@ -125,7 +125,7 @@ def test_where_nobody_asks_no_share_of_hits_is_told(capsys):
     assert [row.split()[4:6] for row in rows] == [["0", "-"]] * 2
 
 
-def test_lines_follow_one_another_where_there_is_no_terminal(capsys, monkeypatch):
+def test_one_line_per_update_without_a_terminal(capsys, monkeypatch):
     live = Live(ExpertStats())
     with live.shown():
         live.update(lambda: ExpertStats())
@@ -149,7 +149,7 @@ with live.shown():
 """
 
 
-def test_the_last_status_line_a_terminal():
+def test_the_last_line_of_a_terminal():
     """The other lines scroll above it; at the end it is empty, and all lines scroll again."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"LINES": "20", "COLUMNS": "60"}

@@ -98,7 +98,7 @@ def test_no_file_at_all(model, name, kind, monkeypatch):
             plan.main(["--model", str(model)])
 
 
-def test_a_folder_of_templates_is_looked_at_too(model):
+def test_a_folder_of_templates_is_checked(model):
     """transformers reads every template in this folder."""
     folder = model / "additional_chat_templates"
     folder.mkdir()
@@ -109,7 +109,7 @@ def test_a_folder_of_templates_is_looked_at_too(model):
 
 
 @pytest.mark.parametrize("name", [*SMALL, "chat_template.jinja"])
-def test_too_large_to_be_one(model, name):
+def test_too_large_files(model, name):
     with open(model / name, "wb") as file:
         file.truncate(MOST_BYTES + 1)
     refused(model, rf"{name}: 100000001 bytes long, but such a file has at most 100000000\.")
@@ -133,20 +133,20 @@ TEXTS = {
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", [*SMALL[:3], "hf_quant_config.json"])
-def test_text_that_is_no_object(model, name, text):
+def test_text_that_is_not_an_object(model, name, text):
     content, message = TEXTS[text]
     (model / name).write_bytes(content)
     refused(model, rf"{name}: {message}")
 
 
-def test_what_is_json_is_read_as_it_is():
+def test_valid_json_is_read():
     deep = 98 * b"[" + b"{}" + 98 * b"]"
     assert parse(b'{"a": [1, {"b": "\\u00e9"}], "c": null}') == {"a": [1, {"b": "é"}], "c": None}
     assert parse(b'["\\ud83d\\ude00", "\\\\ud800"]') == ["\U0001f600", "\\ud800"]
     assert parse(deep) and parse(b"3") == 3 and parse(b'"[[[["') == "[[[["
 
 
-def test_a_name_that_is_no_text(model):
+def test_a_name_that_is_not_text(model):
     """MLX's header parser rejects it with its own message."""
     raw = (BUNDLED_MODEL / "model.safetensors").read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
@@ -159,7 +159,7 @@ def test_a_name_that_is_no_text(model):
 
 
 @pytest.mark.parametrize("meta", [[1], {"a": 1}, {"a": None}, {"a": {"b": "c"}}, "text", 5, True])
-def test_metadata_that_is_no_map_of_strings(model, meta):
+def test_metadata_that_does_not_map_strings_to_strings(model, meta):
     raw = (BUNDLED_MODEL / "model.safetensors").read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     text = json.dumps(json.loads(raw[8:end]) | {"__metadata__": meta}).encode()
@@ -235,7 +235,7 @@ def test_ids_that_no_added_token_can_have(model, number):
     refused(model, r"model: its tokenizer cannot be loaded \(")
 
 
-def test_a_token_behind_the_last_row_of_the_embedding(model):
+def test_a_token_outside_the_embedding(model):
     """Such a token would read memory outside the embedding."""
     content = json.loads((model / "tokenizer.json").read_text())
     content["added_tokens"].append(content["added_tokens"][0] | {"content": "<more>", "id": 4096})
@@ -275,7 +275,7 @@ def test_no_tokenizer(model):
     refused(model, r"model: no tokenizer \(none of tokenizer\.json, vocab\.json, ")
 
 
-def test_a_limit_of_length_that_is_no_number(model):
+def test_a_length_limit_that_is_not_a_number(model):
     """transformers detects this only when it encodes a text."""
     edit(model / "tokenizer_config.json", model_max_length="x")
     refused(model, r"its tokenizer cannot be loaded \(TypeError")
@@ -295,7 +295,7 @@ class PanicException(BaseException):
 @pytest.mark.parametrize(
     "error", [PanicException("index"), Exception("bare"), RecursionError("deep"), ImportError("x")]
 )
-def test_whatever_a_tokenizer_raises_is_named(error):
+def test_any_error_of_a_tokenizer_names_the_directory(error):
     message = rf"here: wrong \({type(error).__name__}: .*\)\. Mend"
     with (
         pytest.raises(FlashMoEError, match=message),
@@ -305,7 +305,7 @@ def test_whatever_a_tokenizer_raises_is_named(error):
 
 
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(3)])
-def test_what_no_file_is_to_blame_for_is_not(error):
+def test_other_errors_name_no_file(error):
     with pytest.raises(type(error)), named("here", "wrong", "Mend it", (Exception,)):
         raise error
     with pytest.raises(RuntimeError, match="ours"), named("here", "wrong", "Mend it"):

@@ -117,7 +117,7 @@ def test_prefill_reads_each_expert_once_per_chunk():
     assert seconds(4096) == pytest.approx(2 * seconds(2048))
 
 
-def test_the_best_cache_is_the_fastest_sound_one(capsys):
+def test_the_best_cache_is_the_fastest_candidate(capsys):
     _, found = run("--model 397b --machine m3-max-48 --top-k 4", capsys)
     sound = [c for c in found["caches"] if c["bank"] <= found["free_bytes"] / 2]
     assert found["chosen"] == min(sound, key=lambda c: c["seconds"])
@@ -134,7 +134,7 @@ def test_a_model_that_fits_is_resident(capsys):
     assert tight["chosen"]["bank_hits"] < 1
 
 
-def test_a_cache_that_is_asked_for(capsys):
+def test_a_given_cache_size(capsys):
     text, found = run("--model 397b --machine m5-max-128 --cache 20GB --bits 2", capsys)
     assert found["chosen"]["bank"] == 20e9 and "20.00GB, from --cache" in text
     assert found["record_bytes"] == 3_932_160
@@ -147,7 +147,7 @@ def test_flags_override_a_machine(capsys):
     assert found["machine"]["memory"] == 32e9
 
 
-def test_a_directory_tells_its_sizes_and_bits(tmp_path, capsys):
+def test_sizes_and_bits_come_from_config_json(tmp_path, capsys):
     args = {**vars(named_args("35b")), "model_type": "qwen3_5_moe"}
     places = [(n, name) for n in range(40) for name in ("gate_proj", "up_proj", "down_proj")]
     experts = {

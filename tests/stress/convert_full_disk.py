@@ -29,7 +29,7 @@ def mounted(place: Path, nbytes: int) -> Iterator[None]:
     place.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "none", str(place)]
     if subprocess.run(mount).returncode:
-        raise SystemExit("full-disk must be root, to mount a small file system")
+        raise SystemExit("full-disk needs root, to mount a small file system")
     try:
         yield
     finally:
@@ -56,7 +56,7 @@ def full_disks(work: Path, made_by: Conversion, whole: Path, runs: int, seed: in
             )
         bad += bool(wrong)
         print(f"run {run:3}: {'WRONG: ' + '; '.join(wrong) if wrong else 'identical'}: {said}")
-    print(f"{runs} disks of {size:,} bytes that filled up: {runs - bad} ended as they should")
+    print(f"{runs} full disks of {size:,} bytes: {runs - bad} results as expected")
     return bad
 
 

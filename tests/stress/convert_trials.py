@@ -50,7 +50,7 @@ def undisturbed(work: Path, made_by: Conversion) -> tuple[Path, Calls]:
     with watched(out) as most:
         code, line = result(made_by.start(out, log=str(log)))
     if code:
-        raise SystemExit(f"the undisturbed conversion failed: {line}")
+        raise SystemExit(f"the conversion without faults failed: {line}")
     calls: Calls = [(name, when) for name, when in json.loads(log.read_text())]
     shards = sorted(path.stat().st_size for path in made_by.source.glob("*.safetensors"))
     print(
@@ -123,7 +123,7 @@ def kill(work: Path, made_by: Conversion, runs: int, seed: int) -> int:
         did, wrong = kill_and_resume(made_by, whole, work / "out", calls, mode, chances)
         kills, bad = kills + len(did), bad + bool(wrong)
         print(f"run {run:3}: killed {len(did)}x ({'; '.join(did)}): {_verdict(wrong)}", flush=True)
-    print(f"{runs} runs, {kills} kills: {runs - bad} ended with the bytes of an undisturbed run")
+    print(f"{runs} runs, {kills} kills: {runs - bad} equal a run without faults")
     return bad
 
 
@@ -152,7 +152,7 @@ def repair(work: Path, made_by: Conversion, runs: int, seed: int) -> int:
         wrong += [f"{name} differs at the end" for name in differences(out, whole)]
         kills, bad = kills + did, bad + bool(wrong)
         print(f"run {run:3}: killed {did}x: {_verdict(wrong)}", flush=True)
-    print(f"{runs} repairs, {kills} kills: {runs - bad} ended with every byte as it was written")
+    print(f"{runs} repairs, {kills} kills: {runs - bad} restored every byte")
     return bad
 
 
@@ -163,14 +163,19 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("kill", "repair", "flip", "full-disk"):
         add = trials.add_parser(name).add_argument
         add("--seed", type=int, default=0)
-        add("--work", type=Path, help="an empty directory to work in (default: a temporary one)")
-        add("--times", type=int, default=12, help="of each damage to each file (flip)")
+        add("--work", type=Path, help="empty working directory (default: a temporary one)")
+        add("--times", type=int, default=12, help="damages of each kind per file (flip)")
         add("--runs", type=int, default=20)
         add("--hub", action="store_true", help="convert from a local Hub server")
-        add("--format", default="mlx", choices=("mlx", "hf"), help="of the source: 4 bits or bf16")
+        add(
+            "--format",
+            default="mlx",
+            choices=("mlx", "hf"),
+            help="format of the source: 4 bits or bf16",
+        )
         add("--geometry", default="tiny", choices=("tiny", "35b"))
         add("--layers", type=int, default=4)
-        add("--shards", type=int, default=8, help="of the source")
+        add("--shards", type=int, default=8, help="shards of the source")
     return parser
 
 

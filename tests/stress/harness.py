@@ -31,7 +31,7 @@ class Cases:
 
     def run(self, seed: int) -> str:
         """Run one case and return its outcome in a word; raise on a wrong outcome."""
-        raise NotImplementedError
+        raise TypeError("a subclass implements run")
 
 
 def write_models(folder: Path) -> None:
