@@ -46,5 +46,7 @@ def stacked_experts(directory: Path, layers: int, experts: int) -> dict[str, mx.
         tensors: Any = mx.load(str(directory / EXPERT_DIR / layer_file(layer)))
         for field in FIELDS:
             parts = [tensors[f"experts.{expert}.{field}"] for expert in range(experts)]
-            found[f"{layer_prefix(layer)}.mlp.switch_mlp.{field}"] = mx.stack(parts)
+            stacked = mx.stack(parts)
+            mx.eval(stacked)  # now, so that memory never holds all parts beside the stacks
+            found[f"{layer_prefix(layer)}.mlp.switch_mlp.{field}"] = stacked
     return found
