@@ -1,7 +1,7 @@
-"""Bad input, command by command: what is given, and what the one sentence must say.
+"""Bad input, by command: arguments, and a part of the error that they must cause.
 
-`{bundled}`, `{packed}` and `{out}` stand for the bundled model, for a conversion of it, and for a
-directory that does not exist.
+`{bundled}`, `{packed}` and `{out}` stand for the bundled model, a conversion of it, and a missing
+directory.
 """
 
 GENERATE = [
@@ -26,7 +26,7 @@ GENERATE = [
     ("--kv-bits 7", "--kv-bits 7 is out of range. Give 2, 3, 4, 5, 6 or 8."),
     ("--kv-bits 4 --kv-group-size 48", "--kv-group-size 48 is out of range. Give 32, 64 or 128."),
     ("--kv-bits 8 --quantized-kv-start -1", "--quantized-kv-start -1 is out of range."),
-    ("--extra-eos-token <nosuch>", "--extra-eos-token '<nosuch>': the model has no such token."),
+    ("--extra-eos-token <nosuch>", "--extra-eos-token '<nosuch>': not in the model's vocabulary."),
     ("--chat-template-config {", "--chat-template-config {: not JSON ("),
     ("--chat-template-config [1]", "--chat-template-config [1]: not an object."),
     ('--chat-template-config {"messages":1}', "the chat template fails with --chat-template-conf"),
@@ -34,10 +34,10 @@ GENERATE = [
     ("--prompt-cache-file {bundled}/model.safetensors", "cannot be read as a prompt cache ("),
     (
         "--adapter-path {out}",
-        "out: no adapter_config.json there. Give a directory that mlx_lm.lora",
+        "out: has no adapter_config.json. Give a directory that mlx_lm.lora",
     ),
-    ("--adapter-path {bundled}", "bundled: no adapter_config.json there."),
-    ("--prompt= --ignore-chat-template", "--prompt is empty, and there is no chat template."),
+    ("--adapter-path {bundled}", "bundled: has no adapter_config.json."),
+    ("--prompt= --ignore-chat-template", "--prompt is empty and no chat template applies."),
     ("--quantize-activations", "--quantize-activations is not supported for streamed models;"),
     ("--draft-model x", "--draft-model is not supported for streamed models; leave it out."),
     ("--image x.png", "--image is not supported for streamed models; leave it out."),
@@ -152,11 +152,11 @@ CONVERT = [
 BENCH = [
     ("", "the following arguments are required: WHAT"),
     ("speed", "argument WHAT: invalid choice: 'speed'"),
-    ("io --record 5000", "--record 5000 is not a multiple of 12288 from 36864 on"),
-    ("io --threads 0", "--threads 0 measures nothing. Give at least 1."),
-    ("io --sample-mib 0", "--sample-mib 0 measures nothing. Give at least 1."),
-    ("io --sample-mib 999999999", "1999999998 MiB are needed, and "),
-    ("io --rounds -1", "--rounds -1 measures nothing. Give at least 1."),
+    ("io --record 5000", "--record must be a multiple of 12288, at least 36864, to"),
+    ("io --threads 0", "--threads must be at least 1, got 0"),
+    ("io --sample-mib 0", "--sample-mib must be at least 1, got 0"),
+    ("io --sample-mib 999999999", "1999999998 MiB are asked for, and "),
+    ("io --rounds -1", "--rounds must be at least 1, got -1"),
     (
         "io --dir {bundled}/config.json",
         "config.json: cannot be written (File exists). Give another",
@@ -166,19 +166,19 @@ BENCH = [
         "config.json: no config.json. Give the directory of a mod",
     ),
     ("decode --geometry 9b", "argument --geometry: invalid choice: '9b'"),
-    ("decode --layers 0", "layers = 0 is too few: give at least 2"),
-    ("decode --layers 100000", "layers = 100000 is too many: give at most 1000."),
-    ("decode --vocabulary 0", "vocabulary = 0 is too few: give at least 259"),
-    ("decode --bits 3", "bits = 3: experts are made with 4 or 2. Choose one."),
-    ("decode --tokens 0", "--tokens 0 measures nothing. Give at least 1."),
-    ("decode --runs 0", "--runs 0 measures nothing. Give at least 1."),
+    ("decode --layers 0", "layers must be from 2 to 1000, got 0"),
+    ("decode --layers 100000", "layers must be from 2 to 1000, got 100000"),
+    ("decode --vocabulary 0", "vocabulary must be from 259 to 10000000, got 0"),
+    ("decode --bits 3", "bits must be 4 or 2, got 3"),
+    ("decode --tokens 0", "--tokens must be at least 1, got 0"),
+    ("decode --runs 0", "--runs must be at least 1, got 0"),
     ("decode --plot {out}/x.png", "out is not a directory."),
     ("decode --plot x.gifs", "--plot x.gifs: not an image file. Use .png, .svg, .pdf."),
-    ("prefill --chunk 0", "--chunk 0 measures nothing. Give at least 1."),
-    ("batch --batch 0", "--batch 0 measures nothing. Give at least 1."),
-    ("kernels --op sum", "--op sum is not among what can be measured: dequant_matvec"),
-    ("kernels --bits 7", "--bits 7 is not among what can be measured: 2, 4, 8."),
-    ("kernels --top-k 0", "--top-k 0 is not among what can be measured: 1 to 32."),
+    ("prefill --chunk 0", "--chunk must be at least 1, got 0"),
+    ("batch --batch 0", "--batch must be at least 1, got 0"),
+    ("kernels --op sum", "--op must be one of dequant_matvec"),
+    ("kernels --bits 7", "--bits must be one of 2, 4, 8, got 7"),
+    ("kernels --top-k 0", "--top-k must be from 1 to 32, got 0"),
     ("kernels --dtype int8", "argument --dtype: invalid choice: 'int8'"),
 ]
 
@@ -186,30 +186,30 @@ DOCTOR = [
     ("{out}", "out: not a directory. Give the directory of a model."),
     ("{bundled}/config.json", "config.json: not a directory. Give the directory of a model."),
     ("--geometry 9b", "argument --geometry: invalid choice: '9b'"),
-    ("--sample-mib 1", "--sample-mib 1 is less than one expert. Give 2."),
+    ("--sample-mib 1", "--sample-mib must be at least 2, the size of one expert, got 1"),
 ]
 
 PLAN = [
     ("", "--model is missing. Give 397b, 122b, 35b, or a directory."),
-    ("--model 397b", "--ram and --ssd and --memory-bandwidth not given. Give it, or a --machine"),
-    ("--model 1b --machine m3-max-48", "--model 1b: no config.json there. Give 397b, 122b, 35b,"),
-    ("--model 397b --machine pdp-11", "--machine pdp-11 is not known. Choose among m1-pro-16"),
-    ("--model 397b --machine m3-max-48 --bits 3", "--bits 3 is not known. Choose among 4, 2."),
+    ("--model 397b", "missing --ram and --ssd and --memory-bandwidth. Give the figures, or a"),
+    ("--model 1b --machine m3-max-48", "--model 1b: has no config.json. Give 397b, 122b, 35b,"),
+    ("--model 397b --machine pdp-11", "--machine pdp-11 is unknown. Choose from m1-pro-16"),
+    ("--model 397b --machine m3-max-48 --bits 3", "--bits 3 is unknown. Choose from 4, 2."),
     ("--model 397b --machine m3-max-48 --top-k 0", "--top-k = 0, but the model has 512 experts"),
     ("--model 397b --machine m3-max-48 --ram much", "--ram much is not a size. Give bytes or a un"),
     (
         "--model 397b --machine m3-max-48 --ram 1GB",
-        "a memory of 1 GB (--ram) is too little: trunk, one token's",
+        "--ram 1 GB is too small: trunk, one token's experts and the",
     ),
-    ("--model 397b --machine m3-max-48 --ssd 0", "--ssd 0 is no rate. Give GB/s, such as 5."),
-    ("--model 397b --machine m3-max-48 --ssd nan", "--ssd nan is no rate."),
+    ("--model 397b --machine m3-max-48 --ssd 0", "--ssd must be greater than 0 (GB/s), got 0"),
+    ("--model 397b --machine m3-max-48 --ssd nan", "--ssd must be greater than 0 (GB/s), got nan"),
     (
         "--model 397b --machine m3-max-48 --cache 900GB",
-        "--cache 900GB does not fit: one token's ex",
+        "--cache must be from 4.25 GB (one token's ex",
     ),
     ("--model 397b --machine m3-max-48 --cache auto", "--cache auto is not a size."),
-    ("--model 397b --machine m3-max-48 --prompt 0", "--prompt 0 is no number of tokens. Give 1 or"),
-    ("--model 397b --machine m3-max-48 --engine x", "--engine x is not known. Choose among"),
+    ("--model 397b --machine m3-max-48 --prompt 0", "--prompt must be at least 1 (token), got 0"),
+    ("--model 397b --machine m3-max-48 --engine x", "--engine x is unknown. Choose from"),
 ]
 
 VARIABLES = [
@@ -225,7 +225,7 @@ VARIABLES = [
     ("STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' must be 1 or 0."),
 ]
 
-# Entries of config.json: of its text_config, or beside it; None takes one away.
+# Entries of config.json, in its text_config or on the top level; None removes one.
 CONFIG = [
     ("text", {"hidden_size": "192"}, "hidden_size = '192' is not a whole number of at least 1."),
     (

@@ -1,4 +1,4 @@
-"""Model directories that the tests share: the bundled model and what convert makes of it."""
+"""Model directories that the tests share: the bundled model and its conversions."""
 
 import fcntl
 import json
@@ -7,11 +7,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-# What a shell starts in the background ignores Ctrl-C, and so would the commands that are tested.
+# A process in a shell's background ignores Ctrl-C, and its children inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Read when kernels are imported. What runs without these checks: test_kernels_without_checks.
+# Kernels read this on import; test_kernels_without_checks runs without it.
 os.environ.setdefault("FLASHMOE_DEBUG_BOUNDS", "1")
 
 import mlx.core as mx
@@ -24,13 +24,13 @@ from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.custom_kernels.cpu import compile
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; set before numba loads
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; set before importing numba
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 FORMATS = ("packed4", "packed2", "linked", "unmodified")
 
-# What takes long goes first, so that no worker waits for the other in the end. The first two go to
-# one worker each, and compile for both: the CPU's kernels, and the bench's.
+# Run long tests first, so that no worker idles at the end. The first two go to one worker each and
+# compile for both: the CPU's kernels, and the bench's.
 FIRST = (
     "test_cpu_kernels", "test_gpu_kernels", "test_exactness", "test_bounds", "test_end_to_end",
     "test_stock_tools", "test_gated_delta_kernels", "test_gpu_model", "test_metal_bench",
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compile_here(tmp_path_factory):
-    """Compile the CPU's kernels in this process; that users' do so in another has its own test."""
+    """Compile the CPU's kernels in this process; another test covers the separate process."""
     marker = tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile, "_marker", lambda formats: marker)
@@ -59,7 +59,7 @@ def text_config(model: Path) -> dict:
 
 
 def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a directory that one worker makes for all of a run; nobody may write to it."""
+    """Return a directory that one worker writes for all workers; tests must not write to it."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with open(base / f"{name}.lock", "w") as lock:
@@ -114,8 +114,8 @@ def load_stock(stock_models):
 
 
 @pytest.fixture
-def fresh_choice():
-    """Ask anew which kernels are wanted."""
+def fresh_kernel_mode():
+    """Read the kernel mode again."""
     device._cpu_module.cache_clear()
     yield
     device._cpu_module.cache_clear()

@@ -13,7 +13,7 @@ from mlx_lm.models import qwen3_5_moe
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from flashmoe_mlx.cli.full_check import stacked_experts
+from flashmoe_mlx.cli.stock import stacked_experts
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, VOCABULARY = 128, 64, 8, 4, 96
 
@@ -54,7 +54,7 @@ def make_weights(config: dict[str, Any], dtype: mx.Dtype = mx.bfloat16, seed: in
 
 
 def fused(weights: Weights) -> Weights:
-    """The Hub's names for experts: gate_up_proj `[E, 2I, H]` and down_proj `[E, H, I]`."""
+    """Return the Hub's experts: gate_up_proj `[E, 2I, H]` and down_proj `[E, H, I]`."""
     result = {k: v for k, v in weights.items() if "switch_mlp" not in k}
     for name in weights:
         if name.endswith("switch_mlp.up_proj.weight"):
@@ -66,7 +66,7 @@ def fused(weights: Weights) -> Weights:
 
 
 def separate(weights: Weights) -> Weights:
-    """One tensor for each projection of each expert."""
+    """Return one tensor per expert and projection."""
     result = {}
     for name, value in weights.items():
         stem, middle, rest = name.partition("switch_mlp.")
@@ -114,7 +114,7 @@ def save(directory: Path, config: dict[str, Any], weights: Weights, shards: int 
 
 
 def save_in_order(directory: Path, config: dict[str, Any], weights: Weights, shards: int) -> None:
-    """Write a checkpoint without a tokenizer, layer after layer as published ones are."""
+    """Write a checkpoint without a tokenizer, layer by layer as in published ones."""
     names, size = sorted(weights), -(-len(weights) // shards)
     write_weights(directory, config, weights, [names[n * size :][:size] for n in range(shards)])
 
@@ -146,7 +146,7 @@ def load(directory: Path, pattern: str = "model*.safetensors") -> Weights:
 
 
 def same(left: mx.array, right: mx.array) -> bool:
-    """Equal in dtype, shape and every bit."""
+    """Return whether dtype, shape and every bit are equal."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     flat = [mx.contiguous(x).reshape(-1).view(mx.uint8) for x in (left, right)]
@@ -154,7 +154,7 @@ def same(left: mx.array, right: mx.array) -> bool:
 
 
 def write_checkpoints(root: Path) -> Path:
-    """A Hub-like bfloat16 checkpoint in `hf`, and stock mlx-lm's 4-bit conversion in `stock`."""
+    """Write a Hub-like bfloat16 checkpoint `hf`, and stock mlx-lm's 4-bit conversion `stock`."""
     config = make_config()
     weights = spell(fused(make_weights(config)), "model.language_model.") | extras()
     write_tokenizer(save(root / "hf", config, weights, shards=3))
@@ -163,7 +163,7 @@ def write_checkpoints(root: Path) -> Path:
 
 
 def unpack(packed: Path, out: Path, shards: int = 1) -> Path:
-    """Write a packed directory's weights as the stock checkpoint that holds them all in memory."""
+    """Write a packed directory's weights as a stock checkpoint."""
     config = read(packed / "config.json")
     del config["model_file"], config["flashmoe"]
     text = config["text_config"]
@@ -181,15 +181,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, and its bytes."""
+    """Return every file below a directory, with its bytes."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-# Reads lines "CALL OUT", and converts the checkpoint that it was given in a fork that kills itself
-# with SIGKILL at that call to the system: before it, or after it, or with half of a write done.
-# Prints the signal, or the names of the calls that a whole conversion made. MLX has not computed
-# anything in the parent, so that forks are safe.
+# Reads lines "CALL OUT", and converts its checkpoint in a fork that sends itself SIGKILL at that
+# system call: before it, after it, or after half of a write. Prints the signal, or the names of the
+# calls of a complete conversion. MLX computes nothing in the parent, so that forks are safe.
 KILLER = """
 import os, signal, sys, threading
 from flashmoe_mlx import loader  # so that forks do not load transformers

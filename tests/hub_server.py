@@ -39,7 +39,7 @@ class Fault:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves directories as the commits of repositories.
+    """Serves directories as commits of repositories.
 
     Attributes:
         repos: directory by name and commit.
@@ -57,7 +57,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, dict[str, Path]] = {}
         self.main: dict[str, str] = {}
-        self.listing: list[dict[str, Any]] = []  # entries to add to every list of files
+        self.listing: list[dict[str, Any]] = []  # entries to add to each list of files
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.outwaited = 0
         self.listener: Callable[[str, int], None] = lambda file, sent: None
@@ -83,7 +83,7 @@ class HubServer(ThreadingHTTPServer):
         return self
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections are dropped on purpose, by either side."""
+        """Ignore errors: both sides drop connections on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -205,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(path: Path, directory: Path) -> dict[str, Any]:
-    """A file's entry in the Hub's list: large ones have a SHA-256, small ones git's SHA-1."""
+    """Return a file's entry in the Hub's list: SHA-256 for large files, git's SHA-1 for small."""
     name, size = path.relative_to(directory).as_posix(), path.stat().st_size
     if path.suffix == ".safetensors":
         lfs = {"sha256": _sha256(path), "oid": _sha256(path), "size": size, "pointerSize": 134}

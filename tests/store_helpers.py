@@ -16,7 +16,7 @@ EXPERTS, RECORD = 10, 4 * 9
 def make_store(tmp_path, slots: int, scattered: bool = False, layers: int = 2) -> ExpertStore:
     """Return a store over one file per layer; tensor f of expert e holds the number 100 e + f.
 
-    `scattered` stores like a stock checkpoint: tensor by tensor, so an expert is nine ranges.
+    `scattered` writes like a stock checkpoint, tensor by tensor, so that an expert has nine ranges.
     """
     tensors = []
     for layer in range(layers):

@@ -1,4 +1,4 @@
-"""`tests/stress/convert_trials.py` and `convert_fuzz.py`: what they do, and that they notice."""
+"""`tests/stress/convert_trials.py` and `convert_fuzz.py` run, and detect errors."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # --- killed --------------------------------------------------------------------------------------
 
-# `convert_strike.py` with another main: writes a file as the conversion does.
+# `convert_strike.py` with another main, which writes a file like a conversion.
 STRUCK = """
 import json, os, sys, types
 def main(arguments):
@@ -70,12 +70,12 @@ def struck(folder: Path, **how: object) -> int:
         (4, "after", {"x": b"firstsecond"}),
     ],
 )
-def test_struck_at_a_call(tmp_path, point, when, left):
+def test_killed_at_a_call(tmp_path, point, when, left):
     assert struck(tmp_path, point=point, when=when) == -signal.SIGKILL
     assert contents(tmp_path) == left
 
 
-def test_a_loss_of_power_takes_what_was_not_synced(tmp_path):
+def test_a_power_failure_loses_unsynced_bytes(tmp_path):
     found = set()
     for seed in range(6):
         assert struck(tmp_path, point=4, when="after", power=seed) == -signal.SIGKILL
@@ -89,7 +89,7 @@ def test_a_loss_of_power_takes_what_was_not_synced(tmp_path):
     assert [n for n, _ in calls] == ["open", "pwrite", "fsync", "pwrite", "replace", "fsync"]
 
 
-def test_what_pretends_to_be_finished(root, tmp_path):
+def test_unfinished_files_that_look_finished(root, tmp_path):
     whole, out = root / "packed", shutil.copytree(root / "packed", tmp_path / "out")
     assert not pretends(out, whole) and not differences(out, whole)
     flip(out / LAYER, 20_000)
@@ -113,7 +113,7 @@ def test_every_damage_is_named(root, tmp_path, monkeypatch, capsys):
     assert contents(tmp_path / "out") == contents(root / "packed")
 
 
-def test_a_damage_that_is_not_named_is_noticed(root):
+def test_unnamed_damage_is_detected(root):
     tensor = read_header(root / "packed" / LAYER)["experts.3.up_proj.scales"]
     place = tensor.offset + tensor.nbytes - 1
     assert tensor_at(root / "packed" / LAYER, place) == "layer 2 expert 3 up_proj.scales differs"
@@ -136,7 +136,7 @@ def cases(tmp_path_factory) -> convert_fuzz.Cases:
 
 
 def test_cases(cases):
-    """A few of those that `convert_fuzz.py` tries for minutes."""
+    """A few cases of `convert_fuzz.py`."""
     assert {"refused", "planned"} <= {cases.run(seed) for seed in range(20)}
 
 
@@ -158,7 +158,7 @@ def test_mutations_change_something(root, tmp_path, mutation):
     assert changed
 
 
-def test_whatever_leaves_the_output_is_noticed(tmp_path, cases):
+def test_changes_outside_the_output_are_detected(tmp_path, cases):
     (tmp_path / "out").mkdir()
     acts = (
         lambda: (tmp_path / "x").write_text("x"),
@@ -175,4 +175,4 @@ def test_whatever_leaves_the_output_is_noticed(tmp_path, cases):
             (tmp_path / "out/y").write_text("y")
             act()
     assert not (tmp_path / "x").exists()
-    (tmp_path / "x").write_text("x")  # it is not armed any more
+    (tmp_path / "x").write_text("x")  # no longer armed

@@ -1,4 +1,4 @@
-"""What the documents name exists: files, links, commands and their options, modules."""
+"""The documents name existing files, links, commands, options and modules."""
 
 import argparse
 import dataclasses
@@ -33,12 +33,12 @@ DOCUMENTS = sorted(
 LINK = re.compile(r"\]\((?!https?:)([^)\s]+)\)")
 SPAN = re.compile(r"`([^`\n]+)`")
 BLOCK = re.compile(r"^[ ]*```(\w*)\n(.*?)^[ ]*```", re.S | re.M)
-# A path of this repository, with a folder of it in front.
+# A path in this repository, starting with one of its folders.
 FILE = re.compile(
     r"(?:flashmoe_mlx|custom_kernels|convert|tools|(?<!/)dev|tests|docs|\.ci)/[\w./*-]*"
 )
-VALUES = {"buffered", "custom", "direct", "off"}  # of settings, in their table
-MOST_WORDS = 900  # of README, besides code
+VALUES = {"buffered", "custom", "direct", "off"}  # settings, in their table
+MOST_WORDS = 900  # in the README, besides code
 FOLDERS = "flashmoe_mlx", "custom_kernels", "convert", "tools", "dev"
 PARSERS = {
     "flashmoe-generate": generate_parser,
@@ -65,7 +65,7 @@ def test_links(document):
 
 
 def anchors(markdown: str) -> set[str]:
-    """Return the names that GitHub gives to headings."""
+    """Return GitHub's anchors of the headings."""
     titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", markdown), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -78,7 +78,7 @@ def test_files(document):
 
 
 def commands(markdown: str) -> Iterator[list[str]]:
-    """Yield the commands of ours that stand in code, as words."""
+    """Yield our commands in code blocks, as words."""
     spans = SPAN.findall(BLOCK.sub("", markdown))
     blocks = [block for kind, block in BLOCK.findall(markdown) if kind in ("sh", "bash")]
     lines = [line for block in blocks for line in block.splitlines()]
@@ -107,7 +107,7 @@ def test_options(document):
 
 
 def options(name: str, given: list[str]) -> set[str]:
-    """Return the options that a command, or its first word's own parser, takes."""
+    """Return the options of a command, or of its subcommand."""
     if name == "mlx_lm.server":
         return set(re.findall(r'"(--[\w-]+)"', Path(server.__file__).read_text(encoding="utf-8")))
     if name == "flashmoe-mlx":  # the package
@@ -122,7 +122,7 @@ def options(name: str, given: list[str]) -> set[str]:
 
 
 def test_folders():
-    """The map of CONTRIBUTING.md has a line for each folder of code, and no other."""
+    """The map in CONTRIBUTING.md has exactly one line per folder of code."""
     found = re.search(r"## Map of the code\n(.*?)\n## ", text("CONTRIBUTING.md"), re.S)
     assert found
     named = re.findall(r"^\| `([\w/]+)/` \| ", found[1], re.M)
@@ -134,11 +134,11 @@ def test_folders():
     assert sorted(named) == sorted(there)
 
 
-def test_messages_of_troubleshooting_are_the_programs():
+def test_quoted_messages_exist_in_the_source():
     sources = (
         path.read_text(encoding="utf-8") for f in FOLDERS for path in (ROOT / f).rglob("*.py")
     )
-    said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # literals that go on on the next line
+    said = re.sub(r'"\s*\n\s*f?"', "", "\n".join(sources))  # implicitly concatenated literals
     rows = re.findall(r"^\| `([^`]+)` \|", text("docs/guides/troubleshooting.md"), re.M)
     assert len(rows) > 10
     for message in rows:
@@ -146,7 +146,7 @@ def test_messages_of_troubleshooting_are_the_programs():
             assert part.strip() in said, part
 
 
-def test_prediction_in_full_is_that_of_the_plan(capsys):
+def test_the_quoted_prediction_is_flashmoe_plans(capsys):
     (quoted,) = re.findall(r"^decode .*$", text("docs/guides/large-models.md"), re.M)
     plan.main(["--check"])
     assert capsys.readouterr().out.splitlines()[-1] in text("docs/guides/large-models.md")
@@ -155,7 +155,7 @@ def test_prediction_in_full_is_that_of_the_plan(capsys):
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
-    """Return the cells of tables whose upper left one is empty, row by row, headings first."""
+    """Return the cells of tables with an empty upper left cell, by row, headings first."""
     found = re.findall(r"^(\| \|.*\n)\|[-|]+\|\n((?:\|.*\n)+)", markdown, re.M)
     lines = [[heading, *body.splitlines()] for heading, body in found]
     return [[[c.strip(" `") for c in row.strip()[1:-1].split("|")] for row in t] for t in lines]
@@ -166,7 +166,7 @@ def planned(flags: str) -> dict:
 
 
 def needs(model: str, bits: int) -> list[float]:
-    """Return GB: memory at least, memory for all experts, disk."""
+    """Return GB: the least memory, the memory for all experts, and the disk space."""
     found = planned(f"{model} --bits {bits} --machine m5-max-128")
     trunk, experts, token = (found[f"{n}_bytes"] / 1e9 for n in ("trunk", "expert", "token"))
     system = SYSTEM_BYTES / 1e9
@@ -174,7 +174,7 @@ def needs(model: str, bits: int) -> list[float]:
 
 
 def speed(flags: str) -> str:
-    """Return tokens/s and the cache in GB, as docs/guides/large-models.md writes them."""
+    """Return tokens/s and the cache in GB, in the format of docs/guides/large-models.md."""
     try:
         found = planned(flags)
     except FlashMoEError:
@@ -190,7 +190,7 @@ def brief(value: float) -> str:
     return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
-def test_tables_of_models_are_those_of_the_plan():
+def test_tables_of_models_are_flashmoe_plans():
     sizes, room, speeds = tables(text("docs/guides/large-models.md"))
     assert [row[0] for row in sizes[2:]] == [
         "experts on disk, 4-bit / 2-bit",
@@ -209,14 +209,14 @@ def test_tables_of_models_are_those_of_the_plan():
         assert cells == [speed(f"{model} {flags}") for model in speeds[0][1:]], flags
 
 
-def test_help_offers_nothing_that_is_refused():
+def test_help_hides_unsupported_options():
     for name in UNSUPPORTED:
         assert f"--{name.replace('_', '-')}" in generate_parser()._option_string_actions
         assert f"--{name.replace('_', '-')}" not in generate_parser().format_help()
 
 
 def test_sample_output_of_the_readme(capsys):
-    """All but the figures is what the command prints."""
+    """The command prints this output, except for the figures."""
     (_, commands), (_, shown) = BLOCK.findall(text("README.md"))[:2]
     command, *arguments = words(commands.split("&& .venv/bin/")[-1])
     assert command == "flashmoe-generate"
@@ -227,7 +227,7 @@ def test_sample_output_of_the_readme(capsys):
 
 
 def test_second_command_of_the_readme_runs_the_tests():
-    """The first two sh blocks are pasted as they stand, and .ci/run evaluates the second."""
+    """The first two sh blocks run unchanged, and .ci/run evaluates the second."""
     _, second, *_ = (block for kind, block in BLOCK.findall(text("README.md")) if kind == "sh")
     assert second == (
         'python3 -m venv .venv && .venv/bin/pip install -q -e ".[cpu,test]" && .venv/bin/pytest\n'
@@ -243,7 +243,7 @@ def without_figures(output: str) -> list[str]:
 
 
 def columns_of(document: str, heading: str, count: int) -> list[str]:
-    """Return the first columns of the table that begins with a heading, each as one text."""
+    """Return the first `count` columns of the table with a heading, each as one text."""
     head = rf"^\| {heading} \|.*\n\|[-|]+\n((?:\|.*\n)+)"
     body = re.search(head, text(document), re.M)
     assert body
@@ -262,7 +262,7 @@ def streaming_options() -> list[str]:
 
 
 def test_settings_table():
-    """Every setting is there in each of its three forms, and no other."""
+    """The table has exactly the settings, each in its three forms."""
     columns = columns_of("docs/reference/settings.md", "`flashmoe-generate`", 3)
     flags, variables, entries = (re.findall(r"(?<=`)[\w-]+", column) for column in columns)
     assert sorted(set(flags) - VALUES) == streaming_options()

@@ -1,4 +1,4 @@
-"""Checkpoints of every published kind, streamed three ways, against stock mlx-lm."""
+"""Checkpoints of every published kind, in three streamed forms, against stock mlx-lm."""
 
 import mlx.core as mx
 import mlx_lm
@@ -29,11 +29,11 @@ PREFIXES = {
 
 
 def quantized(weights: dict, bits: int, group: int, router_bits: int) -> tuple[dict, dict]:
-    """Quantize as mlx_lm.convert does, with routers at `router_bits`; also return the config."""
+    """Quantize as mlx_lm.convert does, routers to `router_bits`; return weights and config."""
     result, config = {}, {"group_size": group, "bits": bits, "mode": "affine"}
     for name, value in weights.items():
         path, _, kind = name.rpartition(".")
-        if "conv1d" in name:  # what marks a checkpoint of Hugging Face; MLX's have [C, 4, 1]
+        if "conv1d" in name:  # MLX's checkpoints have [C, 4, 1], Hugging Face's [C, 1, 4]
             value = value.moveaxis(2, 1)
         if kind != "weight" or value.ndim < 2 or value.shape[-1] % group or "conv1d" in name:
             result[name] = value
@@ -54,7 +54,7 @@ def logits_of_stock(directory) -> mx.array:
 
 
 def logits_of_ours(directory) -> mx.array:
-    """Stream with the smallest bank: every expert is a miss at first."""
+    """Stream with the smallest bank, so that every expert is a miss at first."""
     token = open_layout(directory, 4, EXPERTS).token_bytes
     model, _ = load(directory, expert_cache=2 * token)
     logits = model(TOKENS)
@@ -91,17 +91,24 @@ def test_mlx_checkpoints(bits, group, router_bits, dtype, spelling, tmp_path):
         assert mx.abs(logits_of_ours(directory) - expected).max() <= 1e-4
 
 
-@pytest.mark.parametrize("spelling", PREFIXES)
-@pytest.mark.parametrize("style", [fused, separate])
-def test_hugging_face_checkpoints(style, spelling, tmp_path):
-    """The packed model equals stock's own conversion of the same weights."""
+@pytest.fixture(scope="module")
+def of_stock(tmp_path_factory) -> tuple[dict, dict, mx.array]:
+    """Return a config, weights, and logits of stock's own conversion of these."""
+    base = tmp_path_factory.mktemp("stock")
     config = make_config()
     weights = make_weights(config)
-    save(tmp_path / "hub", config, spell(fused(weights), "model.language_model."))
-    write_tokenizer(tmp_path / "hub")
-    mlx_lm.convert(str(tmp_path / "hub"), str(tmp_path / "stock"), quantize=True, q_bits=4)
+    save(base / "hub", config, spell(fused(weights), "model.language_model."))
+    write_tokenizer(base / "hub")
+    mlx_lm.convert(str(base / "hub"), str(base / "stock"), quantize=True, q_bits=4)
+    return config, weights, logits_of_stock(base / "stock")
+
+
+@pytest.mark.parametrize("spelling", PREFIXES)
+@pytest.mark.parametrize("style", [fused, separate])
+def test_hugging_face_checkpoints(of_stock, style, spelling, tmp_path):
+    """The packed model equals stock's own conversion of the same weights."""
+    config, weights, expected = of_stock
     source = save(tmp_path / "source", config, spell(style(weights), PREFIXES[spelling]) | extras())
     write_tokenizer(source)
     convert(source, tmp_path / "packed", quantize=True, q_bits=4, q_group_size=64)
-    expected = logits_of_stock(tmp_path / "stock")
     assert mx.abs(logits_of_ours(tmp_path / "packed") - expected).max() <= 1e-4

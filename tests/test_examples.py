@@ -1,4 +1,4 @@
-"""The scripts of docs/examples run as they stand, each in a process of its own."""
+"""The scripts in docs/examples run unchanged, each in a separate process."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def run(script: str, *args: str, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def answer() -> str:
-    """What the bundled model says, asked by this package in this process."""
+    """Return the bundled model's answer, generated in this process."""
     model, tokenizer = load(BUNDLED_MODEL)
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
     text = generate(model, tokenizer, prompt, max_tokens=64)
@@ -62,7 +62,9 @@ def test_convert_and_run(tmp_path):
     output = run("convert_and_run.py", str(BUNDLED_MODEL), str(tmp_path / "model"))
     assert "Expert cache: 2 MiB, 25 experts per layer (as asked)" in output
     assert (tmp_path / "model" / "model_experts" / "manifest.json").exists()
-    assert re.search(r"\.\d% hits, [1-9][\d.]* MB in [1-9]\d* reads", output)  # it streamed
+    assert re.search(
+        r"\.\d% hits, [1-9][\d.]* MB in [1-9]\d* reads", output
+    )  # the answer was streamed
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_tool_call(server):
     assert run("tool_call.py", server) == "create_file {'path': 'notes.txt'}\n"
 
 
-# Answers /health by 200 and then by 503.
+# Answers /health with 200, then with 503.
 FAILING = """
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -98,7 +100,7 @@ def port() -> int:
 
 
 def test_watched_server(port):
-    """It ends with 1 at the first 503, and with the server's own code if that ends."""
+    """The script exits with 1 at the first 503, or with the server's exit code."""
     url = f"http://127.0.0.1:{port}/health"
     server = [sys.executable, "-c", FAILING, str(port)]
     assert run("watched_server.py", url, *server, code=1) == "200\n503\n"

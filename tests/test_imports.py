@@ -1,6 +1,6 @@
-"""Which module imports which: no circles, and layers that point one way.
+"""Imports between modules: without cycles, and in the directions of the layers.
 
-Every import counts, also those inside functions.
+Imports inside functions count too.
 """
 
 import ast
@@ -20,7 +20,7 @@ FOLDERS = {
 
 
 def modules() -> dict[str, Path]:
-    """Return every module of the package, by the name under which it is imported."""
+    """Return the path of every module of the package, by its import name."""
     found = {}
     for folder, name in FOLDERS.items():
         for path in (ROOT / folder).rglob("*.py"):
@@ -31,7 +31,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(module: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Return the modules of ours that one imports, however and wherever it does."""
+    """Return the modules of the package that one module imports anywhere in its source."""
     package = module if path.stem == "__init__" else module.rpartition(".")[0]
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -50,21 +50,21 @@ def graph() -> dict[str, set[str]]:
     return {name: imported(name, path, known) for name, path in known.items()}
 
 
-def test_the_graph_sees_all_ways_to_import(graph):
+def test_the_graph_has_all_kinds_of_imports(graph):
     assert len(graph) > 150
     assert f"{KERNELS}.cpu.block" in graph[f"{KERNELS}.cpu.entry"]  # inside a function
     assert f"{PACKAGE}.errors" in graph[f"{PACKAGE}.convert.run"]
     assert f"{PACKAGE}.bench.model" in graph[f"{PACKAGE}.bench.throughput"]  # a module, as a name
 
 
-def test_there_is_no_circle(graph):
+def test_imports_have_no_cycle(graph):
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
 
-# Rooms, and those that each may import besides itself.
+# Layers, and the layers that each may import besides itself.
 GROUND = "errors commands requirements settings"
 DIRECTIONS = {
     "format": "errors",
@@ -78,22 +78,22 @@ DIRECTIONS = {
 }
 
 
-@pytest.mark.parametrize("room", DIRECTIONS)
-def test_imports_point_one_way(graph, room):
-    start = f"{PACKAGE}.{room}"
+@pytest.mark.parametrize("layer", DIRECTIONS)
+def test_imports_point_one_way(graph, layer):
+    start = f"{PACKAGE}.{layer}"
     mine = {name for name in graph if name == start or name.startswith(f"{start}.")}
     found = {name.split(".")[1] for name in set().union(*(graph[n] for n in mine)) - mine}
     assert mine
-    assert found <= set(DIRECTIONS[room].split())
+    assert found <= set(DIRECTIONS[layer].split())
 
 
-def test_settings_know_no_room(graph):
+def test_ground_modules_import_no_layer(graph):
     for name in GROUND.split():
         assert graph[f"{PACKAGE}.{name}"] <= {f"{PACKAGE}.errors", f"{PACKAGE}.commands"}
 
 
 def reached(graph, start: str) -> set[str]:
-    """Return all modules that importing one brings, itself included."""
+    """Return a module and all modules that it imports, directly or not."""
     found, left = set(), [start]
     while left:
         if (name := left.pop()) not in found:

@@ -1,4 +1,4 @@
-"""What is shipped: wheel and sdist hold every file of the source tree, and no private ones."""
+"""Wheel and sdist contain every file of the source tree, and no private file."""
 
 import importlib
 import os
@@ -22,13 +22,13 @@ PACKAGES = {
 SHIPPED = (".py", ".metal", ".cuh", ".toml", "py.typed")
 LITTER = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc")
 
-# Spelled in pieces, so that this file does not find itself.
+# Split, so that the test does not match this file.
 FORBIDDEN = re.compile("/wor" r"k/|/roo" r"t/|\b(TO" r"DO|FIX" r"ME|NotImplement" r"edError)\b")
 CHECKED = (".py", ".metal", ".cuh", ".toml", ".md")
 
 
 def source_files() -> dict[str, bytes]:
-    """Map every file that the wheel must hold to its content, under its name in the wheel."""
+    """Map the name in the wheel to the content, for every file that the wheel must contain."""
     return {
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}": path.read_bytes()
         for folder, target in PACKAGES.items()
@@ -39,7 +39,7 @@ def source_files() -> dict[str, bytes]:
 
 
 def copy_sources(destination: Path) -> Path:
-    """Copy what a build reads, so that no build output lands in the repository."""
+    """Copy the sources, so that builds write nothing into the repository."""
     destination.mkdir()
     for folder in PACKAGES:
         shutil.copytree(ROOT / folder, destination / folder, ignore=LITTER)
@@ -50,7 +50,7 @@ def copy_sources(destination: Path) -> Path:
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    """Build a "wheel" or an "sdist" with the installed setuptools; nothing is downloaded."""
+    """Build a "wheel" or an "sdist" with the installed setuptools, offline."""
     code = f"from setuptools.build_meta import build_{kind} as b; import sys; b(sys.argv[1])"
     result = subprocess.run(
         [sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True
@@ -65,7 +65,7 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-# Strict, but for what mlx-lm does not annotate; what types of others do not matter is not read.
+# Strict, except for untyped parts of mlx-lm; skip the sources of other packages.
 MYPY = """
 [mypy]
 strict = true
@@ -94,14 +94,14 @@ def test_wheel_holds_every_file(wheel):
     assert shipped == expected
 
 
-def test_wheel_has_a_licence_and_the_readme(wheel):
+def test_wheel_has_a_license_and_the_readme(wheel):
     name = next(name for name in wheel if name.endswith(".dist-info/METADATA"))
     assert any(name.endswith("/licenses/LICENSE") for name in wheel)
     assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in wheel[name].decode()
 
 
 def test_types_reach_users(wheel, tmp_path):
-    """The script of python-api.md passes mypy --strict with the wheel, and a mistake fails."""
+    """The script in python-api.md passes mypy --strict with the wheel, and a mistake fails."""
     for name, data in wheel.items():
         path = tmp_path / "wheel" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def test_types_reach_users(wheel, tmp_path):
 
 def test_sdist_builds_the_same_wheel(wheel, tmp_path):
     (tmp_path / "sdist").mkdir()
-    # A tree of its own: one that a wheel was built in has a stale list of sources.
+    # A separate tree: building a wheel leaves a stale list of sources.
     sdist = build("sdist", copy_sources(tmp_path / "source"), tmp_path / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
@@ -141,7 +141,7 @@ def test_commands_exist():
 
 
 def tracked_files() -> list[Path]:
-    """List the repository's files: git's, or in an unpacked sdist the folders' we know."""
+    """List the repository's files: from git, or in an unpacked sdist from known folders."""
     git = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if git.returncode == 0:
         return [path for name in git.stdout.split("\0") if name and (path := ROOT / name).is_file()]

@@ -1,4 +1,4 @@
-"""The Python API: python-api.md as it stands, closing, several models, threads, copies."""
+"""The Python API: the script of python-api.md, closing, several models, threads, copies."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ from flashmoe_mlx import BUNDLED_MODEL, FlashMoEError, generate, load, stream_ge
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/reference/python-api.md").read_text(encoding="utf-8")
 CLOSED = r"^this model was closed; load it again\.$"
-# What others, and the first use on a machine, say on stderr. No warning is among it.
+# Messages on stderr from other packages and from the first use on a machine; no warnings.
 SAID = re.compile(
     r"\[transformers\] PyTorch was not found\..*|\[flashmoe\] compiling CPU kernels.*"
 )
@@ -37,7 +37,7 @@ def blocks(kind: str) -> list[str]:
 
 
 def run_strictly(script: str) -> str:
-    """Run a script in Python's development mode, where a warning or a file left open is said."""
+    """Run a script in Python's development mode, which reports warnings and open files."""
     result = subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", script],
         capture_output=True, text=True, timeout=300,
@@ -56,7 +56,7 @@ def test_page_runs_without_a_warning_and_prints_what_it_shows():
     assert run_strictly("\n".join(blocks("python"))) == "".join(shown)
 
 
-def test_a_file_left_open_would_be_noticed():
+def test_an_open_file_is_detected():
     with pytest.raises(AssertionError, match="ResourceWarning"):
         run_strictly("open('/dev/null')")
 
@@ -80,7 +80,7 @@ Loader = Callable[..., tuple[Any, Any]]
 
 @pytest.fixture
 def loaded(models) -> Iterator[Loader]:
-    """Load models that are closed in the end."""
+    """Load models, and close them after the test."""
     opened = []
 
     def opener(name: str = "packed4", cache: int | str = "1MiB") -> tuple[Any, Any]:
@@ -104,7 +104,7 @@ def test_with_closes_files_and_threads_also_after_an_error(models):
     def held() -> tuple[int, int]:
         return len(os.listdir("/dev/fd")), len(readers())
 
-    load(models["packed4"])[0].close()  # what the process opens once
+    load(models["packed4"])[0].close()  # opens what the process opens once
     gc.collect()  # models of other tests
     before = held()
     model, _ = load(models["packed4"], expert_cache="1MiB", io_threads=3)
@@ -119,7 +119,7 @@ def test_with_closes_files_and_threads_also_after_an_error(models):
 
 
 @pytest.mark.parametrize("cache", ["1MiB", "auto"])
-def test_a_closed_model_refuses_whatever_its_cache_holds(cache, loaded):
+def test_a_closed_model_raises(cache, loaded):
     model, tokenizer = loaded(cache=cache)
     assert answer(model, tokenizer)
     model.close()
@@ -140,8 +140,8 @@ def test_memory_goes_with_the_last_reference(loaded, models):
     model, _ = load(models["packed4"])
     held = mx.get_active_memory()
     model.close()
-    del model  # no garbage collection: no cycle keeps it
-    assert held - mx.get_active_memory() > 8_000_000  # the experts alone are 8.3 MB
+    del model  # without garbage collection: no cycle keeps it alive
+    assert held - mx.get_active_memory() > 8_000_000  # the experts alone have 8.3 MB
 
 
 def test_two_models_take_turns(loaded):
@@ -163,7 +163,7 @@ def test_another_thread_may_use_a_model_and_load_one(cache, loaded):
     assert answer(*theirs) == here
 
 
-def test_two_threads_in_one_bank_are_told(loaded):
+def test_two_threads_in_one_bank_raise(loaded):
     store = loaded()[0]._store
     bank = len(store.banks[0])
     with ThreadPoolExecutor(1) as pool:
@@ -202,8 +202,8 @@ def test_a_resident_model_closes_and_copies_as_any_module():
     assert mx.array_equal(model(tokens), twin(tokens))
 
 
-def test_a_fork_is_told_whatever_the_cache_holds(models):
-    """In a process of its own: forking this one, with its threads, is not safe."""
+def test_a_forked_model_raises(models):
+    """In a separate process, because forking this one, with its threads, is unsafe."""
     script = f"""
 import os, warnings, flashmoe_mlx
 warnings.simplefilter("ignore")  # newer Pythons warn of any fork of a process with threads
@@ -226,7 +226,7 @@ def test_bundled_model_is_a_directory():
 
 
 def test_a_conversion_imports_neither_mlx_lm_nor_transformers():
-    """They take two seconds, and from a cold disk more."""
+    """These imports take two seconds, and more from a cold disk."""
     code = (
         "import sys, flashmoe_mlx.convert.cli; "
         "print([m for m in ('mlx_lm', 'transformers', 'numba', 'torch') if m in sys.modules])"
@@ -235,7 +235,7 @@ def test_a_conversion_imports_neither_mlx_lm_nor_transformers():
     assert done.stdout == "[]\n"
 
 
-def test_public_names_come_when_they_are_asked_for():
+def test_public_names_are_imported_on_demand():
     assert set(flashmoe_mlx.__all__) <= set(dir(flashmoe_mlx))
     for name in flashmoe_mlx.__all__:
         assert getattr(flashmoe_mlx, name) is vars(flashmoe_mlx)[name]

@@ -1,4 +1,4 @@
-"""The table of qualities: what it is measured on, and that its figures mean what they say."""
+"""`tools/quality.py`: its held-out data, and the meaning of its figures."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def small(text, windows=1, chats=1):
     )
 
 
-def test_calibration_has_nothing_of_what_is_held_out(opened):
+def test_calibration_contains_no_held_out_text(opened):
     text = quality.calibration_text(opened[1])
     held = quality.HELD_OUT.read_text()
     assert not quality.runs(text) & quality.runs(held)

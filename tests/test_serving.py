@@ -1,4 +1,4 @@
-"""Stock `mlx_lm.server` serves a converted directory, experts streamed, as clients need it."""
+"""Stock `mlx_lm.server` serves a converted directory to clients; experts stream."""
 
 import json
 import re
@@ -22,16 +22,19 @@ QUESTION = {
     "temperature": 0,
     "max_tokens": 24,
 }
-NO_END = {"max_tokens": 100_000, "logit_bias": {"4087": -100, "4089": -100}}  # of text, of a turn
+NO_END = {
+    "max_tokens": 100_000,
+    "logit_bias": {"4087": -100, "4089": -100},
+}  # tokens of a text, and of a turn
 
 
 @pytest.fixture(scope="module")
 def server(models, tmp_path_factory) -> Iterator[StockServer]:
-    """A running server whose expert cache holds a quarter of the experts."""
+    """Run a server with a quarter of the experts in its cache."""
     folder = tmp_path_factory.mktemp("server")
     settings = {
         "FLASHMOE_EXPERT_CACHE": "2MiB",
-        "HF_HUB_CACHE": str(folder),  # the server fails to list models if there is none
+        "HF_HUB_CACHE": str(folder),  # without one, the server fails to list models
     }
     with StockServer(models["packed4"], folder / "log", settings=settings) as server:
         server.patience = 120
@@ -40,13 +43,13 @@ def server(models, tmp_path_factory) -> Iterator[StockServer]:
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, dict]:
-    """A held-out request of each kind."""
+    """Return a held-out request of each kind."""
     kinds = "tool", "result"
     return dict(zip(kinds, requests(dict.fromkeys(kinds, 1)), strict=True))
 
 
 def test_answers_as_stock(server, load_stock):
-    """The server's answer is what stock gives with everything in memory, in float32."""
+    """The server's answer equals stock's in float32, with everything in memory."""
     model, tokenizer = load_stock("packed4")
     prompt = tokenizer.apply_chat_template(QUESTION["messages"], add_generation_prompt=True)
     expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
@@ -103,14 +106,14 @@ def test_a_closed_stream_stops_and_others_go_on(server):
     alone = answer(server.ask(QUESTION))
     stream = server.stream(QUESTION | NO_END)
     assert len([next(stream) for _ in range(10)]) == 10
-    assert answer(server.ask(QUESTION)) == alone  # in a batch with it
+    assert answer(server.ask(QUESTION)) == alone  # batched with it
     stream.close()
-    # A request with a seed is served when no other is left: hours later, if that one went on.
+    # The server runs a request with a seed after all others, so the endless one must have ended.
     assert answer(server.ask(QUESTION | {"seed": 1})) == alone
     assert server.health() == 200
 
 
-def test_16_clients_get_what_one_gets(server):
+def test_16_clients_get_the_same_answers_as_one(server):
     bodies = requests({"tool": 1, "json": 12, "no_tool": 3}, most_tokens=8)
     alone = [answer(server.ask(body)) for body in bodies]
     assert len(bodies) == CLIENTS and len({text for text, _, _ in alone}) > CLIENTS / 2
@@ -122,7 +125,7 @@ def test_16_clients_get_what_one_gets(server):
     assert (outcome.asked, outcome.errors, outcome.differing) == (2 * CLIENTS, [], [])
 
 
-def test_load_counts_what_is_wrong():
+def test_load_counts_errors():
     def ask(body: dict) -> str:
         if body["n"] == 1:
             raise OSError("closed")
@@ -136,7 +139,7 @@ def test_load_counts_what_is_wrong():
 
 @pytest.mark.parametrize(("period", "least", "most"), [(2, 2, 3), (8, 4, 6)])
 def test_slope(period, least, most):
-    """100 MiB that grow by 60 an hour, with noise of 1 MiB; long batches tell less."""
+    """100 MiB that grow by 60 per hour, with noise of 1 MiB; correlated noise widens the error."""
     noise = [int(n % period >= period / 2) for n in range(96)]
     samples = [Sample(5.0 * n, Usage(100 + n / 12 + noise[n], 8, 4, 0.0, 0)) for n in range(96)]
     growth, error = slope(samples)
@@ -144,7 +147,7 @@ def test_slope(period, least, most):
     assert least < error < most
 
 
-def test_what_troubleshooting_quotes_of_mlx_lm_is_there():
+def test_quoted_messages_of_mlx_lm_exist():
     said = "".join(
         re.sub(r'"\s*\n\s*f?"', "", Path(module.__file__).read_text()) for module in (stock, utils)
     )
@@ -159,7 +162,7 @@ def test_what_troubleshooting_quotes_of_mlx_lm_is_there():
 
 
 def test_the_size_of_a_state():
-    """The table of docs/guides/serve.md: float32 states, and keys and values in bfloat16."""
+    """The table in docs/guides/serve.md: float32 states, bfloat16 keys and values."""
     rows = (ROOT / "docs/guides/serve.md").read_text()
     models = [GEOMETRIES[name] for name in ("397b", "122b", "35b")]
     fixed = [

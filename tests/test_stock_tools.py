@@ -1,4 +1,4 @@
-"""Stock mlx-lm's own commands run a converted directory, and give stock's own results."""
+"""Stock mlx-lm's commands run a converted directory, with the results of a stock checkpoint."""
 
 import json
 import os
@@ -15,23 +15,26 @@ import pytest
 from mlx_lm.perplexity import eval_ppl
 
 from flashmoe_mlx import FlashMoEError, load
-from flashmoe_mlx.cli import full_check
+from flashmoe_mlx.cli import full_check, generate
 from flashmoe_mlx.cli.doctor_model import examine
 from flashmoe_mlx.format.layout import open_layout
 
 QUESTION = "What is a package?"
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
-def tool(name: str, *args: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
-    """Run `mlx_lm.<name>` in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_lm", name, *args],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | env,
-    )
+# Runs `mlx_lm` commands, [arguments, standard input] each; prints the standard output of each.
+RUNNER = """
+import contextlib, io, json, sys
+from mlx_lm.cli import main
+outputs = []
+for arguments, text in json.loads(sys.argv[1]):
+    sys.argv, sys.stdin = ["mlx_lm", *arguments], io.StringIO(text)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        main()
+    outputs.append(said.getvalue())
+print(json.dumps(outputs))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +47,50 @@ def between_rules(output: str) -> str:
     return output.split("==========\n")[1].removesuffix("\n")
 
 
-@pytest.mark.parametrize("name", ["packed4", "linked"])
-def test_generate(name, models, load_stock):
-    args = ["--model", str(models[name]), "--trust-remote-code", "-p", QUESTION, "-m", "24"]
-    result = tool("generate", *args, FLASHMOE_STATS="1", FLASHMOE_IO_THREADS="2")
+@pytest.fixture(scope="module")
+def outputs(models, tmp_path_factory) -> dict[str, str]:
+    """Map stock commands, run in one process, to their output; "stderr" is that of all."""
+    cache = ["--prompt-cache-file", str(tmp_path_factory.mktemp("cache") / "prompt.safetensors")]
+    packed, linked = (
+        ["--model", str(models[name]), "--trust-remote-code"] for name in ("packed4", "linked")
+    )
+    question = ["-p", QUESTION, "-m", "24"]
+    commands = {
+        "packed4": (["generate", *packed, *question], ""),
+        "linked": (["generate", *linked, *question], ""),
+        "cache_prompt": (["cache_prompt", *packed, "--prompt", QUESTION, *cache], ""),
+        "cached": (["generate", *packed, *cache, "-p", " Say more.", "-m", "8"], ""),
+        "chat": (["chat", *packed, "--max-tokens", "12"], f"{QUESTION}\nWhy?\nq\n"),
+        "benchmark": (["benchmark", *packed, "-p", "40", "-g", "8", "-n", "1"], ""),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", RUNNER, json.dumps(list(commands.values()))],
+        capture_output=True, text=True, timeout=120,
+        env=os.environ | {"FLASHMOE_STATS": "1", "FLASHMOE_IO_THREADS": "2", **OFFLINE},
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout.splitlines()[-1])
+    return dict(zip(commands, said, strict=True)) | {"stderr": result.stderr}
+
+
+@pytest.mark.parametrize("name", ["packed4", "linked"])
+def test_generate(name, outputs, load_stock):
     model, tokenizer = load_stock(name)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True
     )
     expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
-    assert between_rules(result.stdout) == expected
+    assert between_rules(outputs[name]) == expected
+
+
+def test_each_model_reports_its_reads(outputs):
     said = r"\[flashmoe\] Experts: \d+ asked, .* MB in \d+ reads.*; lookahead: (off|on trial)$"
-    assert re.search(said, result.stderr, re.M)
-    assert "[flashmoe] Expert cache: " in result.stderr
+    assert len(re.findall(said, outputs["stderr"], re.M)) == len(outputs) - 1
+    assert outputs["stderr"].count("[flashmoe] Expert cache: ") == len(outputs) - 1
 
 
 def test_settings_in_config_json_count(models, tmp_path):
-    """A copy of the directory (symlinks) whose config.json asks for too small a cache."""
+    """In a copy of the directory (symlinks), config.json asks for too small a cache."""
     for entry in models["packed4"].iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -72,45 +101,38 @@ def test_settings_in_config_json_count(models, tmp_path):
         mlx_lm.load(str(tmp_path), trust_remote_code=True)
 
 
-def test_cache_prompt(packed, tmp_path):
-    cache = str(tmp_path / "prompt.safetensors")
-    common = ["--model", packed, "--trust-remote-code"]
-    made = tool("cache_prompt", *common, "--prompt", QUESTION, "--prompt-cache-file", cache)
-    assert made.returncode == 0, made.stderr
-    result = tool("generate", *common, "--prompt-cache-file", cache, "-p", " Say more.", "-m", "8")
-    assert result.returncode == 0, result.stderr
-    assert between_rules(result.stdout).strip()
+def test_prompt_cache(outputs):
+    assert between_rules(outputs["cached"]).strip()
 
 
-def test_chat(packed):
-    result = tool(
-        "chat", "--model", packed, "--trust-remote-code", "--max-tokens", "12",
-        stdin=f"{QUESTION}\nWhy?\nq\n",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("›") == 3  # it asked three times
-    assert result.stdout.rstrip().endswith("bye\x1b[0m")
+def test_chat(outputs):
+    assert outputs["chat"].count("›") == 3  # one per question, one for "q"
+    assert outputs["chat"].rstrip().endswith("bye\x1b[0m")
+
+
+def test_benchmark(outputs):
+    assert "generation_tps" in outputs["benchmark"]
 
 
 class Terminal:
-    """A command in a terminal of its own, and all that it has shown."""
+    """A command in its own terminal, and all text that it has shown."""
 
     def __init__(self, *command: str, **env: str) -> None:
         self.end, theirs = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-m", *command],
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TERM": "xterm"} | env,
+            env=os.environ | OFFLINE | {"TERM": "xterm"} | env,
         )  # fmt: skip
         os.close(theirs)
         self.shown = ""
 
     def read(self) -> bool:
-        """Add what comes next; False if the command has closed its terminal."""
+        """Append the next output; return False if the command has closed its terminal."""
         assert select.select([self.end], [], [], 120)[0], self.shown
         try:
             data = os.read(self.end, 65536)
-        except OSError:  # as Linux says it
+        except OSError:  # Linux raises EIO at the end
             data = b""
         self.shown += data.decode(errors="replace")
         return bool(data)
@@ -123,7 +145,7 @@ class Terminal:
         os.write(self.end, f"{line}\n".encode())
 
     def wait(self) -> int:
-        """Read what is left, and return the exit code."""
+        """Read the remaining output, and return the exit code."""
         while self.read():
             pass
         os.close(self.end)
@@ -147,31 +169,20 @@ def test_chat_in_a_terminal(packed):
     assert "bye" in terminal.shown and "Traceback" not in terminal.shown
 
 
-def test_flashmoe_generate_in_a_terminal(packed):
-    """Text comes before the figures do, and equals what is written to a pipe."""
-    asked = ["--model", packed, "--prompt", "Tell me a long story about a king.", "-m", "100"]
+def test_flashmoe_generate_in_a_terminal(packed, capsys):
+    """The text appears before the figures, and equals the text without a terminal."""
+    asked = ["--model", packed, "--prompt", "Tell me a long story about a king.", "-m", "60"]
     terminal = Terminal("flashmoe_mlx.cli.generate", *asked)
     while not re.search(r"[a-z]", terminal.shown):
         assert terminal.read(), terminal.shown
     assert "=====" not in terminal.shown
     assert terminal.wait() == 0, terminal.shown
     text, figures = terminal.shown.replace("\r\n", "\n").split("==========\n")
-    piped = subprocess.run(
-        [sys.executable, "-m", "flashmoe_mlx.cli.generate", *asked],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert text == piped.stdout.split("==========\n")[0]
+    generate.main(asked)
+    assert text == capsys.readouterr().out.split("==========\n")[0]
     assert [line.split(":")[0] for line in figures.splitlines()] == [
         "Prompt", "Generation", "Experts", "Expert cache", "Peak memory",
     ]  # fmt: skip
-
-
-def test_benchmark(packed):
-    result = tool(
-        "benchmark", "--model", packed, "--trust-remote-code", "-p", "40", "-g", "8", "-n", "1"
-    )
-    assert result.returncode == 0, result.stderr
-    assert "generation_tps" in result.stdout
 
 
 def test_perplexity(packed, load_stock):
@@ -190,7 +201,7 @@ def half_of_the_experts(path: str) -> int:
 
 
 def test_rows_of_a_batch_share_reads(packed):
-    """Eight times the same request reads no byte more than one; other requests add their own."""
+    """Eight equal requests read as many bytes as one; different requests share some reads."""
     model, tokenizer = load(packed, expert_cache=half_of_the_experts(packed), lookahead="off")
     questions = [f"Tell me {n} things about disks." for n in range(8)]
     prompts = [tokenizer.encode(question) for question in questions]
@@ -198,7 +209,7 @@ def test_rows_of_a_batch_share_reads(packed):
     def use(batch: list[list[int]]) -> tuple[list[str], int, int]:
         stats = model.expert_stats()
         before = stats.asked, stats.bytes_read
-        texts = mlx_lm.batch_generate(model, tokenizer, batch, max_tokens=24).texts
+        texts = mlx_lm.batch_generate(model, tokenizer, batch, max_tokens=12).texts
         return texts, stats.asked - before[0], stats.bytes_read - before[1]
 
     use(prompts[:1])
@@ -218,11 +229,11 @@ def test_greedy_tokens_are_counted(name, models, monkeypatch):
     monkeypatch.setattr(full_check, "TEXTS", ("Once upon a time",))
     monkeypatch.setattr(full_check, "QUESTIONS", ("Who are you?",))
     monkeypatch.setattr(full_check, "TOKENS", 5)
-    assert full_check.greedy(examine(models[name])) == (True, "10 of 10 are stock mlx-lm's")
+    assert full_check.greedy(examine(models[name])) == (True, "10 of 10 equal stock mlx-lm's")
 
 
 class Fixed:
-    """A model that says the same of every token."""
+    """A model with the same logits after every token."""
 
     def __init__(self, *logits: float) -> None:
         self.logits = logits
@@ -233,7 +244,7 @@ class Fixed:
         return mx.broadcast_to(mx.array(self.logits), (*fed.shape, len(self.logits)))
 
 
-def test_a_difference_has_the_gap_of_stocks_two_best():
+def test_a_difference_has_the_gap_between_stocks_two_largest_logits():
     stock = Fixed(1.0, 2.5, 2.25)
     assert full_check.differences(stock, Fixed(0, 1, 2), [1, 2], 3) == [(0.25, full_check.TIE)] * 3
     assert full_check.differences(stock, Fixed(0, 1, 0), [1, 2], 3) == []

@@ -1,4 +1,4 @@
-"""The linters agree, so that a reader meets one style."""
+"""ruff and mypy pass."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def test_ruff(command):
 
 
 def test_mypy(tmp_path):
-    """The package as it is installed: two of its folders lie beside it in this repository."""
+    """Check the installed layout: in this repository two folders lie beside the package."""
     package = tmp_path / "flashmoe_mlx"
     package.mkdir()
     for entry in (ROOT / "flashmoe_mlx").iterdir():

@@ -21,7 +21,7 @@ class UploadServer(ThreadingHTTPServer):
     """Keeps the uploaded files.
 
     Attributes:
-        user: who has TOKEN.
+        user: the owner of TOKEN.
         repos: the files of each repository, by name.
         commits: the names of the files that came together, in order.
         stored: uploaded content of large files by SHA-256, committed or not.
@@ -63,7 +63,7 @@ class UploadServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections are dropped on purpose."""
+        """Ignore errors: the server drops connections on purpose."""
 
 
 class _Handler(BaseHTTPRequestHandler):

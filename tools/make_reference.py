@@ -1,12 +1,12 @@
-"""Make tests/fixtures/transformers: a tiny random Qwen3.5 MoE and what transformers says of it.
+"""Write tests/fixtures/transformers: a tiny random Qwen3.5 MoE, and the outputs of transformers.
 
-Needs torch, which flashmoe-mlx itself does not: run it in an environment of its own.
+This tool needs torch, and flashmoe-mlx does not: run it in a separate environment.
 
     pip install torch==2.13.0 transformers==5.23.0 safetensors numpy
     python tools/make_reference.py
 
-Weights are rounded to bfloat16 once, so the checkpoint is exact and every difference from the
-stored float32 logits is arithmetic.
+Weights are rounded to bfloat16 once, so the checkpoint stores them exactly and every difference
+from the stored float32 logits comes from arithmetic.
 """
 
 import platform
@@ -21,8 +21,8 @@ from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 FIXTURE = Path(__file__).parents[1] / "tests" / "fixtures" / "transformers"
 NEW_TOKENS = 48
 
-# No two sizes that could be confused are equal: value heads are narrower than key heads, and the
-# shared expert is wider than the routed ones.
+# Sizes that code could confuse differ: value heads are narrower than key heads, and the shared
+# expert is wider than the routed ones.
 CONFIG = {
     "hidden_size": 64,
     "num_hidden_layers": 4,
@@ -50,7 +50,7 @@ CONFIG = {
 
 
 def random_model() -> Qwen3_5MoeForCausalLM:
-    """Build the model and give every parameter a value that a wrong reading of it would show."""
+    """Build the model; choose parameters so that a wrong use of any of them changes the output."""
     torch.manual_seed(0)
     config = Qwen3_5MoeTextConfig(**CONFIG)
     model = Qwen3_5MoeForCausalLM(config)
@@ -61,7 +61,7 @@ def random_model() -> Qwen3_5MoeForCausalLM:
 
 
 def random_values(name: str, shape: torch.Size) -> torch.Tensor:
-    """Return random values for one parameter, by its role."""
+    """Return random values for one parameter, according to its role."""
     noise = torch.randn(shape)
     if name.endswith("A_log"):
         return torch.empty(shape).uniform_(0.05, 4).log()
@@ -69,7 +69,7 @@ def random_values(name: str, shape: torch.Size) -> torch.Tensor:
         return noise
     if name.endswith("linear_attn.norm.weight"):  # the gated norm multiplies by w
         return 1 + 0.3 * noise
-    if name.endswith("norm.weight") or len(shape) == 1:  # the others by 1 + w
+    if name.endswith("norm.weight") or len(shape) == 1:  # other norms multiply by 1 + w
         return 0.3 * noise
     if name.endswith("embed_tokens.weight"):
         return noise
@@ -87,7 +87,7 @@ def logits(model: Qwen3_5MoeForCausalLM, tokens: np.ndarray) -> np.ndarray:
 
 
 def greedy(model: Qwen3_5MoeForCausalLM, tokens: np.ndarray) -> np.ndarray:
-    """Return `NEW_TOKENS` greedy tokens, and refuse a prompt on which the choice is a near tie."""
+    """Return `NEW_TOKENS` greedy tokens; reject a prompt whose two largest logits nearly tie."""
     sequence = tokens
     for _ in range(NEW_TOKENS):
         row = logits(model, sequence)[:, -1]
@@ -95,7 +95,7 @@ def greedy(model: Qwen3_5MoeForCausalLM, tokens: np.ndarray) -> np.ndarray:
         if (gap := float((top[:, -1] - top[:, -2]).min())) < 5e-3:
             raise SystemExit(f"the two best tokens are {gap} apart: choose another seed")
         sequence = np.concatenate([sequence, row.argmax(-1)[:, None]], axis=1)
-    with torch.no_grad():  # the same through transformers' own cache
+    with torch.no_grad():  # the same with transformers' own cache
         cached = model.generate(
             torch.from_numpy(tokens), max_new_tokens=NEW_TOKENS, do_sample=False
         ).numpy()
@@ -105,7 +105,7 @@ def greedy(model: Qwen3_5MoeForCausalLM, tokens: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Write the checkpoint, the expected results and the versions that made them."""
+    """Write the checkpoint, the expected results and the package versions."""
     FIXTURE.mkdir(parents=True, exist_ok=True)
     random_model().to(torch.bfloat16).save_pretrained(FIXTURE)
     (FIXTURE / "generation_config.json").unlink()
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def readme() -> str:
-    """Return the fixture's README: what is in it, and how to make it again."""
+    """Return the fixture's README: its content, and the command that writes it."""
     with safe_open(FIXTURE / "model.safetensors", "np") as file:
         keys = sorted(file.keys())
     expert = next(key for key in keys if ".mlp.experts." in key)

@@ -2,16 +2,15 @@
 
     python tools/quality.py [--only "2 bits"] [--top-k 4 2] [--cases 100]
 
-Converts the bundled model and measures, on text and dialogues that neither its training nor the
-calibration saw: perplexity, the mean Kullback-Leibler divergence of the next token's distribution
-from the master's, and with --cases the shares of answers with valid JSON and with exactly the right
-tool calls, greedily generated. The master is the model as it is bundled: 8 bits, top-4. There is no
-better truth of it, since its bfloat16 weights were not kept.
+Converts the bundled model and measures, on held-out text and dialogues: perplexity, the mean
+Kullback-Leibler divergence of the next token's distribution from the reference's, and with --cases
+the shares of greedy answers with valid JSON and with the exact tool calls. The reference is the
+bundled model, with 8 bits and top-4, because its bfloat16 weights do not exist any more.
 
-The calibration text is dialogues like the training's, and English from this project's documents
-and the docstrings of Python's standard library. tools/bundled_model has those dialogues, and the
-held-out text and cases: documents of Debian packages and names that neither training nor
-calibration had.
+The calibration text consists of dialogues like those of the training, English from this project's
+documents, and docstrings of Python's standard library. tools/bundled_model has the dialogues, and
+the held-out text and cases: documents of Debian packages and names that occur neither in training
+nor in calibration.
 """
 
 import argparse
@@ -45,7 +44,7 @@ from flashmoe_mlx.loader import BUNDLED_MODEL  # noqa: E402
 HELD_OUT = DATA / "heldout.txt"
 WINDOW, WINDOWS, CHATS = 512, 8, 40
 SEED = 77  # of the calibration
-MOST_TOKENS = 400  # of an answer
+MOST_TOKENS = 400  # per answer
 DOCUMENTS = "README.md", "dev/LOG.md", "docs/reference/plan.md"
 CHARACTERS = 150_000  # of docstrings
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -66,14 +65,14 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Text:
-    """What distributions are compared on: windows of text `[windows, tokens]`, and dialogues."""
+    """The held-out tokens: windows of text `[windows, tokens]`, and dialogues."""
 
     windows: list[list[int]]
     chats: list[list[int]]
 
 
 def runs(text: str) -> set[tuple[str, ...]]:
-    """Return every twelve words in a row."""
+    """Return all sequences of twelve words."""
     words = re.findall(r"[a-z0-9]+", text.lower())
     return set(zip(*(words[i:] for i in range(12)), strict=False))
 
@@ -96,7 +95,7 @@ def docstrings() -> Iterator[str]:
 
 
 def calibration_text(tokenizer: Any) -> str:
-    """Return dialogues like those of the training, and English."""
+    """Return the dialogues and the English text."""
     documents = [(HERE.parent / name).read_text() for name in DOCUMENTS]
     dialogues = map(json.loads, (DATA / "calibration.jsonl").read_text().splitlines())
     chats = [
@@ -107,7 +106,7 @@ def calibration_text(tokenizer: Any) -> str:
 
 
 def held_out(tokenizer: Any) -> Text:
-    """Return what to measure on."""
+    """Return the held-out text and dialogues."""
     text = HELD_OUT.read_text()
     tokens = tokenizer.encode(text, add_special_tokens=False)
     windows = [tokens[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(WINDOWS)]
@@ -120,21 +119,21 @@ def held_out(tokenizer: Any) -> Text:
 
 
 def distributions(model: Any, text: Text) -> Iterator[Floats]:
-    """Yield log-probabilities `[tokens, V]`, window after window, then chat after chat."""
+    """Yield log-probabilities `[tokens, V]` for each window, then for each chat."""
     for tokens in [*(window[:-1] for window in text.windows), *text.chats]:
         logits = model(mx.array([tokens]))[0].astype(mx.float32)
         yield np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
 
-def compare(model: Any, text: Text, master: list[Floats]) -> dict[str, float]:
-    """Return perplexity, and the divergence on text and on dialogues."""
+def compare(model: Any, text: Text, reference: list[Floats]) -> dict[str, float]:
+    """Return perplexity, and the divergence from the reference on text and on dialogues."""
     losses, divergences = [], []
     for index, found in enumerate(distributions(model, text)):
         if index < len(text.windows):
             following = text.windows[index][1:]
             losses.append(-found[np.arange(len(found)), following].mean())
-        truth = master[index]
-        divergences.append((np.exp(truth) * (truth - found)).sum(-1).mean())
+        expected = reference[index]
+        divergences.append((np.exp(expected) * (expected - found)).sum(-1).mean())
     return {
         "perplexity": float(np.exp(np.mean(losses))),
         "KL, text": float(np.mean(divergences[: len(text.windows)])),
@@ -143,7 +142,7 @@ def compare(model: Any, text: Text, master: list[Floats]) -> dict[str, float]:
 
 
 def shares(model: Any, tokenizer: Any, limit: int) -> dict[str, float]:
-    """Return the shares of right answers to the first `limit` held-out cases of each kind."""
+    """Return the shares of correct answers to the first `limit` held-out cases of each kind."""
     cases = read_cases(DATA / "heldout.jsonl", ["tool", "json"], limit)
     prompts = [
         tokenizer.apply_chat_template(c["messages"], tools=c["tools"], add_generation_prompt=True)
@@ -158,7 +157,7 @@ def shares(model: Any, tokenizer: Any, limit: int) -> dict[str, float]:
 
 
 def variant(options: dict[str, Any], scratch: Path) -> Path:
-    """Return the directory of a variant, which is made unless it is there."""
+    """Return the directory of a variant; write it first if it does not exist."""
     if not options:
         return BUNDLED_MODEL
     path = scratch / "_".join(map(str, options.values())).replace("-", "_")
@@ -170,12 +169,12 @@ def variant(options: dict[str, Any], scratch: Path) -> Path:
 
 
 def measure(
-    path: Path, top_k: int, text: Text, master: list[Floats], cases: int
+    path: Path, top_k: int, text: Text, reference: list[Floats], cases: int
 ) -> dict[str, float]:
-    """Return every figure of one directory at one K; sizes are those of its experts."""
+    """Return all figures of one directory at one K; MB counts the experts."""
     model, tokenizer = load(path, experts_per_token=top_k, tokenizer_config=TRUST)
     layout = open_layout(path, model.args.num_hidden_layers, model.args.num_experts)
-    figures = {"K": top_k, "MB": layout.total_bytes / 1e6} | compare(model, text, master)
+    figures = {"K": top_k, "MB": layout.total_bytes / 1e6} | compare(model, text, reference)
     if cases:
         figures |= shares(model, tokenizer, cases)
     model.close()
@@ -193,7 +192,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, float]]] = {}
     model, tokenizer = load(BUNDLED_MODEL, tokenizer_config=TRUST)
     text = held_out(tokenizer)
-    master = list(distributions(model, text))
+    reference = list(distributions(model, text))
     model.close()
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "text").write_text(calibration_text(tokenizer))
@@ -201,7 +200,7 @@ def main() -> None:
             path = variant(VARIANTS[name], Path(scratch))
             rows[name] = []
             for top_k in args.top_k:
-                rows[name].append(measure(path, top_k, text, master, args.cases))
+                rows[name].append(measure(path, top_k, text, reference, args.cases))
                 shown = "  ".join(f"{key} {value:.4g}" for key, value in rows[name][-1].items())
                 print(f"{name:<26}{shown}", flush=True)
     print(json.dumps(rows))

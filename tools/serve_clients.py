@@ -1,10 +1,10 @@
-"""Measure stock `mlx_lm.server` with one client and with several at once, experts streamed.
+"""Measure stock `mlx_lm.server` with one client and with several clients; experts stream.
 
     python tools/serve_clients.py DIR [--clients 8] [--tokens 32] [--expert-cache 500MiB]
 
-Each client asks for one completion of its own prompt: first one after another, then, of a
-server started anew, all at once. Prints tokens/s, the speedup, what was read, and whether the
-answers are equal; exit code 1 if they are not.
+Each client requests one completion of its own prompt: first one after another, then, with a new
+server, all at once. Prints tokens/s, the speedup, the reads, and whether the answers are equal;
+exits with 1 if they differ.
 """
 
 import argparse
@@ -29,18 +29,18 @@ def ask(server: StockServer, client: int, tokens: int) -> tuple[str, int]:
 
 
 def measure(args: argparse.Namespace, at_once: int) -> tuple[list[str], float, str]:
-    """Return the answers, tokens/s, and what the server read for them."""
+    """Return the answers, tokens/s, and the server's expert reads."""
     settings = {"FLASHMOE_EXPERT_CACHE": args.expert_cache, "FLASHMOE_STATS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with StockServer(args.model, log, settings=settings) as server:
-            ask(server, -1, 2)  # kernels
+            ask(server, -1, 2)  # compiles kernels
             start = time.perf_counter()
             with ThreadPoolExecutor(at_once) as pool:
                 work = [pool.submit(ask, server, n, args.tokens) for n in range(args.clients)]
                 answers = [job.result() for job in work]
             seconds = time.perf_counter() - start
-            server.process.send_signal(signal.SIGINT)  # so that it says what it read
+            server.process.send_signal(signal.SIGINT)  # the server prints its reads on exit
             server.process.wait(60)
         found = re.findall(r"Experts: (.* reads)", log.read_text())
     texts, tokens = zip(*answers, strict=True)
@@ -48,12 +48,12 @@ def measure(args: argparse.Namespace, at_once: int) -> tuple[list[str], float, s
 
 
 def main() -> int:
-    """Run both, and compare."""
+    """Measure both, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a directory that stock mlx-lm runs")
-    parser.add_argument("--clients", type=int, default=8, help="(default: 8)")
-    parser.add_argument("--tokens", type=int, default=32, help="of each answer (default: 32)")
-    parser.add_argument("--expert-cache", default="auto", help="(default: auto)")
+    parser.add_argument("--clients", type=int, default=8, help="number of clients (default: 8)")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens per answer (default: 32)")
+    parser.add_argument("--expert-cache", default="auto", help="memory for experts (default: auto)")
     args = parser.parse_args()
     alone, slow, read_alone = measure(args, 1)
     together, fast, read_together = measure(args, args.clients)

@@ -1,9 +1,9 @@
-"""Watch the memory of an idle server: after each round of requests that 16 clients make at once.
+"""Measure the memory of an idle server after each round of requests from 16 concurrent clients.
 
     python tools/serve_idle.py DIR [--rounds 20] [--expert-cache auto]
 
 Prints resident MiB, descriptors and threads after each round of 32 requests, and the slope per
-1,000 requests. Between rounds no answer is under way, so that only what stays is seen. Linux only.
+1,000 requests. The server is idle between rounds, so that only lasting memory counts. Linux only.
 """
 
 import argparse
@@ -22,8 +22,8 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a directory that flashmoe-convert wrote")
-    parser.add_argument("--rounds", type=int, default=20, help="(default: 20)")
-    parser.add_argument("--expert-cache", default="auto", help="(default: auto)")
+    parser.add_argument("--rounds", type=int, default=20, help="number of rounds (default: 20)")
+    parser.add_argument("--expert-cache", default="auto", help="memory for experts (default: auto)")
     args = parser.parse_args()
     bodies, idle = requests(most_tokens=30)[:32], []
     settings = {"FLASHMOE_EXPERT_CACHE": args.expert_cache}

@@ -1,4 +1,4 @@
-"""Load for a server: many clients, answers compared with those to one client, memory watched."""
+"""Load a server with many clients, compare the answers with one client's, and sample its memory."""
 
 import itertools
 import json
@@ -21,9 +21,9 @@ Ask = Callable[[Body], object]
 
 
 def requests(mix: dict[str, int] = MIX, most_tokens: int = 100) -> list[Body]:
-    """Return different requests, greedy: tool calls, JSON, tool results, plain questions.
+    """Return different greedy requests: tool calls, JSON, tool results, plain questions.
 
-    They are the shortest of the bundled model's held-out cases. Kinds follow one another in turn.
+    These are the shortest of the bundled model's held-out cases; their kinds alternate.
     """
     lines = sorted(HELD_OUT.read_text(encoding="utf-8").splitlines(), key=len)
     cases = [json.loads(line) for line in lines]
@@ -38,7 +38,7 @@ def requests(mix: dict[str, int] = MIX, most_tokens: int = 100) -> list[Body]:
 
 @dataclass
 class Sample:
-    """What the server used at a moment."""
+    """The server's usage at one moment."""
 
     seconds: float
     usage: Usage
@@ -46,11 +46,11 @@ class Sample:
 
 @dataclass
 class Outcome:
-    """What became of many requests."""
+    """The results of many requests."""
 
     asked: int = 0
     errors: list[str] = field(default_factory=list)
-    differing: list[int] = field(default_factory=list)  # places of requests
+    differing: list[int] = field(default_factory=list)  # indices of requests
     seconds: float = 0.0
     samples: list[Sample] = field(default_factory=list)
 
@@ -58,22 +58,22 @@ class Outcome:
 def load(
     ask: Ask, bodies: Sequence[Body], expected: Sequence[object], clients: int, work: Iterator[int]
 ) -> Outcome:
-    """Have clients make requests at the same time until `work`, places in `bodies`, ends."""
+    """Send requests from concurrent clients; `work` yields indices into `bodies`."""
     outcome, lock = Outcome(), threading.Lock()
 
-    def next_place() -> int | None:
+    def next_index() -> int | None:
         with lock:
             return next(work, None)
 
     def client() -> None:
-        while (place := next_place()) is not None:
+        while (index := next_index()) is not None:
             try:
-                right = ask(bodies[place]) == expected[place]
-            except Exception as error:  # whatever it is, it is counted
-                outcome.errors.append(f"request {place}: {error!r}")
+                right = ask(bodies[index]) == expected[index]
+            except Exception as error:  # count every kind
+                outcome.errors.append(f"request {index}: {error!r}")
             else:
                 if not right:
-                    outcome.differing.append(place)
+                    outcome.differing.append(index)
             with lock:
                 outcome.asked += 1
 
@@ -86,18 +86,18 @@ def load(
 
 
 def until(stop: threading.Event, count: int) -> Iterator[int]:
-    """Yield places 0 to count - 1 again and again until the event is set."""
-    for place in itertools.cycle(range(count)):
+    """Cycle through indices 0 to count - 1 until the event is set."""
+    for index in itertools.cycle(range(count)):
         if stop.is_set():
             return
-        yield place
+        yield index
 
 
 def watched_load(
     server: StockServer, ask: Ask, bodies: Sequence[Body], expected: Sequence[object],
     clients: int, seconds: float, every: float = 5.0,
 ) -> Outcome:  # fmt: skip
-    """Load a server for some time, and sample what it uses."""
+    """Load a server for `seconds`, and sample its usage."""
     stop, samples = threading.Event(), []
 
     def sample() -> None:
@@ -121,7 +121,7 @@ def watched_load(
 def slope(samples: Sequence[Sample]) -> tuple[float, float]:
     """Return the growth of resident memory in MiB per hour by least squares, and its error.
 
-    The error is twice the standard error, greater where neighbouring samples are alike.
+    The error is twice the standard error, corrected for correlation between neighboring samples.
     """
     hours = np.array([s.seconds for s in samples]) / 3600
     rss = np.array([s.usage.rss for s in samples])

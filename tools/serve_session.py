@@ -1,12 +1,12 @@
-"""Use stock `mlx_lm.server` as its clients do, by the `openai` package, and record the session.
+"""Use stock `mlx_lm.server` through the `openai` package, and record the session.
 
     python tools/serve_session.py DIR --out docs/reference/serving-session.md [--minutes 10]
 
-DIR is the bundled model as flashmoe-convert wrote it. Two servers, one with all experts in memory
-and one whose expert cache holds a quarter of them: tool calls, JSON, a chat whose second turn finds
-the first in the prompt cache, answers broken off, 16 clients whose answers are compared with those
-to one client, and load that goes on while the server's memory is sampled. What does not hold ends
-the tool with a message and exit code 1. Linux only.
+DIR is a conversion of the bundled model. Runs two servers, one with all experts in memory and one
+with a quarter of them. The session has tool calls, JSON, a chat whose second turn reuses the prompt
+cache, cancelled streams, 16 clients whose answers must equal one client's, and continuous load
+while the tool samples the server's memory. A failed check ends the tool with a message and exit
+code 1. Linux only.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from stock_server import StockServer, answer, assembled
 from flashmoe_mlx.profile.machine import facts, versions
 
 CLIENTS, TIMES = 16, 5
-# Large arrays by mmap, so that what is freed goes back to the system; see docs/guides/serve.md.
+# Allocate large arrays by mmap, so that freeing them returns memory to the system (serve.md).
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-WARM_UP = 0.2  # of the sampled load; memory's slope is that of what follows
+WARM_UP = 0.2  # share of the samples that the slope of memory leaves out
 QUESTION = "Create a file with path = notes.txt"
 TABLE = (
     "Return this table as a JSON list of objects:\ntitle | price\nRed lamp | 12\nBlue chair | 40"
@@ -43,7 +43,7 @@ TABLE = (
 
 
 def chat(client: OpenAI, content: str | list[Any], **more: Any) -> Any:
-    """Ask greedily; `content` is a question or a whole conversation."""
+    """Request a greedy answer; `content` is a question or a whole conversation."""
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
     return client.chat.completions.create(
         model="default_model", messages=messages, temperature=0, **({"max_tokens": 128} | more)
@@ -56,7 +56,7 @@ TOOLS = [{"type": "function", "function": CREATE_FILE}]
 
 
 def a_tool_call(client: OpenAI, server: StockServer) -> None:
-    """A tool call, and the tool's result handed back."""
+    """A tool call, and an answer from the tool's result."""
     reply = chat(client, QUESTION, tools=TOOLS).choices[0]
     call = reply.message.tool_calls[0]
     print(reply.finish_reason, call.function.name, call.function.arguments)
@@ -71,7 +71,7 @@ def a_tool_call(client: OpenAI, server: StockServer) -> None:
 
 
 def a_streamed_tool_call(client: OpenAI, server: StockServer) -> None:
-    """The same call in fragments, which together equal the whole."""
+    """The same call as a stream of fragments."""
     chunks = [c.model_dump() for c in chat(client, QUESTION, tools=TOOLS, stream=True)]
     for chunk in chunks:
         choice = chunk["choices"][0]
@@ -82,14 +82,14 @@ def a_streamed_tool_call(client: OpenAI, server: StockServer) -> None:
 
 
 def an_answer_in_json(client: OpenAI, server: StockServer) -> None:
-    """JSON because the prompt asks for it."""
+    """JSON on request."""
     value = json.loads(chat(client, TABLE).choices[0].message.content)
     print(value)
     assert value == [{"title": "Red lamp", "price": 12}, {"title": "Blue chair", "price": 40}]
 
 
 def a_chat_with_a_prompt_cache(client: OpenAI, server: StockServer) -> None:
-    """Later turns find the earlier ones in the server's prompt cache."""
+    """A chat whose later turns reuse the server's prompt cache."""
     conversation: list[Any] = []
     for question in "What is a library?", "What is a disk?", "And what is a file?":
         conversation.append({"role": "user", "content": question})
@@ -102,7 +102,7 @@ def a_chat_with_a_prompt_cache(client: OpenAI, server: StockServer) -> None:
 
 
 def busy(server: StockServer, seconds: float = 1.0) -> tuple[float, float]:
-    """Return cores used and MB/s read over some time."""
+    """Return the cores used and MB/s read during `seconds`."""
     before = server.usage()
     time.sleep(seconds)
     after = server.usage()
@@ -110,14 +110,14 @@ def busy(server: StockServer, seconds: float = 1.0) -> tuple[float, float]:
 
 
 def an_answer_broken_off(client: OpenAI, server: StockServer) -> None:
-    """A client that closes a stream stops the server's work on it; others notice nothing."""
+    """A client that closes its stream stops the server's work on it, without effect on others."""
     alone = chat(client, TABLE).choices[0].message.content
     endless = {"max_tokens": 100_000, "logit_bias": {"4087": -100, "4089": -100}}  # no end of turn
     stream = chat(client, "What is a library?", stream=True, **endless)
     for _ in range(20):
         next(stream)
     print("streaming:      {:.2f} cores, {:.1f} MB/s read".format(*busy(server)))
-    assert chat(client, TABLE).choices[0].message.content == alone  # beside it
+    assert chat(client, TABLE).choices[0].message.content == alone  # concurrently
     stream.close()
     time.sleep(2)  # the server notices when it writes
     cores, read = busy(server)
@@ -136,8 +136,8 @@ SCENES: list[Callable[[OpenAI, StockServer], None]] = [
 ]
 
 
-def played(client: OpenAI, server: StockServer, sources: bool) -> Iterator[str]:
-    """Play the scenes and yield what is to be written about them."""
+def play(client: OpenAI, server: StockServer, sources: bool) -> Iterator[str]:
+    """Run the scenes and yield their report."""
     for scene in SCENES:
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -151,7 +151,7 @@ def played(client: OpenAI, server: StockServer, sources: bool) -> Iterator[str]:
 
 
 def asker(client: OpenAI) -> Callable[[Body], object]:
-    """Return a function that asks and gives text, tool calls and reason."""
+    """Return a function that sends a request and returns text, tool calls and finish reason."""
 
     def ask(body: Body) -> object:
         reply = client.chat.completions.create(model="default_model", **body)
@@ -160,20 +160,20 @@ def asker(client: OpenAI) -> Callable[[Body], object]:
     return ask
 
 
-def fine(outcome: Outcome) -> str:
-    """Return a line on many requests.
+def summary(outcome: Outcome) -> str:
+    """Return a line about many requests.
 
     Raises:
-        SystemExit: one of them failed, or its answer was another than one client's.
+        SystemExit: a request failed, or its answer differs from one client's.
     """
     if outcome.errors or outcome.differing:
         raise SystemExit(f"{outcome.errors[:3]} {outcome.differing[:20]}")
     rate = outcome.asked / outcome.seconds
-    return f"{outcome.asked} requests, no error, all answers equal; {rate:.2f} requests/s"
+    return f"{outcome.asked} requests without errors, all answers equal; {rate:.2f} requests/s"
 
 
 def memory_table(outcome: Outcome, minutes: float) -> Iterator[str]:
-    """Yield the samples, ten of them, and the slope of what follows the warm-up."""
+    """Yield ten samples, and the slope after the warm-up."""
     samples = outcome.samples
     yield "| minute | resident, MiB | descriptors | threads |\n|---|---|---|---|"
     for sample in samples[:: max(1, len(samples) // 10)]:
@@ -185,40 +185,40 @@ def memory_table(outcome: Outcome, minutes: float) -> Iterator[str]:
     half = len(rss) // 2
     yield (
         f"\nThe last {minutes * (1 - WARM_UP):g} minutes, {len(warm)} samples: {min(rss):.0f} to "
-        f"{max(rss):.0f} MiB, {mean(rss[:half]):.1f} in the mean of the first half, "
-        f"{mean(rss[half:]):.1f} in that of the second; slope {growth:+.0f} MiB an hour, twice its "
+        f"{max(rss):.0f} MiB, mean {mean(rss[:half]):.1f} in the first half and "
+        f"{mean(rss[half:]):.1f} in the second; slope {growth:+.0f} MiB per hour, twice its "
         f"standard error {error:.0f}."
     )
 
 
 def under_load(client: OpenAI, server: StockServer, minutes: float) -> Iterator[str]:
-    """Yield what is to be written about many clients."""
+    """Yield the report on one and on many clients."""
     ask, bodies = asker(client), requests()
     start = time.monotonic()
     alone = [ask(body) for body in bodies]
     rate = len(bodies) / (time.monotonic() - start)
     yield f"* One client: {len(bodies)} different requests in turn, {rate:.2f} requests/s."
     places = iter([*range(len(bodies))] * TIMES)
-    yield f"* {CLIENTS} clients: {fine(load(ask, bodies, alone, CLIENTS, places))}."
+    yield f"* {CLIENTS} clients: {summary(load(ask, bodies, alone, CLIENTS, places))}."
     watched = watched_load(server, ask, bodies, alone, CLIENTS, 60 * minutes)
-    yield f"* {CLIENTS} clients for {minutes:g} minutes: {fine(watched)}.\n"
+    yield f"* {CLIENTS} clients for {minutes:g} minutes: {summary(watched)}.\n"
     yield from memory_table(watched, minutes)
 
 
 def loaded(client: OpenAI, server: StockServer, minutes: float) -> Iterator[str]:
-    """Yield what is to be written about load, and what the server used before and after it."""
+    """Yield the report on load, and the server's usage before and after it."""
     before = server.usage()
     yield from under_load(client, server, minutes)
     after = server.usage()
     yield (
-        f"\nRead meanwhile: {(after.read - before.read) / 1e9:.2f} GB. In the end /health said "
-        f"{server.health()}; {after.descriptors} descriptors and {after.threads} threads, "
-        f"{before.descriptors} and {before.threads} before the load.\n"
+        f"\nRead under load: {(after.read - before.read) / 1e9:.2f} GB. Afterwards: /health "
+        f"{server.health()}, {after.descriptors} descriptors and {after.threads} threads; before: "
+        f"{before.descriptors} and {before.threads}.\n"
     )
 
 
 def sessions(model: Path, caches: list[str], minutes: float, stack: ExitStack) -> Iterator[str]:
-    """Yield what is to be written: the scenes server by server, then load for all at once."""
+    """Yield the report: the scenes on each server in turn, then load on all at once."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     parties = []
     for cache in caches:
@@ -229,7 +229,7 @@ def sessions(model: Path, caches: list[str], minutes: float, stack: ExitStack) -
         chat(client, "Hello", max_tokens=4)  # loads the model
     for number, (cache, party) in enumerate(zip(caches, parties, strict=True)):
         yield f"## FLASHMOE_EXPERT_CACHE={cache}\n"
-        yield from played(*party, sources=not number)
+        yield from play(*party, sources=not number)
     with ThreadPoolExecutor() as pool:
         work = [pool.submit(lambda party: [*loaded(*party, minutes)], party) for party in parties]
         for cache, job in zip(caches, work, strict=True):
@@ -239,17 +239,17 @@ def sessions(model: Path, caches: list[str], minutes: float, stack: ExitStack) -
 
 HEADER = """# A recorded session
 
-Written by `tools/serve_session.py`; do not edit. The bundled model, made 4-bit by flashmoe-convert,
-run by `mlx_lm.server --model DIR --trust-remote-code` and asked by the `openai` package, as any of
-its clients does. Each block of code is what ran, the block below it is what it printed; `chat` asks
-with temperature 0, for 128 tokens at most. Two servers, one with all experts in memory and one with
-a quarter of them, are loaded at the same time, beside whatever else ran on the machine: look at the
-memory, not at the speed. Both run with `MALLOC_MMAP_THRESHOLD_=131072`.
+Written by `tools/serve_session.py`; do not edit. `mlx_lm.server --model DIR --trust-remote-code`
+runs the bundled model, converted to 4 bits by flashmoe-convert, and the `openai` package is its
+client. Below each block of code is its output; `chat` requests at most 128 tokens at temperature 0.
+Two servers, one with all experts in memory and one with a quarter of them, run under load at the
+same time as other programs, so that the memory figures count and the speeds do not. Both run with
+`MALLOC_MMAP_THRESHOLD_=131072`.
 """
 
 
 def machine() -> str:
-    """Return what all this ran on."""
+    """Describe the machine and the package versions."""
     here = facts()
     vectors = "AVX-512" if "avx512f" in Path("/proc/cpuinfo").read_text() else "AVX2"
     return (
@@ -263,9 +263,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="the bundled model, converted")
     parser.add_argument("--out", type=Path, help="Markdown file (default: standard output)")
-    parser.add_argument("--minutes", type=float, default=10, help="of sampled load (default: 10)")
+    parser.add_argument("--minutes", type=float, default=10, help="minutes of load (default: 10)")
     parser.add_argument("--expert-caches", nargs="+", default=["auto", "2MiB"],
-                        help="a server for each (default: auto 2MiB)")  # fmt: skip
+                        help="expert cache of each server (default: auto 2MiB)")  # fmt: skip
     args = parser.parse_args()
     parts = [HEADER, machine() + "\n"]
     with ExitStack() as stack:

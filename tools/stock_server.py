@@ -1,4 +1,4 @@
-"""Stock `mlx_lm.server` in a process of its own: started, asked over HTTP, watched, ended."""
+"""Stock `mlx_lm.server` in a separate process: start, request over HTTP, read its usage."""
 
 import http.client
 import json
@@ -19,27 +19,27 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process uses, as Linux tells it."""
+    """The resources that a process uses, from Linux's /proc."""
 
     rss: float  # MiB
     descriptors: int
     threads: int
-    cpu: float  # seconds so far
-    read: int  # bytes so far that its calls read, from disks or from the page cache
+    cpu: float  # seconds since its start
+    read: int  # bytes since its start, from disks or from the page cache
 
 
 class StockServer:
-    """A server that runs while a `with` block does.
+    """A server that runs during a `with` block.
 
     Args:
         model: a directory that stock mlx-lm runs
-        log: file for all that the server says
-        flags: more of `mlx_lm.server`'s
+        log: file for the server's output
+        flags: additional flags of `mlx_lm.server`
         settings: environment variables
-        program: what Python is to run in place of `-m mlx_lm server`
+        program: arguments of Python instead of `-m mlx_lm server`
     """
 
-    patience = 600.0  # seconds, for the next piece of an answer
+    patience = 600.0  # seconds to wait for the next piece of an answer
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class StockServer:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
     def __enter__(self) -> Self:
-        """Return when it answers.
+        """Wait until the server answers.
 
         Raises:
-            SystemExit: it ended instead; its log is shown.
+            SystemExit: the server ended; the message is its log.
         """
         while self.health() is None:
             if self.process.poll() is not None:
@@ -87,7 +87,7 @@ class StockServer:
             self.process.wait()
 
     def health(self) -> int | None:
-        """Return the status of /health, None if nobody answers."""
+        """Return the status of /health, or None if the server does not answer."""
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
             try:
                 connection.request("GET", "/health")
@@ -97,9 +97,9 @@ class StockServer:
 
     @contextmanager
     def _post(self, body: dict[str, Any], path: str) -> Iterator[http.client.HTTPResponse]:
-        """Send a request; again, as the openai client does, if the connection was not accepted.
+        """Send a request; like the openai client, retry if the connection was not accepted.
 
-        The server's queue of new connections has five places, and the system resets the others.
+        The server's backlog holds five new connections, and the system resets any others.
         """
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.patience)
         header = {"Content-Type": "application/json"}
@@ -122,14 +122,14 @@ class StockServer:
             return json.load(response)
 
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield a chat's chunks as they come; closing the iterator closes the connection."""
+        """Yield the chunks of a chat; closing the iterator closes the connection."""
         with self._post(body | {"stream": True}, "chat/completions") as response:
             for line in response:
                 if line.startswith(b"data: {"):
                     yield json.loads(line[6:])
 
     def usage(self) -> Usage:
-        """Return what the process uses now."""
+        """Return the current usage."""
         folder = Path("/proc") / str(self.process.pid)
         status = dict(
             line.split(":", 1) for line in (folder / "status").read_text().splitlines()
@@ -145,7 +145,7 @@ class StockServer:
 
 
 def answer(reply: dict[str, Any]) -> tuple[str, list[tuple[str, Any]], str]:
-    """Return a whole reply's text, its tool calls (name and arguments), and why it ended."""
+    """Return a reply's text, its tool calls (name and arguments), and its finish reason."""
     choice = reply["choices"][0]
     message = choice["message"]
     calls = [
@@ -156,7 +156,7 @@ def answer(reply: dict[str, Any]) -> tuple[str, list[tuple[str, Any]], str]:
 
 
 def assembled(chunks: Iterator[dict[str, Any]]) -> tuple[str, list[tuple[str, Any]], str]:
-    """Return what `answer` does, of an answer that came in chunks; fragments go by their index."""
+    """Return the same as `answer` for a stream of chunks; join fragments by their index."""
     text, names, arguments, reason = "", {}, {}, ""
     for chunk in chunks:
         for choice in chunk["choices"]:

@@ -1,14 +1,13 @@
-"""Install the wheel where no checkout is, and run every command there as a user would.
+"""Install the wheel outside the checkout, and run every command as a user would.
 
     python tools/walk.py FOLDER
 
-FOLDER must not exist; it gets a virtual environment, a home and a working directory (6 GB). Each
-command runs in Python's development mode with warnings as errors; one that exits with another
-code than expected, or warns, ends the walk with its output. pip needs its index.
+FOLDER must not exist; the tool creates a virtual environment, a home and a working directory in it
+(6 GB). Each command runs in Python's development mode with warnings as errors; a wrong exit code or
+a warning ends the tool with the command's output. pip needs its index.
 
-Then README's commands follow, pasted as they stand but for those that make the environment. The
-names on the Hub that they give are answered by a server here, which has the bundled model under
-each of them; SRC is that model too.
+Then the commands of the README run unchanged, except those that create the environment. A local
+server stands in for the Hub and has the bundled model under each name; SRC is that model too.
 """
 
 import argparse
@@ -25,7 +24,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SERVER = "http://127.0.0.1:8080"  # where mlx_lm.server listens unless told otherwise
+SERVER = "http://127.0.0.1:8080"  # the default of mlx_lm.server
 WARNED = re.compile(r"\w*Warning\b|Exception ignored|Traceback")
 API = """
 import flashmoe_mlx
@@ -34,7 +33,7 @@ model, tokenizer = flashmoe_mlx.load("packed", expert_cache="1MiB")
 with model:
     print(flashmoe_mlx.generate(model, tokenizer, "Hello", max_tokens=8))
 """
-# What is ours runs with warnings as errors; stock mlx-lm's commands as they are.
+# Our commands run with warnings as errors, stock mlx-lm's without.
 COMMANDS = (
     "flashmoe-generate --prompt Hello --max-tokens 8",
     "flashmoe-convert --hf-path {bundled} --mlx-path packed -q --q-bits 4 --dry-run",
@@ -58,7 +57,7 @@ COMMANDS = (
 def main() -> None:
     """Build, install, and run all commands."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="a folder to make")
+    parser.add_argument("folder", type=Path, help="folder to create")
     folder = parser.parse_args().folder.absolute()
     here = folder / "here"
     here.mkdir(parents=True)
@@ -79,7 +78,7 @@ def main() -> None:
 
 
 def sources(folder: Path) -> Path:
-    """Copy the repository's files, so that nothing is built in the checkout."""
+    """Copy the repository's files, so that the build writes nothing into the checkout."""
     copy = folder / "source"
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
     for name in names.stdout.decode().split("\0")[:-1]:
@@ -89,7 +88,7 @@ def sources(folder: Path) -> Path:
 
 
 def walk(folder: Path, command: str) -> None:
-    """Run one command, print its last line and its time, and exit if it is not well."""
+    """Run one command, print its time, and exit if it fails."""
     name, *arguments = command.split()
     script = folder / "venv/bin" / name if (folder / "venv/bin" / name).exists() else name
     strict = [] if name.startswith("mlx_lm") else ["-X", "dev", "-W", "error"]
@@ -106,7 +105,7 @@ def walk(folder: Path, command: str) -> None:
 
 
 def walk_readme(folder: Path, bundled: Path) -> None:
-    """Run the lines of README's blocks in their order, and exit if one is not well."""
+    """Run the lines of README's code blocks in order, and exit if one fails."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(sh|python)\n(.*?)```", readme, re.S)
     commands = [
@@ -136,12 +135,12 @@ def walk_readme(folder: Path, bundled: Path) -> None:
 
 
 def lines(block: str) -> list[str]:
-    """Return a block's commands; a shell takes them one by one, comments and all."""
+    """Return the lines of a code block, comments included, without blank lines."""
     return [line for line in block.splitlines() if line.strip()]
 
 
 def run_once(command: str, here: Path, settings: dict[str, str]) -> tuple[int, str]:
-    """Run a command to its end; return its exit code and what it said."""
+    """Run a command; return its exit code and output."""
     result = subprocess.run(
         ["bash", "-c", command], cwd=here, env=settings, capture_output=True, text=True
     )
@@ -149,7 +148,7 @@ def run_once(command: str, here: Path, settings: dict[str, str]) -> tuple[int, s
 
 
 def serve(command: str, here: Path, settings: dict[str, str]) -> tuple[int, str]:
-    """Run a server until it has answered one question; return 0 if it did."""
+    """Run a server for one request; return 0 if it answers, and its log."""
     log = here / "server.log"
     with open(log, "wb") as out:
         server = subprocess.Popen(
@@ -167,7 +166,7 @@ def serve(command: str, here: Path, settings: dict[str, str]) -> tuple[int, str]
                 with urllib.request.urlopen(request, timeout=60) as response:
                     reply = json.load(response)
                 return int(not reply["choices"][0]["message"]["content"]), log.read_text()
-            except urllib.error.HTTPError as error:  # it answered
+            except urllib.error.HTTPError as error:  # the server is up, and refused the request
                 return error.code, log.read_text()
             except OSError:
                 if server.poll() is not None:

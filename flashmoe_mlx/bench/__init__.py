@@ -1,4 +1,4 @@
-"""The command `flashmoe-bench`: throughput, disk and kernels on models of random weights.
+"""The command `flashmoe-bench`: throughput, disk and kernels, on models with random weights.
 
-Nothing imports it.
+No other folder imports it.
 """

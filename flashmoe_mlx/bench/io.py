@@ -1,9 +1,9 @@
-"""`flashmoe-bench io`: how fast disk and page cache are, and how close the expert store comes.
+"""`flashmoe-bench io`: the speed of disk and page cache, and the expert store's share of it.
 
-Every way of reading fills the same memory with random records: 16 of them, like the slots of a
-bank. Rounds measure all ways and thread counts in random order, and each figure is the median of
-its rounds, because disks drift. Cold records were dropped from the page cache before the run, warm
-ones were read into it.
+Every method reads random records into the same 16 buffers, like the slots of a bank. Because disks
+drift, rounds measure all methods and thread counts in random order, and each figure is the median
+of its rounds. Before each measurement, the records are dropped from the page cache (cold) or read
+into it (warm).
 """
 
 import argparse
@@ -35,45 +35,49 @@ from ..store.host import BLOCK
 from ..store.io_mode import obstacle
 from ..store.sizing import BUFFERED, CachePlan, IoPlan
 from ..store.store import ExpertStore
-from .model import at_least_one
+from .model import check_positive
 
-RECORDS = (1_769_472, 7_077_888)  # bytes of an expert of 35B-A3B and of 397B-A17B, 4 bits
-FETCHED = 8  # experts in a request to the store
-SHORTEST = 3 * 3 * BLOCK  # bytes of a record: three matrices of codes, scales and biases
+RECORDS = (1_769_472, 7_077_888)  # bytes of a 4-bit expert of 35B-A3B and of 397B-A17B
+FETCHED = 8  # experts per request to the store
+SHORTEST = 3 * 3 * BLOCK  # of a record: three matrices, each with codes, scales and biases
 PREADS = ("pread", "pread, no read-ahead", "direct")
 STORE = ("store, buffered", "store, direct")
 RAW = (*PREADS, "mmap")
-WAYS = {
+METHODS = {
     "cold": ("pread", "pread, no read-ahead", "mmap", "direct", *STORE),
     "warm": ("pread", "mmap", "store, buffered", "memcpy"),
 }
 LIMIT_THREADS = (2, 4, 8)
-LIMIT_SAMPLE = 128 << 20  # bytes that each way reads in a round of `Limit`
+LIMIT_SAMPLE = 128 << 20  # bytes that each method reads in a round of `Limit`
 
-Read = Callable[[], float]  # read everything; returns seconds
+Read = Callable[[], float]  # reads everything; returns seconds
 
 
 class Case(NamedTuple):
-    """One cell of the table: "cold" or "warm", one of its WAYS, and a number of threads."""
+    """One cell of the table: "cold" or "warm", one of its METHODS, and a number of threads."""
 
     state: str
-    way: str
+    method: str
     threads: int
 
     @property
     def direct(self) -> bool:
-        """Say whether reads go past the page cache."""
-        return self.way.endswith("direct")
+        """Return whether reads bypass the page cache."""
+        return self.method.endswith("direct")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"state": self.state, "way": self.method, "threads": self.threads}
 
 
-# Of each case and round: bytes per second, and bytes delivered by the disk for each byte read,
-# where the system counts them.
+# By case, for each round: bytes per second, and bytes from the disk per byte read, if the system
+# counts them.
 Rounds = dict[Case, list[tuple[float, float | None]]]
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
-    text = "Read experts in every way that this system has, and with the expert store."
+    text = "Read experts by every method that this system supports, and with the expert store."
     parser = commands.add_parser("io", help=text, description=text)
     parser.set_defaults(run=run)
     where = parser.add_mutually_exclusive_group()
@@ -83,15 +87,21 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help=f"read a temporary file in this directory (default: {cache_dir()})",
     )  # fmt: skip
     add = parser.add_argument
-    sizes = f"of an expert in the temporary file (default: {' '.join(map(str, RECORDS))})"
+    sizes = f"bytes per expert in the temporary file (default: {' '.join(map(str, RECORDS))})"
     add("--record", nargs="+", type=int, default=list(RECORDS), metavar="BYTES", help=sizes)
-    add("--threads", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="default: 1 2 4 8 16")
-    add("--rounds", type=int, default=7, help="of each, of which the median (default: 7)")
-    add("--sample-mib", type=int, default=128, help="MiB to read in each (default: 128)")
+    add(
+        "--threads",
+        nargs="+",
+        type=int,
+        default=[1, 2, 4, 8, 16],
+        help="numbers of reader threads (default: 1 2 4 8 16)",
+    )
+    add("--rounds", type=int, default=7, help="rounds; prints their median (default: 7)")
+    add("--sample-mib", type=int, default=128, help="MiB to read per round (default: 128)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table for each size of record, then one JSON line. Returns 0."""
+    """Print a table per record size, then one JSON line; return 0."""
     _check(args)
     facts = machine.facts()
     print(machine.describe(facts))
@@ -107,17 +117,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    at_least_one(threads=args.threads, rounds=args.rounds, sample_mib=args.sample_mib)
+    check_positive(threads=args.threads, rounds=args.rounds, sample_mib=args.sample_mib)
     for record in args.record:
         if record < SHORTEST or record % (3 * BLOCK):
             raise FlashMoEError(
-                f"--record {record} is not a multiple of {3 * BLOCK} from {SHORTEST} on, of which "
-                f"three matrices in whole blocks can be made. Try {RECORDS[0]}."
+                f"--record must be a multiple of {3 * BLOCK}, at least {SHORTEST}, to fill whole "
+                f"blocks, got {record}. Try {RECORDS[0]}."
             )
 
 
 def _layouts(args: argparse.Namespace) -> Iterator[tuple[str, ExpertLayout]]:
-    """Yield what to read, in words, and where it lies."""
+    """Yield descriptions and layouts of the experts to read."""
     if args.model:
         path = find_model(args.model)
         model = ModelArgs.from_dict(read_config(path))
@@ -137,9 +147,9 @@ def _layouts(args: argparse.Namespace) -> Iterator[tuple[str, ExpertLayout]]:
 
 
 def scratch_layout(ranges: Sequence[Range], record: int) -> ExpertLayout:
-    """Return experts of `record` bytes each, one behind the other in one file."""
+    """Return a layout of contiguous experts of `record` bytes each in one file."""
     path = ranges[0][0]
-    small = max(record // 54 // BLOCK, 1) * BLOCK  # scales, or biases: an eighteenth of a matrix
+    small = max(record // 54 // BLOCK, 1) * BLOCK  # of scales, and of biases: 1/18 of a matrix each
     sizes = [record // 3 - 2 * small, small, small] * 3
     fields, offset = [], 0
     for name, nbytes in zip(FIELDS, sizes, strict=True):
@@ -149,8 +159,8 @@ def scratch_layout(ranges: Sequence[Range], record: int) -> ExpertLayout:
 
 
 def cases(layout: ExpertLayout, threads: Sequence[int]) -> list[Case]:
-    """Return every way to read that is possible, cold and warm, with each number of threads."""
-    found = [Case(state, way, n) for state, ways in WAYS.items() for way in ways for n in threads]
+    """Return all cases that the layout allows: states, methods and thread counts."""
+    found = [Case(state, m, n) for state, ms in METHODS.items() for m in ms for n in threads]
     return [case for case in found if not case.direct] if obstacle(layout) else found
 
 
@@ -158,10 +168,10 @@ def measure(layout: ExpertLayout, cases: Sequence[Case], rounds: int, sample: in
     """Measure cases in rounds, in random order.
 
     Args:
-        layout: experts, of which the first layer's are read.
-        cases: what to measure.
-        rounds: runs of each.
-        sample: bytes in each, at most half of the experts.
+        layout: experts; only the first layer's are read.
+        cases: the cases to measure.
+        rounds: measurements of each case.
+        sample: bytes per measurement; at most half of the experts are read.
     """
     layer = layout.layers[0]
     count = min(sample // layer.record_bytes, layer.num_experts // 2)
@@ -179,7 +189,7 @@ def _run(
     case: Case, layout: ExpertLayout, experts: Sequence[int], buffers: list[memoryview]
 ) -> tuple[float, float | None]:
     ranges = ranges_of([(layout.layers[0], expert) for expert in experts])
-    ours = case.way in STORE
+    ours = case.method in STORE
     with _store(case, layout, experts) if ours else _raw(case, ranges, buffers) as read:
         _prepare(ranges, buffers, cold=case.state == "cold")
         before = disk_bytes()
@@ -203,9 +213,9 @@ def _prepare(ranges: Sequence[Range], buffers: list[memoryview], cold: bool) -> 
 
 @contextlib.contextmanager
 def _store(case: Case, layout: ExpertLayout, experts: Sequence[int]) -> Iterator[Read]:
-    """Open a store whose bank is full of other experts; yield a function that fetches these."""
-    io = IoPlan(True, "as asked") if case.direct else BUFFERED
-    plan = CachePlan(BUFFERS, BUFFERS * layout.token_bytes, "as the others", io)
+    """Open a store with a bank full of other experts; yield a function that fetches `experts`."""
+    io = IoPlan(True, "chosen by the benchmark") if case.direct else BUFFERED
+    plan = CachePlan(BUFFERS, BUFFERS * layout.token_bytes, "as many as buffers", io)
     others = set(range(layout.layers[0].num_experts)).difference(experts)
     with contextlib.closing(ExpertStore(layout, plan, case.threads)) as store:
         store.fetch(0, list(others)[: len(store.banks[0])])
@@ -222,8 +232,8 @@ def _store(case: Case, layout: ExpertLayout, experts: Sequence[int]) -> Iterator
 @contextlib.contextmanager
 def _raw(case: Case, ranges: Sequence[Range], buffers: list[memoryview]) -> Iterator[Read]:
     """Yield a function that reads ranges without a store."""
-    with opened(ranges, case.direct, read_ahead=case.way != "pread, no read-ahead") as files:
-        make = reads_into if case.way in PREADS else partial(_copies, case.way == "memcpy")
+    with opened(ranges, case.direct, read_ahead=case.method != "pread, no read-ahead") as files:
+        make = reads_into if case.method in PREADS else partial(_copies, case.method == "memcpy")
         work = make(buffers, ranges, files)
         yield lambda: in_threads(work, len(ranges), case.threads)
 
@@ -231,7 +241,7 @@ def _raw(case: Case, ranges: Sequence[Range], buffers: list[memoryview]) -> Iter
 def _copies(
     memory: bool, buffers: Sequence[memoryview], ranges: Sequence[Range], files: Mapping[Path, int]
 ) -> Callable[[int], None]:
-    """Return a function that copies a range from a mapped file, or as many bytes from memory."""
+    """Return a function that copies a range from a mapped file, or the same size from memory."""
     if memory:
         sources = {path: np.ones(max(r[1] + r[2] for r in ranges), np.uint8) for path in files}
     else:
@@ -247,30 +257,30 @@ def _copies(
 
 
 def _report(source: str, layout: ExpertLayout, found: Rounds) -> dict[str, Any]:
-    """Print the table and the store's share of the best, and return all as JSON values."""
+    """Print the table and the store's share of the best method; return both as JSON values."""
     threads = sorted({case.threads for case in found})
     print(f"\nrecords of {layout.record_bytes} bytes; {source}; {COLD_BY}")
     if why := obstacle(layout):
         print(f"no direct reads: {why}")
     print(f"{'threads':>27}", *(f"{n:>6}" for n in threads), " from disk")
     rows = [
-        {**case._asdict(), "bytes_per_s": speed(rounds), "rounds": [round[0] for round in rounds],
+        {**case.as_dict(), "bytes_per_s": speed(rounds), "rounds": [round[0] for round in rounds],
          "from_disk": _from_disk(case, rounds)}
         for case, rounds in found.items()
     ]  # fmt: skip
-    for state, way in dict.fromkeys(case[:2] for case in found):
-        row = [row for row in rows if (row["state"], row["way"]) == (state, way)]
+    for state, method in dict.fromkeys(case[:2] for case in found):
+        row = [row for row in rows if (row["state"], row["way"]) == (state, method)]
         row.sort(key=lambda cell: cell["threads"])
         ratios = [cell["from_disk"] for cell in row if cell["from_disk"] is not None]
         disk = f"{statistics.median(ratios):>9.2f}x" if ratios else f"{'-':>10}"
-        print(f"{state:>5} {way:>21}", *(f"{x['bytes_per_s'] / 1e9:6.2f}" for x in row), disk)
-    shares = {state: _share(state, found) for state in WAYS}
+        print(f"{state:>5} {method:>21}", *(f"{x['bytes_per_s'] / 1e9:6.2f}" for x in row), disk)
+    shares = {state: _share(state, found) for state in METHODS}
     return {"record": layout.record_bytes, "source": source, "cold_by": COLD_BY, **shares,
             "rows": rows}  # fmt: skip
 
 
 def speed(rounds: list[tuple[float, float | None]]) -> float:
-    """Return bytes per second: the median of the rounds."""
+    """Return the median bytes per second of the rounds."""
     return statistics.median(round[0] for round in rounds)
 
 
@@ -279,38 +289,38 @@ def _from_disk(case: Case, rounds: list[tuple[float, float | None]]) -> float | 
     return statistics.median(ratios) if ratios else None
 
 
-def _best(found: Rounds, state: str, ways: Sequence[str]) -> tuple[Case, float]:
-    """Return the fastest case of some ways, and its bytes per second."""
-    chosen = [case for case in found if case.state == state and case.way in ways]
+def _best(found: Rounds, state: str, methods: Sequence[str]) -> tuple[Case, float]:
+    """Return the fastest case among some methods, and its bytes per second."""
+    chosen = [case for case in found if case.state == state and case.method in methods]
     best = max(chosen, key=lambda case: speed(found[case]))
     return best, speed(found[best])
 
 
 def _share(state: str, found: Rounds) -> dict[str, Any]:
-    """Compare the store's best with the best of the raw ways, and print that."""
+    """Compare the store's best case with the best raw case, and print the result."""
     ours, ours_speed = _best(found, state, STORE)
     best, best_speed = _best(found, state, RAW)
     share = ours_speed / best_speed
     print(
-        f"{state}: {ours.way}, {ours.threads} threads: {ours_speed / 1e9:.2f} GB/s, "
-        f"{share:.0%} of the best ({best.way}, {best.threads}: {best_speed / 1e9:.2f})"
+        f"{state}: {ours.method}, {ours.threads} threads: {ours_speed / 1e9:.2f} GB/s, "
+        f"{share:.0%} of the best ({best.method}, {best.threads}: {best_speed / 1e9:.2f})"
     )
     return {"store_bytes_per_s": ours_speed, "best_bytes_per_s": best_speed, "share": share,
-            "store": ours._asdict(), "best": best._asdict()}  # fmt: skip
+            "store": ours.as_dict(), "best": best.as_dict()}  # fmt: skip
 
 
 class Limit:
-    """How near generation comes to the best raw way of reading the same model's records.
+    """The share of the best raw read speed, for the same model's records, that generation reaches.
 
-    The limit is the time that a run's bytes would take at the best raw speed: of cold reads for
-    those that the disk delivered, of warm reads for the others. The share is the limit over the
-    time during which the run had a read in flight.
+    The limit is the time that a run's bytes take at the best raw speed: of cold reads for bytes
+    from the disk, of warm reads for the others. The share is the limit over the time during which
+    the run had a read in flight.
     """
 
     def __init__(self, layout: ExpertLayout) -> None:
-        """Choose the cases."""
+        """Select the raw cases."""
         self._layout = layout
-        self.rounds: Rounds = {c: [] for c in cases(layout, LIMIT_THREADS) if c.way in RAW}
+        self.rounds: Rounds = {c: [] for c in cases(layout, LIMIT_THREADS) if c.method in RAW}
 
     def measure(self) -> None:
         """Measure each case once more."""
@@ -318,30 +328,31 @@ class Limit:
             self.rounds[case] += rounds
 
     def share(self, use: Use) -> float | None:
-        """Return the share; None if nothing was read, or the disk's part is unknown."""
+        """Return the share; None if the run read nothing, or the disk's part is unknown."""
         if not (reading := use.stats.seconds_reading) or use.from_disk is None:
             return None
         cold, warm = (_best(self.rounds, state, RAW)[1] for state in ("cold", "warm"))
         return (use.needed / cold + (use.stats.bytes_read - use.needed) / warm) / reading
 
     def report(self, uses: dict[str, list[Use]]) -> dict[str, Any]:
-        """Print the limit and what each kind of run reached, by the median; return JSON values."""
+        """Print the limit and the median of each kind of run; return JSON values."""
         best = {state: _best(self.rounds, state, RAW) for state in ("cold", "warm")}
-        ways = [
-            f"{s} {x / 1e9:.2f} GB/s ({c.way}, {c.threads} threads)" for s, (c, x) in best.items()
+        texts = [
+            f"{s} {x / 1e9:.2f} GB/s ({c.method}, {c.threads} threads)"
+            for s, (c, x) in best.items()
         ]
-        print(f"raw reads of the same records at best, between the runs: {'; '.join(ways)}")
-        found = {s: {**case._asdict(), "bytes_per_s": x} for s, (case, x) in best.items()}
+        print(f"best raw reads of the same records, between runs: {'; '.join(texts)}")
+        found = {s: {**case.as_dict(), "bytes_per_s": x} for s, (case, x) in best.items()}
         return {"best": found, "reached": {name: self._reached(name, uses[name]) for name in uses}}
 
     def _reached(self, name: str, uses: list[Use]) -> dict[str, float] | None:
-        """Print and return what runs reached; None if they read nothing."""
+        """Print and return the median of some runs; None if they read nothing."""
         if not (read := [use.stats for use in uses if use.stats.seconds_reading]):
             return None
         found = {"bytes_per_s": statistics.median(s.bytes_read / s.seconds_reading for s in read)}
         line = f"{name}: {found['bytes_per_s'] / 1e9:.2f} GB/s while a read was in flight"
         if shares := [share for use in uses if (share := self.share(use)) is not None]:
             found["share"] = statistics.median(shares)
-            line += f", {found['share']:.0%} of what its bytes allow"
+            line += f", {found['share']:.0%} of the limit"
         print(line)
         return found

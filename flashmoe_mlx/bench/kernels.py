@@ -1,4 +1,4 @@
-"""`flashmoe-bench kernels`: each op's time beside stock MLX's and beside the memory's limit."""
+"""`flashmoe-bench kernels`: time each op, stock MLX's op, and the memory bandwidth's limit."""
 
 import argparse
 import json
@@ -23,16 +23,16 @@ from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile import machine
 
 CHAIN_SECONDS = 0.5
-COPIED = 256 << 20  # bytes of each array that the bandwidth is measured with
+COPIED = 256 << 20  # bytes per array when measuring bandwidth
 OPS = tuple(dict.fromkeys(case.op for case in cases(GEOMETRIES["35b"], 4, "float32")))
-FORMS = ("custom", "naive", "stock")  # of an op: ours, ours without care, MLX's
+FORMS = ("custom", "naive", "stock")  # of an op: our kernel, a simple one, MLX's
 HEADER = (
     f"{'ours':>9} {'naive':>9} {'stock':>9} {'floor':>9} {'share':>6} {'gain':>6}  op and shape"
 )
 
 
 def line(row: dict[str, Any]) -> str:
-    """Return a `measure_row` as one line under HEADER."""
+    """Format a `measure_row` as one line under HEADER."""
     times = " ".join(f"{_or_dash(row[f'{form}_ms'], '.4f'):>9}" for form in (*FORMS, "floor"))
     share, gain = _or_dash(row["share_of_floor"], ".0%"), _or_dash(row["gain_over_stock"], ".2f")
     gain += "x" if gain != "-" else ""
@@ -46,32 +46,32 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommand."""
-    text = "Time each kernel beside stock MLX and beside what the memory's bandwidth allows."
+    text = "Time each kernel against stock MLX and against the memory bandwidth's limit."
     parser = commands.add_parser("kernels", help=text, description=text)
     parser.set_defaults(run=run)
     add, usual = parser.add_argument, ["35b", "122b", "397b"]
-    text = "models whose shapes to take (default: 35b 122b 397b)"
+    text = "models whose shapes to use (default: 35b 122b 397b)"
     add("--geometry", nargs="+", choices=GEOMETRIES, default=usual, help=text)
     add("--op", nargs="+", help="only these ops, such as dequant_matvec (default: all)")
     text = "bits per weight (default: 4 2)"
     add("--bits", nargs="+", type=int, default=[4, 2], help=text)
-    text = "experts (default: 4 8 10)"
+    text = "experts per token (default: 4 8 10)"
     add("--top-k", nargs="+", type=int, default=[4, 8, 10], help=text)
-    text = "of activations (default: bfloat16 on a GPU, float32 on a CPU)"
+    text = "dtype of activations (default: bfloat16 on a GPU, float32 on a CPU)"
     add("--dtype", choices=DTYPES, help=text)
-    add("--calls", type=int, help="calls in one chain (default: 64 on a GPU, 8 on a CPU)")
-    add("--runs", type=int, default=5, help="chains of each, of which the median (default: 5)")
+    add("--calls", type=int, help="calls per chain (default: 64 on a GPU, 8 on a CPU)")
+    add("--runs", type=int, default=5, help="chains per op; prints the median (default: 5)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, then one JSON line. Returns 1 if a kernel failed its check, else 0."""
+    """Print the table, then one JSON line; return 1 if a kernel fails its check, else 0."""
     _check(args)
     facts, dtype = machine.facts(), args.dtype or machine.default_dtype()
     calls = args.calls or (64 if machine.on_gpu() else 8)
     print(machine.describe(facts))
     bandwidth, how = copy_bandwidth()
     print(f"{facts['device']}, {dtype}; copy: {bandwidth / 1e9:.1f} GB/s ({how})")
-    print(f"chains of {calls}, fewer of slow ops; median of {args.runs}; milliseconds per call")
+    print(f"chains of {calls} calls (fewer for slow ops), median of {args.runs}; ms per call")
     print(HEADER, flush=True)
     rows = []
     for case in _selected(args, dtype):
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse settings that no kernel or no model has."""
+    """Reject settings that kernels or models do not support."""
     for flag, values, allowed in (
         ("--bits", args.bits, BITS),
         ("--top-k", args.top_k, range(1, MAX_TOP_K + 1)),
@@ -95,13 +95,14 @@ def _check(args: argparse.Namespace) -> None:
     ):
         for value in values:
             if value not in allowed:
-                names = ", ".join(map(str, allowed))
-                known = names if not isinstance(allowed, range) else f"1 to {allowed[-1]}"
-                raise FlashMoEError(f"{flag} {value} is not among what can be measured: {known}.")
+                known = f"one of {', '.join(map(str, allowed))}"
+                if isinstance(allowed, range):
+                    known = f"from 1 to {allowed[-1]}"
+                raise FlashMoEError(f"{flag} must be {known}, got {value}")
 
 
 def _selected(args: argparse.Namespace, dtype: str) -> Iterable[KernelCase]:
-    """Return the kernel cases that the flags describe, each once."""
+    """Return the distinct kernel cases that the flags describe."""
     found = [
         case
         for geometry in args.geometry
@@ -118,8 +119,8 @@ def measure_row(case: KernelCase, calls: int, runs: int, bandwidth: float) -> di
 
     Returns:
         JSON values: op and shape; `nbytes` that a call must move; the parity check's `error` and
-        `limit`, as shares of the largest output, and its `message`, empty if all is right;
-        milliseconds per call of each of FORMS (None where not timed) and of moving `nbytes` at
+        `limit`, as shares of the largest output, and its `message`, empty if it passes;
+        milliseconds per call of each of FORMS (None if not timed) and of moving `nbytes` at
         `bandwidth` (bytes per second); the floor over our time, and stock's time over ours.
     """
     found = measure(case, timed=False)
@@ -140,7 +141,7 @@ def measure_row(case: KernelCase, calls: int, runs: int, bandwidth: float) -> di
 
 
 def _time(case: KernelCase, names: list[str], calls: int, runs: int) -> list[float]:
-    """Return milliseconds per call of each op, in chains of at most CHAIN_SECONDS or one call."""
+    """Return milliseconds per call of each op, in chains of CHAIN_SECONDS at most."""
     calls, sets = _chain_length(case, calls)
     inputs = [case.inputs()]
     ops = ops_of(case, names)
@@ -150,25 +151,25 @@ def _time(case: KernelCase, names: list[str], calls: int, runs: int) -> list[flo
 
 
 def _chain_length(case: KernelCase, calls: int) -> tuple[int, int]:
-    """Return calls, and sets of inputs: enough that none is still in a cache when it is used."""
+    """Return the number of calls and of input sets, enough to evict each set before its reuse."""
     sets = -(-3 * machine.cache_bytes() // (2 * max(case.nbytes, 1)))
     sets = min(sets, max(calls, 64))
     return max(calls, sets), sets
 
 
 def copy_bandwidth() -> tuple[float, str]:
-    """Measure the default device's memory: bytes per second, read and written, and how."""
+    """Return the memory bandwidth of the default device in bytes per second, and the method."""
     if machine.on_gpu():
         (milliseconds,) = side_by_side([lambda x: [-x]], [[mx.ones(COPIED // 4)]], calls=8)
-        seconds, who = milliseconds / 1e3, "one kernel"
+        seconds, copier = milliseconds / 1e3, "one kernel"
     else:
-        seconds, who = _cpu_copy(), f"{machine.cores()} threads"
-    how = f"{who}, {COPIED >> 20} MiB to {COPIED >> 20} MiB, reads and writes counted"
+        seconds, copier = _cpu_copy(), f"{machine.cores()} threads"
+    how = f"{copier}, {COPIED >> 20} MiB to {COPIED >> 20} MiB, counting reads and writes"
     return 2 * COPIED / seconds, how
 
 
 def _cpu_copy() -> float:
-    """Return seconds per copy: the best of six, since other programs run on these cores too."""
+    """Return seconds per copy: the best of six, because other programs share these cores."""
     count, best = machine.cores(), math.inf
     sources = np.array_split(np.ones(COPIED, np.uint8), count)
     targets = [np.empty_like(part) for part in sources]

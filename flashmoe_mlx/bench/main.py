@@ -1,4 +1,4 @@
-"""`flashmoe-bench`: measurements with their conditions; a table, then one JSON line last."""
+"""`flashmoe-bench`: measure and print the conditions, a table, and last one JSON line."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from . import kernels, throughput
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser: one subcommand for each thing that is measured."""
+    """Return the parser, with one subcommand per measurement."""
     parser = argparse.ArgumentParser(prog="flashmoe-bench", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     kernels.add(commands)
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; exits with 0, 1 if a kernel is wrong, 2 on bad input."""
+    """Run the command; exit with 0, 1 if a kernel is wrong, 2 on bad input."""
 
     def work() -> int:
         args = build_parser().parse_args(argv)

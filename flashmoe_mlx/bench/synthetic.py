@@ -1,9 +1,10 @@
-"""Random-weight checkpoints of true shape, in the format that streams: what benchmarks run on.
+"""Random-weight checkpoints of true shape, in the streamed format, for the benchmarks.
 
-`flashmoe-convert` plans a bfloat16 checkpoint that does not exist, so files, headers, quantization
-and config.json are those of a real conversion. Only the bytes are made here: random windows into
-small pools of random codes and scales. Weights have a variance of 1 / columns, so activations stay
-finite, routers spread tokens over experts, and text is nonsense.
+Files, headers, quantization and config.json equal those of a real conversion, because
+`flashmoe-convert` plans them from an imaginary bfloat16 checkpoint. This module only supplies the
+bytes: random windows into small pools of random codes and scales. Weights have a variance of
+1 / columns, so that activations stay finite and routers spread tokens over experts; the text is
+nonsense.
 """
 
 import contextlib
@@ -41,9 +42,9 @@ from ..models.qwen3_5.args import ModelArgs
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..models.qwen3_5.model import Model
 
-VERSION = 1  # of the weights that a recipe gives; part of the directory's name
-CODES, SCALES = 1 << 21, 1 << 18  # elements of the pools; a window is half of one at most
-SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")  # token ids 256 to 258, after the bytes
+VERSION = 1  # of the weights; part of the directory's name
+CODES, SCALES = 1 << 21, 1 << 18  # elements of the pools; a window takes half of one at most
+SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")  # ids 256 to 258, after the bytes
 LEAST_VOCABULARY = 256 + len(SPECIAL)
 END_OF_TURN = 256 + SPECIAL.index("<|im_end|>")
 CHAT_TEMPLATE = (
@@ -56,13 +57,13 @@ Words = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Describes a synthetic checkpoint; equal recipes give equal bytes.
+    """The description of a synthetic checkpoint; equal recipes give equal bytes.
 
     Attributes:
         geometry: a key of `GEOMETRIES`.
-        layers: decoder layers.
-        vocabulary: token ids.
-        bits: of an expert's weight: 4 or 2. The trunk has 4, routers have 8.
+        layers: number of decoder layers.
+        vocabulary: number of token ids.
+        bits: bits per expert weight, 4 or 2. The trunk has 4, routers have 8.
     """
 
     geometry: str
@@ -71,32 +72,26 @@ class Recipe:
     bits: int
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be made.
-
-        Raises:
-            FlashMoEError: a value is out of range.
-        """
+        """Raise FlashMoEError if a value is out of range."""
         if self.geometry not in GEOMETRIES:
             known = ", ".join(GEOMETRIES)
             raise FlashMoEError(f"geometry {self.geometry!r} is unknown. Choose from {known}.")
         if self.bits not in (4, 2):
-            raise FlashMoEError(f"bits = {self.bits}: experts are made with 4 or 2. Choose one.")
-        layers = "layers", self.layers, 2, 1000, "so that both kinds of attention occur"
-        tokens = "vocabulary", self.vocabulary, LEAST_VOCABULARY, 10**7, "the tokenizer's own"
-        for name, value, least, most, why in (layers, tokens):
-            if value < least:
-                raise FlashMoEError(f"{name} = {value} is too few: give at least {least}, {why}.")
-            if value > most:
-                raise FlashMoEError(f"{name} = {value} is too many: give at most {most}.")
+            raise FlashMoEError(f"bits must be 4 or 2, got {self.bits}")
+        # Two layers, so that both kinds of attention occur.
+        limits = {"layers": (2, 1000), "vocabulary": (LEAST_VOCABULARY, 10**7)}
+        for name, (least, most) in limits.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                raise FlashMoEError(f"{name} must be from {least} to {most}, got {value}")
 
     @property
     def name(self) -> str:
-        """Name of the directory."""
+        """The name of the directory."""
         size = f"{self.geometry}-{self.layers}-layers-{self.vocabulary}-tokens"
         return f"{size}-{self.bits}-bit-v{VERSION}"
 
     def config(self) -> dict[str, Any]:
-        """Return the config.json of the bfloat16 checkpoint that the plan starts from."""
+        """Return the config.json of the bfloat16 checkpoint that is the plan's source."""
         text = text_config(self.geometry, self.layers, self.vocabulary)
         return {"model_type": "qwen3_5_moe", "text_config": text, "eos_token_id": END_OF_TURN}
 
@@ -120,8 +115,8 @@ class Recipe:
 def text_config(geometry: str, layers: int, vocabulary: int) -> dict[str, Any]:
     """Return config.json's entry for the language model.
 
-    With fewer than four layers the last one has full attention: stock mlx-lm runs no model that
-    lacks either kind of layer.
+    With fewer than four layers the last one has full attention, because stock mlx-lm needs both
+    kinds of layer.
     """
     sizes = GEOMETRIES[geometry]
     return sizes._asdict() | {
@@ -138,32 +133,32 @@ def text_config(geometry: str, layers: int, vocabulary: int) -> dict[str, Any]:
 
 
 def default_dir() -> Path:
-    """Return the directory that checkpoints are kept in unless the user names one."""
+    """Return the default directory of the checkpoints."""
     return cache_dir() / "synthetic"
 
 
 def checkpoint(recipe: Recipe, directory: Path | None = None) -> Path:
-    """Return a recipe's checkpoint; write it first unless `directory` holds it whole.
+    """Return a recipe's checkpoint; write it first unless `directory` has it complete.
 
     Args:
-        recipe: what it is made of.
-        directory: where checkpoints are kept; the user's cache directory unless given.
+        recipe: the description of the checkpoint.
+        directory: the directory of the checkpoints (default: in the user's cache directory).
 
     Raises:
-        FlashMoEError: the disk is too full, or cannot be written.
+        FlashMoEError: the disk has too little space, or writing fails.
     """
     path = (directory or default_dir()).expanduser() / recipe.name
-    if _is_whole(path):
+    if _is_complete(path):
         return path
     plan = recipe.plan()
     unfinished = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
-        _check_room(plan, path)
+        _check_disk_space(plan, path)
         (unfinished / EXPERT_DIR).mkdir(parents=True)
         _write(recipe, plan, unfinished)
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one
+        shutil.rmtree(path, ignore_errors=True)  # damaged
         os.replace(unfinished, path)
     except OSError as error:
         raise FlashMoEError(
@@ -172,23 +167,23 @@ def checkpoint(recipe: Recipe, directory: Path | None = None) -> Path:
     return path
 
 
-def _is_whole(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     with contextlib.suppress(FlashMoEError, OSError, ValueError):
         return not examine(path).problems
     return False
 
 
-def _check_room(plan: Plan, path: Path) -> None:
+def _check_disk_space(plan: Plan, path: Path) -> None:
     needed, free = plan.trunk_bytes + plan.expert_bytes, shutil.disk_usage(path.parent).free
     if needed > free:
         raise FlashMoEError(
-            f"{path}: a checkpoint of {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are "
-            "free. Free some space, give another --dir, or fewer --layers."
+            f"{path}: needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free. Free some "
+            "space, give another --dir, or fewer --layers."
         )
 
 
 def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
-    """Write every file, the manifest last."""
+    """Write all files, the manifest last."""
     pools = Pools()
     write_json(directory / "config.json", plan.config)
     write_file(directory / SHIM_NAME, SHIM.encode())
@@ -208,7 +203,7 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
 
 
 def _write_layer(directory: Path, plan: LayerPlan, pools: "Pools") -> dict[str, Any]:
-    """Write one layer's experts and return its entry of the manifest."""
+    """Write one layer's experts, and return its manifest entry."""
     rng = _rng(plan.file)
     with TensorFile(directory / plan.file, plan.outputs, layout.DATA_ALIGNMENT) as file:
         for expert in range(plan.experts):
@@ -222,12 +217,12 @@ def _write_tensor(file: TensorFile, tensor: TrunkTensor, pools: "Pools") -> None
     rng = _rng(spec.name)
     quant = tensor.quant
     for part in pools.matrix(tensor.outputs, quant, rng) if quant else [_small(spec, rng)]:
-        file.write(spec.name, part.data, start)  # weight, scales and biases follow one another
+        file.write(spec.name, part.data, start)  # weight, scales and biases are contiguous
         start += part.nbytes
 
 
 def _small(spec: Spec, rng: np.random.Generator) -> Words:
-    """Return an unquantized tensor: norms about 1, decay rates from slow to fast, or normals."""
+    """Return an unquantized tensor: norms near 1, decay rates from slow to fast, or normals."""
     if spec.name.endswith("A_log"):
         return np.log(rng.uniform(0.01, 8, spec.shape)).astype(np.float32)
     mean, deviation = 1.0, 0.1
@@ -237,10 +232,10 @@ def _small(spec: Spec, rng: np.random.Generator) -> Words:
 
 
 class Pools:
-    """Random codes, scales and biases to take windows from."""
+    """Random codes, scales and biases; tensors are windows into them."""
 
     def __init__(self) -> None:
-        """Make the codes; scales follow for each kind of matrix."""
+        """Draw the codes; draw scales later for each kind of matrix."""
         self._rng = _rng("pools")
         self._codes = self._rng.integers(0, 1 << 32, CODES, np.uint32)
         self._affine: dict[tuple[int, int], tuple[Words, Words]] = {}
@@ -248,19 +243,19 @@ class Pools:
     def matrix(
         self, outputs: Sequence[Spec], quant: Quant, rng: np.random.Generator
     ) -> Iterator[Words]:
-        """Yield a quantized matrix's bytes, piece by piece: codes, then scales, then biases."""
+        """Yield a quantized matrix in pieces: codes, then scales, then biases."""
         codes, scales, _ = outputs
         columns = codes.shape[1] * 32 // quant.bits
         yield from windows(self._codes, math.prod(codes.shape), rng)
-        seed = rng.integers(1 << 63)  # the same for both: a bias belongs to its scale
+        seed = rng.integers(1 << 63)  # the same for both, since each bias belongs to a scale
         for pool in self._scales_and_biases(columns, quant.bits):
             yield from windows(pool, math.prod(scales.shape), np.random.default_rng(seed))
 
     def _scales_and_biases(self, columns: int, bits: int) -> tuple[Words, Words]:
-        """Return pools that give weights a mean of 0 and a variance of 1 / columns."""
+        """Return pools that give weights mean 0 and variance 1 / columns."""
         if (columns, bits) not in self._affine:
-            # Uniform codes have the variance (4^bits - 1) / 12. Groups differ, so that a kernel
-            # that takes a neighbour's scale computes something else.
+            # Uniform codes have the variance (4^bits - 1) / 12. Scales differ between groups, so
+            # that a kernel that uses a neighboring group's scale gives a wrong result.
             deviation = math.sqrt(12 / (columns * (4**bits - 1)))
             scales = _bfloat16(deviation * self._rng.uniform(0.8, 1.2, SCALES))
             rounded = (scales.astype(np.uint32) << 16).view(np.float32)
@@ -269,7 +264,7 @@ class Pools:
 
 
 def windows(pool: Words, count: int, rng: np.random.Generator) -> Iterator[Words]:
-    """Yield `count` elements as pieces of the pool that start at random places."""
+    """Yield `count` elements in pieces of the pool that start at random offsets."""
     most = pool.size // 2
     for start in range(0, count, most):
         place = int(rng.integers(most))

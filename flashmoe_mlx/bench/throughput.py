@@ -1,203 +1,77 @@
-"""`flashmoe-bench decode`, `prefill` and `batch`: tokens per second, and what keeps it from more.
+"""`flashmoe-bench decode`, `prefill` and `batch`: tokens per second, and their limit.
 
-A run's *floor* is the least time that it could take here: the bytes that had to come from the disk,
-at the bandwidth measured around the run, or computing with nothing to read, whichever is longer.
+A run's *floor* is the least possible time on this machine: the longer of reading the necessary
+bytes from disk, at the bandwidth measured around the run, and computing without reads.
 """
 
 import argparse
 import json
-import os
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator, generate_step
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..cli.published import ROWS
 from ..models.qwen3_5.args import PREFILL_CHUNK
 from ..models.qwen3_5.geometry import GEOMETRIES
-from ..profile.counters import Use, now
+from ..profile.counters import Use
 from ..profile.layers import LayerTime, print_rows, timed_layers
 from ..profile.plot import check_plot, plot
 from ..store.memory import peak_bytes
-from ..store.store import ExpertStore
 from . import model as bench
 from .io import Limit
-from .model import PROMPT, WARM_UP, Subject
+from .model import PROMPT, Subject
 from .synthetic import Recipe
+from .workloads import Workload, begin, prefill, state_name, workloads
 
 HEADER = (
-    f"{'tok/s':>9} {'hits':>6} {'MB/token':>9} {'in vain':>8} {'disk MB':>9} {'GB/s':>6} "
+    f"{'tok/s':>9} {'hits':>6} {'MB/token':>9} {'unused':>8} {'disk MB':>9} {'GB/s':>6} "
     f"{'disk ms':>9} {'comp. ms':>9} {'share':>6} {'user ms':>8} {'sys ms':>7}  run"
 )
 LEGEND = (
-    "MB/token: read into the banks; in vain: by wrong prefetches; disk MB: delivered by the disk; "
+    "MB/token: read into the banks; unused: by wrong prefetches; disk MB: read from the disk; "
     "GB/s: while waiting for reads;\n"
-    "disk, comp. ms: a token's least time by the disk and by computing; share: of the longer in "
-    "the time taken;\nuser, sys ms: of all cores, in the program and in the kernel"
+    "disk, comp. ms: a token's least time for reading and for computing; share: the longer of both "
+    "over the time taken;\nuser, sys ms: on all cores, in the program and in the kernel"
 )
-Begin = Callable[[], Callable[[], Use]]  # starts counting; returns a function that reads counters
-
-
-@dataclass(frozen=True)
-class Work:
-    """One kind of run.
-
-    Attributes:
-        size: how it differs from the command's other kinds, as JSON values.
-        title: of its table.
-        row: name of a row; "{state}" stands for cold or warm, "{run}" for a number or "median".
-        tokens: decoded or read in a run, all sequences together.
-        steps: of the model in a run; layers are timed per step.
-        states: True for a cold page cache at the start, False for a warm one.
-        run: runs a model with a seed, and calls `Begin` when counting starts.
-        compute: runs our model with nothing to read, and returns seconds.
-    """
-
-    size: dict[str, int]
-    title: str
-    row: str
-    tokens: int
-    steps: int
-    states: tuple[bool, ...]
-    run: Callable[[nn.Module, int, Begin], Use]
-    compute: Callable[[], float]
-
-
-# ---- the three kinds of run ----------------------------------------------------------------------
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the subcommands."""
-    text = "Decode with a random-weight model of true shape, its experts streamed from disk."
+    text = "Decode with a random-weight model of true shape; its experts stream from disk."
     parser = bench.add_command(commands, "decode", text, run)
-    parser.add_argument("--tokens", type=int, default=64, help="to decode (default: 64)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to decode (default: 64)")
     parser.add_argument("--cold", action="store_true", help=bench.COLD)
-    text = "feed random tokens instead of the model's own (default: yes, since random weights "
-    text += "repeat themselves, and then every expert is a hit)"
+    text = "continue with random tokens instead of the model's (default: yes, because random "
+    text += "weights repeat themselves, so that every expert becomes a hit)"
     parser.add_argument("--forced", action=argparse.BooleanOptionalAction, default=True, help=text)
 
-    text = "Read prompts with a random-weight model of true shape, its experts streamed from disk."
+    text = "Prefill with a random-weight model of true shape; its experts stream from disk."
     parser = bench.add_command(commands, "prefill", text, run)
-    lengths, text = [1024, 4096], "of prompts (default: 1024 4096)"
+    lengths, text = [1024, 4096], "lengths of the prompts (default: 1024 4096)"
     parser.add_argument("--tokens", nargs="+", type=int, default=lengths, help=text)
-    text = f"tokens at a time: mlx-lm's --prefill-step-size (default: {PREFILL_CHUNK})"
+    text = f"tokens per step, as mlx-lm's --prefill-step-size (default: {PREFILL_CHUNK})"
     parser.add_argument("--chunk", type=int, default=PREFILL_CHUNK, help=text)
 
-    text = "Decode several sequences together, the experts streamed from disk."
+    text = "Decode several sequences in a batch; the experts stream from disk."
     parser = bench.add_command(commands, "batch", text, run)
-    sizes, text = [1, 2, 4, 8], "sequences at a time (default: 1 2 4 8)"
+    sizes, text = [1, 2, 4, 8], "sequences per batch (default: 1 2 4 8)"
     parser.add_argument("--batch", nargs="+", type=int, default=sizes, help=text)
-    text = "to decode, of each sequence (default: 32)"
+    text = "tokens to decode per sequence (default: 32)"
     parser.add_argument("--tokens", type=int, default=32, help=text)
     parser.add_argument("--cold", action="store_true", help=bench.COLD)
 
 
-def works(subject: Subject, args: argparse.Namespace) -> list[Work]:
-    """Return what the flags describe: one kind of run, or one for each length or batch size."""
-    if args.what == "prefill":
-        return [_prompt(subject, args, tokens) for tokens in args.tokens]
-    if args.what == "decode":
-        return [_decoding(subject, args, {}, partial(decode, args))]
-    return [
-        _decoding(subject, args, {"batch": batch}, partial(decode_batch, args, batch))
-        for batch in args.batch
-    ]
-
-
-def _decoding(
-    subject: Subject,
-    args: argparse.Namespace,
-    size: dict[str, int],
-    run: Callable[[nn.Module, int, Begin], Use],
-) -> Work:
-    batch = size.get("batch", 1)
-
-    def compute() -> float:
-        return args.tokens * bench.step_seconds(subject, batch)
-
-    title = f"{args.tokens} tokens a sequence, page cache {_state(args.cold)} at the start"
-    row = f"{{run}} of batch {batch}" if size else "{run}"
-    return Work(size, title, row, batch * args.tokens, args.tokens, (args.cold,), run, compute)
-
-
-def decode(args: argparse.Namespace, model: nn.Module, seed: int, begin: Begin) -> Use:
-    """Decode `args.tokens` tokens of one sequence by mlx-lm's own generator."""
-    prompt = mx.array(bench.random_tokens(args.vocabulary, PROMPT, seed))
-    sampler = bench.forced(args.vocabulary, seed + 1) if args.forced else bench.greedy
-    steps = WARM_UP + args.tokens + 1
-    for index, _ in enumerate(generate_step(prompt, model, max_tokens=steps, sampler=sampler)):
-        if index == WARM_UP:
-            use = begin()
-    return use()
-
-
-def decode_batch(
-    args: argparse.Namespace, batch: int, model: nn.Module, seed: int, begin: Begin
-) -> Use:
-    """Decode `args.tokens` tokens of each of `batch` sequences by mlx-lm's server's generator."""
-    last = WARM_UP + args.tokens
-    generator = BatchGenerator(
-        model,
-        max_tokens=last + 2,  # so that no sequence ends, and leaves the batch, while it is timed
-        sampler=bench.forced(args.vocabulary, seed + 1),
-        completion_batch_size=batch,
-        prefill_batch_size=batch,
-    )
-    tokens = bench.random_tokens(args.vocabulary, batch * PROMPT, seed)
-    generator.insert([tokens[i::batch] for i in range(batch)])
-    for step in range(last + 1):
-        generator.next_generated()
-        if step == WARM_UP:
-            use = begin()
-    took = use()
-    generator.close()
-    return took
-
-
-def prefill(prompt: list[int], chunk: int, model: nn.Module, seed: int, begin: Begin) -> Use:
-    """Read a prompt, `chunk` tokens at a time, as mlx-lm's generators do; `seed` has no effect."""
-    use, cache = begin(), make_prompt_cache(model)
-    for first in range(0, len(prompt), chunk):
-        model(mx.array([prompt[first : first + chunk]]), cache=cache)
-        mx.eval([c.state for c in cache])
-        mx.clear_cache()
-    return use()
-
-
-def _prompt(subject: Subject, args: argparse.Namespace, tokens: int) -> Work:
-    """Return the work of reading one prompt, cold if the system can drop pages, and warm."""
-    run = partial(prefill, bench.random_tokens(args.vocabulary, tokens), args.chunk)
-
-    def compute() -> float:
-        with bench.nothing_read(subject.store):
-            return run(subject.model, 0, partial(begin, None, False)).seconds
-
-    states = (True, False) if hasattr(os, "posix_fadvise") else (False,)
-    title = f"prompt of {tokens} tokens, {args.chunk} at a time"
-    size, row = {"tokens": tokens}, "{state}, {run}"
-    return Work(size, title, row, tokens, steps=1, states=states, run=run, compute=compute)
-
-
-# ---- how they are measured -----------------------------------------------------------------------
-
-
 def run(args: argparse.Namespace) -> int:
-    """Print a table for each kind of run that the flags describe, then a JSON line; return 0."""
+    """Print a table per workload, then a JSON line; return 0."""
     settings = {n: vars(args)[n] for n in ("tokens", "chunk", "batch") if n in args}
-    bench.at_least_one(**settings)
+    bench.check_positive(**settings)
     check_plot(args.plot)
     subject = bench.open_subject(args)
     found = {"benchmark": args.what, **bench.conditions(subject), **settings}
     found |= {n: vars(args)[n] for n in ("cold", "forced") if n in args}
-    prefill([0] * PROMPT, PROMPT, subject.model, 0, partial(begin, None, False))  # to compile
-    todo = works(subject, args)
-    rows = [row for work in todo for row in _report(subject, args, work)]
+    prefill([0] * PROMPT, PROMPT, subject.model, 0, partial(begin, None, False))  # compiles
+    works = workloads(subject, args)
+    rows = [row for work in works for row in _report(subject, args, work)]
     print(f"{LEGEND}\npeak resident memory: {peak_bytes() / 2**20:.0f} MiB")
     found |= {"peak_bytes": peak_bytes(), "per_layer": rows[-1]["per_layer"]}
     if args.what == "batch":
@@ -207,47 +81,38 @@ def run(args: argparse.Namespace) -> int:
         speed = rows[-1]["tokens_per_s"]
         found["published"] = print_published(subject.recipe, unit, speed)
     if args.stock:
-        found["stock"] = _stock(subject, args.runs, todo)
+        found["stock"] = _stock(subject, args.runs, works)
         found["stock_tokens_per_s"] = found["stock"][-1]["tokens_per_s"]
     found |= rows[0] if args.what == "decode" else {"rows": rows}
-    title = f"{args.what}, {subject.recipe.name}, {_size(todo[-1])}"
+    title = f"{args.what}, {subject.recipe.name}, {_size(works[-1])}"
     plot(args.plot, found["per_layer"], f"{title}{rows[-1]['tokens_per_s']:.2f} tok/s")
     print(json.dumps(found))
     return 0
 
 
-def begin(
-    store: ExpertStore | None, cold: bool, started: Callable[[], None] = lambda: None
-) -> Callable[[], Use]:
-    """Settle our model's banks and page cache, call `started`, and start counting."""
-    if store:
-        bench.settle(store, cold)
-    started()
-    start = now(store)
-    return lambda: now(store) - start
-
-
-def _report(subject: Subject, args: argparse.Namespace, work: Work) -> list[dict[str, Any]]:
-    """Measure one kind of run, print its tables, and return JSON values for each state."""
+def _report(subject: Subject, args: argparse.Namespace, work: Workload) -> list[dict[str, Any]]:
+    """Measure a workload, print its tables, and return JSON values for each state."""
     limit = Limit(subject.store.layout)
     uses, disk, compute = _measure(subject, args.runs, work, limit)
     layers, seconds = profile(subject, work)
     low, high = min(disk) / 1e9, max(disk) / 1e9
-    print(f"disk, random experts read cold, between runs: {low:.2f} to {high:.2f} GB/s")
+    print(f"disk, cold reads of random experts, between runs: {low:.2f} to {high:.2f} GB/s")
     print(f"{work.title}\n{HEADER}")
     rows, least = [], statistics.median(compute)
     for cold, found in uses.items():
         figures = [result(use, work.tokens, use.disk_floor(disk), least) for use in found]
-        best = middle(figures)
+        best = median_run(figures)
         for run, row in [*enumerate(figures, 1), ("median", best)]:
-            print(line(row, work.tokens, work.row.format(state=_state(cold), run=run)))
+            print(line(row, work.tokens, work.row.format(state=state_name(cold), run=run)))
         rows.append({**work.size, "cold": cold, **best, "runs": figures})
-    by_name = {_state(c) if args.what == "prefill" else args.what: use for c, use in uses.items()}
+    by_name = {
+        state_name(c) if args.what == "prefill" else args.what: use for c, use in uses.items()
+    }
     shared = {
         "disk_bytes_per_s": disk,
         "step_s": [seconds / work.steps for seconds in compute],
         "limit": limit.report(by_name),
-        **_theory(subject, layers),
+        **_compare_reads(subject, layers),
         "per_layer": [layer.as_dict(work.steps) for layer in layers],
     }
     _print_layers(layers, work.steps, seconds, work.tokens / rows[0]["tokens_per_s"])
@@ -255,9 +120,9 @@ def _report(subject: Subject, args: argparse.Namespace, work: Work) -> list[dict
 
 
 def _measure(
-    subject: Subject, runs: int, work: Work, limit: Limit
+    subject: Subject, runs: int, work: Workload, limit: Limit
 ) -> tuple[dict[bool, list[Use]], list[float], list[float]]:
-    """Return the runs in each state; between them the disk's bytes/s, and seconds of computing."""
+    """Return the runs in each state, and the disk's bytes/s and seconds of computing in between."""
     disk, compute = [bench.bandwidth(subject.store)], [work.compute()]
     uses: dict[bool, list[Use]] = {cold: [] for cold in work.states}
     for seed in range(runs):
@@ -269,8 +134,8 @@ def _measure(
     return uses, disk, compute
 
 
-def profile(subject: Subject, work: Work) -> tuple[list[LayerTime], float]:
-    """Run once with every part of every layer timed; returns the layers and the run's seconds."""
+def profile(subject: Subject, work: Workload) -> tuple[list[LayerTime], float]:
+    """Run once and time every part of every layer; return the layers and the run's seconds."""
     with timed_layers(subject.model, subject.store) as layers:
 
         def started() -> None:
@@ -281,8 +146,8 @@ def profile(subject: Subject, work: Work) -> tuple[list[LayerTime], float]:
     return layers, use.seconds
 
 
-def _theory(subject: Subject, layers: list[LayerTime]) -> dict[str, Any]:
-    """Compare the experts read with those that had to be, each once per layer and step."""
+def _compare_reads(subject: Subject, layers: list[LayerTime]) -> dict[str, Any]:
+    """Compare the bytes read with the minimum, one read per missing expert, layer and step."""
     asked, hits = sum(layer.asked for layer in layers), sum(layer.hits for layer in layers)
     distinct = sum(layer.distinct for layer in layers)
     missing = distinct - hits
@@ -290,15 +155,15 @@ def _theory(subject: Subject, layers: list[LayerTime]) -> dict[str, Any]:
     nbytes = sum((x.distinct - x.hits) * size for x, size in zip(layers, sizes, strict=True))
     over = (asked - hits) / missing if missing else 1.0
     print(
-        f"distinct experts per layer and step: {distinct} in all, of which {hits} were resident; "
-        f"bytes read: {over:.3f} of the others' bytes"
+        f"distinct experts, summed over layers and steps: {distinct}, of which {hits} resident; "
+        f"bytes read: {over:.3f} times those of the others"
     )
     return {"distinct": distinct, "missing": missing, "theory_bytes": nbytes,
             "read_over_theory": over}  # fmt: skip
 
 
-def _stock(subject: Subject, runs: int, works: list[Work]) -> list[dict[str, float]]:
-    """Do the same by stock mlx-lm, and return the median tokens per second of each."""
+def _stock(subject: Subject, runs: int, works: list[Workload]) -> list[dict[str, float]]:
+    """Run the workloads with stock mlx-lm, and return their median tokens per second."""
     model, rows = bench.stock_model(subject), []
     for work in works:
         uses = [work.run(model, seed, partial(begin, None, False)) for seed in range(runs)]
@@ -308,11 +173,8 @@ def _stock(subject: Subject, runs: int, works: list[Work]) -> list[dict[str, flo
     return rows
 
 
-# ---- figures -------------------------------------------------------------------------------------
-
-
 def result(use: Use, tokens: int, disk_s: float, compute_s: float) -> dict[str, Any]:
-    """Return one run's figures as JSON values; the floor is the longer of `disk_s`, `compute_s`."""
+    """Return a run's figures as JSON values; the floor is the longer of `disk_s`, `compute_s`."""
     stats = use.stats
     return {
         "tokens_per_s": tokens / use.seconds,
@@ -329,13 +191,13 @@ def result(use: Use, tokens: int, disk_s: float, compute_s: float) -> dict[str, 
     }
 
 
-def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the row of median speed."""
+def median_run(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the row with the median speed."""
     return sorted(rows, key=lambda row: row["tokens_per_s"])[(len(rows) - 1) // 2]
 
 
 def line(row: dict[str, Any], tokens: int, name: str) -> str:
-    """Return a `result` as one line under HEADER."""
+    """Format a `result` as one line under HEADER."""
     disk, speed = row["disk_bytes_per_token"], row["read_bytes_per_s"]
     return " ".join((
         f"{row['tokens_per_s']:9.2f} {row['hit_rate']:6.1%} {row['bytes_per_token'] / 1e6:9.2f}",
@@ -348,11 +210,7 @@ def line(row: dict[str, Any], tokens: int, name: str) -> str:
     ))  # fmt: skip
 
 
-def _state(cold: bool) -> str:
-    return "cold" if cold else "warm"
-
-
-def _size(work: Work) -> str:
+def _size(work: Workload) -> str:
     return "".join(f"{name} {value}, " for name, value in work.size.items())
 
 
@@ -363,19 +221,19 @@ def _add_speedup(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_layers(layers: list[LayerTime], steps: int, seconds: float, usual: float) -> None:
-    """Print milliseconds per step of a pass that took `seconds`; a run takes `usual` without it."""
+    """Print ms per step of a profiled run that took `seconds`; an unprofiled one takes `usual`."""
     print(
-        "layers, in a profiling pass that waits for each part "
-        f"({seconds / usual:.2f} times a run's time); milliseconds per step"
+        "layers, in a profiled run that waits for each part "
+        f"({seconds / usual:.2f} times an ordinary run's time); milliseconds per step"
     )
     rest = (seconds - print_rows(layers, steps).seconds) / steps * 1e3
-    print(f"embedding, head, sampling and the rest: {rest:.3f} ms", flush=True)
+    print(f"embedding, head, sampling and other: {rest:.3f} ms", flush=True)
 
 
 def print_published(recipe: Recipe, unit: str, speed: float) -> list[dict[str, Any]]:
-    """Print what others published, in `unit`, for whole models of this geometry and bits.
+    """Print published figures, in `unit`, for whole models of this geometry and bits.
 
-    `speed` is ours, in tokens per second. Returns JSON values.
+    `speed` is ours, in tokens per second. Return JSON values.
     """
     layers = GEOMETRIES[recipe.geometry].num_hidden_layers
     rows = [
@@ -390,7 +248,7 @@ def print_published(recipe: Recipe, unit: str, speed: float) -> list[dict[str, A
     ]
     if rows:
         ours = 1e3 / speed / recipe.layers
-        print(f"ms per token and layer: {ours:.3f} here; published, of whole models elsewhere:")
+        print(f"ms per token and layer: {ours:.3f} here; published, of whole models:")
     for found in rows:
         print(f"{found['ms_per_layer']:9.3f}  {found['tokens_per_s']} tok/s: {found['name']}")
     return rows

@@ -1,4 +1,4 @@
 """The commands `flashmoe-generate`, `flashmoe-doctor` and `flashmoe-plan`, and their options.
 
-Only benchmarks import it, for published figures and the check of a model directory.
+Only `bench/` imports it: for published figures, and to check and load a model directory.
 """

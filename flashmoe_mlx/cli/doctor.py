@@ -1,4 +1,4 @@
-"""`flashmoe-doctor`: what this machine is, whether our kernels are right on it, and how fast."""
+"""`flashmoe-doctor`: check this machine, the kernels on it, its disk, and a model directory."""
 
 import argparse
 import json
@@ -35,23 +35,22 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = argparse.ArgumentParser(
         prog="flashmoe-doctor",
-        description="Check this machine, our kernels on it, its disk, and a model directory.",
+        description="Check this machine, the kernels on it, its disk, and a model directory.",
     )
-    parser.add_argument("model_dir", nargs="?", type=Path, help="a model's directory to check")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="the same as MODEL_DIR")
+    parser.add_argument("model_dir", nargs="?", type=Path, help="model directory to check")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="same as MODEL_DIR")
     parser.add_argument(
         "--full",
         action="store_true",
-        help="also compare every kernel in every format with its float32 reference, and, given a "
-        "model, its logits with a quarter of the experts in memory with those with all, its "
-        "greedy tokens with stock mlx-lm's, and its peak memory with trunk and cache; takes "
-        "minutes",
+        help="also compare every kernel, in every format, with its float32 reference; with a "
+        "model, also compare its logits with a quarter and with all of its experts in memory, "
+        "compare its greedy tokens with stock mlx-lm's, and check its peak memory; takes minutes",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--geometry",
         choices=GEOMETRIES,
-        help="model whose shapes the kernels are tried at (default: MODEL_DIR's, else 35b)",
+        help="check the kernels at this model's shapes (default: MODEL_DIR's, else 35b)",
     )
     parser.add_argument(
         "--sample-mib",
@@ -63,35 +62,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; exits with 0, 1 if something is wrong, 2 on bad usage."""
+    """Run the command; exit with 0, 1 if a check fails, 2 on bad input."""
     sys.exit(as_command("flashmoe-doctor", lambda: report(build_parser().parse_args(argv))))
 
 
 def report(args: argparse.Namespace) -> int:
-    """Print everything found, and return 1 if something is wrong."""
+    """Print all findings, and return 1 if a check fails."""
     findings = examine_all(args)
     print(json.dumps(findings) if args.json else render(findings))
     return 0 if findings["ok"] else 1
 
 
 def examine_all(args: argparse.Namespace) -> dict[str, Any]:
-    """Return everything found, as plain JSON values.
+    """Run every check and return the findings as plain JSON values.
 
     Raises:
-        FlashMoEError: a flag or FLASHMOE_KERNELS is no good, or MODEL_DIR is not a directory.
+        FlashMoEError: a flag or FLASHMOE_KERNELS is invalid, or MODEL_DIR is not a directory.
     """
     if args.sample_mib < 2:
-        raise FlashMoEError(f"--sample-mib {args.sample_mib} is less than one expert. Give 2.")
-    choice, directory = kernel_mode(), args.model_dir or args.model
+        raise FlashMoEError(
+            f"--sample-mib must be at least 2, the size of one expert, got {args.sample_mib}"
+        )
+    mode, directory = kernel_mode(), args.model_dir or args.model
     model = examine(directory) if directory else None
     dtype = machine.default_dtype()
-    kernels = [_kernel(case) for case in _trials(args.geometry, model, dtype)]
+    kernels = [_kernel(case) for case in _cases(args.geometry, model, dtype)]
     folder, complaints = compiled_folder()
     speed = _read_speed(model, args.sample_mib << 20)
     place = directory or _existing(cache_dir())
     findings: dict[str, Any] = {
         **machine.facts(),
-        "kernel_mode": choice,
+        "kernel_mode": mode,
         "dtype": dtype,
         "kernels": kernels,
         "kept": {"kernels": folder, "verdicts": str(cache_dir()), "complaints": complaints},
@@ -109,11 +110,11 @@ def examine_all(args: argparse.Namespace) -> dict[str, Any]:
     return findings
 
 
-def _trials(geometry: str | None, model: ModelReport | None, dtype: str) -> list[KernelCase]:
-    """Return the model's cases at its experts' bits, or those of the geometry given, at 4 bits."""
+def _cases(geometry: str | None, model: ModelReport | None, dtype: str) -> list[KernelCase]:
+    """Return the kernel cases of the geometry, at 4 bits, or of the model, at its own bits."""
     if model and model.args and not geometry:
         known = [bits for bits in model.bits if bits in BITS] or [4]
-        return list(dict.fromkeys(t for bits in known for t in cases(model.args, bits, dtype)))
+        return list(dict.fromkeys(c for bits in known for c in cases(model.args, bits, dtype)))
     return cases(GEOMETRIES[geometry or "35b"], 4, dtype)
 
 
@@ -122,7 +123,7 @@ def _kernel(case: KernelCase) -> dict[str, Any]:
 
 
 def _read_speed(model: ModelReport | None, sample: int) -> ReadSpeed | str:
-    """Read a model's experts or a temporary file; returns why not if that cannot be."""
+    """Time reads of the model's experts or of a temporary file; return the reason on failure."""
     try:
         if model and model.layout:
             ranges, direct = expert_ranges(model.layout, sample), _reads_directly(model)
@@ -136,7 +137,7 @@ def _read_speed(model: ModelReport | None, sample: int) -> ReadSpeed | str:
 
 
 def _reads_directly(model: ModelReport) -> bool:
-    """Say whether the model's experts would be read past the page cache here and now."""
+    """Return whether the store would bypass the page cache for the model at this moment."""
     if model.layout is None or model.args is None:
         return False
     mode = StreamConfig.resolve(model.args.flashmoe).io_mode
@@ -154,48 +155,48 @@ def _problems(found: dict[str, Any]) -> list[str]:
         for kernel in found["kernels"]
         if not kernel["ok"] and kernel["message"] != NEEDS_GPU
     ]
-    # One kernel often fails at every shape in the same way.
     models = found["model"]["problems"] if found["model"] else []
     full = [f"{check['name']}: {check['message']}" for check in found["full"] if _fails(check)]
+    # A kernel often fails at every shape with the same message: report each message once.
     return [*dict.fromkeys(kernels), *found["kept"]["complaints"], *models, *full]
 
 
 def _fails(check: dict[str, Any]) -> bool:
-    return check["ok"] is False  # None: it was not tried
+    return check["ok"] is False  # None: not run
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
-    """Return what would help, most important first."""
+    """Return suggestions, most important first."""
     cpu = not machine.on_gpu()
     model, speed = found["model"] or {}, found["read_speed"]
     advice = []
     if cpu and platform.system() == "Darwin":
-        advice.append("MLX computes on the CPU of a Mac. Use a native arm64 Python, not Rosetta.")
+        advice.append("MLX runs on this Mac's CPU. Use a native arm64 Python instead of Rosetta.")
     if cpu and shutil.which("nvidia-smi"):
-        advice.append("There is an NVIDIA GPU: pip install 'flashmoe-mlx[cuda13]' (or cuda12).")
+        advice.append("To use the NVIDIA GPU: pip install 'flashmoe-mlx[cuda13]' (or cuda12).")
     if cpu and found["packages"]["numba"] is None:
         advice.append("CPU kernels need numba: pip install numba")
     if model.get("kind") in ("stock", "linked"):
-        advice.append("Each expert is nine reads here. flashmoe-convert makes it one.")
+        advice.append("Each expert takes nine reads. After flashmoe-convert, it takes one.")
     if speed and model.get("token_bytes"):
         seconds = model["token_bytes"] / speed["bytes_per_s"]
         cache = "expert" if speed["direct"] else "page"
         advice.append(
-            f"A token whose experts are all missing from memory waits {seconds:.2g} s for the "
-            f"disk ({model['token_bytes'] / 1e9:.3g} GB). Leave memory to the {cache} cache."
+            f"A token reads {model['token_bytes'] / 1e9:.3g} GB in {seconds:.2g} s if none of its "
+            f"experts are in memory. Leave memory for the {cache} cache."
         )
     if model.get("trunk_bytes") and model["trunk_bytes"] > found["memory_available"]:
-        advice.append("The resident trunk is larger than the memory available. Free some.")
+        advice.append("The trunk is larger than the available memory. Close other programs.")
     verdicts = Path(found["kept"]["verdicts"])
     if not (os.access(place := _existing(verdicts), os.W_OK) and place.is_dir()):
         advice.append(f"{verdicts} cannot be written: each run times its GPU kernels again.")
     if any(not k["ok"] and k["message"] != NEEDS_GPU for k in found["kernels"]):
-        advice.append("Please report the failing kernel: flashmoe-doctor --json")
+        advice.append("Please report the failing kernel and the output of flashmoe-doctor --json.")
     return advice
 
 
 def render(found: dict[str, Any]) -> str:
-    """Write findings as one screen of text."""
+    """Format findings as one screen of text."""
     versions = ", ".join(f"{name} {v or 'missing'}" for name, v in found["packages"].items())
     memory = f"{found['memory_available'] / GIB:.1f} of {found['memory'] / GIB:.1f} GiB available"
     if found["memory_limit"]:
@@ -213,8 +214,8 @@ def render(found: dict[str, Any]) -> str:
         *(("kernel", line) for line in _kernel_lines(found["kernels"], found["kernel_mode"])),
         *(("full", _full_line(check)) for check in found["full"]),
         *(("advice", line) for line in found["advice"]),
-        *(("WRONG", line) for line in found["problems"]),
-        ("result", "all well" if found["ok"] else f"{len(found['problems'])} wrong"),
+        *(("PROBLEM", line) for line in found["problems"]),
+        ("result", "no problems" if found["ok"] else f"{len(found['problems'])} problem(s)"),
     ]
     return "\n".join(f"{name:9} {line}" for name, line in lines)
 
@@ -230,35 +231,35 @@ def _model_lines(model: dict[str, Any] | None) -> list[str]:
         lines.append(
             f"{model['kind']}, {bits}-bit, {model['layers']} layers of {model['experts']} experts "
             f"of {'up to ' if len(model['bits']) > 1 else ''}{record:.3g} MB, "
-            f"{experts:.3g} GB in all; "
+            f"{experts:.3g} GB in total; "
             f"trunk {(model['trunk_bytes'] or 0) / 1e9:.3g} GB"
         )
     return lines
 
 
-def _kernel_lines(kernels: list[dict[str, Any]], choice: str) -> list[str]:
+def _kernel_lines(kernels: list[dict[str, Any]], mode: str) -> list[str]:
     idle = [kernel for kernel in kernels if kernel["message"] == NEEDS_GPU]
-    lines = [_kernel_line(kernel, choice) for kernel in kernels if kernel not in idle]
+    lines = [_kernel_line(kernel, mode) for kernel in kernels if kernel not in idle]
     if idle:
-        lines.append(f"{len(idle)} GPU kernels not tried: there is no GPU")
+        lines.append(f"{len(idle)} GPU kernels not run: this machine has no GPU that MLX supports")
     return lines
 
 
 def _full_line(check: dict[str, Any]) -> str:
     if check["ok"] is None:
-        return f"not tried: {check['name']}: {check['message']}"
-    return f"{'FAILS' if _fails(check) else 'right'}: {check['name']}: {check['message']}"
+        return f"not run: {check['name']}: {check['message']}"
+    return f"{'FAILS' if _fails(check) else 'ok'}: {check['name']}: {check['message']}"
 
 
-def _kernel_line(kernel: dict[str, Any], choice: str) -> str:
+def _kernel_line(kernel: dict[str, Any], mode: str) -> str:
     found = Verdict.from_dict({k: v for k, v in kernel.items() if k not in ("op", "trial")})
     shape = f"{kernel['op']} {kernel['trial']}"
     if not found.ok:
         return f"FAILS: {shape}"
-    always = choice == "custom" or not machine.on_gpu()  # the CPU's are used whatever they take
-    used = "used" if choice != "stock" and (always or found.faster) else "stock used"
+    always = mode == "custom" or not machine.on_gpu()  # CPU kernels are not timed
+    used = "used" if mode != "stock" and (always or found.faster) else "stock used"
     return (
-        f"right, {found.custom_ms:.3f} ms, stock {found.stock_ms:.3f} ms, {used}; "
+        f"ok, {found.custom_ms:.3f} ms, stock {found.stock_ms:.3f} ms, {used}; "
         f"error {found.error:.0e} of {found.limit:.0e}; {shape}"
     )
 

@@ -1,4 +1,4 @@
-"""Whether a model directory is complete: every header and size, without reading the weights."""
+"""Check that a model directory is complete: every header and size, but not the weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,9 +24,9 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass
 class ModelReport:
-    """What a directory holds; None where it cannot be read.
+    """The content of a model directory; a field is None if its file cannot be read.
 
-    `bits` are those of its experts' matrices, ascending, each once.
+    `bits` lists the distinct bits per weight of the experts' matrices, in ascending order.
     """
 
     directory: Path
@@ -59,10 +59,10 @@ class ModelReport:
 
 
 def examine(directory: Path) -> ModelReport:
-    """Check a directory's config, trunk and experts, and list what is wrong with each.
+    """Check a directory's config, index, trunk, experts, settings and tokenizer.
 
     Raises:
-        FlashMoEError: it is not a directory.
+        FlashMoEError: `directory` is not a directory.
     """
     if not (exists(directory) and directory.is_dir()):
         raise FlashMoEError(f"{directory}: not a directory. Give the directory of a model.")
@@ -92,14 +92,14 @@ def _index(report: ModelReport) -> None:
         return
     if not isinstance(content, dict) or not all(isinstance(x, str) for x in content.values()):
         raise FlashMoEError(
-            f"{path}: damaged (weight_map is not files by name). Download it again."
+            f"{path}: damaged (weight_map does not map names to files). Download it again."
         )
     listed = set(content.values())
     missing = sorted(name for name in listed if not exists(report.directory / name))
     if missing:
         raise FlashMoEError(
             f"{path}: lists {missing[0]}, which is missing ({len(missing)} of {len(listed)} files "
-            "are). Download or convert it again."
+            "are missing). Download or convert it again."
         )
 
 
@@ -124,15 +124,19 @@ def _experts(report: ModelReport) -> None:
 
 
 def _settings(report: ModelReport) -> None:
-    """Check that the settings of config.json and environment let the model be loaded here."""
+    """Check that the model loads with the settings of config.json and the environment."""
     if (args := report.args) is None or (layout := report.layout) is None:
         return
     stream = StreamConfig.resolve(args.flashmoe)
     top_k = stream.experts_per_token or args.num_experts_per_tok
     check_top_k(top_k, args.num_experts, "experts_per_token")
+    plan_cache(stream.expert_cache, layout, top_k, report.trunk_bytes or 0, free_bytes())
+
+
+def free_bytes() -> int:
+    """Return the bytes that experts can take: the GPU's own memory if it has some, else RAM."""
     own = choose().free_bytes
-    available = available_bytes() if own is None else own
-    plan_cache(stream.expert_cache, layout, top_k, report.trunk_bytes or 0, available)
+    return available_bytes() if own is None else own
 
 
 def _tokenizer(report: ModelReport) -> None:

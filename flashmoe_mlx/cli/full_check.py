@@ -1,7 +1,7 @@
-"""`flashmoe-doctor --full`: every kernel in every format, and a model beside stock mlx-lm.
+"""`flashmoe-doctor --full`: check every kernel in every format, and a model against stock mlx-lm.
 
-An output may be off by twice what MLX's own ops are off in the same dtype, as in `autotune.check`.
-Nothing is timed, so several processes compile side by side.
+The tolerance is twice the error of MLX's own ops in the same dtype, as in `autotune.check`.
+The checks time nothing, so several processes compile in parallel.
 """
 
 import re
@@ -13,7 +13,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,8 +20,6 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import numpy.typing as npt
-from mlx_lm.models import qwen3_5_moe
-from mlx_lm.utils import load_model
 
 from ..custom_kernels.attention.step import AttentionStepCase
 from ..custom_kernels.autotune import NEEDS_GPU, Verdict, measure
@@ -41,19 +38,16 @@ from ..custom_kernels.linear.cases import MatvecCase, NormedMatvecCase
 from ..custom_kernels.linear.dequantize import DequantizeCase, MatmulCase
 from ..custom_kernels.linear.matvec import BITS, GROUP_SIZES
 from ..errors import FlashMoEError
-from ..format.layout import EXPERT_DIR, layer_file
-from ..format.names import FIELDS, layer_prefix
 from ..loader import load
 from ..models.qwen3_5.model import Model
 from ..profile import machine
-from ..store.devices import choose
-from ..store.memory import available_bytes
-from .doctor_model import ModelReport
+from .doctor_model import ModelReport, free_bytes
+from .stock import stacked_experts, stock_model
 
-PROCESSES = 8  # that compile
-LENGTHS = 1, 8, 20, 60, 300  # of prompts whose logits are compared
-SINGLE = 5  # tokens after each of these
-TOKENS = 64  # after each prompt of TEXTS and QUESTIONS
+PROCESSES = 8  # at most, to compile kernels in
+LENGTHS = 1, 8, 20, 60, 300  # of the prompts in `streamed`
+SINGLE = 5  # tokens decoded after each of these prompts
+TOKENS = 64  # decoded after each prompt of TEXTS and QUESTIONS
 TEXTS = (
     "Once upon a time there was a small village by the sea.", "def add(a, b):", "Water boils at",
     "The river rises in the mountains and", "The old man opened the door and",
@@ -66,19 +60,19 @@ QUESTIONS = (
     "Count from one to five.", "Explain why the sky is blue.",
     "Translate 'good morning' into French.", "Say goodbye.",
 )  # fmt: skip
-# A token may differ where stock's best two logits are closer than this: in float32 the sum of two
-# tolerances of 1e-4, else some steps of the dtype (the bundled model on an H100: 5 at most).
+# Tokens may differ if stock's two largest logits are closer than this: in float32 the sum of two
+# tolerances of 1e-4, else some steps of the dtype (the bundled model on an H100 needs 5).
 TIE, TIE_STEPS = 2e-4, 8
-ALLOWANCE = 400 * 10**6  # bytes beside trunk and expert cache
+ALLOWANCE = 400 * 10**6  # bytes of peak memory besides trunk and expert cache
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
 
 Logits = npt.NDArray[np.float32]
-Outcome = tuple[bool | None, str]  # whether all is right, None if it was not tried; what was found
+Outcome = tuple[bool | None, str]  # `ok` and `message` of a Finding
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check; `ok` is None where it cannot run on this machine."""
+    """The outcome of one check; `ok` is None if the check cannot run on this machine."""
 
     name: str
     ok: bool | None
@@ -86,7 +80,7 @@ class Finding:
 
 
 def full_check(report: ModelReport | None) -> list[Finding]:
-    """Check every kernel, and a model that `doctor_model.examine` found complete."""
+    """Check every kernel, and the model if `doctor_model.examine` found it complete."""
     found = parity([*quantized(), *others()])
     if report and report.args and report.layout and not report.problems:
         found += [
@@ -108,7 +102,7 @@ def _finding(name: str, check: Callable[[ModelReport], Outcome], report: ModelRe
 
 
 def quantized() -> Iterator[KernelCase]:
-    """Yield the cases of quantized weights. Float32 activations go with scales of any dtype."""
+    """Yield the cases of quantized weights; float32 activations take scales of any dtype."""
     pairs = [(x, s) for x, s in product(DTYPES, DTYPES) if s == x or x == "float32"]
     for (dtype, scales), bits, group in product(pairs, BITS, GROUP_SIZES):
         kind = bits, group, dtype, scales
@@ -121,12 +115,12 @@ def quantized() -> Iterator[KernelCase]:
         yield ExpertsCase(384, 256, *experts, shared_bits=bits, tokens=2)
         yield DequantizeCase(37, 384, bits, group, dtype, scales)
         yield TiledCase(384, 256, *kind, down_bits=bits, slots=5, rows=11)
-        if dtype != "float32":  # where NVIDIA's GPUs round products, these are left to MLX
+        if dtype != "float32":  # float32 is left to MLX: NVIDIA GPUs round its products
             yield MatmulCase(37, 384, *kind, tokens=70)
 
 
 def others() -> Iterator[KernelCase]:
-    """Yield the cases of router, sums of experts, attention and GatedDeltaNet."""
+    """Yield the cases of router, expert sums, attention and GatedDeltaNet."""
     for dtype in DTYPES:
         for experts, top_k in (16, 4), (33, 10), (100, 4), (256, 8), (512, 10):
             yield RouterCase(experts, top_k, dtype, tokens=3)
@@ -146,12 +140,12 @@ def others() -> Iterator[KernelCase]:
 
 
 def judge(case: KernelCase) -> Verdict:
-    """Compare one kernel kernel_case with the reference."""
+    """Compare one kernel with the reference."""
     return measure(case, timed=False)
 
 
 def parity(cases: Sequence[KernelCase]) -> list[Finding]:
-    """Compare kernel cases with the float32 reference, and sum up each op."""
+    """Compare kernel cases with the float32 reference; return one finding per op."""
     verdicts: dict[str, list[tuple[KernelCase, Verdict]]] = {}
     pool = ProcessPoolExecutor(min(PROCESSES, machine.cores()), get_context("spawn"))
     try:
@@ -160,12 +154,12 @@ def parity(cases: Sequence[KernelCase]) -> list[Finding]:
                 verdicts.setdefault(case.op, []).append((case, verdict))
     except BrokenProcessPool:
         done = sum(map(len, verdicts.values()))
-        return [Finding("kernels", False, f"a process died at {cases[done]} or soon after")]
+        return [Finding("kernels", False, f"a process died at or soon after {cases[done]}")]
     return [summary(op, found) for op, found in sorted(verdicts.items())]
 
 
 def summary(op: str, found: list[tuple[KernelCase, Verdict]]) -> Finding:
-    """Say how many cases of an op agree, and what is wrong with the first others."""
+    """Count the cases of an op that agree, and quote the first three that do not."""
     tried = [(case, verdict) for case, verdict in found if verdict.message != NEEDS_GPU]
     if not tried:
         return Finding(f"kernel {op}", None, NEEDS_GPU)
@@ -179,9 +173,9 @@ def summary(op: str, found: list[tuple[KernelCase, Verdict]]) -> Finding:
 
 
 def streamed(report: ModelReport) -> Outcome:
-    """Compare logits with a quarter of the experts in memory with those with all, bit by bit.
+    """Compare logits, bit by bit, with a quarter and with all of the experts in memory.
 
-    Each prompt runs twice, before and after a text is generated in mlx-lm's own stream.
+    Each prompt runs twice before and twice after mlx-lm generates a text in its own stream.
     """
     assert report.layout
     if lacking := _lacks_memory(report, copies=1):
@@ -193,19 +187,19 @@ def streamed(report: ModelReport) -> Outcome:
         wrong = differing_runs(model, expected)
         mlx_lm.generate(model, tokenizer, "Hello", max_tokens=16)
         wrong += differing_runs(model, expected)
-    right = f"{4 * len(expected) - len(wrong)} of {4 * len(expected)} runs equal resident experts'"
+    right = f"{4 * len(expected) - len(wrong)} of {4 * len(expected)} runs agree"
     return not wrong, "; ".join([right, *wrong[:3]])
 
 
 def quarter(report: ModelReport) -> int:
-    """Return the bytes of a quarter of the experts, or of one token's if these are more."""
+    """Return the larger of a quarter of the experts and one token's experts, in bytes."""
     assert report.layout and report.args
     token = report.layout.token_bytes * report.args.num_experts_per_tok
     return max(report.layout.total_bytes // 4, token)
 
 
 def logits(model: Model, prompt: int) -> Logits:
-    """Return the last logits of a random prompt, and those of SINGLE more tokens: `[.., V]`."""
+    """Return the last logits of a random prompt and of SINGLE more tokens: `[1 + SINGLE, V]`."""
     rng = np.random.default_rng(prompt)
     tokens = rng.integers(model.args.vocab_size, size=prompt + SINGLE).tolist()
     cache, rows = model.make_cache(), []
@@ -215,7 +209,7 @@ def logits(model: Model, prompt: int) -> Logits:
 
 
 def differing_runs(model: Model, expected: dict[int, Logits]) -> list[str]:
-    """Run each prompt twice, and name the runs whose logits differ in a bit."""
+    """Run each prompt twice, and describe the runs whose logits differ in any bit."""
     wrong = []
     for prompt, run in product(expected, (1, 2)):
         found = logits(model, prompt)
@@ -229,26 +223,26 @@ def differing_runs(model: Model, expected: dict[int, Logits]) -> list[str]:
 
 
 def greedy(report: ModelReport) -> Outcome:
-    """Count how many greedy tokens are stock mlx-lm's, of the same weights.
+    """Compare greedy tokens with those of stock mlx-lm and the same weights.
 
-    On a GPU both compute in the checkpoint's dtype, on a CPU in float32.
+    Both compute in the checkpoint's dtype on a GPU, in float32 on a CPU.
     """
     if lacking := _lacks_memory(report, copies=2):
         return None, lacking
     model, tokenizer = load(report.directory)
-    stock = stock_model(report)
+    stock = load_stock(report)
     with model:
         found = [differences(stock, model, prompt, TOKENS) for prompt in prompts(tokenizer)]
     gaps = [gap for differing in found for gap in differing]
     far = [gap for gap, tie in gaps if gap > tie]
-    same = f"{TOKENS * len(found) - len(gaps)} of {TOKENS * len(found)} are stock mlx-lm's"
+    same = f"{TOKENS * len(found) - len(gaps)} of {TOKENS * len(found)} equal stock mlx-lm's"
     if far:
-        return False, f"{same}; {len(far)} differ, where stock's best two logits are {far} apart"
-    return True, same + ("; the others nearly tie" if gaps else "")
+        return False, f"{same}; {len(far)} differ where stock's two largest logits are {far} apart"
+    return True, same + ("; at the others the two largest logits nearly tie" if gaps else "")
 
 
 def prompts(tokenizer: Any) -> Iterator[list[int]]:
-    """Yield texts and questions as token ids."""
+    """Yield TEXTS and QUESTIONS as token ids."""
     yield from map(tokenizer.encode, TEXTS)
     for question in QUESTIONS:
         message = {"role": "user", "content": question}
@@ -258,64 +252,40 @@ def prompts(tokenizer: Any) -> Iterator[list[int]]:
 def differences(
     stock: nn.Module, ours: nn.Module, prompt: list[int], tokens: int
 ) -> list[tuple[float, float]]:
-    """Return, for each token that differs, the gap of stock's best two logits and that of a tie.
+    """Return, for each token that differs, the gap between stock's two largest logits and a tie's.
 
-    Stock chooses each token; both are fed it, so that one difference does not cause others.
+    Both models continue with stock's token, so that one difference does not cause others.
     """
     caches, fed, gaps = [model.make_cache() for model in (stock, ours)], mx.array([prompt]), []
     for _ in range(tokens):
-        theirs, mine = (
+        expected, found = (
             model(fed, cache=cache)[0, -1]
             for model, cache in zip((stock, ours), caches, strict=True)
         )
-        token = mx.argmax(theirs)
-        if token.item() != mx.argmax(mine).item():
-            second, best = np.array(mx.sort(theirs.astype(mx.float32))[-2:]).tolist()
-            tie = max(TIE, TIE_STEPS * mx.finfo(theirs.dtype).eps * abs(best))
+        token = mx.argmax(expected)
+        if token.item() != mx.argmax(found).item():
+            second, best = np.array(mx.sort(expected.astype(mx.float32))[-2:]).tolist()
+            tie = max(TIE, TIE_STEPS * mx.finfo(expected.dtype).eps * abs(best))
             gaps.append((best - second, tie))
         fed = token[None, None]
     return gaps
 
 
-def stock_model(report: ModelReport) -> nn.Module:
-    """Load stock mlx-lm's model of a directory, every expert in memory."""
+def load_stock(report: ModelReport) -> nn.Module:
+    """Load stock mlx-lm's model of the directory."""
     assert report.layout and report.args
     sizes = report.args.num_hidden_layers, report.args.num_experts
     packed = report.layout.kind == "packed"
-    experts = stacked_experts(report.directory, *sizes) if packed else {}
-
-    class Stock(qwen3_5_moe.Model):
-        """Stock mlx-lm's model, whose packed experts come from their own files."""
-
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            """Add the experts to the trunk."""
-            return super().sanitize(weights | experts)
-
-    model, _ = load_model(
-        report.directory,
-        model_config={"model_file": None},
-        get_model_classes=lambda config: (Stock, qwen3_5_moe.ModelArgs),
+    return stock_model(
+        report.directory, stacked_experts(report.directory, *sizes) if packed else {}
     )
-    if not machine.on_gpu():
-        model.set_dtype(mx.float32)
-    return model
-
-
-def stacked_experts(directory: Path, layers: int, experts: int) -> dict[str, mx.array]:
-    """Return a packed directory's experts under the names of stock mlx-lm."""
-    found = {}
-    for layer in range(layers):
-        tensors: Any = mx.load(str(directory / EXPERT_DIR / layer_file(layer)))
-        for field in FIELDS:
-            parts = [tensors[f"experts.{expert}.{field}"] for expert in range(experts)]
-            found[f"{layer_prefix(layer)}.mlp.switch_mlp.{field}"] = mx.stack(parts)
-    return found
 
 
 def memory(report: ModelReport, expert_cache: int | None = None) -> Outcome:
-    """Hold the peak of `flashmoe-generate` to trunk, expert cache and ALLOWANCE.
+    """Check that the peak of `flashmoe-generate` is at most trunk, expert cache and ALLOWANCE.
 
-    On a GPU it is only told: drivers take memory of the process, and not all of the model's is.
+    A GPU's peak is reported but not checked: drivers add memory to the process, and part of the
+    model's memory is not the process's.
     """
     cache = expert_cache or quarter(report)
     result = run_apart(
@@ -331,17 +301,16 @@ def memory(report: ModelReport, expert_cache: int | None = None) -> Outcome:
 
 
 def run_apart(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run Python from a shell: the peak of a direct child would start at this process's own."""
+    """Run Python from a shell: the peak of a direct child starts at this process's own."""
     shell = ["sh", "-c", '"$@"; exit $?', "sh"]
     return subprocess.run([*shell, sys.executable, *arguments], capture_output=True, text=True)
 
 
 def _lacks_memory(report: ModelReport, copies: int) -> str:
-    """Say how much memory is missing for a model and its experts, or return nothing."""
+    """Return why `copies` of the whole model do not fit in memory, or an empty text."""
     assert report.layout
     needed = copies * ((report.trunk_bytes or 0) + report.layout.total_bytes)
-    own = choose().free_bytes
-    free = available_bytes() if own is None else own
+    free = free_bytes()
     if needed <= 0.8 * free:
         return ""
-    return f"it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are available"
+    return f"needs {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are available"

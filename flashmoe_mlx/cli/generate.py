@@ -34,21 +34,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.description = "Generate text with a Qwen3.5 MoE model whose experts stream from disk."
     check_ranges(parser)
     add = parser.add_argument_group("streaming").add_argument
-    text = "Memory for experts, all layers together: 512MiB, 4GiB or auto (default: auto)"
+    text = "Memory for the experts of all layers: 512MiB, 4GiB or auto (default: auto)"
     add("--expert-cache", help=text)
     add("--io-threads", help="Threads that read from disk (default: 8)")
-    text = "How to read: buffered, through the page cache; direct, past it; or auto (default)"
+    text = "Read through the page cache (buffered), bypass it (direct), or auto (default)"
     add("--io-mode", help=text)
     text = "Prefetch experts: on, off, or auto (default), which times both (CPU only)"
     add("--lookahead", help=text)
     text = "Top-k to use instead of the checkpoint's own (default: its own)"
     add("--experts-per-token", help=text)
-    text = "Compare every expert with its checksum after reading it (converted models)"
+    text = "Compare every expert with its checksum after each read (converted models)"
     add("--verify-reads", action="store_true", help=text)
-    text = "Also print what each phase and each layer took (slower: parts cannot overlap)"
+    text = "Also print the time of each phase and layer (slower: parts cannot overlap)"
     add("--stats", action="store_true", help=text)
-    add("--stats-json", type=Path, metavar="FILE", help="Write the same, and more, as JSON")
-    text = "Draw the layers' times and hit rates, and tokens per second over time"
+    add("--stats-json", type=Path, metavar="FILE", help="Write the same figures and more as JSON")
+    text = "Plot the layers' times and hit rates, and tokens per second over time"
     add("--plot", type=Path, metavar="FILE.png", help=text)
     text = "Show tokens per second, the disk's GB/s and the hit rate during generation"
     add("--live", action="store_true", help=text)
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; exits with 2 on bad input, 130 on Ctrl-C."""
+    """Run the command; exit with 2 on bad input, 130 on Ctrl-C."""
 
     def work() -> None:
         run(build_parser().parse_args(argv))
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the model, print the text as it comes, then the figures."""
+    """Load the model, print the text token by token, then the figures."""
     check_options(args)
     check_plot(args.plot)
     if args.seed is not None:
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     add_eos_tokens(tokenizer, args.extra_eos_token)
     prompt = encode_prompt(args, tokenizer, cached=cache is not None)
     if not prompt:
-        raise FlashMoEError("--prompt is empty, and there is no chat template. Give some text.")
+        raise FlashMoEError("--prompt is empty and no chat template applies. Give some text.")
     responses = stream_generate(
         model, tokenizer, prompt,
         max_tokens=args.max_tokens, sampler=sampler(args, tokenizer),
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def open_model(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, TokenizerWrapper]:
-    """Load the model that the flags or else a prompt cache's metadata name, and its tokenizer."""
+    """Load the model and tokenizer that the flags name, or else the prompt cache's metadata."""
     trust = {"trust_remote_code": True} if args.trust_remote_code else {}
     model, tokenizer = load(
         args.model or metadata.get("model") or BUNDLED_MODEL,
@@ -123,7 +123,7 @@ def open_model(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any,
 
 
 def sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Any:
-    """Return mlx-lm's sampler with the flags' settings."""
+    """Return the sampler that the flags describe."""
     return make_sampler(
         args.temp, args.top_p, args.min_p, args.min_tokens_to_keep, args.top_k,
         xtc_probability=args.xtc_probability, xtc_threshold=args.xtc_threshold,
@@ -134,7 +134,7 @@ def sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Any:
 def print_text(
     model: Any, responses: Iterator[Any], stats: RunStats | None, live: Live | None
 ) -> Any:
-    """Print a text as it comes, and return the last response."""
+    """Print each response's text, and return the last response."""
     response = None
     for response in responses:
         print(response.text, end="", flush=True)
@@ -146,18 +146,18 @@ def print_text(
 
 
 def add_eos_tokens(tokenizer: TokenizerWrapper, tokens: list[str]) -> None:
-    """End the text also at each of some tokens.
+    """Add tokens that end the text.
 
     Raises:
-        FlashMoEError: the tokenizer does not have a token.
+        FlashMoEError: the tokenizer lacks one of them.
     """
     for token in tokens:
         try:
             tokenizer.add_eos_token(token)
         except ValueError as error:
             raise FlashMoEError(
-                f"--extra-eos-token {token!r}: the model has no such token. Give one as it stands "
-                "in tokenizer.json, or its number."
+                f"--extra-eos-token {token!r}: not in the model's vocabulary. Give a token of "
+                "tokenizer.json, or its number."
             ) from error
 
 
@@ -173,15 +173,15 @@ def open_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict[
         )
     if args.model is None and args.trust_remote_code:
         raise FlashMoEError(
-            f"--trust-remote-code would run the code of a model that only {file} names. If you "
-            f"trust it, give --model {metadata['model']} too."
+            f"--trust-remote-code would run code of a model that only {file} names. If you trust "
+            f"that model, also give --model {metadata['model']}."
         )
     for entry in cache:
         made_with = (entry.bits, entry.group_size) if isinstance(entry, QuantizedKVCache) else None
         if made_with and made_with != (args.kv_bits or entry.bits, args.kv_group_size):
             raise FlashMoEError(
                 f"--kv-bits {args.kv_bits} --kv-group-size {args.kv_group_size}: "
-                f"{file} was made with {made_with[0]} and {made_with[1]}."
+                f"{file} was made with {made_with[0]} and {made_with[1]}. Give these."
             )
     return cache, metadata
 
@@ -191,7 +191,7 @@ def encode_prompt(
 ) -> list[int]:
     """Apply the chat template as mlx_lm.generate does, and return token ids.
 
-    With a prompt cache, only what follows the cached prefix is encoded.
+    With a prompt cache, encode only the text that follows the cached prefix.
     """
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     prompt = _read_stdin() if prompt == "-" else prompt
@@ -213,7 +213,7 @@ def encode_prompt(
 
     try:
         text = render(prompt)
-    except Exception as error:  # Jinja's or Python's
+    except Exception as error:  # a template can raise any
         raise FlashMoEError(
             f"the chat template fails with --chat-template-config {args.chat_template_config} "
             f"({type(error).__name__}: {error}). Change it, or give --ignore-chat-template."
@@ -233,7 +233,7 @@ def _read_stdin() -> str:
 
 
 def report(model: Any, response: Any) -> None:
-    """Print speed, experts and memory, as mlx_lm.generate prints its own figures."""
+    """Print speed, expert reads and memory, in mlx_lm.generate's format."""
     print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
     tokens, speed = response.generation_tokens, response.generation_tps
     print(f"Generation: {tokens} tokens, {speed:.3f} tokens-per-sec")

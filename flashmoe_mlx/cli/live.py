@@ -1,6 +1,6 @@
-"""One line that follows a generation: tokens per second, the disk's rate, and the hit rate.
+"""A status line during generation: tokens per second, the disk's rate and the hit rate.
 
-tqdm cannot keep it below text that grows without line feeds, so the terminal's scroll region does.
+tqdm cannot stay below text that grows without line feeds, so the line uses a scroll region.
 """
 
 import shutil
@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from ..store.store import ExpertStats
+from ..store.stats import ExpertStats
 
-INTERVAL = 0.25  # seconds, at least, between two lines; 1 where they follow one another
+INTERVAL = 0.25  # seconds between updates at least; 1 if standard error is not a terminal
 
 
 class Live:
-    """The line, on standard error: the last one of a terminal, or one line after another."""
+    """The status line on standard error: a terminal's last line, or a new line per update."""
 
     def __init__(self, stats: ExpertStats) -> None:
         """Start counting."""
@@ -29,12 +29,12 @@ class Live:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Keep the terminal's last line free while the block runs."""
+        """Reserve the terminal's last line while the block runs."""
         if not self._terminal:
             yield
             return
         rows = shutil.get_terminal_size().lines
-        # Make room, scroll all lines but the last, and come back to where the text goes on.
+        # Make room, let all lines but the last scroll, and restore the cursor.
         _write(f"\n\x1b[1A\x1b7\x1b[1;{rows - 1}r\x1b8")
         try:
             yield
@@ -42,13 +42,13 @@ class Live:
             _write(f"\x1b7\x1b[r\x1b[{rows};1H\x1b[2K\x1b8")
 
     def update(self, count: Callable[[], ExpertStats]) -> None:
-        """Count a token, and show the line when it is due; `count` returns the counters now."""
+        """Count a token; update the line when due. `count` returns the current counters."""
         self._tokens += 1
         seconds = time.perf_counter() - self._then
         if seconds < self._interval:
             return
         stats = count()
-        line = line_of(self._tokens / seconds, self._stats, stats)
+        line = status_line(self._tokens / seconds, self._stats, stats)
         if self._terminal:
             size = shutil.get_terminal_size()
             _write(f"\x1b7\x1b[{size.lines};1H\x1b[2K{line[: size.columns - 1]}\x1b8")
@@ -61,8 +61,8 @@ def _write(text: str) -> None:
     print(text, end="", file=sys.stderr, flush=True)
 
 
-def line_of(speed: float, before: ExpertStats, after: ExpertStats) -> str:
-    """Return the line for `speed` tokens per second, and counters when last shown and now."""
+def status_line(speed: float, before: ExpertStats, after: ExpertStats) -> str:
+    """Format `speed` in tokens per second and the difference between two sets of counters."""
     asked, hits = after.asked - before.asked, after.hits - before.hits
     nbytes = after.bytes_read - before.bytes_read
     seconds = after.seconds_reading - before.seconds_reading

@@ -1,4 +1,4 @@
-"""What `flashmoe-generate` accepts, checked before a model is loaded."""
+"""Checks of `flashmoe-generate`'s options, before it loads a model."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from ..errors import FlashMoEError
 
 LARGEST_SEED = 2**64 - 1
 PROBABILITY = "Give a probability from 0 to 1"
-# By option: whether a value is in range, and what to give instead.
+# By option: a test of the value, and the remedy that the error names.
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_tokens": (lambda n: n == -1 or n >= 1, "Give 1 or more, or -1 for no limit"),
     "temp": (lambda x: 0 <= x < math.inf, "Give 0 (the likeliest token) or more"),
@@ -22,7 +22,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "xtc_threshold": (lambda x: 0 <= x <= 0.5, "Give a probability from 0 to 0.5"),
     "min_tokens_to_keep": (lambda n: n >= 1, "Give 1 or more"),
     "seed": (lambda n: 0 <= n <= LARGEST_SEED, f"Give a whole number from 0 to {LARGEST_SEED}"),
-    "max_kv_size": (lambda n: n >= 8, "Give 8 or more tokens, or leave it out for all"),
+    "max_kv_size": (lambda n: n >= 8, "Give 8 or more tokens, or leave it out to keep all"),
     "prefill_step_size": (lambda n: n >= 1, "Give 1 or more tokens"),
     "kv_bits": (lambda n: n in (2, 3, 4, 5, 6, 8), "Give 2, 3, 4, 5, 6 or 8"),
     "kv_group_size": (lambda n: n in (32, 64, 128), "Give 32, 64 or 128"),
@@ -32,25 +32,25 @@ UNSUPPORTED = ("draft_model", "image", "quantize_activations")
 
 
 def within(
-    flag: str, read: Callable[[str], Any], good: Callable[[Any], bool], remedy: str
+    flag: str, parse: Callable[[str], Any], valid: Callable[[Any], bool], remedy: str
 ) -> Callable[[str], Any]:
-    """Return a `type=` for argparse: a value that `read` reads and that is `good`.
+    """Return a `type=` for argparse: values that `parse` returns and for which `valid` holds.
 
-    It raises an ArgumentError that names the flag, its value and the remedy.
+    Its ArgumentError names the flag, the value and the remedy.
     """
 
     def checked(text: str) -> Any:
-        value = read(text)
-        if not good(value):
+        value = parse(text)
+        if not valid(value):
             raise argparse.ArgumentError(None, f"{flag} {value} is out of range. {remedy}.")
         return value
 
-    checked.__name__ = read.__name__  # argparse says it where `read` fails
+    checked.__name__ = parse.__name__  # argparse quotes it if `parse` fails
     return checked
 
 
 def check_ranges(parser: argparse.ArgumentParser) -> None:
-    """Have mlx_lm.generate's parser refuse values out of RANGES."""
+    """Make mlx_lm.generate's parser reject values outside RANGES."""
     for action in parser._actions:
         if action.dest in RANGES:
             assert callable(action.type)
@@ -58,10 +58,10 @@ def check_ranges(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that would fail later, or be ignored.
+    """Reject options that would fail later or have no effect.
 
     Raises:
-        FlashMoEError: naming the flag, its value and the remedy.
+        FlashMoEError: an option is invalid or unsupported.
     """
     for name in UNSUPPORTED:
         if getattr(args, name):
@@ -72,7 +72,7 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ("adapter_config.json", "adapters.safetensors") if args.adapter_path else ():
         if not Path(args.adapter_path, name).is_file():
             raise FlashMoEError(
-                f"--adapter-path {args.adapter_path}: no {name} there. "
+                f"--adapter-path {args.adapter_path}: has no {name}. "
                 "Give a directory that mlx_lm.lora wrote."
             )
     if args.stats_json is not None and not (folder := args.stats_json.absolute().parent).is_dir():
@@ -81,10 +81,10 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def chat_options(text: str | None) -> dict[str, Any]:
-    """Read `--chat-template-config`: keywords for the chat template.
+    """Parse `--chat-template-config`: keywords for the chat template.
 
     Raises:
-        FlashMoEError: it is not an object in JSON.
+        FlashMoEError: it is not a JSON object.
     """
     example = '{"enable_thinking": false}'
     try:

@@ -18,7 +18,7 @@ from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs
 from ..settings import parse_size
 from . import plan_model
 from .plan_model import Machine, Weights, named_args
-from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, tally
+from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, count_within
 
 NAMES = ("397b", "122b", "35b")
 BITS = (4, 2)
@@ -32,29 +32,29 @@ def build_parser() -> argparse.ArgumentParser:
         description="Predict memory, hits and speed of a streamed model (docs/reference/plan.md).",
     )
     add = parser.add_argument
-    add("--model", help=f"{', '.join(NAMES)}, or a model's directory, of which config.json is read")
-    add("--bits", type=int, help="of the experts, 4 or 2 (default: config.json's, else 4)")
+    add("--model", help=f"{', '.join(NAMES)}, or a directory with the model's config.json")
+    add("--bits", type=int, help="bits per expert weight, 4 or 2 (default: config.json's, else 4)")
     add("--top-k", type=int, help="experts per token (default: the model's own)")
-    add("--machine", help=f"figures that others published: {', '.join(MACHINES)}")
+    add("--machine", help=f"machine with published figures: {', '.join(MACHINES)}")
     add("--ram", help="installed memory, such as 48GB")
     add("--ssd", type=float, help="GB/s of cold reads of experts, as flashmoe-doctor measures it")
-    add("--memory-bandwidth", type=float, help="the memory's GB/s, as its vendor states it")
-    add("--cache", help="size of the expert cache to predict for (default: the best of a few)")
-    add("--prompt", type=int, default=1000, help="tokens to predict prefill for (default: 1000)")
-    add("--engine", default="flash-moe", help=f"whose time per layer: {', '.join(ENGINES)}")
-    add("--json", action="store_true", help="print one JSON line last")
-    add("--check", action="store_true", help="compare with what others published, and no more")
+    add("--memory-bandwidth", type=float, help="memory's GB/s, as the vendor states it")
+    add("--cache", help="size of the expert cache (default: the best of several)")
+    add("--prompt", type=int, default=1000, help="length of the prompt in tokens (default: 1000)")
+    add("--engine", default="flash-moe", help=f"take its time per layer: {', '.join(ENGINES)}")
+    add("--json", action="store_true", help="also print one JSON line, last")
+    add("--check", action="store_true", help="only compare predictions with published figures")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; exits with 2 on bad input."""
+    """Run the command; exit with 2 on bad input."""
     if code := as_command("flashmoe-plan", lambda: report(build_parser().parse_args(argv))):
         sys.exit(code)
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print the predictions, or how well they meet what was measured."""
+    """Print the predictions, or their comparison with published figures."""
     result = check() if args.check else plan(args)
     print(render_check(result) if args.check else render(result))
     if args.json:
@@ -65,15 +65,15 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Return every prediction as plain JSON values: bytes, seconds, rates per second.
 
     Raises:
-        FlashMoEError: an argument is missing or out of range, or the memory is too small.
+        FlashMoEError: an argument is missing or out of range, or memory is too small.
     """
     weights, machine = _weights(args), _machine(args)
-    engine = ENGINES[_among(args.engine, ENGINES, "--engine")]
+    engine = ENGINES[_one_of(args.engine, ENGINES, "--engine")]
     if args.prompt < 1:
-        raise FlashMoEError(f"--prompt {args.prompt} is no number of tokens. Give 1 or more.")
+        raise FlashMoEError(f"--prompt must be at least 1 (token), got {args.prompt}")
 
     def decode(bank: float) -> plan_model.Decode:
-        whole = bank >= weights.expert_bytes  # then no layer waits for experts
+        whole = bank >= weights.expert_bytes  # layers never wait for experts
         return plan_model.decode(weights, machine, MLX_RESIDENT if whole else engine, bank)
 
     decodes = [decode(bank) for bank in plan_model.bank_sizes(weights, machine)]
@@ -84,7 +84,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     engine = MLX_RESIDENT if best.bank_hits == 1 else engine
     seconds = plan_model.prefill_seconds(weights, machine, engine, args.prompt, best.bank)
     chunk = min(args.prompt, PREFILL_CHUNK)
-    within, rows = tally()
+    within, rows = count_within()
     return {
         "model": args.model, "trunk_bytes": round(weights.trunk),
         "expert_bytes": round(weights.expert_bytes), "record_bytes": round(weights.record),
@@ -101,10 +101,10 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _among(value: Any, choices: Iterable[Any], name: str) -> Any:
+def _one_of(value: Any, choices: Iterable[Any], name: str) -> Any:
     if value not in choices:
         known = ", ".join(map(str, choices))
-        raise FlashMoEError(f"{name} {value} is not known. Choose among {known}.")
+        raise FlashMoEError(f"{name} {value} is unknown. Choose from {known}.")
     return value
 
 
@@ -115,22 +115,22 @@ def _weights(args: argparse.Namespace) -> Weights:
     settings = named_args(args.model) if named else _read_config(args.model)
     quantization = settings.quantization
     own = _expert_bits(quantization, settings.num_hidden_layers)
-    bits = own if args.bits is None else _among(args.bits, BITS, "--bits")
+    bits = own if args.bits is None else _one_of(args.bits, BITS, "--bits")
     trunk_bits, group = quantization.get("bits") or 4, quantization.get("group_size") or 64
-    return plan_model.weigh(settings, bits, args.top_k, trunk_bits, group)
+    return plan_model.count_bytes(settings, bits, args.top_k, trunk_bits, group)
 
 
 def _read_config(directory: str) -> ModelArgs:
     if not exists(Path(directory) / CONFIG):
         raise FlashMoEError(
-            f"--model {directory}: no {CONFIG} there. Give {', '.join(NAMES)}, or the directory "
-            "of a model."
+            f"--model {directory}: has no {CONFIG}. Give {', '.join(NAMES)}, or the directory of a "
+            "model."
         )
     return ModelArgs.from_dict(read_config(Path(directory)))
 
 
 def _expert_bits(quantization: dict[str, Any], layers: int) -> float:
-    """Return the mean bits of routed experts' weights: of their own entries, or the default's."""
+    """Return the mean bits of the routed experts' weights: from their entries, or the default."""
     own = {
         (int(match[1]), match[2]): entry.get("bits") or 4
         for name, entry in quantization.items()
@@ -150,24 +150,24 @@ def _machine(args: argparse.Namespace) -> Machine:
     if args.ram is not None:
         given["memory"] = _size(args.ram, "--ram")
     if args.machine:
-        return replace(MACHINES[_among(args.machine, MACHINES, "--machine")], **given)
+        return replace(MACHINES[_one_of(args.machine, MACHINES, "--machine")], **given)
     if missing := [flag for name, flag in flags.items() if name not in given]:
         raise FlashMoEError(
-            f"{' and '.join(missing)} not given. Give it, or a --machine whose figures others "
-            f"published: {', '.join(MACHINES)}."
+            f"missing {' and '.join(missing)}. Give the figures, or a --machine that has them: "
+            f"{', '.join(MACHINES)}."
         )
     return Machine(**given, source="as given")
 
 
 def _rate(value: float, name: str) -> float:
     if not 0 < value < float("inf"):
-        raise FlashMoEError(f"{name} {value:g} is no rate. Give GB/s, such as 5.")
+        raise FlashMoEError(f"{name} must be greater than 0 (GB/s), got {value:g}")
     return value * 1e9
 
 
 def _size(text: str, name: str) -> float:
     try:
-        return float(parse_size(text, name))  # "auto" is no number, and no size here
+        return float(parse_size(text, name))  # float("auto") raises ValueError
     except ValueError as error:
         message = f"{name} {text} is not a size. Give bytes or a unit, such as 48GB."
         raise FlashMoEError(message) from error
@@ -178,27 +178,26 @@ def _cache(text: str, weights: Weights, machine: Machine) -> float:
     bank = min(_size(text, "--cache"), weights.expert_bytes)
     if not weights.token_bytes <= bank <= most:
         raise FlashMoEError(
-            f"--cache {text} does not fit: one token's experts take "
-            f"{weights.token_bytes / 1e9:.2f} GB, and {most / 1e9:.2f} GB can be spared. "
-            f"Give a size between."
+            f"--cache must be from {weights.token_bytes / 1e9:.2f} GB (one token's experts) to "
+            f"{most / 1e9:.2f} GB (the memory available), got {text}"
         )
     return bank
 
 
 def render(found: dict[str, Any]) -> str:
-    """Write a plan as one screen of text."""
+    """Format a plan as one screen of text."""
     machine, best = found["machine"], found["chosen"]
     within, rows = found["check"].values()
     return f"""\
 model    {found["model"]}: {found["layers"]} layers of {found["experts"]} experts
 bytes    trunk {_gb(found["trunk_bytes"])}, experts {_gb(found["expert_bytes"])}, \
-one {found["record_bytes"]:,} bytes; a token uses {found["top_k"]} a layer, \
+one {found["record_bytes"]:,} bytes; a token uses {found["top_k"]} per layer, \
 {found["token_bytes"] / 1e9:.2f} GB
 machine  {_gb(machine["memory"])}, SSD {machine["ssd"] / 1e9:g} GB/s, \
 memory {machine["bandwidth"] / 1e9:g} GB/s
          (figures: {machine["source"]})
 memory   {_gb(found["free_bytes"])} for experts, \
-after the trunk and {_gb(plan_model.SYSTEM_BYTES)} for the system
+besides the trunk and {_gb(plan_model.SYSTEM_BYTES)} for the system
             cache  page cache  hits: cache   both  copy ms  read ms  tokens/s
 {"".join(_cache_line(line, best) for line in found["caches"])}\
 cache    {_reason(found)}
@@ -206,9 +205,9 @@ decode   {found["decode_tokens_per_s"]:.2g} tokens/s: {best["seconds"]:.3g} s = 
 {best["read"]:.3f} SSD + {best["copied"]:.3f} page cache + {best["computed"]:.3f} weights + \
 {best["waited"]:.3f} launches and waits
 prefill  {found["prompt"]} tokens: at most {found["prefill_tokens_per_s"]:.0f} tokens/s, \
-since weights take {found["prefill_seconds"]:.3g} s to arrive (arithmetic is not counted); \
-{found["distinct_experts"]:.0f} of {found["experts"]} experts a layer
-trust    {within} of {rows} published rows lie within 20 %: flashmoe-plan --check"""
+since loading weights takes {found["prefill_seconds"]:.3g} s (arithmetic not included); \
+{found["distinct_experts"]:.0f} of {found["experts"]} experts per layer
+accuracy {within} of {rows} published rows lie within 20 %: flashmoe-plan --check"""
 
 
 def _gb(nbytes: float) -> str:
@@ -226,25 +225,25 @@ def _cache_line(line: dict[str, Any], best: dict[str, Any]) -> str:
 def _reason(found: dict[str, Any]) -> str:
     best = found["chosen"]
     if best["bank_hits"] == 1:
-        return "all experts fit in memory: no reads, no waits between layers"
+        return "all experts fit in memory: layers need neither reads nor waits"
     size = f"{best['bank'] / 1e9:.2f}GB"
     if found["asked"]:
-        return f"{size}, as asked"
+        return f"{size}, from --cache"
     return (
-        f"--expert-cache {size}: a larger one saves copies, but leaves less to the page cache; "
-        "over half is not advised"
+        f"--expert-cache {size}: a larger cache saves copies but leaves less memory to the page "
+        "cache; do not give it over half of the memory for experts"
     )
 
 
 def check() -> dict[str, Any]:
-    """Return every published row beside its prediction, and how many lie within 20 %."""
-    within, rows = tally()
+    """Return every published row with its prediction, and count those within 20 %."""
+    within, rows = count_within()
     found = [row.as_dict() for row in ROWS]
     return {"rows": found, "within_20_percent": within, "predicted_rows": rows}
 
 
 def render_check(found: dict[str, Any]) -> str:
-    """Write the check as a table that marks errors over 20 %."""
+    """Format the check as a table that marks errors over 20 %."""
     lines = [f"{'published by others':54} {'published':>9} {'predicted':>9} {'error':>7}"]
     for row in found["rows"]:
         miss = "  MISS" if abs(row["error"]) > 0.2 else ""

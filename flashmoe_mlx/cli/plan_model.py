@@ -1,7 +1,7 @@
-"""Predicts a streamed model's speed from reads, copies, weights and launches.
+"""Predict a streamed model's speed from reads, copies, weights and launches.
 
-`docs/reference/plan.md` derives each formula and names the source of each constant. Sizes are
-bytes, rates bytes per second, times seconds. Where `Machine.memory` does not hold the trunk, one
+`docs/reference/plan.md` derives each formula and names the source of each constant. Sizes are in
+bytes, rates in bytes per second, times in seconds. If `Machine.memory` cannot hold the trunk, one
 token's experts and the system, functions raise the FlashMoEError of `free_bytes`.
 """
 
@@ -11,17 +11,17 @@ from ..errors import FlashMoEError
 from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs, check_top_k
 from ..models.qwen3_5.geometry import GEOMETRIES
 
-HIT_EXPONENT = 0.2  # an LRU cache of a share f of the experts hits f ** HIT_EXPONENT
-COPY_SHARE = 0.07  # of the memory's bandwidth: copying an expert out of the page cache
-KERNEL_SHARE = 0.8  # of the memory's bandwidth: kernels that read weights
-SYSTEM_BYTES = 7.5e9  # memory that the system and other programs keep
-GPU_SHARE = 0.75  # of the memory, which macOS lets the GPU and its banks take
+HIT_EXPONENT = 0.2  # an LRU cache that holds a share f of the experts hits f ** HIT_EXPONENT
+COPY_SHARE = 0.07  # of memory bandwidth, when copying an expert from the page cache
+KERNEL_SHARE = 0.8  # of memory bandwidth, when kernels read weights
+SYSTEM_BYTES = 7.5e9  # used by the system and other programs
+GPU_SHARE = 0.75  # of memory, the most that macOS gives the GPU, banks included
 VOCABULARY = 248_320
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine: installed memory, SSD rate of random cold reads of experts, memory bandwidth."""
+    """A machine: installed memory, SSD rate in random cold reads of experts, memory bandwidth."""
 
     memory: float
     ssd: float
@@ -31,7 +31,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Engine:
-    """What an implementation adds: seconds of a layer and token; whether it reads meanwhile."""
+    """An implementation: its overhead per layer and token, and whether it reads while computing."""
 
     layer_seconds: float
     overlaps: bool = False
@@ -39,7 +39,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's bytes: its resident trunk, what a token reads of that, and one expert's record."""
+    """A model's bytes: the trunk, the part of it that a token reads, and one expert's record."""
 
     trunk: float
     trunk_read: float
@@ -61,10 +61,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Decode:
-    """One token's prediction.
+    """The prediction for one decoded token.
 
-    `hits` counts the bank's and the page cache's. Seconds: `copied` from the page cache, `read`
-    from the SSD, `computed` (weights read from memory), `waited` (launches and waits).
+    `hits` includes hits in the bank and in the page cache. Seconds: `copied` from the page cache,
+    `read` from the SSD, `computed` (reading weights from memory), `waited` (launches and waits).
     """
 
     bank: float
@@ -79,7 +79,7 @@ class Decode:
 
 
 def named_args(name: str) -> ModelArgs:
-    """Return the settings of a model in GEOMETRIES."""
+    """Return the arguments of a model in GEOMETRIES."""
     sizes = GEOMETRIES[name]._asdict()
     inner = sizes["moe_intermediate_size"]
     return ModelArgs(
@@ -87,20 +87,20 @@ def named_args(name: str) -> ModelArgs:
     )
 
 
-def weigh(
+def count_bytes(
     args: ModelArgs, bits: float, top_k: int | None = None, trunk_bits: int = 4, group: int = 64
 ) -> Weights:
     """Count a model's bytes: experts at `bits`, trunk at `trunk_bits`, routers at 8.
 
     Args:
         args: the model's sizes.
-        bits: of the routed experts' weights.
+        bits: bits per weight of the routed experts.
         top_k: experts per token instead of the model's own.
-        trunk_bits: of the other matrices.
-        group: weights that share a scale and a bias of 16 bits each.
+        trunk_bits: bits per weight of the other matrices.
+        group: number of weights that share a 16-bit scale and a 16-bit bias.
 
     Raises:
-        FlashMoEError: the model does not have top_k experts.
+        FlashMoEError: top_k is larger than the number of experts.
     """
     top_k = args.num_experts_per_tok if top_k is None else top_k
     check_top_k(top_k, args.num_experts, "--top-k")
@@ -121,7 +121,7 @@ def _bytes(bits: float, group: int) -> float:
 
 
 def _linear(args: ModelArgs) -> int:
-    """Return the weights in one GatedDeltaNet layer's matrices."""
+    """Count the weights in one GatedDeltaNet layer's matrices."""
     keys = args.linear_num_key_heads * args.linear_key_head_dim
     values = args.linear_num_value_heads * args.linear_value_head_dim
     inner = 2 * keys + 3 * values + 2 * args.linear_num_value_heads  # q, k; v, z, out; a, b
@@ -129,42 +129,42 @@ def _linear(args: ModelArgs) -> int:
 
 
 def _attention(args: ModelArgs) -> int:
-    """Return the weights in one attention layer's matrices: q and its gate, k, v, o."""
+    """Count the weights in one attention layer's matrices: q and its gate, k, v, o."""
     heads = 3 * args.num_attention_heads + 2 * args.num_key_value_heads
     return args.hidden_size * heads * args.head_dim
 
 
 def hit_rate(cached: float) -> float:
-    """Return the share of expert requests that an LRU cache of a share of the experts serves."""
+    """Return the hit rate of an LRU cache that holds the share `cached` of the experts."""
     return min(max(cached, 0.0), 1.0) ** HIT_EXPONENT
 
 
 def free_bytes(weights: Weights, machine: Machine) -> float:
-    """Return the memory left to experts, in the bank and the page cache together.
+    """Return the memory left for experts in bank and page cache together.
 
     Raises:
-        FlashMoEError: it holds less than one token's experts.
+        FlashMoEError: one token's experts do not fit.
     """
     free = machine.memory - SYSTEM_BYTES - weights.trunk
     if free < weights.token_bytes:
         need = SYSTEM_BYTES + weights.trunk + weights.token_bytes
         raise FlashMoEError(
-            f"a memory of {machine.memory / 1e9:g} GB (--ram) is too little: trunk, one token's "
-            f"experts and the system take {need / 1e9:.1f} GB. Take a smaller model, or fewer bits."
+            f"--ram {machine.memory / 1e9:g} GB is too small: trunk, one token's experts and the "
+            f"system need {need / 1e9:.1f} GB. Choose a smaller model, or fewer bits."
         )
     return free
 
 
 def largest_bank(weights: Weights, machine: Machine) -> float:
-    """Return the bytes that slot banks can have at most."""
+    """Return the largest possible size of the slot banks."""
     return min(free_bytes(weights, machine), GPU_SHARE * machine.memory - weights.trunk)
 
 
 def decode(weights: Weights, machine: Machine, engine: Engine, bank: float = 0.0) -> Decode:
     """Predict one decoded token in the steady state, with slot banks of `bank` bytes.
 
-    Bank and page cache hold the same experts, so the larger of the two decides how many requests
-    spare the SSD.
+    Bank and page cache hold the same experts, so the larger of the two determines the share of
+    requests that need no read from the SSD.
     """
     page_cache = max(0.0, free_bytes(weights, machine) - bank)
     bank_hits = hit_rate(bank / weights.expert_bytes)
@@ -179,17 +179,17 @@ def decode(weights: Weights, machine: Machine, engine: Engine, bank: float = 0.0
 
 
 def distinct_experts(weights: Weights, tokens: int) -> float:
-    """Return how many experts of a layer a chunk of tokens touches at most: by uniform routing."""
+    """Return how many experts of a layer a chunk uses at most, under uniform routing."""
     return weights.experts * (1 - (1 - weights.top_k / weights.experts) ** tokens)
 
 
 def prefill_seconds(
     weights: Weights, machine: Machine, engine: Engine, tokens: int, bank: float = 0.0
 ) -> float:
-    """Predict the least time of a prefill that reads each expert once per chunk.
+    """Predict a lower bound for a prefill that reads each expert once per chunk.
 
-    A chunk touches nearly all experts, so the share of them in memory is also the hit rate. The
-    GPU's arithmetic is not counted.
+    A chunk uses nearly all experts, so the share of them in memory is also the hit rate. The
+    bound does not include the GPU's arithmetic.
     """
     page_cache = max(0.0, free_bytes(weights, machine) - bank)
     in_bank = min(1.0, bank / weights.expert_bytes)
@@ -205,7 +205,7 @@ def prefill_seconds(
 
 
 def bank_sizes(weights: Weights, machine: Machine) -> list[float]:
-    """Return the bank sizes worth comparing: the smallest, shares of the free memory, or all."""
+    """Return bank sizes to compare: one token's experts, shares of the free memory, all experts."""
     free, most = free_bytes(weights, machine), largest_bank(weights, machine)
     shares = [free * share for share in (0.125, 0.25, 0.5, 0.75)]
     sizes = [s for s in (*shares, weights.expert_bytes) if weights.token_bytes < s <= most]
@@ -213,11 +213,11 @@ def bank_sizes(weights: Weights, machine: Machine) -> list[float]:
 
 
 def advised(weights: Weights, machine: Machine, decodes: list[Decode]) -> Decode:
-    """Return the fastest of the decodes whose bank holds all experts or half of the free memory.
+    """Return the fastest decode whose bank holds all experts or at most half of the free memory.
 
-    Larger banks lost speed to memory pressure wherever they were published.
+    In all published measurements, larger banks lost speed to memory pressure.
     """
     limit = free_bytes(weights, machine) / 2
     smallest = min(d.bank for d in decodes)
-    sound = [d for d in decodes if d.bank <= max(limit, smallest) or d.bank_hits == 1]
-    return min(sound, key=lambda d: d.seconds)
+    candidates = [d for d in decodes if d.bank <= max(limit, smallest) or d.bank_hits == 1]
+    return min(candidates, key=lambda d: d.seconds)

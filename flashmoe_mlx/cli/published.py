@@ -1,11 +1,11 @@
-"""What others measured and published (published.toml), beside what `plan_model` predicts for it."""
+"""Published measurements (published.toml), and the predictions of `plan_model` for them."""
 
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from .plan_model import Engine, Machine, decode, hit_rate, named_args, prefill_seconds, weigh
+from .plan_model import Engine, Machine, count_bytes, decode, hit_rate, named_args, prefill_seconds
 
 _DATA = tomllib.loads(resources.files(__package__).joinpath("published.toml").read_text("utf-8"))
 MACHINES = {
@@ -19,7 +19,7 @@ MLX_RESIDENT = _ALL_ENGINES["mlx-resident"]
 
 @dataclass(frozen=True)
 class Setup:
-    """What was measured: names of model, machine and engine; and where it was published."""
+    """What a source measured: names of model, machine and engine."""
 
     name: str
     model: str
@@ -30,7 +30,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Row:
-    """One published measurement; published.toml explains the fields."""
+    """One measurement; published.toml explains the fields."""
 
     setup: Setup
     name: str
@@ -44,8 +44,8 @@ class Row:
     tokens: int = 0
 
     def predicted(self) -> float:
-        """Return what the model says, in the row's unit."""
-        weights = weigh(named_args(self.setup.model), self.bits, self.top_k)
+        """Return the prediction, in the row's unit."""
+        weights = count_bytes(named_args(self.setup.model), self.bits, self.top_k)
         machine, engine = MACHINES[self.setup.machine], _ALL_ENGINES[self.setup.engine]
         cache = self.cache_gib * 2**30 or self.slots * weights.layers * weights.record
         cache = min(cache, weights.expert_bytes)
@@ -76,7 +76,7 @@ _SETUPS = {name: Setup(**values) for name, values in _DATA["setups"].items()}
 ROWS = [Row(**row | {"setup": _SETUPS[row["setup"]]}) for row in _DATA["published"]["rows"]]
 
 
-def tally(limit: float = 0.2) -> tuple[int, int]:
-    """Return how many predicted decode rows lie within the limit, and how many there are."""
+def count_within(limit: float = 0.2) -> tuple[int, int]:
+    """Return the number of predicted decode rows whose error is within the limit, and of all."""
     rows = [row for row in ROWS if row.unit == "tok/s" and row.kind == "predicted"]
     return sum(abs(row.error) <= limit for row in rows), len(rows)

@@ -1,4 +1,4 @@
-"""flashmoe-bench: a table, one JSON line last, and no figure for a kernel that is wrong."""
+"""flashmoe-bench: a table, a final JSON line, and no figures for a wrong kernel."""
 
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ MATVEC = MatvecCase(24, 128, 4, 64, "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class ShiftedMatvec(MatvecCase):
-    """The real kernel, whose rows land one too far."""
+    """The real kernel, with its rows shifted by one."""
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         return [mx.roll(super().custom(*inputs)[0], 1, axis=-1)]
@@ -28,14 +28,14 @@ class ShiftedMatvec(MatvecCase):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Keep chains and copies short."""
+    """Shorten chains and copies."""
     monkeypatch.setattr(machine, "cache_bytes", lambda: 1)
     monkeypatch.setattr(kernels, "COPIED", 1 << 20)
 
 
 @pytest.fixture
 def metal():
-    """Kernels run on the Metal bench."""
+    """Run kernels on the Metal bench."""
     require_bench()
     launch._build.cache_clear()
     with metal_on_cpu():
@@ -78,7 +78,7 @@ def test_without_a_gpu_stock_is_timed_alone(capsys):
 
 def test_a_wrong_kernel_is_not_timed(metal, capsys, monkeypatch):
     wrong = ShiftedMatvec(24, 128, 4, 64, "float32", "bfloat16")
-    monkeypatch.setattr(kernels, "trials", lambda *a: [wrong, MATVEC])
+    monkeypatch.setattr(kernels, "cases", lambda *a: [wrong, MATVEC])
     code, table, result = run(QUICK, capsys)
     assert code == 1
     red, green = result["rows"]
@@ -107,10 +107,10 @@ def test_columns_stand_under_their_titles():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--bits", "5"], "--bits 5 is not among what can be measured: 2, 4, 8."),
-        (["--top-k", "0"], "--top-k 0 is not among what can be measured: 1 to 32."),
-        (["--calls", "0"], "--calls 0 is not among what can be measured: 1 to 999999."),
-        (["--op", "conv"], "--op conv is not among what can be measured: dequant_matvec, router"),
+        (["--bits", "5"], "--bits must be one of 2, 4, 8, got 5"),
+        (["--top-k", "0"], "--top-k must be from 1 to 32, got 0"),
+        (["--calls", "0"], "--calls must be from 1 to 999999, got 0"),
+        (["--op", "conv"], "--op must be one of dequant_matvec, router"),
     ],
 )
 def test_bad_input(args, message, capsys):

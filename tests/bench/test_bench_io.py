@@ -1,4 +1,4 @@
-"""`flashmoe-bench io`: what it reads, what it prints, and what it leaves behind."""
+"""`flashmoe-bench io`: its reads, its output, and its temporary file."""
 
 import json
 
@@ -24,17 +24,17 @@ def run(args, capsys) -> tuple[dict, str]:
     return json.loads(out.splitlines()[-1]), out
 
 
-def test_every_way_is_measured_and_the_file_goes_away(tmp_path, capsys):
+def test_every_method_is_measured_and_the_file_is_removed(tmp_path, capsys):
     found, out = run([*QUICK, "--dir", str(tmp_path), "--record", "110592", "49152"], capsys)
     assert not list(tmp_path.iterdir())
     assert [entry["record"] for entry in found["records"]] == [110592, 49152]
     with scratch_ranges(tmp_path, 110592, 110592) as ranges:
         direct = obstacle(bench_io.scratch_layout(ranges, 110592)) is None
-    ways = [(s, w) for s, ws in bench_io.WAYS.items() for w in ws]
-    ways = [way for way in ways if direct or "direct" not in way[1]]
+    methods = [(s, m) for s, ms in bench_io.METHODS.items() for m in ms]
+    methods = [pair for pair in methods if direct or "direct" not in pair[1]]
     for entry in found["records"]:
         cases = [(row["state"], row["way"], row["threads"]) for row in entry["rows"]]
-        assert cases == [(*way, threads) for way in ways for threads in (1, 3)]
+        assert cases == [(*pair, threads) for pair in methods for threads in (1, 3)]
         assert all(len(row["rounds"]) == 2 and min(row["rounds"]) > 0 for row in entry["rows"])
         for state in ("cold", "warm"):
             best = max(
@@ -71,9 +71,9 @@ def test_the_files_records_are_experts_in_blocks(tmp_path, record):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--record", "100"], "--record 100 is not a multiple of 12288 from 36864 on"),
-        (["--threads", "0"], "--threads 0 measures nothing. Give at least 1"),
-        (["--rounds", "0"], "--rounds 0 measures nothing"),
+        (["--record", "100"], "--record must be a multiple of 12288, at least 36864, to"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--dir", "/dev/null/x"], "/dev/null/x: cannot be written (Not a directory)"),
         (["--model", "no/such/dir"], "no/such/dir: not a directory here"),
     ],

@@ -1,4 +1,4 @@
-"""flashmoe-bench decode, prefill and batch: counters, tables, and the model left as it was."""
+"""flashmoe-bench decode, prefill and batch: counters, tables, and an unchanged model."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from flashmoe_mlx import load
 from flashmoe_mlx.bench import io as bench_io
 from flashmoe_mlx.bench import model as bench_model
-from flashmoe_mlx.bench import throughput
+from flashmoe_mlx.bench import throughput, workloads
 from flashmoe_mlx.bench.io import Limit
 from flashmoe_mlx.bench.main import main
 from flashmoe_mlx.bench.model import Subject
@@ -95,17 +95,17 @@ def test_resident_experts_are_hits_and_nothing_is_read(run):
 
 @pytest.mark.parametrize("forced", [True, False])
 def test_tokens_are_random_or_the_models_own(forced, subject, monkeypatch):
-    tokens, real = [], throughput.generate_step
+    tokens, real = [], workloads.generate_step
 
     def watched(*args, **options):
         for token, logits in real(*args, **options):
             tokens.append((token, mx.argmax(logits).item()))
             yield token, logits
 
-    monkeypatch.setattr(throughput, "generate_step", watched)
+    monkeypatch.setattr(workloads, "generate_step", watched)
     args = Namespace(vocabulary=512, tokens=6, forced=forced)
-    begin = partial(throughput.begin, subject.store, cold=False)
-    throughput.decode(args, subject.model, seed=4, begin=begin)
+    begin = partial(workloads.begin, subject.store, cold=False)
+    workloads.decode(args, subject.model, seed=4, begin=begin)
     given, likeliest = zip(*tokens, strict=True)
     assert len(given) == bench_model.WARM_UP + 6 + 1
     expected = bench_model.random_tokens(512, len(given), seed=5) if forced else likeliest
@@ -128,10 +128,10 @@ def test_prefill_reads_each_expert_once_a_chunk(run):
         assert row["theory_bytes"] == row["missing"] * RECORD
         assert row["bytes_per_token"] * row["tokens"] == pytest.approx(row["theory_bytes"])
         assert row["missing"] < row["distinct"] <= 4 * 16 * -(-row["tokens"] // 16)
-    assert "prompt of 40 tokens, 16 at a time" in table
+    assert "prompt of 40 tokens, 16 per step" in table
 
 
-def test_prompts_whose_experts_are_all_there_miss_none(run):
+def test_prompts_with_resident_experts_have_no_misses(run):
     _, result = run("prefill", "--tokens", "24", "--chunk", "16")
     for row in result["rows"]:
         assert row["distinct"] > 4 * 16 and row["missing"] == 0 == row["theory_bytes"]
@@ -165,7 +165,7 @@ def test_stock_has_the_same_weights(subject):
     assert mx.abs(ours - theirs).max().item() < 0.02 * mx.abs(theirs).max().item()
 
 
-def test_profiling_leaves_the_model_as_it_was(subject):
+def test_profiling_does_not_change_the_model(subject):
     before = logits(subject.model)
     modules = [dict(layer) for layer in subject.model.layers]
     with timed_layers(subject.model, subject.store) as layers:
@@ -186,16 +186,16 @@ def test_only_what_counts_is_profiled(subject):
         logits(model, [1])
         return use()
 
-    work = throughput.Work({}, "", "", 1, 1, (False,), run, compute=float)
+    work = workloads.Workload({}, "", "", 1, 1, (False,), run, compute=float)
     layers, seconds = throughput.profile(subject, work)
     assert [layer.asked for layer in layers] == [4] * 4
     assert sum(layer.seconds for layer in layers) < seconds
 
 
-def test_settled_banks_are_full(subject):
+def test_reset_banks_are_full(subject):
     for layer in range(4):
         subject.store.fetch(layer, [15, 14, 13])
-    bench_model.settle(subject.store, cold=False)
+    bench_model.reset_caches(subject.store, cold=False)
     for bank in subject.store.banks:
         assert sorted(bank.resident(range(16))) == list(range(SLOTS))
 
@@ -209,7 +209,7 @@ def test_forced_tokens_do_not_depend_on_the_logits():
 def test_nothing_is_read_while_computing_is_timed(subject):
     prompt = bench_model.random_tokens(512, 20)
     before = logits(subject.model, prompt)
-    with bench_model.nothing_read(subject.store):
+    with bench_model.without_reads(subject.store):
         views = [view for bank in subject.store.banks for view in bank._views]
         kept = [bytes(view) for view in views]
         during = logits(subject.model, prompt)
@@ -223,9 +223,9 @@ def test_floor_is_the_longer_of_disk_and_computing():
     use = Use(8.0, stats, 3000, 1.0, 0.5)
     assert use.needed == 3000 and replace(use, from_disk=None).needed == 4000
     assert replace(use, from_disk=9000).needed == 4000
-    guessed = replace(use, stats=replace(stats, bytes_useless=1500))
-    assert guessed.needed == 2500 and guessed.disk_floor([9.0]) == 2500 / 1500
-    # Probes at 1000 bytes/s; the run itself got 3000 bytes in the 2 seconds that it read.
+    prefetched = replace(use, stats=replace(stats, bytes_useless=1500))
+    assert prefetched.needed == 2500 and prefetched.disk_floor([9.0]) == 2500 / 1500
+    # Probes at 1000 bytes/s; the run itself read 3000 bytes in 2 seconds.
     assert use.disk_floor([500.0, 1000.0, 9000.0]) == 2.0
     assert use.disk_floor([500.0, 3000.0, 9000.0]) == 1.0
     assert throughput.result(use, 2, 6.0, 4.0)["share_of_floor"] == 0.75
@@ -234,7 +234,7 @@ def test_floor_is_the_longer_of_disk_and_computing():
     assert row["read_bytes_per_s"] == 4000
 
 
-def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, monkeypatch, capsys):
+def test_limit_adds_the_times_of_disk_and_page_cache(directory, monkeypatch, capsys):
     layout = open_layout(checkpoint(RECIPE, directory), 4, 16)
     limit = Limit(layout)
     with monkeypatch.context() as patch:
@@ -243,7 +243,12 @@ def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, mon
         limit.measure()
     assert {case.state for case in limit.rounds} == {"cold", "warm"}
     for case, rounds in limit.rounds.items():
-        assert len(rounds) == 2 and case.way in ("pread", "pread, no read-ahead", "direct", "mmap")
+        assert len(rounds) == 2 and case.method in (
+            "pread",
+            "pread, no read-ahead",
+            "direct",
+            "mmap",
+        )
         speed = {("cold", "mmap", 4): 2000.0, ("warm", "pread", 2): 8000.0}
         rounds[:] = [(speed.get(case, 1000.0), None)] * 2
     stats = ExpertStats(asked=4, reads=4, bytes_read=4000, seconds_waited=1.0, seconds_reading=2.5)
@@ -256,7 +261,9 @@ def test_limit_counts_what_the_disk_and_the_page_cache_would_take(directory, mon
     assert found["reached"] == {"decode": {"bytes_per_s": 1600.0, "share": 0.5}, "nothing": None}
     best = found["best"]
     assert (best["cold"]["way"], best["warm"]["bytes_per_s"]) == ("mmap", 8000.0)
-    assert "decode: 0.00 GB/s while a read was in flight, 50% of" in capsys.readouterr().out
+    assert (
+        "decode: 0.00 GB/s while a read was in flight, 50% of the limit" in capsys.readouterr().out
+    )
 
 
 def test_the_disk_is_measured_as_the_store_reads(subject, monkeypatch):
@@ -271,8 +278,8 @@ def test_the_disk_is_measured_as_the_store_reads(subject, monkeypatch):
 
 def test_the_median_run_is_one_that_was_measured():
     rows = [{"tokens_per_s": speed} for speed in (3.0, 1.0, 4.0, 2.0)]
-    assert throughput.middle(rows) is rows[3]
-    assert throughput.middle(rows[:3]) is rows[0]
+    assert throughput.median_run(rows) is rows[3]
+    assert throughput.median_run(rows[:3]) is rows[0]
 
 
 def test_columns_stand_under_their_titles():
@@ -284,7 +291,7 @@ def test_columns_stand_under_their_titles():
         "  100.00  cold"
     )
     assert throughput.HEADER == (
-        "    tok/s   hits  MB/token  in vain   disk MB   GB/s   disk ms  comp. ms  share  user ms"
+        "    tok/s   hits  MB/token   unused   disk MB   GB/s   disk ms  comp. ms  share  user ms"
         "  sys ms  run"
     )
     unknown = throughput.line(row | {"disk_bytes_per_token": None}, 1, "warm")
@@ -328,7 +335,7 @@ def test_stock_must_fit(capsys, monkeypatch, directory):
     monkeypatch.setattr(bench_model, "available_bytes", lambda: 1_000_000)
     flags = ["--tokens", "2", "--runs", "1", "--stock", "--dir", str(directory)]
     assert failure(capsys, "decode", *flags) == (
-        "--stock: 0.00 GB of experts do not fit in the 0.00 GB of memory that are available. "
+        "--stock: 0.00 GB of experts do not fit in 0.00 GB of available memory. "
         "Leave --stock out, or give fewer --layers."
     )
 
@@ -343,8 +350,8 @@ def test_cold_needs_a_system_that_drops_pages(capsys, monkeypatch, directory):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["prefill", "--tokens", "8", "0"], "--tokens 0 measures nothing. Give at least 1."),
-        (["batch", "--batch", "2", "0"], "--batch 0 measures nothing. Give at least 1."),
+        (["prefill", "--tokens", "8", "0"], "--tokens must be at least 1, got 0"),
+        (["batch", "--batch", "2", "0"], "--batch must be at least 1, got 0"),
         (["decode", "--top-k", "17"], "experts_per_token = 17, but the model has 16 experts"),
         (["decode", "--expert-cache", "1KiB"], "expert_cache = 1024 bytes holds 0 experts"),
         (["decode", "--plot", "no/x.png"], "--plot no/x.png: "),

@@ -32,10 +32,10 @@ def contents(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def test_flashmoe_convert_would_write_the_same_files(tiny, tmp_path):
+def test_files_equal_those_of_flashmoe_convert(tiny, tmp_path):
     convert(tiny, tmp_path / "again")
     ours, theirs = contents(tiny), contents(tmp_path / "again")
-    del theirs["README.md"]  # a card that says what was converted
+    del theirs["README.md"]  # a model card that describes the conversion
     assert ours.keys() == theirs.keys()
     manifests = [json.loads(x.pop(f"{EXPERT_DIR}/{MANIFEST}")) for x in (ours, theirs)]
     assert manifests[0].pop("source") == {
@@ -96,7 +96,7 @@ def test_stock_generate_runs_it(tiny):
     assert "Generation: 3 tokens" in done.stdout, done.stderr
 
 
-def test_a_checkpoint_is_made_once_and_only_whole_ones_count(tmp_path, monkeypatch):
+def test_a_complete_checkpoint_is_written_once(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_is_made_once_and_only_whole_ones_count(tmp_path, monkeypat
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("damage", ["cut", "zeroed", "gone"])
-def test_a_damaged_checkpoint_is_made_again(name, damage, tiny, tmp_path):
+def test_a_damaged_checkpoint_is_written_again(name, damage, tiny, tmp_path):
     path = shutil.copytree(tiny, tmp_path / TINY.name) / name
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2] if damage == "cut" else bytes(len(data)))
@@ -132,20 +132,20 @@ def test_equal_recipes_give_equal_bytes(tiny, tmp_path):
     assert contents(checkpoint(TINY, tmp_path)) == contents(tiny)
 
 
-def test_a_full_disk_is_found_beforehand(tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_writing(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2000, 1000, 1000))
     with pytest.raises(FlashMoEError) as error:
         checkpoint(Recipe("397b", 60, 248320, 4), tmp_path)
     place = f"{tmp_path}/397b-60-layers-248320-tokens-4-bit-v1"
     assert str(error.value) == (
-        f"{place}: a checkpoint of 223.01 GB, but only 0.00 GB are free. Free some space, give "
+        f"{place}: needs 223.01 GB, but 0.00 GB are free. Free some space, give "
         "another --dir, or fewer --layers."
     )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_made(tmp_path):
+def test_a_directory_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FlashMoEError, match=r"file.*: cannot be written .*Give another --dir\."):
         checkpoint(TINY, tmp_path / "file")
@@ -155,9 +155,9 @@ def test_a_directory_that_cannot_be_made(tmp_path):
     ("recipe", "message"),
     [
         (("9b", 4, 512, 4), "geometry '9b' is unknown. Choose from tiny, 35b, 122b, 397b."),
-        (("tiny", 1, 512, 4), "layers = 1 is too few: give at least 2, "),
-        (("tiny", 4, 96, 4), "vocabulary = 96 is too few: give at least 259, "),
-        (("tiny", 4, 512, 8), "bits = 8: experts are made with 4 or 2. Choose one."),
+        (("tiny", 1, 512, 4), "layers must be from 2 to 1000, got 1"),
+        (("tiny", 4, 96, 4), "vocabulary must be from 259 to 10000000, got 96"),
+        (("tiny", 4, 512, 8), "bits must be 4 or 2, got 8"),
     ],
 )
 def test_bad_recipes(recipe, message):

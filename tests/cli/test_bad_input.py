@@ -1,4 +1,4 @@
-"""Bad input to every command, `load()`, variables and config.json: one sentence, exit code 2."""
+"""Bad input to commands, `load()`, variables and config.json: one sentence, exit code 2."""
 
 import importlib
 import json
@@ -45,7 +45,7 @@ def offline(monkeypatch):
 
 
 def refuse(capsys, command: str, arguments: list[str]) -> str:
-    """Run a command that must end with exit code 2, and return the last line that it printed."""
+    """Run a command that must exit with 2, and return the last line of its output."""
     with pytest.raises(SystemExit) as ended:
         COMMANDS[command][0](arguments)
     lines = capsys.readouterr().err.splitlines()
@@ -75,7 +75,7 @@ def test_variable(name, value, message, capsys, monkeypatch):
 
 
 def model_of(directory: Path, leave: str = "config.json") -> Path:
-    """Make a directory of links to the bundled model's files, all but one."""
+    """Make a directory with links to all but one of the bundled model's files."""
     directory.mkdir()
     for path in BUNDLED_MODEL.iterdir():
         if path.name != leave:
@@ -107,14 +107,14 @@ def test_config(place, change, message, tmp_path, capsys):
         ("model.safetensors", "GGUF", r"model\.safetensors: not a whole safetensors file \(4 byte"),
     ],
 )
-def test_spoilt_file(name, content, message, tmp_path, capsys):
+def test_damaged_file(name, content, message, tmp_path, capsys):
     model = model_of(tmp_path / "model", leave=name)
     (model / name).write_text(content)
     assert re.search(message, refuse(capsys, "generate", ["--model", str(model)]))
 
 
 def test_models_of_other_tools(tmp_path, capsys):
-    """A GGUF file and a directory of them, a dense MLX model, and a bf16 checkpoint."""
+    """A GGUF file, a directory of GGUF files, a dense MLX model, and a bf16 checkpoint."""
     gguf = tmp_path / "gguf"
     gguf.mkdir()
     (gguf / "model.gguf").write_bytes(b"GGUF" + bytes(100))
@@ -168,7 +168,7 @@ def test_a_name_that_mlx_lm_takes_for_a_pattern(tmp_path):
     ],
 )
 def test_load(settings, message):
-    """Of `model_config` only what lies beside text_config counts, so that is well."""
+    """Only top-level entries of `model_config` count, so a wrong text_config has no effect."""
     if message is None:
         load(BUNDLED_MODEL, **settings)[0].close()
         return
@@ -210,7 +210,7 @@ def test_packages_missing(monkeypatch):
 
 
 def test_mlx_without_a_backend(tmp_path):
-    """As pip leaves it on Linux where no extra was asked for."""
+    """The state after pip install on Linux without an extra."""
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx/core.py").write_text("raise ImportError('libmlx.so: cannot open')")
     result = subprocess.run(
@@ -245,7 +245,7 @@ def test_ctrl_c(command, module, work, arguments, capsys, monkeypatch):
 
 
 def test_a_reader_that_goes_away():
-    """As `head` does: no traceback, neither then nor at exit."""
+    """A reader like `head` causes no traceback, neither at once nor at exit."""
     code = "from flashmoe_mlx.cli.generate import main; main(['-m', '40', '--prompt', 'Hello'])"
     ours, theirs = os.pipe()
     os.close(ours)

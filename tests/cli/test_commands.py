@@ -1,4 +1,4 @@
-"""How each command starts and ends: Ctrl-C at any moment, errors by kind, refused output."""
+"""Start and end of each command: Ctrl-C at any moment, errors by kind, closed output."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ MODULES = {
     "flashmoe-generate": "flashmoe_mlx.cli.generate",
     "flashmoe-plan": "flashmoe_mlx.cli.plan",
 }
-# A line of each command's work, and what it is called with.
+# A line in each command's work, and the command's arguments.
 WORK = {
     "flashmoe-bench": (bench.main, bench.bench_io, "_check", ["io"]),
     "flashmoe-convert": (cli.main, cli, "convert", ["--hf-path", "x"]),
@@ -34,7 +34,7 @@ WORK = {
 
 
 def strike(tmp_path: Path, command: list[str], code: str) -> None:
-    """Run a command beside a `sitecustomize` of ours."""
+    """Run a command with our `sitecustomize`."""
     (tmp_path / "sitecustomize.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "STRUCK": str(tmp_path)}
     subprocess.run(
@@ -43,13 +43,13 @@ def strike(tmp_path: Path, command: list[str], code: str) -> None:
 
 
 def script(tmp_path: Path, name: str) -> str:
-    """Write a command's script as pip does."""
+    """Write a command's script like pip."""
     path = tmp_path / name
     path.write_text(f"import sys\nfrom {MODULES[name]} import main\nsys.exit(main())\n")
     return str(path)
 
 
-# From the package's first import on, a child is struck before each of some imports.
+# Send Ctrl-C to a child before each of some imports, from the package's first import on.
 STRIKE = """
 import os, signal, sys
 
@@ -121,7 +121,7 @@ def test_ctrl_c_while_it_shuts_down(register, tmp_path):
 
 
 def as_plan(tmp_path: Path, work: str, **options) -> subprocess.CompletedProcess[str]:
-    """Run `work` in a process that is taken for flashmoe-plan."""
+    """Run `work` in a process that looks like flashmoe-plan."""
     path = tmp_path / "flashmoe-plan"
     path.write_text(
         "import os, signal, sys\nimport flashmoe_mlx\n"
@@ -133,7 +133,7 @@ def as_plan(tmp_path: Path, work: str, **options) -> subprocess.CompletedProcess
 
 
 def test_ctrl_c_that_another_exception_replaces(tmp_path):
-    """As C extensions do, and packages that wrap whatever their imports raise."""
+    """C extensions do this, and packages that wrap exceptions of their imports."""
     work = "    try: strike()\n    except KeyboardInterrupt: raise ImportError('no wonder')"
     done = as_plan(tmp_path, work)
     assert (done.returncode, done.stderr) == (130, "\nflashmoe-plan: interrupted\n")
@@ -149,7 +149,7 @@ def test_ctrl_c_leaves_work_in_order_and_a_second_one_leaves_at_once(tmp_path):
 
 
 def test_ctrl_c_that_was_ignored_stays_so(tmp_path):
-    """A shell's background jobs are started like this."""
+    """Shells start background jobs with Ctrl-C ignored."""
     done = as_plan(
         tmp_path, "    strike()\n    print('done')",
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
@@ -169,7 +169,7 @@ def test_other_programs_keep_their_ctrl_c(name, tmp_path):
 
 @pytest.mark.parametrize("argv", ["sys.argv = []", "del sys.argv", "sys.argv = ['']"])
 def test_a_program_without_arguments(argv):
-    """Such as one that Python is embedded in."""
+    """For example a program that embeds Python."""
     code = f"import sys; {argv}; import flashmoe_mlx.commands as c; print(c.running())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "None\n"
 
@@ -178,7 +178,7 @@ def test_a_program_without_arguments(argv):
 
 
 def ended(name: str, error: BaseException, monkeypatch, capsys) -> tuple[object, str]:
-    """Return a command's exit code and its standard error if its work raises `error`."""
+    """Return a command's exit code and standard error when its work raises `error`."""
 
     def work(*args, **options):
         raise error
@@ -208,14 +208,14 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", WORK)
-def test_one_line_and_2_for_what_the_user_can_mend(name, kind, monkeypatch, capsys):
+def test_errors_that_users_can_fix_give_one_line_and_exit_code_2(name, kind, monkeypatch, capsys):
     error, line = KINDS[kind]
     code, said = ended(name, error, monkeypatch, capsys)
     assert code == 2 and said.startswith(f"{name}: error: {line}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_130_for_ctrl_c(name, monkeypatch, capsys):
+def test_ctrl_c_gives_exit_code_130(name, monkeypatch, capsys):
     code, said = ended(name, KeyboardInterrupt(), monkeypatch, capsys)
     assert code == 130 and said.strip() == f"{name}: interrupted"
 
@@ -228,17 +228,17 @@ def test_130_for_ctrl_c(name, monkeypatch, capsys):
         BrokenPipeError(errno.EPIPE, "a socket's"),
     ],
 )  # fmt: skip
-def test_faults_of_ours_keep_their_traceback(fault, monkeypatch, capsys):
+def test_bugs_keep_their_traceback(fault, monkeypatch, capsys):
     with pytest.raises(type(fault)):
         ended("flashmoe-plan", fault, monkeypatch, capsys)
 
 
-# ---- output that is refused ----------------------------------------------------------------------
+# ---- closed output -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["--help"]])
 def test_a_reader_that_goes_away(arguments):
-    """As `head` does: no traceback, neither then nor at exit."""
+    """A reader like `head` causes no traceback, neither at once nor at exit."""
     ours, theirs = os.pipe()
     os.close(ours)
     command = [sys.executable, "-m", "flashmoe_mlx.cli.plan", *arguments]
@@ -248,7 +248,7 @@ def test_a_reader_that_goes_away(arguments):
 
 
 @pytest.mark.parametrize("arguments", [["--check"], ["--model", "35b", "--machine", "m3-max-48"]])
-def test_output_that_the_disk_does_not_take(arguments, tmp_path):
+def test_output_on_a_full_disk(arguments, tmp_path):
     command = [sys.executable, "-m", "flashmoe_mlx.cli.plan", *arguments]
     with open(tmp_path / "output", "w") as output:
         done = subprocess.run(

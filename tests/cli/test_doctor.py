@@ -1,4 +1,4 @@
-"""flashmoe-doctor: facts to paste, exit code 1 for what is wrong, and the sentence that says it."""
+"""flashmoe-doctor: facts for a report, and for each problem a sentence and exit code 1."""
 
 import json
 import os
@@ -31,7 +31,7 @@ QUICK = ["--geometry", "tiny", "--sample-mib", "4"]
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """A cache directory of its own, where kernels have to be timed: shortly."""
+    """Use an empty cache directory, and short timings of kernels."""
     monkeypatch.setattr(autotune, "MOST_CALLS", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FLASHMOE_KERNELS", raising=False)
@@ -59,7 +59,7 @@ def test_the_command():
     assert (result.returncode, result.stderr) == (0, "")
     names = [line.split()[0] for line in result.stdout.splitlines()]
     assert names[:6] == ["machine", "versions", "device", "memory", "disk", "reading"]
-    assert result.stdout.endswith("result    all well\n")
+    assert result.stdout.endswith("result    no problems\n")
 
 
 def test_json_has_the_facts(models, capsys):
@@ -80,7 +80,7 @@ def test_every_kind_of_directory(name, models, capsys):
     code, out = run([models[name], *QUICK], capsys)
     assert code == 0
     assert "complete (headers, sizes, tokenizer)" in out
-    assert ("flashmoe-convert makes it one" in out) == (name != "packed2")
+    assert ("After flashmoe-convert, it takes one" in out) == (name != "packed2")
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -98,8 +98,8 @@ def test_the_sentence_stands_in_the_text(copy, capsys):
     code, out = run([copy, *QUICK], capsys)
     assert code == 1
     assert "INCOMPLETE" in out
-    assert f"WRONG     {copy}: unfinished conversion" in out
-    assert out.endswith("result    1 wrong\n")
+    assert f"PROBLEM   {copy}: unfinished conversion" in out
+    assert out.endswith("result    1 problem(s)\n")
 
 
 def test_a_missing_shard_of_the_trunk(copy, capsys):
@@ -116,7 +116,7 @@ def test_a_missing_shard_of_the_trunk(copy, capsys):
     ("args", "env", "message"),
     [
         (["no/such/dir"], {}, "no/such/dir: not a directory"),
-        (["--sample-mib", "0"], {}, "--sample-mib 0 is less than one expert"),
+        (["--sample-mib", "0"], {}, "--sample-mib must be at least 2"),
         ([], {"FLASHMOE_KERNELS": "fast"}, "FLASHMOE_KERNELS = 'fast' is not a choice"),
     ],
 )
@@ -139,11 +139,11 @@ def test_bad_usage(capsys):
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-def test_right_kernels_are_measured_afresh(capsys, monkeypatch):
+def test_kernels_are_measured_again(capsys, monkeypatch):
     require_bench()
     launch._build.cache_clear()
     cases = doctor.cases
-    monkeypatch.setattr(doctor, "trials", lambda *a: [t for t in cases(*a) if t.op == "router"])
+    monkeypatch.setattr(doctor, "cases", lambda *a: [t for t in cases(*a) if t.op == "router"])
     with metal_on_cpu():
         (case,) = doctor.cases(doctor.GEOMETRIES["tiny"], 4, "float32")
         autotune._remember(case, Verdict(False, message="old"))
@@ -151,7 +151,7 @@ def test_right_kernels_are_measured_afresh(capsys, monkeypatch):
         assert autotune.verdict(case).ok
     launch._build.cache_clear()
     assert code == 0
-    assert "kernel    right, " in out and "router experts=16 top_k=4" in out
+    assert "kernel    ok, " in out and "router experts=16 top_k=4" in out
 
 
 @pytest.mark.parametrize(
@@ -167,16 +167,16 @@ def test_a_failing_kernel(failing, line, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "verdict", lambda case, fresh: found.get(case.op, right))
     code, out = run(QUICK, capsys)
     assert code == 1
-    assert out.count(f"WRONG     kernel router: {line}") == 1
+    assert out.count(f"PROBLEM   kernel router: {line}") == 1
     assert "kernel    FAILS: router experts=16 top_k=4" in out
     assert "0.500 ms, stock 1.000 ms, used" in out
-    assert "Please report the failing kernel: flashmoe-doctor --json" in out
+    assert "Please report the failing kernel and the output of flashmoe-doctor --json" in out
 
 
 @pytest.mark.parametrize(
-    ("choice_", "gpu_", "custom_ms", "used"),
+    ("mode", "gpu", "custom_ms", "used"),
     [
-        ("auto", False, 9.0, "used"),  # the CPU's kernels are, whatever they take
+        ("auto", False, 9.0, "used"),  # CPU kernels are not timed
         ("stock", False, 0.1, "stock used"),
         ("auto", True, 9.0, "stock used"),
         ("auto", True, 0.1, "used"),
@@ -184,10 +184,10 @@ def test_a_failing_kernel(failing, line, capsys, monkeypatch):
         ("stock", True, 0.1, "stock used"),
     ],
 )
-def test_which_op_is_used(choice_, gpu_, custom_ms, used, monkeypatch):
-    monkeypatch.setattr(doctor.machine, "on_gpu", lambda: gpu_)
+def test_which_op_is_used(mode, gpu, custom_ms, used, monkeypatch):
+    monkeypatch.setattr(doctor.machine, "on_gpu", lambda: gpu)
     found = Verdict(True, 1e-6, 1e-5, custom_ms, 1.0).as_dict()
-    line = doctor._kernel_line({"op": "router", "trial": "", **found}, choice_)
+    line = doctor._kernel_line({"op": "router", "trial": "", **found}, mode)
     assert f"stock 1.000 ms, {used}; error" in line
 
 
@@ -208,8 +208,8 @@ class Deadly(MatvecCase):
         os.abort()
 
 
-@pytest.mark.parametrize(("ok", "code", "line"), [(True, 0, "right"), (False, 1, "FAILS")])
-def test_findings_decide_the_exit_code(ok, code, line, models, capsys, monkeypatch):
+@pytest.mark.parametrize(("ok", "code", "line"), [(True, 0, "ok"), (False, 1, "FAILS")])
+def test_findings_determine_the_exit_code(ok, code, line, models, capsys, monkeypatch):
     asked = []
     found = [Finding("kernel router", ok, "1 of 2"), Finding("greedy tokens", None, "no room")]
     monkeypatch.setattr(doctor, "full_check", lambda report: (asked.append(report), found)[1])
@@ -217,13 +217,13 @@ def test_findings_decide_the_exit_code(ok, code, line, models, capsys, monkeypat
     ended, out = run(args, capsys)
     assert ended == code and asked[0].directory == models["packed2"]
     assert f"full      {line}: kernel router: 1 of 2\n" in out
-    assert "full      not tried: greedy tokens: no room\n" in out
-    assert ("WRONG     kernel router: 1 of 2\n" in out) == (not ok)
+    assert "full      not run: greedy tokens: no room\n" in out
+    assert ("PROBLEM   kernel router: 1 of 2\n" in out) == (not ok)
     assert json.loads(run([*args, "--json"], capsys)[1])["full"][0]["ok"] is ok
 
 
-def test_cases_are_summed_up_for_each_op():
-    """Other processes judge them, which have no GPU."""
+def test_cases_are_summarized_per_op():
+    """Other processes, without a GPU, compare the cases."""
     found = full_check.parity([MATVEC, replace(MATVEC, dtype="float16"), ROUTER])
     said = "1 of 1 cases agree with the float32 reference (1 more need a GPU)"
     assert found == [
@@ -243,15 +243,15 @@ def test_a_kernel_that_ends_the_process_is_named():
 
 def test_a_model_by_itself(models, monkeypatch):
     report = examine(models["packed2"])
-    assert full_check.streamed(report) == (True, "20 of 20 runs equal resident experts'")
+    assert full_check.streamed(report) == (True, "20 of 20 runs agree")
     right, said = full_check.memory(report)
     assert right and " MB; trunk, expert cache and 400 MB are " in said
     monkeypatch.setattr(full_check, "ALLOWANCE", -report.trunk_bytes)
     assert full_check.memory(report)[0] is False
-    monkeypatch.setattr(full_check, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(full_check, "free_bytes", lambda: 10**6)
     for check in full_check.streamed, full_check.greedy:
         right, said = check(report)
-        assert right is None and said.endswith("GB, and 0.0 GB are available")
+        assert right is None and said.endswith("GB of memory, but 0.0 GB are available")
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_reads_are_those_of_the_experts(models):
 
 
 @pytest.mark.parametrize(("direct", "cache"), [(True, "expert"), (False, "page")])
-def test_experts_are_read_as_a_load_would_read_them(direct, cache, models, capsys, monkeypatch):
+def test_experts_are_read_as_in_a_load(direct, cache, models, capsys, monkeypatch):
     def plan(mode, layout, room):
         assert mode == "auto" and 0 < room < available_bytes() + (1 << 30)
         return IoPlan(direct, "a test")
@@ -280,10 +280,10 @@ def test_experts_are_read_as_a_load_would_read_them(direct, cache, models, capsy
     monkeypatch.setattr(doctor, "time_reads", lambda *_, direct: (asked.append(direct), speed)[1])
     code, out = run([models["packed4"], *QUICK], capsys)
     assert (code, asked) == (0, [direct])
-    assert f"Leave memory to the {cache} cache." in out
+    assert f"Leave memory for the {cache} cache." in out
 
 
-def test_the_temporary_file_goes_away(tmp_path):
+def test_the_temporary_file_is_removed(tmp_path):
     with scratch_ranges(tmp_path / "new", sample=1 << 20, record=1 << 17) as ranges:
         assert sorted(offset for _, offset, _ in ranges) == [i << 17 for i in range(8)]
         assert time_reads(ranges, "a test").nbytes == 1 << 20

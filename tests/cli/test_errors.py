@@ -117,8 +117,8 @@ def test_settings_out_of_range(models, settings, message):
     ],
 )
 def test_command_line(args, message, capsys, monkeypatch):
-    """Options of the command, or a setting of the environment."""
-    device._cpu_module.cache_clear()  # remembers a choice of kernels
+    """Options of a command, or environment variables."""
+    device._cpu_module.cache_clear()  # caches the kernel mode
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = [arg.split("=") for arg in args if "=" in arg]
     for setting in settings:
@@ -139,7 +139,7 @@ def test_no_traceback_from_the_command():
     assert result.stderr.startswith(f"flashmoe-generate: error: {message}")
 
 
-def test_a_message_that_a_file_made_too_long_keeps_its_beginning_and_its_end():
+def test_long_messages_are_shortened_in_the_middle():
     message = "config.json: model_type " + 100_000 * "x" + " cannot be streamed."
     text = str(FlashMoEError(message))
     assert len(text) < 1300 and text.startswith(message[:900]) and text.endswith(message[-300:])

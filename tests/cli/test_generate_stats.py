@@ -1,4 +1,4 @@
-"""What `flashmoe-generate` tells of a run: tables, JSON, a picture, and a line that follows it."""
+"""`flashmoe-generate` reports on a run: tables, JSON, a plot, and a status line."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ import time
 import pytest
 
 from flashmoe_mlx import load
-from flashmoe_mlx.cli.live import Live, line_of
+from flashmoe_mlx.cli.live import Live, status_line
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.profile.stats import RunStats
 from flashmoe_mlx.store.store import ExpertStats
@@ -28,7 +28,7 @@ def text_of(output: str) -> str:
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """A run with everything, and one with nothing: what they print, and the directory."""
+    """Return the output of a run with all reports and of one without, and the directory."""
     folder, printed = tmp_path_factory.mktemp("stats"), []
     watched = ["--stats", "--stats-json", str(folder / "s.json"), "--plot", str(folder / "p.png")]
     for flags in (watched, []):
@@ -66,7 +66,7 @@ def test_tables(outputs):
     start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["phase", "tokens"])
     assert lines[start + 1].split()[0] == "prompt"
     assert lines[start + 2].split()[:2] == ["generation", str(TOKENS - 1)]
-    assert [line.split()[0] for line in lines].count("all") == 2  # a table for each phase
+    assert [line.split()[0] for line in lines].count("all") == 2  # one table per phase
 
 
 def test_picture(outputs):
@@ -74,8 +74,8 @@ def test_picture(outputs):
     assert data.startswith(b"\x89PNG") and len(data) > 10_000
 
 
-def test_the_model_is_as_before(monkeypatch):
-    """No proxy stays, nor do requests go on being watched."""
+def test_stats_do_not_change_the_model(monkeypatch):
+    """No proxy and no observer of requests stays."""
     model, _ = load(BUNDLED_MODEL, expert_cache="1500KiB")
     before = [(type(layer.mlp), type(layer.get("linear_attn"))) for layer in model.layers]
     monkeypatch.setattr(generate, "load", lambda *args, **kwargs: (model, load_tokenizer()))
@@ -110,12 +110,12 @@ def test_bad_files(flags, message, capsys):
 def test_line():
     before = ExpertStats(asked=10, hits=5, bytes_read=10**6, seconds_reading=1.0)
     after = ExpertStats(asked=30, hits=20, bytes_read=3 * 10**9 + 10**6, seconds_reading=2.5)
-    line = line_of(12.34, before, after)
+    line = status_line(12.34, before, after)
     assert line == "[flashmoe] 12.3 tokens/s, 2.00 GB/s while reading, 75.0% hits"
-    assert line_of(1, after, after) == "[flashmoe] 1.0 tokens/s, nothing read, 100.0% hits"
+    assert status_line(1, after, after) == "[flashmoe] 1.0 tokens/s, nothing read, 100.0% hits"
 
 
-def test_where_nobody_asks_no_share_of_hits_is_told(capsys):
+def test_hit_rate_without_requests(capsys):
     model, _ = load(BUNDLED_MODEL)
     said = str(ExpertStats(bytes_preloaded=2 * 10**6, seconds_preloading=0.5))
     assert said == "Experts: all are resident, nothing is read; 2.0 MB at load in 0.50 s"
@@ -125,7 +125,7 @@ def test_where_nobody_asks_no_share_of_hits_is_told(capsys):
     assert [row.split()[4:6] for row in rows] == [["0", "-"]] * 2
 
 
-def test_lines_follow_one_another_where_there_is_no_terminal(capsys, monkeypatch):
+def test_one_line_per_update_without_a_terminal(capsys, monkeypatch):
     live = Live(ExpertStats())
     with live.shown():
         live.update(lambda: ExpertStats())
@@ -150,7 +150,7 @@ with live.shown():
 
 
 def test_the_last_line_of_a_terminal():
-    """The others scroll above it; in the end it is empty, and everything scrolls again."""
+    """The other lines scroll above it; at the end it is empty, and all lines scroll again."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"LINES": "20", "COLUMNS": "60"}
     subprocess.run([sys.executable, "-c", SHOW], stdout=theirs, stderr=theirs, env=environment)

@@ -1,9 +1,10 @@
-"""Directories that bring code along: none of it runs without the flag, and nobody is asked.
+"""Directories that contain code: it runs only with the flag, and no command asks to run it.
 
-Each directory goes through all of our commands in a process whose standard input is full of "y".
-Whatever runs leaves a file.
+One process runs all commands on all directories; its standard input is full of "y". Code that runs
+leaves a file.
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -24,10 +25,10 @@ ESCAPE = (
     "{{ cycler.__init__.__globals__.os.system('touch %s') }}"
     "{{ ''.__class__.__mro__[1].__subclasses__() }}"
 )
-# Runs commands, [name, arguments] each, one after the other; prints of each its name, exit code,
-# what it said, which traps have sprung, and how much of standard input was read.
+# Runs commands, [name, arguments] each; prints for each the name, the exit code, the output, the
+# files that code has left so far, and how much of standard input has been read.
 RUNNER = """
-import contextlib, io, json, os, sys
+import contextlib, io, json, os, pathlib, sys
 from flashmoe_mlx import FlashMoEError, load
 from flashmoe_mlx.bench import main as bench
 from flashmoe_mlx.cli import doctor, generate, plan
@@ -41,7 +42,7 @@ def load_it(argv):
 
 mains = {"generate": generate.main, "doctor": doctor.main, "plan": plan.main,
          "bench": bench.main, "convert": cli.main, "load": load_it}
-found = []
+root, found = pathlib.Path.cwd(), []
 for name, argv in json.loads(sys.argv[1]):
     said, code = io.StringIO(), 0
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -50,13 +51,14 @@ for name, argv in json.loads(sys.argv[1]):
         except SystemExit as end:
             code = end.code
     read = os.lseek(0, 0, os.SEEK_CUR)
-    found.append([name, code or 0, said.getvalue(), os.listdir(sys.argv[2]), read])
+    sprung = sorted(str(path.relative_to(root)) for path in root.glob("*/sprung/*"))
+    found.append([name, code or 0, said.getvalue(), sprung, read])
 print(json.dumps(found))
 """
 
 
 class Pickle:
-    """What runs when it is loaded."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, command: str) -> None:
         self._command = command
@@ -66,14 +68,14 @@ class Pickle:
 
 
 class Trap:
-    """A folder with hostile directories, and what their code leaves behind."""
+    """A folder with a hostile directory, and `sprung`, where its code leaves files."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.sprung = root, root / "sprung"
-        self.sprung.mkdir()
+        self.sprung.mkdir(parents=True)
 
     def code(self, path: Path) -> None:
-        """Write a module that has every class that anybody asks for."""
+        """Write a module with every class that a loader may import."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             f"open({str(self.sprung / path.name)!r}, 'w').close()\n"
@@ -90,7 +92,7 @@ def change(path: Path, **entries: Any) -> None:
 
 
 def arm(trap: Trap, model: Path) -> None:
-    """Put code wherever somebody might look for some."""
+    """Put code in every place where a loader may look for it."""
     text = read(model / "config.json")["text_config"]
     for name in (
         "evil.py", "tokenizer_evil.py", "configuration_evil.py", "custom_generate/generate.py",
@@ -105,7 +107,7 @@ def arm(trap: Trap, model: Path) -> None:
         model_file=read(model / "config.json").get("model_file", "evil.py"),
         auto_map={"AutoConfig": "configuration_evil.Config", "AutoModel": "evil.Model"},
         text_config=text | {"auto_map": {"AutoConfig": "configuration_evil.Config"}},
-        # transformers' own class refuses this, so that it would take another.
+        # transformers' own class rejects this entry, so that it looks for another class.
         vision_config={"id2label": {"a": "b"}},
     )
     change(
@@ -115,20 +117,15 @@ def arm(trap: Trap, model: Path) -> None:
     )
 
 
-@pytest.fixture
-def trap(tmp_path: Path) -> Trap:
-    return Trap(tmp_path)
-
-
 def inside(trap: Trap) -> Path:
-    """A checkpoint whose configuration names modules that lie in it."""
+    """A checkpoint whose configuration names modules in it."""
     model = shutil.copytree(BUNDLED_MODEL, trap.root / "inside")
     arm(trap, model)
     return model
 
 
 def outside(trap: Trap) -> Path:
-    """One that names a module beside it, and those of a repository that the Hub's cache has."""
+    """A checkpoint that names a module beside it, and modules of a cached Hub repository."""
     model = shutil.copytree(BUNDLED_MODEL, trap.root / "outside")
     trap.code(trap.root / "outside.py")
     cache = trap.root / "hub/models--owner--name"
@@ -152,22 +149,22 @@ def outside(trap: Trap) -> Path:
 
 
 def converted(trap: Trap) -> Path:
-    """A conversion whose shim was altered."""
+    """A conversion with a modified shim."""
     repack(BUNDLED_MODEL, model := trap.root / "converted")
     arm(trap, model)
     trap.code(model / "flashmoe_model.py")
     return model
 
 
-def run(trap: Trap, commands: list[list[Any]]) -> list[list[Any]]:
-    (trap.root / "input").write_text("y\n" * 10_000)
-    with open(trap.root / "input") as answers:
+def run(root: Path, commands: list[list[Any]]) -> list[list[Any]]:
+    (root / "input").write_text("y\n" * 10_000)
+    with open(root / "input") as answers:
         result = subprocess.run(
-            [sys.executable, "-c", RUNNER, json.dumps(commands), str(trap.sprung)],
-            stdin=answers, capture_output=True, text=True, timeout=600, cwd=trap.root,
+            [sys.executable, "-c", RUNNER, json.dumps(commands)],
+            stdin=answers, capture_output=True, text=True, timeout=600, cwd=root,
             env=os.environ | {
-                "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(trap.root / "hub"),
-                "HF_MODULES_CACHE": str(trap.root / "modules"),
+                "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(root / "outside/hub"),
+                "HF_MODULES_CACHE": str(root / "modules"),
             },
         )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -184,7 +181,7 @@ def convert(model: Path, out: Path, *more: str) -> list[Any]:
 
 
 def few(root: Path, model: Path) -> list[list[Any]]:
-    """The commands that load a tokenizer or copy files."""
+    """Return the commands that load a tokenizer or copy files."""
     return [
         generate(model), generate(model, "--ignore-chat-template"), ["load", [str(model)]],
         convert(model, root / "out", "--dry-run"), convert(model, root / "out"),
@@ -194,7 +191,7 @@ def few(root: Path, model: Path) -> list[list[Any]]:
 
 
 def everything(root: Path, model: Path) -> list[list[Any]]:
-    """All commands of ours that take a directory."""
+    """Return all our commands that take a directory."""
     (root / "empty.txt").write_text("")
     repair = ["verify", str(root / "out"), "--repair", "--hf-path", str(model)]
     return [
@@ -209,18 +206,32 @@ def everything(root: Path, model: Path) -> list[list[Any]]:
     ]
 
 
-@pytest.mark.parametrize(
-    ("make", "commands"), [(inside, everything), (outside, few), (converted, few)]
-)
-def test_nothing_runs_without_the_flag(trap, make, commands):
-    model = make(trap)
-    found = run(trap, [*commands(trap.root, model), generate(model, "--trust-remote-code")])
-    for name, code, said, sprung, taken in found[:-1]:
-        assert (sprung, taken) == ([], 0), (name, said)
-        assert "Traceback" not in said, (name, said)
-        assert code in (0, 2), (name, code, said)
-    # With the flag the trap springs, so that the above can fail.
-    assert "tokenizer_evil.py" in found[-1][3], found[-1]
+SCENES = {inside: everything, outside: few, converted: few}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> dict[str, tuple[Trap, list[list[Any]], list[Any]]]:
+    """Map each scene to its trap, its commands' results, and the result with the flag."""
+    root = tmp_path_factory.mktemp("code")
+    traps = {make: Trap(root / make.__name__) for make in SCENES}
+    models = {make: make(trap) for make, trap in traps.items()}
+    lists = [commands(traps[make].root, models[make]) for make, commands in SCENES.items()]
+    trusting = [generate(model, "--trust-remote-code") for model in models.values()]
+    found = iter(run(root, [*itertools.chain(*lists), *trusting]))
+    results = [list(itertools.islice(found, len(commands))) for commands in lists]
+    names = [make.__name__ for make in SCENES]
+    return dict(zip(names, zip(traps.values(), results, found, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", [make.__name__ for make in SCENES])
+def test_code_runs_only_with_the_flag(scenes, name):
+    trap, found, trusting = scenes[name]
+    for command, code, said, sprung, taken in found:
+        assert (sprung, taken) == ([], 0), (command, said)
+        assert "Traceback" not in said, (command, said)
+        assert code in (0, 2), (command, code, said)
+    # With the flag the trap springs, which shows that the above can fail.
+    assert f"{name}/sprung/tokenizer_evil.py" in trusting[3], trusting
     for path in trap.root.glob("out*/**/*"):
         assert path.suffix not in (".bin", ".pt", ".pkl") and path.name != "evil.py", path
         assert path.name != "flashmoe_model.py" or path.read_text() == SHIM

@@ -1,4 +1,4 @@
-"""flashmoe-plan: predictions that hold against what others published, and plain refusals."""
+"""flashmoe-plan: predictions compared with published figures, and error messages."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 
 from flashmoe_mlx.cli import plan_model
 from flashmoe_mlx.cli.plan import check, main, render_check
-from flashmoe_mlx.cli.plan_model import Engine, Machine, decode, named_args, weigh
-from flashmoe_mlx.cli.published import MACHINES, ROWS, tally
+from flashmoe_mlx.cli.plan_model import Engine, Machine, count_bytes, decode, named_args
+from flashmoe_mlx.cli.published import MACHINES, ROWS, count_within
 
 M3_MAX = MACHINES["m3-max-48"]
 ENGINE = Engine(1e-3)
@@ -30,16 +30,16 @@ def run(args: str, capsys) -> tuple[str, dict]:
 )
 def test_sizes_are_the_checkpoints(name, trunk, records, experts):
     for bits, record, total in zip((4, 2), records, experts, strict=True):
-        weights = weigh(named_args(name), bits)
+        weights = count_bytes(named_args(name), bits)
         assert weights.record == record
         assert weights.expert_bytes / 1e9 == pytest.approx(total, abs=0.05)
         assert weights.trunk / 1e9 == pytest.approx(trunk, abs=0.1)
 
 
 def test_published_rows_are_met():
-    """At least six figures that gave the model nothing, from more than two machines."""
+    """Predictions meet six or more figures that the model was not fitted to, of three machines."""
     met = [r for r in ROWS if r.unit == "tok/s" and r.kind == "predicted" and abs(r.error) <= 0.2]
-    assert len(met) == tally()[0] >= 6
+    assert len(met) == count_within()[0] >= 6
     assert len({row.setup.machine for row in met}) > 2
 
 
@@ -47,7 +47,7 @@ def test_fitted_rows_fit():
     fitted = [row for row in ROWS if row.kind == "fitted"]
     assert {row.kind for row in ROWS} == {"fitted", "assumed", "predicted"}
     assert all(abs(row.error) < (0.07 if row.unit == "% hits" else 0.03) for row in fitted)
-    # One row gives an engine its time per layer; four give the exponent of the hit rate.
+    # One row per engine fits its time per layer; four rows fit the exponent of the hit rate.
     assert len({row.setup.engine for row in fitted if row.unit == "tok/s"}) == 4
     assert sum(row.unit == "tok/s" for row in fitted) == 4
 
@@ -76,7 +76,7 @@ def test_machines_cite_their_figures(machine):
 
 
 def test_a_token_is_the_sum_of_its_parts():
-    weights = weigh(named_args("397b"), 4, top_k=4)
+    weights = count_bytes(named_args("397b"), 4, top_k=4)
     found = decode(weights, M3_MAX, ENGINE, bank=4e9)
     parts = found.copied + found.read + found.computed + found.waited
     assert found.seconds == pytest.approx(parts)
@@ -87,7 +87,7 @@ def test_a_token_is_the_sum_of_its_parts():
 
 
 def test_faster_disks_and_larger_memories_never_slow_a_token():
-    weights = weigh(named_args("122b"), 4)
+    weights = count_bytes(named_args("122b"), 4)
     base = Machine(32e9, 3e9, 200e9, "")
     seconds = decode(weights, base, ENGINE).seconds
     for better in (
@@ -105,7 +105,7 @@ def test_hit_rate_is_a_share():
 
 
 def test_prefill_reads_each_expert_once_per_chunk():
-    weights = weigh(named_args("35b"), 4)
+    weights = count_bytes(named_args("35b"), 4)
     assert plan_model.distinct_experts(weights, 1) == pytest.approx(weights.top_k)
     assert plan_model.distinct_experts(weights, 10_000) == pytest.approx(256)
     machine = Machine(16e9, 2e9, 100e9, "")
@@ -117,7 +117,7 @@ def test_prefill_reads_each_expert_once_per_chunk():
     assert seconds(4096) == pytest.approx(2 * seconds(2048))
 
 
-def test_the_best_cache_is_the_fastest_sound_one(capsys):
+def test_the_best_cache_is_the_fastest_candidate(capsys):
     _, found = run("--model 397b --machine m3-max-48 --top-k 4", capsys)
     sound = [c for c in found["caches"] if c["bank"] <= found["free_bytes"] / 2]
     assert found["chosen"] == min(sound, key=lambda c: c["seconds"])
@@ -134,9 +134,9 @@ def test_a_model_that_fits_is_resident(capsys):
     assert tight["chosen"]["bank_hits"] < 1
 
 
-def test_a_cache_that_is_asked_for(capsys):
+def test_a_given_cache_size(capsys):
     text, found = run("--model 397b --machine m5-max-128 --cache 20GB --bits 2", capsys)
-    assert found["chosen"]["bank"] == 20e9 and "20.00GB, as asked" in text
+    assert found["chosen"]["bank"] == 20e9 and "20.00GB, from --cache" in text
     assert found["record_bytes"] == 3_932_160
     assert len(text.splitlines()) < 24
 
@@ -147,7 +147,7 @@ def test_flags_override_a_machine(capsys):
     assert found["machine"]["memory"] == 32e9
 
 
-def test_a_directory_tells_its_sizes_and_bits(tmp_path, capsys):
+def test_sizes_and_bits_come_from_config_json(tmp_path, capsys):
     args = {**vars(named_args("35b")), "model_type": "qwen3_5_moe"}
     places = [(n, name) for n in range(40) for name in ("gate_proj", "up_proj", "down_proj")]
     experts = {
@@ -175,11 +175,17 @@ def test_experts_of_mixed_bits_count_by_their_mean(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--model 35b --machine m4-32 --bits 0", "--bits 0 is not known. Choose among 4, 2."),
+        ("--model 35b --machine m4-32 --bits 0", "--bits 0 is unknown. Choose from 4, 2."),
         ("--model 35b --machine m4-32 --top-k 300", "--top-k = 300, but the model has 256 exp"),
         ("--model 35b --machine m4-32 --ram auto", "--ram auto is not a size. Give bytes or a"),
-        ("--model 397b --machine m4-32 --cache 1GB", "--cache 1GB does not fit: one token's"),
-        ("--model 397b --machine m4-32 --cache 90GB", "--cache 90GB does not fit: one token's"),
+        (
+            "--model 397b --machine m4-32 --cache 1GB",
+            "--cache must be from 4.25 GB (one token's ex",
+        ),
+        (
+            "--model 397b --machine m4-32 --cache 90GB",
+            "--cache must be from 4.25 GB (one token's ex",
+        ),
     ],
 )
 def test_bad_input(args, message, capsys):

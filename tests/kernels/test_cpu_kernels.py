@@ -181,7 +181,7 @@ def run(code: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_stock_ops_on_request(fresh_choice, monkeypatch):
+def test_stock_ops_on_request(fresh_kernel_mode, monkeypatch):
     monkeypatch.setenv("FLASHMOE_KERNELS", "stock")
     assert cpu_kernels(mx.ones(1)) is None
 
@@ -194,7 +194,7 @@ def test_without_numba_the_user_is_told_once():
     assert result.stderr.count("numba is not installed") == 1
 
 
-def test_a_wrong_mode_is_named(fresh_choice, monkeypatch):
+def test_a_wrong_mode_is_named(fresh_kernel_mode, monkeypatch):
     monkeypatch.setenv("FLASHMOE_KERNELS", "fast")
     with pytest.raises(FlashMoEError, match="FLASHMOE_KERNELS = 'fast' is not valid"):
         cpu_kernels(mx.ones(1))

@@ -158,7 +158,7 @@ def test_tokens_are_the_same_with_useful_and_random_prefetches(monkeypatch):
     assert shares[0] == 0 and shares[1] > 2 * shares[2] > 0
 
 
-def test_prefetch_needs_our_cpu_kernels(fresh_choice, monkeypatch):
+def test_prefetch_needs_our_cpu_kernels(fresh_kernel_mode, monkeypatch):
     monkeypatch.setenv("FLASHMOE_KERNELS", "stock")
     with pytest.raises(FlashMoEError, match=r"lookahead = 'on': .* Choose auto, or off"):
         load(BUNDLED_MODEL, lookahead="on")

@@ -1,6 +1,6 @@
-"""Damage every file of a converted directory, and see that `flashmoe-convert verify` names it.
+"""Damage each file of a converted directory, and check that `flashmoe-convert verify` names it.
 
-For `convert_trials.py flip`.
+The trial `flip` of `convert_trials.py`.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.headers import read_header
 from flashmoe_mlx.format.layout import EXPERT_DIR
 
-CARD = "README.md"  # a text for people, which may be edited
+CARD = "README.md"  # documentation, which users may edit
 Damage = Callable[[Path, random.Random], None]
 
 
 def spoil(path: Path, chances: random.Random, place: int | None = None) -> int:
-    """Flip one bit of a file, at a random byte unless one is given, and return which byte."""
+    """Flip one bit of a file, in a random byte or the given one; return the index of the byte."""
     place = chances.randrange(path.stat().st_size) if place is None else place
     with open(path, "r+b") as file:
         file.seek(place)
@@ -36,7 +36,7 @@ def spoil(path: Path, chances: random.Random, place: int | None = None) -> int:
 
 
 def flip(path: Path, chances: random.Random) -> None:
-    """Flip one bit anywhere."""
+    """Flip one bit at a random place."""
     spoil(path, chances)
 
 
@@ -46,13 +46,13 @@ def flip_end(path: Path, chances: random.Random) -> None:
 
 
 def flip_header(path: Path, chances: random.Random) -> None:
-    """Flip one bit of a header, its length or padding included; anywhere in other files."""
+    """Flip one bit of a header, its length or its padding; in other files, any bit."""
     length = int.from_bytes(path.read_bytes()[:8], "little") + 8
     spoil(path, chances, chances.randrange(min(length, path.stat().st_size)))
 
 
 def truncate(path: Path, chances: random.Random) -> None:
-    """Cut a file anywhere."""
+    """Truncate a file at a random place."""
     os.truncate(path, chances.randrange(path.stat().st_size))
 
 
@@ -68,7 +68,7 @@ def remove(path: Path, chances: random.Random) -> None:
 
 
 def swap(path: Path, chances: random.Random) -> None:
-    """Exchange an expert file and another one; other files get its bytes."""
+    """Swap two expert files; overwrite any other file with an expert file's bytes."""
     others = [p for p in sorted(path.parent.iterdir()) if p.is_file() and p != path]
     kind = path.suffix, path.stem[:6]
     same = [p for p in others if (p.suffix, p.stem[:6]) == kind]
@@ -80,7 +80,7 @@ def swap(path: Path, chances: random.Random) -> None:
 
 
 def edit_header(path: Path, chances: random.Random) -> None:
-    """Change one digit of a header's text, so that it stays JSON; flip a bit in other files."""
+    """Change one digit in a header, which remains JSON; in other files, flip a bit."""
     if path.suffix != ".safetensors":
         return flip(path, chances)
     data = bytearray(path.read_bytes())
@@ -97,7 +97,7 @@ DAMAGES: tuple[Damage, ...] = (
 
 
 def verified(out: Path) -> tuple[int, str]:
-    """Run `flashmoe-convert verify` and return its exit code and what it said."""
+    """Run `flashmoe-convert verify`; return its exit code and output."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = main(["verify", str(out)])
@@ -105,7 +105,7 @@ def verified(out: Path) -> tuple[int, str]:
 
 
 def complaint(name: str, spoiled: int | None, intact: Path, code: int, said: str) -> str:
-    """Return what verify should have said and did not, or nothing."""
+    """Return what is wrong with verify's output, or an empty text."""
     if name == MANIFEST_PLACE:
         return "" if code == 2 and "manifest.json" in said else "the manifest is not named"
     if code != 1 or f"{name}: " not in said:
@@ -117,7 +117,7 @@ def complaint(name: str, spoiled: int | None, intact: Path, code: int, said: str
 
 
 def tensor_at(path: Path, place: int) -> str:
-    """Return what verify calls the byte at `place` of an undamaged file."""
+    """Return verify's name for the byte at `place` of an undamaged file."""
     if path.suffix != ".safetensors":
         return "file differs"
     for name, tensor in read_header(path).items():
@@ -129,7 +129,7 @@ def tensor_at(path: Path, place: int) -> str:
 
 
 def loaded(out: Path) -> str:
-    """Load the directory and return what became of that."""
+    """Load the directory and return the outcome in a word."""
     try:
         model, _ = load(out)
     except FlashMoEError:
@@ -141,21 +141,24 @@ def loaded(out: Path) -> str:
 
 
 def damaged_everywhere(work: Path, whole: Path, times: int, seed: int) -> int:
-    """Do each damage to each file so often, and return how many were not named."""
+    """Damage each file `times` times in each way; return the number that verify did not name."""
     out, bad = work / "out", 0
     shutil.copytree(whole, out)
     counts: dict[str, dict[str, int]] = {}
     for damage in DAMAGES:
-        tally = counts.setdefault(damage.__name__, {})
+        outcomes = counts.setdefault(damage.__name__, {})
         for name in files(out):
             for turn in range(times if name != CARD else 0):
                 chances = random.Random(f"{seed} {turn} {name}")
                 wrong, became = _one(damage, out, whole, name, chances)
-                tally[became] = tally.get(became, 0) + 1
+                outcomes[became] = outcomes.get(became, 0) + 1
                 bad += bool(wrong)
                 if wrong:
                     print(f"{damage.__name__} {name}: WRONG: {wrong}", flush=True)
-        print(f"{damage.__name__:12} {sum(tally.values()):5} times; at load: {tally}", flush=True)
+        print(
+            f"{damage.__name__:12} {sum(outcomes.values()):5} times; at load: {outcomes}",
+            flush=True,
+        )
     print(f"{bad} were not named by verify")
     return bad
 
@@ -163,7 +166,7 @@ def damaged_everywhere(work: Path, whole: Path, times: int, seed: int) -> int:
 def _one(
     damage: Damage, out: Path, whole: Path, name: str, chances: random.Random
 ) -> tuple[str, str]:
-    """Damage a file once, verify, load, and restore it; return what is wrong, and the load."""
+    """Damage a file, verify, load, and restore it; return the error and the load's outcome."""
     path, place = out / name, None
     if damage is flip:
         place = spoil(path, chances)

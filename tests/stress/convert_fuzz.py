@@ -1,11 +1,11 @@
-"""Change checkpoints at random, and see that flashmoe-convert refuses or converts them, no more.
+"""Change checkpoints at random, and check that flashmoe-convert rejects or converts them.
 
     python tests/stress/convert_fuzz.py --cases 20000 --minutes 10
 
-A case is a checkpoint with something changed, and one to three commands on it. Each command must
-return 0, 1 or 2: nothing but the project's own error comes out. A case must end within a minute, in
-EXTRA_MEMORY more than the process has when it starts, and open no file for writing, nor make or
-rename one, outside its output.
+A case is a changed checkpoint, and one to three commands on it. Each command must return 0, 1 or 2,
+and raise only the project's own error. A case must end within a minute, use at most EXTRA_MEMORY
+more than the process had at its start, and open for writing, create or rename files only in its
+output.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from flashmoe_mlx.convert.write.output import small_files
 from flashmoe_mlx.convert.write.steps import plan_steps
 from flashmoe_mlx.errors import FlashMoEError
 
-PLANNED = 0.8  # of the cases: planned only, as it takes a tenth of the time
+PLANNED = 0.8  # share of the cases that are only planned, which takes a tenth of the time
 EXTRA_MEMORY = 1 << 30
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = (
@@ -45,16 +45,16 @@ OPTIONS = (
 
 
 class Guard:
-    """Refuses to let this process change files outside one directory, while it is armed."""
+    """While armed, prevents this process from changing files outside one directory."""
 
     def __init__(self) -> None:
-        """Watch from now on; there is no way back."""
+        """Add the audit hook, which Python cannot remove."""
         self.root: Path | None = None
         sys.addaudithook(self._hook)
 
     @contextlib.contextmanager
     def armed(self, root: Path) -> Iterator[None]:
-        """Refuse changes of files that are not below `root`."""
+        """Raise AssertionError if a file outside `root` changes."""
         self.root = root.parent.resolve() / root.name
         try:
             yield
@@ -84,7 +84,7 @@ class Guard:
 
 
 def command(guard: Guard, root: Path, arguments: list[str]) -> int:
-    """Run flashmoe-convert, printing as to a terminal, and return its exit code."""
+    """Run flashmoe-convert, with output as to a terminal, and return its exit code."""
     said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     errors = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors), guard.armed(root):
@@ -98,7 +98,7 @@ def command(guard: Guard, root: Path, arguments: list[str]) -> int:
 
 
 def plan(guard: Guard, source: Path, work: Path, chances: random.Random) -> str:
-    """Read and plan, and print nothing; return what came of it."""
+    """Read and plan, without output; return the outcome in a word."""
     options = Options(
         quantize=chances.random() < 0.7, bits=chances.choice((None, None, 2, 3)),
         group_size=chances.choice((None, None, 32)),
@@ -118,7 +118,7 @@ def plan(guard: Guard, source: Path, work: Path, chances: random.Random) -> str:
 
 
 class Cases(harness.Cases):
-    """Checkpoints of three kinds, changed, and commands on them."""
+    """Checkpoints of three kinds, with changes, and commands on them."""
 
     patience = 60
 
@@ -127,19 +127,19 @@ class Cases(harness.Cases):
         harness.write_models(self.sources)
 
     def limit(self) -> None:
-        """Allow EXTRA_MEMORY more than the process has when one case has run."""
+        """Limit memory to EXTRA_MEMORY more than the process has after one case."""
         self.run(-1)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + EXTRA_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
     def run(self, seed: int) -> str:
-        """Try one case and return what came of it."""
+        """Run one case and return its outcome in a word."""
         return outcome(self.guard, self.sources, self.work, random.Random(seed))
 
 
 def outcome(guard: Guard, sources: Path, work: Path, chances: random.Random) -> str:
-    """Change a checkpoint, run commands on it, and return what came of it."""
+    """Change a checkpoint, run commands on it, and return the outcome in a word."""
     kind = chances.choice(("hf", "hf", "stock", "stock", "packed"))
     source, out = work / kind, work / "out"
     for folder in (source, out):
@@ -148,7 +148,7 @@ def outcome(guard: Guard, sources: Path, work: Path, chances: random.Random) -> 
     changes = chances.choices(MUTATIONS, k=chances.choice((1, 1, 1, 2)))
     for change in changes:
         with contextlib.suppress(Exception):
-            change(source, chances)  # the second change may find nothing that it knows
+            change(source, chances)  # the first change may have removed what the second needs
     if chances.random() < PLANNED:
         return plan(guard, source, work, chances)
     options = list(chances.choice(OPTIONS))

@@ -1,6 +1,6 @@
-"""Ways to change a checkpoint so that it is no longer one, for `convert_fuzz.py`.
+"""Random changes that damage a checkpoint, for `convert_fuzz.py`.
 
-Each takes a checkpoint's directory and a source of chance, and changes one thing.
+Each function takes a checkpoint's directory and a random generator, and makes one change.
 """
 
 import json
@@ -46,7 +46,7 @@ def json_file(source: Path, chances: random.Random) -> Path:
 
 
 def read_raw(path: Path) -> tuple[bytes, bytes]:
-    """Return the text of a header, and the data."""
+    """Return the header's text and the data."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     return data[8:end], data[end:]
@@ -58,7 +58,7 @@ def write_raw(path: Path, text: bytes, data: bytes) -> None:
 
 
 def change_value(node: Any, chances: random.Random) -> None:
-    """Replace, remove, rename or repeat something anywhere in a JSON value."""
+    """Replace, remove, rename or repeat a random part of a JSON value."""
     places = list(_places(node))
     parent, key = chances.choice(places)
     kind = chances.random()
@@ -80,7 +80,7 @@ def _places(node: Any) -> Any:
 
 
 def _near(value: Any, chances: random.Random) -> Any:
-    """Return another value: any, or a number near one that was there."""
+    """Return another value: of any type, or a number near the old one."""
     if type(value) is int and chances.random() < 0.4:
         return chances.choice(
             (value + 1, value - 1, -value, 2 * value, value // 2, value + (1 << 32))
@@ -98,7 +98,7 @@ def any_json(source: Path, chances: random.Random) -> None:
 
 
 def sizes(source: Path, chances: random.Random) -> None:
-    """Change a size of config.json, which everything else is measured by."""
+    """Change a size in config.json, which determines the expected shapes."""
     path = source / "config.json"
     config = json.loads(path.read_text())
     text = config.get("text_config", config)
@@ -118,7 +118,7 @@ def any_header(source: Path, chances: random.Random) -> None:
 
 
 def raw_text(source: Path, chances: random.Random) -> None:
-    """Change the text of a header or of a JSON file, so that it may be none."""
+    """Change the text of a header or a JSON file, which may then be invalid."""
     path = weight_file(source, chances) if chances.random() < 0.5 else json_file(source, chances)
     header = path.suffix == ".safetensors"
     text, data = read_raw(path) if header else (path.read_bytes(), b"")
@@ -132,7 +132,7 @@ def raw_text(source: Path, chances: random.Random) -> None:
 
 
 def repeated_key(source: Path, chances: random.Random) -> None:
-    """Give an object of a header or a JSON file a key twice."""
+    """Repeat a key in an object of a header or a JSON file."""
     path = weight_file(source, chances) if chances.random() < 0.5 else json_file(source, chances)
     header = path.suffix == ".safetensors"
     text, data = read_raw(path) if header else (path.read_bytes(), b"")
@@ -144,7 +144,7 @@ def repeated_key(source: Path, chances: random.Random) -> None:
 
 
 def bytes_of_header(source: Path, chances: random.Random) -> None:
-    """Flip bits of a header, its length included."""
+    """Flip bits of a header or its length."""
     path = weight_file(source, chances)
     data = bytearray(path.read_bytes())
     end = 8 + int.from_bytes(data[:8], "little")
@@ -154,7 +154,7 @@ def bytes_of_header(source: Path, chances: random.Random) -> None:
 
 
 def length(source: Path, chances: random.Random) -> None:
-    """Give a header another length."""
+    """Change the length of a header."""
     path = weight_file(source, chances)
     data = bytearray(path.read_bytes())
     old = int.from_bytes(data[:8], "little")
@@ -165,14 +165,14 @@ def length(source: Path, chances: random.Random) -> None:
 
 
 def other_size(source: Path, chances: random.Random) -> None:
-    """Cut a file, or append to it."""
+    """Truncate a file, or append to it."""
     path = weight_file(source, chances)
     size = path.stat().st_size
     os.truncate(path, chances.choice((0, 1, 8, size // 2, size - 1, size + 1, size + 100, 1 << 40)))
 
 
 def rebuilt(source: Path, chances: random.Random) -> None:
-    """Give a tensor another shape, dtype or name in a header that still fits its file."""
+    """Change a tensor's shape, dtype or name; the header still matches its file."""
     path = weight_file(source, chances)
     text, data = read_raw(path)
     content: dict[str, Any] = json.loads(text)
@@ -222,7 +222,7 @@ def _reshape(content: dict[str, Any], chances: random.Random) -> None:
 
 
 def strange_files(source: Path, chances: random.Random) -> None:
-    """Put a link, a pipe, a folder or a copy in place of a file, or beside it."""
+    """Replace a file by a link, a pipe, a folder or a copy, or add one."""
     path = chances.choice([p for p in sorted(source.rglob("*")) if p.is_file()])
     kind = chances.randrange(8)
     if kind == 0:
@@ -250,7 +250,7 @@ def strange_files(source: Path, chances: random.Random) -> None:
 
 
 def values(source: Path, chances: random.Random) -> None:
-    """Change weights: any bytes, with NaN and infinity among the numbers."""
+    """Change weights to random bytes, including NaN and infinity."""
     path = weight_file(source, chances)
     text, data = read_raw(path)
     spoiled = bytearray(data)

@@ -1,4 +1,4 @@
-"""What the trials of flashmoe-convert work on: checkpoints, a local Hub, commands, comparisons."""
+"""Checkpoints, a local Hub, commands and comparisons for the trials of flashmoe-convert."""
 
 import contextlib
 import filecmp
@@ -40,12 +40,12 @@ JOURNAL_PLACE, MANIFEST_PLACE = f"{EXPERT_DIR}/{JOURNAL}", f"{EXPERT_DIR}/{MANIF
 
 @dataclass(frozen=True)
 class Conversion:
-    """A command of flashmoe-convert, but for its output.
+    """A flashmoe-convert command, without its output directory.
 
     Attributes:
-        source: a checkpoint's directory.
-        arguments: everything but --mlx-path.
-        environment: of the process.
+        source: directory of the checkpoint.
+        arguments: all arguments except --mlx-path.
+        environment: environment of the process.
     """
 
     source: Path
@@ -53,7 +53,7 @@ class Conversion:
     environment: dict[str, str] = field(default_factory=dict)
 
     def start(self, out: Path, **strike: Any) -> "subprocess.Popen[str]":
-        """Start it, to be killed as `convert_strike.py` says."""
+        """Start the command; `convert_strike.py` kills it."""
         return self.command(*self.arguments, "--mlx-path", str(out), **strike)
 
     def command(self, *arguments: str, **strike: Any) -> "subprocess.Popen[str]":
@@ -67,13 +67,13 @@ class Conversion:
 
 
 def result(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Wait, and return the exit code and the last line of what was printed."""
+    """Wait; return the exit code and the last line of output."""
     lines = process.communicate()[0].strip().splitlines() or [""]
     return process.returncode, lines[-1]
 
 
 def write_source(source: Path, recipe: Recipe, fmt: str, shards: int) -> None:
-    """Write a checkpoint: bfloat16 as on the Hub ("hf"), or stock mlx-lm's of 4 bits ("mlx")."""
+    """Write a checkpoint: bfloat16 as on the Hub ("hf"), or stock mlx-lm's with 4 bits ("mlx")."""
     if fmt == "hf":
         weights = spell(fused(make_weights(recipe.config())), "model.language_model.")
         save_in_order(source, recipe.config(), weights, shards)
@@ -86,7 +86,7 @@ def write_source(source: Path, recipe: Recipe, fmt: str, shards: int) -> None:
 def conversion(
     work: Path, recipe: Recipe, fmt: str, shards: int, hub: bool
 ) -> Iterator[Conversion]:
-    """Make a checkpoint under `work`, and serve it as a Hub would if asked to."""
+    """Write a checkpoint under `work`, and serve it as a Hub if requested."""
     source = work / "source"
     write_source(source, recipe, fmt, shards)
     options = ("-q",) if fmt == "hf" else ()
@@ -110,7 +110,7 @@ def files(directory: Path) -> list[str]:
 
 
 def differences(made: Path, expected: Path) -> list[str]:
-    """Return the files that are in one directory only, or differ in a byte."""
+    """Return the files that differ, or exist in only one directory."""
     names = set(files(made)) | set(files(expected))
     return [name for name in sorted(names) if not _same(made / name, expected / name)]
 
@@ -120,9 +120,9 @@ def _same(left: Path, right: Path) -> bool:
 
 
 def pretends(out: Path, whole: Path) -> list[str]:
-    """Return what is wrong with an unfinished directory: it must not look finished anywhere.
+    """Return the parts of an unfinished directory that wrongly look finished.
 
-    Every file under a final name has its final bytes, and without a manifest nothing verifies.
+    Every file with a final name must have its final bytes, and verify must fail without a manifest.
     """
     if not out.exists():
         return []
@@ -138,17 +138,17 @@ def pretends(out: Path, whole: Path) -> list[str]:
 
 
 def _is_passing(name: str) -> bool:
-    """Say whether a file is there only while a conversion is unfinished."""
+    """Return whether a file exists only during a conversion."""
     return name.endswith(TEMPORARY) or name.startswith(f"{FOLDER}/") or name == JOURNAL_PLACE
 
 
 def is_whole(out: Path) -> bool:
-    """Say whether a conversion has ended, as a user would find out."""
+    """Return whether a conversion is complete, by the commands that a user has."""
     return (out / MANIFEST_PLACE).exists() and not (out / JOURNAL_PLACE).exists()
 
 
 def on_disk(folder: Path) -> int:
-    """Return the bytes that files below a folder, which come and go meanwhile, take on disk."""
+    """Return the disk usage of a folder in bytes, while its files change."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):
@@ -158,12 +158,12 @@ def on_disk(folder: Path) -> int:
 
 @contextlib.contextmanager
 def watched(folder: Path, seconds: float = 0.01) -> Iterator[list[int]]:
-    """Measure again and again what a folder takes on disk; yield a list whose item is the most."""
+    """Repeatedly measure a folder's disk usage; yield a list with the maximum."""
     most, ended = [0], threading.Event()
 
     def look() -> None:
         while not ended.wait(seconds):
-            with contextlib.suppress(OSError):  # a folder has gone
+            with contextlib.suppress(OSError):  # the folder has vanished
                 most[0] = max(most[0], on_disk(folder))
 
     thread = threading.Thread(target=look)
@@ -176,6 +176,6 @@ def watched(folder: Path, seconds: float = 0.01) -> Iterator[list[int]]:
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
-    """Wait until a path exists, or a process has ended."""
+    """Wait until a path exists or a process ends."""
     while not path.exists() and process.poll() is None:
         time.sleep(0.002)

@@ -1,14 +1,14 @@
-"""Run flashmoe-convert in this process, and kill it at its n-th call to the system.
+"""Run flashmoe-convert in this process, and kill it at its nth system call.
 
     python tests/stress/convert_strike.py '{"point": 17, "when": "amid", "power": 5}' ARGUMENTS
 
 `convert_trials.py` starts it. The JSON has:
 
-* `point`: which call of those below, from 0; -1 for none;
-* `when`: "before" it, "after" it, or "amid" it: with half of a write done;
-* `power`: a seed, for a loss of power instead of a mere SIGKILL: of the bytes that were written and
-  not synced some are zeros afterwards, or the file ends before them;
-* `log`: a file for the calls that were made: name and time of each, as a JSON list.
+* `point`: index of the call among those below; -1 for none;
+* `when`: "before" or "after" the call, or "amid" it, with half of a write done;
+* `power`: a seed, to simulate a power failure in addition to SIGKILL: some bytes that were written
+  but not synced become zeros, or the file ends before them;
+* `log`: a file for the calls: a JSON list of their names and times.
 """
 
 import json
@@ -29,12 +29,12 @@ REAL = {name: getattr(os, name) for name in (*CALLS, "close")}
 
 
 class Strike:
-    """Counts calls, knows what is not on the disk yet, and strikes."""
+    """Counts calls, records which bytes are not synced, and kills the process."""
 
     def __init__(
         self, point: int = -1, when: str = "before", power: int | None = None, log: str = ""
     ) -> None:
-        """Take the place of the system's calls."""
+        """Replace the system calls."""
         self.calls: list[tuple[str, float]] = []
         self._point, self._when, self._power, self._log = point, when, power, log
         self._lock = threading.Lock()
@@ -56,7 +56,7 @@ class Strike:
         return call
 
     def _noted(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """Do it, and note what is on the disk then."""
+        """Make the call, and record which bytes it syncs."""
         if name == "pwrite":
             written = REAL[name](*arguments)
             self._unsynced.setdefault(self._paths.get(arguments[0], "?"), []).append(
@@ -65,7 +65,7 @@ class Strike:
             return written
         if name == "fsync":
             path = self._paths.get(arguments[0], "?")
-            before = len(self._unsynced.get(path, []))  # what comes meanwhile may not be synced
+            before = len(self._unsynced.get(path, []))  # writes during the sync may not be synced
             REAL[name](*arguments)
             self._unsynced[path] = self._unsynced.get(path, [])[before:]
             return None
@@ -93,7 +93,7 @@ class Strike:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _lose(self, chances: random.Random) -> None:
-        """Spoil what was written and not synced, as a loss of power may."""
+        """Damage the bytes that are not synced, as a power failure may."""
         for path, ranges in self._unsynced.items():
             if not ranges or not os.path.exists(path):
                 continue

@@ -1,12 +1,12 @@
-"""Trials of flashmoe-convert: killed at any moment, damaged on disk, without room.
+"""Trials of flashmoe-convert: kill it at any moment, damage its files, fill its disk.
 
     python tests/stress/convert_trials.py kill [--runs 20] [--hub] [--format hf]
     python tests/stress/convert_trials.py repair [--runs 20]
     python tests/stress/convert_trials.py flip [--times 12]
     python tests/stress/convert_trials.py full-disk [--runs 10] [--hub]
 
-Each prints what it did and what was wrong, and its exit code is 1 if anything was. `full-disk`
-mounts a small file system, for which it must be root. Linux.
+Each prints its steps and errors, and exits with 1 after an error. `full-disk` mounts a small file
+system, which needs root. Linux only.
 """
 
 import argparse
@@ -44,13 +44,13 @@ Calls = list[tuple[str, float]]
 
 
 def undisturbed(work: Path, made_by: Conversion) -> tuple[Path, Calls]:
-    """Convert without a fault; return the directory, and every call that it took."""
+    """Convert without a fault; return the directory and all system calls."""
     out, log = work / "whole", work / "calls.json"
     shutil.rmtree(out, ignore_errors=True)
     with watched(out) as most:
         code, line = result(made_by.start(out, log=str(log)))
     if code:
-        raise SystemExit(f"the undisturbed conversion failed: {line}")
+        raise SystemExit(f"the conversion without faults failed: {line}")
     calls: Calls = [(name, when) for name, when in json.loads(log.read_text())]
     shards = sorted(path.stat().st_size for path in made_by.source.glob("*.safetensors"))
     print(
@@ -63,7 +63,7 @@ def undisturbed(work: Path, made_by: Conversion) -> tuple[Path, Calls]:
 
 
 def strike_of(mode: str, calls: Calls, chances: random.Random) -> dict[str, Any]:
-    """Choose a call to the system: a kind first, since most calls are of few kinds."""
+    """Choose a system call: its kind first, because few kinds make most calls."""
     kind = "pwrite" if mode == "amid" else chances.choice(sorted({name for name, _ in calls}))
     point = chances.choice([place for place, (name, _) in enumerate(calls) if name == kind])
     if mode == "power":
@@ -75,7 +75,7 @@ def strike_of(mode: str, calls: Calls, chances: random.Random) -> dict[str, Any]
 def killed(
     made_by: Conversion, out: Path, mode: str, calls: Calls, chances: random.Random
 ) -> tuple[int, str]:
-    """Run the command, kill it, and return its exit code and what was done."""
+    """Run the command, kill it, and return its exit code and a description."""
     if mode != "time":
         strike = strike_of(mode, calls, chances)
         what = f"{mode} call {strike['point']} {calls[strike['point']][0]}"
@@ -92,7 +92,7 @@ def killed(
 def kill_and_resume(
     made_by: Conversion, whole: Path, out: Path, calls: Calls, mode: str, chances: random.Random
 ) -> tuple[list[str], list[str]]:
-    """Kill a conversion, maybe its successors too, and let the last one end; what, and wrong."""
+    """Kill a conversion and perhaps its resumptions, then finish it; return steps and errors."""
     shutil.rmtree(out, ignore_errors=True)
     did: list[str] = []
     wrong: list[str] = []
@@ -114,7 +114,7 @@ def kill_and_resume(
 
 
 def kill(work: Path, made_by: Conversion, runs: int, seed: int) -> int:
-    """Kill conversions at random moments; return how many did not end as they should."""
+    """Kill conversions at random moments; return the number of wrong results."""
     whole, calls = undisturbed(work, made_by)
     kills = bad = 0
     for run in range(runs):
@@ -123,7 +123,7 @@ def kill(work: Path, made_by: Conversion, runs: int, seed: int) -> int:
         did, wrong = kill_and_resume(made_by, whole, work / "out", calls, mode, chances)
         kills, bad = kills + len(did), bad + bool(wrong)
         print(f"run {run:3}: killed {len(did)}x ({'; '.join(did)}): {_verdict(wrong)}", flush=True)
-    print(f"{runs} runs, {kills} kills: {runs - bad} ended with the bytes of an undisturbed run")
+    print(f"{runs} runs, {kills} kills: {runs - bad} equal a run without faults")
     return bad
 
 
@@ -132,7 +132,7 @@ def _verdict(wrong: list[str]) -> str:
 
 
 def repair(work: Path, made_by: Conversion, runs: int, seed: int) -> int:
-    """Kill repairs of damaged directories; return how many did not end as they should."""
+    """Kill repairs of damaged directories; return the number of wrong results."""
     whole, _ = undisturbed(work, made_by)
     source = made_by.arguments[made_by.arguments.index("--hf-path") + 1]
     out, bad, kills = work / "out", 0, 0
@@ -152,7 +152,7 @@ def repair(work: Path, made_by: Conversion, runs: int, seed: int) -> int:
         wrong += [f"{name} differs at the end" for name in differences(out, whole)]
         kills, bad = kills + did, bad + bool(wrong)
         print(f"run {run:3}: killed {did}x: {_verdict(wrong)}", flush=True)
-    print(f"{runs} repairs, {kills} kills: {runs - bad} ended with every byte as it was written")
+    print(f"{runs} repairs, {kills} kills: {runs - bad} restored every byte")
     return bad
 
 
@@ -163,19 +163,24 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("kill", "repair", "flip", "full-disk"):
         add = trials.add_parser(name).add_argument
         add("--seed", type=int, default=0)
-        add("--work", type=Path, help="an empty directory to work in (default: a temporary one)")
-        add("--times", type=int, default=12, help="of each damage to each file (flip)")
+        add("--work", type=Path, help="empty working directory (default: a temporary one)")
+        add("--times", type=int, default=12, help="damages of each kind per file (flip)")
         add("--runs", type=int, default=20)
         add("--hub", action="store_true", help="convert from a local Hub server")
-        add("--format", default="mlx", choices=("mlx", "hf"), help="of the source: 4 bits or bf16")
+        add(
+            "--format",
+            default="mlx",
+            choices=("mlx", "hf"),
+            help="format of the source: 4 bits or bf16",
+        )
         add("--geometry", default="tiny", choices=("tiny", "35b"))
         add("--layers", type=int, default=4)
-        add("--shards", type=int, default=8, help="of the source")
+        add("--shards", type=int, default=8, help="shards of the source")
     return parser
 
 
 def run(args: argparse.Namespace, work: Path) -> int:
-    """Run one trial and return how much was wrong."""
+    """Run one trial and return its number of errors."""
     recipe = Recipe(args.geometry, args.layers, 4096, 4)
     with conversion(work, recipe, args.format, args.shards, args.hub) as made_by:
         if args.trial == "flip":

@@ -1,7 +1,7 @@
-"""What can go wrong while experts are read, each as a thing to do at a random moment.
+"""Faults while reading experts; each occurs at a given read.
 
-Reads are replaced at their one seam, `os.preadv`. Buffers are filled with other bytes before a read
-fails, so that an expert which is used all the same gives wrong tokens.
+They replace `os.preadv`, through which all reads go. A failing read first fills its buffers with
+other bytes, so that using such an expert gives wrong tokens.
 """
 
 import errno
@@ -22,17 +22,17 @@ from flashmoe_mlx.store import host
 
 preadv = os.preadv
 Rows = Sequence[memoryview]
-# Answers a read: (descriptor, rows, offset) to bytes read.
+# Replaces a read: takes (descriptor, rows, offset), returns the bytes read.
 Answer = Callable[[int, Rows, int], int]
 
 
 @dataclass
 class Files:
-    """The expert files, and what is needed to bring them back.
+    """The expert files, with copies to restore them.
 
     Attributes:
-        paths: of the files.
-        kept: hard links to the same files.
+        paths: paths of the files.
+        kept: hard links to the files.
         data: their bytes.
     """
 
@@ -42,7 +42,7 @@ class Files:
 
     @classmethod
     def of(cls, paths: Sequence[Path], folder: Path) -> "Files":
-        """Keep `paths` in `folder`."""
+        """Link the files at `paths` into `folder`."""
         folder.mkdir()
         kept = [folder / path.name for path in paths]
         for path, link in zip(paths, kept, strict=True):
@@ -50,12 +50,12 @@ class Files:
         return cls(list(paths), kept, [path.read_bytes() for path in paths])
 
     def named(self, descriptor: int) -> Path:
-        """Return the file that is open."""
+        """Return the path of an open file."""
         found = os.fstat(descriptor)
         return next(path for path in self.kept if os.path.samestat(path.stat(), found))
 
     def restore(self) -> None:
-        """Put every file back: name, length and bytes."""
+        """Restore every file: name, length and bytes."""
         for path, link, data in zip(self.paths, self.kept, self.data, strict=True):
             if not path.exists() or not path.samefile(link):
                 path.unlink(missing_ok=True)
@@ -69,11 +69,11 @@ class Fault:
     """One row of the table.
 
     Attributes:
-        name: for people.
-        error: pattern of the message that the request must end with; None: it must not fail.
-        plant: has the fault happen at a read, given by its number; a context for the request.
-        loads: whether the request is to load a model, all experts resident, rather than to run one.
-        kind: type of what is raised, by name.
+        name: name of the row.
+        error: pattern of the expected message; None if the request must succeed.
+        plant: returns a context in which the fault occurs at a read, given by its number.
+        loads: whether the request loads a model with all experts, instead of running one.
+        kind: name of the expected exception's type.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Fault:
 
 
 class Planted:
-    """A fault that waits for its moment; `struck` says whether that has come."""
+    """A context with a fault; `struck` is true after the fault has occurred."""
 
     def __init__(self, answer: Answer, moment: int, lasting: bool = False) -> None:
         self.struck = False
@@ -92,7 +92,7 @@ class Planted:
         self._lock, self._count = threading.Lock(), 0
 
     def preadv(self, descriptor: int, rows: Rows, offset: int, *flags: int) -> int:
-        """Read, or do what was planted."""
+        """Read, or cause the fault."""
         with self._lock:
             self._count += 1
             now = self._count > self._moment and (self._lasting or not self.struck)
@@ -100,23 +100,23 @@ class Planted:
         return (self._answer if now else preadv)(descriptor, rows, offset, *flags)
 
     def __enter__(self) -> "Planted":
-        """Have reads go through here."""
+        """Replace `os.preadv`."""
         os.preadv = self.preadv  # type: ignore[assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Have them go where they went."""
+        """Restore `os.preadv`."""
         os.preadv = preadv
 
 
 def spoil(rows: Rows) -> None:
-    """Fill buffers with bytes of no expert."""
+    """Fill buffers with bytes that belong to no expert."""
     for row in rows:
         row[:] = b"\xa5" * len(row)
 
 
 def failing(reason: Callable[[], BaseException]) -> Answer:
-    """Return reads that bring wrong bytes and then fail, each with an exception of its own."""
+    """Return a read that fills its buffers with wrong bytes and raises a new exception."""
 
     def answer(descriptor: int, rows: Rows, offset: int) -> int:
         spoil(rows)
@@ -126,18 +126,18 @@ def failing(reason: Callable[[], BaseException]) -> Answer:
 
 
 def disk_error(code: int, lasting: bool = False) -> Callable[..., Planted]:
-    """Return what plants one failing read, or (lasting) nothing but failing reads from then on."""
+    """Return a planter of one failing read or, if lasting, of failing reads from then on."""
     answer = failing(lambda: OSError(code, os.strerror(code)))
     return lambda files, moment, rng: Planted(answer, moment, lasting)
 
 
 def raised(reason: Callable[[], BaseException]) -> Callable[..., Planted]:
-    """Return what plants a read that raises something else."""
+    """Return a planter of a read that raises `reason()`."""
     return lambda files, moment, rng: Planted(failing(reason), moment)
 
 
 def half_then_error(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant a read that brings a part, and whose rest cannot be read."""
+    """Plant a read that returns a part, and fails on the rest."""
     part, fail = [], failing(lambda: OSError(errno.EIO, os.strerror(errno.EIO)))
 
     def answer(descriptor: int, rows: Rows, offset: int) -> int:
@@ -150,12 +150,12 @@ def half_then_error(files: Files, moment: int, rng: random.Random) -> Planted:
 
 
 def first_half(rows: Rows) -> memoryview:
-    """Return half of the first buffer, at least a byte."""
+    """Return half of the first buffer, at least one byte."""
     return rows[0][: max(1, len(rows[0]) // 2)]
 
 
 def stuttering(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant reads that bring less than asked, or nothing because a signal came."""
+    """Plant short reads, and reads that a signal interrupts."""
 
     def answer(descriptor: int, rows: Rows, offset: int) -> int:
         if rng.random() < 0.3:
@@ -167,7 +167,7 @@ def stuttering(files: Files, moment: int, rng: random.Random) -> Planted:
 
 
 def late(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant reads that take up to two milliseconds more, so that they end in another order."""
+    """Plant delays of up to two milliseconds, so that reads complete in another order."""
 
     def answer(descriptor: int, rows: Rows, offset: int) -> int:
         time.sleep(rng.uniform(0, 2e-3))
@@ -177,7 +177,7 @@ def late(files: Files, moment: int, rng: random.Random) -> Planted:
 
 
 def end_of_file(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant a read that finds the end of the file."""
+    """Plant a read that returns the end of the file."""
 
     def answer(descriptor: int, rows: Rows, offset: int) -> int:
         spoil(rows)
@@ -187,7 +187,7 @@ def end_of_file(files: Files, moment: int, rng: random.Random) -> Planted:
 
 
 def truncated(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant a file that is cut short in place, in the middle of what is being read."""
+    """Plant a truncation of the file, in the middle of the bytes to read."""
 
     def answer(descriptor: int, rows: Rows, offset: int) -> int:
         spoil(rows)
@@ -198,7 +198,7 @@ def truncated(files: Files, moment: int, rng: random.Random) -> Planted:
 
 
 def replaced(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant other files of the same size under the names of the files being read."""
+    """Plant the replacement of all expert files by others of the same size."""
 
     def answer(descriptor: int, rows: Rows, offset: int) -> int:
         for path, data in zip(files.paths, files.data, strict=True):
@@ -222,11 +222,11 @@ def deleted(files: Files, moment: int, rng: random.Random) -> Planted:
 
 
 def thread_killed(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant what would end a reader thread."""
+    """Plant an exception that ends a reader thread."""
 
     def answer(descriptor: int, rows: Rows, offset: int) -> int:
         if threading.current_thread() is threading.main_thread():
-            planted.struck = False  # another read then
+            planted.struck = False  # choose another read
             return preadv(descriptor, rows, offset)
         return failing(lambda: SystemExit("ended"))(descriptor, rows, offset)
 
@@ -235,7 +235,7 @@ def thread_killed(files: Files, moment: int, rng: random.Random) -> Planted:
 
 
 class Signal(Planted):
-    """A signal to this process, some milliseconds behind a read at most."""
+    """A signal to this process, at most some milliseconds after a read."""
 
     def __init__(self, number: int, handler: Callable[..., object], moment: int, delay: float):
         super().__init__(self._strike, moment)
@@ -262,7 +262,7 @@ class Signal(Planted):
         return super().__enter__()
 
     def __exit__(self, *_: object) -> None:
-        """Put back what was there."""
+        """Restore the alarm and the handler."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         super().__exit__()
         for number, handler in self._before:
@@ -270,7 +270,7 @@ class Signal(Planted):
 
 
 def leave(number: int, frame: object) -> None:
-    """End the process in order, as many programs do on SIGTERM."""
+    """Raise SystemExit, as many programs do on SIGTERM."""
     raise SystemExit(f"signal {number}")
 
 
@@ -285,7 +285,7 @@ def terminate(files: Files, moment: int, rng: random.Random) -> Planted:
 
 
 class Instead(Planted):
-    """A function of some module that fails once, at its nth call."""
+    """A function of a module, which fails once, at its nth call."""
 
     def __init__(self, owner: object, name: str, reason: Exception, call: int) -> None:
         super().__init__(preadv, 1 << 60)
@@ -300,36 +300,36 @@ class Instead(Planted):
         return self._real(*args, **kwargs)
 
     def __enter__(self) -> Planted:
-        """Put itself in the place of the function."""
+        """Replace the function."""
         setattr(*self._place, lambda *args, **kwargs: self._fail(*args, **kwargs))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Put the function back."""
+        """Restore the function."""
         setattr(*self._place, self._real)
 
 
 def no_memory_to_compute(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant MLX's error where it gets no memory for a result."""
+    """Plant MLX's error when it cannot allocate a result."""
     reason = RuntimeError("[malloc] Unable to allocate 1048576 bytes.")
     return Instead(mx, "async_eval", reason, rng.randrange(8))
 
 
 def no_memory_to_load(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant a system that refuses the memory of the expert cache."""
+    """Plant the system's error when it cannot allocate the expert cache."""
     reason = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     return Instead(host.mmap, "mmap", reason, 0)
 
 
 def no_thread(files: Files, moment: int, rng: random.Random) -> Planted:
-    """Plant a system that refuses one of the reader threads."""
+    """Plant the system's error when it cannot start a reader thread."""
     reason = RuntimeError("can't start new thread")
     return Instead(threading.Thread, "start", reason, rng.randrange(8))
 
 
 @contextmanager
 def ignored() -> Iterator[list[str]]:
-    """Collect where exceptions were raised that Python ignores: in finalizers and their like."""
+    """Collect exceptions that Python ignores, such as those in finalizers."""
     found: list[str] = []
     hook = sys.unraisablehook
     sys.unraisablehook = lambda what: found.append(f"{what.exc_value!r} in {what.object}")

@@ -1,16 +1,16 @@
-"""Faults of a running `mlx_lm.server`: SIGTERM in mid-answer, and a disk that fails.
+"""Inject faults into a running `mlx_lm.server`: SIGTERM during an answer, and a failing disk.
 
     python tests/stress/fault_server.py MODEL [--times 100] [--seed 0]
 
-MODEL is a directory that flashmoe-convert wrote. Each round starts the stock server in a process of
-its own, and asks it over HTTP, streamed. What came until then must be the beginning of what the
-server answers undisturbed. Exit code 1 if a row of the table is not as it should be.
+MODEL is a directory that flashmoe-convert wrote. Each round starts the stock server in a separate
+process and requests a streamed answer. The text before the fault must be the beginning of the
+answer without faults. Exits with 1 if a row of the table fails.
 
-* SIGTERM: the process ends by it, and at once.
-* EIO, a request with a seed: the answer breaks off, the server's log names file and reason, and the
-  same request made again is answered whole.
-* EIO, requests that are batched: the same, but stock mlx-lm's thread that generates has died;
-  /health says 503 from then on, and whoever supervises the server has to start it again.
+* SIGTERM: it ends the process at once.
+* EIO in a request with a seed: the answer breaks off, the server's log names file and reason, and
+  the server answers the same request completely afterwards.
+* EIO in batched requests: the same, but stock mlx-lm's generation thread dies; from then on /health
+  returns 503, and a supervisor has to restart the server.
 """
 
 import argparse
@@ -35,7 +35,7 @@ QUESTION = {"messages": [{"role": "user", "content": "What is a library?"}]}
 ASKED = {"max_tokens": 16, "temperature": 0}
 NAMED = r"layer_\d+\.safetensors: reading an expert .* \(Input/output error\)"
 
-# The stock server with one difference: after SIGUSR1 the nth read fails; n is in a file.
+# The stock server, except that after SIGUSR1 the nth read fails; a file contains n.
 SERVER = """
 import errno, os, signal, sys
 preadv, left = os.preadv, []
@@ -56,7 +56,7 @@ main()
 
 @dataclass
 class Row:
-    """What became of one fault, so many times; `usable` counts what the row promises after it."""
+    """The results of one fault; `usable` counts rounds with the right behavior afterwards."""
 
     name: str
     injected: int = 0
@@ -65,20 +65,20 @@ class Row:
     usable: int = 0
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Return the row as one line."""
         return (
             f"{self.name:36} {self.injected:8} {self.named:8} {self.wrong:6} {self.usable:7}"
-            f"{'' if self.well else '  WRONG'}"
+            f"{'' if self.ok else '  WRONG'}"
         )
 
     @property
-    def well(self) -> bool:
-        """Say whether nothing is to be complained of."""
+    def ok(self) -> bool:
+        """Return whether all results are as expected."""
         return self.injected == self.named == self.usable > 0 and not self.wrong
 
 
 class Server(StockServer):
-    """A server with an expert cache of 9 of 100 experts, whose reads can be made to fail."""
+    """A server with an expert cache for 9 of 100 experts, whose reads can fail on request."""
 
     def __init__(self, model: Path, work: Path) -> None:
         self.note = work / "reads"
@@ -90,25 +90,25 @@ class Server(StockServer):
         )
 
     def pieces(self, **more: Any) -> Iterator[str]:
-        """Yield an answer's pieces as they come, however the connection ends."""
+        """Yield an answer's pieces until the connection ends, for any reason."""
         with suppress(OSError, http.client.HTTPException):
             for chunk in self.stream(QUESTION | ASKED | more):
                 yield chunk["choices"][0]["delta"].get("content") or ""
 
     def fail_at(self, read: int) -> None:
-        """Have the read fail that comes so many reads from now."""
+        """Let the read after the next `read` reads fail."""
         self.note.write_text(str(read))
         self.process.send_signal(signal.SIGUSR1)
         time.sleep(0.05)
 
     def end(self) -> int:
-        """End it by SIGTERM, if it runs, and return its exit code."""
+        """Send SIGTERM and return the exit code."""
         self.process.terminate()
         return self.process.wait(timeout=10)
 
 
 def terminated(model: Path, work: Path, clean: str, row: Row, rng: random.Random) -> None:
-    """End a server in mid-answer."""
+    """Terminate a server during an answer."""
     with Server(model, work) as server:
         pieces, when = "", rng.randrange(8)
         for number, piece in enumerate(server.pieces()):
@@ -118,15 +118,15 @@ def terminated(model: Path, work: Path, clean: str, row: Row, rng: random.Random
                 row.named += server.end() == -signal.SIGTERM
         row.wrong += not clean.startswith(pieces)
         if server.process.poll() is not None:
-            row.usable += server.health() is None  # port is free
+            row.usable += server.health() is None  # the port is free
 
 
 def failed_alone(server: Server, clean: str, row: Row, rng: random.Random) -> None:
-    """Have a read fail in a request that the server serves by itself."""
+    """Let a read fail in a request that the server does not batch."""
     before = server.log.stat().st_size
     server.fail_at(rng.randrange(100))
     pieces = clean
-    while pieces == clean:  # its moment may come in the next one
+    while pieces == clean:  # the read may belong to a later request
         pieces = "".join(server.pieces(seed=1))
     row.injected += 1
     row.named += bool(re.search(NAMED, server.log.read_text()[before:]))
@@ -135,7 +135,7 @@ def failed_alone(server: Server, clean: str, row: Row, rng: random.Random) -> No
 
 
 def failed_batch(server: Server, clean: str, row: Row, rng: random.Random) -> None:
-    """Have a read fail in a batch, and end the server."""
+    """Let a read fail in a batch, then end the server."""
     server.fail_at(rng.randrange(60))
     pieces = "".join(server.pieces())
     row.injected += 1
@@ -145,7 +145,7 @@ def failed_batch(server: Server, clean: str, row: Row, rng: random.Random) -> No
 
 
 def clean_answers(model: Path, work: Path) -> tuple[str, str]:
-    """Return what an undisturbed server answers: in a batch, and by itself."""
+    """Return the answers without faults: in a batch, and not batched."""
     with Server(model, work) as server:
         return "".join(server.pieces()), "".join(server.pieces(seed=1))
 
@@ -154,8 +154,8 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a directory that flashmoe-convert wrote")
-    parser.add_argument("--times", type=int, default=100, help="of each fault (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--times", type=int, default=100, help="times per fault (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     rows = [Row("SIGTERM in mid-answer"), Row("EIO, a request with a seed"), Row("EIO in a batch")]
@@ -163,7 +163,7 @@ def main() -> None:
         work = Path(name)
         batch, alone = clean_answers(args.model, work)
         print(f"{'fault':36} {'injected':>8} {'as named':>8} {'wrong':>6} {'usable':>7}")
-        for _ in range(2 * args.times):  # an answer that ends before its moment does not count
+        for _ in range(2 * args.times):  # an answer that ends before its fault does not count
             if rows[0].injected < args.times:
                 terminated(args.model, work, batch, rows[0], rng)
         print(rows[0], flush=True)
@@ -175,7 +175,7 @@ def main() -> None:
             with Server(args.model, work) as server:
                 failed_batch(server, batch, rows[2], rng)
         print(rows[2])
-    sys.exit(not all(row.well for row in rows))
+    sys.exit(not all(row.ok for row in rows))
 
 
 if __name__ == "__main__":

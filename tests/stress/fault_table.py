@@ -1,4 +1,4 @@
-"""The rows of the table that `faults.py` prints."""
+"""The faults of `faults.py`, one row each."""
 
 import errno
 

@@ -1,10 +1,10 @@
-"""Faults at random moments: each request fails by name, no token is wrong, and all goes on after.
+"""Inject faults at random moments: requests fail with the right error, and never give wrong tokens.
 
     python tests/stress/faults.py [--times 100] [--seed 0] [--only "EIO" ...]
 
-A model with a small expert cache answers a prompt again and again, and each time something goes
-wrong at a random read. The tokens that it gives until then are compared with those of a
-clean run, and so is a whole run after. Exit code 1 if a row of the table is not as it should be.
+A model with a small expert cache repeatedly answers a prompt, each time with a fault at a random
+read. The tool compares the tokens before the fault, and those of a run after it, with a run without
+faults. Exits with 1 if a row of the table fails.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from flashmoe_mlx.convert import convert
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
 PROMPT = "What is a library?"
-SLOTS = 9  # of a layer; a token uses a few of a hundred
+SLOTS = 9  # per layer, of 100 experts
 
 
 @dataclass
 class Scene:
-    """A model that streams, what it answers when nothing goes wrong, and by how many reads."""
+    """A streamed model, and its answer and number of reads without faults."""
 
     directory: Path
     model: Any
@@ -48,7 +48,7 @@ class Scene:
     reads: int = 0
 
     def answer(self, model: Any, found: list[int]) -> None:
-        """Put the tokens of an answer into `found`, one by one."""
+        """Append the tokens of an answer to `found`."""
         for response in stream_generate(model, self.tokenizer, self.prompt, max_tokens=self.tokens):
             found.append(response.token)
 
@@ -60,7 +60,7 @@ def scene(tokens: int = 12) -> Iterator[Scene]:
         directory = Path(work) / "model"
         with contextlib.redirect_stdout(io.StringIO()):
             convert(BUNDLED_MODEL, directory)
-        # A guess that cannot be read is asked for again: faults would not be named as often.
+        # Without prefetch: the store retries failed prefetches, so that faults would stay hidden.
         model, tokenizer = load(directory, expert_cache=SLOTS * 4 * 40_000, lookahead="off")
         layers = model._store.layout.layers
         paths = sorted({field.file for layer in layers for field in layer.fields})
@@ -80,18 +80,18 @@ def scene(tokens: int = 12) -> Iterator[Scene]:
 
 @dataclass
 class Row:
-    """What became of one fault.
+    """The results of one fault.
 
     Attributes:
-        fault: which.
-        injected: times that its moment came.
-        named: of these, ended as they should: with the right error, or with none.
-        wrong: runs with a token that a clean one does not give.
-        usable: times that a whole run afterwards was right.
-        lost: more of them, signals' exceptions that Python or a library's C code ignored: in a
-            finalizer, or where MLX's bindings try what an array can be made of.
-        held: descriptors, Python's threads and the system's, before and after.
-        messages: what was said, whatever the numbers.
+        fault: the fault.
+        injected: number of faults that occurred.
+        named: of these, the number that ended as expected: with the right error, or without one.
+        wrong: number of runs with a token that differs from the run without faults.
+        usable: number of correct runs afterwards.
+        lost: number of additional signals whose exception Python or C code ignored: in a
+            finalizer, or where MLX's bindings try to convert an array.
+        held: descriptors, Python threads and system threads, before and after.
+        messages: the errors, with N for each number.
     """
 
     fault: Fault
@@ -104,15 +104,15 @@ class Row:
     messages: set[str] = field(default_factory=set)
 
     @property
-    def well(self) -> bool:
-        """Say whether nothing is to be complained of."""
-        all_well = self.injected == self.named == self.usable and not self.wrong
+    def ok(self) -> bool:
+        """Return whether all results are as expected."""
+        all_ok = self.injected == self.named == self.usable and not self.wrong
         few_lost = self.lost <= self.injected / 20 + 1
-        return self.injected > 0 and all_well and few_lost and self.held[0] == self.held[1]
+        return self.injected > 0 and all_ok and few_lost and self.held[0] == self.held[1]
 
 
 def held() -> tuple[int, int, int]:
-    """Return how many descriptors, Python threads and system threads this process has."""
+    """Count the descriptors, Python threads and system threads of this process."""
     gc.collect()
     tasks = "/proc/self/task"
     own = len(os.listdir(tasks)) if os.path.isdir(tasks) else 0
@@ -120,10 +120,12 @@ def held() -> tuple[int, int, int]:
 
 
 def table_row(stage: Scene, fault: Fault, times: int, rng: random.Random) -> Row:
-    """Have a fault happen so many times."""
+    """Inject a fault `times` times."""
     row, before = Row(fault), held()
-    reads = 100 * len(stage.model.layers) if fault.loads else stage.reads  # all experts, or these
-    for _ in range(20 * times):  # a moment that never came does not count
+    reads = (
+        100 * len(stage.model.layers) if fault.loads else stage.reads
+    )  # a load reads all experts
+    for _ in range(20 * times):  # a fault whose moment never came does not count
         if row.injected == times:
             break
         strike(stage, fault, rng.randrange(reads), rng, row)
@@ -132,7 +134,7 @@ def table_row(stage: Scene, fault: Fault, times: int, rng: random.Random) -> Row
 
 
 def strike(stage: Scene, fault: Fault, moment: int, rng: random.Random, row: Row) -> None:
-    """Have a fault happen in one request, and make another request after it."""
+    """Inject a fault into one request, and make another request afterwards."""
     tokens: list[int] = []
     error: BaseException | None = None
     try:
@@ -160,14 +162,14 @@ def strike(stage: Scene, fault: Fault, moment: int, rng: random.Random, row: Row
 
 
 def as_expected(fault: Fault, error: BaseException | None) -> bool:
-    """Say whether a request ended as it should."""
+    """Return whether a request ended as expected."""
     if fault.error is None or error is None:
         return fault.error is None and error is None
     return type(error).__name__ == fault.kind and bool(re.search(fault.error, str(error)))
 
 
 def works(stage: Scene, fault: Fault) -> bool:
-    """Say whether a request gives the right tokens now; by a new model if loading had failed."""
+    """Return whether a request gives the right tokens now, with a new model if the load failed."""
     tokens: list[int] = []
     model = load(stage.directory, expert_cache="1GiB")[0] if fault.loads else stage.model
     try:
@@ -185,23 +187,23 @@ HEADER = (
 
 
 def line(row: Row) -> str:
-    """Return a row for people."""
+    """Format a row."""
     before, after = (f"{fds}, {threads}, {tasks}" for fds, threads, tasks in row.held)
     kept = before if before == after else f"{before} -> {after}"
     lost = f"  ({row.lost} more were ignored by Python or MLX)" if row.lost else ""
     return (
         f"{row.fault.name:30} {row.injected:8} {row.named:8} {row.wrong:6} {row.usable:7}  {kept}"
-        f"{lost}{'' if row.well else '  WRONG'}"
+        f"{lost}{'' if row.ok else '  WRONG'}"
     )
 
 
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=100, help="of each fault (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--only", nargs="+", metavar="FAULT", help="rows, by their names")
-    parser.add_argument("--messages", action="store_true", help="also print what was said")
+    parser.add_argument("--times", type=int, default=100, help="times per fault (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--only", nargs="+", metavar="FAULT", help="run only these rows")
+    parser.add_argument("--messages", action="store_true", help="also print the errors")
     args = parser.parse_args()
     chosen = [fault for fault in FAULTS if not args.only or fault.name in args.only]
     rows = []
@@ -213,7 +215,7 @@ def main() -> None:
             for message in sorted(row.messages) if args.messages else ():
                 print(f"    {message}", flush=True)
             rows.append(row)
-    sys.exit(not rows or not all(row.well for row in rows))
+    sys.exit(not rows or not all(row.ok for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Change saved prompt caches at random, and see that each is refused or goes on as stock goes on.
+"""Change saved prompt caches at random; each must be rejected or continue as in stock mlx-lm.
 
     python tests/stress/fuzz_caches.py --cases 5000 --minutes 10
 
-A case is right if it is refused with a sentence (`FlashMoEError`), or if the next tokens are those
-of stock mlx-lm with the same file. A traceback, a signal or other tokens are wrong. The kernels
-check their bounds.
+A case is right if loading raises FlashMoEError, or if the next tokens equal those of stock mlx-lm
+with the same file. A traceback, a signal or other tokens are errors. The kernels check their
+bounds.
 """
 
 import json
@@ -26,7 +26,7 @@ File = tuple[Tensors, dict[str, Any]]
 
 
 def read(path: Path) -> File:
-    """Read a safetensors file as its header says."""
+    """Read a safetensors file according to its header."""
     text, data = read_raw(path)
     header = json.loads(text)
     metadata = header.pop("__metadata__", {})
@@ -37,7 +37,7 @@ def read(path: Path) -> File:
 
 
 def write(path: Path, file: File) -> None:
-    """Write tensors one after another, whatever their shapes claim."""
+    """Write tensors contiguously, without checking their shapes."""
     header: dict[str, Any] = {"__metadata__": file[1]} if file[1] is not None else {}
     end = 0
     for name, (dtype, shape, data) in file[0].items():
@@ -47,7 +47,7 @@ def write(path: Path, file: File) -> None:
 
 
 def resize(shape: list[int], item: int) -> bytes:
-    """Return zeros for a shape, none where it would be absurd."""
+    """Return zeros of a shape, or an empty array if the shape is too large."""
     count = int(np.prod([max(n, 0) for n in shape], dtype=np.float64))
     return bytes(count * item) if count * item < 1 << 24 else b""
 
@@ -80,7 +80,7 @@ def change_dtype(file: File, rng: random.Random) -> None:
 
 
 def narrow(file: File, rng: random.Random) -> None:
-    """Store a float32 array in bfloat16, as a GPU would have saved it."""
+    """Store a float32 array in bfloat16, as a GPU saves it."""
     names = [n for n, (dtype, *_) in file[0].items() if dtype == "F32"]
     name = rng.choice(names)
     _, shape, data = file[0][name]
@@ -132,7 +132,7 @@ CHANGES: list[Callable[[File, random.Random], None]] = [
 
 
 class Cases(harness.Cases):
-    """Saved caches of the bundled model, changed, and what becomes of each."""
+    """Saved caches of the bundled model, with random changes."""
 
     def __init__(self, folder: Path) -> None:
         import mlx.core as mx
@@ -160,7 +160,7 @@ class Cases(harness.Cases):
             self.files.append(read(path))
 
     def run(self, seed: int) -> str:
-        """Make a case and return "refused" or "equal"; raise for anything else."""
+        """Run a case and return "refused" or "equal"; raise otherwise."""
         from mlx_lm.models.cache import load_prompt_cache
 
         from flashmoe_mlx import FlashMoEError
@@ -179,7 +179,7 @@ class Cases(harness.Cases):
         return "equal"
 
     def make(self, seed: int) -> list[str]:
-        """Write case number `seed`, and name the changes."""
+        """Write case number `seed`, and return the names of its changes."""
         rng = random.Random(seed)
         tensors, metadata = rng.choice(self.files)
         file = dict(tensors), dict(metadata)

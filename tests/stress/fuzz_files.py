@@ -1,20 +1,20 @@
-"""Change files of models at random, and see that loading refuses them or gives the same tokens.
+"""Change files of models at random; loading must reject them or give the same tokens.
 
     python tests/stress/fuzz_files.py --cases 5000 --minutes 10 --seed 1
 
-A case is a tiny model with a header, config.json, a tokenizer file or the manifest changed, or with
-a pipe, a link or a folder in a file's place. It is loaded, run for a few tokens on fixed ids,
-examined as flashmoe-doctor does, and verified if it was converted. What may come of it:
+A case is a tiny model with a change in a header, config.json, a tokenizer file or the manifest, or
+with a pipe, a link or a folder instead of a file. The fuzzer loads it, generates a few tokens from
+fixed ids, examines it as flashmoe-doctor does, and verifies it if it is converted. Valid outcomes:
 
 * refused: `load` raises FlashMoEError, and the doctor lists a problem;
-* equal: config.json still describes the same model, every tensor has its dtype, shape and bytes,
-  and the tokens are those of the unchanged model;
-* other: config.json describes another model that the headers fit too (another RoPE base, say), or
-  a tensor has other bytes, or other floats (BF16 read as F16), which `verify` names where there
-  are checksums. Its tokens are not judged.
+* equal: config.json still describes the same model, every tensor has the same dtype, shape and
+  bytes, and the tokens equal those of the unchanged model;
+* other: config.json describes another model that the headers also fit (for example another RoPE
+  base), or a tensor has other bytes or other floats (BF16 read as F16), which `verify` names if it
+  has checksums. The fuzzer does not compare the tokens.
 
-Anything else is wrong: another exception, a signal, other tokens, codes or shapes accepted that the
-unchanged model does not have, or more than half a minute. The kernels check their bounds.
+Everything else is an error: another exception, a signal, other tokens, codes or shapes that the
+unchanged model does not have, or a duration over half a minute. The kernels check their bounds.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ Trunk = dict[str, tuple[str, tuple[int, ...], int]]
 
 
 def trunk_dtype(source: Path, chances: random.Random) -> None:
-    """Give one tensor of the trunk another dtype, with its bytes as they are or cut to fit."""
+    """Change the dtype of one tensor of the trunk; keep its bytes or cut them to fit."""
     path = chances.choice(sorted(source.glob("model*.safetensors")))
     text, data = read_raw(path)
     header = json.loads(text)
@@ -87,7 +87,7 @@ def metadata(source: Path, chances: random.Random) -> None:
 
 
 def tokenizer(source: Path, chances: random.Random) -> None:
-    """Change values of a tokenizer file or of generation_config.json, or add some."""
+    """Change or add values in a tokenizer file or generation_config.json."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer_config.json",
              "generation_config.json")  # fmt: skip
     path = source / chances.choice(names)
@@ -103,7 +103,7 @@ def tokenizer(source: Path, chances: random.Random) -> None:
 
 
 def garbage(source: Path, chances: random.Random) -> None:
-    """Put random bytes, deep brackets or nothing in place of a small file."""
+    """Replace a small file by random bytes, nested brackets or an empty file."""
     path = chances.choice([p for p in sorted(source.iterdir()) if p.suffix in (".json", ".jinja")])
     deep = chances.choice((99, 101, 500, 2000, 100_000))
     path.write_bytes(
@@ -119,10 +119,10 @@ MUTATIONS = (
 
 
 class Model:
-    """What an unchanged directory holds, and the tokens that it gives."""
+    """The content of an unchanged directory, and its tokens."""
 
     def __init__(self, directory: Path) -> None:
-        """Load it."""
+        """Load the directory."""
         self.directory = directory
         self.args, self.trunk = described(directory), trunk_of(directory)
         model, _ = load(directory)
@@ -131,13 +131,13 @@ class Model:
 
 
 def generate(model: Any) -> list[int]:
-    """Return the likeliest tokens after PROMPT."""
+    """Return the greedy tokens after PROMPT."""
     steps = generate_step(mx.array(PROMPT), model, max_tokens=TOKENS)
     return [int(token) for token, _ in steps]
 
 
 def described(directory: Path) -> ModelArgs:
-    """Return the model that config.json describes, without what changes no token."""
+    """Return the arguments in config.json, without those that do not affect tokens."""
     args = ModelArgs.from_dict(json.loads((directory / "config.json").read_text()))
     return replace(args, flashmoe={}, quantization={}, layer_types=None, max_position_embeddings=1)
 
@@ -153,12 +153,12 @@ def trunk_of(directory: Path) -> Trunk:
 
 
 def judge(before: Model, directory: Path, tokens: list[int], named: bool) -> str:
-    """Say what came of a changed directory that was loaded and gave tokens.
+    """Return the outcome of a changed directory that loads and gives tokens.
 
     Args:
-        before: the model as it was.
-        directory: as it is.
-        tokens: that it gave.
+        before: the unchanged model.
+        directory: the changed directory.
+        tokens: its tokens.
         named: whether `verify` names a difference.
     """
     other = described(directory) != before.args
@@ -168,20 +168,20 @@ def judge(before: Model, directory: Path, tokens: list[int], named: bool) -> str
         if name in found and found[name] != (dtype, shape, checksum):
             floats = dtype in FLOATS and found[name][0] in FLOATS
             assert floats or found[name][0] == dtype, f"accepted {name} as {found[name][0]}"
-            # Of a quantized matrix fewer words are fewer bits, which mlx-lm takes from the shapes.
+            # In a quantized matrix fewer words mean fewer bits, which mlx-lm infers.
             packed = dtype == "U32" and found[name][1][:-1] == shape[:-1]
             same = found[name][1] == shape or name.endswith("conv1d.weight") or packed
             assert same or other, f"accepted {name} as {found[name][1]}"
             other = True
     if tokens == before.tokens:
         return "equal"
-    # Experts may have other bytes under the same header, which nothing but checksums can tell.
+    # Only checksums detect other bytes in experts with the same header.
     assert other or named or before.directory.name == "stock", f"other tokens: {tokens}"
     return "other"
 
 
 class Cases(harness.Cases):
-    """Two tiny models, changed: a stock MLX checkpoint, and what flashmoe-convert makes of it."""
+    """Two tiny models to change: a stock MLX checkpoint and its conversion."""
 
     patience = 30
 
@@ -191,19 +191,19 @@ class Cases(harness.Cases):
         self.work = folder / "case"
 
     def run(self, seed: int) -> str:
-        """Change a model, and return "refused", "equal" or "other"; raise for anything else."""
+        """Change a model, and return "refused", "equal" or "other"; raise otherwise."""
         chances = random.Random(seed)
         with contextlib.redirect_stderr(io.StringIO()):
             return outcome(chances.choice(self.models), self.work, chances)
 
 
 def outcome(before: Model, work: Path, chances: random.Random) -> str:
-    """Copy a model to `work`, change something, use it, and return what came of it."""
+    """Copy a model to `work`, change it, use it, and return the outcome in a word."""
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(before.directory, work)
     change = chances.choice(MUTATIONS)
     with contextlib.suppress(ValueError, KeyError, IndexError, TypeError, AttributeError):
-        change(work, chances)  # which may find nothing that it knows
+        change(work, chances)  # the change may not apply to this model
     tokens = None
     try:
         model, words = load(work, io_threads=2)
@@ -221,7 +221,7 @@ def outcome(before: Model, work: Path, chances: random.Random) -> str:
         except FlashMoEError:
             named = True
     if tokens is None:
-        assert problems, "refused, and the doctor says that all is well"
+        assert problems, "refused, but the doctor lists no problem"
         return "refused"
     return judge(before, work, tokens, named)
 

@@ -1,4 +1,4 @@
-"""Run numbered cases in a process of their own, so that a signal or a hang ends only the case."""
+"""Run numbered cases in a separate process, so that a signal or a hang ends only one case."""
 
 import argparse
 import collections
@@ -19,19 +19,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 class Cases:
-    """What is tried: made once per process, with a folder to write to."""
+    """The cases of a fuzzer; created once per process, with a folder to write to."""
 
-    patience = 120  # seconds that one case may take
+    patience = 120  # seconds, the most for one case
 
     def __init__(self, folder: Path) -> None:
-        """Prepare in `folder`."""
+        """Prepare the cases in `folder`."""
 
     def limit(self) -> None:
-        """Limit what this process may use, after `__init__`; tests leave this out."""
+        """Limit the resources of this process, after `__init__`; tests do not call it."""
 
     def run(self, seed: int) -> str:
-        """Run one case and return how it ended, in a word; raise if that is wrong."""
-        raise TypeError("a subclass says what is tried")
+        """Run one case and return its outcome in a word; raise on a wrong outcome."""
+        raise TypeError("a subclass implements run")
 
 
 def write_models(folder: Path) -> None:
@@ -53,7 +53,7 @@ def _work(pipe: Connection, make: Callable[[Path], Cases], folder: Path, seeds: 
         faulthandler.dump_traceback_later(cases.patience, exit=True)
         try:
             result = cases.run(seed)
-        except BaseException:  # whatever is not a sentence
+        except BaseException:  # report every kind
             result = "WRONG\n" + traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
         pipe.send((seed, result))
@@ -62,7 +62,7 @@ def _work(pipe: Connection, make: Callable[[Path], Cases], folder: Path, seeds: 
 def run(
     make: Callable[[Path], Cases], seeds: range, minutes: float
 ) -> tuple[dict[str, int], list[str]]:
-    """Run cases until all are done or the time is up: how many ended how, and what was wrong."""
+    """Run cases until the end or the time limit; count the outcomes, and list the errors."""
     ended, wrong = collections.Counter[str](), list[str]()
     until = time.monotonic() + 60 * minutes
     while seeds and time.monotonic() < until:
@@ -75,7 +75,7 @@ def _run_until_death(
     make: Callable[[Path], Cases], folder: Path, seeds: range, until: float,
     ended: collections.Counter[str], wrong: list[str],
 ) -> range:  # fmt: skip
-    """Run cases in one process, add what came of them, and return those that are left."""
+    """Run cases in one process, add their outcomes, and return the remaining cases."""
     context, seed = multiprocessing.get_context("spawn"), None
     pipe, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(theirs, make, folder, seeds))
@@ -93,7 +93,7 @@ def _run_until_death(
     except EOFError:
         process.join()
         if seed is None:
-            raise SystemExit("the cases could not be prepared") from None
+            raise SystemExit("preparing the cases failed") from None
         seeds = seeds[1:]
         wrong.append(f"case {seed}: the process ended with {process.exitcode}")
     if seeds:
@@ -103,7 +103,7 @@ def _run_until_death(
 
 
 def main(about: str | None, make: Callable[[Path], Cases], argv: list[str] | None = None) -> None:
-    """Run a fuzzer as a command, kernels checking their bounds; exit code 1 if a case is wrong."""
+    """Run a fuzzer as a command, with bounds checks in kernels; exit with 1 after an error."""
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,11 @@
-"""Evaluate a Qwen3.5 MoE on the held-out cases, greedily, its experts streamed from disk.
+"""Evaluate a Qwen3.5 MoE on the held-out cases with greedy decoding; its experts stream.
 
     python tools/bundled_model/evaluate.py --model flashmoe_mlx/bundled [--requantize 4 2]
 
-Prints the share of exactly right tool calls (parsed by mlx_lm's own tool parser), of valid and of
-exact JSON, of right refusals to call, of exact reports of a tool's result, the perplexity per
-token, and a few English continuations. --requantize also runs copies whose experts
-flashmoe-convert brought to other bits; the trunk stays as it is.
+Prints the shares of exact tool calls (parsed by mlx_lm's tool parser), of valid and of exact JSON,
+of answers that correctly make no call, and of exact reports of a tool's result; the perplexity per
+token; and a few English continuations. --requantize also evaluates copies whose experts
+flashmoe-convert requantized; the trunk stays unchanged.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ PROMPTS = (
     "If you want to install the package,",
 )
 QUESTIONS = ("What is a dog?", "What does the program gzip do?", "Define courage.", "Who are you?")
-TOKENS = 8192  # of heldout.txt, for the perplexity
+TOKENS = 8192  # of heldout.txt, for perplexity
 
 
 def read_cases(path: Path, kinds: list[str] | None, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` cases of each wanted kind."""
+    """Return the first `limit` cases of each of `kinds`, or of all kinds."""
     count: Counter[str] = Counter()
     cases = []
     for case in map(json.loads, path.read_text().splitlines()):
@@ -49,7 +49,7 @@ def read_cases(path: Path, kinds: list[str] | None, limit: int) -> list[dict[str
 
 
 def answer(model: nn.Module, tokenizer: Any, case: dict[str, Any]) -> str:
-    """The model's answer to one case."""
+    """Return the model's answer to one case."""
     prompt = tokenizer.apply_chat_template(
         case["messages"], tools=case["tools"], add_generation_prompt=True
     )
@@ -57,7 +57,7 @@ def answer(model: nn.Module, tokenizer: Any, case: dict[str, Any]) -> str:
 
 
 def parse_calls(tokenizer: Any, text: str, tools: Any) -> list[dict[str, Any]] | None:
-    """The calls in an answer, or None if they cannot be parsed."""
+    """Return the calls in an answer, or None if parsing fails."""
     calls = []
     for part in text.split(tokenizer.tool_call_start)[1:]:
         try:
@@ -69,7 +69,7 @@ def parse_calls(tokenizer: Any, text: str, tools: Any) -> list[dict[str, Any]] |
 
 
 def judge(tokenizer: Any, case: dict[str, Any], text: str) -> dict[str, bool]:
-    """Measure name -> right or wrong, for one answer."""
+    """Return, by measure, whether an answer is correct."""
     kind = case["kind"]
     if kind == "tool":
         calls = parse_calls(tokenizer, text, case["tools"]) or []
@@ -87,7 +87,7 @@ def judge(tokenizer: Any, case: dict[str, Any], text: str) -> dict[str, bool]:
 
 
 def perplexity(model: nn.Module, tokenizer: Any, text: str, length: int = 512) -> float:
-    """exp of the mean loss per token over windows of `length` tokens."""
+    """Return exp of the mean loss per token over windows of `length` tokens."""
     tokens = mx.array(tokenizer.encode(text, add_special_tokens=False))
     count = min(TOKENS, len(tokens) - 1) // length
     total = 0.0
@@ -99,7 +99,7 @@ def perplexity(model: nn.Module, tokenizer: Any, text: str, length: int = 512) -
 
 
 def evaluate(path: str, kinds: list[str] | None, limit: int, show: int) -> dict[str, float]:
-    """All figures of one model."""
+    """Return all figures of one model."""
     begin = time.monotonic()
     model, tokenizer = load(path, tokenizer_config={"trust_remote_code": True})
     verdicts: dict[str, list[bool]] = defaultdict(list)
@@ -125,7 +125,7 @@ def evaluate(path: str, kinds: list[str] | None, limit: int, show: int) -> dict[
 
 
 def report(name: str, figures: dict[str, float]) -> None:
-    """One block of figures."""
+    """Print the figures of one model."""
     print(f"\n{name}")
     for measure, value in figures.items():
         shown = f"{value:.1%}" if value <= 1 and measure != "seconds" else f"{value:.2f}"
@@ -134,7 +134,7 @@ def report(name: str, figures: dict[str, float]) -> None:
 
 
 def main() -> None:
-    """Evaluate the model, then its coarser copies."""
+    """Evaluate the model, then its requantized copies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--requantize", type=int, nargs="*", default=[], metavar="BITS")
