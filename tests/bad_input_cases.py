@@ -155,7 +155,7 @@ BENCH = [
     ("io --record 5000", "--record must be a multiple of 12288, at least 36864, to"),
     ("io --threads 0", "--threads must be at least 1, got 0"),
     ("io --sample-mib 0", "--sample-mib must be at least 1, got 0"),
-    ("io --sample-mib 999999999", "1999999998 MiB are asked for, and "),
+    ("io --sample-mib 999999999", "1999999998 MiB are needed, and "),
     ("io --rounds -1", "--rounds must be at least 1, got -1"),
     (
         "io --dir {bundled}/config.json",

@@ -20,6 +20,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from ..custom_kernels.attention.step import AttentionStepCase
 from ..custom_kernels.autotune import NEEDS_GPU, Verdict, measure
@@ -150,7 +151,9 @@ def parity(cases: Sequence[KernelCase]) -> list[Finding]:
     pool = ProcessPoolExecutor(min(PROCESSES, machine.cores()), get_context("spawn"))
     try:
         with pool:
-            for case, verdict in zip(cases, pool.map(judge, cases), strict=True):
+            judged = zip(cases, pool.map(judge, cases), strict=True)
+            # Compiling takes minutes on a GPU; the bar shows on a terminal only.
+            for case, verdict in tqdm(judged, "kernels", len(cases), leave=False, disable=None):
                 verdicts.setdefault(case.op, []).append((case, verdict))
     except BrokenProcessPool:
         done = sum(map(len, verdicts.values()))

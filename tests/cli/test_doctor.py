@@ -117,7 +117,7 @@ def test_a_missing_shard_of_the_trunk(copy, capsys):
     [
         (["no/such/dir"], {}, "no/such/dir: not a directory"),
         (["--sample-mib", "0"], {}, "--sample-mib must be at least 2"),
-        ([], {"FLASHMOE_KERNELS": "fast"}, "FLASHMOE_KERNELS = 'fast' is not a choice"),
+        ([], {"FLASHMOE_KERNELS": "fast"}, "FLASHMOE_KERNELS = 'fast' is not valid"),
     ],
 )
 def test_bad_input(args, env, message, capsys, monkeypatch):

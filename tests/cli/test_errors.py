@@ -112,7 +112,7 @@ def test_settings_out_of_range(models, settings, message):
         (["--experts-per-token", "0"], "experts_per_token = '0' is not a whole number"),
         (["--draft-model", "x"], "--draft-model is not supported for streamed models"),
         (["--image", "x.png"], "--image is not supported for streamed models"),
-        (["FLASHMOE_KERNELS=fast"], "FLASHMOE_KERNELS = 'fast' is not a choice"),
+        (["FLASHMOE_KERNELS=fast"], "FLASHMOE_KERNELS = 'fast' is not valid"),
         (["FLASHMOE_IO_THREADS=x"], "FLASHMOE_IO_THREADS = 'x' is not a whole number"),
     ],
 )
