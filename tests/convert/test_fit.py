@@ -38,12 +38,12 @@ def errors(w, found, quant, importance=1.0) -> np.ndarray:
 
 
 @pytest.fixture(params=["numba", "mlx"])
-def executor(request, monkeypatch):
+def backend(request, monkeypatch):
     """Search by numba, or by MLX's own ops as on a GPU."""
     monkeypatch.setattr(module, "has_numba", lambda: request.param == "numba")
 
 
-@pytest.mark.usefixtures("executor")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["normal", "outliers", "constant", "far from zero", "tiny"])
@@ -91,7 +91,7 @@ def test_numba_finds_what_mlx_finds(monkeypatch, dtype, weighted):
     assert np.abs(found[0] - found[1]).max() < 0.02 * found[1].mean()
 
 
-@pytest.mark.usefixtures("executor")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("bits, gain", [(2, 0.70), (4, 0.92)])
 def test_normal_weights_are_clearly_closer(bits, gain):
     w, quant = weights("normal"), Quant(bits, 64)
@@ -99,7 +99,7 @@ def test_normal_weights_are_clearly_closer(bits, gain):
     assert errors(w, fit(w, quant, mx.bfloat16), quant).sum() < gain * plain
 
 
-@pytest.mark.usefixtures("executor")
+@pytest.mark.usefixtures("backend")
 def test_important_weights_are_closer():
     w, quant = weights("normal"), Quant(2, 64)
     importance = mx.where(mx.arange(256) % 8 == 0, 20.0, 1.0)
@@ -108,7 +108,7 @@ def test_important_weights_are_closer():
     assert errors_of[0] < 0.9 * errors_of[1]
 
 
-@pytest.mark.usefixtures("executor")
+@pytest.mark.usefixtures("backend")
 def test_chunks_of_rows_give_the_same(monkeypatch):
     w, quant = random(3, 8, 128), Quant(2, 32)
     importance = mx.abs(random(3, 8, 128, seed=1))
