@@ -3,11 +3,11 @@
 All other files in the directory may be private.
 """
 
-import json
 import os
 from pathlib import Path
 
 from ...errors import FlashMoEError
+from ...format.json_file import read_bytes, read_object, unreadable
 from ...format.layout import EXPERT_DIR, MANIFEST
 from ..source.foreign_code import SHIM_NAME
 from ..source.hub import CARD, WEIGHTS
@@ -15,6 +15,7 @@ from ..verify.verify import entries, read_checksums, verify
 from ..write.output import GENERATED, SHIM, is_copied
 
 LAST = f"{EXPERT_DIR}/{MANIFEST}"
+AGAIN = "Convert again."
 SHOWN = 10  # names of unlisted files to print
 
 
@@ -39,8 +40,12 @@ def check_listed(out: Path) -> set[str]:
             f"{out}: {problem}. Run flashmoe-convert verify {out} before you upload it."
         )
     # Stock mlx-lm runs this file, so the manifest's word for it is not enough.
-    named = json.loads((out / "config.json").read_bytes()).get("model_file")
-    if named != SHIM_NAME or (out / SHIM_NAME).read_bytes() != SHIM.encode():
+    try:
+        named = read_object(out / "config.json", AGAIN).get("model_file")
+        shim = read_bytes(out / SHIM_NAME, AGAIN)
+    except FileNotFoundError as error:  # a manifest need not list them
+        raise unreadable(error.filename, error) from error
+    if named != SHIM_NAME or shim != SHIM.encode():
         raise FlashMoEError(
             f"{out / SHIM_NAME}: not the two lines that flashmoe-convert writes, or not what "
             "config.json names as model_file. Convert again."

@@ -188,12 +188,20 @@ def _size_problem(path: Path, name: str, size: int) -> Problem | None:
 def _differs_in_settings(path: Path, entry: Entry) -> bool:
     """Whether config.json differs from what was written only by settings that users may add."""
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_bytes(path, "Convert again."))  # a pipe would block
         own = config["flashmoe"]
         config["flashmoe"] = {name: own[name] for name in own if name not in SETTINGS}
         written = json_bytes(dict(sorted(config.items())))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        FlashMoEError,
+    ):
+        return False  # the comparison with the manifest says what is wrong
     same = (len(written), as_text(zlib.crc32(written))) == (entry["size"], entry["checksum"])
     return same and not own.keys().isdisjoint(SETTINGS)
 

@@ -3,7 +3,7 @@
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 
-from flashmoe_mlx.store.slots import HALF_LIFE, Demand
+from flashmoe_mlx.store.slots import HALF_LIFE, DecayedLFU
 
 
 class Policy:
@@ -45,7 +45,7 @@ class LeastDemand(Policy):
 
     def __init__(self, slots: int, experts: int, half_life: float = HALF_LIFE) -> None:
         super().__init__(slots)
-        self._demand = Demand(experts, half_life)
+        self._demand = DecayedLFU(experts, half_life)
 
     def use(self, expert: int, new: bool) -> None:
         """Count it."""

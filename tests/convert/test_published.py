@@ -159,6 +159,19 @@ def list_a_pickle(out: Path) -> None:
     relist(out, "tokenizer.json", "x.bin", SECRET)
 
 
+def unlist_a_pipe(name: str) -> Callable[[Path], None]:
+    """Put a pipe in the place of a file that the manifest no longer lists."""
+
+    def change(out: Path) -> None:
+        manifest = read(out / MANIFEST)
+        del manifest["manifest_checksum"]
+        manifest["files"] = [entry for entry in manifest["files"] if entry["file"] != name]
+        write_manifest(out, manifest)
+        pipe(name)(out)
+
+    return change
+
+
 def relist(out: Path, name: str, new: str, text: bytes) -> None:
     manifest = read(out / MANIFEST)
     del manifest["manifest_checksum"]
@@ -183,6 +196,8 @@ def relist(out: Path, name: str, new: str, text: bytes) -> None:
         (altered("model_experts/layer_02.safetensors"), "layer_02.safetensors: layer 2 expert "),
         (rewrite_shim, "flashmoe_model.py: not the two lines that flashmoe-convert writes, or "),
         (name_another_model_file, "or not what config.json names as model_file. Convert again."),
+        (unlist_a_pipe("config.json"), "config.json: not a regular file. Convert again."),
+        (unlist_a_pipe("flashmoe_model.py"), "flashmoe_model.py: not a regular file. Convert"),
         (list_a_secret, "manifest.json: lists '.env', which flashmoe-convert does not write."),
         (list_a_pickle, "manifest.json: lists 'x.bin', which flashmoe-convert does not write."),
         (lambda out: (out / "README.md").write_bytes(b"\xff"), "README.md: not UTF-8 ("),

@@ -434,6 +434,27 @@ def test_a_config_json_that_cannot_be_read_is_found(content, out):
     assert [line.split(":")[0] for line in found(out)] == ["config.json"]
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model.safetensors", LAYER, MANIFEST]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_not_a_regular_file_is_named_and_not_opened(name, kind, out):
+    """Opening a pipe would block for ever; a device has no end."""
+    path = out / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    if name == MANIFEST:
+        with pytest.raises(FlashMoEError, match=r"manifest.json: .*"):
+            verify.verify(out)
+    else:
+        assert found(out) == [f"{name}: not a regular file"]
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "flashmoe_model.py"])
 def test_changes_to_other_small_files_are_found(name, out):
     """They are the source's, byte for byte."""
