@@ -65,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add(
         "--calibrate", metavar="FILE",
-        help="Quantize each expert for its inputs in this text (UTF-8): some thousand words of the "
-        "kind that the model will be used for. Needs a quantized source, memory to run it, and "
+        help="Quantize each expert for its inputs in this text (UTF-8): a few thousand words of "
+        "the kind that the model will be used for. Needs a quantized source, memory to run it, and "
         "hours for a large model.",
     )  # fmt: skip
     add(
@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     visibility.add_argument(
         "--public", dest="private", action="store_const", const=False,
-        help="With --upload-repo: everybody may see it.",
+        help="With --upload-repo: anyone can see it.",
     )  # fmt: skip
     return result
 
@@ -145,7 +145,7 @@ def _verify(options: argparse.Namespace) -> int:
     problems = verify(directory)
     if options.repair and problems:
         print(*problems, sep="\n")
-        print(f"Repairing {len({problem.file for problem in problems})} files.")
+        print(f"Files to repair: {len({problem.file for problem in problems})}.")
         problems = repair(directory, problems, options.hf_path, options.revision)
     print(*problems, summary(directory, problems), sep="\n")
     return EXIT_DIFFERENCES if problems else 0

@@ -277,17 +277,26 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
 
 
 def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
-    """Try a tokenizer, and refuse ids beyond the embedding, which MLX would read out of bounds.
+    """Try a tokenizer, and refuse ids that MLX would read out of bounds or mlx-lm cannot print.
 
     Raises:
         FlashMoEError: it fails, or has such an id.
     """
     with named(directory, *TOKENIZER):
         tokenizer.decode(tokenizer.encode("Hello"))
-        tokens = tokenizer.get_vocab().items()
-    token, largest = max(tokens, key=lambda item: item[1], default=("", 0))
+        vocabulary = tokenizer.get_vocab()
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        # Added tokens may leave gaps between their ids.
+        own = fast.get_vocab(with_added_tokens=False) if fast else {}
+    token, largest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
     if largest >= vocab_size:
         raise FlashMoEError(
             f"{directory}: its tokenizer maps {token!r} to id {largest}, but the model has "
             f"vocab_size = {vocab_size}. {REMEDY}."
+        )
+    known = set(vocabulary.values())
+    missing = [number for number in range(max(own.values(), default=0)) if number not in known]
+    if missing:
+        raise FlashMoEError(
+            f"{directory}: its tokenizer has no token for id {missing[0]}. {REMEDY}."
         )

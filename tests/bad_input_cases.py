@@ -140,7 +140,7 @@ CONVERT = [
     ("verify {out}", "out: not a directory. Give one that flashmoe-convert wrote."),
     (
         "verify {bundled}",
-        "bundled: unfinished conversion (manifest.json is written last and is mis",
+        "bundled: not written by flashmoe-convert (no model_experts). Convert it f",
     ),
     (
         "verify {packed} --repair",

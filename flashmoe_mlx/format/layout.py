@@ -142,6 +142,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = read_json(path, "Run flashmoe-convert again.")
     except FileNotFoundError:
+        if not path.parent.exists():
+            raise FlashMoEError(
+                f"{path.parent.parent}: not written by flashmoe-convert (no {path.parent.name}). "
+                "Convert it first."
+            ) from None
         raise FlashMoEError(
             f"{path.parent.parent}: unfinished conversion ({path.name} is written last and is "
             "missing). Run flashmoe-convert again."

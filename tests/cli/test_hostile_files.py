@@ -243,6 +243,18 @@ def test_a_token_outside_the_embedding(model):
     refused(model, r"its tokenizer maps '<more>' to id 4096, but the model has vocab_size = 4096")
 
 
+@pytest.mark.parametrize("number", [0, 300, 4000])
+def test_an_id_that_has_no_token(model, number):
+    """mlx-lm could not print it."""
+    content = json.loads((model / "tokenizer.json").read_text())
+    words = content["model"]["vocab"]
+    del words[next(word for word, found in words.items() if found == number)]
+    content["model"]["merges"] = []
+    content["added_tokens"] = [x for x in content["added_tokens"] if x["id"] != number]
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    refused(model, rf"model: its tokenizer (has no token for id {number}|cannot be loaded \()")
+
+
 TOKENIZERS = {
     "deep": (b"[" * 100_000 + b"]" * 100_000, r"cannot be loaded \(RecursionError"),
     "less deep": (b'{"a":' + b"[" * 300 + b"]" * 300 + b"}", r"cannot be loaded \("),

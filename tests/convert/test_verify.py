@@ -310,7 +310,9 @@ def test_no_room_to_repair(root, out, monkeypatch):
 def test_directories_without_checksums(root, out, tmp_path):
     with pytest.raises(FlashMoEError, match=r"none: not a directory. Give one that"):
         verify.verify(tmp_path / "none")
-    with pytest.raises(FlashMoEError, match=r"unfinished conversion .* Run flashmoe-convert"):
+    with pytest.raises(
+        FlashMoEError, match=r"hf: not written by flashmoe-convert \(no model_experts\)"
+    ):
         verify.verify(root / "hf")
     convert(root / "stock", tmp_path / "linked", link=True)
     with pytest.raises(FlashMoEError, match=r"lie in \S+stock, which has no checksums"):
