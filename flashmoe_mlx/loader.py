@@ -2,11 +2,14 @@
 
 import atexit
 import glob
+import os
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
@@ -18,8 +21,15 @@ from .format.headers import TensorInfo, checkpoint_headers, weight_files
 from .format.json_file import exists
 from .format.layout import ExpertLayout, open_layout, quantization
 from .format.model_files import check_small_files, read_config
+from .format.modules import (
+    ExpertModule,
+    open_modules,
+    projection_fields,
+    projection_quantization,
+)
 from .format.names import PROJECTIONS, is_expert
-from .models.qwen3_5.args import ModelArgs, check_top_k
+from .models.patch import patched_classes, top_k, vocabulary
+from .models.qwen3_5.args import MODEL_TYPES, ModelArgs, activation_bytes, check_top_k
 from .models.qwen3_5.model import Model
 from .models.trunk_checks import REMEDY, check_readable, check_trunk
 from .settings import StreamConfig
@@ -41,21 +51,27 @@ DOWNLOAD_PATTERNS = [
 ]  # fmt: skip
 
 
-def bind(shim: str) -> tuple[type[Model], type[ModelArgs]]:
+def bind(shim: str) -> tuple[type[nn.Module], Any]:
     """Return the classes from which stock mlx-lm builds a converted model.
 
     A converted directory's `flashmoe_model.py` calls this with its own `__file__`.
     """
-    return bound_classes(Path(shim).parent)
+    directory = Path(shim).parent
+    return bound_classes(directory, read_config(directory))
 
 
-def bound_classes(directory: Path, **settings: Any) -> tuple[type[Model], type[ModelArgs]]:
+def bound_classes(
+    directory: Path, config: Mapping[str, Any], **settings: Any
+) -> tuple[type[nn.Module], Any]:
     """Return (model class, arguments class) whose experts stream from `directory`.
 
     Args:
         directory: the model's directory.
+        config: its config.json.
         settings: `StreamConfig` fields; None means not given.
     """
+    if not has_fast_path(config):
+        return generic_classes(directory, config, settings)
 
     class BoundModel(Model):
         """A `Model` with an expert store on one directory."""
@@ -69,6 +85,64 @@ def bound_classes(directory: Path, **settings: Any) -> tuple[type[Model], type[M
             super().__init__(args, open_store(directory, args, stream))
 
     return BoundModel, ModelArgs
+
+
+def has_fast_path(config: Mapping[str, Any]) -> bool:
+    """Say whether this package has its own model code for a config.json.
+
+    Raises:
+        FlashMoEError: FLASHMOE_MODEL is neither auto nor generic.
+    """
+    mode = os.environ.get("FLASHMOE_MODEL") or "auto"
+    if mode not in ("auto", "generic"):
+        raise FlashMoEError(f"FLASHMOE_MODEL = {mode!r} is not valid. Set it to auto or generic.")
+    return mode == "auto" and config.get("model_type") in MODEL_TYPES
+
+
+def generic_classes(
+    directory: Path, config: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[type[nn.Module], Any]:
+    """Return mlx-lm's own classes with streamed experts: see `patched_classes`."""
+    stream = StreamConfig.resolve(config.get("flashmoe") or {}, **settings)
+    if stream.lookahead == "on":
+        raise FlashMoEError(
+            f"lookahead = 'on': no prefetch for model_type {config.get('model_type')!r}. Choose "
+            "auto, or off."
+        )
+
+    def open_experts(args: Any, modules: Sequence[ExpertModule]) -> ExpertStore:
+        layout = open_modules(directory, modules)
+        formats = set()
+        for layer, module in zip(layout.layers, modules, strict=True):
+            for name, shape in module.shapes.items():
+                found = projection_quantization(layer, name, shape)
+                if found and found.mode == "affine":
+                    dtype = layer.fields[projection_fields(layer, name)["scales"]].dtype
+                    formats.add((found.bits, found.group_size, dtype))
+        experts = tuple(f"{module.path}." for module in modules)
+        headers = checkpoint_headers(directory)
+        trunk = {k: info for k, (_, info) in headers.items() if not k.startswith(experts)}
+        formats |= entry_formats(config.get("quantization") or {}, trunk)
+        widest = max(max(shape) for module in modules for shape in module.shapes.values())
+        size = Size(top_k(args), trunk_bytes(trunk), activation_bytes(top_k(args), widest))
+        return start_store(layout, size, named_dtypes(formats), replace(stream, lookahead="off"))
+
+    return patched_classes(config, open_experts, stream.experts_per_token)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the size of the expert cache depends on, besides the experts.
+
+    Attributes:
+        top_k: experts per token.
+        trunk: bytes of resident weights.
+        activations: bytes of a prompt chunk's activations.
+    """
+
+    top_k: int
+    trunk: int
+    activations: int
 
 
 def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> ExpertStore:
@@ -87,28 +161,41 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
                 "here. Choose auto, or off."
             )
         stream = replace(stream, lookahead="off")
+    trunk = without_experts(headers)
+    size = Size(args.num_experts_per_tok, trunk_bytes(trunk), args.activation_bytes)
+    return start_store(layout, size, kernel_formats(trunk, args, layout), stream)
+
+
+def start_store(
+    layout: ExpertLayout, size: Size, formats: set[Format], stream: StreamConfig
+) -> ExpertStore:
+    """Open a layout's experts: plan the cache, compile the kernels, preload if all fit.
+
+    Args:
+        layout: where the experts lie.
+        size: of the rest of the model.
+        formats: of the matrices that the CPU kernels compute.
+        stream: settings.
+    """
     backend = choose()
     checks = RecordChecks(layout, backend) if stream.verify else None
-    trunk = without_experts(headers)
-    trunk_bytes = sum(info.nbytes for info in trunk.values())
-    formats = kernel_formats(trunk, args, layout)
-    requested_slots(stream.expert_cache, layout, args.num_experts_per_tok)  # raises early
+    requested_slots(stream.expert_cache, layout, size.top_k)  # raises early
     prepare(formats)
     check_cpu_kernels(formats)
     available = available_bytes()  # after the kernels, which take memory
-    io = plan_io(stream.io_mode, layout, available - trunk_bytes)
+    io = plan_io(stream.io_mode, layout, available - size.trunk)
     own = backend.free_bytes
     plan = plan_cache(
         stream.expert_cache,
         layout,
-        args.num_experts_per_tok,
-        trunk_bytes,
+        size.top_k,
+        size.trunk,
         available if own is None else own,
         io,
-        args.activation_bytes,
+        size.activations,
         apart=own is not None,
     )
-    if plan.slots == args.num_experts:  # nothing is read after loading
+    if plan.slots == layout.num_experts:  # nothing is read after loading
         plan = replace(plan, io=plan_load(stream.io_mode, layout, io))
         stream = replace(stream, lookahead="off")
     store = ExpertStore(layout, plan, stream.io_threads, True, checks, stream.lookahead, backend)
@@ -124,6 +211,11 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
     return store
 
 
+def trunk_bytes(trunk: Mapping[str, TensorInfo]) -> int:
+    """Return the bytes of resident tensors."""
+    return sum(info.nbytes for info in trunk.values())
+
+
 def kernel_formats(
     trunk: dict[str, TensorInfo], args: ModelArgs, layout: ExpertLayout
 ) -> set[Format]:
@@ -134,12 +226,25 @@ def kernel_formats(
             shape = args.expert_shape(projection)
             dtype = layer.fields[3 * index + 1].dtype
             formats.add((*quantization(layer, projection, shape), dtype))
+    return named_dtypes(formats | entry_formats(args.quantization, trunk))
+
+
+def entry_formats(
+    entry: Mapping[str, Any], trunk: Mapping[str, TensorInfo]
+) -> set[tuple[int, int, str]]:
+    """Return the formats of the trunk's matrices by config.json's "quantization"."""
     dtypes = {info.dtype for name, info in trunk.items() if name.endswith(".scales")}
-    for entry in (args.quantization, *args.quantization.values()):
-        if isinstance(entry, dict) and {"bits", "group_size"} <= entry.keys():
-            # mlx_lm.convert --quant-predicate writes null for the default.
-            formats |= {(entry["bits"] or 4, entry["group_size"] or 64, dtype) for dtype in dtypes}
-    return {(b, g, str(DTYPES[d]).split(".")[-1]) for b, g, d in formats if d in DTYPES}
+    return {
+        (found["bits"] or 4, found["group_size"] or 64, dtype)  # null stands for the default
+        for found in (entry, *entry.values())
+        if isinstance(found, Mapping) and {"bits", "group_size"} <= found.keys()
+        for dtype in dtypes & {"BF16", "F16", "F32"}
+    }
+
+
+def named_dtypes(formats: set[tuple[int, int, str]]) -> set[Format]:
+    """Return formats with MLX's names of dtypes."""
+    return {(b, g, str(DTYPES[d]).split(".")[-1]) for b, g, d in formats}
 
 
 def without_experts(headers: dict[str, tuple[Path, TensorInfo]]) -> dict[str, TensorInfo]:
@@ -225,12 +330,15 @@ def load(
             f"adapter_path = {adapter_path!r} is not a directory. Give one that mlx_lm.lora wrote."
         )
     path = find_model(path_or_hub_id, revision)
-    ModelArgs.from_dict(read_config(path) | (model_config or {}))  # before anything is allocated
+    config = read_config(path) | (model_config or {})
+    if has_fast_path(config):
+        ModelArgs.from_dict(config)  # before anything is allocated
     check_small_files(path)
     # Before MLX reads them: its errors about damaged files say less.
     check_readable(checkpoint_headers(path))
     classes = bound_classes(
         path,
+        config,
         expert_cache=expert_cache,
         io_threads=io_threads,
         experts_per_token=experts_per_token,
@@ -257,7 +365,7 @@ def load(
             tokenizer = load_tokenizer(
                 path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id")
             )
-        check_use(path, tokenizer, model.args.vocab_size)
+        check_use(path, tokenizer, vocabulary(model))
     except BaseException:
         model.close()
         raise
@@ -276,7 +384,7 @@ def check_tokenizer(directory: Path, vocab_size: int) -> None:
     check_use(directory, tokenizer, vocab_size)
 
 
-def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> None:
+def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int | None) -> None:
     """Try a tokenizer, and refuse ids that MLX would read out of bounds or mlx-lm cannot print.
 
     Raises:
@@ -289,7 +397,7 @@ def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> 
         # Added tokens may leave gaps between their ids.
         own = fast.get_vocab(with_added_tokens=False) if fast else {}
     token, largest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
-    if largest >= vocab_size:
+    if vocab_size is not None and largest >= vocab_size:
         raise FlashMoEError(
             f"{directory}: its tokenizer maps {token!r} to id {largest}, but the model has "
             f"vocab_size = {vocab_size}. {REMEDY}."

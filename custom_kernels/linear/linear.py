@@ -208,9 +208,25 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
 
 
+def linear_by_cpu(x: mx.array, layer: nn.Module) -> mx.array | None:
+    """Multiply by a quantized layer's matrix, without its bias: `[..., in]` to `[..., out]`.
+
+    None if the CPU kernels do not support `x` or the layer's format.
+    """
+    if (kernels := cpu_kernels(x)) is None or (weight := _viewed(kernels, layer)) is None:
+        return None
+    rows = kernels.rows(x)
+    activations = kernels.Activations(rows, kernels.plan(len(rows)))
+    return mx.array(activations.times(weight).reshape(*x.shape[:-1], -1))
+
+
 def _packed(kernels: ModuleType, layer: nn.Module) -> Any:
     """View a layer's weights for the CPU kernels, or return None if its format is unsupported."""
-    if not is_affine(layer) or not kernels.supports(layer.bits, layer.group_size, layer.scales):
+    return _viewed(kernels, layer) if is_affine(layer) else None
+
+
+def _viewed(kernels: ModuleType, layer: nn.Module) -> Any:
+    if layer.mode != "affine" or not kernels.supports(layer.bits, layer.group_size, layer.scales):
         return None
 
     def view() -> Any:

@@ -11,7 +11,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from everyday_tools import Everyday, everyday_tools
 from json_tasks import json_task
+from talk import small_talk
 from values import CURRENCIES, UNITS, Make, Values
 
 VERBS = [
@@ -118,6 +120,8 @@ HELD_OUT_NOUNS = [
     "sensor",
     "lecture",
 ]
+
+DECLINED = "The user declined this call."
 
 Param = tuple[str, dict[str, Any], str, Make]  # name, schema, phrase with {v}, maker
 
@@ -226,6 +230,7 @@ class Generator:
         self.pool = parameters(self.v)
         self.nouns = HELD_OUT_NOUNS + NOUNS[:10] if held_out else NOUNS
         self.answers = answers
+        self.everyday = everyday_tools(self.v)
 
     def noun(self) -> str:
         """What a tool is about: a usual noun, or any word, so that new tools do not surprise."""
@@ -362,20 +367,96 @@ class Generator:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         return {"kind": "json", "messages": messages, "tools": None}
 
+    def talk(self) -> dict[str, Any]:
+        """A greeting, or a question about the model itself."""
+        question, answer = small_talk(self.r)
+        return {
+            "kind": "talk",
+            "messages": [user(question), says(answer)],
+            "tools": self.offered(self.some_everyday()) if self.r.random() < 0.3 else None,
+        }
+
+    def some_everyday(self) -> list[Everyday]:
+        """One to five everyday tools."""
+        return self.r.sample(self.everyday, self.r.randint(1, 5))
+
+    def offered(self, tools: list[Everyday]) -> list[dict[str, Any]]:
+        """Their schemas."""
+        return [tool.schema(self.r) for tool in tools]
+
+    def everyday_turn(self, tool: Everyday, finish: bool) -> list[dict[str, Any]]:
+        """A request and its call; if `finish`, also what came of it and the report."""
+        text, call = tool.request(self.r)
+        turn = [user(text), says("", [call])]
+        roll = self.r.random()
+        if not finish:
+            return turn
+        if roll < 0.2:
+            result = DECLINED
+            report = f"You declined, so I did not call {call['name']}."
+        elif roll < 0.35:
+            result = f"Error: {self.v.phrase(self.r, 2, 6)}"
+            report = f"The call of {call['name']} failed: {result.removeprefix('Error: ')}."
+        else:
+            result = str(tool.result(self.r))
+            report = f"The result is {result}."
+        return [*turn, {"role": "tool", "content": result}, says(report)]
+
+    def everyday_call(self) -> dict[str, Any]:
+        """An everyday request, answered by a call, half of the time with its result."""
+        tools = self.some_everyday()
+        turn = self.everyday_turn(self.r.choice(tools), finish=self.r.random() < 0.5)
+        return {"kind": "everyday", "messages": turn, "tools": self.offered(tools)}
+
+    def conversation(self) -> dict[str, Any]:
+        """Several turns of all kinds, half of the time with everyday tools on offer."""
+        tools = self.some_everyday() if self.r.random() < 0.6 else []
+        messages: list[dict[str, Any]] = []
+        for _ in range(self.r.randint(2, 5)):
+            roll = self.r.random()
+            if tools and roll < 0.6:
+                messages += self.everyday_turn(self.r.choice(tools), finish=True)
+            elif roll < 0.75:
+                messages += self.talk()["messages"]
+            elif roll < 0.9:
+                messages += self.json_answer()["messages"]
+            else:
+                question, answer = self.r.choice(self.answers)
+                messages += [user(question), says(answer)]
+        if self.r.random() < 0.15:
+            messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
+        return {
+            "kind": "conversation",
+            "messages": messages,
+            "tools": self.offered(tools) or None,
+        }
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Endless dialogues in the proportions of training."""
+        kinds = (
+            (0.22, self.tool_call),
+            (0.08, self.tool_result),
+            (0.10, self.everyday_call),
+            (0.05, lambda: self.plain(with_tools=True)),
+            (0.28, self.json_answer),
+            (0.03, self.talk),
+            (0.16, self.conversation),
+            (0.08, lambda: self.plain(with_tools=False)),
+        )
+        shares, makers = zip(*kinds, strict=True)
         while True:
-            roll = self.r.random()
-            if roll < 0.36:
-                yield self.tool_call()
-            elif roll < 0.45:
-                yield self.tool_result()
-            elif roll < 0.52:
-                yield self.plain(with_tools=True)
-            elif roll < 0.85:
-                yield self.json_answer()
-            else:
-                yield self.plain(with_tools=False)
+            yield self.r.choices(makers, shares)[0]()
+
+
+def user(text: str) -> dict[str, Any]:
+    """What the user says."""
+    return {"role": "user", "content": text}
+
+
+def says(text: str, calls: Any = ()) -> dict[str, Any]:
+    """What the assistant says, or calls."""
+    message = {"role": "assistant", "content": text}
+    return {**message, "tool_calls": as_calls(calls)} if calls else message
 
 
 def article(noun: str) -> str:

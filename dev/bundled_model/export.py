@@ -16,12 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.convert import convert
 
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "tokenizer_bundled.py",
-)
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 LARGEST = 20_500_000  # bytes of the whole folder
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tokenizer import generator
 from tokenizer import rows as read_rows
-from transformers import AutoTokenizer
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 ROW = 1025  # 1024 inputs and their 1024 targets
 ANSWER = 0x8000
@@ -77,7 +77,7 @@ def encode_dialogue(tokenizer: Any, dialogue: dict[str, Any]) -> list[int]:
 
 def pack(work: Path, seed: int, count: int, split: str) -> tuple[np.ndarray, Counter[str]]:
     """`count` rows of whole dialogues, first fit into a few open rows."""
-    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer", trust_remote_code=False)
+    tokenizer = Qwen3_5Tokenizer.from_pretrained(work / "tokenizer")
     made, kinds = np.full((count, ROW), tokenizer.pad_token_id, np.uint16), Counter()
     open_rows: list[list[int]] = []
     done = 0
@@ -104,7 +104,7 @@ def pack(work: Path, seed: int, count: int, split: str) -> tuple[np.ndarray, Cou
 
 def encode_text(work: Path, split: str, limit: int) -> tuple[np.ndarray, Counter[str]]:
     """One stream of shuffled documents; technical manuals are thinned out to fit the limit."""
-    tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer", trust_remote_code=False)
+    tokenizer = Qwen3_5Tokenizer.from_pretrained(work / "tokenizer")
     documents = [(r["source"], r["text"]) for r in read_rows(work, "text", split)]
     rng = random.Random(5)
     rng.shuffle(documents)

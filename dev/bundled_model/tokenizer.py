@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dialogues import Generator
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 VOCABULARY = 4096
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -27,8 +28,6 @@ MARKERS = [
     "<tool_response>",
     "</tool_response>",
 ]
-# Words with one leading space, single digits, runs of signs, line breaks, other white space.
-PATTERN = r"'[a-z]{1,2}\b| ?\p{L}+|\d| ?[^\s\p{L}\d]+|\n+| +(?! ?\S)|\s+"
 HERE = Path(__file__).parent
 
 
@@ -77,15 +76,12 @@ def sample(work: Path) -> Iterator[str]:
 
 
 def train(work: Path) -> Tokenizer:
-    """A byte-level BPE without unknown tokens."""
+    """A byte-level BPE that splits words as Qwen's own tokenizer does."""
+    qwen = Qwen3_5Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.normalizer = qwen.normalizer
+    tokenizer.pre_tokenizer = qwen.pre_tokenizer
+    tokenizer.decoder = qwen.decoder
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL) - len(MARKERS),
         show_progress=False,
@@ -104,18 +100,16 @@ def write(tokenizer: Tokenizer, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": "Qwen2Tokenizer",
         "model_max_length": 4096,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": False,
-        "auto_map": {"AutoTokenizer": [None, "tokenizer_bundled.BundledTokenizer"]},
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("chat_template.jinja", "tokenizer_bundled.py"):
-        shutil.copy(HERE / name, out / name)
+    shutil.copy(HERE / "chat_template.jinja", out)
 
 
 def main() -> None:

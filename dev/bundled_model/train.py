@@ -4,8 +4,8 @@
     python train.py --data FOLDER --out FOLDER --state FILE --seconds 540 --span 0.5 1   # resumes
 
 --span is the part of the learning-rate schedule that this call covers, so that one schedule can
-be spread over several calls. Half of every batch is English text (loss on every token), half is
-dialogues (loss on the answers alone). Writes bfloat16 safetensors under Hugging Face names,
+be spread over several calls. Three eighths of every batch are English text (loss on every
+token), the rest is dialogues (loss on the answers alone). Writes bfloat16 safetensors under Hugging Face names,
 in shards, with config.json; log lines go to standard output.
 """
 
@@ -30,6 +30,11 @@ ANSWER, TOKEN = 0x8000, 0x7FFF
 BALANCE = 0.03
 
 
+def texts(size: int) -> int:
+    """How many of `size` rows are text; the others are dialogues."""
+    return size * 3 // 8
+
+
 class Data:
     """All tokens on the device; batches are gathered there."""
 
@@ -49,23 +54,25 @@ class Data:
 
     def batch(self, size: int) -> Tensor:
         """[size, length + 1]: text rows, every token marked as a target, then dialogue rows."""
-        half = size // 2
-        starts = torch.randint(len(self.text) - self.length - 1, (half, 1), device=self.text.device)
-        if self.next + half > len(self.order):
+        count = texts(size)
+        starts = torch.randint(
+            len(self.text) - self.length - 1, (count, 1), device=self.text.device
+        )
+        if self.next + size - count > len(self.order):
             self.order, self.next = torch.randperm(len(self.rows), device=self.rows.device), 0
-        chosen = self.order[self.next : self.next + half]
-        self.next += half
+        chosen = self.order[self.next : self.next + size - count]
+        self.next += size - count
         text = self.text[starts + self.window] | ANSWER
         return torch.cat([text, self.rows[chosen, : self.length + 1]])
 
 
 def losses(model: LanguageModel, batch: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean loss on the targets of the first and of the second half of the rows."""
+    """Mean loss on the targets of the text rows, and of the dialogue rows."""
     tokens, targets = batch[:, :-1] & TOKEN, batch[:, 1:]
     logits = model(tokens.contiguous(), dtype).flatten(0, 1)
     each = F.cross_entropy(logits.float(), (targets & TOKEN).flatten().long(), reduction="none")
     wanted = (targets & ANSWER > 0).float()
-    half = len(batch) // 2
+    half = texts(len(batch))
     each = each.view_as(wanted) * wanted
     return (
         each[:half].sum() / wanted[:half].sum(),

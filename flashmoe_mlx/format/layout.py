@@ -86,6 +86,11 @@ class ExpertLayout:
     layers: tuple[LayerLayout, ...]
 
     @property
+    def num_experts(self) -> int:
+        """Experts of the layer that has most."""
+        return max(layer.num_experts for layer in self.layers)
+
+    @property
     def record_bytes(self) -> int:
         """Bytes of the largest layer's expert."""
         return max(layer.record_bytes for layer in self.layers)

@@ -46,7 +46,7 @@ def requested_slots(expert_cache: int | str, layout: ExpertLayout, top_k: int) -
     """
     if expert_cache == "auto":
         return None
-    slots = min(int(expert_cache) // layout.token_bytes, layout.layers[0].num_experts)
+    slots = min(int(expert_cache) // layout.token_bytes, layout.num_experts)
     if slots < top_k:
         raise FlashMoEError(
             f"expert_cache = {expert_cache} bytes holds {slots} experts per layer, but each "
@@ -85,7 +85,7 @@ def plan_cache(
     Raises:
         FlashMoEError: the size holds fewer experts than one token needs, or is not available.
     """
-    experts = layout.layers[0].num_experts
+    experts = layout.num_experts
     per_slot = layout.token_bytes
     smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts", io)
     whole = CachePlan(experts, experts * per_slot, "all experts fit in memory", io)

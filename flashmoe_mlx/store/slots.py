@@ -19,7 +19,13 @@ from .backend import Backend, Row
 from .host import BLOCK
 from .reader import Arrival, Piece, cut
 
-DTYPES = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+DTYPES = {
+    "U8": mx.uint8,
+    "U32": mx.uint32,
+    "BF16": mx.bfloat16,
+    "F16": mx.float16,
+    "F32": mx.float32,
+}
 Cut = tuple[int, int, int, int, list[Row]]  # descriptor, offset of expert 0, step, bytes, rows
 NEVER = -1e30  # stands for log2(0)
 HALF_LIFE = 128  # uses of a layer's experts

@@ -100,8 +100,9 @@ class ExpertStore:
         """Allocate the banks; meanwhile preload those with slots for all experts."""
         start, ahead = time.perf_counter(), deque[Pending]()
         for number, layer in enumerate(self.layout.layers):
-            self.banks.append(SlotBank(layer, self.plan.slots, files, self.backend))
-            if preload and self.plan.slots == layer.num_experts:
+            slots = min(self.plan.slots, layer.num_experts)
+            self.banks.append(SlotBank(layer, slots, files, self.backend))
+            if preload and slots == layer.num_experts:
                 ahead.append(self.request(number, range(layer.num_experts)))
             if len(ahead) > LAYERS_AHEAD:
                 ahead.popleft().wait()

@@ -106,11 +106,8 @@ class ModelArgs:
 
     @property
     def activation_bytes(self) -> int:
-        """Estimated bytes of activations for PREFILL_CHUNK tokens.
-
-        Four times the experts' outputs in float32, which dominate. Not a bound.
-        """
-        return 4 * 4 * PREFILL_CHUNK * self.num_experts_per_tok * self.hidden_size
+        """Estimated bytes of activations for a prompt chunk."""
+        return activation_bytes(self.num_experts_per_tok, self.hidden_size)
 
     def is_linear(self, layer: int) -> bool:
         """Say whether a layer is GatedDeltaNet (else full attention)."""
@@ -120,6 +117,14 @@ class ModelArgs:
         """Return (rows, columns) of one of a routed expert's three matrices."""
         hidden, inner = self.hidden_size, self.moe_intermediate_size
         return (hidden, inner) if projection == "down_proj" else (inner, hidden)
+
+
+def activation_bytes(top_k: int, hidden_size: int) -> int:
+    """Estimate the bytes of activations for PREFILL_CHUNK tokens.
+
+    Four times the experts' outputs in float32, which dominate. Not a bound.
+    """
+    return 4 * 4 * PREFILL_CHUNK * top_k * hidden_size
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:

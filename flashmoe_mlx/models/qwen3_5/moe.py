@@ -13,13 +13,7 @@ from ...custom_kernels.cpu.entry import cpu_steps
 from ...custom_kernels.device import on_gpu
 from ...custom_kernels.experts.cases import wanted
 from ...custom_kernels.experts.decode import expert_mlp_by_kernels
-from ...custom_kernels.experts.prefill import (
-    ExpertMatrices,
-    Routed,
-    ascending,
-    cpu_experts,
-    expert_mlp,
-)
+from ...custom_kernels.experts.prefill import ExpertMatrices
 from ...custom_kernels.experts.router import route, route_by_mlx, router_logits
 from ...custom_kernels.experts.tiles import combine
 from ...custom_kernels.launch import scalar
@@ -29,12 +23,11 @@ from ...custom_kernels.traced import Traced
 from ...custom_kernels.weights import QuantizedMatrix, arrays_of, remembered
 from ...format.layout import quantization
 from ...format.names import PROJECTIONS
-from ...store.scheduler import expert_batches
 from ...store.store import ExpertStore
+from ..switch import StreamedLayer, outputs_by_cpu, outputs_in_batches
 from .args import ModelArgs
 
 PREFETCHED = 5 / 8  # of top-k; lower-ranked experts are wrong too often
-ASSIGNMENTS_AT_ONCE = 2048  # token-expert assignments on a CPU: 60 MB of activations at 35B size
 Step = Callable[..., Any]
 
 
@@ -72,6 +65,13 @@ class ResidentExperts(SwitchGLU):
 
         return remembered(self, "_known", lambda: arrays_of(layers), make)
 
+    holds_all = True
+
+    @property
+    def count(self) -> int:
+        """The layer's number of experts."""
+        return self.gate_proj.num_experts
+
     def slots(self, ids: mx.array, x: mx.array) -> mx.array:
         """Return the experts' slots: their ids."""
         return ids
@@ -88,7 +88,7 @@ class ResidentExperts(SwitchGLU):
         return resident_mixture(self, x, indices, scores)
 
 
-class StreamedExperts(nn.Module):
+class StreamedExperts(StreamedLayer):
     """One layer's routed experts, read from disk when the router chooses them. No parameters."""
 
     def __init__(self, args: ModelArgs, layer: int, store: ExpertStore) -> None:
@@ -97,9 +97,7 @@ class StreamedExperts(nn.Module):
         Raises:
             FlashMoEError: the experts on disk contradict the sizes in config.json.
         """
-        super().__init__()
-        self._store = store
-        self._layer = layer
+        super().__init__(layer, store)
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
         self._banks = []
         for index, projection in enumerate(PROJECTIONS):
@@ -110,47 +108,6 @@ class StreamedExperts(nn.Module):
     def banks(self) -> list[QuantizedMatrix]:
         """Return gate, up and down."""
         return self._banks
-
-    @property
-    def holds_all(self) -> bool:
-        """Say whether all experts are resident; then expert e lies in slot e."""
-        return self._store.banks[self._layer].holds_all
-
-    @property
-    def count(self) -> int:
-        """The layer's number of experts."""
-        return self._store.layout.layers[self._layer].num_experts
-
-    def slots(self, ids: mx.array, x: mx.array) -> mx.array | None:
-        """Make experts resident and return their slots, or None if there are too few slots.
-
-        Waits for the ids, unless all experts are resident or the GPU loads by itself.
-
-        Args:
-            ids: `[..., K]`.
-            x: `[..., H]`, the router's input.
-        """
-        if self.holds_all:
-            return ids
-        if (loaded := self._store.load_by_device(self._layer, ids, x)) is not None:
-            return loaded
-        chosen, places = np.unique(self._store.backend.to_host(ids), return_inverse=True)
-        if len(chosen) > len(self._store.banks[self._layer]):
-            return None
-        slots = np.array(self._store.fetch(self._layer, chosen.tolist()), dtype=np.uint32)
-        return self._store.backend.to_device(slots[places].reshape(ids.shape))
-
-    def batches(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Load experts in batches: see `expert_batches`."""
-        return expert_batches(self._store, self._layer, ids)
-
-    def prefetch(self, ids: np.ndarray) -> None:
-        """Start to read experts `[..., K]` that the next step will probably need."""
-        self._store.prefetch(self._layer, np.unique(ids).tolist())
-
-    def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
-        """Keep all slots, or these, unchanged until `consumer` is evaluated."""
-        self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
 
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
         """Return the weighted sum of the chosen experts' outputs: see `streamed_mixture`."""
@@ -170,7 +127,7 @@ def _resident_by_gpu(
     experts: ResidentExperts, x: mx.array, indices: mx.array, scores: mx.array
 ) -> mx.array | None:
     banks = experts.banks() if on_gpu(x) else None
-    return _mixture_of_residents(x, indices, scores, banks) if banks else None
+    return _weighted(experts, x, indices, scores, banks) if banks else None
 
 
 @Op
@@ -192,59 +149,31 @@ def streamed_mixture(
     Returns:
         `[..., H]`.
     """
-    banks = experts.banks()
-    if experts.holds_all:
-        return _mixture_of_residents(x, indices, scores, banks)
-    rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
-    ids = np.array(indices).reshape(-1)
-    part_of = Routed(ids.size, experts.count)
-    outputs, places, orders, done = [], [], [], 0
-    for assignments, slots in experts.batches(ids):
-        tokens, where = mx.array(np.stack([assignments // top_k, slots]).astype(np.uint32))
-        y, positions = expert_mlp(rows, tokens, where, banks, part_of)
-        experts.hold(y, slots)
-        mx.async_eval(y, positions)
-        outputs.append(y)
-        places.append(positions + done)
-        orders.append(assignments)
-        done += len(y)
-    order, place = mx.array(np.concatenate(orders).astype(np.uint32)), mx.concatenate(places)
-    place = mx.put_along_axis(place, order, place, axis=0).reshape(-1, top_k)
-    y = combine(mx.concatenate(outputs), place, scores.reshape(-1, top_k))
-    return y.reshape(x.shape)
+    return _weighted(experts, x, indices, scores, experts.banks())
 
 
 @streamed_mixture.register
 def _streamed_by_cpu(
     experts: StreamedExperts, x: mx.array, indices: mx.array, scores: mx.array
 ) -> mx.array | None:
-    """Compute eagerly, a part of a batch at a time."""
-    banks = experts.banks()
-    if (kernels := cpu_experts(x, banks)) is None:
+    if (outputs := outputs_by_cpu(experts, x, indices, experts.banks())) is None:
         return None
-    ids, top_k = np.array(indices).reshape(-1), indices.shape[-1]
-    rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [b.packed for b in banks]
-    outputs = np.empty((ids.size, x.shape[-1]), np.float32)
-    for assignments, slots in experts.batches(ids):
-        order = ascending(slots)
-        for part in np.split(order, range(ASSIGNMENTS_AT_ONCE, len(order), ASSIGNMENTS_AT_ONCE)):
-            tokens = assignments[part] // top_k
-            outputs[assignments[part]] = kernels.mlp(rows[tokens], *packed, slots[part])
     # In numpy: MLX would copy a prompt's outputs twice.
-    weights = np.array(scores.astype(mx.float32)).reshape(len(rows), 1, -1)
-    return mx.array(weights @ outputs.reshape(len(rows), top_k, -1)).reshape(x.shape)
+    tokens, top_k = x.size // x.shape[-1], indices.shape[-1]
+    weights = np.array(scores.astype(mx.float32)).reshape(tokens, 1, top_k)
+    return mx.array(weights @ outputs.reshape(tokens, top_k, -1)).reshape(x.shape)
 
 
-def _mixture_of_residents(
-    x: mx.array, indices: mx.array, scores: mx.array, banks: ExpertMatrices
+def _weighted(
+    experts: ResidentExperts | StreamedExperts,
+    x: mx.array,
+    indices: mx.array,
+    scores: mx.array,
+    banks: ExpertMatrices,
 ) -> mx.array:
-    """Return the weighted sum of experts whose slots are their ids, without reading the ids."""
-    rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
-    slots = indices.reshape(-1)
-    tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
-    part_of = Routed(slots.size, len(banks[0].codes))
-    y, places = expert_mlp(rows, tokens, slots, banks, part_of)
-    return combine(y, places.reshape(-1, top_k), scores.reshape(-1, top_k)).reshape(x.shape)
+    """Return the weighted sum, in the router's order."""
+    y, place = outputs_in_batches(experts, x, indices, banks)
+    return combine(y, place, scores.reshape(place.shape)).reshape(x.shape)
 
 
 def _of_real_rows(ids: mx.array, rows: mx.array | None) -> mx.array:

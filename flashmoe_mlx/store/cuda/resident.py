@@ -233,7 +233,9 @@ def map_files(
     layout: ExpertLayout, plan: CachePlan, arrays: Sequence[Sequence[mx.array]]
 ) -> GpuLoader | None:
     """Return a loader into nine arrays per layer, None if the GPU cannot load or gains nothing."""
-    if plan.io.direct or plan.slots == layout.layers[0].num_experts:  # or each is read once
+    if plan.io.direct or plan.slots == layout.num_experts:  # or each is read once
+        return None
+    if any(plan.slots >= layer.num_experts for layer in layout.layers):
         return None
     if layout.total_bytes > USEFUL_MEMORY * available_bytes():
         return None

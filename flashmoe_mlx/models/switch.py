@@ -1,0 +1,251 @@
+"""Streamed experts in the place of mlx-lm's `SwitchGLU` and `SwitchMLP`, in any of its models.
+
+These modules map tokens and expert ids to the chosen experts' outputs, unweighted: routing comes
+before them, weighting after. So the model around them stays mlx-lm's own.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchLinear
+
+from ..custom_kernels.device import on_gpu
+from ..custom_kernels.experts.prefill import (
+    ExpertMatrices,
+    Routed,
+    ascending,
+    cpu_experts,
+    expert_mlp,
+)
+from ..custom_kernels.op import Op
+from ..custom_kernels.weights import QuantizedMatrix, Shared
+from ..format.modules import ExpertModule, projection_fields, projection_quantization
+from ..format.names import PROJECTIONS
+from ..store.scheduler import expert_batches
+from ..store.store import ExpertStore
+
+ASSIGNMENTS_AT_ONCE = 2048  # token-expert assignments on a CPU: 60 MB of activations at 35B size
+
+
+class StreamedLayer(nn.Module):
+    """One layer's routed experts, read from disk when the router chooses them. No parameters."""
+
+    def __init__(self, layer: int, store: ExpertStore) -> None:
+        """Use a layer of the store."""
+        super().__init__()
+        self._store = store
+        self._layer = layer
+
+    @property
+    def holds_all(self) -> bool:
+        """Say whether all experts are resident; then expert e lies in slot e."""
+        return self._store.banks[self._layer].holds_all
+
+    @property
+    def count(self) -> int:
+        """The layer's number of experts."""
+        return self._store.layout.layers[self._layer].num_experts
+
+    def slots(self, ids: mx.array, x: mx.array) -> mx.array | None:
+        """Make experts resident and return their slots, or None if there are too few slots.
+
+        Waits for the ids, unless all experts are resident or the GPU loads by itself.
+
+        Args:
+            ids: `[..., K]`.
+            x: `[..., H]`, the router's input.
+        """
+        if self.holds_all:
+            return ids
+        if (loaded := self._store.load_by_device(self._layer, ids, x)) is not None:
+            return loaded
+        chosen, places = np.unique(self._store.backend.to_host(ids), return_inverse=True)
+        if len(chosen) > len(self._store.banks[self._layer]):
+            return None
+        slots = np.array(self._store.fetch(self._layer, chosen.tolist()), dtype=np.uint32)
+        return self._store.backend.to_device(slots[places].reshape(ids.shape))
+
+    def batches(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Load experts in batches: see `expert_batches`."""
+        return expert_batches(self._store, self._layer, ids)
+
+    def prefetch(self, ids: np.ndarray) -> None:
+        """Start to read experts `[..., K]` that the next step will probably need."""
+        self._store.prefetch(self._layer, np.unique(ids).tolist())
+
+    def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
+        """Keep all slots, or these, unchanged until `consumer` is evaluated."""
+        self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
+
+
+class StreamedSwitch(StreamedLayer):
+    """A `SwitchGLU` or `SwitchMLP` whose experts stream; children but the projections are kept."""
+
+    def __init__(
+        self, stock: nn.Module, module: ExpertModule, layer: int, store: ExpertStore
+    ) -> None:
+        """Take the place of `stock`, which has no weights yet.
+
+        Raises:
+            FlashMoEError: the experts on disk are not those of `module`.
+        """
+        super().__init__(layer, store)
+        twin = type(stock).__new__(type(stock))  # computes as `stock`, on the slots
+        nn.Module.__init__(twin)
+        for name, child in stock.items():
+            if name not in module.shapes:
+                self[name] = twin[name] = child
+        layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
+        matrices = []
+        for projection, shape in module.shapes.items():
+            places = projection_fields(layout, projection)
+            parts = {part: arrays[place] for part, place in places.items()}
+            found = projection_quantization(layout, projection, shape)
+            twin[projection] = _linear(parts, found)
+            if found and found.mode == "affine" and "bias" not in parts:
+                three = [parts[name] for name in ("weight", "scales", "biases")]
+                matrices.append(QuantizedMatrix.of(three, found.bits, found.group_size))
+        twin.freeze()
+        plain = type(self.get("activation")) is SwiGLU and tuple(module.shapes) == PROJECTIONS
+        self._on_slots = OnSlots(twin, matrices if plain and len(matrices) == 3 else None)
+
+    @property
+    def on_slots(self) -> "OnSlots":
+        """The stock module over the slots."""
+        return self._on_slots
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Map tokens `[..., H]` and expert ids `[..., K]` to the outputs `[..., K, H]`."""
+        return switch(self, x, indices)
+
+
+class OnSlots(Shared):
+    """A stock module whose weights are the slots; slots take the place of expert ids.
+
+    Attributes:
+        stock: the module.
+        matrices: gate, up and down for our kernels, None unless it is plain SwiGLU over affine
+            weights.
+    """
+
+    def __init__(self, stock: nn.Module, matrices: ExpertMatrices | None) -> None:
+        """Keep both."""
+        self.stock, self.matrices = stock, matrices
+
+
+def _linear(parts: dict[str, mx.array], found: Any) -> nn.Module:
+    """Return stock's linear layer over the arrays of one projection."""
+    kind = QuantizedSwitchLinear if found else SwitchLinear
+    linear = kind.__new__(kind)
+    nn.Module.__init__(linear)
+    if found:
+        linear.bits, linear.group_size, linear.mode = found.bits, found.group_size, found.mode
+        linear.biases = linear.global_scale = None
+    for part, array in parts.items():
+        linear[part] = array
+    return linear
+
+
+@Op
+def switch(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array:
+    """Return the chosen experts' outputs, by mlx-lm's own module over the slots.
+
+    Experts are loaded in batches, each expert once, however few slots there are.
+
+    Args:
+        experts: a layer's experts.
+        x: `[..., H]` tokens.
+        indices: `[..., K]` expert ids.
+
+    Returns:
+        `[..., K, H]`.
+    """
+    stock = experts.on_slots.stock
+    slots = experts.slots(indices, x)
+    if slots is not None:
+        y: mx.array = stock(x, slots)
+        experts.hold(y)
+        return y
+    rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
+    parts, orders = [], []
+    for assignments, where in experts.batches(np.array(indices).reshape(-1)):
+        y = stock(rows[mx.array(assignments // top_k)], mx.array(where.astype(np.uint32))[:, None])
+        experts.hold(y, where)
+        mx.async_eval(y)
+        parts.append(y.squeeze(1))
+        orders.append(assignments)
+    place = np.argsort(np.concatenate(orders))
+    return mx.concatenate(parts)[mx.array(place)].reshape(*indices.shape, -1)
+
+
+@switch.register
+def _by_cpu(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array | None:
+    outputs = outputs_by_cpu(experts, x, indices, experts.on_slots.matrices)
+    return None if outputs is None else mx.array(outputs.reshape(*indices.shape, -1))
+
+
+@switch.register
+def _by_gpu(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array | None:
+    """Compute prompts by tiles."""
+    matrices = experts.on_slots.matrices
+    if matrices is None or not on_gpu(x) or x.size == x.shape[-1]:
+        return None
+    y, place = outputs_in_batches(experts, x, indices, matrices)
+    return y[place].reshape(*indices.shape, -1)
+
+
+def outputs_by_cpu(
+    experts: Any, x: mx.array, indices: mx.array, matrices: ExpertMatrices | None
+) -> np.ndarray | None:
+    """Return the chosen experts' outputs `[assignments, H]` float32, or None if not on a CPU.
+
+    Computes eagerly, a part of a batch at a time.
+    """
+    if matrices is None or (kernels := cpu_experts(x, matrices)) is None:
+        return None
+    ids, top_k = np.array(indices).reshape(-1), indices.shape[-1]
+    rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [m.packed for m in matrices]
+    outputs = np.empty((ids.size, x.shape[-1]), np.float32)
+    for assignments, slots in experts.batches(ids):
+        order = ascending(slots)
+        for part in np.split(order, range(ASSIGNMENTS_AT_ONCE, len(order), ASSIGNMENTS_AT_ONCE)):
+            tokens = assignments[part] // top_k
+            outputs[assignments[part]] = kernels.mlp(rows[tokens], *packed, slots[part])
+    return outputs
+
+
+def outputs_in_batches(
+    experts: Any, x: mx.array, indices: mx.array, matrices: ExpertMatrices
+) -> tuple[mx.array, mx.array]:
+    """Return the chosen experts' outputs in the order computed, and where each one lies.
+
+    If all experts are resident, the ids are not sent to the host.
+
+    Returns:
+        `[rows, H]`, and `[tokens, K]` uint32.
+    """
+    rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
+    if experts.holds_all:
+        slots = indices.reshape(-1)
+        tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
+        whole = Routed(slots.size, experts.count)
+        y, places = expert_mlp(rows, tokens, slots, matrices, whole)
+        return y, places.reshape(-1, top_k)
+    ids = np.array(indices).reshape(-1)
+    whole = Routed(ids.size, experts.count)
+    outputs, places, orders, done = [], list[mx.array](), list[np.ndarray](), 0
+    for assignments, where in experts.batches(ids):
+        tokens, slots = mx.array(np.stack([assignments // top_k, where]).astype(np.uint32))
+        y, positions = expert_mlp(rows, tokens, slots, matrices, whole)
+        experts.hold(y, where)
+        mx.async_eval(y, positions)
+        outputs.append(y)
+        places.append(positions + done)
+        orders.append(assignments)
+        done += len(y)
+    order, place = mx.array(np.concatenate(orders).astype(np.uint32)), mx.concatenate(places)
+    place = mx.put_along_axis(place, order, place, axis=0).reshape(-1, top_k)
+    return mx.concatenate(outputs), place
