@@ -24,7 +24,7 @@ from .plan.plan import build_plan
 from .publish import published, upload
 from .publish.card import model_card
 from .quant.calibrate import Calibration
-from .source.checkpoint import Place, Source, open_source
+from .source.checkpoint import MODEL_TYPES, Place, Source, open_source
 from .source.hub import CARD
 from .source.locate import Found, located
 from .source.read import Reader
@@ -215,24 +215,32 @@ def _check_plan(source: Source, plan: Plan, with_tokenizer: bool) -> None:
         for tensor in file.tensors
         for spec in tensor.outputs
     }
-    _check_loads(source.directory, planned, ModelArgs.from_dict(plan.config), with_tokenizer)
+    _check_loads(source.directory, planned, plan.config, with_tokenizer)
 
 
 def _check_written(out: Path) -> None:
     """Check the written trunk (its headers) and tokenizer; raises FlashMoEError."""
-    _check_loads(out, checkpoint_headers(out), ModelArgs.from_dict(read_config(out)), True)
+    _check_loads(out, checkpoint_headers(out), read_config(out), True)
 
 
 def _check_loads(
-    directory: Path, headers: dict[str, Place], args: ModelArgs, with_tokenizer: bool
+    directory: Path, headers: dict[str, Place], config: dict[str, Any], with_tokenizer: bool
 ) -> None:
     # mlx-lm and transformers take seconds to import.
     from ..loader import check_tokenizer
     from ..models.trunk_checks import check_trunk
 
-    check_trunk(directory, headers, args)
+    vocabulary = None
+    if config.get("model_type") in MODEL_TYPES:
+        args = ModelArgs.from_dict(config)
+        vocabulary = args.vocab_size
+        check_trunk(directory, headers, args)
+    else:
+        from .source.generic import check_generic_trunk
+
+        check_generic_trunk(directory, config, {n: info for n, (_, info) in headers.items()})
     if with_tokenizer:
-        check_tokenizer(directory, args.vocab_size)
+        check_tokenizer(directory, vocabulary)
 
 
 def tools() -> str:
@@ -309,7 +317,7 @@ def _write(job: _Job, done: journal.Entries, calibration: Calibration | None) ->
     return {
         **public(job.begun),
         "tools": job.begun["tools"],
-        "num_experts": source.dims.experts,
+        "num_experts": source.most_experts,
         "layers": [done[output.place(layer)] for layer in plan.layers],
         "files": [entry for _, entry in sorted((small | trunk).items())],
     }

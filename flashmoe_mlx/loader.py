@@ -372,7 +372,7 @@ def load(
     return model, tokenizer
 
 
-def check_tokenizer(directory: Path, vocab_size: int) -> None:
+def check_tokenizer(directory: Path, vocab_size: int | None) -> None:
     """Check that a directory's tokenizer loads, without running code of that directory.
 
     Raises:

@@ -44,10 +44,11 @@ def flags(options: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Quant:
-    """Affine quantization: bits per weight, and weights per scale and bias."""
+    """Quantization: bits per weight, weights per scale, and MLX's mode."""
 
     bits: int
     group_size: int
+    mode: str = "affine"
 
 
 class Spec(NamedTuple):
@@ -97,7 +98,10 @@ class TrunkFile:
 
 @dataclass(frozen=True)
 class Projection:
-    """One of an expert's three matrices `[rows, columns]`; `before` is None for a float source."""
+    """One of an expert's matrices `[rows, columns]`; `before` is None for a float source.
+
+    `extras` are tensors that are copied: a bias, or a scale of the whole matrix.
+    """
 
     name: str
     rows: int
@@ -106,6 +110,7 @@ class Projection:
     after: Quant
     dtype: str  # of scales and biases
     method: str = MIN_MAX
+    extras: tuple[Spec, ...] = ()
 
     @property
     def copied(self) -> bool:
@@ -113,18 +118,20 @@ class Projection:
         return self.before == self.after
 
     @property
-    def outputs(self) -> tuple[Spec, Spec, Spec]:
-        """Weight, scales and biases."""
-        return quantized(self.name, self.rows, self.columns, self.after, self.dtype)
+    def outputs(self) -> tuple[Spec, ...]:
+        """Weight, scales, biases if affine, and what is copied."""
+        own = quantized(self.name, self.rows, self.columns, self.after, self.dtype)
+        return *own, *self.extras
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The expert file of one layer."""
+    """The expert file of one layer; `module` is the path of its experts in the model."""
 
     layer: int
     experts: int
     projections: tuple[Projection, ...]
+    module: str
 
     @property
     def file(self) -> str:
@@ -133,7 +140,7 @@ class LayerPlan:
 
     @property
     def record(self) -> tuple[Spec, ...]:
-        """One expert's nine tensors, in the order of `names.FIELDS`."""
+        """One expert's tensors, in the order of their bytes."""
         return tuple(spec for projection in self.projections for spec in projection.outputs)
 
     @property
@@ -184,13 +191,12 @@ class Plan:
         return sum(file.nbytes for file in self.trunk)
 
 
-def quantized(
-    path: str, rows: int, columns: int, quant: Quant, dtype: str
-) -> tuple[Spec, Spec, Spec]:
-    """Return weight `[rows, columns * bits / 32]`, scales and biases `[rows, columns / group]`."""
+def quantized(path: str, rows: int, columns: int, quant: Quant, dtype: str) -> tuple[Spec, ...]:
+    """Return weight `[rows, columns * bits / 32]`, scales and biases `[rows, columns / group]`.
+
+    Only affine quantization has biases.
+    """
     groups = (rows, columns // quant.group_size)
-    return (
-        Spec(f"{path}.weight", "U32", (rows, columns * quant.bits // 32)),
-        Spec(f"{path}.scales", dtype, groups),
-        Spec(f"{path}.biases", dtype, groups),
-    )
+    parts = ("scales", "biases") if quant.mode == "affine" else ("scales",)
+    weight = Spec(f"{path}.weight", "U32", (rows, columns * quant.bits // 32))
+    return weight, *(Spec(f"{path}.{part}", dtype, groups) for part in parts)

@@ -4,23 +4,39 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import FlashMoEError
-from ...format.layout import quantization
-from ...format.names import PROJECTIONS, layer_prefix
-from ..source.checkpoint import Dims, Source
+from ...format.modules import ExpertModule, projection_fields, projection_quantization
+from ..source.checkpoint import Source
 from ..source.foreign_code import KEYS, SHIM_NAME, without
-from .parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Options, Plan, Projection, Quant, TrunkTensor
+from .parts import (
+    LEAST_SQUARES,
+    MIN_MAX,
+    LayerPlan,
+    Options,
+    Plan,
+    Projection,
+    Quant,
+    Spec,
+    TrunkTensor,
+)
 from .recipes import RECIPES, Target
-from .trunk import ROUTERS, plan_trunk, split_files
+from .trunk import plan_trunk, split_files
 
+COPIED = ("bias", "global_scale")  # parts of a projection that are not its weights
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 SHARD_BYTES = 5 << 30  # mlx-lm's limit
+# The names in config.json of the widths of experts.
+WIDTHS = {
+    "gate_proj": "hidden_size",
+    "up_proj": "hidden_size",
+    "down_proj": "moe_intermediate_size",
+}
 
 
 def build_plan(source: Source, options: Options) -> Plan:
     """Plan the conversion. Raises FlashMoEError if options contradict the source or each other."""
-    target = _target(source.dims, options)
+    target = _target(source.modules, options)
     method = options.method or _best_method(target, options)
     if options.calibrate:
         _check_calibration(source, method)
@@ -30,12 +46,12 @@ def build_plan(source: Source, options: Options) -> Plan:
             "streamed. Add -q (and --q-bits 4, or 2)."
         )
     default = None if source.layout or target is None else target.trunk
-    dtype = _target_dtype(source, options) if default else None
-    numbers = range(source.dims.layers)
+    dtype = _target_dtype(source, options)
+    numbers = range(len(source.modules))
     layers = tuple(_layer(source, number, target, dtype, method) for number in numbers)
     if source.layout:
         _check_dtype(options, layers)
-    tensors = plan_trunk(source, default, dtype)
+    tensors = plan_trunk(source, default, dtype if default else None)
     entry = _quantization(source, default, tensors, layers)
     # `model_file` goes at any depth: stock mlx-lm would run the source's model code.
     dropped = ("model_file", *(KEYS if options.no_remote_code else ()))
@@ -57,6 +73,10 @@ def _check_calibration(source: Source, method: str) -> None:
         raise FlashMoEError(
             f"--calibrate cannot be combined with --q-method {method}. Drop one of them."
         )
+    if not source.is_qwen:
+        raise FlashMoEError(
+            f"{source.name}: --calibrate knows Qwen3.5 MoE only. Drop it, and give -q alone."
+        )
     if source.layout is None:
         raise FlashMoEError(
             f"{source.name}: --calibrate runs the model, and experts that are not quantized cannot "
@@ -64,7 +84,7 @@ def _check_calibration(source: Source, method: str) -> None:
         )
 
 
-def _target(dims: Dims, options: Options) -> Target | None:
+def _target(modules: Sequence[ExpertModule], options: Options) -> Target | None:
     if not options.quantize:
         for flag, value in (
             ("--q-bits", options.bits),
@@ -94,18 +114,19 @@ def _target(dims: Dims, options: Options) -> Target | None:
             f"--q-group-size {options.group_size}: expected one of {_list(GROUP_SIZES)}."
         )
     group_size = options.group_size or 64
-    for key, width in (
-        ("hidden_size", dims.hidden),
-        ("moe_intermediate_size", dims.intermediate),
-    ):
+    shapes = {name: shape for module in modules for name, shape in module.shapes.items()}
+    widths = {
+        WIDTHS.get(name, f"the columns of {name}"): width for name, (_, width) in shapes.items()
+    }
+    for key, width in widths.items():
         if width % group_size:
-            fits = [s for s in GROUP_SIZES if dims.hidden % s == dims.intermediate % s == 0]
+            fits = [s for s in GROUP_SIZES if not any(w % s for w in widths.values())]
             raise FlashMoEError(
                 f"--q-group-size {group_size} does not divide {key} = {width}. "
                 f"Sizes that fit this model: {_list(fits)}."
             )
     bits = None if options.recipe else options.bits or 4
-    return Target(dims.layers, group_size, bits, options.recipe)
+    return Target(len(modules), group_size, bits, options.recipe)
 
 
 def _list(values: Sequence[int]) -> str:
@@ -138,19 +159,26 @@ def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
 
 
 def _layer(
-    source: Source, number: int, target: Target | None, dtype: str | None, method: str
+    source: Source, number: int, target: Target | None, dtype: str, method: str
 ) -> LayerPlan:
-    """Plan one layer; `dtype` is that of a float source's scales."""
-    projections = []
-    layout = source.layout.layers[number] if source.layout else None
-    for index, name in enumerate(PROJECTIONS):
-        shape = source.dims.rows(name), source.dims.columns(name)
-        before = Quant(*quantization(layout, name, shape)) if layout else None
+    """Plan one layer; `dtype` is that of scales that the source does not have."""
+    projections, module = [], source.modules[number]
+    for name, shape in module.shapes.items():
+        before, kind, extras = None, dtype, tuple[Spec, ...]()
+        if source.layout:
+            layout = source.layout.layers[number]
+            if found := projection_quantization(layout, name, shape):
+                before = Quant(found.bits, found.group_size, found.mode)
+            parts = {p: layout.fields[i] for p, i in projection_fields(layout, name).items()}
+            kind = parts["scales"].dtype
+            extras = tuple(Spec(f.name, f.dtype, f.shape) for p, f in parts.items() if p in COPIED)
         after = target.experts(number, name) if target else before
-        kind = layout.fields[3 * index + 1].dtype if layout else dtype
-        assert after and kind
-        projections.append(Projection(name, *shape, before, after, kind, method))
-    return LayerPlan(number, source.dims.experts, tuple(projections))
+        assert after
+        if before and before.mode != after.mode:  # affine scales are floats, and of any size
+            kind = dtype
+            extras = tuple(spec for spec in extras if not spec.name.endswith("global_scale"))
+        projections.append(Projection(name, *shape, before, after, kind, method, extras))
+    return LayerPlan(number, module.num_experts, tuple(projections), module.path)
 
 
 def _quantization(
@@ -168,15 +196,15 @@ def _quantization(
         entry = _entry(default)
         for tensor in tensors:
             path = tensor.outputs[0].name.removesuffix(".weight")
-            if tensor.quant and path.endswith(ROUTERS):
+            if tensor.quant and tensor.quant != default:
                 entry[path] = {"group_size": tensor.quant.group_size, "bits": tensor.quant.bits}
     else:
         first = layers[0].projections[0]
         entry = _entry(first.before or first.after) | source.default_quantization
-        default = Quant(entry["bits"], entry["group_size"])
+        default = Quant(entry["bits"], entry["group_size"], entry.get("mode", "affine"))
     for layer in layers:
         for projection in layer.projections:
-            path = f"{layer_prefix(layer.layer)}.mlp.switch_mlp.{projection.name}"
+            path = f"{layer.module}.{projection.name}"
             entry.pop(path, None)
             if projection.after != default:
                 entry[path] = _entry(projection.after)
@@ -184,4 +212,4 @@ def _quantization(
 
 
 def _entry(quant: Quant) -> dict[str, Any]:
-    return {"group_size": quant.group_size, "bits": quant.bits, "mode": "affine"}
+    return {"group_size": quant.group_size, "bits": quant.bits, "mode": quant.mode}

@@ -12,6 +12,7 @@ from ...format.names import PROJECTIONS
 from .parts import Quant
 
 LEAST_TRUNK_BITS = 4
+LAST = ("down_proj", "fc2")  # an expert's last projection, in SwitchGLU and SwitchMLP
 
 Bits = Callable[[int, str, int], int]  # (layer, projection, number of layers) -> bits
 
@@ -23,7 +24,7 @@ def _by_depth(low: int, high: int) -> Bits:
         eighth = layers // 8
         outer = layer < eighth or layer >= 7 * layers // 8
         sensitive = outer or (layer - eighth) % 3 == 2
-        return high if sensitive and projection == "down_proj" else low
+        return high if sensitive and projection in LAST else low
 
     return bits
 
@@ -39,7 +40,7 @@ RECIPES: dict[str, Bits] = {
     "mixed_3_4": _by_depth(3, 4),
     "mixed_3_6": _by_depth(3, 6),
     "mixed_4_6": _by_depth(4, 6),
-    "mixed_2_2_4": lambda layer, projection, layers: 4 if projection == "down_proj" else 2,
+    "mixed_2_2_4": lambda layer, projection, layers: 4 if projection in LAST else 2,
     "mixed_2_4_ends": _ends,
 }
 
@@ -54,7 +55,7 @@ class Target:
     recipe: str | None = None
 
     def experts(self, layer: int, projection: str) -> Quant:
-        """Return the quantization of one layer's gate_proj, up_proj or down_proj."""
+        """Return the quantization of one of a layer's projections."""
         bits = self.bits
         if self.recipe:
             bits = RECIPES[self.recipe](layer, projection, self.layers)

@@ -15,10 +15,28 @@ ROUTER_QUANT = Quant(8, 64)
 
 def plan_trunk(source: Source, default: Quant | None, dtype: str | None) -> list[TrunkTensor]:
     """Plan the trunk; if `default` is None, tensors keep dtype and quantization."""
+    if source.trunk_quant is not None:
+        return _plan_generic(source, default, dtype)
     # mlx-lm's test for a Hugging Face checkpoint: its conv1d is [C, 1, 4].
     raw = any("conv1d.weight" in n and t.shape[-1:] != (1,) for n, (_, t) in source.trunk.items())
     ordered = sorted(source.trunk.items(), key=lambda item: (item[1][0], item[1][1].offset))
     return [_trunk_tensor(name, place, raw, default, dtype) for name, place in ordered]
+
+
+def _plan_generic(source: Source, default: Quant | None, dtype: str | None) -> list[TrunkTensor]:
+    """Plan the trunk of any mlx-lm model, whose tensors have their final names and shapes."""
+    assert source.trunk_quant is not None
+    chosen = source.trunk_quant(default.group_size, default.bits) if default else {}
+    tensors = []
+    for name, (file, info) in sorted(source.trunk.items(), key=lambda t: (t[1][0], t[1][1].offset)):
+        path, cast = name.removesuffix(".weight"), dtype is not None and info.dtype in FLOAT_DTYPES
+        target = dtype if cast and dtype and source.may_cast(name) else info.dtype
+        quant = Quant(*chosen[path]) if path in chosen and name.endswith(".weight") else None
+        outputs: tuple[Spec, ...] = (Spec(name, target, info.shape),)
+        if quant:
+            outputs = quantized(path, info.shape[0], info.shape[1], quant, target)
+        tensors.append(TrunkTensor((file, info), target, False, quant, outputs))
+    return tensors
 
 
 def _trunk_tensor(

@@ -93,7 +93,7 @@ def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
         "experts": _experts(plan, options),
         "count": plan.layers[0].experts,
         "layers": len(plan.layers),
-        "top_k": source.dims.top_k,
+        "top_k": source.top_k,
         "expert_bytes": human(plan.expert_bytes),
         "record": " or ".join(f"{size:,}" for size in records),
         "trunk": f"{trunk['bits']} bits, groups of {trunk['group_size']}",

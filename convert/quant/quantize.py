@@ -50,6 +50,7 @@ def encode_record(
         else:
             with mx.stream(next(streams)):
                 parts += _quantize(_restored(pieces, specs, projection), projection)
+            parts += _extras(pieces, specs, projection)
     return parts
 
 
@@ -72,17 +73,36 @@ def _split(
     """Return each projection with its three tensors and their specs."""
     ends = list(itertools.accumulate(spec.nbytes for spec in specs))
     pieces = [record[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    mine = [
+        [n for n, s in enumerate(specs) if s.name.startswith(f"{p.name}.")]
+        for p in plan.projections
+    ]
     return [
-        (projection, pieces[n : n + 3], specs[n : n + 3])
-        for n, projection in zip(range(0, len(specs), 3), plan.projections, strict=True)
+        (projection, [pieces[n] for n in places], [specs[n] for n in places])
+        for projection, places in zip(plan.projections, mine, strict=True)
     ]
 
 
 def _restored(pieces: list[Bytes], specs: Sequence[Spec], projection: Projection) -> mx.array:
     """Dequantize a projection to float32."""
-    assert projection.before
-    arrays = (as_array(data, s.dtype, s.shape) for data, s in zip(pieces, specs, strict=True))
-    return Codes(*arrays).restored(projection.before)
+    quant = projection.before
+    assert quant
+    arrays = {
+        spec.name.rpartition(".")[2]: as_array(data, spec.dtype, spec.shape)
+        for data, spec in zip(pieces, specs, strict=True)
+    }
+    if quant.mode == "affine":
+        return Codes(*(arrays[part] for part in ("weight", "scales", "biases"))).restored(quant)
+    return mx.dequantize(
+        arrays["weight"], arrays["scales"], None, quant.group_size, quant.bits, quant.mode,
+        arrays.get("global_scale"), mx.float32,
+    )  # fmt: skip
+
+
+def _extras(pieces: list[Bytes], specs: Sequence[Spec], projection: Projection) -> list[Part]:
+    """Return the tensors that are copied."""
+    names = [spec.name for spec in projection.extras]
+    return [piece for piece, spec in zip(pieces, specs, strict=True) if spec.name in names]
 
 
 def _quantize(weights: mx.array, projection: Projection) -> Codes:

@@ -1,6 +1,7 @@
 """Open the checkpoint to convert: check its files and locate every tensor."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from ...format.config_entries import MOST
 from ...format.headers import ITEM_SIZE, MAX_NAME, TensorInfo, checkpoint_headers
 from ...format.json_file import exists, read_object
 from ...format.layout import EXPERT_DIR, ExpertLayout, open_layout
+from ...format.modules import ExpertModule
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 INDEX = "model.safetensors.index.json"
 
 Place = tuple[Path, TensorInfo]
+TrunkQuant = Callable[[int, int], dict[str, tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,37 @@ class Source:
         name: the user's name for it: a path, or a name on the Hub.
         revision: the commit on the Hub, if it came from there.
         config: config.json, unchanged.
-        dims: sizes from the config.
-        trunk: every text-generation tensor except experts, by canonical name.
+        top_k: experts per token.
+        modules: the model's modules of experts, one per layer that has any.
+        trunk: every text-generation tensor except experts, by the model's name.
         layout: the quantized experts, or None if the experts are floats.
         matrices: float experts by (layer, expert, projection).
+        trunk_quant: for mlx-lm's own models: (group size, bits) to the (bits, group size) of each
+            layer of the trunk that mlx-lm would quantize.
+        may_cast: whether a tensor of the trunk may change its dtype.
     """
 
     directory: Path
     name: str
     revision: str | None
     config: dict[str, Any]
-    dims: Dims
+    top_k: int
+    modules: tuple[ExpertModule, ...]
     trunk: dict[str, Place]
     layout: ExpertLayout | None
     matrices: dict[tuple[int, int, str], Matrix] = field(repr=False)
+    trunk_quant: TrunkQuant | None = None
+    may_cast: Callable[[str], bool] = field(default=lambda name: True, repr=False)
+
+    @property
+    def is_qwen(self) -> bool:
+        """Whether this package has its own model code for it."""
+        return self.config.get("model_type") in MODEL_TYPES
+
+    @property
+    def most_experts(self) -> int:
+        """Experts of the layer that has most."""
+        return max(module.num_experts for module in self.modules)
 
     @property
     def default_quantization(self) -> dict[str, Any]:
@@ -91,6 +111,10 @@ def open_source(directory: Path, name: str, revision: str | None = None) -> Sour
         FlashMoEError: it is not a complete Qwen3.5 MoE checkpoint.
     """
     config = _read_config(directory)
+    if config.get("model_type") not in MODEL_TYPES:
+        from .generic import open_generic  # imports mlx-lm
+
+        return open_generic(directory, name, revision, config)
     dims = _dims(directory / "config.json", config)
     _check_quantization(directory / "config.json", config)
     headers = checkpoint_headers(directory)
@@ -101,7 +125,17 @@ def open_source(directory: Path, name: str, revision: str | None = None) -> Sour
     else:
         matrices = _find_matrices(directory, dims, headers)
     trunk = _trunk(directory, dims, headers)
-    return Source(directory, name, revision, config, dims, trunk, layout, matrices)
+    modules = qwen_modules(dims)
+    return Source(directory, name, revision, config, dims.top_k, modules, trunk, layout, matrices)
+
+
+def qwen_modules(dims: Dims) -> tuple[ExpertModule, ...]:
+    """Return the expert modules of a Qwen3.5 MoE."""
+    shapes = {name: (dims.rows(name), dims.columns(name)) for name in names.PROJECTIONS}
+    return tuple(
+        ExpertModule(f"{names.layer_prefix(layer)}.mlp.switch_mlp", shapes, dims.experts)
+        for layer in range(dims.layers)
+    )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -118,12 +152,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{path}: text_config is {_shown(text)}, expected an object. Download it again."
         )
     types = [part.get("model_type") for part in (config, text)]
-    for model_type in types:
-        if model_type not in MODEL_TYPES:
-            raise FlashMoEError(
-                f"{path}: model_type {_shown(model_type)} is not supported; only "
-                f"{' and '.join(MODEL_TYPES)} are. Convert other models with mlx_lm.convert."
-            )
+    if any(model_type in MODEL_TYPES for model_type in types) and types[1] not in MODEL_TYPES:
+        raise FlashMoEError(
+            f"{path}: the model is {_shown(types[0])}, but its text_config {_shown(types[1])}. "
+            "Restore the checkpoint's own file."
+        )
     return config
 
 

@@ -21,7 +21,9 @@ Bytes = npt.NDArray[np.uint8]
 
 FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 # NumPy has no bfloat16: uint16 carries its bits.
-_NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
+_NUMPY = {
+    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8,
+}  # fmt: skip
 # The smallest non-finite bit pattern, sign aside, and the integer types of the dtype's size.
 _NOT_FINITE: dict[str, tuple[int, npt.DTypeLike, npt.DTypeLike]] = {
     "BF16": (0x7F80, np.int16, np.uint16),
@@ -147,7 +149,7 @@ def _is_cached(descriptor: int) -> bool:
 
 
 def as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
-    """Copy raw bytes into an MLX array of a safetensors dtype: BF16, F16, F32 or U32."""
+    """Copy raw bytes into an MLX array of a safetensors dtype: BF16, F16, F32, U32 or U8."""
     array = mx.array(data.view(_NUMPY[dtype]).reshape(shape))
     return array.view(mx.bfloat16) if dtype == "BF16" else array
 

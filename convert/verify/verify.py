@@ -159,12 +159,12 @@ def _parts(name: str, entry: Entry) -> Iterator[Part]:
 
 
 def _experts(name: str, entry: Entry) -> Iterator[Part]:
-    sizes, records = entry["field_bytes"], entry["records"]
+    sizes, records, names = entry["field_bytes"], entry["records"], entry.get("fields", FIELDS)
     layer, start = entry["layer"], entry["size"] - len(records) * sum(sizes)
     yield Part(name, "header", 0, start, entry["header"], layer)
     for expert, (checksum, digits) in enumerate(zip(records, entry["tensors"], strict=True)):
-        single = [digits[8 * index : 8 * index + 8] for index in range(len(FIELDS))]
-        fields = tuple(zip(FIELDS, sizes, single, strict=True))
+        single = [digits[8 * index : 8 * index + 8] for index in range(len(names))]
+        fields = tuple(zip(names, sizes, single, strict=True))
         what = f"layer {layer} expert {expert}"
         yield Part(name, what, start, sum(sizes), checksum, layer, expert, fields)
         start += sum(sizes)

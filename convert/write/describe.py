@@ -7,7 +7,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ...format.names import FIELDS
 from ..plan.parts import LayerPlan, Plan, Quant
 from ..source.checkpoint import Source
 from ..source.foreign_code import REMEDY
@@ -28,7 +27,7 @@ def describe(
     before = sorted({_kind(p.before) for layer in plan.layers for p in layer.projections})
     after = sorted({_kind(p.after) for layer in plan.layers for p in layer.projections})
     trunk = sum(len(file.outputs) for file in plan.trunk)
-    experts = sum(layer.experts for layer in plan.layers) * len(FIELDS)
+    experts = sum(layer.experts * len(layer.record) for layer in plan.layers)
     code = copied_code(source, plan)
     downloads = (
         f"{fetching.count} files, {fetching.nbytes:,} bytes ({human(fetching.nbytes)}); at once "
@@ -37,7 +36,7 @@ def describe(
     rows = (
         ("source", f"{source.name} (experts: {', '.join(before)})"),
         ("target", f"{out} (experts: {', '.join(after)})"),
-        ("layers", f"{len(plan.layers)}, of {source.dims.experts} experts each"),
+        ("layers", f"{len(plan.layers)}, of {source.most_experts} experts each"),
         ("one expert", f"{' or '.join(f'{size:,}' for size in records)} bytes"),
         ("trunk", f"{plan.trunk_bytes:,} bytes ({human(plan.trunk_bytes)}), {trunk:,} tensors"),
         (

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ...format.headers import ITEM_SIZE
 from ...format.layout import DATA_ALIGNMENT, LayerLayout
-from ...format.names import FIELDS
+from ...format.names import FIELDS, layer_prefix
 from ..plan.parts import LayerPlan, Spec, TrunkFile, TrunkTensor
 from ..quant.calibrate import LayerInputs
 from ..quant.codes import quantize
@@ -216,14 +216,14 @@ def write_layer(
     with TensorFile(path, plan.outputs, DATA_ALIGNMENT, written) as file:
         for batch, loaded in zip(batches, read_ahead(steps.load, batches), strict=True):
             for expert, record in zip(batch, steps.encode(batch, loaded), strict=True):
-                write_record(file, expert, record)
+                write_record(file, expert, plan.record[0].name, record)
                 progress(plan.record_bytes)
     mx.clear_cache()
     return file.entry() | record_entry(plan, file) if file.whole else file.begun()
 
 
-def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> None:
-    """Write one expert's nine tensors, or one buffer that holds them end to end."""
+def write_record(file: TensorFile, expert: int, first: str, record: Sequence[Part]) -> None:
+    """Write one expert's tensors from `first` on, or one buffer that holds them end to end."""
     parts = [as_buffer(part) for part in record]
     data, start = parts[0], 0
     if len(parts) > 1:
@@ -231,18 +231,21 @@ def write_record(file: TensorFile, expert: int, record: Sequence[Part]) -> None:
         for part in parts:
             data[start : start + part.nbytes] = part.cast("B")
             start += part.nbytes
-    file.write(f"experts.{expert}.{FIELDS[0]}", data)
+    file.write(f"experts.{expert}.{first}", data)
 
 
 def record_entry(plan: LayerPlan, file: TensorFile) -> Entry:
     """Return the checksums of records, and of their tensors."""
-    records, tensors = [], []
+    records, tensors, count = [], [], len(plan.record)
     for expert in range(plan.experts):
-        fields = file.checksums(expert * len(FIELDS), len(FIELDS))
+        fields = file.checksums(expert * count, count)
         records.append(as_text(joined(fields)))
         tensors.append("".join(as_text(checksum) for checksum, _ in fields))
-    field_bytes = [spec.nbytes for spec in plan.record]
-    return {"field_bytes": field_bytes, "records": records, "tensors": tensors}
+    entry = {"field_bytes": [s.nbytes for s in plan.record], "records": records, "tensors": tensors}
+    fields = [spec.name for spec in plan.record]
+    if plan.module == f"{layer_prefix(plan.layer)}.mlp.switch_mlp" and fields == list(FIELDS):
+        return entry  # as in the format's first version
+    return {"module": plan.module, "fields": fields} | entry
 
 
 def as_buffer(part: Part) -> memoryview:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
-from ...format.names import FIELDS
 from ..plan.parts import File, Plan, TrunkFile
 from ..source.checkpoint import Source
 from .execute import Visit
@@ -71,7 +70,7 @@ def _steps(source: Source, file: File, done: Entries, remote: Files) -> Iterator
     if isinstance(file, TrunkFile):
         widths = [len(tensor.outputs) for tensor in file.tensors]
     else:
-        widths = [len(FIELDS)] * file.experts
+        widths = [len(file.record)] * file.experts
     groups: dict[Files, list[int]] = {}
     count = 0
     written = done.get(place(file), {}).get("written") or [""] * sum(widths)

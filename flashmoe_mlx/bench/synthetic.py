@@ -27,7 +27,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from ..cli.doctor_model import examine
 from ..convert.plan.parts import LayerPlan, Options, Plan, Quant, Spec, TrunkTensor
 from ..convert.plan.plan import build_plan
-from ..convert.source.checkpoint import Dims, Source
+from ..convert.source.checkpoint import Dims, Source, qwen_modules
 from ..convert.source.foreign_code import SHIM_NAME
 from ..convert.write.execute import record_entry, write_record
 from ..convert.write.files import CHECKSUM, TensorFile, write_file, write_json
@@ -108,7 +108,9 @@ class Recipe:
             args.num_hidden_layers, args.num_experts, args.num_experts_per_tok,
             args.hidden_size, args.moe_intermediate_size, tied=False,
         )  # fmt: skip
-        source = Source(Path(), self.name, None, config, dims, trunk, None, {})
+        source = Source(
+            Path(), self.name, None, config, dims.top_k, qwen_modules(dims), trunk, None, {}
+        )
         return build_plan(source, Options(quantize=True, bits=self.bits))
 
 

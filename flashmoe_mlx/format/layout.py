@@ -11,6 +11,7 @@ In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all
 `LayerLayout` stores. Every header is checked first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,21 +198,34 @@ def _open_packed(
             f"{model_dir / EXPERT_DIR / MANIFEST}: lists {listed} layers, but config.json has "
             f"num_hidden_layers = {num_layers}. Convert the model again."
         )
-    layers = [_packed_layer(model_dir, layer, num_experts) for layer in range(num_layers)]
+    layers = [packed_layer(model_dir, layer, num_experts) for layer in range(num_layers)]
     return ExpertLayout("packed", model_dir, tuple(layers))
 
 
-def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
+def packed_layer(
+    model_dir: Path, layer: int, num_experts: int, names: Sequence[str] = FIELDS
+) -> LayerLayout:
+    """Read and check the header of one layer's expert file.
+
+    Args:
+        model_dir: the model's directory.
+        layer: number of the file.
+        num_experts: experts of the layer.
+        names: an expert's tensors, in the order of their bytes.
+
+    Raises:
+        FlashMoEError: the file does not hold exactly these experts.
+    """
     path = model_dir / EXPERT_DIR / layer_file(layer)
     if not exists(path):
         raise FlashMoEError(
             f"{path}: missing, so layer {layer} has no experts. Run flashmoe-convert again."
         )
     tensors = read_header(path)
-    first = [tensors.get(f"experts.0.{name}") for name in FIELDS]
+    first = [tensors.get(f"experts.0.{name}") for name in names]
     stride = sum(t.nbytes for t in first if t)
     for expert in range(num_experts):
-        for name, zero in zip(FIELDS, first, strict=True):
+        for name, zero in zip(names, first, strict=True):
             tensor = tensors.get(f"experts.{expert}.{name}")
             if tensor is None or zero is None:
                 raise FlashMoEError(
@@ -225,15 +239,15 @@ def _packed_layer(model_dir: Path, layer: int, num_experts: int) -> LayerLayout:
                     f"byte {tensor.offset}, expected {expected[0]}{list(expected[1])} at "
                     f"{expected[2]}. Convert the model again."
                 )
-    if len(tensors) != num_experts * len(FIELDS):
+    if len(tensors) != num_experts * len(names):
         raise FlashMoEError(
-            f"{path}: holds {len(tensors)} tensors, expected {num_experts * len(FIELDS)}, since "
+            f"{path}: holds {len(tensors)} tensors, expected {num_experts * len(names)}, since "
             f"config.json asks for {num_experts} experts. Restore the config.json that belongs to "
             "this model."
         )
     fields = tuple(
         Field(name, t.dtype, t.shape, t.nbytes, path, t.offset, stride)
-        for name, t in zip(FIELDS, first, strict=True)
+        for name, t in zip(names, first, strict=True)
         if t
     )
     return LayerLayout(layer, num_experts, fields)

@@ -7,10 +7,21 @@ three projections. A checkpoint holds `MODULE.PROJECTION.PART`, each `[experts, 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import FlashMoEError
 from .headers import TensorInfo, checkpoint_headers
-from .layout import ExpertLayout, Field, LayerLayout
+from .json_file import exists
+from .layout import (
+    EXPERT_DIR,
+    MANIFEST,
+    ExpertLayout,
+    Field,
+    LayerLayout,
+    packed_layer,
+    read_manifest,
+)
+from .names import FIELDS, layer_prefix
 
 PARTS = ("weight", "scales", "biases", "bias", "global_scale")
 FLOATS = ("BF16", "F16", "F32")
@@ -44,14 +55,40 @@ class Quantization:
 
 
 def open_modules(directory: Path, modules: Sequence[ExpertModule]) -> ExpertLayout:
-    """Find the experts of an MLX checkpoint.
+    """Find the experts of an MLX checkpoint, or of a directory converted from one.
 
     Raises:
         FlashMoEError: a tensor is missing, or has another shape or dtype than the model asks for.
     """
+    kind = "stock"
+    if exists(directory / EXPERT_DIR):
+        manifest = read_manifest(directory / EXPERT_DIR / MANIFEST)
+        if "link" not in manifest:
+            return _open_packed(directory, manifest, modules)
+        directory, kind = Path(str(manifest["link"])), "linked"
     headers = checkpoint_headers(directory)
     layers = [_stacked(directory, headers, n, module) for n, module in enumerate(modules)]
-    return ExpertLayout("stock", directory, tuple(layers))
+    return ExpertLayout(kind, directory, tuple(layers))
+
+
+def _open_packed(
+    directory: Path, manifest: Mapping[str, Any], modules: Sequence[ExpertModule]
+) -> ExpertLayout:
+    entries, path = manifest.get("layers"), directory / EXPERT_DIR / MANIFEST
+    listed = [e.get("module") if isinstance(e, dict) else None for e in entries or ()]
+    qwen = [f"{layer_prefix(n)}.mlp.switch_mlp" for n in range(len(listed))]  # the first version
+    if (listed if any(listed) else qwen) != [module.path for module in modules]:
+        raise FlashMoEError(
+            f"{path}: lists experts of other modules than config.json asks for. Convert the model "
+            "again."
+        )
+    layers = []
+    for number, (module, entry) in enumerate(zip(modules, entries or (), strict=True)):
+        fields = entry.get("fields", FIELDS)
+        if not (isinstance(fields, Sequence) and all(type(name) is str for name in fields)):
+            raise FlashMoEError(f"{path}: damaged (fields = {fields!r}). Convert the model again.")
+        layers.append(packed_layer(directory, number, module.num_experts, fields))
+    return ExpertLayout("packed", directory, tuple(layers))
 
 
 def _stacked(
@@ -107,6 +144,11 @@ def projection_quantization(
     """
     rows, columns = shape
     fields = {p: layer.fields[i] for p, i in projection_fields(layer, projection).items()}
+    if "weight" not in fields:
+        raise FlashMoEError(
+            f"{layer.fields[0].file}: layer {layer.layer} has no {projection}.weight. Convert the "
+            "model again."
+        )
     weight, scales = fields["weight"], fields.get("scales")
     found, fits = None, True
     if scales is None:

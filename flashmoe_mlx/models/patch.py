@@ -95,7 +95,9 @@ def patched_classes(
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             """Convert names and shapes as mlx-lm does, and drop the experts' tensors."""
-            if hasattr(stock_model, "sanitize"):
+            assert self._store
+            converted = self._store.layout.kind == "packed"  # its names are final
+            if hasattr(stock_model, "sanitize") and not converted:
                 weights = stock_model.sanitize(self, weights)
             return {k: v for k, v in weights.items() if not k.startswith(self._experts)}
 

@@ -16,7 +16,7 @@ from flashmoe_mlx.convert.plan.parts import (
     TrunkFile,
     TrunkTensor,
 )
-from flashmoe_mlx.convert.source.checkpoint import Dims, Matrix, Source
+from flashmoe_mlx.convert.source.checkpoint import Dims, Matrix, Source, qwen_modules
 from flashmoe_mlx.convert.write.output import place
 from flashmoe_mlx.convert.write.steps import Fetched, Step, fetched, plan_steps
 from flashmoe_mlx.format.headers import TensorInfo
@@ -43,9 +43,9 @@ def make(layers: int, experts: int, where: Where) -> tuple[Source, Plan]:
         TrunkTensor((f, info), "BF16", False, None, (Spec(f.name, "BF16", (2,)),)) for f in files
     ]
     projections = [Projection(name, 4, 4, None, Quant(4, 64), "BF16") for name in PROJECTIONS]
-    plans = [LayerPlan(n, experts, tuple(projections)) for n in range(layers)]
-    dims = Dims(layers, experts, 1, 4, 4, False)
-    source = Source(Path(), "x", None, {}, dims, {}, None, matrices)
+    modules = qwen_modules(Dims(layers, experts, 1, 4, 4, False))
+    plans = [LayerPlan(n, experts, tuple(projections), m.path) for n, m in enumerate(modules)]
+    source = Source(Path(), "x", None, {}, 1, modules, {}, None, matrices)
     return source, Plan(tuple(plans), (TrunkFile("model.safetensors", tuple(tensors)),), {})
 
 

@@ -1,0 +1,174 @@
+"""Open a checkpoint of any mlx-lm model: its own classes name the experts and the trunk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ...errors import FlashMoEError, named
+from ...format.headers import TensorInfo, checkpoint_headers
+from ...format.json_file import exists
+from ...format.layout import EXPERT_DIR, ExpertLayout
+from ...format.modules import ExpertModule, open_modules
+from ...models.patch import describe, stock_classes, switches, top_k
+from .checkpoint import FLOAT_DTYPES, Matrix, Place, Source
+
+REMEDY = "Restore the checkpoint's own files"
+
+
+def open_generic(
+    directory: Path, name: str, revision: str | None, config: dict[str, Any]
+) -> Source:
+    """Open a checkpoint in MLX's own format, or a directory converted from one.
+
+    Raises:
+        FlashMoEError: mlx-lm has no such model, or the files are not a whole checkpoint of it.
+    """
+    stock_model, stock_args = stock_classes(config)
+    with named(directory / "config.json", "a model that cannot be built", REMEDY):
+        args = stock_args.from_dict(config)
+        model = stock_model(args)
+    modules = tuple(describe(path, module) for path, module in switches(model).items())
+    if not modules:
+        raise FlashMoEError(
+            f"{directory}: a {config['model_type']} has no routed experts (no SwitchGLU or "
+            "SwitchMLP), so nothing can be streamed. Convert it with mlx_lm.convert."
+        )
+    headers = checkpoint_headers(directory)
+    layout, matrices = None, {}
+    if exists(directory / EXPERT_DIR) or _is_quantized(modules, headers):
+        layout = open_modules(directory, modules)
+    else:
+        matrices = _float_experts(directory, modules, headers)
+    converted = layout is not None and layout.kind == "packed"
+    trunk = _trunk(directory, model, modules, headers, converted)
+    cast = getattr(model, "cast_predicate", lambda path: True)
+    return Source(
+        directory, name, revision, config, top_k(args), modules, trunk, layout, matrices,
+        lambda group_size, bits: _trunk_quant(model, modules, group_size, bits), cast,
+    )  # fmt: skip
+
+
+def _is_quantized(modules: tuple[ExpertModule, ...], headers: Mapping[str, Place]) -> bool:
+    first = modules[0]
+    return any(f"{first.path}.{projection}.scales" in headers for projection in first.shapes)
+
+
+def _float_experts(
+    directory: Path, modules: tuple[ExpertModule, ...], headers: Mapping[str, Place]
+) -> dict[tuple[int, int, str], Matrix]:
+    """Find the matrices of stacked float experts."""
+    layout: ExpertLayout = open_modules(directory, modules)
+    found = {}
+    for layer, module in zip(layout.layers, modules, strict=True):
+        for field in layer.fields:
+            projection, _, part = field.name.rpartition(".")
+            if part != "weight":
+                raise FlashMoEError(
+                    f"{field.file}: {module.path}.{field.name}: float experts with biases cannot "
+                    "be quantized yet. Quantize with mlx_lm.convert -q first."
+                )
+            if field.shape != module.shapes[projection] or field.dtype not in FLOAT_DTYPES:
+                raise FlashMoEError(
+                    f"{field.file}: {module.path}.{field.name} is {field.dtype}"
+                    f"{list(field.shape)} per expert, expected {list(module.shapes[projection])} "
+                    f"of {', '.join(FLOAT_DTYPES)} by config.json. {REMEDY}."
+                )
+            for expert in range(module.num_experts):
+                place = field.offset + expert * field.stride
+                matrix = Matrix(field.file, place, field.dtype, module.shapes[projection])
+                found[layer.layer, expert, projection] = matrix
+    return found
+
+
+def _trunk(
+    directory: Path,
+    model: nn.Module,
+    modules: tuple[ExpertModule, ...],
+    headers: Mapping[str, Place],
+    converted: bool,
+) -> dict[str, Place]:
+    """Return the resident tensors under the model's names, as mlx-lm's `sanitize` leaves them.
+
+    Nothing is read: the arrays are lazy.
+    """
+    experts = tuple(f"{module.path}." for module in modules)
+    weights: dict[str, mx.array] = {}
+    for file in sorted({file for file, _ in headers.values()}):
+        weights |= mx.load(str(file))  # type: ignore[arg-type]
+    kept = dict(weights)
+    if hasattr(model, "sanitize") and not converted:
+        with named(directory, "tensors that mlx-lm cannot read", REMEDY):
+            kept = model.sanitize(kept)
+    names = {id(array): name for name, array in weights.items()}
+    trunk = {}
+    for name, array in kept.items():
+        if name.startswith(experts):
+            continue
+        if id(array) not in names:
+            raise FlashMoEError(
+                f"{directory}: mlx-lm computes {name} when it loads this checkpoint, so it is not "
+                "in MLX's own format. Convert it first: mlx_lm.convert."
+            )
+        trunk[name] = headers[names[id(array)]]
+    return trunk
+
+
+def _trunk_quant(
+    model: nn.Module, modules: tuple[ExpertModule, ...], group_size: int, bits: int
+) -> dict[str, tuple[int, int]]:
+    """Return the (bits, group size) of each layer that mlx-lm would quantize, except experts."""
+    predicate = getattr(model, "quant_predicate", None)
+    chosen = {}
+    for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
+        if path.startswith(tuple(f"{m.path}." for m in modules)):
+            continue
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
+            continue
+        verdict = predicate(path, module) if predicate else True
+        if isinstance(verdict, dict):
+            chosen[path] = verdict.get("bits", bits), verdict.get("group_size", group_size)
+        elif verdict:
+            chosen[path] = bits, group_size
+    return chosen
+
+
+def check_generic_trunk(
+    directory: Path, config: Mapping[str, Any], trunk: Mapping[str, TensorInfo]
+) -> None:
+    """Compare the names and shapes of a trunk with the model that config.json describes.
+
+    Raises:
+        FlashMoEError: a tensor is missing, unknown, or has another shape.
+    """
+    stock_model, stock_args = stock_classes(config)
+    model = stock_model(stock_args.from_dict(dict(config)))
+    experts = tuple(f"{path}." for path in switches(model))
+    entry = config.get("quantization") or {}
+
+    def quantized(path: str, module: nn.Module) -> Any:
+        if path.startswith(experts) or not hasattr(module, "to_quantized"):
+            return False
+        return entry.get(path, f"{path}.scales" in trunk)
+
+    if entry:
+        mode = entry.get("mode", "affine")
+        nn.quantize(model, entry["group_size"], entry["bits"], mode=mode, class_predicate=quantized)
+    expected = {
+        name: array.shape
+        for name, array in tree_flatten(model.parameters())
+        if not name.startswith(experts)
+    }
+    trunk = {name: info for name, info in trunk.items() if not name.startswith(experts)}
+    for name in sorted(expected.keys() ^ trunk.keys()):
+        state = "is missing" if name in expected else "is not in the model"
+        raise FlashMoEError(f"{directory}: {name} {state} that config.json describes. {REMEDY}.")
+    for name, info in trunk.items():
+        if info.shape != expected[name]:
+            raise FlashMoEError(
+                f"{directory}: {name} is {list(info.shape)}, expected {list(expected[name])} by "
+                f"config.json. {REMEDY}."
+            )
