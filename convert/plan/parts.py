@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ...format.headers import ITEM_SIZE
@@ -68,7 +69,8 @@ class Spec(NamedTuple):
 class TrunkTensor:
     """One trunk tensor: `source` becomes `outputs`, either one tensor or weight, scales, biases.
 
-    `shift` adds 1 in the source's dtype, before the cast to `dtype`.
+    `shift` adds 1 in the source's dtype, before the cast to `dtype`. A tensor that mlx-lm computes
+    has `needs`, the files that it is computed from.
     """
 
     source: Place
@@ -76,6 +78,12 @@ class TrunkTensor:
     shift: bool
     quant: Quant | None
     outputs: tuple[Spec, ...]
+    needs: frozenset[Path] = frozenset()
+
+    @property
+    def files(self) -> frozenset[Path]:
+        """The source files to read."""
+        return self.needs or frozenset([self.source[0]])
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ class Projection:
     @property
     def outputs(self) -> tuple[Spec, ...]:
         """Weight, scales, biases if affine, and what is copied."""
-        own = quantized(self.name, self.rows, self.columns, self.after, self.dtype)
+        own = quantized(self.name, (self.rows, self.columns), self.after, self.dtype)
         return *own, *self.extras
 
 
@@ -191,12 +199,13 @@ class Plan:
         return sum(file.nbytes for file in self.trunk)
 
 
-def quantized(path: str, rows: int, columns: int, quant: Quant, dtype: str) -> tuple[Spec, ...]:
-    """Return weight `[rows, columns * bits / 32]`, scales and biases `[rows, columns / group]`.
+def quantized(path: str, shape: tuple[int, ...], quant: Quant, dtype: str) -> tuple[Spec, ...]:
+    """Return weight, scales and biases of a matrix or several: `shape` is `[..., rows, columns]`.
 
     Only affine quantization has biases.
     """
-    groups = (rows, columns // quant.group_size)
+    *rows, columns = shape
+    groups = (*rows, columns // quant.group_size)
     parts = ("scales", "biases") if quant.mode == "affine" else ("scales",)
-    weight = Spec(f"{path}.weight", "U32", (rows, columns * quant.bits // 32))
+    weight = Spec(f"{path}.weight", "U32", (*rows, columns * quant.bits // 32))
     return weight, *(Spec(f"{path}.{part}", dtype, groups) for part in parts)

@@ -40,7 +40,7 @@ def build_plan(source: Source, options: Options) -> Plan:
     method = options.method or _best_method(target, options)
     if options.calibrate:
         _check_calibration(source, method)
-    if source.layout is None and target is None:
+    if not source.has_quantized_experts and target is None:
         raise FlashMoEError(
             f"{source.name}: the experts are not quantized, and only quantized ones can be "
             "streamed. Add -q (and --q-bits 4, or 2)."
@@ -165,12 +165,11 @@ def _layer(
     projections, module = [], source.modules[number]
     for name, shape in module.shapes.items():
         before, kind, extras = None, dtype, tuple[Spec, ...]()
-        if source.layout:
-            layout = source.layout.layers[number]
+        if layout := source.fields(number):
             if found := projection_quantization(layout, name, shape):
                 before = Quant(found.bits, found.group_size, found.mode)
             parts = {p: layout.fields[i] for p, i in projection_fields(layout, name).items()}
-            kind = parts["scales"].dtype
+            kind = parts["scales"].dtype if found else dtype
             extras = tuple(Spec(f.name, f.dtype, f.shape) for p, f in parts.items() if p in COPIED)
         after = target.experts(number, name) if target else before
         assert after

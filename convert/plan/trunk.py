@@ -34,8 +34,9 @@ def _plan_generic(source: Source, default: Quant | None, dtype: str | None) -> l
         quant = Quant(*chosen[path]) if path in chosen and name.endswith(".weight") else None
         outputs: tuple[Spec, ...] = (Spec(name, target, info.shape),)
         if quant:
-            outputs = quantized(path, info.shape[0], info.shape[1], quant, target)
-        tensors.append(TrunkTensor((file, info), target, False, quant, outputs))
+            outputs = quantized(path, info.shape, quant, target)
+        needs = source.foreign.needs.get(name, frozenset()) if source.foreign else frozenset()
+        tensors.append(TrunkTensor((file, info), target, False, quant, outputs, needs))
     return tensors
 
 
@@ -67,7 +68,7 @@ def _trunk_tensor(
     quant = _tensor_quant(name, shape, default) if default else None
     if quant:
         path = name.removesuffix(".weight")
-        outputs: tuple[Spec, ...] = quantized(path, shape[0], shape[1], quant, target)
+        outputs: tuple[Spec, ...] = quantized(path, shape, quant, target)
     else:
         outputs = (Spec(name, target, shape),)
     return TrunkTensor(place, target, shift, quant, outputs)

@@ -6,7 +6,9 @@ from typing import TypeAlias
 
 import mlx.core as mx
 
-from ..plan.parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Projection, Spec
+from ...errors import FlashMoEError
+from ...format.modules import PARTS
+from ..plan.parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Projection, Quant, Spec
 from ..source.read import FLOATS, Bytes, as_array
 from .calibrate import LayerInputs
 from .codes import Codes, quantize
@@ -29,6 +31,40 @@ def encode_floats(
             if projection.method == MIN_MAX:
                 weights = weights.astype(FLOATS[projection.dtype])
             parts += _quantize(weights, projection)
+    return parts
+
+
+def encode_fields(fields: dict[str, mx.array], plan: LayerPlan, place: str) -> list[Part]:
+    """Quantize or copy one expert's fields, which mlx-lm's `sanitize` made; `place` names it.
+
+    Raises:
+        FlashMoEError: a field is not finite.
+    """
+    whole = {name: mx.contiguous(array) for name, array in fields.items()}
+    mx.eval(whole)
+    for name, array in whole.items():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+            raise FlashMoEError(
+                f"{place} {name} holds NaN or infinity. Download the checkpoint again, or convert "
+                "it with mlx_lm.convert."
+            )
+    parts: list[Part] = []
+    for projection in plan.projections:
+        extras = [whole[spec.name] for spec in projection.extras]
+        if projection.copied:
+            parts += [whole[spec.name] for spec in projection.outputs]
+            continue
+        weights = whole[f"{projection.name}.weight"]
+        if projection.before:
+            named = {
+                part: whole[f"{projection.name}.{part}"]
+                for part in PARTS
+                if f"{projection.name}.{part}" in whole
+            }
+            weights = dequantized(named, projection.before)
+        elif projection.method == MIN_MAX:
+            weights = weights.astype(FLOATS[projection.dtype])
+        parts += [*_quantize(weights, projection), *extras]
     return parts
 
 
@@ -85,12 +121,16 @@ def _split(
 
 def _restored(pieces: list[Bytes], specs: Sequence[Spec], projection: Projection) -> mx.array:
     """Dequantize a projection to float32."""
-    quant = projection.before
-    assert quant
+    assert projection.before
     arrays = {
         spec.name.rpartition(".")[2]: as_array(data, spec.dtype, spec.shape)
         for data, spec in zip(pieces, specs, strict=True)
     }
+    return dequantized(arrays, projection.before)
+
+
+def dequantized(arrays: dict[str, mx.array], quant: Quant) -> mx.array:
+    """Return a matrix in float32, from its parts by name."""
     if quant.mode == "affine":
         return Codes(*(arrays[part] for part in ("weight", "scales", "biases"))).restored(quant)
     return mx.dequantize(

@@ -11,7 +11,7 @@ from ...format import names
 from ...format.config_entries import MOST
 from ...format.headers import ITEM_SIZE, MAX_NAME, TensorInfo, checkpoint_headers
 from ...format.json_file import exists, read_object
-from ...format.layout import EXPERT_DIR, ExpertLayout, open_layout
+from ...format.layout import EXPERT_DIR, ExpertLayout, LayerLayout, open_layout
 from ...format.modules import ExpertModule
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -74,6 +74,8 @@ class Source:
         trunk_quant: for mlx-lm's own models: (group size, bits) to the (bits, group size) of each
             layer of the trunk that mlx-lm would quantize.
         may_cast: whether a tensor of the trunk may change its dtype.
+        foreign: a `foreign.Foreign` if the checkpoint is not in MLX's format; then there are
+            neither layout nor matrices.
     """
 
     directory: Path
@@ -87,11 +89,24 @@ class Source:
     matrices: dict[tuple[int, int, str], Matrix] = field(repr=False)
     trunk_quant: TrunkQuant | None = None
     may_cast: Callable[[str], bool] = field(default=lambda name: True, repr=False)
+    foreign: Any = None
 
     @property
     def is_qwen(self) -> bool:
         """Whether this package has its own model code for it."""
         return self.config.get("model_type") in MODEL_TYPES
+
+    def fields(self, layer: int) -> LayerLayout | None:
+        """Return the fields of a layer's experts, of a foreign checkpoint as they will be."""
+        layouts = self.foreign.layouts if self.foreign else self.layout and self.layout.layers
+        return layouts[layer] if layouts else None
+
+    @property
+    def has_quantized_experts(self) -> bool:
+        """Whether the experts can be streamed as they are."""
+        if not self.foreign:
+            return self.layout is not None
+        return any(field.name.endswith(".scales") for field in self.foreign.layouts[0].fields)
 
     @property
     def most_experts(self) -> int:

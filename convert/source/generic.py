@@ -15,6 +15,7 @@ from ...format.layout import EXPERT_DIR, ExpertLayout
 from ...format.modules import ExpertModule, open_modules
 from ...models.patch import describe, stock_classes, switches, top_k
 from .checkpoint import FLOAT_DTYPES, Matrix, Place, Source
+from .foreign import Foreign
 
 REMEDY = "Restore the checkpoint's own files"
 
@@ -22,7 +23,7 @@ REMEDY = "Restore the checkpoint's own files"
 def open_generic(
     directory: Path, name: str, revision: str | None, config: dict[str, Any]
 ) -> Source:
-    """Open a checkpoint in MLX's own format, or a directory converted from one.
+    """Open a checkpoint of any format that mlx-lm reads, or a directory converted from one.
 
     Raises:
         FlashMoEError: mlx-lm has no such model, or the files are not a whole checkpoint of it.
@@ -38,6 +39,14 @@ def open_generic(
             "SwitchMLP), so nothing can be streamed. Convert it with mlx_lm.convert."
         )
     headers = checkpoint_headers(directory)
+    if not exists(directory / EXPERT_DIR) and not _is_stacked(modules, headers):
+        found = Foreign(model, modules, headers)
+        config = _without_foreign_entries(config)
+        return Source(
+            directory, name, revision, config, top_k(args), modules, found.trunk, None, {},
+            lambda group_size, bits: _trunk_quant(model, modules, group_size, bits),
+            getattr(model, "cast_predicate", lambda path: True), found,
+        )  # fmt: skip
     layout, matrices = None, {}
     if exists(directory / EXPERT_DIR) or _is_quantized(modules, headers):
         layout = open_modules(directory, modules)
@@ -50,6 +59,20 @@ def open_generic(
         directory, name, revision, config, top_k(args), modules, trunk, layout, matrices,
         lambda group_size, bits: _trunk_quant(model, modules, group_size, bits), cast,
     )  # fmt: skip
+
+
+def _is_stacked(modules: tuple[ExpertModule, ...], headers: Mapping[str, Place]) -> bool:
+    """Say whether the experts are where mlx-lm writes them."""
+    first = modules[0]
+    return all(f"{first.path}.{projection}.weight" in headers for projection in first.shapes)
+
+
+def _without_foreign_entries(config: dict[str, Any]) -> dict[str, Any]:
+    """Drop the source's own quantization, which mlx-lm would apply to the converted weights."""
+    kept = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
+    if isinstance(text := config.get("text_config"), dict):
+        kept["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
+    return kept
 
 
 def _is_quantized(modules: tuple[ExpertModule, ...], headers: Mapping[str, Place]) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from ..plan.parts import LayerPlan, Plan, Quant
 from ..source.checkpoint import Source
 from ..source.foreign_code import REMEDY
-from ..source.read import FLOATS, Bytes, Reader, as_bytes
+from ..source.read import FLOATS, NUMPY, Bytes, Reader, as_bytes
 from .execute import ExpertSteps, Loaded
 from .output import copied_code
 from .steps import Fetched
@@ -96,6 +96,9 @@ def _random(source: Source, plan: LayerPlan) -> Loaded:
         fields = source.layout.layers[plan.layer].fields
         tensors = [_tensor(field.dtype, field.shape) for field in fields]
         return [(np.concatenate(tensors), "U8")]
+    if source.foreign:
+        raws = source.foreign.raws(plan.layer, 0)
+        return [(_tensor(raw.dtype, raw.shape), raw.dtype) for raw in raws]
     dtypes = [source.matrices[plan.layer, 0, p.name].dtype for p in plan.projections]
     shapes = [(p.rows, p.columns) for p in plan.projections]
     return [(_tensor(d, s), d) for d, s in zip(dtypes, shapes, strict=True)]
@@ -105,6 +108,8 @@ def _tensor(dtype: str, shape: tuple[int, ...]) -> Bytes:
     """Return random codes, or small random floats."""
     if dtype == "U32":
         array = mx.random.randint(-(1 << 31), (1 << 31) - 1, shape).astype(mx.uint32)
+    elif dtype not in FLOATS:
+        return np.random.default_rng(0).integers(0, 8, shape).astype(NUMPY[dtype]).view(np.uint8)
     else:
         array = (mx.random.normal(shape) * 0.02).astype(FLOATS[dtype])
     mx.eval(array)

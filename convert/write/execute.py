@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from ...format.headers import ITEM_SIZE
 from ...format.layout import DATA_ALIGNMENT, LayerLayout
@@ -16,7 +17,13 @@ from ...format.names import FIELDS, layer_prefix
 from ..plan.parts import LayerPlan, Spec, TrunkFile, TrunkTensor
 from ..quant.calibrate import LayerInputs
 from ..quant.codes import quantize
-from ..quant.quantize import Part, encode_calibrated, encode_floats, encode_record
+from ..quant.quantize import (
+    Part,
+    encode_calibrated,
+    encode_fields,
+    encode_floats,
+    encode_record,
+)
 from ..source.checkpoint import Source
 from ..source.read import FLOATS, Bytes, Reader, as_array, as_bytes, check_finite, read_ahead
 from .files import Entry, TensorFile, as_text, joined
@@ -45,17 +52,38 @@ class Visit:
 
 
 def write_trunk(
-    plan: TrunkFile, directory: Path, reader: Reader, progress: Progress, visit: Visit | None = None
+    source: Source,
+    plan: TrunkFile,
+    directory: Path,
+    reader: Reader,
+    progress: Progress,
+    visit: Visit | None = None,
 ) -> Entry:
     """Write one trunk file and return its entry; `progress` gets the bytes of each tensor."""
     chosen = range(len(plan.tensors)) if visit is None else visit.parts
     written = visit.written if visit else None
     with TensorFile(directory / plan.name, plan.outputs, written=written) as file:
         for tensor in (plan.tensors[index] for index in chosen):
-            _write_tensor(tensor, file, reader)
+            if tensor.needs:
+                _write_computed(source, tensor, file, reader)
+            else:
+                _write_tensor(tensor, file, reader)
             progress(sum(spec.nbytes for spec in tensor.outputs))
     mx.clear_cache()
     return file.entry() | {"tensors": file.tensors()} if file.whole else file.begun()
+
+
+def _write_computed(source: Source, tensor: TrunkTensor, file: TensorFile, reader: Reader) -> None:
+    """Write one tensor that mlx-lm's `sanitize` computes."""
+    name = tensor.outputs[0].name
+    array = mx.contiguous(source.foreign.computed(name, reader))
+    mx.eval(array)
+    dtype, data = tensor.source[1].dtype, np.frombuffer(as_bytes(array), np.uint8)
+    check_finite(data, dtype, f"{source.name}: {name}")
+    parts = _convert_block(tensor, data, array.shape[-1] if tensor.quant else 1)
+    mx.eval([part for part in parts if isinstance(part, mx.array)])
+    for spec, part in zip(tensor.outputs, parts, strict=True):
+        file.write(spec.name, as_buffer(part))
 
 
 def _write_tensor(tensor: TrunkTensor, file: TensorFile, reader: Reader) -> None:
@@ -104,6 +132,7 @@ class ExpertSteps:
         if self._layout:
             self._before = [Spec(f.name, f.dtype, f.shape) for f in self._layout.fields]
         self._copied = all(projection.copied for projection in plan.projections)
+        self._foreign = source.foreign
 
     def batches(self, experts: Sequence[int]) -> list[Sequence[int]]:
         """Split experts into batches of consecutive ones, up to BATCH_BYTES or one expert each."""
@@ -117,6 +146,8 @@ class ExpertSteps:
 
     def _float_bytes(self) -> int:
         """Return one expert's bytes in memory: as copied, or as floats."""
+        if self._foreign:
+            return sum(4 * p.rows * p.columns for p in self._plan.projections)
         if self._layout and self._copied:
             return self._layout.record_bytes
         if self._before:
@@ -125,10 +156,16 @@ class ExpertSteps:
         return sum(self._source.matrices[layer, 0, name].nbytes for name in names)
 
     def load(self, batch: Sequence[int]) -> list[Loaded]:
-        """Read experts' source bytes: one record each, or one entry per matrix."""
+        """Read experts' source bytes: one record each, or one entry per matrix or tensor."""
+        if self._foreign:
+            return [self._load_raws(expert) for expert in batch]
         if self._layout:
             return [[(r, "U8")] for r in read_records(self._reader, self._layout, batch)]
         return [self._load_matrices(expert) for expert in batch]
+
+    def _load_raws(self, expert: int) -> Loaded:
+        raws = self._foreign.raws(self._plan.layer, expert)
+        return [(self._reader.read(r.file, r.offset, r.nbytes), r.dtype) for r in raws]
 
     def _load_matrices(self, expert: int) -> Loaded:
         found = []
@@ -142,7 +179,7 @@ class ExpertSteps:
 
     def encode(self, batch: Sequence[int], loaded: list[Loaded]) -> list[Sequence[Part]]:
         """Return a batch's records, evaluated."""
-        if self._copied:
+        if self._copied and not self._foreign:
             return [[record] for ((record, _),) in loaded]
         streams = _streams()
         records = [self._encode(e, data, streams) for e, data in zip(batch, loaded, strict=True)]
@@ -150,6 +187,14 @@ class ExpertSteps:
         return records
 
     def _encode(self, expert: int, loaded: Loaded, streams: Iterator[mx.Stream]) -> Sequence[Part]:
+        if self._foreign:
+            raws = self._foreign.raws(self._plan.layer, expert)
+            arrays = {
+                raw.key: as_array(data, raw.dtype, raw.shape)
+                for raw, (data, _) in zip(raws, loaded, strict=True)
+            }
+            place = f"{self._source.name}: layer {self._plan.layer} expert {expert}"
+            return encode_fields(self._foreign.expert(self._plan.layer, arrays), self._plan, place)
         record = loaded[0][0]
         if self._before and self._inputs:
             return encode_calibrated(record, self._before, self._plan, expert, self._inputs)

@@ -52,7 +52,7 @@ def write_weights(
 ) -> Entry:
     """Write one weight file, or a part of it, to its place in `out`, and return its entry."""
     if isinstance(file, TrunkFile):
-        return write_trunk(file, out, reader, progress, visit)
+        return write_trunk(source, file, out, reader, progress, visit)
     return write_layer(source, file, out / EXPERT_DIR, reader, progress, inputs, visit)
 
 

@@ -29,6 +29,7 @@ def source_files(source: Source) -> set[Path]:
         *(path for name in optional if (path := source.directory / name).is_file()),
         *copied_files(source),
         *(file for file, _ in source.trunk.values()),
+        *(source.foreign.files if source.foreign else ()),
         *(matrix.file for matrix in source.matrices.values()),
         *(field.file for layer in layers for field in layer.fields),
     }

@@ -84,7 +84,9 @@ def _steps(source: Source, file: File, done: Entries, remote: Files) -> Iterator
 
 def _needs(source: Source, file: File, part: int) -> Files:
     if isinstance(file, TrunkFile):
-        return frozenset([file.tensors[part].source[0]])
+        return file.tensors[part].files
+    if source.foreign:
+        return frozenset(raw.file for raw in source.foreign.raws(file.layer, part))
     if source.layout:
         return frozenset(field.file for field in source.layout.layers[file.layer].fields)
     names = [projection.name for projection in file.projections]
