@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizer import generator, rows
 
-COUNTS = {"tool": 100, "json": 100, "no_tool": 20, "result": 30}
+COUNTS = {"tool": 100, "json": 100, "everyday": 40, "no_tool": 20, "result": 30}
 CHARACTERS = 80_000
 SEED = 20
 
@@ -22,11 +22,11 @@ def case(dialogue: dict[str, Any]) -> dict[str, Any]:
     """Messages up to the last answer, and what that answer must be."""
     *messages, last = dialogue["messages"]
     expected: dict[str, Any] = {}
-    if dialogue["kind"] == "tool":
+    if dialogue["kind"] in ("tool", "everyday") and "tool_calls" in last:
         expected = {"calls": [call["function"] for call in last["tool_calls"]]}
     elif dialogue["kind"] == "json":
         expected = {"json": json.loads(last["content"])}
-    elif dialogue["kind"] == "result":
+    elif dialogue["kind"] in ("result", "everyday"):
         expected = {"text": last["content"]}
     return {"kind": dialogue["kind"], "messages": messages, "tools": dialogue["tools"], **expected}
 

@@ -111,8 +111,14 @@ def patched_classes(
 
 
 def switches(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's modules of routed experts that are not streamed, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, SWITCHES)}
+    """Return the model's modules of routed experts that are not streamed, by path, in order."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, SWITCHES)}
+    return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
+
+
+def _in_order(path: str) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts numbers in a path by value."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
 
 
 def describe(path: str, module: nn.Module) -> ExpertModule:

@@ -71,6 +71,10 @@ def parse_calls(tokenizer: Any, text: str, tools: Any) -> list[dict[str, Any]] |
 def judge(tokenizer: Any, case: dict[str, Any], text: str) -> dict[str, bool]:
     """Return, by measure, whether an answer is correct."""
     kind = case["kind"]
+    if kind == "everyday":
+        calls = parse_calls(tokenizer, text, case["tools"]) or []
+        right = calls == case["calls"] if "calls" in case else text.strip() == case["text"]
+        return {"everyday calls and reports: exact": right}
     if kind == "tool":
         calls = parse_calls(tokenizer, text, case["tools"]) or []
         names = [c["name"] for c in calls] == [c["name"] for c in case["calls"]]
@@ -101,7 +105,7 @@ def perplexity(model: nn.Module, tokenizer: Any, text: str, length: int = 512) -
 def evaluate(path: str, kinds: list[str] | None, limit: int, show: int) -> dict[str, float]:
     """Return all figures of one model."""
     begin = time.monotonic()
-    model, tokenizer = load(path, tokenizer_config={"trust_remote_code": True})
+    model, tokenizer = load(path)
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for case in read_cases(HERE / "heldout.jsonl", kinds, limit):
         text = answer(model, tokenizer, case)

@@ -1,0 +1,185 @@
+"""Conversions of other families: MLX checkpoints, and those of the Hub by mlx-lm's `sanitize`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from convert_helpers import Weights, contents, load, read, same
+from family_helpers import (
+    config_of,
+    mark_fp8,
+    mlx_checkpoint,
+    published,
+    spread,
+    stock_weights,
+    write,
+)
+from mlx_lm.convert import convert as stock_convert
+from mlx_lm.utils import load_model
+
+from flashmoe_mlx.convert import convert
+from flashmoe_mlx.convert.source.foreign import Foreign
+from flashmoe_mlx.convert.verify.repair import repair
+from flashmoe_mlx.convert.verify.verify import verify
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.loader import bound_classes
+
+MLX = [("qwen3_moe", 4, 64, "affine"), ("gpt_oss", 4, 32, "mxfp4"), ("mixtral", 8, 32, "mxfp8"),
+       ("qwen3_moe", 4, 16, "nvfp4")]  # fmt: skip
+TOKENS = mx.array([[5, 17, 33, 2, 90, 41, 7]])
+
+
+def streamed(directory: Path, **settings) -> mx.array:
+    classes = bound_classes(directory, read(directory / "config.json"), **settings)
+    no_shim = {"model_file": None}
+    model, _ = load_model(directory, model_config=no_shim, get_model_classes=lambda config: classes)
+    with model:
+        logits = model(TOKENS).astype(mx.float32)
+        mx.eval(logits)
+    return logits
+
+
+def experts_of(directory: Path) -> Weights:
+    """Return a converted directory's experts under mlx-lm's names, stacked."""
+    found: Weights = {}
+    for layer in read(directory / "model_experts/manifest.json")["layers"]:
+        tensors = mx.load(str(directory / "model_experts" / layer["file"]))
+        for field in layer["fields"]:
+            every = [tensors[f"experts.{e}.{field}"] for e in range(len(layer["records"]))]
+            found[f"{layer['module']}.{field}"] = mx.stack(every)
+    return found
+
+
+@pytest.fixture(scope="module", params=MLX, ids=lambda p: f"{p[0]}-{p[3]}")
+def checkpoint(request, tmp_path_factory) -> Path:
+    return mlx_checkpoint(tmp_path_factory.mktemp("mlx") / "source", *request.param)
+
+
+def test_an_mlx_checkpoint_is_copied(checkpoint, tmp_path):
+    stock = load_model(checkpoint)[0](TOKENS).astype(mx.float32)
+    convert(checkpoint, tmp_path / "out")
+    convert(checkpoint, tmp_path / "linked", link=True)
+    for out in (tmp_path / "out", tmp_path / "linked", checkpoint):
+        logits = streamed(out, expert_cache=1 << 18)
+        assert np.allclose(logits, stock, rtol=0, atol=1e-4 * float(mx.abs(stock).max()))
+    whole, mine = load(checkpoint), load(tmp_path / "out") | experts_of(tmp_path / "out")
+    assert whole.keys() == mine.keys() and all(same(whole[name], mine[name]) for name in whole)
+    assert verify(tmp_path / "out") == []
+
+
+def test_one_damaged_expert_is_repaired(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    path = tmp_path / "out/model_experts/layer_01.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 4
+    path.write_bytes(damaged)
+    problems = verify(tmp_path / "out")
+    assert [(p.layer, p.expert is not None) for p in problems] == [(1, True)]
+    assert repair(tmp_path / "out", problems, checkpoint) == []
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("family, bits", [
+    ("qwen3_moe", 4), ("mixtral", 8), ("deepseek_v3", 4), ("gpt_oss", None),
+])  # fmt: skip
+def test_a_hub_checkpoint_gives_the_bytes_of_mlx_lm(family, bits, tmp_path):
+    config, weights = published(family)
+    names = sorted(weights)
+    halves = [{n: weights[n] for n in names[k::2]} for k in range(2)]
+    source = write(tmp_path / "hub", config, *halves)
+    if family == "deepseek_v3":
+        for path in source.glob("*.safetensors"):
+            mark_fp8(path)
+    options = {"quantize": True, "q_bits": bits, "q_group_size": 64} if bits else {}
+    method = {"q_method": "min-max"} if bits else {}
+    convert(source, tmp_path / "out", **options, **method)
+    stock_convert(str(source), str(tmp_path / "stock"), **options)
+    whole, mine = load(tmp_path / "stock"), load(tmp_path / "out") | experts_of(tmp_path / "out")
+    assert whole.keys() == mine.keys()
+    assert [name for name in whole if not same(whole[name], mine[name])] == []
+    assert verify(tmp_path / "out") == []
+    stock = load_model(tmp_path / "stock")[0](TOKENS).astype(mx.float32)
+    assert mx.abs(streamed(tmp_path / "out") - stock).max() < 0.1 * mx.abs(stock).max()  # bfloat16
+
+
+def test_block_fp8_is_dequantized(tmp_path):
+    """Against a dequantization of its own."""
+    config, weights = published("deepseek_v3")
+    source = write(tmp_path / "hub", config, weights)
+    mark_fp8(next(source.glob("*.safetensors")))
+    convert(source, tmp_path / "out", quantize=True, q_bits=8, q_group_size=64)
+    key = "model.layers.2.mlp.experts.5.up_proj.weight"
+    scales = spread(weights[f"{key}_scale_inv"], weights[key].shape)
+    truth = mx.from_fp8(weights[key], dtype=mx.float32) * scales
+    fields = experts_of(tmp_path / "out")
+    parts = [fields[f"model.layers.2.mlp.switch_mlp.up_proj.{p}"][5].astype(t) for p, t in (
+        ("weight", mx.uint32), ("scales", mx.float32), ("biases", mx.float32))]  # fmt: skip
+    found = mx.dequantize(*parts, group_size=64, bits=8)
+    assert mx.abs(found - truth).max() < 0.01 * mx.abs(truth).max()
+
+
+def test_an_interrupted_conversion_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    config, weights = published("qwen3_moe")
+    source = write(tmp_path / "hub", config, weights)
+    convert(source, tmp_path / "whole", quantize=True)
+    real, count = Foreign.expert, []
+
+    def stop(*arguments):
+        count.append(arguments)
+        if len(count) == 12:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(Foreign, "expert", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", quantize=True)
+    assert not (tmp_path / "out/model_experts/manifest.json").exists()
+    convert(source, tmp_path / "out", quantize=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_requantized_from_mxfp4(tmp_path):
+    """Codes of another mode become affine; linear biases stay."""
+    source = mlx_checkpoint(tmp_path / "source", "gpt_oss", 4, 32, "mxfp4")
+    convert(source, tmp_path / "out", quantize=True, q_bits=8, q_group_size=32)
+    before, after = load(source), experts_of(tmp_path / "out")
+    path = "model.layers.1.mlp.experts.down_proj"
+    old = mx.dequantize(before[f"{path}.weight"], before[f"{path}.scales"], None, 32, 4, "mxfp4")
+    parts = (after[f"{path}.{part}"] for part in ("weight", "scales", "biases"))
+    new = mx.dequantize(*parts, group_size=32, bits=8)
+    assert mx.abs(new - old).max() < mx.abs(old).max() / 64  # 8 bits, and bfloat16 scales
+    assert same(before[f"{path}.bias"], after[f"{path}.bias"])
+    entry = read(tmp_path / "out/config.json")["quantization"][path]
+    assert entry == {"group_size": 32, "bits": 8, "mode": "affine"}
+
+
+def refused(source: Path, out: Path, **options) -> str:
+    with pytest.raises(FlashMoEError) as caught:
+        convert(source, out, **options)
+    assert not (out / "model_experts/manifest.json").exists()
+    return str(caught.value)
+
+
+def test_what_cannot_be_converted_is_named(tmp_path):
+    config, weights = published("qwen3_moe")
+    gone = {k: v for k, v in weights.items() if ".experts.3." not in k}
+    source = write(tmp_path / "gone", config, gone)
+    message = refused(source, tmp_path / "a", quantize=True)
+    assert "model.layers.0.mlp.switch_mlp: no tensor of expert 3 found" in message
+    source = write(tmp_path / "floats", config, weights)
+    assert "not quantized" in refused(source, tmp_path / "b")
+    key = "model.layers.0.mlp.experts.1.up_proj.weight"
+    weights[key] = mx.full(weights[key].shape, float("nan"))
+    source = write(tmp_path / "nan", config, weights)
+    assert "NaN or infinity" in refused(source, tmp_path / "c", quantize=True)
+    dense = config_of("qwen3_moe", mlp_only_layers=[0, 1, 2])
+    source = write(tmp_path / "dense", dense, stock_weights(dense))
+    assert "has no routed experts" in refused(source, tmp_path / "d", quantize=True)
+    shutil.copytree(tmp_path / "floats", tmp_path / "unknown")
+    (tmp_path / "unknown/config.json").write_text(json.dumps(config | {"model_type": "no_such"}))
+    message = refused(tmp_path / "unknown", tmp_path / "e", quantize=True)
+    assert "'no_such' is not a model of the installed mlx-lm" in message
