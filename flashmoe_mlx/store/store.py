@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout
+from ..progress import bar
 from .backend import Backend, DeviceLoader
 from .checks import RecordChecks
 from .devices import choose
@@ -98,18 +99,17 @@ class ExpertStore:
 
     def _fill(self, files: dict[Path, int], preload: bool) -> None:
         """Allocate the banks; meanwhile preload those with slots for all experts."""
-        start, ahead = time.perf_counter(), deque[Pending]()
-        for number, layer in enumerate(self.layout.layers):
-            self.banks.append(SlotBank(layer, self.plan.slots, files, self.backend))
-            if preload and self.plan.slots == layer.num_experts:
-                ahead.append(self.request(number, range(layer.num_experts)))
-            if len(ahead) > LAYERS_AHEAD:
-                ahead.popleft().wait()
-        for pending in ahead:
-            pending.wait()
-        if nbytes := self._stats.bytes_read:
-            seconds = time.perf_counter() - start
-            self._stats = ExpertStats(bytes_preloaded=nbytes, seconds_preloading=seconds)
+        start, ahead, layers = time.perf_counter(), deque[Pending](), self.layout.layers
+        preload, total = preload and self.plan.slots == layers[0].num_experts, self.plan.nbytes
+        with bar(total if preload else None, "B", "loading experts") as add:
+            for number, layer in enumerate(layers):
+                self.banks.append(SlotBank(layer, self.plan.slots, files, self.backend))
+                if preload:
+                    ahead.append(self.request(number, range(layer.num_experts)))
+                while len(ahead) > (LAYERS_AHEAD if layer is not layers[-1] else 0):
+                    ahead.popleft().wait()
+                    add(total // len(layers))
+        self._stats = self._stats.as_preload(time.perf_counter() - start)
 
     def close(self) -> None:
         """Stop the reader threads and close the files. A closed store cannot fetch."""
