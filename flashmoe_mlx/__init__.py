@@ -1,13 +1,13 @@
 """Stream Qwen3.5 mixture-of-experts models from disk inside MLX and mlx-lm."""
 
-from .commands import VERSION, running, take_interrupts
+from .commands import CHECKS_ITSELF, VERSION, running, take_interrupts
 
 take_interrupts()  # first: the other imports are slow
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if running():  # our commands import the packages at once, other programs perhaps never
+if running() not in (None, *CHECKS_ITSELF):  # these import the packages at once
     from .requirements import check_once
 
     check_once()

@@ -29,6 +29,7 @@ COMMANDS = {  # by name: module, and purpose
     "flashmoe-plan": ("flashmoe_mlx.cli.plan", "compute memory and speed before a download"),
     "flashmoe-bench": ("flashmoe_mlx.bench.main", "measure disk, kernels and tokens per second"),
 }
+CHECKS_ITSELF = ("flashmoe-generate",)  # checks and imports other packages after --help
 FAILED, INTERRUPTED = 2, 130  # exit codes
 OUT_OF_MEMORY = "[malloc", "out of memory", "insufficient memory"  # in MLX's errors
 PERMISSION = "Change its permissions, or choose another place."

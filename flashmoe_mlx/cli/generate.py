@@ -6,7 +6,6 @@ import sys
 from ..commands import as_command
 from ..errors import FlashMoEError
 from ..progress import bar
-from ..requirements import check_mlx
 from .options import build_parser as build_parser
 from .options import check_options
 
@@ -33,7 +32,9 @@ def run(args: argparse.Namespace) -> None:
     check_options(args)
     prompt = find_prompt(args.text, args.prompt)
     with bar(None, "", "starting"):  # these imports take seconds
-        check_mlx()
+        from ..requirements import check_once
+
+        check_once()
         from .answer import answer
     answer(args, prompt)
 
