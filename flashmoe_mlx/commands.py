@@ -159,6 +159,20 @@ def _interruptible(interrupts: list[int]) -> Iterator[None]:
         set_handler(SIGINT, _leave)
 
 
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Let Ctrl-C end a command at once while the block imports packages."""
+    before = get_handler(SIGINT)
+    if getattr(before, "__module__", None) != __name__:  # ignored, or another program's
+        yield
+        return
+    try:
+        set_handler(SIGINT, _leave)
+        yield
+    finally:
+        set_handler(SIGINT, before)
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
     try:
         os.write(2, f"{_bye(running() or 'flashmoe')}\n".encode())

@@ -3,6 +3,7 @@
 In other programs, and without a terminal, they show nothing.
 """
 
+import shutil
 import sys
 import threading
 import time
@@ -68,10 +69,12 @@ class _Bar:
     def __init__(self, total: int | None, unit: str, what: str) -> None:
         from tqdm import tqdm  # here: most programs show no bar
 
+        size = shutil.get_terminal_size()
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._bar: Any = tqdm(
             total=total, unit=unit, unit_scale=unit == "B", desc=what, leave=False, file=sys.stderr,
-            delay=DELAY, mininterval=0.1, miniters=0, dynamic_ncols=True, position=0,
+            delay=DELAY, mininterval=0.1, miniters=0, position=0,
+            ncols=size.columns, nrows=size.lines,  # tqdm shows nothing where these are unknown
             bar_format=TIME_ALONE if total is None else None,
         )  # fmt: skip
         if _open:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..commands import as_command
+from ..commands import as_command, importing
 from ..errors import FlashMoEError
 from ..progress import bar
 from .options import build_parser as build_parser
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """
     check_options(args)
     prompt = find_prompt(args.text, args.prompt)
-    with bar(None, "", "starting"):  # these imports take seconds
+    with importing(), bar(None, "", "starting"):
         from ..requirements import check_once
 
         check_once()
