@@ -11,9 +11,13 @@ import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
+from mlx_lm.generate import generate_step
 
-from flashmoe_mlx import progress
+from flashmoe_mlx import BUNDLED_MODEL, load, progress
+from flashmoe_mlx.cli import prompt_bar
+from flashmoe_mlx.cli.prompt_bar import PromptProgress
 from flashmoe_mlx.custom_kernels import autotune
 from flashmoe_mlx.custom_kernels.cpu import compile as cpu_compile
 from flashmoe_mlx.progress import bar, first_use, first_use_seconds
@@ -204,3 +208,37 @@ print("text:", len(generate(model, tokenizer, "What is a library? " * 4, max_tok
 def test_loading_compiles_every_kernel():
     """What a prompt compiled would count as the model's time."""
     assert subprocess.check_output([sys.executable, "-c", LATE], text=True) == "text: True\n"
+
+
+def test_a_prompt_is_shown_by_layers_within_a_chunk():
+    added: list[int] = []
+    prompt = PromptProgress(added.append, 8, 4)
+    prompt.chunk_done(0, 12)
+    for layer in (0, 1, 1, 2, 3):
+        prompt.asked(layer, [0])
+    prompt.chunk_done(8, 12)
+    prompt.asked(2, [0])
+    prompt.chunk_done(11, 12)
+    prompt.asked(1, [0])  # the last token's layers show nothing
+    prompt.chunk_done(12, 12)
+    assert added == [2, 2, 2, 2, 2, 1, 1]
+
+
+def test_the_model_reports_its_layers(monkeypatch):
+    added: list[int] = []
+
+    @contextmanager
+    def recorded(total, unit, what):
+        yield added.append
+
+    monkeypatch.setattr(prompt_bar, "bar", recorded)
+    with load(BUNDLED_MODEL, expert_cache="1500KiB")[0] as model:
+        tokens = mx.arange(3, 44)
+        with prompt_bar.reading_prompt(model, tokens.size, 20) as done:
+            steps = generate_step(
+                tokens, model, prefill_step_size=20, max_tokens=1, prompt_progress_callback=done
+            )
+            next(steps)
+        assert sum(added) == tokens.size
+        assert added[:4] == [5] * 4  # 20 tokens, four layers
+        assert model._store.observer is None
