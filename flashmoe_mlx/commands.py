@@ -7,6 +7,7 @@ may get lost, so Ctrl-C ends the process there.
 import contextlib
 import errno
 import functools
+import gc
 import os
 import sys
 from _signal import SIGINT, default_int_handler  # type: ignore[import-not-found]
@@ -109,6 +110,9 @@ def as_command(
             _say(str(error) if isinstance(error, KeyboardInterrupt) and error.args else _bye(name))
             return INTERRUPTED
         raise
+    finally:
+        if running():
+            gc.freeze()  # or Python collects transformers' objects at exit, for most of a second
 
 
 def _flushed(work: Callable[[], int | None]) -> int:

@@ -160,6 +160,12 @@ def test_ctrl_c_that_was_ignored_stays_so(tmp_path):
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
+def test_the_end_collects_no_garbage(tmp_path):
+    """With transformers imported, the collection at exit takes most of a second."""
+    register = "    import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000))"
+    assert as_plan(tmp_path, register).stdout == "True\n"
+
+
 @pytest.mark.parametrize("name", ["program.py", "flashmoe-mine", "plan"])
 def test_other_programs_keep_their_ctrl_c(name, tmp_path):
     (tmp_path / name).write_text(

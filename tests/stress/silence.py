@@ -34,8 +34,8 @@ COMMANDS = (
     "generate --model {model} -m 8 {long} --expert-cache 256MiB --live --verify-reads",
     "plan --model 397b --machine m3-max-48",
     "doctor {model}",
-    "convert verify {model}",
     "convert --hf-path {bundled} --mlx-path {folder}/packed -q --q-bits 4",
+    "convert verify {folder}/packed",
     "bench io --model {model} --rounds 2 --threads 1 8",
 )
 CONTROL = re.compile(r"\x1b[\[78][0-9;?]*[A-Za-z]?")
