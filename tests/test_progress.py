@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numba
 import pytest
 from mlx_lm.generate import generate_step
 
@@ -20,6 +21,7 @@ from flashmoe_mlx.cli import prompt_bar
 from flashmoe_mlx.cli.prompt_bar import PromptProgress
 from flashmoe_mlx.custom_kernels import autotune
 from flashmoe_mlx.custom_kernels.cpu import compile as cpu_compile
+from flashmoe_mlx.custom_kernels.cpu.numba_cache import make_cache_safe
 from flashmoe_mlx.progress import bar, first_use, first_use_seconds
 
 
@@ -124,6 +126,25 @@ def test_compiling_and_autotune_name_themselves(shown, monkeypatch, tmp_path):
     autotune._decide(Case())
     said = [text.partition(" [")[0] for text in drawn(shown)]
     assert said == ["compiling kernels, first use only", "checking kernel router, first use only"]
+
+
+def test_numba_shows_that_it_compiles(shown):
+    """For example in a conversion; functions that it calls belong to it."""
+    make_cache_safe()
+
+    @numba.njit
+    def inner(x):
+        return x + 1
+
+    @numba.njit
+    def outer(x):
+        return inner(x) * 2
+
+    assert outer(1) == 4
+    said = {text.partition(" [")[0] for text in drawn(shown)}
+    assert said == {"compiling kernels, first use only"} and not progress._open
+    before = shown.getvalue()
+    assert outer(2) == 6 and shown.getvalue() == before
 
 
 # flashmoe-generate, with bars that appear at once.

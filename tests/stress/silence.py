@@ -25,8 +25,10 @@ from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
 LIMIT = 2.0  # seconds
-LONG = "The quick brown fox jumps over the lazy dog. " * 40  # 1,800 bytes, a token each
+LONG = "The quick brown fox jumps over the lazy dog. " * 20  # 900 bytes, a token each
 COMMANDS = (
+    "convert --hf-path {bundled} --mlx-path {folder}/packed -q --q-bits 4",
+    "convert verify {folder}/packed",
     "generate -m 8 {long}",
     "generate --model {model} -m 8 {long}",
     "generate --model {model} -m 8 {long}",  # the kernels are compiled now
@@ -34,8 +36,6 @@ COMMANDS = (
     "generate --model {model} -m 8 {long} --expert-cache 256MiB --live --verify-reads",
     "plan --model 397b --machine m3-max-48",
     "doctor {model}",
-    "convert --hf-path {bundled} --mlx-path {folder}/packed -q --q-bits 4",
-    "convert verify {folder}/packed",
     "bench io --model {model} --rounds 2 --threads 1 8",
 )
 CONTROL = re.compile(r"\x1b[\[78][0-9;?]*[A-Za-z]?")
