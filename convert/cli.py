@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..commands import as_command
+from ..commands import add_version, as_command
 from ..errors import FlashMoEError
 from .plan.parts import METHODS
 from .plan.plan import DTYPES
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
         description="Convert a Qwen3.5 MoE checkpoint so that its experts stream from disk.",
         epilog="`flashmoe-convert verify DIR` checks every byte of a converted directory.",
     )
+    add_version(result)
     add = result.add_argument
     add(
         "--hf-path", "--model", required=True, metavar="PATH",

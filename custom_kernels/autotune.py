@@ -20,6 +20,7 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 
+from ..progress import first_use
 from . import launch
 from .case import KernelCase
 from .device import kernel_mode
@@ -112,7 +113,8 @@ def _decide(case: KernelCase) -> bool:
     timed = mode == "auto"
     found = _recall(case, timed)
     if found is None:
-        found = verdict(case, timed=timed, fresh=True)
+        with first_use(f"checking kernel {case.op}"):
+            found = verdict(case, timed=timed, fresh=True)
         report(case, found)
     return found.faster if timed else found.ok
 

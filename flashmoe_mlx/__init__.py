@@ -1,27 +1,28 @@
 """Stream Qwen3.5 mixture-of-experts models from disk inside MLX and mlx-lm."""
 
-from .commands import take_interrupts
+from .commands import CHECKS_ITSELF, VERSION, running, take_interrupts
 
 take_interrupts()  # first: the other imports are slow
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .requirements import check_packages
+if running() not in (None, *CHECKS_ITSELF):  # these import the packages at once
+    from .requirements import check_once
 
-check_packages()  # before they are imported
+    check_once()
 
 from .errors import FlashMoEError
-from .models.qwen3_5.args import ModelArgs
 
 if TYPE_CHECKING:
     from mlx_lm import batch_generate, generate, stream_generate
 
     from .loader import BUNDLED_MODEL, load
+    from .models.qwen3_5.args import ModelArgs
     from .models.qwen3_5.model import Model
     from .store.stats import ExpertStats
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "BUNDLED_MODEL",
     "ExpertStats",
@@ -34,10 +35,11 @@ __all__ = [
     "stream_generate",
 ]
 
-# Imported on first use: mlx-lm imports transformers, which takes longer than a small conversion.
+# Imported on first use: MLX, mlx-lm and transformers take seconds.
 _LAZY = {
     "BUNDLED_MODEL": ".loader",
     "ExpertStats": ".store.stats",
+    "ModelArgs": ".models.qwen3_5.args",
     "Model": ".models.qwen3_5.model",
     "batch_generate": "mlx_lm",
     "generate": "mlx_lm",
@@ -47,9 +49,16 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use."""
+    """Import a public name on first use.
+
+    Raises:
+        FlashMoEError: an installed package is missing or too old.
+    """
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .requirements import check_once
+
+    check_once()
     value = globals()[name] = getattr(importlib.import_module(_LAZY[name], __name__), name)
     return value
 

@@ -7,6 +7,7 @@ may get lost, so Ctrl-C ends the process there.
 import contextlib
 import errno
 import functools
+import gc
 import os
 import sys
 from _signal import SIGINT, default_int_handler  # type: ignore[import-not-found]
@@ -14,16 +15,22 @@ from _signal import getsignal as get_handler  # `signal` itself takes 5 ms to im
 from _signal import signal as set_handler
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from .errors import FlashMoEError
 
-_MODULES = {  # of the commands, for `python -m`
-    "flashmoe_mlx.bench.main": "flashmoe-bench",
-    "flashmoe_mlx.convert.cli": "flashmoe-convert",
-    "flashmoe_mlx.cli.doctor": "flashmoe-doctor",
-    "flashmoe_mlx.cli.generate": "flashmoe-generate",
-    "flashmoe_mlx.cli.plan": "flashmoe-plan",
+if TYPE_CHECKING:  # argparse takes time to import
+    from argparse import ArgumentParser
+
+VERSION = "0.1.0"
+COMMANDS = {  # by name: module, and purpose
+    "flashmoe-generate": ("flashmoe_mlx.cli.generate", "answer one prompt"),
+    "flashmoe-convert": ("flashmoe_mlx.convert.cli", "convert a model, so that experts stream"),
+    "flashmoe-doctor": ("flashmoe_mlx.cli.doctor", "check this machine, and a model"),
+    "flashmoe-plan": ("flashmoe_mlx.cli.plan", "compute memory and speed before a download"),
+    "flashmoe-bench": ("flashmoe_mlx.bench.main", "measure disk, kernels and tokens per second"),
 }
+CHECKS_ITSELF = ("flashmoe-generate",)  # checks and imports other packages after --help
 FAILED, INTERRUPTED = 2, 130  # exit codes
 OUT_OF_MEMORY = "[malloc", "out of memory", "insufficient memory"  # in MLX's errors
 PERMISSION = "Change its permissions, or choose another place."
@@ -50,9 +57,22 @@ def running() -> str | None:
     """Return the command that this process runs, or None in any other program."""
     name = os.path.basename("".join(getattr(sys, "argv", [])[:1]))  # no argv in embedded Python
     if name == "-m":  # python -m, during the import of the package
-        module = sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] if "-m" in sys.orig_argv else []
-        name = _MODULES.get("".join(module), "")
-    return name if name in _MODULES.values() else None
+        words = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
+        name = _of_module(words)
+    return name if name in COMMANDS else None
+
+
+def _of_module(words: list[str]) -> str:
+    """Return the command that `python -m WORDS` runs, or an empty text."""
+    if words[:1] == ["flashmoe_mlx"]:
+        return f"flashmoe-{''.join(words[1:2])}"
+    return next((name for name, (module, _) in COMMANDS.items() if [module] == words[:1]), "")
+
+
+def add_version(parser: "ArgumentParser") -> None:
+    """Add the option `--version`."""
+    text = f"%(prog)s {VERSION}"
+    parser.add_argument("--version", action="version", version=text, help="print the version")
 
 
 def take_interrupts() -> None:
@@ -90,6 +110,9 @@ def as_command(
             _say(str(error) if isinstance(error, KeyboardInterrupt) and error.args else _bye(name))
             return INTERRUPTED
         raise
+    finally:
+        if running():
+            gc.freeze()  # or Python collects transformers' objects at exit, for most of a second
 
 
 def _flushed(work: Callable[[], int | None]) -> int:
@@ -138,6 +161,20 @@ def _interruptible(interrupts: list[int]) -> Iterator[None]:
         yield
     finally:
         set_handler(SIGINT, _leave)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Let Ctrl-C end a command at once while the block imports packages."""
+    before = get_handler(SIGINT)
+    if getattr(before, "__module__", None) != __name__:  # ignored, or another program's
+        yield
+        return
+    try:
+        set_handler(SIGINT, _leave)
+        yield
+    finally:
+        set_handler(SIGINT, before)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,9 @@
 """From a directory to a model: `bind` for stock mlx-lm's `model_file`, `load` for Python."""
 
+from .requirements import check_once
+
+check_once()  # before the packages are imported
+
 import atexit
 import glob
 import os
@@ -9,8 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
@@ -32,6 +38,7 @@ from .models.patch import patched_classes, top_k, vocabulary
 from .models.qwen3_5.args import MODEL_TYPES, ModelArgs, activation_bytes, check_top_k
 from .models.qwen3_5.model import Model
 from .models.trunk_checks import REMEDY, check_readable, check_trunk
+from .progress import bar
 from .settings import StreamConfig
 from .store.checks import RecordChecks
 from .store.devices import choose
@@ -42,6 +49,7 @@ from .store.slots import DTYPES
 from .store.store import ExpertStore
 
 Format = tuple[int, int, str]
+READ_AT_ONCE = 16  # arrays of the trunk
 BUNDLED_MODEL = Path(__file__).parent / "bundled"
 # Any exception: transformers and Rust only parse here.
 TOKENIZER = "its tokenizer cannot be loaded", REMEDY, (Exception,)
@@ -349,11 +357,13 @@ def load(
     with named(path, "its weights do not fit its config.json", REMEDY):
         model, config = load_model(
             path,
-            lazy,
+            True,  # `read_trunk` shows how far it is
             # Not the directory's shim: these classes carry the settings.
             model_config={**(model_config or {}), "model_file": None},
             get_model_classes=lambda config: classes,
         )
+        if not lazy:
+            read_trunk(model)
     try:
         if adapter_path is not None:
             with named(adapter_path, "adapters that do not fit this model", "Train them on it"):
@@ -370,6 +380,16 @@ def load(
         model.close()
         raise
     return model, tokenizer
+
+
+def read_trunk(model: nn.Module) -> None:
+    """Read a lazily loaded model's parameters, and show how far it is."""
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    with bar(sum(array.nbytes for array in arrays), "B", "loading the trunk") as add:
+        for start in range(0, len(arrays), READ_AT_ONCE):
+            part = arrays[start : start + READ_AT_ONCE]
+            mx.eval(part)
+            add(sum(array.nbytes for array in part))
 
 
 def check_tokenizer(directory: Path, vocab_size: int | None) -> None:

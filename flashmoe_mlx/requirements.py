@@ -1,5 +1,6 @@
 """Check that installed packages are new enough. Imports MLX at most."""
 
+import functools
 import importlib
 import sys
 from importlib import metadata
@@ -11,6 +12,12 @@ from packaging.requirements import Requirement
 from .errors import FlashMoEError
 
 NAME = "flashmoe-mlx"
+
+
+@functools.cache
+def check_once() -> None:
+    """Call `check_packages`, if this process has not done so."""
+    check_packages()
 
 
 def check_packages() -> None:

@@ -65,7 +65,7 @@ GENERATE = [
     ),
     ("--experts-per-token 1.5", "experts_per_token = '1.5' is not a whole number of at least 1."),
     ("--experts-per-token", "argument --experts-per-token: expected one argument"),
-    ("--expert-cash 1GiB", "unrecognized arguments: --expert-cash 1GiB"),
+    ("--expert-cash 1GiB", "unrecognized arguments: --expert-cash"),
 ]
 
 CONVERT = [

@@ -65,15 +65,15 @@ def test_imports_have_no_cycle(graph):
 
 
 # Layers, and the layers that each may import besides itself.
-GROUND = "errors commands requirements settings"
+GROUND = "errors commands progress requirements settings"
 DIRECTIONS = {
     "format": "errors",
-    "store": "errors format custom_kernels",
+    "store": "errors progress format custom_kernels",
     "models": "errors format store custom_kernels",
-    "profile": "errors settings format store models custom_kernels",
+    "profile": "errors progress settings format store models custom_kernels",
     "cli": f"{GROUND} loader format store models profile custom_kernels",
     "bench": f"{GROUND} loader format store models profile custom_kernels cli convert",
-    "custom_kernels": "errors",
+    "custom_kernels": "errors progress",
     "convert": f"{GROUND} loader format models custom_kernels",
 }
 

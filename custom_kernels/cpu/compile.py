@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ...progress import first_use, visible
 from ..autotune import report, verdict
 from ..device import computes_at_once, reject_cpu_kernels
 from ..linear.cases import MatvecCase
@@ -33,16 +34,16 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
     wanted = json.dumps(sorted(formats))
     marker = _marker(wanted)
     if not marker.exists() and os.access(marker.parent, os.W_OK):
-        print(
-            "[flashmoe] compiling CPU kernels, once on this machine for these bit widths: "
-            "takes a minute or two",
-            file=sys.stderr,
-            flush=True,
-        )
+        if not visible():
+            print(
+                "[flashmoe] compiling CPU kernels, once on this machine for these bit widths: "
+                "takes a minute or two",
+                file=sys.stderr,
+                flush=True,
+            )
         code = f"from {__name__} import compile_all; compile_all({wanted!r})"
-        with contextlib.suppress(
-            OSError
-        ):  # cannot start a process, or the disk is full: compile here
+        # OSError: cannot start a process, or the disk is full. Then compile here.
+        with first_use("compiling kernels"), contextlib.suppress(OSError):
             done = subprocess.run([sys.executable, "-c", code], capture_output=True)
             if done.returncode == 0:
                 marker.touch()

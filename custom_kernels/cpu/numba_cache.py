@@ -14,6 +14,7 @@ to the temporary files, or stays in memory.
 
 import contextlib
 import fcntl
+import functools
 import io
 import os
 import sys
@@ -23,6 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from numba.core import event
 from numba.core.caching import (
     Cache,
     CacheImpl,
@@ -31,6 +33,7 @@ from numba.core.caching import (
     UserWideCacheLocator,
 )
 
+from ...progress import first_use
 from .. import kept
 
 SEAL = sha256().digest_size
@@ -156,8 +159,33 @@ def folder() -> Path:
     return Path(CompileResultCacheImpl(folder).locator.get_cache_path())
 
 
+class _Compiling(event.Listener):
+    """Shows that numba compiles, also where a command has not prepared its kernels."""
+
+    def __init__(self) -> None:
+        self._depth, self._shown = 0, contextlib.ExitStack()
+
+    def on_start(self, _: Any) -> None:
+        """Show a bar; compiling a function may compile those that it calls."""
+        if not self._depth:
+            self._shown.enter_context(first_use("compiling kernels"))
+        self._depth += 1
+
+    def on_end(self, _: Any) -> None:
+        """Clear the bar after the outermost function."""
+        self._depth -= 1
+        if not self._depth:
+            self._shown.close()
+
+
+@functools.cache
+def _show_compiling() -> None:
+    event.register("numba:compile", _Compiling())
+
+
 def make_cache_safe() -> None:
-    """Patch numba's cache in this process; safe to call twice."""
+    """Patch numba's cache in this process, and show when it compiles; safe to call twice."""
+    _show_compiling()
     IndexDataCacheFile.save, IndexDataCacheFile.load = _save, _load
     IndexDataCacheFile._open_for_write = _write
     Cache._save_overload = _save_overload

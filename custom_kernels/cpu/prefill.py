@@ -322,13 +322,13 @@ def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = 
 
 
 def prepare(bits: int, group_size: int, dtype: mx.Dtype) -> None:
-    """Compile the kernels of this format by running a small matrix."""
+    """Compile the kernels of this format by running small matrices."""
     columns = max(group_size, 32)
-    shapes = (TILE, columns * bits // 32), (TILE, columns // group_size)
-    codes, scales = mx.zeros(shapes[0], dtype=mx.uint32), mx.zeros(shapes[1], dtype=dtype)
-    mx.eval(codes, scales)
-    if supports(bits, group_size, scales):
-        weight = packed(codes, scales, scales, bits, group_size)
-        for rows in (1, ROWS):
-            y = Activations(np.zeros((rows, columns), np.float32), plan(rows)).times(weight)
+    for height, count in ((TILE, 1), (TILE, ROWS), (1, ROWS)):  # each has a function of its own
+        shapes = (height, columns * bits // 32), (height, columns // group_size)
+        codes, scales = mx.zeros(shapes[0], dtype=mx.uint32), mx.zeros(shapes[1], dtype=dtype)
+        mx.eval(codes, scales)
+        if supports(bits, group_size, scales):
+            weight = packed(codes, scales, scales, bits, group_size)
+            y = Activations(np.zeros((count, columns), np.float32), plan(count)).times(weight)
             _swiglu(y, y)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..commands import as_command
+from ..commands import add_version, as_command
 from . import io as bench_io
 from . import kernels, throughput
 
@@ -11,6 +11,7 @@ from . import kernels, throughput
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser, with one subcommand per measurement."""
     parser = argparse.ArgumentParser(prog="flashmoe-bench", description=__doc__.split("\n")[0])
+    add_version(parser)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     kernels.add(commands)
     throughput.add(commands)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..commands import as_command
+from ..commands import add_version, as_command
 from ..custom_kernels.autotune import NEEDS_GPU, Verdict, verdict
 from ..custom_kernels.case import KernelCase
 from ..custom_kernels.cases import cases, label
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="flashmoe-doctor",
         description="Check this machine, the kernels on it, its disk, and a model directory.",
     )
+    add_version(parser)
     parser.add_argument("model_dir", nargs="?", type=Path, help="model directory to check")
     parser.add_argument("--model", type=Path, metavar="DIR", help="same as MODEL_DIR")
     parser.add_argument(

@@ -64,6 +64,7 @@ QUESTIONS = (
 # Tokens may differ if stock's two largest logits are closer than this: in float32 the sum of two
 # tolerances of 1e-4, else some steps of the dtype (the bundled model on an H100 needs 5).
 TIE, TIE_STEPS = 2e-4, 8
+UNITS = {"MiB": 1 << 20, "GiB": 1 << 30}
 ALLOWANCE = 400 * 10**6  # bytes of peak memory besides trunk and expert cache
 LONG_PROMPT = "The quick brown fox jumps over the lazy dog. " * 4
 
@@ -295,10 +296,10 @@ def memory(report: ModelReport, expert_cache: int | None = None) -> Outcome:
         "-m", "flashmoe_mlx.cli.generate", "--model", str(report.directory),
         "--expert-cache", str(cache), "--prompt", LONG_PROMPT, "--max-tokens", "16",
     )  # fmt: skip
-    peak = re.search(r"Peak memory: (\d+) MiB", result.stdout)
+    peak = re.search(r"^Memory: ([\d.]+) ([MG]iB) at peak", result.stdout, re.M)
     if result.returncode or not peak:
         return False, f"flashmoe-generate failed: {result.stderr.strip()[-300:]}"
-    limit, found = (report.trunk_bytes or 0) + cache + ALLOWANCE, int(peak[1]) << 20
+    limit, found = (report.trunk_bytes or 0) + cache + ALLOWANCE, float(peak[1]) * UNITS[peak[2]]
     allowed = f"trunk, expert cache and {ALLOWANCE / 1e6:.0f} MB are {limit / 1e6:.0f} MB"
     return machine.on_gpu() or found <= limit, f"{found / 1e6:.0f} MB; {allowed}"
 

@@ -1,4 +1,8 @@
-"""Checks of `flashmoe-generate`'s options, before it loads a model."""
+"""`flashmoe-generate`'s options, and their checks before a model is loaded.
+
+The flags of mlx_lm.generate are written out here, because importing mlx-lm takes seconds; a test
+compares them with mlx-lm's own.
+"""
 
 import argparse
 import json
@@ -7,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..commands import add_version
 from ..errors import FlashMoEError
+from .streaming_options import add_streaming
 
 LARGEST_SEED = 2**64 - 1
 PROBABILITY = "Give a probability from 0 to 1"
@@ -49,12 +55,108 @@ def within(
     return checked
 
 
-def check_ranges(parser: argparse.ArgumentParser) -> None:
-    """Make mlx_lm.generate's parser reject values outside RANGES."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser: mlx_lm.generate's flags, those that control streaming, and reports."""
+    parser = argparse.ArgumentParser(
+        prog="flashmoe-generate",
+        usage="%(prog)s [options] [PROMPT]",
+        description="Answer a prompt with a Qwen3.5 MoE model whose experts stream from disk.",
+    )
+    add_version(parser)
+    text = "Text to answer; without one, standard input is read"
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help=text)
+    _add_prompt(parser.add_argument_group("model and prompt"))
+    _add_sampling(parser.add_argument_group("length and sampling"))
+    _add_cache(parser.add_argument_group("memory of the prompt"))
+    _add_reports(add_streaming(parser))
+    _add_unsupported(parser)
     for action in parser._actions:
         if action.dest in RANGES:
             assert callable(action.type)
             action.type = within(action.option_strings[0], action.type, *RANGES[action.dest])
+    return parser
+
+
+def _add_prompt(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--model", help="Model directory or Hugging Face repo (default: the bundled model)")
+    add("--prompt", "-p", help="Text to answer, as PROMPT; - reads standard input")
+    add("--system-prompt", help="System prompt of the chat template")
+    add("--prefill-response", help="First words of the answer")
+    text = "Give the model the prompt alone, without its chat template"
+    add("--ignore-chat-template", action="store_true", help=text)
+    text = "Use the tokenizer's default chat template"
+    add("--use-default-chat-template", action="store_true", help=text)
+    text = "Variables of the chat template, as JSON: '{\"enable_thinking\": false}'"
+    add("--chat-template-config", metavar="JSON", help=text)
+    add("--adapter-path", metavar="DIR", help="LoRA adapters to apply, as mlx_lm.lora wrote them")
+    text = "Let the tokenizer run code that comes with the model"
+    add("--trust-remote-code", action="store_true", help=text)
+    text = "Print the summary after the text (default: True)"
+    add("--verbose", type=_true, default=True, metavar="BOOL", help=text)
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    text = "Most tokens to write; -1: no limit (default: 100)"
+    add("--max-tokens", "-m", type=int, default=100, metavar="N", help=text)
+    text = "Further tokens that end the text"
+    add("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help=text)
+    text = "Temperature; 0 takes the likeliest token (default: 0)"
+    add("--temp", type=float, default=0.0, metavar="T", help=text)
+    text = "Sample from the likeliest tokens of this total probability (default: 1)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=text)
+    text = "Least probability, relative to the likeliest token's (default: 0)"
+    add("--min-p", type=float, default=0.0, metavar="P", help=text)
+    text = "Sample from the N likeliest tokens; 0: from all (default: 0)"
+    add("--top-k", type=int, default=0, metavar="N", help=text)
+    text = "Probability of XTC sampling, per token (default: 0)"
+    add("--xtc-probability", type=float, default=0.0, metavar="P", help=text)
+    text = "Probability above which XTC may drop a token (default: 0.1)"
+    add("--xtc-threshold", type=float, default=0.1, metavar="P", help=text)
+    text = "Least tokens that --min-p keeps (default: 1)"
+    add("--min-tokens-to-keep", type=int, default=1, metavar="N", help=text)
+    add("--seed", type=int, metavar="N", help="Seed of the random numbers")
+
+
+def _add_cache(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    text = "Prompt cache that mlx_lm.cache_prompt wrote; the prompt continues it"
+    add("--prompt-cache-file", metavar="FILE", help=text)
+    text = "Prompt tokens per step; fewer take less memory (default: 2048)"
+    add("--prefill-step-size", type=int, default=2048, metavar="N", help=text)
+    add("--max-kv-size", type=int, metavar="N", help="Most tokens whose keys and values are kept")
+    text = "Quantize keys and values to this many bits (default: not at all)"
+    add("--kv-bits", type=int, metavar="N", help=text)
+    text = "Group size of quantized keys and values (default: 64)"
+    add("--kv-group-size", type=int, default=64, metavar="N", help=text)
+    text = "Tokens whose keys and values stay unquantized (default: 5000)"
+    add("--quantized-kv-start", type=int, default=5000, metavar="N", help=text)
+
+
+def _add_reports(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    text = "Also print the time of each phase and layer (slower: parts cannot overlap)"
+    add("--stats", action="store_true", help=text)
+    add("--stats-json", type=Path, metavar="FILE", help="Write the same figures and more as JSON")
+    text = "Plot the layers' times and hit rates, and tokens per second over time"
+    add("--plot", type=Path, metavar="FILE.png", help=text)
+    text = "Show tokens per second, the disk's GB/s and the hit rate during generation"
+    add("--live", action="store_true", help=text)
+
+
+def _add_unsupported(parser: argparse.ArgumentParser) -> None:
+    """Add mlx-lm's flags that `check_options` refuses, so that it can say why."""
+    add = parser.add_argument
+    add("--image", nargs="+", default=(), help=argparse.SUPPRESS)
+    add("--draft-model", help=argparse.SUPPRESS)
+    add("--num-draft-tokens", type=int, default=3, help=argparse.SUPPRESS)
+    add("--quantize-activations", "-qa", action="store_true", help=argparse.SUPPRESS)
+
+
+def _true(text: str) -> bool:
+    """Parse as mlx-lm does: everything but False and F is true."""
+    return text.lower() not in ("false", "f")
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..commands import as_command
+from ..commands import add_version, as_command
 from ..errors import FlashMoEError
 from ..format.json_file import exists
 from ..format.model_files import CONFIG, read_config
@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="flashmoe-plan",
         description="Predict memory, hits and speed of a streamed model (docs/reference/plan.md).",
     )
+    add_version(parser)
     add = parser.add_argument
     add("--model", help=f"{', '.join(NAMES)}, or a directory with the model's config.json")
     add("--bits", type=int, help="bits per expert weight, 4 or 2 (default: config.json's, else 4)")

@@ -64,6 +64,11 @@ class LayerLayout:
         """Bytes of one expert."""
         return sum(field.nbytes for field in self.fields)
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all experts."""
+        return self.record_bytes * self.num_experts
+
     def spans(self, expert: int) -> list[Span]:
         """Return the byte ranges of one expert: one if packed, nine if stock."""
         spans: list[Span] = []
@@ -104,7 +109,7 @@ class ExpertLayout:
     @property
     def total_bytes(self) -> int:
         """Bytes of all experts of all layers."""
-        return sum(layer.record_bytes * layer.num_experts for layer in self.layers)
+        return sum(layer.total_bytes for layer in self.layers)
 
 
 def open_layout(model_dir: Path | str, num_layers: int, num_experts: int) -> ExpertLayout:

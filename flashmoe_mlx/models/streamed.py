@@ -25,6 +25,12 @@ class StreamedModule(nn.Module):
         """Describe the size of the expert cache, and its reason, in one line."""
         return str(self._store.plan) if self._store else "Expert cache: all experts are resident"
 
+    def expert_counts(self) -> tuple[int, int]:
+        """Return the experts that memory holds, and those of the model, all layers together."""
+        layers = self._store.layout.layers if self._store else ()
+        total = sum(layer.num_experts for layer in layers)
+        return (self._store.plan.slots * len(layers) if self._store else total), total
+
     def close(self) -> None:
         """Close the expert files and stop the reader threads, also for copies of the model.
 

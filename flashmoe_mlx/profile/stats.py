@@ -5,29 +5,82 @@ the same.
 """
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..errors import FlashMoEError
 from ..models.qwen3_5.model import Model
+from ..progress import first_use_seconds
 from ..store.memory import peak_bytes
 from .counters import Use, now
 from .layers import LayerTime, print_rows, timed_layers, untimed
 from .plot import draw_layers
 
 
+class TokenTimes:
+    """When a generation's tokens arrived: the one count of tokens, for every report.
+
+    The token that ends the text counts, as in mlx-lm: the model computes it like any other.
+
+    Attributes:
+        prompt: tokens of the prompt.
+        start: time before the prompt, in seconds.
+        times: time of each generated token.
+    """
+
+    def __init__(self, prompt: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Start the clock, before the prompt is read."""
+        self.prompt, self._clock, self._ahead = prompt, clock, -first_use_seconds()
+        self.start, self.times = clock(), list[float]()
+
+    def note(self) -> None:
+        """Count a token."""
+        self.times.append(self._clock())
+        if len(self.times) == 1:
+            self._ahead += first_use_seconds()
+
+    def elapsed(self) -> float:
+        """Return the seconds since the start."""
+        return self._clock() - self.start
+
+    @property
+    def count(self) -> int:
+        """Tokens generated."""
+        return len(self.times)
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Time until the first token, less what only a machine's first run does."""
+        return self.times[0] - self.start - self._ahead if self.times else 0.0
+
+    @property
+    def prompt_rate(self) -> float:
+        """Tokens of the prompt per second, 0 if unknown."""
+        return self.prompt / self.prompt_seconds if self.prompt_seconds > 0 else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Time from the first token to the last."""
+        return self.times[-1] - self.times[0] if self.times else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Generated tokens per second after the first, which came with the prompt; 0 if unknown."""
+        return (self.count - 1) / self.seconds if self.seconds else 0.0
+
+
 class RunStats:
     """Counters of one generation."""
 
-    def __init__(self, model: Model) -> None:
-        """Start counting."""
-        self._model, self._store = model, model._store
+    def __init__(self, model: Model, times: TokenTimes) -> None:
+        """Start counting; `times` receives each token before `note`."""
+        self._model, self._store, self._times = model, model._store, times
         self.prompt, self.layers = untimed(model), list[LayerTime]()
-        self.tokens = {"prompt": 0, "generation": 0}
-        self._uses = [now(self._store)]  # before the first token, and after each
-        self.speed: list[float] = []
+        self._uses = [now(self._store)] * 3  # before the first token, after it, and after the last
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -36,19 +89,28 @@ class RunStats:
         with timed_layers(self._model, self._store, self.prompt) as self.layers:
             yield
 
-    def note(self, prompt_tokens: int) -> None:
-        """Count a token."""
-        self._uses.append(now(self._store))
-        self.tokens = {"prompt": prompt_tokens, "generation": len(self._uses) - 1}
-        if len(self._uses) > 2:
-            self.speed.append(1 / (self._uses[-1].seconds - self._uses[-2].seconds))
+    def note(self) -> None:
+        """Record what a token used."""
+        use = now(self._store)
+        self._uses[1:] = [use, use] if self._times.count == 1 else [self._uses[1], use]
+
+    @property
+    def speed(self) -> list[float]:
+        """Tokens per second, for each token after the first."""
+        return [1 / (then - before) for before, then in pairwise(self._times.times)]
 
     def phases(self) -> dict[str, dict[str, Any]]:
-        """Return each phase's figures as JSON values; the prompt ends with the first token."""
-        first, last = self._uses[min(1, len(self._uses) - 1)], self._uses[-1]
+        """Return each phase's figures as JSON values.
+
+        The prompt ends with the first token. That token counts as generated, but the phase
+        "generation" has neither its time nor its reads, and tokens_per_s is that of the others.
+        """
+        (start, first, last), times = self._uses, self._times
+        prompt = times.prompt, times.prompt_seconds, times.prompt_rate
+        generation = times.count, times.seconds, times.rate
         return {
-            "prompt": _figures(first - self._uses[0], self.tokens["prompt"]),
-            "generation": _figures(last - first, max(0, len(self._uses) - 2)),
+            "prompt": _figures(first - start, *prompt),
+            "generation": _figures(last - first, *generation),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,7 +118,7 @@ class RunStats:
         layers = {"prompt": self.prompt, "generation": self.layers}
         return {
             "expert_cache": str(self._model.expert_cache()),
-            "tokens": self.tokens,
+            "tokens": {"prompt": self._times.prompt, "generation": self._times.count},
             "phases": self.phases(),
             "layers": {
                 n: [x.as_dict(max(1, x.steps)) for x in found] for n, found in layers.items()
@@ -67,7 +129,9 @@ class RunStats:
         }
 
     def print(self) -> None:
-        """Print the phases and the layers."""
+        """Print all counters, the cache, the phases and the layers."""
+        print(self._model.expert_stats())
+        print(self._model.expert_cache())
         print(
             f"{'phase':>10} {'tokens':>6} {'seconds':>8} {'tok/s':>8} {'asked':>7} {'hits':>6} "
             f"{'MB':>9} {'reads':>6} {'GB/s':>6} {'waited s':>8}"
@@ -106,21 +170,21 @@ class RunStats:
         figure = Figure(figsize=(max(7, len(layers) / 4), 7), layout="constrained")
         above, below = figure.subplots(2)
         slots = self._store.plan.slots if self._store else 0
-        title = f"{self.tokens['generation']} tokens, {slots} experts per layer in memory"
+        title = f"{self._times.count} tokens, {slots} experts per layer in memory"
         draw_layers(figure, above, layers, title)
-        below.plot(range(2, len(self.speed) + 2), self.speed, ".-")
+        below.plot(range(2, self._times.count + 1), self.speed, ".-")
         below.set(xlabel="token", ylabel="tokens per second", ylim=(0, None))
         below.xaxis.get_major_locator().set_params(integer=True)
         figure.savefig(path, dpi=150)
 
 
-def _figures(use: Use, tokens: int) -> dict[str, Any]:
+def _figures(use: Use, tokens: int, seconds: float, rate: float) -> dict[str, Any]:
     stats, reading = use.stats, use.stats.seconds_reading
     names = ("asked", "hits", "hit_rate", "reads", "bytes_read", "seconds_waited")
     return {
         "tokens": tokens,
-        "seconds": use.seconds,
-        "tokens_per_s": tokens / use.seconds if use.seconds else 0.0,
+        "seconds": seconds,
+        "tokens_per_s": rate,
         **{name: getattr(stats, name) for name in names},
         "bytes_per_s": stats.bytes_read / reading if reading else 0.0,
         "disk_bytes": use.from_disk,

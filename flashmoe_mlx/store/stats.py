@@ -40,6 +40,11 @@ class ExpertStats:
     early: int = 0
     bytes_useless: int = 0
 
+    def as_preload(self, seconds: float) -> "ExpertStats":
+        """Return new counters whose preload are the reads so far, which took `seconds`."""
+        done = self.bytes_read
+        return ExpertStats(bytes_preloaded=done, seconds_preloading=seconds if done else 0.0)
+
     def add_loaded(self, asked: int, loaded: int, nanoseconds: int, record_bytes: int) -> None:
         """Add one layer's loads by the device."""
         self.asked += asked

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout
+from ..progress import bar
 from .backend import Backend, DeviceLoader
 from .checks import RecordChecks
 from .devices import choose
@@ -98,19 +99,19 @@ class ExpertStore:
 
     def _fill(self, files: dict[Path, int], preload: bool) -> None:
         """Allocate the banks; meanwhile preload those with slots for all experts."""
-        start, ahead = time.perf_counter(), deque[Pending]()
-        for number, layer in enumerate(self.layout.layers):
-            slots = min(self.plan.slots, layer.num_experts)
-            self.banks.append(SlotBank(layer, slots, files, self.backend))
-            if preload and slots == layer.num_experts:
-                ahead.append(self.request(number, range(layer.num_experts)))
-            if len(ahead) > LAYERS_AHEAD:
-                ahead.popleft().wait()
-        for pending in ahead:
-            pending.wait()
-        if nbytes := self._stats.bytes_read:
-            seconds = time.perf_counter() - start
-            self._stats = ExpertStats(bytes_preloaded=nbytes, seconds_preloading=seconds)
+        start, ahead, layers = time.perf_counter(), deque[Pending](), self.layout.layers
+        slots = [min(self.plan.slots, layer.num_experts) for layer in layers]
+        whole = [preload and n == layer.num_experts for n, layer in zip(slots, layers, strict=True)]
+        sizes = deque(layer.total_bytes for layer, w in zip(layers, whole, strict=True) if w)
+        with bar(sum(sizes) or None, "B", "loading experts") as add:
+            for number, layer in enumerate(layers):
+                self.banks.append(SlotBank(layer, slots[number], files, self.backend))
+                if whole[number]:
+                    ahead.append(self.request(number, range(layer.num_experts)))
+                while len(ahead) > (LAYERS_AHEAD if layer is not layers[-1] else 0):
+                    ahead.popleft().wait()
+                    add(sizes.popleft())
+        self._stats = self._stats.as_preload(time.perf_counter() - start)
 
     def close(self) -> None:
         """Stop the reader threads and close the files. A closed store cannot fetch."""

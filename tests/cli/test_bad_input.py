@@ -21,7 +21,7 @@ from flashmoe_mlx.loader import BUNDLED_MODEL
 
 generate = importlib.import_module("flashmoe_mlx.cli.generate")
 COMMANDS = {
-    "generate": (generate.main, GENERATE),
+    "generate": (lambda arguments: generate.main(["--prompt", "Hello", *arguments]), GENERATE),
     "convert": (lambda arguments: sys.exit(cli.main(arguments)), CONVERT),
     "bench": (main.main, BENCH),
     "doctor": (doctor.main, DOCTOR),

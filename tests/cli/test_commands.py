@@ -34,12 +34,13 @@ WORK = {
 
 
 def strike(tmp_path: Path, command: list[str], code: str) -> None:
-    """Run a command with our `sitecustomize`."""
+    """Run a command with our `sitecustomize`; it may end with bad input."""
     (tmp_path / "sitecustomize.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "STRUCK": str(tmp_path)}
-    subprocess.run(
-        [sys.executable, *command], capture_output=True, timeout=120, check=True, env=environment
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, timeout=120, env=environment
     )
+    assert done.returncode in (0, 2), done.stderr
 
 
 def script(tmp_path: Path, name: str) -> str:
@@ -88,7 +89,9 @@ sys.meta_path.insert(0, Striker())
 )
 def test_ctrl_c_while_it_imports(name, by_module, step, tmp_path):
     command = ["-m", MODULES[name]] if by_module else [script(tmp_path, name)]
-    strike(tmp_path, [*command, "--help"], STRIKE.replace("STEP", str(step)))
+    # flashmoe-generate imports after its first checks; this file is refused after that.
+    arguments = ["Hello", "--plot", "x.bmp"] if name == "flashmoe-generate" else ["--help"]
+    strike(tmp_path, [*command, *arguments], STRIKE.replace("STEP", str(step)))
     struck = sorted(tmp_path.glob("*-*=*"))
     wrong = [s.name + s.read_text() for s in struck if s.read_text() != f"\n{name}: interrupted\n"]
     assert len(struck) > 5 and wrong == []
@@ -155,6 +158,12 @@ def test_ctrl_c_that_was_ignored_stays_so(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "done\n")
+
+
+def test_the_end_collects_no_garbage(tmp_path):
+    """With transformers imported, the collection at exit takes most of a second."""
+    register = "    import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000))"
+    assert as_plan(tmp_path, register).stdout == "True\n"
 
 
 @pytest.mark.parametrize("name", ["program.py", "flashmoe-mine", "plan"])

@@ -124,7 +124,7 @@ def test_command_line(args, message, capsys, monkeypatch):
     for setting in settings:
         monkeypatch.setenv(*setting)
     with pytest.raises(SystemExit) as exit_:
-        main([] if settings else args)
+        main(["--prompt", "Hello", *([] if settings else args)])
     captured = capsys.readouterr()
     assert exit_.value.code == 2
     assert captured.err.startswith(f"flashmoe-generate: error: {message}")
@@ -132,7 +132,7 @@ def test_command_line(args, message, capsys, monkeypatch):
 
 
 def test_no_traceback_from_the_command():
-    command = [sys.executable, "-m", "flashmoe_mlx.cli.generate", "--expert-cache", "1"]
+    command = [sys.executable, "-m", "flashmoe_mlx.cli.generate", "Hello", "--expert-cache", "1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     message = "expert_cache = 1 bytes holds 0 experts"
