@@ -7,7 +7,8 @@ from typing import TypeAlias
 import mlx.core as mx
 
 from ..plan.parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Projection, Spec
-from ..source.read import FLOATS, Bytes, as_array
+from ..source.arrays import FLOATS, as_array
+from ..source.read import Bytes
 from .calibrate import LayerInputs
 from .codes import Codes, quantize
 from .fit import fit

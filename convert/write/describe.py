@@ -9,9 +9,10 @@ import numpy as np
 
 from ...format.names import FIELDS
 from ..plan.parts import LayerPlan, Plan, Quant
+from ..source.arrays import FLOATS, as_bytes
 from ..source.checkpoint import Source
 from ..source.foreign_code import REMEDY
-from ..source.read import FLOATS, Bytes, Reader, as_bytes
+from ..source.read import Bytes, Reader
 from .execute import ExpertSteps, Loaded
 from .output import copied_code
 from .steps import Fetched

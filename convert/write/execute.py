@@ -17,8 +17,9 @@ from ..plan.parts import LayerPlan, Spec, TrunkFile, TrunkTensor
 from ..quant.calibrate import LayerInputs
 from ..quant.codes import quantize
 from ..quant.quantize import Part, encode_calibrated, encode_floats, encode_record
+from ..source.arrays import FLOATS, as_array, as_bytes
 from ..source.checkpoint import Source
-from ..source.read import FLOATS, Bytes, Reader, as_array, as_bytes, check_finite, read_ahead
+from ..source.read import Bytes, Reader, check_finite, read_ahead
 from .files import Entry, TensorFile, as_text, joined
 
 BLOCK_BYTES = 16 << 20
