@@ -226,13 +226,14 @@ def _check_written(out: Path) -> None:
 def _check_loads(
     directory: Path, headers: dict[str, Place], args: ModelArgs, with_tokenizer: bool
 ) -> None:
-    # mlx-lm and transformers take seconds to import.
-    from ..loader import check_tokenizer
-    from ..models.trunk_checks import check_trunk
+    # mlx-lm and transformers take seconds to import: say so on a terminal.
+    with tqdm(desc=f"checking {directory}", bar_format="{desc}", leave=False, disable=None):
+        from ..loader import check_tokenizer
+        from ..models.trunk_checks import check_trunk
 
-    check_trunk(directory, headers, args)
-    if with_tokenizer:
-        check_tokenizer(directory, args.vocab_size)
+        check_trunk(directory, headers, args)
+        if with_tokenizer:
+            check_tokenizer(directory, args.vocab_size)
 
 
 def tools() -> str:

@@ -80,10 +80,9 @@ def look_here(folder: Path | None) -> tuple[dict[str, Any], str]:
     """Measure this machine; return what runs on it as plain JSON values, and as text."""
     with progress(here.STEPS) as bar:
         found = here.look(folder or here.models_folder(), bar)
-    rows = what_runs.what_runs(found)
+    runs = what_runs.as_dict(found, what_runs.what_runs(found))
     lines = [f"{name:9}{text}" for name, text in what_runs.render_machine(found)]
-    text = "\n".join([*lines, "", *what_runs.render_rows(found, rows)])
-    return what_runs.as_dict(found, rows), text
+    return runs, "\n".join([*lines, "", *what_runs.render_rows(runs)])
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:

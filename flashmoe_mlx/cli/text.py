@@ -14,6 +14,16 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.3g} GB" if nbytes < 999.5e9 else f"{nbytes / 1e9:,.0f} GB"
 
 
+def rate(per_s: float) -> str:
+    """Format a rate with two digits or more: 0.46, 9.2, 134."""
+    return f"{per_s:.0f}" if per_s >= 10 else f"{per_s:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """Format a time with two digits or more: 0.037 ms, 140 ms, 2.5 s."""
+    return f"{rate(seconds)} s" if seconds >= 1 else f"{rate(1e3 * seconds)} ms"
+
+
 def mark(ok: bool | None) -> str:
     """Return a tick, a cross, or a dash for a check that did not run; ASCII if need be."""
     sign = {True: "✓", False: "✗", None: "–"}[ok]

@@ -11,7 +11,7 @@ from ..store.sizing import automatic_bytes
 from .here import Here, models_folder
 from .plan_model import Weights, count_bytes, decode, named_args, needed_bytes
 from .published import ENGINES, MLX_RESIDENT
-from .text import mark, size, table
+from .text import mark, rate, size, table
 
 MODELS = {"35b": "Qwen3.5-35B-A3B", "122b": "Qwen3.5-122B-A10B", "397b": "Qwen3.5-397B-A17B"}
 SHARDS = 11e9  # disk that a conversion needs besides its output: two files of the source
@@ -51,6 +51,12 @@ class Row:
     def runs(self) -> bool:
         """Whether memory and disk suffice."""
         return self.fits and self.disk_fits
+
+    def expected(self) -> str:
+        """Return the predicted speed in words."""
+        if self.tokens_per_s is None:
+            return "no predicted speed"
+        return f"about {rate(self.tokens_per_s)} tokens/s (predicted)"
 
 
 def what_runs(here: Here) -> list[Row]:
@@ -101,16 +107,19 @@ def _speed(weights: Weights, here: Here, cache: float) -> float | None:
 def _commands(model: str, bits: int, ready: bool, folder: Path) -> tuple[str, ...]:
     repo = f"mlx-community/{MODELS[model]}-4bit"
     if ready:
-        return (_generate(repo),)
+        return (generate_command(repo),)
     out = f"qwen-{model}" + ("-2bit" if bits == 2 else "")
     if folder != models_folder():
-        out = shlex.quote(str(folder / out))
+        out = str(folder / out)
     quantize = " -q --q-bits 2" if bits == 2 else ""
-    return f"flashmoe-convert --hf-path {repo} --mlx-path {out}{quantize}", _generate(out)
+    convert = f"flashmoe-convert --hf-path {repo} --mlx-path {shlex.quote(out)}{quantize}"
+    return convert, generate_command(out)
 
 
-def _generate(model: str) -> str:
-    return f'flashmoe-generate --model {model} --prompt "Hello"'
+def generate_command(model: str | None) -> str:
+    """Return the command that runs a model, None for the bundled one."""
+    named = "" if model is None else f" --model {shlex.quote(model)}"
+    return f'flashmoe-generate{named} --prompt "Hello"'
 
 
 def best(rows: list[Row]) -> dict[str, Row]:
@@ -146,31 +155,32 @@ def render_machine(here: Here) -> list[tuple[str, str]]:
     ]
 
 
-def render_rows(here: Here, rows: list[Row]) -> list[str]:
-    """Return the table, what its figures mean, and the commands of the best rows."""
+def render_rows(found: dict[str, Any]) -> list[str]:
+    """Return `as_dict`'s table, what its figures mean, and the commands of the best rows."""
+    rows = [Row(**row) for row in found["rows"]]
     head = ["model", "bits", "memory", "tokens/s", "disk"]
     cells = table([head, *(_cells(row) for row in rows)], right=(1, 3))
-    return [*cells, "", *_notes(here, rows), *_advice(rows)]
+    return [*cells, "", *_notes(found["machine"], rows), *_advice(rows)]
 
 
 def _cells(row: Row) -> list[str]:
     how = "resident: all experts" if row.resident else f"streamed: {size(row.cache)} expert cache"
     if not row.fits:
         how = f"needs {size(row.memory_needed)}"
-    speed = "–" if row.tokens_per_s is None else f"{row.tokens_per_s:.2g}"
+    speed = mark(None) if row.tokens_per_s is None else rate(row.tokens_per_s)
     disk = size(row.disk_needed)
     return [
         row.name, str(row.bits), f"{mark(row.fits)} {how}", speed, f"{mark(row.disk_fits)} {disk}"
     ]  # fmt: skip
 
 
-def _notes(here: Here, rows: list[Row]) -> list[str]:
+def _notes(machine: dict[str, Any], rows: list[Row]) -> list[str]:
     notes = ["tokens/s is predicted, not measured (docs/reference/plan.md)"]
-    if here.gpu_memory is not None:
+    if machine["gpu_memory"] is not None:
         notes = ["flashmoe-plan has no figures for GPUs with their own memory: no tokens/s"]
-    elif here.gpu is None:
+    elif machine["gpu"] is None:
         notes.append("an upper bound on a CPU, whose arithmetic it does not count")
-    if isinstance(here.read, str):
+    if isinstance(machine["read"], str):
         notes.append("none for streamed models, because the disk could not be measured")
     lines = [f"{'; '.join(notes)}."]
     if any(len(row.commands) > 1 for row in rows):
@@ -183,18 +193,9 @@ def _notes(here: Here, rows: list[Row]) -> list[str]:
 def _advice(rows: list[Row]) -> list[str]:
     lines = []
     for why, row in best(rows).items():
-        lines += ["", f"{why}: {row.name} at {row.bits} bits{expected(row)}"]
+        lines += ["", f"{why.capitalize()}, at {row.bits} bits: {row.name}, {row.expected()}"]
         lines += [f"  {command}" for command in row.commands]
     if not lines:
         lines = ["", "Nothing fits: free memory or disk, or try the bundled model:"]
-        lines += ['  flashmoe-generate --prompt "Hello"']
+        lines += [f"  {generate_command(None)}"]
     return lines
-
-
-def expected(row: Row) -> str:
-    """Return the predicted speed as the end of a sentence, or nothing."""
-    if row.tokens_per_s is None:
-        return ""
-    if row.tokens_per_s < 1:
-        return f", about {1 / row.tokens_per_s:.2g} s per token (predicted)"
-    return f", about {row.tokens_per_s:.2g} tokens/s (predicted)"

@@ -15,7 +15,7 @@ from bad_input_cases import BENCH, CONFIG, CONVERT, DOCTOR, GENERATE, PLAN, VARI
 
 from flashmoe_mlx import FlashMoEError, load, requirements
 from flashmoe_mlx.bench import main
-from flashmoe_mlx.cli import doctor, plan
+from flashmoe_mlx.cli import doctor, doctor_checks, plan
 from flashmoe_mlx.convert import cli, convert
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
@@ -238,7 +238,7 @@ def test_mlx_without_a_backend(module, arguments, name, tmp_path):
     [
         ("generate", generate, "run", []),
         ("bench", main.bench_io, "_check", ["io"]),
-        ("doctor", doctor, "examine_all", []),
+        ("doctor", doctor_checks, "examine_all", []),
     ],
 )
 def test_ctrl_c(command, module, work, arguments, capsys, monkeypatch):

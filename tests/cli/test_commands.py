@@ -13,7 +13,7 @@ import pytest
 
 from flashmoe_mlx import FlashMoEError
 from flashmoe_mlx.bench import main as bench
-from flashmoe_mlx.cli import doctor, generate, plan
+from flashmoe_mlx.cli import doctor, doctor_checks, generate, plan
 from flashmoe_mlx.convert import cli, run
 
 MODULES = {
@@ -27,7 +27,7 @@ MODULES = {
 WORK = {
     "flashmoe-bench": (bench.main, bench.bench_io, "_check", ["io"]),
     "flashmoe-convert": (cli.main, run, "convert", ["--hf-path", "x"]),
-    "flashmoe-doctor": (doctor.main, doctor, "examine_all", []),
+    "flashmoe-doctor": (doctor.main, doctor_checks, "examine_all", []),
     "flashmoe-generate": (generate.main, generate, "run", []),
     "flashmoe-plan": (plan.main, plan, "check", ["--check"]),
 }
