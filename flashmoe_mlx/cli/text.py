@@ -54,6 +54,6 @@ def progress(total: int) -> Iterator[Any]:
     """
     from tqdm import tqdm  # 30 ms
 
-    layout = "{desc} [{n_fmt}/{total_fmt}, {elapsed}]"
+    layout = "{desc}{n_fmt}/{total_fmt} [{elapsed}]"
     with tqdm(total=total, bar_format=layout, leave=False, disable=None) as bar:
         yield bar

@@ -37,12 +37,19 @@ def test_help(name):
     done = run(name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: {name}")
+    assert ("verify DIR [--repair --hf-path PATH]" in done.stdout) == (name == "flashmoe-convert")
 
 
 def test_verify():
     done = run("flashmoe-convert", "verify", CONVERTED)
     assert (done.returncode, done.stderr) == (0, "")
     assert "every byte is as it was written" in done.stdout
+
+
+def test_plan_of_this_machine(tmp_path):
+    done = run("flashmoe-plan", "--folder", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no GPU that MLX computes on" in done.stdout and "Qwen3.5-397B-A17B" in done.stdout
 
 
 def test_plan():
