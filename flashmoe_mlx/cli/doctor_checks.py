@@ -208,7 +208,7 @@ def verdict_of(found: dict[str, Any]) -> str:
         return f"Ready: {model['directory']} is complete; next: {command}"
     for row in found["what_runs"]["best"].values():
         best = what_runs.Row(**row)
-        runs = f"{best.name} runs at {best.bits} bits; expect {best.expected()}"
-        return f"Ready: {runs}; next: {best.commands[0]}"
+        speed = f"; expect {best.expected()}" if best.tokens_per_s else ""
+        return f"Ready: {best.name} runs at {best.bits} bits{speed}; next: {best.commands[0]}"
     command = what_runs.generate_command(None)
     return f"Ready for the bundled model; no other fits this memory and disk; next: {command}"

@@ -4,7 +4,7 @@ from typing import Any
 
 from ..custom_kernels.autotune import NEEDS_GPU, Verdict
 from ..profile import machine
-from .text import duration, mark, size, table
+from .text import duration, mark, place, size, table
 from .what_runs import render_rows
 
 Line = tuple[str, str, str]  # mark, subject, text
@@ -14,8 +14,8 @@ def render(found: dict[str, Any]) -> str:
     """Format findings as one screen of text, the verdict last."""
     lines = [
         *_machine_lines(found),
-        *_model_lines("bundled", found["bundled"]),
-        *_model_lines("model", found["model"]),
+        *_model_lines("bundled", "test model", found["bundled"]),
+        *_model_lines("model", None, found["model"]),
         *((mark(check["ok"]), "full", _full_line(check)) for check in found["full"]),
         *(("!", "advice", line) for line in found["advice"]),
         *((mark(False), "PROBLEM", line) for line in found["problems"]),
@@ -39,18 +39,18 @@ def _machine_lines(found: dict[str, Any]) -> list[Line]:
         ("", "machine", f"{found['system']}; {found['cpu']}, {found['cores']} cores"),
         ("", "device", device),
         ("", "memory", memory),
-        ("", "disk", f"{size(disk['free'])} free at {disk['path']}"),
+        ("", "disk", f"{size(disk['free'])} free at {place(disk['path'])}"),
         (mark(True), "versions", f"Python {found['python']}, {versions}"),
         (mark(found["read_speed"] is not None or None), "reading", found["read_speed_line"]),
-        (mark(kept["writable"]), "cache", f"{kept['verdicts']} {writable}"),
+        (mark(kept["writable"]), "cache", f"{place(kept['verdicts'])} {writable}"),
     ]
 
 
-def _model_lines(name: str, model: dict[str, Any] | None) -> list[Line]:
+def _model_lines(subject: str, name: str | None, model: dict[str, Any] | None) -> list[Line]:
     if model is None:
         return []
     state = "complete (headers, sizes, tokenizer)" if model["complete"] else "INCOMPLETE"
-    text = f"{model['directory']}: {state}"
+    text = f"{name or model['directory']}: {state}"
     if "kind" in model:
         bits = " and ".join(map(str, model["bits"]))
         most = "up to " if len(model["bits"]) > 1 else ""
@@ -59,7 +59,7 @@ def _model_lines(name: str, model: dict[str, Any] | None) -> list[Line]:
             f"experts of {most}{size(model['record_bytes'])}, {size(model['expert_bytes'])} in "
             f"total; trunk {size(model['trunk_bytes'] or 0)}"
         )
-    return [(mark(model["complete"]), name, text)]
+    return [(mark(model["complete"]), subject, text)]
 
 
 def _full_line(check: dict[str, Any]) -> str:

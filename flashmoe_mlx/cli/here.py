@@ -19,6 +19,7 @@ from ..profile.read_speed import ReadSpeed, scratch_ranges, time_reads
 from ..store.memory import available_bytes, cgroup_limit, installed_bytes
 from .plan_model import SYSTEM_BYTES, Machine
 from .published import MACHINES
+from .text import place
 
 SAMPLE = 128 << 20  # bytes written to the disk, and read
 OWN_BYTES = 1e9  # memory of a run besides weights: Python, MLX, activations, a KV cache
@@ -98,7 +99,7 @@ def look(folder: Path, bar: Any, sample: int = SAMPLE) -> Here:
     bar.set_description("reading memory")
     bandwidth, source = memory_bandwidth()
     bar.update()
-    bar.set_description(f"reading the disk of {folder}")
+    bar.set_description(f"reading the disk of {place(folder)}")
     read, copy = disk_speeds(existing(folder), sample)
     bar.update()
     return Here(
@@ -151,7 +152,7 @@ def disk_speeds(folder: Path, sample: int) -> tuple[ReadSpeed | str, float | Non
     """
     try:
         with scratch_ranges(folder, sample) as ranges:
-            cold = time_reads(ranges, f"a temporary file in {folder}")
+            cold = time_reads(ranges, f"a temporary file in {place(folder)}")
             if sys.platform == "darwin":
                 return cold, None
             return cold, time_reads(ranges, "the page cache", warm=True).bytes_per_s

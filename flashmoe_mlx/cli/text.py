@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 
@@ -12,6 +13,12 @@ def size(nbytes: float) -> str:
         if nbytes < 999.5 * 10**power:
             return f"{nbytes / 10**power:.3g} {unit}"
     return f"{nbytes / 1e9:.3g} GB" if nbytes < 999.5e9 else f"{nbytes / 1e9:,.0f} GB"
+
+
+def place(path: Path | str) -> str:
+    """Shorten the home folder to ~."""
+    home, text = str(Path.home()), str(path)
+    return f"~{text[len(home) :]}" if text == home or text.startswith(f"{home}/") else text
 
 
 def rate(per_s: float) -> str:

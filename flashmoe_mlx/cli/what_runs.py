@@ -11,7 +11,7 @@ from ..store.sizing import automatic_bytes
 from .here import Here, models_folder
 from .plan_model import Weights, count_bytes, decode, named_args, needed_bytes
 from .published import ENGINES, MLX_RESIDENT
-from .text import mark, rate, size, table
+from .text import mark, place, rate, size, table
 
 MODELS = {"35b": "Qwen3.5-35B-A3B", "122b": "Qwen3.5-122B-A10B", "397b": "Qwen3.5-397B-A17B"}
 SHARDS = 11e9  # disk that a conversion needs besides its output: two files of the source
@@ -53,9 +53,9 @@ class Row:
         return self.fits and self.disk_fits
 
     def expected(self) -> str:
-        """Return the predicted speed in words."""
+        """Return the speed in words."""
         if self.tokens_per_s is None:
-            return "no predicted speed"
+            return "speed not predicted"
         return f"about {rate(self.tokens_per_s)} tokens/s (predicted)"
 
 
@@ -151,7 +151,7 @@ def render_machine(here: Here) -> list[tuple[str, str]]:
     return [
         ("machine", f"{here.cpu}, {here.cores} cores; {gpu}"),
         ("memory", f"{memory}; {size(here.bandwidth)}/s ({here.bandwidth_source})"),
-        ("disk", f"{size(here.free)} free at {here.folder}; reads: {read}{copy}"),
+        ("disk", f"{size(here.free)} free at {place(here.folder)}; reads: {read}{copy}"),
     ]
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flashmoe_mlx.cli.text import duration, mark, progress, rate, size, table
+from flashmoe_mlx.cli.text import duration, mark, place, progress, rate, size, table
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,12 @@ def test_rate(per_s, text):
 
 def test_duration():
     assert [duration(s) for s in (37e-6, 0.14, 2.5)] == ["0.037 ms", "140 ms", "2.5 s"]
+
+
+def test_place(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    paths = ("/home/ada", "/home/ada/models", "/home/adam", "/data")
+    assert [place(path) for path in paths] == ["~", "~/models", "/home/adam", "/data"]
 
 
 def test_table():

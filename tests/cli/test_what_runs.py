@@ -168,3 +168,16 @@ def test_the_folder_is_for_this_machine_only(capsys):
         plan.main(["--folder", "x", "--model", "35b", "--machine", "m4-32"])
     assert ended.value.code == 2
     assert "--folder is for this machine's own list." in capsys.readouterr().err
+
+
+def test_the_documentation_shows_the_output(monkeypatch):
+    """It is of a real machine, whose rounded figures give the same text."""
+    page = Path(__file__).parents[2].joinpath("docs/guides/large-models.md").read_text("utf-8")
+    folder = Path.home() / ".cache/huggingface/hub"
+    monkeypatch.setattr(what_runs, "models_folder", lambda: folder)
+    found = Here(
+        "AMD EPYC", 2, None, None, round(25.3 * GB), round(23.7 * GB), None, 21 * GB, "measured",
+        folder, round(75.6 * GB), replace(READ, nbytes=715_000_000), 5.12 * GB,
+    )  # fmt: skip
+    assert text(found) in page
+    assert all(f"{name:9}{line}\n" in page for name, line in what_runs.render_machine(found))
