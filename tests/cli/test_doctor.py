@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
 from test_errors import DAMAGE
 
-from flashmoe_mlx.cli import doctor_checks, doctor_text, full_check, here
+from flashmoe_mlx.cli import doctor_checks, doctor_text, full_check, here, what_runs
 from flashmoe_mlx.cli.doctor import main
 from flashmoe_mlx.cli.doctor_model import examine
 from flashmoe_mlx.cli.full_check import Finding
@@ -77,6 +77,34 @@ def test_json_has_the_facts(models, capsys):
     assert (model["complete"], model["kind"], model["bits"]) == (True, "packed", [4])
     assert model["layers"] * model["experts"] * model["record_bytes"] == model["expert_bytes"]
     assert {kernel["op"] for kernel in found["kernels"]} >= {"dequant_matvec", "router"}
+
+
+def test_json_of_this_machine(capsys):
+    """Reports and CI keep these keys."""
+    code, out = run([*QUICK, "--json"], capsys)
+    found = json.loads(out)
+    assert code == 0 and found["model"] is None and found["bundled"]["complete"]
+    keys = """system cpu cores memory python packages device kernel_mode dtype kernels kept
+        memory_available memory_limit disk read_speed read_speed_line model full problems advice
+        ok"""
+    assert set(keys.split()) <= found.keys()
+    assert found["what_runs"]["rows"][0]["name"] == "Qwen3.5-35B-A3B"
+    assert found["verdict"].startswith("Ready")
+
+
+def test_verdicts():
+    row = what_runs.Row("35b", "Q", 4, True, True, 1, 1, 1, True, 9.2, ("do this", "then that"))
+    ready = {"problems": [], "model": None, "what_runs": {"best": {"fastest": asdict(row)}}}
+    said = "Ready: Q runs at 4 bits; expect about 9.2 tokens/s (predicted); next: do this"
+    assert doctor_checks.verdict_of(ready) == said
+    ready["what_runs"] = {"best": {}}
+    assert doctor_checks.verdict_of(ready).startswith("Ready for the bundled model; no other fits")
+    ready["model"] = {"directory": "a b"}
+    said = "Ready: a b is complete; next: flashmoe-generate --model 'a b' --prompt \"Hello\""
+    assert doctor_checks.verdict_of(ready) == said
+    ready["problems"] = ["x is wrong", "y too"]
+    said = "Not ready (2 problems in all). Fix this first: x is wrong"
+    assert doctor_checks.verdict_of(ready) == said
 
 
 @pytest.mark.parametrize("name", ["packed2", "linked", "unmodified"])
