@@ -9,11 +9,13 @@ from .read import Bytes
 
 FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 # NumPy has no bfloat16: uint16 carries its bits.
-_NUMPY = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32}
+_NUMPY = {
+    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8,
+}  # fmt: skip
 
 
 def as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
-    """Copy raw bytes into an MLX array of a safetensors dtype: BF16, F16, F32 or U32."""
+    """Copy raw bytes into an MLX array of a safetensors dtype: BF16, F16, F32, U32 or U8."""
     array = mx.array(data.view(_NUMPY[dtype]).reshape(shape))
     return array.view(mx.bfloat16) if dtype == "BF16" else array
 

@@ -1,5 +1,6 @@
 """Text for people: sizes, ticks, tables, and a line on a terminal while something runs."""
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,9 @@ def progress(total: int) -> Iterator[Any]:
     """
     from tqdm import tqdm  # 30 ms
 
-    layout = "{desc}{n_fmt}/{total_fmt} [{elapsed}]"
-    with tqdm(total=total, bar_format=layout, leave=False, disable=None) as bar:
+    shape = shutil.get_terminal_size()  # tqdm shows nothing on a terminal that does not tell
+    with tqdm(
+        total=total, bar_format="{desc}{n_fmt}/{total_fmt} [{elapsed}]", leave=False, disable=None,
+        ncols=shape.columns, nrows=shape.lines,
+    ) as bar:  # fmt: skip
         yield bar

@@ -61,14 +61,15 @@ def test_a_small_machine_streams():
 def test_the_cache_is_the_one_that_a_load_chooses(available):
     for (model, bits), row in rows(machine(available)).items():
         weights = what_runs.count_bytes(what_runs.named_args(model), bits)
-        layer = SimpleNamespace(num_experts=weights.experts)
-        layout = SimpleNamespace(layers=[layer], token_bytes=int(weights.layers * weights.record))
+        slot = int(weights.layers * weights.record)
+        sizes = SimpleNamespace(num_experts=weights.experts, token_bytes=slot)
+        layout = SimpleNamespace(**vars(sizes), layers=[sizes])
         trunk = round(weights.trunk)
         direct = available - trunk < 0.8 * weights.expert_bytes
         io = IoPlan(direct, "a test")
         chosen = plan_cache("auto", _as_layout(layout), weights.top_k, trunk, available, io)
         assert row.resident == (chosen.slots == weights.experts)
-        assert row.cache == pytest.approx(chosen.nbytes, abs=layout.token_bytes)
+        assert row.cache == pytest.approx(chosen.nbytes, abs=slot)
 
 
 def _as_layout(sizes: object) -> ExpertLayout:
