@@ -8,13 +8,11 @@ from pathlib import Path
 
 from ..commands import add_version, as_command
 from ..errors import FlashMoEError
+from ..requirements import check_mlx
 from .plan.parts import METHODS
 from .plan.plan import DTYPES
 from .plan.recipes import RECIPES
-from .publish.upload import is_finished
-from .run import convert
 from .source.foreign_code import REMEDY, foreign_code
-from .verify.repair import repair
 from .verify.verify import summary, verify
 
 EXIT_DIFFERENCES = 1
@@ -24,8 +22,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser; its options are those of mlx_lm.convert, and more."""
     result = argparse.ArgumentParser(
         prog="flashmoe-convert",
-        description="Convert a Qwen3.5 MoE checkpoint so that its experts stream from disk.",
-        epilog="`flashmoe-convert verify DIR` checks every byte of a converted directory.",
+        usage="flashmoe-convert --hf-path PATH [--mlx-path DIR] [options]\n"
+        "       flashmoe-convert verify DIR [--repair --hf-path PATH]",
+        description="Convert a Qwen3.5 MoE checkpoint so that its experts stream from disk; or "
+        "check, and repair, every byte of a converted directory: flashmoe-convert verify --help.",
     )
     add_version(result)
     add = result.add_argument
@@ -147,12 +147,19 @@ def _verify(options: argparse.Namespace) -> int:
     if options.repair and problems:
         print(*problems, sep="\n")
         print(f"Files to repair: {len({problem.file for problem in problems})}.")
+        check_mlx()
+        from .verify.repair import repair
+
         problems = repair(directory, problems, options.hf_path, options.revision)
     print(*problems, summary(directory, problems), sep="\n")
     return EXIT_DIFFERENCES if problems else 0
 
 
 def _convert(options: argparse.Namespace) -> int:
+    check_mlx()
+    from .publish.upload import is_finished
+    from .run import convert
+
     try:
         convert(**vars(options))
     except KeyboardInterrupt:

@@ -24,9 +24,10 @@ from .plan.plan import build_plan
 from .publish import published, upload
 from .publish.card import model_card
 from .quant.calibrate import Calibration
-from .source.checkpoint import MODEL_TYPES, Place, Source, open_source
+from .source.checkpoint import MODEL_TYPES, Place, Source
 from .source.hub import CARD
 from .source.locate import Found, located
+from .source.open import open_source
 from .source.read import Reader
 from .source.shards import Shards
 from .write import files, journal, output
@@ -226,21 +227,22 @@ def _check_written(out: Path) -> None:
 def _check_loads(
     directory: Path, headers: dict[str, Place], config: dict[str, Any], with_tokenizer: bool
 ) -> None:
-    # mlx-lm and transformers take seconds to import.
-    from ..loader import check_tokenizer
-    from ..models.trunk_checks import check_trunk
+    # mlx-lm and transformers take seconds to import: say so on a terminal.
+    with tqdm(desc=f"checking {directory}", bar_format="{desc}", leave=False, disable=None):
+        from ..loader import check_tokenizer
+        from ..models.trunk_checks import check_trunk
 
-    vocabulary = None
-    if config.get("model_type") in MODEL_TYPES:
-        args = ModelArgs.from_dict(config)
-        vocabulary = args.vocab_size
-        check_trunk(directory, headers, args)
-    else:
-        from .source.generic import check_generic_trunk
+        vocabulary = None
+        if config.get("model_type") in MODEL_TYPES:
+            args = ModelArgs.from_dict(config)
+            vocabulary = args.vocab_size
+            check_trunk(directory, headers, args)
+        else:
+            from .source.generic import check_generic_trunk
 
-        check_generic_trunk(directory, config, {n: info for n, (_, info) in headers.items()})
-    if with_tokenizer:
-        check_tokenizer(directory, vocabulary)
+            check_generic_trunk(directory, config, {n: info for n, (_, info) in headers.items()})
+        if with_tokenizer:
+            check_tokenizer(directory, vocabulary)
 
 
 def tools() -> str:

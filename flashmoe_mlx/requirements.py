@@ -1,4 +1,4 @@
-"""Check that installed packages are new enough. Imports MLX at most."""
+"""Check that installed packages are new enough, and that MLX has a back-end."""
 
 import functools
 import importlib
@@ -9,9 +9,12 @@ from typing import NoReturn
 
 from packaging.requirements import Requirement
 
+from .commands import running
 from .errors import FlashMoEError
 
 NAME = "flashmoe-mlx"
+# These work without MLX, in part or for --help, and call `check_mlx` before they need it.
+CHECK_LATER = ("flashmoe-convert", "flashmoe-doctor", "flashmoe-plan")
 
 
 @functools.cache
@@ -23,7 +26,8 @@ def check_once() -> None:
 def check_packages() -> None:
     """Compare installed versions with this package's metadata, and import MLX.
 
-    pip does not repeat this check when it later changes another package.
+    pip does not repeat this check when it later changes another package. Commands in CHECK_LATER
+    do not import MLX here.
 
     Raises:
         FlashMoEError: a package is missing or too old, or MLX has no back-end. Our commands print
@@ -36,6 +40,16 @@ def check_packages() -> None:
     if faults := {each: fault for each in wanted if (fault := _fault(each))}:
         names = " ".join(f'"{each.name}{each.specifier}"' for each in faults)
         _refuse(f"{'; '.join(faults.values())}. Install them: pip install -U {names}")
+    if running() not in CHECK_LATER:
+        check_mlx()
+
+
+def check_mlx() -> None:
+    """Import MLX.
+
+    Raises:
+        FlashMoEError: MLX is missing, or has no back-end. Our commands print it and exit with 2.
+    """
     try:
         importlib.import_module("mlx.core")
     except ImportError as error:  # on Linux, MLX without a back-end extra

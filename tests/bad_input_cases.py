@@ -190,7 +190,7 @@ DOCTOR = [
 ]
 
 PLAN = [
-    ("", "--model is missing. Give 397b, 122b, 35b, or a directory."),
+    ("--bits 4", "--model is missing. Give 397b, 122b, 35b, or a directory; or no flag"),
     ("--model 397b", "missing --ram and --ssd and --memory-bandwidth. Give the figures, or a"),
     ("--model 1b --machine m3-max-48", "--model 1b: has no config.json. Give 397b, 122b, 35b,"),
     ("--model 397b --machine pdp-11", "--machine pdp-11 is unknown. Choose from m1-pro-16"),

@@ -228,7 +228,7 @@ def test_bundled_model_is_a_directory():
 def test_a_conversion_imports_neither_mlx_lm_nor_transformers():
     """These imports take two seconds, and more from a cold disk."""
     code = (
-        "import sys, flashmoe_mlx.convert.cli; "
+        "import sys, flashmoe_mlx.convert.run; "
         "print([m for m in ('mlx_lm', 'transformers', 'numba', 'torch') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -46,6 +46,7 @@ COMMANDS = (
     "flashmoe-bench io --model packed --rounds 2 --threads 1 8",
     "flashmoe-bench kernels --geometry tiny",
     "flashmoe-bench decode --geometry tiny --runs 1 --tokens 8",
+    "flashmoe-plan",
     "flashmoe-plan --model 397b --machine m3-max-48",
     "flashmoe-plan --check",
     "api.py",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ...errors import FlashMoEError
 from ..plan.parts import Projection
-from ..source.read import FLOATS
+from ..source.arrays import FLOATS
 from .codes import Codes
 from .compensate import DAMPING, Floats, quantize_for
 

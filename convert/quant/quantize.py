@@ -9,7 +9,8 @@ import mlx.core as mx
 from ...errors import FlashMoEError
 from ...format.modules import PARTS
 from ..plan.parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Projection, Quant, Spec
-from ..source.read import FLOATS, Bytes, as_array
+from ..source.arrays import FLOATS, as_array
+from ..source.read import Bytes
 from .calibrate import LayerInputs
 from .codes import Codes, quantize
 from .fit import fit

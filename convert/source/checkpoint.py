@@ -119,17 +119,12 @@ class Source:
         return self.config.get("quantization") or self.config.get("quantization_config") or {}
 
 
-def open_source(directory: Path, name: str, revision: str | None = None) -> Source:
-    """Open a checkpoint; `name` is for errors and reports.
+def open_qwen(directory: Path, name: str, revision: str | None, config: dict[str, Any]) -> Source:
+    """Open a Qwen3.5 MoE checkpoint; see `open.open_source`.
 
     Raises:
-        FlashMoEError: it is not a complete Qwen3.5 MoE checkpoint.
+        FlashMoEError: it is not a complete one.
     """
-    config = _read_config(directory)
-    if config.get("model_type") not in MODEL_TYPES:
-        from .generic import open_generic  # imports mlx-lm
-
-        return open_generic(directory, name, revision, config)
     dims = _dims(directory / "config.json", config)
     _check_quantization(directory / "config.json", config)
     headers = checkpoint_headers(directory)
@@ -153,7 +148,12 @@ def qwen_modules(dims: Dims) -> tuple[ExpertModule, ...]:
     )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        FlashMoEError: it is missing, damaged, or contradicts itself.
+    """
     path = directory / "config.json"
     try:
         config = read_object(path, "Download it again.")

@@ -18,7 +18,7 @@ from ...errors import FlashMoEError, named
 from ...format.headers import TensorInfo
 from ...format.layout import Field, LayerLayout
 from ...format.modules import PARTS, ExpertModule
-from .read import DTYPES, as_array
+from .arrays import DTYPES, as_array
 
 Place = tuple[Path, TensorInfo]
 REMEDY = "Restore the checkpoint's own files"

@@ -1,13 +1,12 @@
-"""Read byte ranges of checkpoint files, and view them as arrays."""
+"""Read byte ranges of checkpoint files. Works without MLX, for `verify`."""
 
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -19,18 +18,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 Bytes = npt.NDArray[np.uint8]
 
-FLOATS = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
-# MLX has no 8-bit floats: uint8 carries their bits.
-DTYPES = FLOATS | {
-    "U8": mx.uint8, "I8": mx.int8, "F8_E4M3": mx.uint8, "BOOL": mx.bool_, "U16": mx.uint16,
-    "I16": mx.int16, "U32": mx.uint32, "I32": mx.int32, "U64": mx.uint64, "I64": mx.int64,
-}  # fmt: skip
-# NumPy has no bfloat16: uint16 carries its bits.
-NUMPY = {
-    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "U32": np.uint32, "U8": np.uint8,
-    "I8": np.int8, "F8_E4M3": np.uint8, "BOOL": np.bool_, "U16": np.uint16, "I16": np.int16,
-    "I32": np.int32, "U64": np.uint64, "I64": np.int64,
-}  # fmt: skip
 # The smallest non-finite bit pattern, sign aside, and the integer types of the dtype's size.
 _NOT_FINITE: dict[str, tuple[int, npt.DTypeLike, npt.DTypeLike]] = {
     "BF16": (0x7F80, np.int16, np.uint16),
@@ -155,12 +142,6 @@ def _is_cached(descriptor: int) -> bool:
     return 2 * found >= _PROBES
 
 
-def as_array(data: Bytes, dtype: str, shape: tuple[int, ...]) -> mx.array:
-    """Copy raw bytes into an MLX array of a safetensors dtype: one of DTYPES."""
-    array = mx.array(data.view(NUMPY[dtype]).reshape(shape))
-    return array.view(mx.bfloat16) if dtype == "BF16" else array
-
-
 def check_finite(data: Bytes, dtype: str, place: str) -> None:
     """Refuse NaN and infinity, which `mx.quantize` would hide (12 GB/s). `place` names the data."""
     if dtype not in _NOT_FINITE or not data.size:
@@ -172,12 +153,6 @@ def check_finite(data: Bytes, dtype: str, place: str) -> None:
             f"{place} holds NaN or infinity ({dtype}). "
             "Download the checkpoint again, or use another one."
         )
-
-
-def as_bytes(array: mx.array) -> memoryview:
-    """View the bytes of an evaluated, row-contiguous array."""
-    exporter: Any = array  # its type stubs omit the buffer protocol
-    return memoryview(exporter).cast("B")
 
 
 def read_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -14,8 +14,9 @@ from ...errors import FlashMoEError
 from ...format.layout import EXPERT_DIR
 from ..plan.parts import LayerPlan, Options
 from ..plan.plan import build_plan
-from ..source.checkpoint import Source, open_source
+from ..source.checkpoint import Source
 from ..source.locate import Found, located
+from ..source.open import open_source
 from ..source.read import Reader
 from ..source.shards import RangeReader
 from ..write.execute import ExpertSteps, as_buffer

@@ -20,8 +20,7 @@ from ...format.layout import EXPERT_DIR, MANIFEST, layer_file, read_manifest
 from ...format.names import FIELDS
 from ...settings import StreamConfig
 from ..source.read import Reader
-from ..write.files import Entry, as_text, json_bytes
-from ..write.output import OWN_CHECKSUM
+from ..write.files import OWN_CHECKSUM, Entry, as_text, json_bytes
 
 BLOCK_BYTES = 8 << 20  # per thread
 CONFIG = "config.json"

@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..plan.parts import LayerPlan, Plan, Quant
+from ..source.arrays import FLOATS, NUMPY, as_bytes
 from ..source.checkpoint import Source
 from ..source.foreign_code import REMEDY
-from ..source.read import FLOATS, NUMPY, Bytes, Reader, as_bytes
+from ..source.read import Bytes, Reader
 from .execute import ExpertSteps, Loaded
 from .output import copied_code
 from .steps import Fetched

@@ -24,8 +24,9 @@ from ..quant.quantize import (
     encode_floats,
     encode_record,
 )
+from ..source.arrays import FLOATS, as_array, as_bytes
 from ..source.checkpoint import Source
-from ..source.read import FLOATS, Bytes, Reader, as_array, as_bytes, check_finite, read_ahead
+from ..source.read import Bytes, Reader, check_finite, read_ahead
 from .files import Entry, TensorFile, as_text, joined
 
 BLOCK_BYTES = 16 << 20
@@ -287,10 +288,10 @@ def record_entry(plan: LayerPlan, file: TensorFile) -> Entry:
         records.append(as_text(joined(fields)))
         tensors.append("".join(as_text(checksum) for checksum, _ in fields))
     entry = {"field_bytes": [s.nbytes for s in plan.record], "records": records, "tensors": tensors}
-    fields = [spec.name for spec in plan.record]
-    if plan.module == f"{layer_prefix(plan.layer)}.mlp.switch_mlp" and fields == list(FIELDS):
+    names = [spec.name for spec in plan.record]
+    if plan.module == f"{layer_prefix(plan.layer)}.mlp.switch_mlp" and names == list(FIELDS):
         return entry  # as in the format's first version
-    return {"module": plan.module, "fields": fields} | entry
+    return {"module": plan.module, "fields": names} | entry
 
 
 def as_buffer(part: Part) -> memoryview:

@@ -26,6 +26,7 @@ SYNC_BYTES = 32 << 20  # between two fsync calls
 PENDING = 2  # queued writes
 BLOCK_BYTES = 1 << 20
 TEMPORARY = ".tmp"
+OWN_CHECKSUM = "manifest_checksum"  # the manifest's entry of its own checksum
 CHECKSUM = "crc32"  # at least 2 GB/s per core; blake2b reaches 0.8
 _POLYNOMIAL = 0xEDB88320
 _ONE, _BYTE = 1 << 31, 1 << 23  # x^0 and x^8: the highest bit is the lowest power

@@ -24,9 +24,17 @@ from ..source.foreign_code import (
 from ..source.hub import CARD, WEIGHTS
 from ..source.read import Reader
 from .execute import Progress, Visit, write_layer, write_trunk
-from .files import CHECKSUM, Entry, as_text, json_bytes, link_file, write_file, write_json
+from .files import (
+    CHECKSUM,
+    OWN_CHECKSUM,
+    Entry,
+    as_text,
+    json_bytes,
+    link_file,
+    write_file,
+    write_json,
+)
 
-OWN_CHECKSUM = "manifest_checksum"
 SHIM = "from flashmoe_mlx.loader import bind\n\nModel, ModelArgs = bind(__file__)\n"
 # Not pickles, under any name: loading one executes it.
 COPIED = (

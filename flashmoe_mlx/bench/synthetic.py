@@ -210,7 +210,9 @@ def _write_layer(directory: Path, plan: LayerPlan, pools: "Pools") -> dict[str, 
     with TensorFile(directory / plan.file, plan.outputs, layout.DATA_ALIGNMENT) as file:
         for expert in range(plan.experts):
             matrices = (pools.matrix(x.outputs, x.after, rng) for x in plan.projections)
-            write_record(file, expert, [part for matrix in matrices for part in matrix])
+            write_record(
+                file, expert, plan.record[0].name, [part for matrix in matrices for part in matrix]
+            )
         return file.entry() | record_entry(plan, file)
 
 

@@ -49,7 +49,7 @@ class ModelReport:
                 "kind": self.layout.kind,
                 "bits": list(self.bits),
                 "layers": len(self.layout.layers),
-                "experts": self.layout.layers[0].num_experts,
+                "experts": self.layout.num_experts,
                 "record_bytes": self.layout.record_bytes,
                 "expert_bytes": self.layout.total_bytes,
             }

@@ -44,6 +44,7 @@ from ..models.qwen3_5.model import Model
 from ..profile import machine
 from .doctor_model import ModelReport, free_bytes
 from .stock import stacked_experts, stock_model
+from .text import progress
 
 PROCESSES = 8  # at most, to compile kernels in
 LENGTHS = 1, 8, 20, 60, 300  # of the prompts in `streamed`
@@ -85,11 +86,12 @@ def full_check(report: ModelReport | None) -> list[Finding]:
     """Check every kernel, and the model if `doctor_model.examine` found it complete."""
     found = parity([*quantized(), *others()])
     if report and report.args and report.layout and not report.problems:
-        found += [
-            _finding("streamed logits", streamed, report),
-            _finding("greedy tokens", greedy, report),
-            _finding("peak memory", memory, report),
-        ]
+        checks = {"streamed logits": streamed, "greedy tokens": greedy, "peak memory": memory}
+        with progress(len(checks)) as bar:
+            for name, check in checks.items():
+                bar.set_description(name)
+                found.append(_finding(name, check, report))
+                bar.update()
     return found
 
 

@@ -1,4 +1,4 @@
-"""`flashmoe-plan`: predict a model's memory, hit rate and speed before it is downloaded."""
+"""`flashmoe-plan`: what runs on this machine; or memory, hits and speed of one model."""
 
 import argparse
 import json
@@ -16,9 +16,10 @@ from ..format.model_files import CONFIG, read_config
 from ..format.names import PROJECTIONS
 from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs
 from ..settings import parse_size
-from . import plan_model
+from . import here, plan_model, what_runs
 from .plan_model import Machine, Weights, named_args
 from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, count_within
+from .text import progress
 
 NAMES = ("397b", "122b", "35b")
 BITS = (4, 2)
@@ -29,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = argparse.ArgumentParser(
         prog="flashmoe-plan",
-        description="Predict memory, hits and speed of a streamed model (docs/reference/plan.md).",
+        description="Without --model: look at this machine and list the models that it can run. "
+        "With --model: predict memory, hits and speed of one model, on any machine "
+        "(docs/reference/plan.md).",
     )
     add_version(parser)
     add = parser.add_argument
@@ -43,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache", help="size of the expert cache (default: the best of several)")
     add("--prompt", type=int, default=1000, help="length of the prompt in tokens (default: 1000)")
     add("--engine", default="flash-moe", help=f"take its time per layer: {', '.join(ENGINES)}")
+    add("--folder", type=Path, help="without --model: where models lie (default: the Hub's cache)")
     add("--json", action="store_true", help="also print one JSON line, last")
     add("--check", action="store_true", help="only compare predictions with published figures")
     return parser
@@ -55,11 +59,31 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Print the predictions, or their comparison with published figures."""
-    result = check() if args.check else plan(args)
-    print(render_check(result) if args.check else render(result))
+    """Print what runs here, the predictions, or their comparison with published figures."""
+    if args.check:
+        result, text = (found := check()), render_check(found)
+    elif _asks_about_here(args):
+        result, text = look_here(args.folder)
+    else:
+        result, text = (found := plan(args)), render(found)
+    print(text)
     if args.json:
         print(json.dumps(result))
+
+
+def _asks_about_here(args: argparse.Namespace) -> bool:
+    """Say whether no flag asks for a model or describes a machine."""
+    default = vars(build_parser().parse_args([]))
+    return vars(args) == default | {"folder": args.folder, "json": args.json}
+
+
+def look_here(folder: Path | None) -> tuple[dict[str, Any], str]:
+    """Measure this machine; return what runs on it as plain JSON values, and as text."""
+    with progress(here.STEPS) as bar:
+        found = here.look(folder or here.models_folder(), bar)
+    runs = what_runs.as_dict(found, what_runs.what_runs(found))
+    lines = [f"{name:9}{text}" for name, text in what_runs.render_machine(found)]
+    return runs, "\n".join([*lines, "", *what_runs.render_rows(runs)])
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,6 +92,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         FlashMoEError: an argument is missing or out of range, or memory is too small.
     """
+    if args.folder is not None:
+        raise FlashMoEError("--folder is for this machine's own list. Drop it, or the other flags.")
     weights, machine = _weights(args), _machine(args)
     engine = ENGINES[_one_of(args.engine, ENGINES, "--engine")]
     if args.prompt < 1:
@@ -93,6 +119,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         "layers": weights.layers, "experts": weights.experts,
         "machine": asdict(machine), "engine": args.engine,
         "free_bytes": plan_model.free_bytes(weights, machine),
+        "most_advised_bytes": plan_model.most_advised(weights, machine),
         "caches": [asdict(d) for d in decodes], "chosen": asdict(best),
         "asked": args.cache is not None, "decode_tokens_per_s": 1 / best.seconds,
         "prompt": args.prompt,
@@ -111,7 +138,10 @@ def _one_of(value: Any, choices: Iterable[Any], name: str) -> Any:
 
 def _weights(args: argparse.Namespace) -> Weights:
     if args.model is None:
-        raise FlashMoEError(f"--model is missing. Give {', '.join(NAMES)}, or a directory.")
+        raise FlashMoEError(
+            f"--model is missing. Give {', '.join(NAMES)}, or a directory; or no flag, to see what "
+            "this machine can run."
+        )
     named = args.model in NAMES
     settings = named_args(args.model) if named else _read_config(args.model)
     quantization = settings.quantization
@@ -155,7 +185,7 @@ def _machine(args: argparse.Namespace) -> Machine:
     if missing := [flag for name, flag in flags.items() if name not in given]:
         raise FlashMoEError(
             f"missing {' and '.join(missing)}. Give the figures, or a --machine that has them: "
-            f"{', '.join(MACHINES)}."
+            f"{', '.join(MACHINES)}. Without flags, flashmoe-plan looks at this machine."
         )
     return Machine(**given, source="as given")
 
@@ -200,7 +230,7 @@ memory {machine["bandwidth"] / 1e9:g} GB/s
 memory   {_gb(found["free_bytes"])} for experts, \
 besides the trunk and {_gb(plan_model.SYSTEM_BYTES)} for the system
             cache  page cache  hits: cache   both  copy ms  read ms  tokens/s
-{"".join(_cache_line(line, best) for line in found["caches"])}\
+{"".join(_cache_line(line, found) for line in found["caches"])}\
 cache    {_reason(found)}
 decode   {found["decode_tokens_per_s"]:.2g} tokens/s: {best["seconds"]:.3g} s = \
 {best["read"]:.3f} SSD + {best["copied"]:.3f} page cache + {best["computed"]:.3f} weights + \
@@ -215,11 +245,13 @@ def _gb(nbytes: float) -> str:
     return f"{nbytes / 1e9:.3g} GB"
 
 
-def _cache_line(line: dict[str, Any], best: dict[str, Any]) -> str:
+def _cache_line(line: dict[str, Any], found: dict[str, Any]) -> str:
+    large = line["bank_hits"] < 1 and line["bank"] > found["most_advised_bytes"]
+    sign = "  <-" if line == found["chosen"] else "  not advised" if large else ""
     return (
         f"         {line['bank'] / 1e9:5.1f} GB {line['page_cache'] / 1e9:8.1f} GB "
         f"{100 * line['bank_hits']:11.0f}% {100 * line['hits']:5.0f}% {1e3 * line['copied']:8.1f} "
-        f"{1e3 * line['read']:8.1f} {1 / line['seconds']:9.2f}{'  <-' if line == best else ''}\n"
+        f"{1e3 * line['read']:8.1f} {1 / line['seconds']:9.2f}{sign}\n"
     )
 
 
@@ -231,8 +263,8 @@ def _reason(found: dict[str, Any]) -> str:
     if found["asked"]:
         return f"{size}, from --cache"
     return (
-        f"--expert-cache {size}: a larger cache saves copies but leaves less memory to the page "
-        "cache; do not give it over half of the memory for experts"
+        f"--expert-cache {size}: the fastest of at most half of the memory for experts; larger "
+        "ones look fast in the formula, and lost speed wherever they were tried"
     )
 
 

@@ -21,12 +21,23 @@ VOCABULARY = 248_320
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine: installed memory, SSD rate in random cold reads of experts, memory bandwidth."""
+    """A machine: installed memory, SSD rate in random cold reads of experts, memory bandwidth.
+
+    `system` is the memory that other programs use, `copy` the measured rate of reads from the page
+    cache, None for COPY_SHARE of the bandwidth.
+    """
 
     memory: float
     ssd: float
     bandwidth: float
     source: str
+    system: float = SYSTEM_BYTES
+    copy: float | None = None
+
+    @property
+    def copy_rate(self) -> float:
+        """Bytes per second of reads from the page cache."""
+        return self.copy or COPY_SHARE * self.bandwidth
 
 
 @dataclass(frozen=True)
@@ -145,14 +156,19 @@ def free_bytes(weights: Weights, machine: Machine) -> float:
     Raises:
         FlashMoEError: one token's experts do not fit.
     """
-    free = machine.memory - SYSTEM_BYTES - weights.trunk
+    free = machine.memory - machine.system - weights.trunk
     if free < weights.token_bytes:
-        need = SYSTEM_BYTES + weights.trunk + weights.token_bytes
+        need = needed_bytes(weights, machine)
         raise FlashMoEError(
             f"--ram {machine.memory / 1e9:g} GB is too small: trunk, one token's experts and the "
             f"system need {need / 1e9:.1f} GB. Choose a smaller model, or fewer bits."
         )
     return free
+
+
+def needed_bytes(weights: Weights, machine: Machine) -> float:
+    """Return the least memory: trunk, one token's experts and the system."""
+    return machine.system + weights.trunk + weights.token_bytes
 
 
 def largest_bank(weights: Weights, machine: Machine) -> float:
@@ -169,7 +185,7 @@ def decode(weights: Weights, machine: Machine, engine: Engine, bank: float = 0.0
     page_cache = max(0.0, free_bytes(weights, machine) - bank)
     bank_hits = hit_rate(bank / weights.expert_bytes)
     hits = max(bank_hits, hit_rate(page_cache / weights.expert_bytes))
-    copied = weights.token_bytes * (hits - bank_hits) / (COPY_SHARE * machine.bandwidth)
+    copied = weights.token_bytes * (hits - bank_hits) / machine.copy_rate
     read = weights.token_bytes * (1 - hits) / machine.ssd
     computed = (weights.trunk_read + weights.token_bytes) / (KERNEL_SHARE * machine.bandwidth)
     waited = weights.layers * engine.layer_seconds
@@ -194,7 +210,7 @@ def prefill_seconds(
     page_cache = max(0.0, free_bytes(weights, machine) - bank)
     in_bank = min(1.0, bank / weights.expert_bytes)
     held = max(in_bank, min(1.0, page_cache / weights.expert_bytes))
-    per_byte = (held - in_bank) / (COPY_SHARE * machine.bandwidth) + (1 - held) / machine.ssd
+    per_byte = (held - in_bank) / machine.copy_rate + (1 - held) / machine.ssd
     total = 0.0
     for start in range(0, tokens, PREFILL_CHUNK):
         touched = distinct_experts(weights, min(PREFILL_CHUNK, tokens - start))
@@ -212,12 +228,16 @@ def bank_sizes(weights: Weights, machine: Machine) -> list[float]:
     return [weights.token_bytes, *(s for s in sizes if s <= weights.expert_bytes)]
 
 
+def most_advised(weights: Weights, machine: Machine) -> float:
+    """Return the largest bank to advise, unless all experts fit: half of the free memory."""
+    return max(free_bytes(weights, machine) / 2, weights.token_bytes)
+
+
 def advised(weights: Weights, machine: Machine, decodes: list[Decode]) -> Decode:
     """Return the fastest decode whose bank holds all experts or at most half of the free memory.
 
     In all published measurements, larger banks lost speed to memory pressure.
     """
-    limit = free_bytes(weights, machine) / 2
-    smallest = min(d.bank for d in decodes)
-    candidates = [d for d in decodes if d.bank <= max(limit, smallest) or d.bank_hits == 1]
+    limit = most_advised(weights, machine)
+    candidates = [d for d in decodes if d.bank <= limit or d.bank_hits == 1]
     return min(candidates, key=lambda d: d.seconds)

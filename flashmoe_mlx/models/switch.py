@@ -93,8 +93,7 @@ class StreamedSwitch(StreamedLayer):
             FlashMoEError: the experts on disk are not those of `module`.
         """
         super().__init__(layer, store)
-        twin = type(stock).__new__(type(stock))  # computes as `stock`, on the slots
-        nn.Module.__init__(twin)
+        twin = _empty(type(stock))  # computes as `stock`, on the slots
         for name, child in stock.items():
             if name not in module.shapes:
                 self[name] = twin[name] = child
@@ -136,11 +135,16 @@ class OnSlots(Shared):
         self.stock, self.matrices = stock, matrices
 
 
+def _empty(kind: Any) -> Any:
+    """Return a module of a class without running its constructor, which makes weights."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    return module
+
+
 def _linear(parts: dict[str, mx.array], found: Any) -> nn.Module:
     """Return stock's linear layer over the arrays of one projection."""
-    kind = QuantizedSwitchLinear if found else SwitchLinear
-    linear = kind.__new__(kind)
-    nn.Module.__init__(linear)
+    linear = _empty(QuantizedSwitchLinear if found else SwitchLinear)
     if found:
         linear.bits, linear.group_size, linear.mode = found.bits, found.group_size, found.mode
         linear.biases = linear.global_scale = None
@@ -232,8 +236,8 @@ def outputs_in_batches(
         slots = indices.reshape(-1)
         tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
         whole = Routed(slots.size, experts.count)
-        y, places = expert_mlp(rows, tokens, slots, matrices, whole)
-        return y, places.reshape(-1, top_k)
+        y, place = expert_mlp(rows, tokens, slots, matrices, whole)
+        return y, place.reshape(-1, top_k)
     ids = np.array(indices).reshape(-1)
     whole = Routed(ids.size, experts.count)
     outputs, places, orders, done = [], list[mx.array](), list[np.ndarray](), 0

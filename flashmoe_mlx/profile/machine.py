@@ -1,4 +1,7 @@
-"""Machine, versions and device, for benchmarks and bug reports."""
+"""Machine, versions and device, for benchmarks and bug reports.
+
+MLX is imported on use only: `flashmoe-plan` works without it.
+"""
 
 import importlib.metadata
 import os
@@ -8,9 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from ..custom_kernels.autotune import device_name
+from ..store.memory import installed_bytes
 
 PACKAGES = ("flashmoe-mlx", "mlx", "mlx-lm", "transformers", "numpy", "numba")
 
@@ -22,10 +23,10 @@ def facts() -> dict[str, Any]:
         "system": f"{platform.system()} {release}, {platform.machine()}",
         "cpu": cpu_name(),
         "cores": cores(),
-        "memory": memory_bytes(),
+        "memory": installed_bytes(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "device": device_name(),
+        "device": device(),
     }
 
 
@@ -40,8 +41,17 @@ def describe(facts: dict[str, Any], *more: str) -> str:
     return ", ".join((here, *more)) + f"\n{versions(facts)}"
 
 
+def device() -> str:
+    """Return MLX's default device, such as "Apple M4 Max (Metal)"."""
+    from ..custom_kernels.autotune import device_name
+
+    return device_name()
+
+
 def on_gpu() -> bool:
     """Say whether MLX computes on a GPU."""
+    import mlx.core as mx
+
     return mx.default_device() == mx.Device(mx.gpu)
 
 
@@ -77,11 +87,6 @@ def cpu_name() -> str:
         return platform.processor()
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def memory_bytes() -> int:
-    """Return the installed memory in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cache_bytes() -> int:

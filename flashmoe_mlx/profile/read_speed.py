@@ -19,8 +19,7 @@ from typing import Any
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout, LayerLayout
 from ..settings import StreamConfig
-from ..store.host import BLOCK
-from ..store.io_mode import open_expert_file
+from ..store.io_mode import BLOCK, open_expert_file
 
 SAMPLE = 256 << 20  # bytes read
 RECORD = 1_769_472  # bytes of an expert of 35B-A3B at 4 bits
@@ -117,21 +116,23 @@ def time_reads(
     source: str,
     threads: int = StreamConfig.io_threads,
     direct: bool = False,
+    warm: bool = False,
 ) -> ReadSpeed:
     """Read byte ranges once, cold, in the order given, by several threads without read-ahead.
 
-    Direct reads bypass the page cache and need ranges of whole blocks.
+    Direct reads bypass the page cache and need ranges of whole blocks. `warm` leaves the page cache
+    as it is.
 
     Raises:
         FlashMoEError: a file cannot be read, or ends early.
     """
     buffers = record_buffers(max(nbytes for _, _, nbytes in ranges))
     with opened(ranges, direct) as files:
-        for place in ranges:
+        for place in () if warm else ranges:
             forget(files[place[0]], place)
         seconds = in_threads(reads_into(buffers, ranges, files), len(ranges), threads)
     total = sum(nbytes for _, _, nbytes in ranges)
-    how = f"direct, {COLD_BY}" if direct else COLD_BY
+    how = "as the page cache was" if warm else f"direct, {COLD_BY}" if direct else COLD_BY
     return ReadSpeed(total, len(ranges), threads, seconds, how, source, direct)
 
 

@@ -11,9 +11,8 @@ import numpy as np
 
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout
+from .io_mode import BLOCK as BLOCK
 from .sizing import CachePlan
-
-BLOCK = 4096  # bytes; direct reads need addresses, offsets and lengths in whole blocks
 
 
 class UnifiedBackend:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout
-from .host import BLOCK
 from .sizing import IoPlan
 
+BLOCK = 4096  # bytes; direct reads need addresses, offsets and lengths in whole blocks
 USEFUL_CACHE = 0.8  # share of the experts that the page cache must have room for
 PROBES = 16  # bytes per layer to look up in the page cache
 F_RDAHEAD, F_NOCACHE = 45, 48  # of macOS's fcntl.h; Python's fcntl has them only on macOS

@@ -1,11 +1,10 @@
 """Available memory of the machine and of this process's cgroup."""
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import mlx.core as mx
 
 CGROUP_FILES = (  # limit and usage, of cgroup v2 and v1
     ("memory.max", "memory.current"),
@@ -21,13 +20,18 @@ def available_bytes() -> int:
     """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
-        return int(mx.device_info()["memory_size"]) * 3 // 4
+        return installed_bytes() * 3 // 4
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     free = [int(fields["MemAvailable"].split()[0]) * 1024]
     for base, limit, usage_name in _cgroup_limits():
         if (usage := _number(base / usage_name)) is not None:
             free.append(max(0, limit - usage + _reclaimable(base)))
     return min(free)
+
+
+def installed_bytes() -> int:
+    """Return the installed memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def cgroup_limit() -> int | None:

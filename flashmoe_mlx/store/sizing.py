@@ -18,6 +18,7 @@ class IoPlan:
         return f"{'direct' if self.direct else 'buffered'} reads ({self.reason})"
 
 
+COMFORT = 0.7  # share of the available memory that trunk and experts take without being asked
 BUFFERED = IoPlan(False, "the default")
 
 
@@ -85,10 +86,8 @@ def plan_cache(
     Raises:
         FlashMoEError: the size holds fewer experts than one token needs, or is not available.
     """
-    experts = layout.num_experts
     per_slot = layout.token_bytes
     smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts", io)
-    whole = CachePlan(experts, experts * per_slot, "all experts fit in memory", io)
     slots = requested_slots(expert_cache, layout, top_k)
     if slots is not None:
         if slots * per_slot > available:
@@ -97,16 +96,25 @@ def plan_cache(
                 f"but {available} are available. Give less, or auto."
             )
         return CachePlan(slots, slots * per_slot, "as asked", io)
-    comfort = 0.7 * available - trunk_bytes
-    if whole.nbytes <= comfort:
-        return whole
-    share, why = (available - trunk_bytes) * 0.25, "a quarter of the memory that the trunk leaves"
-    if io.direct or apart:
-        share, why = comfort, "70 % of the memory, less the trunk"
-        if (rest := available - trunk_bytes - activations) < share:
-            share, why = rest, "what trunk and activations leave"
+    experts, alone = layout.num_experts, io.direct or apart
+    total = experts * per_slot
+    share, why = automatic_bytes(total, trunk_bytes, available, alone, activations)
     slots = int(share // per_slot)
-    if slots <= top_k:
+    if slots <= top_k and share < total:
         return replace(smallest, reason="memory is short: " + smallest.reason)
     slots = min(slots, experts)
     return CachePlan(slots, slots * per_slot, why, io)
+
+
+def automatic_bytes(
+    expert_bytes: int, trunk_bytes: int, available: int, alone: bool, activations: int = 0
+) -> tuple[float, str]:
+    """Return the bytes that `auto` gives to the slots, and why; `alone`: without a page cache."""
+    comfort = COMFORT * available - trunk_bytes
+    if expert_bytes <= comfort:
+        return expert_bytes, "all experts fit in memory"
+    if not alone:
+        return (available - trunk_bytes) * 0.25, "a quarter of the memory that the trunk leaves"
+    if (rest := available - trunk_bytes - activations) < comfort:
+        return rest, "what trunk and activations leave"
+    return comfort, "70 % of the memory, less the trunk"

@@ -16,7 +16,7 @@ from ..custom_kernels.reference import NONE
 from ..errors import FlashMoEError
 from ..format.layout import LayerLayout
 from .backend import Backend, Row
-from .host import BLOCK
+from .io_mode import BLOCK
 from .reader import Arrival, Piece, cut
 
 DTYPES = {

@@ -15,7 +15,7 @@ from bad_input_cases import BENCH, CONFIG, CONVERT, DOCTOR, GENERATE, PLAN, VARI
 
 from flashmoe_mlx import FlashMoEError, load, requirements
 from flashmoe_mlx.bench import main
-from flashmoe_mlx.cli import doctor, plan
+from flashmoe_mlx.cli import doctor, doctor_checks, plan
 from flashmoe_mlx.convert import cli, convert
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
@@ -209,18 +209,26 @@ def test_packages_missing(monkeypatch):
         requirements.check_packages()
 
 
-def test_mlx_without_a_backend(tmp_path):
+@pytest.mark.parametrize(
+    ("module", "arguments", "name"),
+    [
+        ("cli.generate", [], "flashmoe-mlx"),  # while the package is imported
+        ("cli.doctor", [], "flashmoe-doctor"),
+        ("convert.cli", ["--hf-path", "x"], "flashmoe-convert"),
+    ],
+)
+def test_mlx_without_a_backend(module, arguments, name, tmp_path):
     """The state after pip install on Linux without an extra."""
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx/core.py").write_text("raise ImportError('libmlx.so: cannot open')")
     result = subprocess.run(
-        [sys.executable, "-m", "flashmoe_mlx.cli.plan", "--check"],
+        [sys.executable, "-m", f"flashmoe_mlx.{module}", *arguments],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(
-        "flashmoe-mlx: error: MLX cannot be imported (libmlx.so: cannot open). Install its "
+        f"{name}: error: MLX cannot be imported (libmlx.so: cannot open). Install its "
         'back-end: pip install "mlx[cpu]" numba'
     )
 
@@ -230,7 +238,7 @@ def test_mlx_without_a_backend(tmp_path):
     [
         ("generate", generate, "run", []),
         ("bench", main.bench_io, "_check", ["io"]),
-        ("doctor", doctor, "examine_all", []),
+        ("doctor", doctor_checks, "examine_all", []),
     ],
 )
 def test_ctrl_c(command, module, work, arguments, capsys, monkeypatch):

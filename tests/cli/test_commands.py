@@ -13,8 +13,8 @@ import pytest
 
 from flashmoe_mlx import FlashMoEError
 from flashmoe_mlx.bench import main as bench
-from flashmoe_mlx.cli import doctor, generate, plan
-from flashmoe_mlx.convert import cli
+from flashmoe_mlx.cli import doctor, doctor_checks, generate, plan
+from flashmoe_mlx.convert import cli, run
 
 MODULES = {
     "flashmoe-bench": "flashmoe_mlx.bench.main",
@@ -26,8 +26,8 @@ MODULES = {
 # A line in each command's work, and the command's arguments.
 WORK = {
     "flashmoe-bench": (bench.main, bench.bench_io, "_check", ["io"]),
-    "flashmoe-convert": (cli.main, cli, "convert", ["--hf-path", "x"]),
-    "flashmoe-doctor": (doctor.main, doctor, "examine_all", []),
+    "flashmoe-convert": (cli.main, run, "convert", ["--hf-path", "x"]),
+    "flashmoe-doctor": (doctor.main, doctor_checks, "examine_all", []),
     "flashmoe-generate": (generate.main, generate, "run", []),
     "flashmoe-plan": (plan.main, plan, "check", ["--check"]),
 }

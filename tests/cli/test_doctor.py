@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
 from test_errors import DAMAGE
 
-from flashmoe_mlx.cli import doctor, full_check
+from flashmoe_mlx.cli import doctor_checks, doctor_text, full_check, here, what_runs
 from flashmoe_mlx.cli.doctor import main
 from flashmoe_mlx.cli.doctor_model import examine
 from flashmoe_mlx.cli.full_check import Finding
@@ -22,6 +22,7 @@ from flashmoe_mlx.custom_kernels.experts.router import RouterCase
 from flashmoe_mlx.custom_kernels.linear.cases import MatvecCase
 from flashmoe_mlx.format.layout import open_layout
 from flashmoe_mlx.loader import BUNDLED_MODEL
+from flashmoe_mlx.models.qwen3_5.geometry import GEOMETRIES
 from flashmoe_mlx.profile.read_speed import ReadSpeed, expert_ranges, scratch_ranges, time_reads
 from flashmoe_mlx.store.memory import available_bytes
 from flashmoe_mlx.store.sizing import IoPlan
@@ -57,9 +58,12 @@ def test_the_command():
         env=os.environ,
     )
     assert (result.returncode, result.stderr) == (0, "")
-    names = [line.split()[0] for line in result.stdout.splitlines()]
-    assert names[:6] == ["machine", "versions", "device", "memory", "disk", "reading"]
-    assert result.stdout.endswith("result    no problems\n")
+    lines = result.stdout.splitlines()
+    facts = [line.split()[0] for line in lines[:4]]
+    assert facts == ["machine", "device", "memory", "disk"]
+    checks = ["✓ versions", "✓ reading", "✓ cache", "✓ bundled"]
+    assert [line[:10].rstrip() for line in lines[4:8]] == checks
+    assert lines[-1].startswith("Ready")
 
 
 def test_json_has_the_facts(models, capsys):
@@ -73,6 +77,34 @@ def test_json_has_the_facts(models, capsys):
     assert (model["complete"], model["kind"], model["bits"]) == (True, "packed", [4])
     assert model["layers"] * model["experts"] * model["record_bytes"] == model["expert_bytes"]
     assert {kernel["op"] for kernel in found["kernels"]} >= {"dequant_matvec", "router"}
+
+
+def test_json_of_this_machine(capsys):
+    """Reports and CI keep these keys."""
+    code, out = run([*QUICK, "--json"], capsys)
+    found = json.loads(out)
+    assert code == 0 and found["model"] is None and found["bundled"]["complete"]
+    keys = """system cpu cores memory python packages device kernel_mode dtype kernels kept
+        memory_available memory_limit disk read_speed read_speed_line model full problems advice
+        ok"""
+    assert set(keys.split()) <= found.keys()
+    assert found["what_runs"]["rows"][0]["name"] == "Qwen3.5-35B-A3B"
+    assert found["verdict"].startswith("Ready")
+
+
+def test_verdicts():
+    row = what_runs.Row("35b", "Q", 4, True, True, 1, 1, 1, True, 9.2, ("do this", "then that"))
+    ready = {"problems": [], "model": None, "what_runs": {"best": {"fastest": asdict(row)}}}
+    said = "Ready: Q runs at 4 bits; expect about 9.2 tokens/s (predicted); next: do this"
+    assert doctor_checks.verdict_of(ready) == said
+    ready["what_runs"] = {"best": {}}
+    assert doctor_checks.verdict_of(ready).startswith("Ready for the bundled model; no other fits")
+    ready["model"] = {"directory": "a b"}
+    said = "Ready: a b is complete; next: flashmoe-generate --model 'a b' --prompt \"Hello\""
+    assert doctor_checks.verdict_of(ready) == said
+    ready["problems"] = ["x is wrong", "y too"]
+    said = "Not ready (2 problems in all). Fix this first: x is wrong"
+    assert doctor_checks.verdict_of(ready) == said
 
 
 @pytest.mark.parametrize("name", ["packed2", "linked", "unmodified"])
@@ -98,8 +130,8 @@ def test_the_sentence_stands_in_the_text(copy, capsys):
     code, out = run([copy, *QUICK], capsys)
     assert code == 1
     assert "INCOMPLETE" in out
-    assert f"PROBLEM   {copy}: unfinished conversion" in out
-    assert out.endswith("result    1 problem(s)\n")
+    assert f"✗ PROBLEM   {copy}: unfinished conversion" in out
+    assert out.splitlines()[-1].startswith(f"Not ready. Fix this first: {copy}: unfinished")
 
 
 def test_a_missing_shard_of_the_trunk(copy, capsys):
@@ -142,16 +174,18 @@ def test_bad_usage(capsys):
 def test_kernels_are_measured_again(capsys, monkeypatch):
     require_bench()
     launch._build.cache_clear()
-    cases = doctor.cases
-    monkeypatch.setattr(doctor, "cases", lambda *a: [t for t in cases(*a) if t.op == "router"])
+    cases = doctor_checks.cases
+    monkeypatch.setattr(
+        doctor_checks, "cases", lambda *a: [t for t in cases(*a) if t.op == "router"]
+    )
     with metal_on_cpu():
-        (case,) = doctor.cases(doctor.GEOMETRIES["tiny"], 4, "float32")
+        (case,) = doctor_checks.cases(GEOMETRIES["tiny"], 4, "float32")
         autotune._remember(case, Verdict(False, message="old"))
         code, out = run(QUICK, capsys)
         assert autotune.verdict(case).ok
     launch._build.cache_clear()
     assert code == 0
-    assert "kernel    ok, " in out and "router experts=16 top_k=4" in out
+    assert "router  ✓ 1 of 1 shapes" in out
 
 
 @pytest.mark.parametrize(
@@ -164,31 +198,36 @@ def test_kernels_are_measured_again(capsys, monkeypatch):
 def test_a_failing_kernel(failing, line, capsys, monkeypatch):
     right = Verdict(True, 1e-6, 1e-5, 0.5, 1.0)
     found = {"router": failing}
-    monkeypatch.setattr(doctor, "verdict", lambda case, fresh: found.get(case.op, right))
+    monkeypatch.setattr(doctor_checks, "verdict", lambda case, fresh: found.get(case.op, right))
     code, out = run(QUICK, capsys)
     assert code == 1
     assert out.count(f"PROBLEM   kernel router: {line}") == 1
-    assert "kernel    FAILS: router experts=16 top_k=4" in out
-    assert "0.500 ms, stock 1.000 ms, used" in out
+    assert "  wrong: router experts=16 top_k=4\n" in out
+    assert re.search(r"^router +✗ 0 of 1 shapes +MLX's own +– +–$", out, re.M)
+    assert re.search(r"^attention_step +✓ 1 of 1 shapes +ours +0.5 ms +1 ms$", out, re.M)
     assert "Please report the failing kernel and the output of flashmoe-doctor --json" in out
 
 
 @pytest.mark.parametrize(
-    ("mode", "gpu", "custom_ms", "used"),
+    ("mode", "gpu", "custom_ms", "used", "told"),
     [
-        ("auto", False, 9.0, "used"),  # CPU kernels are not timed
-        ("stock", False, 0.1, "stock used"),
-        ("auto", True, 9.0, "stock used"),
-        ("auto", True, 0.1, "used"),
-        ("custom", True, 9.0, "used"),
-        ("stock", True, 0.1, "stock used"),
+        ("auto", False, (9.0, 9.0), "ours", "On a CPU ours always run, also at shapes where"),
+        ("stock", False, (0.1, 0.1), "MLX's own", "MLX's own ops run everywhere"),
+        ("auto", True, (9.0, 9.0), "MLX's own", "Ours run where they are right, and faster"),
+        ("auto", True, (0.1, 0.1), "ours", "Ours run where they are right, and faster"),
+        ("auto", True, (0.1, 9.0), "ours at 1 of 2 shapes", "Ours run where"),
+        ("custom", True, (9.0, 9.0), "ours", "ours run wherever they are right"),
+        ("stock", True, (0.1, 0.1), "MLX's own", "MLX's own ops run everywhere"),
     ],
 )
-def test_which_op_is_used(mode, gpu, custom_ms, used, monkeypatch):
-    monkeypatch.setattr(doctor.machine, "on_gpu", lambda: gpu)
-    found = Verdict(True, 1e-6, 1e-5, custom_ms, 1.0).as_dict()
-    line = doctor._kernel_line({"op": "router", "trial": "", **found}, mode)
-    assert f"stock 1.000 ms, {used}; error" in line
+def test_which_op_is_used(mode, gpu, custom_ms, used, told, monkeypatch):
+    monkeypatch.setattr(doctor_text.machine, "on_gpu", lambda: gpu)
+    found = [Verdict(True, 1e-6, 1e-5, ms, 1.0).as_dict() for ms in custom_ms]
+    kernels = [{"op": "router", "trial": "", **verdict} for verdict in found]
+    _, row, explanation = doctor_text.kernel_table(kernels, mode)
+    total = f"{sum(custom_ms):.2g} ms"
+    assert re.split(r"  +", row) == ["router", "✓ 2 of 2 shapes", used, total, "2 ms"]
+    assert told in explanation
 
 
 # ---- --full --------------------------------------------------------------------------------------
@@ -208,16 +247,21 @@ class Deadly(MatvecCase):
         os.abort()
 
 
-@pytest.mark.parametrize(("ok", "code", "line"), [(True, 0, "ok"), (False, 1, "FAILS")])
+@pytest.mark.parametrize(
+    ("ok", "code", "line"),
+    [(True, 0, "✓ full      kernel router"), (False, 1, "✗ full      FAILS: kernel router")],
+)
 def test_findings_determine_the_exit_code(ok, code, line, models, capsys, monkeypatch):
     asked = []
     found = [Finding("kernel router", ok, "1 of 2"), Finding("greedy tokens", None, "no room")]
-    monkeypatch.setattr(doctor, "full_check", lambda report: (asked.append(report), found)[1])
+    monkeypatch.setattr(
+        doctor_checks, "full_check", lambda report: (asked.append(report), found)[1]
+    )
     args = ["--full", "--model", models["packed2"], *QUICK]
     ended, out = run(args, capsys)
     assert ended == code and asked[0].directory == models["packed2"]
-    assert f"full      {line}: kernel router: 1 of 2\n" in out
-    assert "full      not run: greedy tokens: no room\n" in out
+    assert f"{line}: 1 of 2\n" in out
+    assert "– full      not run: greedy tokens: no room\n" in out
     assert ("PROBLEM   kernel router: 1 of 2\n" in out) == (not ok)
     assert json.loads(run([*args, "--json"], capsys)[1])["full"][0]["ok"] is ok
 
@@ -276,8 +320,9 @@ def test_experts_are_read_as_in_a_load(direct, cache, models, capsys, monkeypatc
 
     speed = ReadSpeed(1 << 30, 100, 8, 2.0, "cold", "a test", direct)
     asked = []
-    monkeypatch.setattr(doctor, "plan_io", plan)
-    monkeypatch.setattr(doctor, "time_reads", lambda *_, direct: (asked.append(direct), speed)[1])
+    monkeypatch.setattr(doctor_checks, "plan_io", plan)
+    reads = lambda *_, direct: (asked.append(direct), speed)[1]  # noqa: E731
+    monkeypatch.setattr(doctor_checks, "time_reads", reads)
     code, out = run([models["packed4"], *QUICK], capsys)
     assert (code, asked) == (0, [direct])
     assert f"Leave memory for the {cache} cache." in out
@@ -292,7 +337,8 @@ def test_the_temporary_file_is_removed(tmp_path):
 
 def test_a_disk_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(here, "models_folder", lambda: tmp_path / "file")
     code, out = run(QUICK, capsys)
     assert code == 0
-    assert "reading   not measured: Not a directory" in out
+    assert "– reading   not measured: File exists" in out
+    assert "the disk could not be measured" in out

@@ -204,3 +204,31 @@ def test_a_damaged_config(text, fault, tmp_path, capsys):
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert f"config.json: {fault}" in error and "Restore the checkpoint's own file." in error
+
+
+def test_the_arrow_is_at_the_fastest_row_that_is_advised(capsys):
+    """Caches over half of the memory for experts look faster in the formula only."""
+    text, found = run("--model 397b --top-k 4 --machine m3-max-48", capsys)
+    rows = [line for line in text.splitlines() if line.count(" GB ") == 2 and "%" in line]
+    marks = [row.partition("  <-")[1] or row.partition("  not advised")[1] for row in rows]
+    assert len(rows) == len(found["caches"]) == 5
+    assert marks == ["", "  <-", "", "", "  not advised"]
+    seconds = [line["seconds"] for line in found["caches"]]
+    assert min(seconds) == seconds[-1] and min(seconds[:-1]) == found["chosen"]["seconds"]
+    assert found["caches"][3]["bank"] <= found["most_advised_bytes"] < found["caches"][4]["bank"]
+
+
+def test_all_experts_are_advised(capsys):
+    text, found = run("--model 35b --machine m3-max-128", capsys)
+    (chosen,) = [line for line in text.splitlines() if line.endswith("<-")]
+    assert "18.1 GB" in chosen and found["chosen"]["bank_hits"] == 1
+
+
+def test_measured_rates_replace_the_shares_of_bandwidth():
+    weights = count_bytes(named_args("35b"), 4)
+    slow = Machine(24e9, 1e9, 20e9, "a test", system=1e9)
+    fast = Machine(24e9, 1e9, 20e9, "a test", system=1e9, copy=5e9)
+    assert slow.copy_rate == plan_model.COPY_SHARE * 20e9 and fast.copy_rate == 5e9
+    ratio = decode(weights, slow, ENGINE).copied / decode(weights, fast, ENGINE).copied
+    assert ratio == pytest.approx(5e9 / slow.copy_rate)
+    assert plan_model.free_bytes(weights, slow) == 24e9 - 1e9 - weights.trunk

@@ -27,7 +27,7 @@ from convert_helpers import (
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.plan.parts import Options
 from flashmoe_mlx.convert.plan.plan import build_plan
-from flashmoe_mlx.convert.source.checkpoint import open_source
+from flashmoe_mlx.convert.source.open import open_source
 from flashmoe_mlx.convert.source.read import check_finite
 from flashmoe_mlx.convert.verify import verify
 from flashmoe_mlx.convert.write.output import write_manifest

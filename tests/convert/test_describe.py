@@ -9,7 +9,7 @@ from convert_helpers import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, write_checkpo
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.plan.parts import Options
 from flashmoe_mlx.convert.plan.plan import build_plan
-from flashmoe_mlx.convert.source.checkpoint import open_source
+from flashmoe_mlx.convert.source.open import open_source
 from flashmoe_mlx.convert.write import describe
 from flashmoe_mlx.convert.write.execute import ExpertSteps
 from flashmoe_mlx.convert.write.steps import Fetched

@@ -14,7 +14,7 @@ from flashmoe_mlx.convert.write.output import SHIM
 from flashmoe_mlx.format.headers import read_header
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.models.qwen3_5.geometry import GEOMETRIES
-from flashmoe_mlx.store.host import BLOCK
+from flashmoe_mlx.store.io_mode import BLOCK
 
 DOC = (Path(__file__).parents[2] / "docs/reference/format.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| (\d+) \| (\d+) \| `([\w.]+)` \| (\w+) \| (\d+) x (\d+) \|$", re.M)

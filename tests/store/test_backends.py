@@ -9,7 +9,8 @@ import pytest
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.store import devices
 from flashmoe_mlx.store.cuda import backend as cuda
-from flashmoe_mlx.store.host import BLOCK, CpuBackend, UnifiedBackend
+from flashmoe_mlx.store.host import CpuBackend, UnifiedBackend
+from flashmoe_mlx.store.io_mode import BLOCK
 
 HERE = [CpuBackend(), UnifiedBackend()]
 

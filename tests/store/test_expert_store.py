@@ -16,7 +16,8 @@ from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import Field, LayerLayout
 from flashmoe_mlx.format.names import FIELDS
 from flashmoe_mlx.store.devices import choose
-from flashmoe_mlx.store.host import BLOCK, _address
+from flashmoe_mlx.store.host import _address
+from flashmoe_mlx.store.io_mode import BLOCK
 from flashmoe_mlx.store.reader import Reader
 from flashmoe_mlx.store.requests import Pending
 from flashmoe_mlx.store.sizing import CachePlan

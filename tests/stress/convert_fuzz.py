@@ -25,7 +25,7 @@ from convert_mutations import MUTATIONS
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.convert.plan.parts import Options
 from flashmoe_mlx.convert.plan.plan import build_plan
-from flashmoe_mlx.convert.source.checkpoint import open_source
+from flashmoe_mlx.convert.source.open import open_source
 from flashmoe_mlx.convert.write.journal import header
 from flashmoe_mlx.convert.write.output import small_files
 from flashmoe_mlx.convert.write.steps import plan_steps
