@@ -20,6 +20,7 @@ from .errors import FlashMoEError
 _MODULES = {  # of the commands, for `python -m`
     "flashmoe_mlx.bench.main": "flashmoe-bench",
     "flashmoe_mlx.convert.cli": "flashmoe-convert",
+    "flashmoe_mlx.cli.chat": "flashmoe-chat",
     "flashmoe_mlx.cli.doctor": "flashmoe-doctor",
     "flashmoe_mlx.cli.generate": "flashmoe-generate",
     "flashmoe_mlx.cli.plan": "flashmoe-plan",
@@ -83,8 +84,8 @@ def as_command(
         _flush_output()
         if reader_left:
             return 0
-        if sentence := _sentence(error, memory_advice):
-            _say(f"{name}: error: {' '.join(sentence.split())}")
+        if said := sentence(error, memory_advice):
+            _say(f"{name}: error: {' '.join(said.split())}")
             return FAILED
         if isinstance(error, KeyboardInterrupt) or interrupts:  # perhaps as another error
             _say(str(error) if isinstance(error, KeyboardInterrupt) and error.args else _bye(name))
@@ -108,7 +109,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and refused)
 
 
-def _sentence(error: BaseException, memory_advice: str) -> str | None:
+def sentence(error: BaseException, memory_advice: str) -> str | None:
     """Return the message for an error that the user can fix, else None."""
     if isinstance(error, FlashMoEError):
         return str(error)

@@ -23,6 +23,7 @@ from ..profile.stats import RunStats
 from ..store.memory import peak_bytes
 from .live import Live
 from .options import UNSUPPORTED, chat_options, check_options, check_ranges
+from .streaming_options import add_streaming, streaming
 
 IF_MEMORY_IS_SHORT = "Give a smaller --expert-cache, --prefill-step-size or --max-kv-size."
 
@@ -33,18 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.prog = "flashmoe-generate"
     parser.description = "Generate text with a Qwen3.5 MoE model whose experts stream from disk."
     check_ranges(parser)
-    add = parser.add_argument_group("streaming").add_argument
-    text = "Memory for the experts of all layers: 512MiB, 4GiB or auto (default: auto)"
-    add("--expert-cache", help=text)
-    add("--io-threads", help="Threads that read from disk (default: 8)")
-    text = "Read through the page cache (buffered), bypass it (direct), or auto (default)"
-    add("--io-mode", help=text)
-    text = "Prefetch experts: on, off, or auto (default), which times both (CPU only)"
-    add("--lookahead", help=text)
-    text = "Top-k to use instead of the checkpoint's own (default: its own)"
-    add("--experts-per-token", help=text)
-    text = "Compare every expert with its checksum after each read (converted models)"
-    add("--verify-reads", action="store_true", help=text)
+    add = add_streaming(parser).add_argument
     text = "Also print the time of each phase and layer (slower: parts cannot overlap)"
     add("--stats", action="store_true", help=text)
     add("--stats-json", type=Path, metavar="FILE", help="Write the same figures and more as JSON")
@@ -112,9 +102,7 @@ def open_model(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any,
     trust = {"trust_remote_code": True} if args.trust_remote_code else {}
     model, tokenizer = load(
         args.model or metadata.get("model") or BUNDLED_MODEL,
-        expert_cache=args.expert_cache, io_threads=args.io_threads, io_mode=args.io_mode,
-        verify=args.verify_reads or None, lookahead=args.lookahead,
-        experts_per_token=args.experts_per_token, adapter_path=args.adapter_path,
+        **streaming(args), adapter_path=args.adapter_path,
         tokenizer_config=metadata.get("tokenizer_config", {}) | trust,
     )  # fmt: skip
     if args.top_k >= (tokens := model.args.vocab_size):
