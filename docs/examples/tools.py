@@ -6,23 +6,21 @@ Type hints and docstrings tell the model what it may call; you are asked before 
 from typing import Literal
 
 
-def get_weather(city: str, unit: Literal["celsius", "fahrenheit"] = "celsius") -> dict:
-    """Get the weather.
+def book_hotel(city: str, date: str) -> dict:
+    """Book a hotel.
 
     Args:
         city: City
-        unit: Unit of measurement
+        date: Date, YYYY-MM-DD
     """
-    temperature = {"celsius": 21, "fahrenheit": 70}[unit]
-    return {"city": city, "temperature": temperature}
+    return {"city": city, "price": 90}
 
 
-def book_table(name: str, people: int, time: str = "19:00") -> dict:
-    """Book a table.
+def set_alarm(time: str, color: Literal["red", "green", "blue"] = "red") -> dict:
+    """Set an alarm.
 
     Args:
-        name: Full name of the person
-        people: How many people
         time: Time of day, HH:MM
+        color: Color
     """
-    return {"name": name, "people": people, "time": time}
+    return {"time": time, "color": color}

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,16 +14,16 @@ from ..commands import sentence
 from ..errors import FlashMoEError
 from ..loader import BUNDLED_MODEL, load
 from ..store.memory import peak_bytes
-from .console import BOLD, DIM, RED, Console
+from .console import DIM, RED, Console
 from .conversation import CALL, NORMAL, THINKING, Answer, Conversation
 from .live import Live
 from .options import chat_options
 from .streaming_options import streaming
-from .tools import Tools, call_text, load_tools, parse_call
+from .tools import Tools, call_text, failure, load_tools, parse_call
 
 MOST_ROUNDS = 8  # of tool calls in one turn
-DECLINED = "Error: the user declined this call."
-INTERRUPTED = "Error: the user interrupted this call."
+DECLINED = failure("the user declined this call")
+INTERRUPTED = failure("the user interrupted this call")
 HELP = '''\
 /stats        expert reads, cache, memory, tokens and speed
 /reset        forget the conversation
@@ -79,6 +80,8 @@ class Session:
         self._model, self._tokenizer = model, tokenizer
         self._conversation, self._tools = conversation, tools
         self._console = Console()
+        # Tool calls are shown as questions; without tools they are only text.
+        self._styles = {NORMAL: "", THINKING: DIM} | ({} if tools.functions else {CALL: ""})
 
     def run(self) -> None:
         """Answer messages until the input ends or the user leaves."""
@@ -190,22 +193,22 @@ class Session:
         self._conversation.remember(calls, unread)
         for fault in faults:
             self._console.note(fault)
-            self._conversation.messages.append({"role": "tool", "content": fault})
+            self._conversation.messages.append({"role": "tool", "content": failure(fault)})
         return self._make(calls) and bool(calls or faults)
 
     def _show(self) -> Answer:
         """Print an answer while it is generated. Ctrl-C breaks it off."""
         console, conversation = self._console, self._conversation
-        live = Live(self._model.expert_stats()) if console.terminal else None
-        styles = {NORMAL: "", THINKING: DIM} | ({} if self._tools.functions else {CALL: ""})
+        watched = console.terminal and sys.stderr.isatty()
+        live = Live(self._model.expert_stats()) if watched else None
         try:
             with _breaking_off(console.terminal) as stop, contextlib.ExitStack() as stack:
                 pieces = stack.enter_context(contextlib.closing(conversation.answer(stop)))
                 if live:
                     stack.enter_context(live.shown())
                 for kind, text in pieces:
-                    if kind in styles:
-                        console.write(text, styles[kind])
+                    if kind in self._styles:
+                        console.write(text, self._styles[kind])
                     if live:
                         live.update(self._model.expert_stats)
         except KeyboardInterrupt:
@@ -217,7 +220,7 @@ class Session:
         return conversation.last
 
     def _finish(self, answer: Answer) -> None:
-        if any(text.strip() for kind, text in answer.parts if kind != CALL or not self._tools):
+        if any(text.strip() for kind, text in answer.parts if kind in self._styles):
             self._console.line()
         if answer.stopped:
             self._console.note("(broken off)")
@@ -239,11 +242,11 @@ class Session:
                 calls += parse_call(self._tokenizer.tool_parser, text, self._tools.schemas)
             except ValueError as error:
                 unread += f"{start}{text}{end}"
-                faults.append(f"Error: this is not a tool call ({error}).")
+                faults.append(f"The model's tool call cannot be read ({error}).")
         if cut := answer.cut_call():
             unread += f"{start}{cut}"
             if answer.finish == "stop" and self._tools.functions:
-                faults.append(f"Error: the tool call has no {end}.")
+                faults.append(f"The model's tool call has no {end}.")
         return calls, unread, faults
 
     def _make(self, calls: list[dict[str, Any]]) -> bool:
@@ -263,7 +266,7 @@ class Session:
     def _call(self, name: str, arguments: dict[str, Any]) -> str:
         if fault := self._tools.fault(name, arguments):
             self._console.note(f"The model calls {call_text(name, arguments)}: {fault}")
-            return f"Error: {fault}"
+            return failure(fault)
         if not self._console.ask(f"call {call_text(name, arguments)}?"):
             return DECLINED
         result = self._tools.run(name, arguments)

@@ -12,7 +12,7 @@ from ..errors import FlashMoEError
 
 PROMPT, MORE = ">>> ", "... "
 QUOTES = '"""'
-BOLD, DIM, RED = "1", "2", "31"
+DIM, RED = "2", "31"
 HISTORY, LONGEST_HISTORY = "chat_history", 1000  # file, lines
 # A model's text must not move the cursor or change the terminal's state.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -28,15 +28,14 @@ class Console:
     def __init__(self) -> None:
         """Look at the standard streams."""
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        plain = "NO_COLOR" in os.environ and os.environ["NO_COLOR"] != ""
-        self._colour = self.terminal and not plain and os.environ.get("TERM", "dumb") != "dumb"
+        dumb = os.environ.get("TERM", "dumb") == "dumb"
+        self._colour = self.terminal and not dumb and not os.environ.get("NO_COLOR")
         self._lines = 0
         sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
     def write(self, text: str, style: str = "") -> None:
         """Write a piece of the model's text."""
-        text = text.translate(_CONTROL) if self.terminal else text
         print(self._styled(text, style), end="", flush=True)
 
     def line(self, text: str = "", style: str = "") -> None:
@@ -51,6 +50,7 @@ class Console:
             print(text, file=sys.stderr, flush=True)
 
     def _styled(self, text: str, style: str) -> str:
+        text = text.translate(_CONTROL) if self.terminal else text
         return f"\x1b[{style}m{text}\x1b[0m" if style and text and self._colour else text
 
     def message(self) -> tuple[str, bool] | None:

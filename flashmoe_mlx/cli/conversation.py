@@ -3,9 +3,8 @@
 The model always sees the whole conversation through its chat template; the cache only saves time.
 """
 
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,7 +124,9 @@ class Conversation:
                 f"{error}). Change --chat-template-config or the system prompt, or type /reset."
             ) from error
 
-    def answer(self, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[str, str]]:
+    def answer(
+        self, stop: Callable[[], bool] = lambda: False
+    ) -> Generator[tuple[str, str], None, None]:
         """Generate an answer; yield (kind, text) for each token. `last` is the whole answer.
 
         The caller adds the answer to the messages (`remember`).
@@ -137,10 +138,12 @@ class Conversation:
             FlashMoEError: the chat template fails, or an expert cannot be read. After any
                 exception the whole conversation is processed again.
         """
-        prompt = self.prompt()
-        self.last = answer = Answer(reused=self.cache.reuse(prompt))
-        answer.read = len(prompt) - answer.reused
+        self.last = answer = Answer()
+        prompt: list[int] = []
         try:
+            prompt = self.prompt()
+            answer.reused = self.cache.reuse(prompt)
+            answer.read = len(prompt) - answer.reused
             yield from self._generate(prompt, answer, stop)
         except Stopped:
             self.cache.processed(prompt)
@@ -177,7 +180,7 @@ class Conversation:
                 break
         responses.close()
         _, text, kind = TextStateMachine.flush(state)
-        answer.closed = not (kind == CALL)
+        answer.closed = kind != CALL
         yield from _added(answer, [(kind, text)])
         self.cache.processed(prompt + answer.tokens)
 
@@ -189,7 +192,7 @@ class Conversation:
         """
         if self.messages[-1]["role"] != "user":
             return
-        stable = len(os.path.commonprefix([prompt[:-1], self.prompt(answer=False)]))
+        stable = _shared(prompt[:-1], self.prompt(answer=False))
         if (new := prompt[len(self.cache.tokens) : stable]) != []:
             for _ in generate_step(
                 mx.array(new), self._model, max_tokens=0, prompt_cache=self.cache.entries,
@@ -228,6 +231,12 @@ class Conversation:
         if calls:
             message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         self.messages.append(message)
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """Return the length of the longest common prefix."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _added(answer: Answer, segments: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:

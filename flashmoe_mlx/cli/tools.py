@@ -53,7 +53,7 @@ class Tools:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # also SystemExit: the function is not ours
-            return f"Error: {type(error).__name__}: {error}"
+            return failure(f"{type(error).__name__}: {error}")
 
     def fault(self, name: str, arguments: dict[str, Any]) -> str | None:
         """Say why a call cannot be made, or return None."""
@@ -73,7 +73,7 @@ def load_tools(path: Path) -> Tools:
         FlashMoEError: it cannot be run, has no public function, or one cannot be described.
     """
     module = _run(path)
-    functions = {
+    functions: dict[str, Function] = {
         name: value
         for name, value in vars(module).items()
         if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_"
@@ -84,6 +84,11 @@ def load_tools(path: Path) -> Tools:
             "with an underscore."
         )
     return Tools(functions, str(path))
+
+
+def failure(text: str) -> str:
+    """Return the result of a call that was not made or failed, for the model."""
+    return _as_json({"error": text})
 
 
 def call_text(name: str, arguments: dict[str, Any]) -> str:
@@ -160,9 +165,7 @@ def _check_parameters(place: str, function: Function) -> None:
         if parameter.kind in SPREAD or parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
             raise FlashMoEError(f"{place}: {parameter} cannot be given by name. Name each one.")
         if name not in hints:
-            raise FlashMoEError(
-                f"{place}: parameter {name} has no type hint. Write one: {HINTS}."
-            )
+            raise FlashMoEError(f"{place}: parameter {name} has no type hint. Write one: {HINTS}.")
         if not _supported(hints[name]):
             raise FlashMoEError(
                 f"{place}: parameter {name} has the type hint {hints[name]}, which JSON cannot "
