@@ -7,6 +7,7 @@ cannot be trimmed. So a snapshot is kept of the state before the last answer.
 import copy
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 
@@ -48,6 +49,7 @@ class ChatCache:
 
     def save(self) -> None:
         """Take a snapshot. Attention's cache needs none: it is trimmed."""
+        mx.eval([entry.state for entry in self.entries])
         self._saved = list(self.tokens), [_snapshot(entry) for entry in self.entries]
 
     def _restore(self) -> None:

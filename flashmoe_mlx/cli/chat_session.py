@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
         FlashMoEError: an argument, the model or the tools file is unusable; or a line is, if
             input is a pipe.
     """
+    if sys.stdin is None:
+        raise FlashMoEError("standard input is closed. Give a terminal, a pipe or a file.")
     template = chat_options(args.chat_template_config)
     tools = load_tools(args.tools) if args.tools else Tools()
     if args.seed is not None:
@@ -93,6 +95,8 @@ class Session:
             while (message := self._next()) is not None:
                 if not self._handle(*message):
                     return
+            if self._console.terminal:
+                self._console.line()  # the shell's prompt begins a line
 
     def _next(self) -> tuple[str, bool] | None:
         """Return the next message; on a terminal, survive one Ctrl-C and unreadable lines."""
@@ -220,7 +224,8 @@ class Session:
         return conversation.last
 
     def _finish(self, answer: Answer) -> None:
-        if any(text.strip() for kind, text in answer.parts if kind in self._styles):
+        shown = any(text.strip() for kind, text in answer.parts if kind in self._styles)
+        if shown or all(kind != CALL for kind, _ in answer.parts):  # a script counts lines
             self._console.line()
         if answer.stopped:
             self._console.note("(broken off)")

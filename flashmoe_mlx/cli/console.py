@@ -12,7 +12,7 @@ from ..errors import FlashMoEError
 
 PROMPT, MORE = ">>> ", "... "
 QUOTES = '"""'
-DIM, RED = "2", "31"
+BOLD, DIM, RED = "1", "2", "31"
 HISTORY, LONGEST_HISTORY = "chat_history", 1000  # file, lines
 # A model's text must not move the cursor or change the terminal's state.
 _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -49,6 +49,10 @@ class Console:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def _bold(self, prompt: str) -> str:
+        """Mark a prompt; readline must not count the escape sequences between \\1 and \\2."""
+        return f"\1\x1b[{BOLD}m\2{prompt}\1\x1b[0m\2" if self._colour else prompt
+
     def _styled(self, text: str, style: str) -> str:
         text = text.translate(_CONTROL) if self.terminal else text
         return f"\x1b[{style}m{text}\x1b[0m" if style and text and self._colour else text
@@ -82,7 +86,7 @@ class Console:
         """Ask yes or no; anything but y or yes is no. A pipe answers with its next line."""
         if self.terminal:
             _discard_typed()
-            reply = self._read(f"{question} [y/N] ")
+            reply = self._read(f"{self._bold(question)} [y/N] ")
         else:
             print(f"{question} [y/N]", file=sys.stderr, flush=True)
             reply = self._read("")

@@ -1,9 +1,11 @@
 """`flashmoe-chat`: what the model sees, tool calls, commands, and a terminal."""
 
+import errno
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from chat_session import PAGE, PROMPT, Terminal, plain
 from flashmoe_mlx import FlashMoEError, load
 from flashmoe_mlx.cli import console
 from flashmoe_mlx.cli.chat import build_parser
-from flashmoe_mlx.cli.chat_session import MOST_ROUNDS, Session
+from flashmoe_mlx.cli.chat_session import MOST_ROUNDS, Session, run
 from flashmoe_mlx.cli.console import HISTORY, Console
 from flashmoe_mlx.cli.conversation import CALL, NORMAL, THINKING, Answer, Conversation
 from flashmoe_mlx.cli.tools import Tools, call_text, load_tools, parse_call
@@ -366,6 +368,106 @@ def test_without_tools_a_call_is_text(talk):
 def test_a_call_shows_no_control_characters():
     text = call_text("f", {"x": 'a"\n\x1b[2K\x9b', "n": 1.5, "many": ["é", True]})
     assert text == r'f(x="a\"\n\u001b[2K\x9b", n=1.5, many=["é", true])'
+
+
+# ---- the session, at a terminal ------------------------------------------------------------------
+
+CTRL_C = KeyboardInterrupt
+
+
+@pytest.fixture
+def type_in(talk, monkeypatch):
+    """Run a session on lines that a user types; an exception stands for a key."""
+
+    def run(typed: list, *answers: str, tools: Tools | None = None):
+        lines = iter([*typed, EOFError])
+
+        def read(prompt: str) -> str:
+            if isinstance(line := next(lines), str):
+                return line
+            raise line
+
+        def as_terminal(self: Console) -> None:
+            self.terminal, self._colour, self._lines = True, False, 0
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(Console, "__init__", as_terminal)
+        monkeypatch.setattr(Console, "_waiting", lambda self: False)
+        monkeypatch.setattr(console, "cache_dir", lambda: NOWHERE)
+        return talk(b"", *answers, tools=tools)
+
+    return run
+
+
+def test_ctrl_c_at_a_question_ends_the_turn(type_in, tools):
+    two = f"{ALARM}{ALARM}"
+    out, _, conversation = type_in(["go", CTRL_C, "on"], two, "Yes.", tools=tools)
+    assert results(conversation) == [
+        '{"error": "the user interrupted this call"}',
+        '{"error": "the user declined this call"}',
+    ]
+    assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["go", "on"]
+    assert out.endswith("Yes.\n\n")  # Ctrl-D ends the line of the prompt
+
+
+def test_ctrl_c_twice_leaves_and_once_does_not(type_in):
+    out, _, conversation = type_in(["one", CTRL_C, "two", CTRL_C, "three"], "1", "2", "3")
+    assert out.count("Press Ctrl-C again to leave.") == 2
+    assert [m["content"] for m in conversation.messages] == ["one", "1", "two", "2", "three", "3"]
+    with pytest.raises(KeyboardInterrupt):
+        type_in(["one", CTRL_C, CTRL_C, "two"], "1")
+
+
+def test_a_second_ctrl_c_breaks_off_at_once(type_in, monkeypatch):
+    def struck(self: Conversation, stop):
+        self.last = Answer([[NORMAL, "So"]])
+        yield NORMAL, "So"
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second Ctrl-C raises")
+
+    monkeypatch.setattr(Scripted, "answer", struck)
+    before = signal.getsignal(signal.SIGINT)
+    out, _, conversation = type_in(["one", "two"], "")
+    assert out.count("So\n(broken off)\n") == 2
+    assert [m["content"] for m in conversation.messages] == ["one", "So", "two", "So"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EIO, "Input/output error", "x"), "x: Input/output error. The disk failed"),
+        (MemoryError(), "memory is short (MemoryError). Close other programs, or type /reset."),
+    ],
+)
+def test_an_answer_that_fails_was_not_asked_for(error, sentence, type_in, monkeypatch):
+    def failing(self: Conversation, stop):
+        if len(self.messages) == 1:
+            self.last = Answer()
+            raise error
+        yield from ()
+
+    monkeypatch.setattr(Scripted, "answer", failing)
+    out, _, conversation = type_in(["one"], "")
+    assert f"\n{sentence}" in out and conversation.messages == []
+
+
+def test_a_bug_keeps_its_traceback(type_in, monkeypatch):
+    def failing(self: Conversation, stop):
+        raise TypeError("ours")
+        yield
+
+    monkeypatch.setattr(Scripted, "answer", failing)
+    with pytest.raises(TypeError, match="ours"):
+        type_in(["one"], "")
+
+
+def test_a_closed_input_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(FlashMoEError, match="standard input is closed"):
+        run(build_parser().parse_args([]))
 
 
 # ---- the tools file ------------------------------------------------------------------------------
