@@ -133,9 +133,30 @@ class Console:
             if path.is_file():  # a pipe would block
                 readline.read_history_file(path)
         try:
-            yield
+            with _keeping_typed():
+                yield
         finally:
             _save_history(path)
+
+
+@contextlib.contextmanager
+def _keeping_typed() -> Iterator[None]:
+    """Let Ctrl-C not discard what was typed: readline would wait for the lost end of a paste."""
+    import termios
+
+    try:
+        before = termios.tcgetattr(sys.stdin)
+        during = [*before]
+        during[3] |= termios.NOFLSH
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, during)
+    except (OSError, ValueError, termios.error):
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, termios.error):
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _save_history(path: Path) -> None:

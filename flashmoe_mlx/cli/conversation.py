@@ -139,27 +139,28 @@ class Conversation:
                 exception the whole conversation is processed again.
         """
         self.last = answer = Answer()
-        prompt: list[int] = []
+        prompt, start = list[int](), time.perf_counter()
         try:
             prompt = self.prompt()
             answer.reused = self.cache.reuse(prompt)
             answer.read = len(prompt) - answer.reused
-            yield from self._generate(prompt, answer, stop)
+            yield from self._generate(prompt, answer, stop, start)
         except Stopped:
             self.cache.processed(prompt)
+            answer.read = len(self.cache.tokens) - answer.reused
+            answer.seconds = time.perf_counter() - start, 0.0
         except BaseException:  # layers may differ in what they have processed
             self.cache.clear()
             raise
 
     def _generate(
-        self, prompt: list[int], answer: Answer, stop: Callable[[], bool]
+        self, prompt: list[int], answer: Answer, stop: Callable[[], bool], start: float
     ) -> Iterator[tuple[str, str]]:
         def check(*_: int) -> None:
             if stop():
                 answer.stopped = True
                 raise Stopped
 
-        start = time.perf_counter()
         self._prefill(prompt, check)
         state = self._kinds.make_state(self._first_kind(prompt))
         left = prompt[len(self.cache.tokens) :]

@@ -138,7 +138,7 @@ def test_stopped_while_the_prompt_is_read(calls, loaded):
     conversation.say("x " * 20)
     left = iter(range(calls))
     answer = answered(conversation, lambda: next(left, None) is None)
-    assert answer.stopped
+    assert answer.stopped and answer.read + len(answer.tokens) == len(conversation.cache.tokens)
     assert offsets(conversation) == {len(conversation.cache.tokens)}
     conversation.remember()
     conversation.say(QUESTIONS[1])
@@ -646,11 +646,17 @@ def test_a_terminal(terminal):
     chat.type(b"\xff\xfe\n")
     chat.wait_for("is not UTF-8")
     chat.wait_for(PROMPT)
-    chat.type("half a li\x03")
+    chat.type(b"\x1b[200~" + b"pasted\r" * 300 + b"\x1b[201~\x03")  # the paste stays whole
+    chat.type("\n")
     chat.wait_for("Press Ctrl-C again to leave.")
     chat.wait_for(PROMPT)
     chat.type("/reset\n")
     chat.wait_for("forgotten")
+    chat.wait_for(PROMPT)
+    chat.type("half a li")
+    chat.wait_for("half a li")
+    chat.type("\x03")
+    chat.wait_for("Press Ctrl-C again to leave.")
     chat.wait_for(PROMPT)
     chat.type("\x04")
     assert chat.end() == 0
