@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import chat_session as recorder
+import mlx.core as mx
 import pytest
 from chat_session import PAGE, PROMPT, Terminal, plain
 
@@ -26,6 +27,7 @@ from flashmoe_mlx.loader import BUNDLED_MODEL
 
 COMMAND = [sys.executable, "-m", "flashmoe_mlx.cli.chat"]
 TOOLS = recorder.ROOT / recorder.TOOLS
+ROUNDING = 1e-4  # relative; a prompt in other chunks gives 1e-6
 QUESTIONS = ("What is a library?", "What is a disk?", "What is a file?")
 
 
@@ -83,7 +85,19 @@ def check(conversation: Conversation, loaded) -> Answer:
     assert expected.reused == 0 and found.reused + found.read == len(prompt)
     assert conversation.cache.tokens == prompt + found.tokens
     assert found.tokens == expected.tokens
+    for ours, theirs in zip(states(conversation), states(fresh), strict=True):
+        error = mx.linalg.norm(ours - theirs) / mx.linalg.norm(theirs)
+        assert error.item() < ROUNDING
     return found
+
+
+def states(conversation: Conversation) -> list[mx.array]:
+    """Return all arrays of the caches, without the room for later tokens."""
+    arrays = []
+    for entry in conversation.cache.entries:
+        kept = entry.keys_and_values() if hasattr(entry, "offset") else entry.cache
+        arrays += [array.astype(mx.float32).reshape(-1) for array in kept]
+    return arrays
 
 
 def offsets(conversation: Conversation) -> set[int]:
