@@ -25,12 +25,13 @@ if TYPE_CHECKING:  # argparse takes time to import
 VERSION = "0.1.0"
 COMMANDS = {  # by name: module, and purpose
     "flashmoe-generate": ("flashmoe_mlx.cli.generate", "answer one prompt"),
+    "flashmoe-chat": ("flashmoe_mlx.cli.chat", "chat, with functions of yours as tools"),
     "flashmoe-convert": ("flashmoe_mlx.convert.cli", "convert a model, so that experts stream"),
     "flashmoe-doctor": ("flashmoe_mlx.cli.doctor", "check this machine, and a model"),
     "flashmoe-plan": ("flashmoe_mlx.cli.plan", "compute memory and speed before a download"),
     "flashmoe-bench": ("flashmoe_mlx.bench.main", "measure disk, kernels and tokens per second"),
 }
-CHECKS_ITSELF = ("flashmoe-generate",)  # checks and imports other packages after --help
+CHECKS_ITSELF = "flashmoe-chat", "flashmoe-generate"  # import other packages after --help
 FAILED, INTERRUPTED = 2, 130  # exit codes
 OUT_OF_MEMORY = "[malloc", "out of memory", "insufficient memory"  # in MLX's errors
 PERMISSION = "Change its permissions, or choose another place."
@@ -103,8 +104,8 @@ def as_command(
         _flush_output()
         if reader_left:
             return 0
-        if sentence := _sentence(error, memory_advice):
-            _say(f"{name}: error: {' '.join(sentence.split())}")
+        if said := sentence(error, memory_advice):
+            _say(f"{name}: error: {' '.join(said.split())}")
             return FAILED
         if isinstance(error, KeyboardInterrupt) or interrupts:  # perhaps as another error
             _say(str(error) if isinstance(error, KeyboardInterrupt) and error.args else _bye(name))
@@ -131,7 +132,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and refused)
 
 
-def _sentence(error: BaseException, memory_advice: str) -> str | None:
+def sentence(error: BaseException, memory_advice: str) -> str | None:
     """Return the message for an error that the user can fix, else None."""
     if isinstance(error, FlashMoEError):
         return str(error)

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm import server
 
 from flashmoe_mlx.bench import main as bench
-from flashmoe_mlx.cli import doctor, plan
+from flashmoe_mlx.cli import chat, doctor, plan
 from flashmoe_mlx.cli.generate import build_parser as generate_parser
 from flashmoe_mlx.cli.generate import main as generate_main
 from flashmoe_mlx.cli.options import UNSUPPORTED
@@ -42,6 +42,7 @@ MOST_WORDS = 900  # in the README, besides code
 FOLDERS = "flashmoe_mlx", "custom_kernels", "convert", "tools", "dev"
 PARSERS = {
     "flashmoe-generate": generate_parser,
+    "flashmoe-chat": chat.build_parser,
     "flashmoe-convert": cli.parser,
     "flashmoe-convert verify": cli.verify_parser,
     "flashmoe-plan": plan.build_parser,

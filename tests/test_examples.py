@@ -77,6 +77,11 @@ def test_tool_call(server):
     assert run("tool_call.py", server) == "create_file {'path': 'notes.txt'}\n"
 
 
+def test_tools():
+    """It only defines functions; tests/cli/test_chat.py offers them to a model."""
+    assert run("tools.py") == ""
+
+
 # Answers /health with 200, then with 503.
 FAILING = """
 import sys

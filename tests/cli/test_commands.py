@@ -13,11 +13,12 @@ import pytest
 
 from flashmoe_mlx import FlashMoEError
 from flashmoe_mlx.bench import main as bench
-from flashmoe_mlx.cli import doctor, doctor_checks, generate, plan
+from flashmoe_mlx.cli import chat, chat_session, doctor, doctor_checks, generate, plan
 from flashmoe_mlx.convert import cli, run
 
 MODULES = {
     "flashmoe-bench": "flashmoe_mlx.bench.main",
+    "flashmoe-chat": "flashmoe_mlx.cli.chat",
     "flashmoe-convert": "flashmoe_mlx.convert.cli",
     "flashmoe-doctor": "flashmoe_mlx.cli.doctor",
     "flashmoe-generate": "flashmoe_mlx.cli.generate",
@@ -26,6 +27,7 @@ MODULES = {
 # A line in each command's work, and the command's arguments.
 WORK = {
     "flashmoe-bench": (bench.main, bench.bench_io, "_check", ["io"]),
+    "flashmoe-chat": (chat.main, chat_session, "run", []),
     "flashmoe-convert": (cli.main, run, "convert", ["--hf-path", "x"]),
     "flashmoe-doctor": (doctor.main, doctor_checks, "examine_all", []),
     "flashmoe-generate": (generate.main, generate, "run", []),
