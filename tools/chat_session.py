@@ -23,13 +23,12 @@ COMMAND = ["flashmoe-chat", "--tools", TOOLS]
 PROMPT, QUESTION = ">>> ", "[y/N] "
 # What the user types, and what the terminal shows before it.
 TYPED = (
-    (PROMPT, "What is a library?"),
-    (PROMPT, "/reset"),
-    (PROMPT, "Set an alarm at 07:30, in blue."),
+    (PROMPT, "Who are you?"),
+    (PROMPT, "What is the weather in Paris?"),
     (QUESTION, "y"),
-    (PROMPT, "/reset"),
-    (PROMPT, "Please book a hotel in London, on 2027-03-14."),
+    (PROMPT, "And in London?"),
     (QUESTION, "n"),
+    (PROMPT, "Tim Berg lives in Rome. Return JSON with the fields name and city."),
     (PROMPT, "/exit"),
 )
 ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[78])|\r|\a")

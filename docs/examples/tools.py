@@ -16,6 +16,15 @@ def book_hotel(city: str, date: str) -> dict:
     return {"city": city, "price": 90}
 
 
+def get_weather(city: str) -> str:
+    """Get the current weather in a city.
+
+    Args:
+        city: The name of the city
+    """
+    return f"{len(city) + 11} degrees, sunny"
+
+
 def set_alarm(time: str, color: Literal["red", "green", "blue"] = "red") -> dict:
     """Set an alarm.
 

@@ -22,7 +22,7 @@ from .streaming_options import streaming
 from .tools import Tools, call_text, failure, load_tools, parse_call
 
 MOST_ROUNDS = 8  # of tool calls in one turn
-DECLINED = failure("the user declined this call")
+DECLINED = "The user declined this call."
 INTERRUPTED = failure("the user interrupted this call")
 HELP = '''\
 /stats        expert reads, cache, memory, tokens and speed

@@ -88,7 +88,7 @@ def load_tools(path: Path) -> Tools:
 
 def failure(text: str) -> str:
     """Return the result of a call that was not made or failed, for the model."""
-    return _as_json({"error": text})
+    return f"Error: {text}"
 
 
 def call_text(name: str, arguments: dict[str, Any]) -> str:

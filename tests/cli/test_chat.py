@@ -301,17 +301,17 @@ def test_calls_are_asked_for_one_by_one(talk, tools):
     assert 'call book_hotel(city="Oslo", date="2027-01-02")? [y/N]\n' in notes
     assert results(conversation) == [
         '{"time": "07:30", "color": "blue"}',
-        '{"error": "the user declined this call"}',
+        "The user declined this call.",
     ]
     first = conversation.messages[1]
     assert first["content"] == "First.\n"
     assert [c["function"]["name"] for c in first["tool_calls"]] == ["set_alarm", "book_hotel"]
-    assert notes.startswith("The model may ask to call: book_hotel, set_alarm. ")
+    assert notes.startswith("The model may ask to call: book_hotel, get_weather, set_alarm. ")
 
 
 def test_a_script_that_ends_declines(talk, tools):
     assert results(talk(b"go\n", ALARM, "Done.", tools=tools)[2]) == [
-        '{"error": "the user declined this call"}'
+        "The user declined this call."
     ]
 
 
@@ -336,21 +336,21 @@ def leave(code: int) -> str:
 @pytest.mark.parametrize(
     ("answer", "result"),
     [
-        (call("fail", text="rain"), '{"error": "ValueError: because of rain"}'),
-        (call("leave", code="3"), '{"error": "SystemExit: 3"}'),
-        (call("fly"), '{"error": "there is no function fly. Choose among fail, leave."}'),
-        (call("fail"), '{"error": "fail: missing a required argument: \'text\'"}'),
-        (call("leave", code="1", why="x"), r'{"error": "leave: got an unexpected keyword '
+        (call("fail", text="rain"), 'Error: ValueError: because of rain'),
+        (call("leave", code="3"), 'Error: SystemExit: 3'),
+        (call("fly"), 'Error: there is no function fly. Choose among fail, leave.'),
+        (call("fail"), 'Error: fail: missing a required argument: \'text\''),
+        (call("leave", code="1", why="x"), r'Error: leave: got an unexpected keyword '
          '''argument 'why'"}'''),
-        (call("leave", code="null"), '{"error": "leave: code = null does not fit its type"}'),
-        (call("leave", code="three"), r'{"error": "The model.s tool call cannot be read \(.*three'),
-        ("<tool_call>hello</tool_call>", r'{"error": "The model.s tool call cannot be read \('),
-        ("<tool_call>\n<function=fail>", r'{"error": "The model.s tool call has no </tool_call>'),
+        (call("leave", code="null"), 'Error: leave: code = null does not fit its type'),
+        (call("leave", code="three"), r'Error: The model.s tool call cannot be read \(.*three'),
+        ("<tool_call>hello</tool_call>", r'Error: The model.s tool call cannot be read \('),
+        ("<tool_call>\n<function=fail>", r'Error: The model.s tool call has no </tool_call>'),
     ],
 )  # fmt: skip
 def test_calls_that_fail_are_reported_to_the_model(answer, result, talk):
     tools = Tools({"fail": fail, "leave": leave})
-    typed = b"go\ny\n" if result.startswith(('{"error": "Val', '{"error": "Sys')) else b"go\n"
+    typed = b"go\ny\n" if result.startswith(("Error: Val", "Error: Sys")) else b"go\n"
     out, notes, conversation = talk(typed, answer, "Well.", tools=tools)
     (found,) = results(conversation)
     assert found == result or re.match(result, found)
@@ -417,8 +417,8 @@ def test_ctrl_c_at_a_question_ends_the_turn(type_in, tools):
     two = f"{ALARM}{ALARM}"
     out, _, conversation = type_in(["go", CTRL_C, "on"], two, "Yes.", tools=tools)
     assert results(conversation) == [
-        '{"error": "the user interrupted this call"}',
-        '{"error": "the user declined this call"}',
+        "Error: the user interrupted this call",
+        "The user declined this call.",
     ]
     assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["go", "on"]
     assert out.endswith("Yes.\n\n")  # Ctrl-D ends the line of the prompt
