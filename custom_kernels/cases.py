@@ -5,7 +5,7 @@ from typing import Any
 
 from .attention.step import AttentionStepCase
 from .case import KernelCase
-from .experts.cases import ExpertDownCase, ExpertGateUpCase, ExpertsCase
+from .experts.cases import ExpertDownCase, ExpertGateUpCase, ExpertOutputsCase, ExpertsCase
 from .experts.prefill import TiledCase
 from .experts.router import RouterCase
 from .experts.tiles import CombineCase
@@ -46,6 +46,7 @@ def cases(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[K
         ExpertGateUpCase(*experts, dtype, scales),
         ExpertDownCase(*experts, dtype, scales),
         ExpertsCase(*experts, dtype, scales),
+        ExpertOutputsCase(*experts, dtype, scales),
         TiledCase(*experts[:2], bits, GROUP_SIZE, dtype, scales, bits, slots=8, rows=8),
         CombineCase(sizes.hidden_size, top_k, dtype, dtype, tokens=TOKENS),
         AttentionStepCase(*_attention(sizes), dtype),

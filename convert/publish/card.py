@@ -29,8 +29,8 @@ TEXT = """
 # {title}, experts on disk
 
 {source} in a form whose routed experts stay on the SSD and are read when needed, so that the model
-may be larger than memory. Stock [mlx-lm](https://github.com/ml-explore/mlx-lm) runs it with the
-package flashmoe-mlx installed.
+may be larger than memory. Stock [mlx-lm](https://github.com/ml-explore/mlx-lm) runs it once the
+package flashmoe-mlx is installed.
 
 | | |
 |---|---|
@@ -39,8 +39,10 @@ package flashmoe-mlx installed.
 | each | {record} bytes; {count} in each of {layers} layers, {top_k} per token; {expert_bytes} |
 | trunk | {trunk}; {trunk_bytes}, resident in memory |
 
+In a clone of flashmoe-mlx (on a Mac without `[cpu]`, with an NVIDIA GPU `[cuda13]` or `[cuda12]`):
+
 ```sh
-pip install flashmoe-mlx
+pip install ".[cpu]"
 flashmoe-generate --model {place} --prompt "Hello"
 mlx_lm.generate --model {place} --trust-remote-code --prompt "Hello"
 ```

@@ -1,5 +1,6 @@
 """Kernel cases of the experts: gate and up, down and combine, and both together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -13,7 +14,13 @@ from ..linear.dequantize import matmul_by_mlx
 from ..linear.linear import swiglu
 from ..linear.matvec import MAX_TOKENS
 from ..weights import QuantizedMatrix
-from .decode import expert_down_combine, expert_gate_up, expert_mlp_by_kernels, supports
+from .decode import (
+    expert_down_combine,
+    expert_gate_up,
+    expert_mlp_by_kernels,
+    expert_outputs,
+    supports,
+)
 from .prefill import gather_matmul
 from .router import MAX_TOP_K, RouterCase
 
@@ -176,6 +183,42 @@ class ExpertsCase:
         y = (_dequantize(matrices[2], slots) @ hidden.astype(mx.float32)[..., None]).squeeze(-1)
         other = shared.astype(mx.float32) @ _dequantize(matrices[5]).T
         return [x + (y * weights[..., None]).sum(axis=-2) + shared_weight * other]
+
+
+@dataclass(frozen=True)
+class ExpertOutputsCase(ExpertsCase):
+    """The routed experts' outputs, unweighted, as mlx-lm's SwitchGLU returns them."""
+
+    op: ClassVar[str] = "expert_outputs"
+    _used: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by our kernels."""
+        return [expert_outputs(inputs[0], inputs[1], self._matrices(inputs)[:3])]
+
+    def stock(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute by MLX's own ops."""
+        x, slots, (gate, up, down, *_) = inputs[0], inputs[1], self._matrices(inputs)
+        hidden = swiglu(*(gather_matmul(x[:, None, None, :], m, slots) for m in (gate, up)))
+        return [gather_matmul(hidden, down, slots).squeeze(-2)]
+
+    def reference(self, *inputs: mx.array) -> list[mx.array]:
+        """Compute in float32."""
+        hidden, down = self._reference_hidden(inputs)[0], self._matrices(inputs)[2]
+        return [(_dequantize(down, inputs[1]) @ hidden[..., None]).squeeze(-1)]
+
+
+def wants_outputs(x: mx.array, experts: Sequence[QuantizedMatrix], top_k: int) -> bool:
+    """Return whether to compute unweighted outputs of `[..., H]` tokens by the expert kernels."""
+    tokens, (gate, _, down) = x.size // x.shape[-1], experts
+    if tokens > MAX_TOKENS or not supports(*experts) or gate.group_size != down.group_size:
+        return False
+    if x.dtype not in (gate.scales.dtype, mx.float32):
+        return False  # stock widens the result
+    slots, inner, _ = gate.scales.shape
+    dtypes = NAMES[x.dtype], NAMES[gate.scales.dtype]
+    sizes = x.shape[-1], inner, min(slots, top_k + 1), top_k, gate.bits, gate.group_size
+    return prefers_custom(ExpertOutputsCase(*sizes, *dtypes, down.bits, gate.bits, tokens))
 
 
 @dataclass(frozen=True)

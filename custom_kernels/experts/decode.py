@@ -1,10 +1,11 @@
 """Routed and shared experts of a few tokens, on a GPU, in two launches."""
 
+import functools
 from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..launch import SIMD, Kernel, is_cuda
+from ..launch import LEAST_ELEMENTS, SIMD, Kernel, is_cuda, settled
 from ..linear import matvec
 from ..linear.matvec import CHUNK
 from ..shapes import expect
@@ -156,6 +157,32 @@ def expert_down_combine(
         **_formats(down, other, extra, CHUNK),
     )
     return y
+
+
+def expert_outputs(x: mx.array, slots: mx.array, experts: Sequence[QuantizedMatrix]) -> mx.array:
+    """Return each chosen expert's output, unweighted, for a few tokens, on a GPU.
+
+    Args:
+        x: `[N, H]`.
+        slots: `[N, K]` uint32.
+        experts: gate, up and down, `[S, out, ...]` each.
+
+    Returns:
+        `[N, K, H]` in x's dtype.
+    """
+    gate, up, down = experts
+    count = slots.size
+    hidden = expert_gate_up(x, slots, gate, up).reshape(count, -1)
+    # Each assignment is a token of its own with one expert of weight 1.
+    ones = _ones(count, x.dtype)
+    y = expert_down_combine(hidden, slots.reshape(count, 1), ones, down, dtype=x.dtype)
+    return y.reshape(*slots.shape, -1)
+
+
+@functools.cache
+def _ones(count: int, dtype: mx.Dtype) -> mx.array:
+    """Return ones `[count, 1]`, the start of a larger array: see LEAST_ELEMENTS."""
+    return settled(mx.ones((count + LEAST_ELEMENTS, 1), dtype))[:count]
 
 
 def _arrays(*matrices: QuantizedMatrix) -> list[mx.array]:

@@ -25,7 +25,12 @@ from tqdm import tqdm
 from ..custom_kernels.attention.step import AttentionStepCase
 from ..custom_kernels.autotune import NEEDS_GPU, Verdict, measure
 from ..custom_kernels.case import DTYPES, KernelCase
-from ..custom_kernels.experts.cases import ExpertDownCase, ExpertGateUpCase, ExpertsCase
+from ..custom_kernels.experts.cases import (
+    ExpertDownCase,
+    ExpertGateUpCase,
+    ExpertOutputsCase,
+    ExpertsCase,
+)
 from ..custom_kernels.experts.prefill import TiledCase
 from ..custom_kernels.experts.router import RouterCase
 from ..custom_kernels.experts.tiles import CombineCase
@@ -116,6 +121,7 @@ def quantized() -> Iterator[KernelCase]:
         yield NormedMatvecCase(37, 384, *kind, tokens=2)
         yield ExpertGateUpCase(384, 19, *experts, shared_bits=bits, tokens=3)
         yield ExpertDownCase(19, 384, *experts, shared_bits=bits, tokens=3)
+        yield ExpertOutputsCase(384, 384, *experts, tokens=3)
         yield ExpertsCase(384, 256, *experts, shared_bits=bits, tokens=2)
         yield DequantizeCase(37, 384, bits, group, dtype, scales)
         yield TiledCase(384, 256, *kind, down_bits=bits, slots=5, rows=11)

@@ -14,7 +14,7 @@ from mlx_lm.utils import _get_classes
 from ..errors import FlashMoEError
 from ..format.modules import ExpertModule
 from ..store.store import ExpertStore
-from .float32 import compute_in_float32
+from .fast_layers import use_fast_layers
 from .streamed import StreamedModule
 from .switch import StreamedSwitch
 
@@ -102,9 +102,9 @@ def patched_classes(
             return {k: v for k, v in weights.items() if not k.startswith(self._experts)}
 
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
-            """Load the trunk; on a CPU, compute it in float32 by this package's kernels."""
+            """Load the trunk, and let it use this package's kernels."""
             stock_model.load_weights(self, *args, **kwargs)
-            compute_in_float32(self)
+            use_fast_layers(self)
             return self
 
     return PatchedModel, stock_args

@@ -13,6 +13,8 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchLinear
 
 from ..custom_kernels.device import on_gpu
+from ..custom_kernels.experts.cases import wants_outputs
+from ..custom_kernels.experts.decode import expert_outputs
 from ..custom_kernels.experts.prefill import (
     ExpertMatrices,
     Routed,
@@ -193,9 +195,19 @@ def _by_cpu(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array
 
 @switch.register
 def _by_gpu(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array | None:
-    """Compute prompts by tiles."""
-    matrices = experts.on_slots.matrices
-    if matrices is None or not on_gpu(x) or x.size == x.shape[-1]:
+    """Compute a few tokens by the expert kernels, and prompts by tiles."""
+    matrices, top_k = experts.on_slots.matrices, indices.shape[-1]
+    if matrices is None or not on_gpu(x):
+        return None
+    if wants_outputs(x, matrices, top_k):
+        slots = experts.slots(indices, x)
+        if slots is None:
+            return None
+        rows = x.reshape(-1, x.shape[-1])
+        outputs = expert_outputs(rows, slots.astype(mx.uint32).reshape(-1, top_k), matrices)
+        experts.hold(outputs)
+        return outputs.reshape(*indices.shape, -1)
+    if x.size == x.shape[-1]:
         return None
     y, place = outputs_in_batches(experts, x, indices, matrices)
     return y[place].reshape(*indices.shape, -1)

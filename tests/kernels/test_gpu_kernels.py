@@ -18,6 +18,7 @@ from flashmoe_mlx.custom_kernels.experts import decode as experts
 from flashmoe_mlx.custom_kernels.experts.cases import (
     ExpertDownCase,
     ExpertGateUpCase,
+    ExpertOutputsCase,
     ExpertsCase,
 )
 from flashmoe_mlx.custom_kernels.experts.router import RouterCase, route
@@ -168,13 +169,14 @@ def test_experts(geometry, dtype, bits, group_size):
 def test_whole_mixture(geometry):
     """In half precision the two halves round in between, so compare with stock's error."""
     others = 96, 64, 5, 3, 2, 32
-    case = ExpertsCase(*others, "float32", "float16", down_bits=4, shared_bits=8)
-    check(case_of(case), FAST)
-    for dtype in ("float16", "bfloat16"):
-        with metal_on_cpu("fast"):
-            case = ExpertsCase(*others, dtype, dtype, down_bits=4, shared_bits=8)
-            verdict = autotune.check(case)
-        assert verdict.ok, verdict
+    for kind in (ExpertsCase, ExpertOutputsCase):
+        case = kind(*others, "float32", "float16", down_bits=4, shared_bits=8, tokens=2)
+        check(case_of(case), FAST)
+        for dtype in ("float16", "bfloat16"):
+            with metal_on_cpu("fast"):
+                case = kind(*others, dtype, dtype, down_bits=4, shared_bits=8)
+                verdict = autotune.check(case)
+            assert verdict.ok, verdict
 
 
 @dtype_cases
