@@ -208,24 +208,16 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return nn.silu(gate) * up
 
 
-def product(x: mx.array, layer: nn.Module) -> mx.array | None:
+def product_by_cpu(x: mx.array, layer: nn.Module) -> mx.array | None:
     """Multiply by a quantized layer's matrix, without its bias: `[..., in]` to `[..., out]`.
 
-    None if our kernels do not support `x` or the layer's format.
+    None if the CPU kernels do not support `x` or the layer's format.
     """
-    if layer.mode != "affine" or layer.training:
+    if (kernels := cpu_kernels(x)) is None or (weight := _viewed(kernels, layer)) is None:
         return None
-    if (kernels := cpu_kernels(x)) is not None:
-        if (weight := _viewed(kernels, layer)) is None:
-            return None
-        rows = kernels.rows(x)
-        activations = kernels.Activations(rows, kernels.plan(len(rows)))
-        return mx.array(activations.times(weight).reshape(*x.shape[:-1], -1))
-    if not on_gpu(x) or not supports(layer.bits, layer.group_size):
-        return None
-    arrays = arrays_of([layer])
-    matrix = remembered(layer, "_matrix", lambda: arrays, lambda: QuantizedMatrix.of_layer(layer))
-    return _by_gpu(x, matrix, None, None, x.dtype) if matrix else None
+    rows = kernels.rows(x)
+    activations = kernels.Activations(rows, kernels.plan(len(rows)))
+    return mx.array(activations.times(weight).reshape(*x.shape[:-1], -1))
 
 
 def _packed(kernels: ModuleType, layer: nn.Module) -> Any:

@@ -1,7 +1,7 @@
-"""This package's kernels in the linear layers and embeddings of any mlx-lm model.
+"""On a CPU: float32 activations and this package's kernels, in any mlx-lm model.
 
-On a CPU everything computes in float32: MLX's own ops take 10 to 100 times as long as the memory
-needs, most with bfloat16 activations.
+MLX's own CPU ops take 10 to 100 times as long as the memory needs, most with bfloat16 activations.
+GPUs keep mlx-lm's layers: calls of ours from its untraced Python cost more than they save.
 """
 
 from typing import Any
@@ -9,27 +9,26 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..custom_kernels.device import activation_dtype, kernel_mode
-from ..custom_kernels.linear.linear import product
+from ..custom_kernels.device import computes_at_once
+from ..custom_kernels.linear.linear import product_by_cpu
 
 
 class FastLinear(nn.QuantizedLinear):
-    """A quantized linear layer computed by our kernels where they support its format."""
+    """A quantized linear layer computed by the CPU kernels where they support its format."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map `[..., in]` to `[..., out]`."""
-        if (y := product(x, self)) is None:
+        if (y := product_by_cpu(x, self)) is None:
             return super().__call__(x)
         return y + self["bias"] if "bias" in self else y
 
 
 class FastEmbedding(nn.Embedding):
-    """An embedding; on a CPU its rows are float32, so that everything after it is."""
+    """An embedding whose rows are float32, so that everything after it is."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map ids `[...]` to `[..., H]`."""
-        y = super().__call__(x)
-        return y.astype(activation_dtype(y.dtype))
+        return super().__call__(x).astype(mx.float32)
 
 
 class FastQuantizedEmbedding(nn.QuantizedEmbedding):
@@ -37,12 +36,11 @@ class FastQuantizedEmbedding(nn.QuantizedEmbedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map ids `[...]` to `[..., H]`."""
-        y = super().__call__(x)
-        return y.astype(activation_dtype(y.dtype))
+        return super().__call__(x).astype(mx.float32)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Map `[..., H]` to logits `[..., V]`."""
-        y = product(x, self)
+        y = product_by_cpu(x, self)
         return super().as_linear(x) if y is None else y
 
 
@@ -54,8 +52,8 @@ FASTER: dict[Any, Any] = {
 
 
 def use_fast_layers(model: nn.Module) -> None:
-    """Let a model's layers use our kernels, unless FLASHMOE_KERNELS is stock."""
-    if kernel_mode() == "stock":
+    """Let a model compute in float32 by the CPU kernels; does nothing on a GPU."""
+    if not computes_at_once():
         return
     for module in model.modules():
         if type(module) in FASTER:

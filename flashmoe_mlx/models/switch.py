@@ -135,6 +135,24 @@ class OnSlots(Shared):
     def __init__(self, stock: nn.Module, matrices: ExpertMatrices | None) -> None:
         """Keep both."""
         self.stock, self.matrices = stock, matrices
+        self._steps: dict[Any, Any] = {}
+
+    def step(self, x: mx.array, top_k: int) -> Any:
+        """Return a traced function of x and slots for a few tokens, None if stock is faster.
+
+        Preparing the launches takes longer than running them, so each shape is traced once.
+        """
+        kind = x.shape, x.dtype, top_k
+        if kind not in self._steps:
+            wanted = self.matrices is not None and wants_outputs(x, self.matrices, top_k)
+            self._steps[kind] = mx.compile(self._outputs) if wanted else None
+        return self._steps[kind]
+
+    def _outputs(self, x: mx.array, slots: mx.array) -> mx.array:
+        assert self.matrices is not None
+        rows = x.reshape(-1, x.shape[-1])
+        y = expert_outputs(rows, slots.reshape(len(rows), -1), self.matrices)
+        return y.reshape(*slots.shape, -1)
 
 
 def _empty(kind: Any) -> Any:
@@ -199,14 +217,12 @@ def _by_gpu(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array
     matrices, top_k = experts.on_slots.matrices, indices.shape[-1]
     if matrices is None or not on_gpu(x):
         return None
-    if wants_outputs(x, matrices, top_k):
-        slots = experts.slots(indices, x)
-        if slots is None:
+    if (run := experts.on_slots.step(x, top_k)) is not None:
+        if (slots := experts.slots(indices.astype(mx.uint32), x)) is None:
             return None
-        rows = x.reshape(-1, x.shape[-1])
-        outputs = expert_outputs(rows, slots.astype(mx.uint32).reshape(-1, top_k), matrices)
+        outputs: mx.array = run(x, slots)
         experts.hold(outputs)
-        return outputs.reshape(*indices.shape, -1)
+        return outputs
     if x.size == x.shape[-1]:
         return None
     y, place = outputs_in_batches(experts, x, indices, matrices)
