@@ -15,9 +15,8 @@ from .errors import FlashMoEError
 from .models.qwen3_5.args import ModelArgs
 
 if TYPE_CHECKING:
-    from mlx_lm import batch_generate, generate, stream_generate
-
     from .loader import BUNDLED_MODEL, load
+    from .models.generation import batch_generate, generate, stream_generate
     from .models.qwen3_5.model import Model
     from .store.stats import ExpertStats
 
@@ -39,10 +38,10 @@ _LAZY = {
     "BUNDLED_MODEL": ".loader",
     "ExpertStats": ".store.stats",
     "Model": ".models.qwen3_5.model",
-    "batch_generate": "mlx_lm",
-    "generate": "mlx_lm",
+    "batch_generate": ".models.generation",
+    "generate": ".models.generation",
     "load": ".loader",
-    "stream_generate": "mlx_lm",
+    "stream_generate": ".models.generation",
 }
 
 

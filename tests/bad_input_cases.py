@@ -22,6 +22,14 @@ GENERATE = [
     ("--seed -1", "--seed -1 is out of range. Give a whole number from 0 to 18446744073709551615."),
     ("--seed 18446744073709551616", "--seed 18446744073709551616 is out of range."),
     ("--max-kv-size 0", "--max-kv-size 0 is out of range. Give 8 or more tokens"),
+    (
+        "--max-kv-size 64 --kv-bits 4",
+        "--max-kv-size 64 cannot be combined with --kv-bits. Leave one of them out.",
+    ),
+    (
+        "--max-kv-size 64 --prompt-cache-file {out}.safetensors",
+        "--max-kv-size 64 cannot be combined with --prompt-cache-file.",
+    ),
     ("--prefill-step-size 0", "--prefill-step-size 0 is out of range. Give 1 or more tokens."),
     ("--kv-bits 7", "--kv-bits 7 is out of range. Give 2, 3, 4, 5, 6 or 8."),
     ("--kv-bits 4 --kv-group-size 48", "--kv-group-size 48 is out of range. Give 32, 64 or 128."),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm import stream_generate
 from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.sample_utils import make_sampler
@@ -17,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..commands import as_command
 from ..errors import FlashMoEError
 from ..loader import BUNDLED_MODEL, load
+from ..models.generation import stream_generate
 from ..models.prompt_cache import check_fits, read_prompt_cache
 from ..profile.plot import check_plot
 from ..profile.stats import RunStats

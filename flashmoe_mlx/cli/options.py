@@ -75,6 +75,12 @@ def check_options(args: argparse.Namespace) -> None:
                 f"--adapter-path {args.adapter_path}: has no {name}. "
                 "Give a directory that mlx_lm.lora wrote."
             )
+    for name in ("kv_bits", "prompt_cache_file") if args.max_kv_size is not None else ():
+        if getattr(args, name) is not None:
+            raise FlashMoEError(
+                f"--max-kv-size {args.max_kv_size} cannot be combined with "
+                f"--{name.replace('_', '-')}. Leave one of them out."
+            )
     if args.stats_json is not None and not (folder := args.stats_json.absolute().parent).is_dir():
         raise FlashMoEError(f"--stats-json {args.stats_json}: {folder} is not a directory.")
     chat_options(args.chat_template_config)

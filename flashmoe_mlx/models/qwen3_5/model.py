@@ -8,10 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from ...custom_kernels.device import keep_pace, tokens_at_once
 from ...custom_kernels.linear.linear import linear
+from ...errors import FlashMoEError
 from ...store.store import ExpertStore
 from ..cache_checks import check_caches
 from ..streamed import StreamedModule
@@ -19,6 +20,8 @@ from .args import ModelArgs
 from .mixers import Attention, GatedDeltaNet
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
+
+LEAST_KV_SIZE, KEPT_TOKENS = 8, 4  # KEPT_TOKENS as in mlx-lm's make_prompt_cache
 
 
 def _forget_padding(caches: list[Any]) -> None:
@@ -188,9 +191,25 @@ class Model(StreamedModule):
         """The decoder layers."""
         return self.model.layers
 
-    def make_cache(self) -> list[Any]:
-        """Return an empty prompt cache of mlx-lm's own classes, one entry per layer."""
-        return [ArraysCache(size=2) if layer.is_linear else KVCache() for layer in self.layers]
+    def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
+        """Return an empty prompt cache of mlx-lm's own classes, one entry per layer.
+
+        Args:
+            max_kv_size: tokens that full attention sees at most: the first four and the latest.
+                None for all. GatedDeltaNet layers have one state for all tokens.
+
+        Raises:
+            FlashMoEError: `max_kv_size` is below LEAST_KV_SIZE.
+        """
+        if max_kv_size is not None and max_kv_size < LEAST_KV_SIZE:
+            raise FlashMoEError(
+                f"max_kv_size = {max_kv_size} is too few. Give {LEAST_KV_SIZE} or more tokens."
+            )
+
+        def keys_and_values() -> KVCache | RotatingKVCache:
+            return KVCache() if max_kv_size is None else RotatingKVCache(max_kv_size, KEPT_TOKENS)
+
+        return [ArraysCache(size=2) if x.is_linear else keys_and_values() for x in self.layers]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Convert a checkpoint's tensors to this model's names and shapes."""
