@@ -10,7 +10,7 @@ from ...format import names
 from ...format.config_entries import MOST
 from ...format.headers import ITEM_SIZE, MAX_NAME, TensorInfo, checkpoint_headers
 from ...format.json_file import exists, read_object
-from ...format.layout import EXPERT_DIR, ExpertLayout, open_layout
+from ...format.layout import EXPERT_DIR, ExpertLayout, open_layout, refuse_single_quantized
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 FLOAT_DTYPES = ("BF16", "F16", "F32")
@@ -95,6 +95,7 @@ def open_source(directory: Path, name: str, revision: str | None = None) -> Sour
     _check_quantization(directory / "config.json", config)
     headers = checkpoint_headers(directory)
     _check_index(directory, headers)
+    refuse_single_quantized(headers)
     layout, matrices = None, {}
     if _has_quantized_experts(directory, headers):
         layout = open_layout(directory, dims.layers, dims.experts)
