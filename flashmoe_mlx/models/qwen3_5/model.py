@@ -46,9 +46,7 @@ def _splits(mask: Any, cache: Any) -> bool:
     return cache is not None and (not padded or isinstance(cache, ArraysCache | BatchKVCache))
 
 
-def _in_parts(
-    h: mx.array, at_once: int, run: Callable[[mx.array, slice], mx.array]
-) -> mx.array:
+def _in_parts(h: mx.array, at_once: int, run: Callable[[mx.array, slice], mx.array]) -> mx.array:
     """Run `[B, T, H]` in parts of `at_once` tokens per row, to bound the memory of temporaries."""
     parts = []
     for start in range(0, h.shape[1], at_once):
