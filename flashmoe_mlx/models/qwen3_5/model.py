@@ -245,6 +245,7 @@ class Model(StreamedModule):
     @property
     def quant_predicate(self) -> Any:
         """Bits per layer for mlx_lm's quantization: 8 for routers and gates."""
+        self.refuse_copy()
 
         def predicate(path: str, _: nn.Module) -> bool | dict[str, int]:
             if path.endswith(("mlp.gate", "shared_expert_gate")):
@@ -256,4 +257,5 @@ class Model(StreamedModule):
     @property
     def cast_predicate(self) -> Any:
         """Which parameters mlx_lm may cast: all but A_log, which stays float32."""
+        self.refuse_copy()
         return lambda path: not path.endswith("A_log")
