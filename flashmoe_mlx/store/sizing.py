@@ -91,12 +91,12 @@ def plan_cache(
     whole = CachePlan(experts, experts * per_slot, "all experts fit in memory", io)
     slots = requested_slots(expert_cache, layout, top_k)
     if slots is not None:
-        if slots * per_slot > available:
+        if int(expert_cache) > available:
             raise FlashMoEError(
-                f"expert_cache = {expert_cache} bytes takes {slots * per_slot} bytes of memory, "
-                f"but {available} are available. Give less, or auto."
+                f"expert_cache = {expert_cache} bytes is more than the {available} bytes of memory "
+                "that are available. Give less, or auto."
             )
-        return CachePlan(slots, slots * per_slot, "as asked", io)
+        return whole if slots == experts else CachePlan(slots, slots * per_slot, "as asked", io)
     comfort = 0.7 * available - trunk_bytes
     if whole.nbytes <= comfort:
         return whole
