@@ -11,6 +11,7 @@ In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all
 `LayerLayout` stores. Every header is checked first.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,7 @@ def _stock_layer(
             state = "experts are not quantized" if "up_proj.weight" in found else "no experts found"
             raise FlashMoEError(
                 f"{directory}: layer {layer}: {state} (no switch_mlp.{name}). Repack it first: "
-                f"flashmoe-convert --hf-path {directory} --mlx-path OUT -q"
+                f"flashmoe-convert --hf-path {shlex.quote(str(directory))} --mlx-path OUT -q"
             )
         file, tensor = found[name]
         if len(tensor.shape) != 3 or tensor.shape[0] != num_experts:
