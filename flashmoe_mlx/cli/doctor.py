@@ -22,7 +22,7 @@ from ..errors import FlashMoEError
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile import machine
 from ..profile.read_speed import SAMPLE, ReadSpeed, expert_ranges, scratch_ranges, time_reads
-from ..settings import StreamConfig
+from ..settings import StreamConfig, check_variables
 from ..store.io_mode import plan_io
 from ..store.memory import available_bytes, cgroup_limit
 from .doctor_model import ModelReport, examine
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(args: argparse.Namespace) -> int:
     """Print all findings, and return 1 if a check fails."""
+    check_variables()
     findings = examine_all(args)
     print(json.dumps(findings) if args.json else render(findings))
     return 0 if findings["ok"] else 1

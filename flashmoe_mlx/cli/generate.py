@@ -22,7 +22,7 @@ from ..profile.plot import check_plot
 from ..profile.stats import RunStats
 from ..store.memory import peak_bytes
 from .live import Live
-from .options import UNSUPPORTED, chat_options, check_options, check_ranges
+from .options import UNSUPPORTED, as_text, chat_options, check_options, check_ranges
 
 IF_MEMORY_IS_SHORT = "Give a smaller --expert-cache, --prefill-step-size or --max-kv-size."
 
@@ -194,7 +194,7 @@ def encode_prompt(
     With a prompt cache, encode only the text that follows the cached prefix.
     """
     prompt = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    prompt = _read_stdin() if prompt == "-" else prompt
+    prompt = as_text("--prompt", _read_stdin() if prompt == "-" else prompt)
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return tokenizer.encode(prompt)
     options = chat_options(args.chat_template_config)

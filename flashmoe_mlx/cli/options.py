@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FlashMoEError
+from ..settings import check_variables
 
 LARGEST_SEED = 2**64 - 1
 PROBABILITY = "Give a probability from 0 to 1"
@@ -63,6 +64,11 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         FlashMoEError: an option is invalid or unsupported.
     """
+    check_variables()
+    for name in ("prompt", "system_prompt", "prefill_response", "chat_template_config"):
+        as_text(f"--{name.replace('_', '-')}", getattr(args, name) or "")
+    for token in args.extra_eos_token:
+        as_text("--extra-eos-token", token)
     for name in UNSUPPORTED:
         if getattr(args, name):
             flag = name.replace("_", "-")
@@ -84,6 +90,22 @@ def check_options(args: argparse.Namespace) -> None:
     if args.stats_json is not None and not (folder := args.stats_json.absolute().parent).is_dir():
         raise FlashMoEError(f"--stats-json {args.stats_json}: {folder} is not a directory.")
     chat_options(args.chat_template_config)
+
+
+def as_text(flag: str, text: str) -> str:
+    """Return a text from the command line or standard input.
+
+    Raises:
+        FlashMoEError: its bytes are not UTF-8; Python stores these as lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise FlashMoEError(
+            f"{flag}: byte 0x{byte:02x} after {error.start} characters is not UTF-8. Give UTF-8."
+        ) from error
+    return text
 
 
 def chat_options(text: str | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..format.json_file import exists
 from ..format.model_files import CONFIG, read_config
 from ..format.names import PROJECTIONS
 from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs
-from ..settings import parse_size
+from ..settings import check_variables, parse_size
 from . import plan_model
 from .plan_model import Machine, Weights, named_args
 from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, count_within
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Print the predictions, or their comparison with published figures."""
+    check_variables()
     result = check() if args.check else plan(args)
     print(render_check(result) if args.check else render(result))
     if args.json:
