@@ -158,8 +158,8 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     if not exists(path):
         if is_local(str(path_or_hub_id)):
             raise FlashMoEError(
-                f"{path}: no such directory.{_similar(path)} Give a model's directory, or its name "
-                "on the Hugging Face Hub such as mlx-community/Qwen3.5-35B-A3B-4bit."
+                f"{path_or_hub_id}: no such directory.{_similar(path)} Give a model's directory, "
+                "or its name on the Hugging Face Hub such as mlx-community/Qwen3.5-35B-A3B-4bit."
             )
         try:
             path = Path(
@@ -308,8 +308,7 @@ def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int) -> 
             f"vocab_size = {vocab_size}. {REMEDY}."
         )
     known = set(vocabulary.values())
-    missing = [number for number in range(max(own.values(), default=0)) if number not in known]
-    if missing:
-        raise FlashMoEError(
-            f"{directory}: its tokenizer has no token for id {missing[0]}. {REMEDY}."
-        )
+    numbers = range(max(own.values(), default=0))
+    missing = next((number for number in numbers if number not in known), None)
+    if missing is not None:
+        raise FlashMoEError(f"{directory}: its tokenizer has no token for id {missing}. {REMEDY}.")

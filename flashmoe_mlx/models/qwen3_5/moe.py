@@ -52,7 +52,7 @@ class MLP(nn.Module):
         """Map `[..., H]` to `[..., H]`."""
         return mlp(x, self.gate_proj, self.up_proj, self.down_proj)
 
-    def banks(self) -> list[QuantizedMatrix] | None:
+    def matrices(self) -> list[QuantizedMatrix] | None:
         """Return gate, up and down, or None if they are not affine-quantized."""
         weights = [join([self[name]]) for name in PROJECTIONS]
         return [w.matrix for w in weights if w] if all(weights) else None
@@ -61,7 +61,7 @@ class MLP(nn.Module):
 class ResidentExperts(SwitchGLU):
     """Experts as ordinary parameters, named as in mlx-lm: expert e lies in slot e."""
 
-    def banks(self) -> list[QuantizedMatrix] | None:
+    def matrices(self) -> list[QuantizedMatrix] | None:
         """Return gate, up and down, or None if they are not affine-quantized."""
         layers = [self[name] for name in PROJECTIONS]
 
@@ -101,15 +101,15 @@ class StreamedExperts(nn.Module):
         self._store = store
         self._layer = layer
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
-        self._banks = []
+        self._matrices = []
         for index, projection in enumerate(PROJECTIONS):
             bits, group_size = quantization(layout, projection, args.expert_shape(projection))
             three = arrays[3 * index : 3 * index + 3]
-            self._banks.append(QuantizedMatrix.of(three, bits, group_size))
+            self._matrices.append(QuantizedMatrix.of(three, bits, group_size))
 
-    def banks(self) -> list[QuantizedMatrix]:
+    def matrices(self) -> list[QuantizedMatrix]:
         """Return gate, up and down."""
-        return self._banks
+        return self._matrices
 
     @property
     def holds_all(self) -> bool:
@@ -169,8 +169,8 @@ def resident_mixture(
 def _resident_by_gpu(
     experts: ResidentExperts, x: mx.array, indices: mx.array, scores: mx.array
 ) -> mx.array | None:
-    banks = experts.banks() if on_gpu(x) else None
-    return _mixture_of_residents(x, indices, scores, banks) if banks else None
+    matrices = experts.matrices() if on_gpu(x) else None
+    return _mixture_of_residents(x, indices, scores, matrices) if matrices else None
 
 
 @Op
@@ -192,16 +192,16 @@ def streamed_mixture(
     Returns:
         `[..., H]`.
     """
-    banks = experts.banks()
+    matrices = experts.matrices()
     if experts.holds_all:
-        return _mixture_of_residents(x, indices, scores, banks)
+        return _mixture_of_residents(x, indices, scores, matrices)
     rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
     ids = np.array(indices).reshape(-1)
-    part_of = Routed(ids.size, experts.count)
+    whole = Routed(ids.size, experts.count)
     outputs, places, orders, done = [], [], [], 0
     for assignments, slots in experts.batches(ids):
         tokens, where = mx.array(np.stack([assignments // top_k, slots]).astype(np.uint32))
-        y, positions = expert_mlp(rows, tokens, where, banks, part_of)
+        y, positions = expert_mlp(rows, tokens, where, matrices, whole)
         experts.hold(y, slots)
         mx.async_eval(y, positions)
         outputs.append(y)
@@ -219,11 +219,11 @@ def _streamed_by_cpu(
     experts: StreamedExperts, x: mx.array, indices: mx.array, scores: mx.array
 ) -> mx.array | None:
     """Compute eagerly, a part of a batch at a time."""
-    banks = experts.banks()
-    if (kernels := cpu_experts(x, banks)) is None:
+    matrices = experts.matrices()
+    if (kernels := cpu_experts(x, matrices)) is None:
         return None
     ids, top_k = np.array(indices).reshape(-1), indices.shape[-1]
-    rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [b.packed for b in banks]
+    rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [m.packed for m in matrices]
     outputs = np.empty((ids.size, x.shape[-1]), np.float32)
     for assignments, slots in experts.batches(ids):
         order = ascending(slots)
@@ -236,14 +236,14 @@ def _streamed_by_cpu(
 
 
 def _mixture_of_residents(
-    x: mx.array, indices: mx.array, scores: mx.array, banks: ExpertMatrices
+    x: mx.array, indices: mx.array, scores: mx.array, matrices: ExpertMatrices
 ) -> mx.array:
     """Return the weighted sum of experts whose slots are their ids, without reading the ids."""
     rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
     slots = indices.reshape(-1)
     tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
-    part_of = Routed(slots.size, len(banks[0].codes))
-    y, places = expert_mlp(rows, tokens, slots, banks, part_of)
+    whole = Routed(slots.size, len(matrices[0].codes))
+    y, places = expert_mlp(rows, tokens, slots, matrices, whole)
     return combine(y, places.reshape(-1, top_k), scores.reshape(-1, top_k)).reshape(x.shape)
 
 
@@ -336,8 +336,8 @@ def _by_gpu(
 
 def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[Step, Step] | None:
     """Return the two halves of a block: before and after the slots are known."""
-    shared, banks = block.shared_expert.banks(), block.switch_mlp.banks()
-    if not (shared and banks and wanted(h, banks, shared, block.top_k)):
+    shared, matrices = block.shared_expert.matrices(), block.switch_mlp.matrices()
+    if not (shared and matrices and wanted(h, matrices, shared, block.top_k)):
         return None
 
     def choose(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -347,7 +347,7 @@ def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[St
         return route(logits, block.top_k, renormalize=block.norm_topk_prob, shared=True)
 
     def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:
-        mixture = h, slots, scores, banks, shared, gate
+        mixture = h, slots, scores, matrices, shared, gate
         gain = norm.weight, scalar(norm.eps)
         return expert_mlp_by_kernels(*mixture, norm=gain, residual=h)
 
@@ -359,10 +359,10 @@ def _step_by_cpu(
     block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm, rows: mx.array | None = None
 ) -> mx.array | None:
     """Run the block for one token per row, in one call."""
-    if not (steps := cpu_steps(h)) or (banks := block.switch_mlp.banks()) is None:
+    if not (steps := cpu_steps(h)) or (matrices := block.switch_mlp.matrices()) is None:
         return None
     shared = [block.shared_expert[name] for name in PROJECTIONS]
     batches, choice = block.switch_mlp.batches, (block.top_k, block.norm_topk_prob)
     return steps.moe_step(
-        h, block.gate, block.shared_expert_gate, shared, banks, norm, *choice, batches
+        h, block.gate, block.shared_expert_gate, shared, matrices, norm, *choice, batches
     )
