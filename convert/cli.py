@@ -9,6 +9,7 @@ from pathlib import Path
 from ..commands import add_version, as_command
 from ..errors import FlashMoEError
 from ..requirements import check_mlx
+from ..settings import check_variables
 from .plan.parts import METHODS
 from .plan.plan import DTYPES
 from .plan.recipes import RECIPES
@@ -132,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
 
     def work() -> int:
+        check_variables()
         if given[:1] == ["verify"]:
             return _verify(verify_parser().parse_args(given[1:]))
         return _convert(parser().parse_args(given))

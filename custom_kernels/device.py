@@ -11,6 +11,7 @@ from ..errors import FlashMoEError
 from . import launch
 
 PROMPT_CHUNK = 512  # tokens
+BLOCK = 64  # tokens; a multiple of all kernels' blocks
 
 
 def kernel_mode() -> str:
@@ -87,11 +88,20 @@ def keep_pace(before: mx.array, h: mx.array) -> None:
 
 
 def tokens_at_once(h: mx.array) -> int | None:
-    """Return the number of prompt tokens per pass through attention, None for all.
+    """Return the number of tokens per row of `[B, T, H]` and pass through attention, None for all.
 
     On a CPU, temporaries of 2,048 tokens take 300 MB at 35B size, better spent on cached experts.
     """
-    return PROMPT_CHUNK if cpu_kernels(h) else None
+    return tokens_per_row(PROMPT_CHUNK, len(h)) if cpu_kernels(h) else None
+
+
+def tokens_per_row(tokens: int, rows: int) -> int:
+    """Return each row's part of a number of tokens, at least one.
+
+    A part consists of whole blocks if it can: then kernels round its rows as they do in the whole.
+    """
+    each = tokens // rows
+    return each // BLOCK * BLOCK or max(1, each)
 
 
 def activation_dtype(dtype: mx.Dtype) -> mx.Dtype:

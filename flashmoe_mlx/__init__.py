@@ -15,9 +15,8 @@ if running() not in (None, *CHECKS_ITSELF):  # these import the packages at once
 from .errors import FlashMoEError
 
 if TYPE_CHECKING:
-    from mlx_lm import batch_generate, generate, stream_generate
-
     from .loader import BUNDLED_MODEL, load
+    from .models.generation import batch_generate, generate, stream_generate
     from .models.qwen3_5.args import ModelArgs
     from .models.qwen3_5.model import Model
     from .store.stats import ExpertStats
@@ -41,10 +40,10 @@ _LAZY = {
     "ExpertStats": ".store.stats",
     "ModelArgs": ".models.qwen3_5.args",
     "Model": ".models.qwen3_5.model",
-    "batch_generate": "mlx_lm",
-    "generate": "mlx_lm",
+    "batch_generate": ".models.generation",
+    "generate": ".models.generation",
     "load": ".loader",
-    "stream_generate": "mlx_lm",
+    "stream_generate": ".models.generation",
 }
 
 

@@ -5,6 +5,7 @@ from .requirements import check_once
 check_once()  # before the packages are imported
 
 import atexit
+import difflib
 import glob
 import os
 import sys
@@ -26,7 +27,7 @@ from .errors import FlashMoEError, named
 from .format.headers import TensorInfo, checkpoint_headers, weight_files
 from .format.json_file import exists
 from .format.layout import ExpertLayout, open_layout, quantization
-from .format.model_files import check_small_files, read_config
+from .format.model_files import check_small_files, is_local, read_config
 from .format.modules import (
     ExpertModule,
     open_modules,
@@ -266,8 +267,13 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
     Raises:
         FlashMoEError: it lacks config.json or weights, or the Hub does not deliver it.
     """
-    path = Path(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
     if not exists(path):
+        if is_local(str(path_or_hub_id)):
+            raise FlashMoEError(
+                f"{path_or_hub_id}: no such directory.{_similar(path)} Give a model's directory, "
+                "or its name on the Hugging Face Hub such as mlx-community/Qwen3.5-35B-A3B-4bit."
+            )
         try:
             path = Path(
                 snapshot_download(
@@ -276,8 +282,8 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
             )
         except Exception as error:
             raise FlashMoEError(
-                f"{path_or_hub_id}: not a directory here, and the Hugging Face Hub did not "
-                f"deliver it ({type(error).__name__}: {str(error).splitlines()[0]}). Check the "
+                f"{path_or_hub_id}: not a directory here.{_similar(path)} The Hugging Face Hub did "
+                f"not deliver it ({type(error).__name__}: {str(error).splitlines()[0]}). Check the "
                 "name, the revision and the network; a private or gated repository needs "
                 "`hf auth login`."
             ) from error
@@ -288,6 +294,13 @@ def find_model(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
             f"{path}: mlx-lm cannot read a directory with *, ? or [ in its name. Rename it."
         )
     return path
+
+
+def _similar(path: Path) -> str:
+    """Return a question about a directory with a similar name, or nothing."""
+    names = [p.name for p in path.parent.glob("*/")] if path.parent.is_dir() else []
+    found = difflib.get_close_matches(path.name, names, 1)
+    return f" Did you mean {path.parent / found[0]}?" if found else ""
 
 
 def load(
@@ -423,8 +436,7 @@ def check_use(directory: Path, tokenizer: TokenizerWrapper, vocab_size: int | No
             f"vocab_size = {vocab_size}. {REMEDY}."
         )
     known = set(vocabulary.values())
-    missing = [number for number in range(max(own.values(), default=0)) if number not in known]
-    if missing:
-        raise FlashMoEError(
-            f"{directory}: its tokenizer has no token for id {missing[0]}. {REMEDY}."
-        )
+    numbers = range(max(own.values(), default=0))
+    missing = next((number for number in numbers if number not in known), None)
+    if missing is not None:
+        raise FlashMoEError(f"{directory}: its tokenizer has no token for id {missing}. {REMEDY}.")

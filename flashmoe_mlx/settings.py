@@ -1,5 +1,6 @@
 """User settings: how experts are streamed."""
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from .errors import FlashMoEError
 LOOKAHEAD = ("auto", "on", "off")
 MOST_CACHE = 1 << 50  # bytes, above any machine's memory
 MOST_THREADS = 1024  # of the reader
+PREFIX = "FLASHMOE_"
+OTHER_VARIABLES = ("KERNELS", "MODEL", "DEBUG_BOUNDS")  # read where they apply, not by StreamConfig
 IO_MODES = ("auto", "buffered", "direct")
 UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -78,6 +81,7 @@ class StreamConfig:
         Raises:
             FlashMoEError: a value is invalid; the message names its source.
         """
+        check_variables()
         settings: dict[str, Any] = {}
         names = [f.name for f in fields(cls)]
         if unknown := from_config.keys() - {*names, "format_version"}:
@@ -86,7 +90,7 @@ class StreamConfig:
                 f"Choose among {', '.join(names)}."
             )
         for f in fields(cls):
-            variable = f"FLASHMOE_{f.name.upper()}"
+            variable = f"{PREFIX}{f.name.upper()}"
             if explicit.get(f.name) is not None:
                 source, value = f.name, explicit[f.name]
             elif os.environ.get(variable):
@@ -97,6 +101,23 @@ class StreamConfig:
                 continue
             settings[f.name] = _read_setting(f.name, value, source)
         return cls(**settings)
+
+
+def check_variables() -> None:
+    """Refuse a FLASHMOE_* variable that nothing reads, which is probably misspelt.
+
+    Raises:
+        FlashMoEError: naming it and the most similar one.
+    """
+    known = [f"{PREFIX}{f.name.upper()}" for f in fields(StreamConfig)]
+    known += [f"{PREFIX}{name}" for name in OTHER_VARIABLES]
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            nearest = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
+            raise FlashMoEError(
+                f"{name}: no environment variable of flashmoe-mlx has this name. Did you mean "
+                f"{nearest}? Otherwise unset it."
+            )
 
 
 def _read_setting(setting: str, value: Any, source: str) -> Any:

@@ -22,6 +22,14 @@ GENERATE = [
     ("--seed -1", "--seed -1 is out of range. Give a whole number from 0 to 18446744073709551615."),
     ("--seed 18446744073709551616", "--seed 18446744073709551616 is out of range."),
     ("--max-kv-size 0", "--max-kv-size 0 is out of range. Give 8 or more tokens"),
+    (
+        "--max-kv-size 64 --kv-bits 4",
+        "--max-kv-size 64 cannot be combined with --kv-bits. Leave one of them out.",
+    ),
+    (
+        "--max-kv-size 64 --prompt-cache-file {out}.safetensors",
+        "--max-kv-size 64 cannot be combined with --prompt-cache-file.",
+    ),
     ("--prefill-step-size 0", "--prefill-step-size 0 is out of range. Give 1 or more tokens."),
     ("--kv-bits 7", "--kv-bits 7 is out of range. Give 2, 3, 4, 5, 6 or 8."),
     ("--kv-bits 4 --kv-group-size 48", "--kv-group-size 48 is out of range. Give 32, 64 or 128."),
@@ -42,7 +50,17 @@ GENERATE = [
     ("--draft-model x", "--draft-model is not supported for streamed models; leave it out."),
     ("--image x.png", "--image is not supported for streamed models; leave it out."),
     ("--model=", "--model is empty. Give a directory, or a name on the Hub."),
-    ("--model {out}", "out: not a directory here, and the Hugging Face Hub did not deliver it ("),
+    ("--model {out}", "out: no such directory. Give a model's directory, or its name on the Hug"),
+    ("--model ./outt", "outt: no such directory. Give a model's directory, or its name on the H"),
+    ("--model ~/no-such-model", "no-such-model: no such directory. Give a model's directory, or"),
+    ("--model models/qwen", "models/qwen: not a directory here. The Hugging Face Hub did not deli"),
+    (
+        "--model {bundled}x",
+        "bundledx: no such directory. Did you mean {bundled}? Give a model's directory, or its",
+    ),
+    ("--prompt \udcff", "--prompt: byte 0xff after 0 characters is not UTF-8. Give UTF-8."),
+    ("--system-prompt caf\udce9", "--system-prompt: byte 0xe9 after 3 characters is not UTF-8."),
+    ("--extra-eos-token \udcff", "--extra-eos-token: byte 0xff after 0 characters is not UTF-8."),
     (
         "--model {bundled}/config.json",
         "config.json: no config.json. Give the directory of a model.",
@@ -51,6 +69,10 @@ GENERATE = [
     (
         "--expert-cache 12",
         "expert_cache = 12 bytes holds 0 experts per layer, but each token uses 4",
+    ),
+    (
+        "--expert-cache 900GiB",
+        "expert_cache = 966367641600 bytes is more than the ",
     ),
     ("--io-threads 0", "io_threads = '0' is not a whole number of at least 1."),
     ("--io-threads 4096", "io_threads = 4096 is too many. Give at most 1024."),
@@ -222,6 +244,13 @@ VARIABLES = [
         "experts_per_token = 101, but the model has 100 experts per layer",
     ),
     ("VERIFY", "all", "FLASHMOE_VERIFY = 'all' must be 1 or 0."),
+    (
+        "EXPERT_CASHE",
+        "2GiB",
+        "FLASHMOE_EXPERT_CASHE: no environment variable of flashmoe-mlx has this name. Did you "
+        "mean FLASHMOE_EXPERT_CACHE? Otherwise unset it.",
+    ),
+    ("KERNEL", "stock", "Did you mean FLASHMOE_KERNELS?"),
     ("STATS", "perhaps", "FLASHMOE_STATS = 'perhaps' must be 1 or 0."),
 ]
 

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def answer() -> str:
 def test_all_are_short_and_tested():
     scripts = {path.name: path.read_text() for path in EXAMPLES.glob("*.py")}
     assert all(text.count("\n") < MOST_LINES for text in scripts.values())
-    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text()))
+    tested = set(re.findall(r'(?:run\(|EXAMPLES / )"(\w+\.py)"', Path(__file__).read_text()))
     assert tested == scripts.keys()
 
 
@@ -110,3 +111,27 @@ def test_watched_server(port):
     server = [sys.executable, "-c", FAILING, str(port)]
     assert run("watched_server.py", url, *server, code=1) == "200\n503\n"
     assert run("watched_server.py", url, sys.executable, "-c", "exit(7)", code=7) == ""
+
+
+CHAT, TEXT = {"messages": QUESTION, "max_tokens": 2}, {"prompt": "A disk", "max_tokens": 2}
+
+
+def test_checked_server_refuses_what_ends_stocks_thread(models, tmp_path):
+    program = [str(EXAMPLES / "checked_server.py")]
+    with StockServer(models["packed4"], tmp_path / "log", program=program) as server:
+        while "loading" in str(first := server.ask(CHAT)):
+            time.sleep(0.1)
+        for change, message in (
+            ({"prompt": ""}, "prompt must be one text, and not empty"),
+            ({"prompt": ["A disk", "A file"]}, "prompt must be one text, and not empty"),
+            ({"stop": 5}, "stop must be a text or a list of texts"),
+            ({"stop": ["a", 5]}, "stop must be a text or a list of texts"),
+            ({"top_k": 4096, "temperature": 1.0}, "top_k must be below 4096"),
+            ({"logit_bias": {"4096": 1}}, "logit_bias must name tokens from 0 to 4095"),
+            ({"seed": -1}, "seed must be from 0 to 2^64 - 1"),
+        ):
+            assert server.ask(TEXT | change, "completions") == {"error": message}
+        assert server.health() == 200
+        allowed = {"stop": ["xyz"], "top_k": 4095, "logit_bias": {"4095": 1}, "seed": 0}
+        assert server.ask(TEXT | allowed, "completions")["choices"]
+        assert server.ask(CHAT)["choices"][0]["message"] == first["choices"][0]["message"]

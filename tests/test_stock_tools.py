@@ -8,10 +8,12 @@ import select
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm
 import pytest
+from mlx_lm import fuse, lora
 from mlx_lm.perplexity import eval_ppl
 
 from flashmoe_mlx import FlashMoEError, load
@@ -248,3 +250,25 @@ def test_a_difference_has_the_gap_between_stocks_two_largest_logits():
     stock = Fixed(1.0, 2.5, 2.25)
     assert full_check.differences(stock, Fixed(0, 1, 2), [1, 2], 3) == [(0.25, full_check.TIE)] * 3
     assert full_check.differences(stock, Fixed(0, 1, 0), [1, 2], 3) == []
+
+
+def test_stock_does_not_copy_the_trunk_alone(packed, tmp_path):
+    for options in ({}, {"quantize": True}, {"dequantize": True}):
+        with pytest.raises(FlashMoEError, match="so a copy by mlx-lm would lack them"):
+            mlx_lm.convert(packed, str(tmp_path / "out"), trust_remote_code=True, **options)
+        assert not (tmp_path / "out").exists()
+
+
+def test_stock_neither_fuses_nor_trains_streamed_experts(packed, tmp_path, monkeypatch):
+    model, tokenizer = load(packed)
+    monkeypatch.setattr(fuse, "load", lambda *_, **__: (model, tokenizer, {}))
+    monkeypatch.setattr(sys, "argv", ["fuse", "--save-path", str(tmp_path / "out")])
+    with model:
+        with pytest.raises(FlashMoEError, match="so a copy by mlx-lm would lack them"):
+            fuse.main()
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(FlashMoEError, match="whose experts stream cannot be trained"):
+            lora.train_model(SimpleNamespace(seed=0), model, [], [])
+        with pytest.raises(FlashMoEError, match="whose experts stream cannot be trained"):
+            model.train()
+        assert not model.eval().training

@@ -4,6 +4,7 @@ All other files in the directory may be private.
 """
 
 import os
+import shlex
 from pathlib import Path
 
 from ...errors import FlashMoEError
@@ -37,7 +38,8 @@ def check_listed(out: Path) -> set[str]:
     _check_inside(out, LAST)
     for problem in verify(out, names):
         raise FlashMoEError(
-            f"{out}: {problem}. Run flashmoe-convert verify {out} before you upload it."
+            f"{out}: {problem}. Run flashmoe-convert verify {shlex.quote(str(out))} before you "
+            "upload it."
         )
     # Stock mlx-lm runs this file, so the manifest's word for it is not enough.
     try:
@@ -62,7 +64,8 @@ def _check_inside(out: Path, name: str) -> None:
         )
     if not path.is_file():
         raise FlashMoEError(
-            f"{path}: missing, or not a regular file. Run flashmoe-convert verify {out} before you "
+            f"{path}: missing, or not a regular file. Run flashmoe-convert verify "
+            f"{shlex.quote(str(out))} before you "
             "upload it."
         )
 

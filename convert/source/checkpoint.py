@@ -11,7 +11,13 @@ from ...format import names
 from ...format.config_entries import MOST
 from ...format.headers import ITEM_SIZE, MAX_NAME, TensorInfo, checkpoint_headers
 from ...format.json_file import exists, read_object
-from ...format.layout import EXPERT_DIR, ExpertLayout, LayerLayout, open_layout
+from ...format.layout import (
+    EXPERT_DIR,
+    ExpertLayout,
+    LayerLayout,
+    open_layout,
+    refuse_single_quantized,
+)
 from ...format.modules import ExpertModule
 
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -129,6 +135,7 @@ def open_qwen(directory: Path, name: str, revision: str | None, config: dict[str
     _check_quantization(directory / "config.json", config)
     headers = checkpoint_headers(directory)
     _check_index(directory, headers)
+    refuse_single_quantized(headers)
     layout, matrices = None, {}
     if _has_quantized_experts(directory, headers):
         layout = open_layout(directory, dims.layers, dims.experts)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...errors import FlashMoEError
 from ...format.layout import EXPERT_DIR, MANIFEST
+from ...format.model_files import is_local
 from .checkpoint import INDEX
 from .foreign_code import CODE, CONFIGS
 from .hub import CARD, PATTERNS, WEIGHTS, Repo, find_repo, reason
@@ -57,7 +58,7 @@ def located(
             )
         yield Found(path)
         return
-    if path.exists() or path_or_repo.startswith(("/", ".", "~")) or path_or_repo.count("/") != 1:
+    if path.exists() or is_local(path_or_repo) or "/" not in path_or_repo:
         raise FlashMoEError(
             f"{path_or_repo}: not a directory. Give a checkpoint's directory, or its name on the "
             "Hugging Face Hub such as Qwen/Qwen3.5-35B-A3B."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import stat
 import sys
 import zlib
@@ -290,6 +291,6 @@ def summary(directory: Path, problems: Iterable[Problem]) -> str:
         return f"{directory}: every byte is as it was written{but}."
     things = "problem" if count == 1 else "problems"
     return (
-        f"{directory}: {count} {things}. Repair: flashmoe-convert verify {directory} --repair "
-        "--hf-path SOURCE"
+        f"{directory}: {count} {things}. Repair: flashmoe-convert verify "
+        f"{shlex.quote(str(directory))} --repair --hf-path SOURCE"
     )

@@ -47,8 +47,8 @@ def attention(
     out = np.empty((batch, tokens, heads, values.shape[-1]), np.float32)
     for start in range(0, tokens, block):
         rows = slice(start, min(start + block, tokens))
-        end = length - tokens + rows.stop if causal else length
         for b in range(batch):
+            end = length - tokens + rows.stop if causal else _end(seen, b, rows, length)
             for head in range(kv_heads):
                 group = slice(head * repeat, (head + 1) * repeat)
                 few = queries[b, group, rows] * np.float32(scale)
@@ -57,7 +57,7 @@ def attention(
                 if causal:
                     _hide_later(grouped)
                 elif seen is not None:
-                    _apply(grouped, seen[b, group, rows])
+                    _apply(grouped, seen[b, group, rows, :end])
                 y = _softmax_times(scores, values[b, head, :end])
                 out[b, rows, group] = y.reshape(repeat, -1, y.shape[-1]).swapaxes(0, 1)
     return mx.array(out).transpose(0, 2, 1, 3)
@@ -67,6 +67,16 @@ def _as_numpy(mask: mx.array, shape: tuple[int, ...]) -> np.ndarray:
     """View a mask as a bool or float32 array of the shape of all scores."""
     kept = mask if mask.dtype == mx.bool_ else mask.astype(mx.float32)
     return np.broadcast_to(np.asarray(kept), shape)
+
+
+def _end(seen: np.ndarray | None, b: int, rows: slice, length: int) -> int:
+    """Return the end of the keys that a block of queries sees, so that parts equal the whole."""
+    if seen is None or seen.dtype != np.bool_:
+        return length
+    of_block = seen[b, :, rows]
+    if not of_block.any(axis=-1).all():  # a query that sees no key averages all values
+        return length
+    return int(np.flatnonzero(of_block.any(axis=(0, 1)))[-1]) + 1
 
 
 def _hide_later(scores: np.ndarray) -> None:

@@ -39,16 +39,16 @@ class Routed(NamedTuple):
     experts: int
 
 
-def cpu_experts(x: mx.array, experts: ExpertMatrices) -> ModuleType | None:
+def cpu_experts(x: mx.array, matrices: ExpertMatrices) -> ModuleType | None:
     """Return the module of CPU kernels if they support these rows and experts, else None."""
     kernels = cpu_kernels(x)
-    taken = kernels and all(kernels.supports(m.bits, m.group_size, m.scales) for m in experts)
+    taken = kernels and all(kernels.supports(m.bits, m.group_size, m.scales) for m in matrices)
     return kernels if taken else None
 
 
 @Op
 def expert_mlp(
-    x: mx.array, tokens: mx.array, slots: mx.array, experts: ExpertMatrices, whole: Routed
+    x: mx.array, tokens: mx.array, slots: mx.array, matrices: ExpertMatrices, whole: Routed
 ) -> tuple[mx.array, mx.array]:
     """Run one expert per assignment, down(silu(gate x) * up x), by MLX's matmuls.
 
@@ -58,22 +58,22 @@ def expert_mlp(
         x: `[N, H]`.
         tokens: `[assignments]` uint32, the row of x of each.
         slots: `[assignments]` uint32, the slot of each.
-        experts: gate, up and down projections.
+        matrices: gate, up and down projections.
         whole: size of the layer's work, of which these assignments may be a part.
 
     Returns:
         `[rows, H]` in x's dtype, and `[assignments]` uint32, the row of each.
     """
-    return _gathered(x, tokens, slots, experts, whole)
+    return _gathered(x, tokens, slots, matrices, whole)
 
 
 @expert_mlp.register
 def _expert_mlp_by_gpu(
-    x: mx.array, tokens: mx.array, slots: mx.array, experts: ExpertMatrices, whole: Routed
+    x: mx.array, tokens: mx.array, slots: mx.array, matrices: ExpertMatrices, whole: Routed
 ) -> tuple[mx.array, mx.array] | None:
-    if not on_gpu(x) or not _wants_tiles(x, whole, experts):
+    if not on_gpu(x) or not _wants_tiles(x, whole, matrices):
         return None
-    return _tiled(x, tokens, slots, experts, whole)
+    return _tiled(x, tokens, slots, matrices, whole)
 
 
 def ascending(slots: np.ndarray) -> np.ndarray:
@@ -83,26 +83,26 @@ def ascending(slots: np.ndarray) -> np.ndarray:
 
 
 def _tiled(
-    x: mx.array, tokens: mx.array, slots: mx.array, experts: ExpertMatrices, whole: Routed
+    x: mx.array, tokens: mx.array, slots: mx.array, matrices: ExpertMatrices, whole: Routed
 ) -> tuple[mx.array, mx.array]:
     """Multiply tiles of rows that share an expert."""
-    tiles = cut(slots, len(experts[0].codes), _tile_rows(whole))
-    y = _multiplied(take_rows(x, tokens, tiles), tiles.slots, experts)
+    tiles = cut(slots, len(matrices[0].codes), _tile_rows(whole))
+    y = _multiplied(take_rows(x, tokens, tiles), tiles.slots, matrices)
     return y.reshape(-1, x.shape[-1]), tiles.places
 
 
 def _gathered(
-    x: mx.array, tokens: mx.array, slots: mx.array, experts: ExpertMatrices, whole: Routed
+    x: mx.array, tokens: mx.array, slots: mx.array, matrices: ExpertMatrices, whole: Routed
 ) -> tuple[mx.array, mx.array]:
     """Multiply row by row, slots ascending; repeat the last row to stay with the whole's kernel."""
     in_order = not is_cuda() and whole.assignments >= LEAST_PER_SLOT * max(whole.experts, 4)
-    least = LEAST_PER_SLOT * max(len(experts[0].codes), 4) if in_order else LEAST_ASSIGNMENTS
+    least = LEAST_PER_SLOT * max(len(matrices[0].codes), 4) if in_order else LEAST_ASSIGNMENTS
     padding = max(0, min(least, whole.assignments) - slots.size)
     order = mx.argsort(slots)
     places = mx.put_along_axis(slots, order, mx.arange(slots.size, dtype=mx.uint32), axis=0)
     if padding:
         order = mx.concatenate([order, mx.repeat(order[-1:], padding)])
-    y = _multiplied(x[tokens[order]][:, None, :], slots[order], experts, in_order)
+    y = _multiplied(x[tokens[order]][:, None, :], slots[order], matrices, in_order)
     return y.squeeze(1), places
 
 
@@ -122,10 +122,10 @@ def gather_matmul(
 
 
 def _multiplied(
-    x: mx.array, slots: mx.array, experts: ExpertMatrices, in_order: bool = False
+    x: mx.array, slots: mx.array, matrices: ExpertMatrices, in_order: bool = False
 ) -> mx.array:
     """Run `[slots, rows, H]` through the expert in each slot, in x's shape."""
-    gate, up, down = experts
+    gate, up, down = matrices
     hidden = swiglu(*(gather_matmul(x, matrix, slots, in_order) for matrix in (gate, up)))
     return gather_matmul(hidden, down, slots, in_order)
 
@@ -136,10 +136,10 @@ def _tile_rows(whole: Routed) -> int:
     return MANY_ROWS if whole.assignments >= MANY_ROWS * whole.experts else FEW_ROWS
 
 
-def _wants_tiles(x: mx.array, whole: Routed, experts: ExpertMatrices) -> bool:
+def _wants_tiles(x: mx.array, whole: Routed, matrices: ExpertMatrices) -> bool:
     """Return whether tiles are faster, by average rows per expert."""
-    gate, up, down = experts
-    if gate.bits != up.bits or len({matrix.group_size for matrix in experts}) > 1:
+    gate, up, down = matrices
+    if gate.bits != up.bits or len({matrix.group_size for matrix in matrices}) > 1:
         return False
     rows = min(max(1, whole.assignments // whole.experts), MOST_TRIED_ROWS)
     case = TiledCase(

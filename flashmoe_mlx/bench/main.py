@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from ..commands import add_version, as_command
+from ..settings import check_variables
 from . import io as bench_io
 from . import kernels, throughput
 
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def work() -> int:
         args = build_parser().parse_args(argv)
+        check_variables()
         return int(args.run(args))
 
     sys.exit(as_command("flashmoe-bench", work))

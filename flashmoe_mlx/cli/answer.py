@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm import stream_generate
 from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import FlashMoEError
 from ..loader import BUNDLED_MODEL, find_model, load
+from ..models.generation import stream_generate
+from ..models.patch import vocabulary
 from ..models.prompt_cache import check_fits, read_prompt_cache
 from ..profile.plot import check_plot
 from ..profile.stats import RunStats, TokenTimes
@@ -98,7 +99,8 @@ def open_model(
             path, **streaming(args), adapter_path=args.adapter_path,
             tokenizer_config=metadata.get("tokenizer_config", {}) | trust,
         )  # fmt: skip
-    if args.top_k >= (tokens := model.args.vocab_size):
+    tokens = vocabulary(model)
+    if tokens is not None and args.top_k >= tokens:
         raise FlashMoEError(f"--top-k {args.top_k}: the model has {tokens} tokens. Give fewer.")
     return path, model, tokenizer
 

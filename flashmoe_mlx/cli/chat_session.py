@@ -13,6 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from ..commands import sentence
 from ..errors import FlashMoEError
 from ..loader import BUNDLED_MODEL, load
+from ..profile.stats import TokenTimes
 from ..store.memory import peak_bytes
 from .console import DIM, RED, Console
 from .conversation import CALL, NORMAL, THINKING, Answer, Conversation
@@ -204,7 +205,8 @@ class Session:
         """Print an answer while it is generated. Ctrl-C breaks it off."""
         console, conversation = self._console, self._conversation
         watched = console.terminal and sys.stderr.isatty()
-        live = Live(self._model.expert_stats()) if watched else None
+        times = TokenTimes(len(conversation.prompt()) if watched else 0)
+        live = Live(times, self._model.expert_stats) if watched else None
         try:
             with _breaking_off(console.terminal) as stop, contextlib.ExitStack() as stack:
                 pieces = stack.enter_context(contextlib.closing(conversation.answer(stop)))
@@ -214,7 +216,8 @@ class Session:
                     if kind in self._styles:
                         console.write(text, self._styles[kind])
                     if live:
-                        live.update(self._model.expert_stats)
+                        times.note()
+                        live.note()
         except KeyboardInterrupt:
             if not console.terminal or conversation.last is None:
                 raise

@@ -9,6 +9,7 @@ from ..commands import add_version, as_command
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile.read_speed import SAMPLE
 from ..requirements import check_mlx
+from ..settings import check_variables
 from .text import progress
 
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(args: argparse.Namespace) -> int:
     """Print all findings, and return 1 if a check fails."""
+    check_variables()
     check_mlx()
     with progress(1) as bar:  # importing takes seconds, so --help does without
         bar.set_description("importing MLX and mlx-lm")

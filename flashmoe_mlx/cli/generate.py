@@ -6,8 +6,8 @@ import sys
 from ..commands import as_command, importing
 from ..errors import FlashMoEError
 from ..progress import bar
+from .options import as_text, check_options
 from .options import build_parser as build_parser
-from .options import check_options
 
 IF_MEMORY_IS_SHORT = "Give a smaller --expert-cache, --prefill-step-size or --max-kv-size."
 GIVE_ONE = 'Give one: flashmoe-generate "What is a disk?", or --prompt'
@@ -49,10 +49,10 @@ def find_prompt(text: str | None, option: str | None) -> str:
         raise FlashMoEError(f"PROMPT {text!r} and --prompt {option!r} are both given. Give one.")
     given = option if text is None else text
     if given is not None and given != "-":
-        return given.replace("\\n", "\n").replace("\\t", "\t")
+        return as_text("the prompt", given).replace("\\n", "\n").replace("\\t", "\t")
     if given is None and (sys.stdin is None or sys.stdin.isatty()):
         raise FlashMoEError(f"there is no prompt. {GIVE_ONE}; or chat: flashmoe-chat.")
-    found = _read_stdin()
+    found = as_text("standard input", _read_stdin())
     if given is None and not found.strip():
         raise FlashMoEError(f"there is no prompt, and standard input is empty. {GIVE_ONE}.")
     return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..commands import add_version
 from ..errors import FlashMoEError
+from ..settings import check_variables
 from .streaming_options import add_streaming
 
 LARGEST_SEED = 2**64 - 1
@@ -165,6 +166,11 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         FlashMoEError: an option is invalid or unsupported.
     """
+    check_variables()
+    for name in ("prompt", "system_prompt", "prefill_response", "chat_template_config"):
+        as_text(f"--{name.replace('_', '-')}", getattr(args, name) or "")
+    for token in args.extra_eos_token:
+        as_text("--extra-eos-token", token)
     for name in UNSUPPORTED:
         if getattr(args, name):
             flag = name.replace("_", "-")
@@ -177,9 +183,31 @@ def check_options(args: argparse.Namespace) -> None:
                 f"--adapter-path {args.adapter_path}: has no {name}. "
                 "Give a directory that mlx_lm.lora wrote."
             )
+    for name in ("kv_bits", "prompt_cache_file") if args.max_kv_size is not None else ():
+        if getattr(args, name) is not None:
+            raise FlashMoEError(
+                f"--max-kv-size {args.max_kv_size} cannot be combined with "
+                f"--{name.replace('_', '-')}. Leave one of them out."
+            )
     if args.stats_json is not None and not (folder := args.stats_json.absolute().parent).is_dir():
         raise FlashMoEError(f"--stats-json {args.stats_json}: {folder} is not a directory.")
     chat_options(args.chat_template_config)
+
+
+def as_text(flag: str, text: str) -> str:
+    """Return a text from the command line or standard input.
+
+    Raises:
+        FlashMoEError: its bytes are not UTF-8; Python stores these as lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        raise FlashMoEError(
+            f"{flag}: byte 0x{byte:02x} after {error.start} characters is not UTF-8. Give UTF-8."
+        ) from error
+    return text
 
 
 def chat_options(text: str | None) -> dict[str, Any]:

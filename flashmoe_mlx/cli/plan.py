@@ -15,7 +15,7 @@ from ..format.json_file import exists
 from ..format.model_files import CONFIG, read_config
 from ..format.names import PROJECTIONS
 from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs
-from ..settings import parse_size
+from ..settings import check_variables, parse_size
 from . import here, plan_model, what_runs
 from .plan_model import Machine, Weights, named_args
 from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, count_within
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Print what runs here, the predictions, or their comparison with published figures."""
+    check_variables()
     if args.check:
         result, text = (found := check()), render_check(found)
     elif _asks_about_here(args):

@@ -11,6 +11,7 @@ In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all
 `LayerLayout` stores. Every header is checked first.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,18 @@ from typing import Any
 from ..errors import FlashMoEError
 from .headers import TensorInfo, checkpoint_headers, read_header
 from .json_file import exists, read_json
-from .names import FIELDS, PROJECTIONS, stacked_expert
+from .names import FIELDS, PROJECTIONS, is_quantized_single, stacked_expert
 
 EXPERT_DIR = "model_experts"
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = "flashmoe-experts"
 MANIFEST_VERSION = 1
+# Modes other than the affine one, by codes (uint32) per scale.
+MODES = {2: "nvfp4", 4: "mxfp4", 8: "mxfp8"}
+AFFINE_ONLY = (
+    "which flashmoe-mlx neither streams nor converts yet. Choose an affine MLX checkpoint, or "
+    "convert the bfloat16 one with flashmoe-convert -q."
+)
 DATA_ALIGNMENT = 16384
 
 
@@ -260,7 +267,9 @@ def packed_layer(
 
 def _open_stock(kind: str, directory: Path, num_layers: int, num_experts: int) -> ExpertLayout:
     found: dict[int, dict[str, tuple[Path, TensorInfo]]] = {}
-    for name, place in checkpoint_headers(directory).items():
+    headers = checkpoint_headers(directory)
+    refuse_single_quantized(headers)
+    for name, place in headers.items():
         if key := stacked_expert(name):
             layer = found.setdefault(key[0], {})
             if key[1] in layer:
@@ -282,10 +291,11 @@ def _stock_layer(
     fields = []
     for name in FIELDS:
         if name not in found:
+            _refuse_other_modes(directory, layer, found)
             state = "experts are not quantized" if "up_proj.weight" in found else "no experts found"
             raise FlashMoEError(
                 f"{directory}: layer {layer}: {state} (no switch_mlp.{name}). Repack it first: "
-                f"flashmoe-convert --hf-path {directory} --mlx-path OUT -q"
+                f"flashmoe-convert --hf-path {shlex.quote(str(directory))} --mlx-path OUT -q"
             )
         file, tensor = found[name]
         if len(tensor.shape) != 3 or tensor.shape[0] != num_experts:
@@ -296,6 +306,33 @@ def _stock_layer(
         step = tensor.nbytes // num_experts
         fields.append(Field(name, tensor.dtype, tensor.shape[1:], step, file, tensor.offset, step))
     return LayerLayout(layer, num_experts, tuple(fields))
+
+
+def refuse_single_quantized(headers: dict[str, tuple[Path, TensorInfo]]) -> None:
+    """Refuse a checkpoint whose experts are quantized one by one.
+
+    Raises:
+        FlashMoEError: naming the first such tensor.
+    """
+    if name := next(filter(is_quantized_single, headers), None):
+        raise FlashMoEError(
+            f"{headers[name][0]}: {name}: each expert is quantized under its own keys, "
+            f"{AFFINE_ONLY}"
+        )
+
+
+def _refuse_other_modes(
+    directory: Path, layer: int, found: dict[str, tuple[Path, TensorInfo]]
+) -> None:
+    """Refuse experts that have scales of one byte, as all modes but the affine one."""
+    for projection in PROJECTIONS:
+        codes, scales = (found.get(f"{projection}.{part}") for part in ("weight", "scales"))
+        if codes and scales and scales[1].dtype == "U8":
+            mode = MODES.get(codes[1].nbytes // 4 // max(1, scales[1].nbytes), "unknown")
+            raise FlashMoEError(
+                f"{directory}: layer {layer}: the experts are quantized in mode {mode}, "
+                f"{AFFINE_ONLY}"
+            )
 
 
 def quantization(layer: LayerLayout, projection: str, shape: tuple[int, int]) -> tuple[int, int]:

@@ -35,6 +35,11 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model", "*.tiktoken",
 MODULES = {"tool_parser_type": "tool_parsers", "chat_template_type": "chat_templates"}
 
 
+def is_local(name: str) -> bool:
+    """Say whether a name can only be a path: the Hub has none of that form."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Read config.json.
 

@@ -17,6 +17,11 @@ _SINGLE = re.compile(
     r"\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$"
 )
 
+_SINGLE_QUANTIZED = re.compile(
+    r"\.layers\.\d+\.mlp\.experts\.\d+\.(gate_proj|up_proj|down_proj)"
+    r"\.(scales|biases|qweight|weight_scale\w*|weight_packed)$"
+)
+
 
 def canonical(name: str) -> str | None:
     """Return mlx-lm's name for a checkpoint tensor, or None if text generation does not need it."""
@@ -50,6 +55,11 @@ def single_expert(name: str) -> tuple[int, int, str] | None:
     """Match Hugging Face's per-expert keys: (layer, expert, projection)."""
     match = _SINGLE.search(canonical(name) or "")
     return (int(match[1]), int(match[2]), match[3]) if match else None
+
+
+def is_quantized_single(name: str) -> bool:
+    """Say whether a tensor belongs to an expert that is quantized under its own keys."""
+    return bool(_SINGLE_QUANTIZED.search(canonical(name) or ""))
 
 
 def is_expert(name: str) -> bool:

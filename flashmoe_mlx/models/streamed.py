@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import mlx.nn as nn
 
+from ..errors import FlashMoEError
 from ..store.store import ExpertStats, ExpertStore
 
 
@@ -49,6 +50,53 @@ class StreamedModule(nn.Module):
         """
         if self._store:
             self._store.check_usable()
+
+    # mlx-lm's tools call one of these before they train, fuse, convert or quantize.
+
+    def freeze(
+        self, *, recurse: bool = True, keys: str | list[str] | None = None, strict: bool = False
+    ) -> nn.Module:
+        """Refuse, as `train` does, if experts stream."""
+        self._refuse_training()
+        return super().freeze(recurse=recurse, keys=keys, strict=strict)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Set training mode.
+
+        Raises:
+            FlashMoEError: `mode` is true and experts stream.
+        """
+        if mode:
+            self._refuse_training()
+        return super().train(mode)
+
+    def fuse(self, **_: Any) -> nn.Module:
+        """Refuse to be fused with adapters; mlx_lm.fuse calls this on each module that has it.
+
+        Raises:
+            FlashMoEError: experts stream.
+        """
+        self.refuse_copy()
+        return self
+
+    def refuse_copy(self) -> None:
+        """Refuse to be written by mlx-lm, which would write the trunk only.
+
+        Raises:
+            FlashMoEError: experts stream.
+        """
+        if self._store:
+            raise FlashMoEError(
+                "the experts of this model stream from disk, so a copy by mlx-lm would lack them. "
+                "Convert, quantize or fuse the original checkpoint, then run flashmoe-convert."
+            )
+
+    def _refuse_training(self) -> None:
+        if self._store:
+            raise FlashMoEError(
+                "a model whose experts stream cannot be trained. Train adapters on the original "
+                "checkpoint with stock mlx-lm; --adapter-path applies them to this model."
+            )
 
     def __enter__(self) -> Self:
         """Return the model."""

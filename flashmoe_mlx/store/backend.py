@@ -102,6 +102,19 @@ class DeviceLoader(Protocol):
         ...
 
 
+class AllocatedByMlx:
+    """What back-ends share where MLX allocates the memory and checks it."""
+
+    def check_room(self, nbytes: int) -> None:
+        """Do nothing: an MLX allocation that fails on a GPU raises."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """Return evaluated zeros."""
+        array = mx.zeros(shape, dtype=dtype)
+        mx.eval(array)
+        return array
+
+
 class Backend(Protocol):
     """What a store needs from a device.
 

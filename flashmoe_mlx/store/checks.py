@@ -1,5 +1,6 @@
 """Compare every expert with its checksum after its read, before anything uses it."""
 
+import shlex
 import zlib
 from collections.abc import Sequence
 
@@ -21,7 +22,8 @@ class RecordChecks:
         if not backend.visible:
             raise FlashMoEError(
                 "verify = true: experts in an NVIDIA GPU's memory cannot be compared with their "
-                f"checksums. Run `flashmoe-convert verify {layout.directory}` and leave verify out."
+                f"checksums. Run `flashmoe-convert verify {shlex.quote(str(layout.directory))}` "
+                "and leave verify out."
             )
         if layout.kind != "packed":
             raise FlashMoEError(
@@ -48,6 +50,6 @@ class RecordChecks:
         return FlashMoEError(
             f"{self._layout.layers[layer].fields[0].file}: layer {layer} expert {expert} is not as "
             f"it was written (checksum {found:08x}, expected {expected:08x}); nothing was computed "
-            f"from it. Run `flashmoe-convert verify {self._layout.directory} --repair --hf-path "
-            "SOURCE`."
+            f"from it. Run `flashmoe-convert verify {shlex.quote(str(self._layout.directory))} "
+            "--repair --hf-path SOURCE`."
         )

@@ -11,26 +11,18 @@ import numpy as np
 
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout
+from .backend import AllocatedByMlx
 from .io_mode import BLOCK as BLOCK
 from .sizing import CachePlan
 
 
-class UnifiedBackend:
+class UnifiedBackend(AllocatedByMlx):
     """A GPU that shares the host's memory."""
 
     visible = True
     shares_cores = False
     bulk = None
     free_bytes = None
-
-    def check_room(self, nbytes: int) -> None:
-        """Do nothing: MLX checks its GPU allocations."""
-
-    def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """Return evaluated zeros."""
-        array = mx.zeros(shape, dtype=dtype)
-        mx.eval(array)
-        return array
 
     def rows(self, arrays: Sequence[mx.array]) -> list[memoryview]:
         """Return each array's bytes."""

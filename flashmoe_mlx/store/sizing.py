@@ -86,19 +86,19 @@ def plan_cache(
     Raises:
         FlashMoEError: the size holds fewer experts than one token needs, or is not available.
     """
-    per_slot = layout.token_bytes
+    experts, per_slot = layout.num_experts, layout.token_bytes
+    total = experts * per_slot
     smallest = CachePlan(top_k, top_k * per_slot, "the smallest bank, one token's experts", io)
     slots = requested_slots(expert_cache, layout, top_k)
     if slots is not None:
-        if slots * per_slot > available:
+        if int(expert_cache) > available:
             raise FlashMoEError(
-                f"expert_cache = {expert_cache} bytes takes {slots * per_slot} bytes of memory, "
-                f"but {available} are available. Give less, or auto."
+                f"expert_cache = {expert_cache} bytes is more than the {available} bytes of memory "
+                "that are available. Give less, or auto."
             )
-        return CachePlan(slots, slots * per_slot, "as asked", io)
-    experts, alone = layout.num_experts, io.direct or apart
-    total = experts * per_slot
-    share, why = automatic_bytes(total, trunk_bytes, available, alone, activations)
+        why = "all experts fit in memory" if slots == experts else "as asked"
+        return CachePlan(slots, slots * per_slot, why, io)
+    share, why = automatic_bytes(total, trunk_bytes, available, io.direct or apart, activations)
     slots = int(share // per_slot)
     if slots <= top_k and share < total:
         return replace(smallest, reason="memory is short: " + smallest.reason)

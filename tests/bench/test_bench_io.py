@@ -75,7 +75,7 @@ def test_the_files_records_are_experts_in_blocks(tmp_path, record):
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--dir", "/dev/null/x"], "/dev/null/x: cannot be written (Not a directory)"),
-        (["--model", "no/such/dir"], "no/such/dir: not a directory here"),
+        (["--model", "no/such/dir"], "no/such/dir: no such directory"),
     ],
 )
 def test_bad_flags(args, message, capsys, monkeypatch):

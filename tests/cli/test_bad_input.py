@@ -1,6 +1,7 @@
 """Bad input to commands, `load()`, variables and config.json: one sentence, exit code 2."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -63,7 +64,7 @@ def test_there_are_many_cases():
 def test_command(command, line, message, packed, tmp_path, capsys):
     places = {"{bundled}": BUNDLED_MODEL, "{packed}": packed, "{out}": tmp_path / "out"}
     for name, path in places.items():
-        line = line.replace(name, str(path))
+        line, message = (text.replace(name, str(path)) for text in (line, message))
     assert message in refuse(capsys, command, line.split())
     assert not (tmp_path / "out").exists()
 
@@ -72,6 +73,27 @@ def test_command(command, line, message, packed, tmp_path, capsys):
 def test_variable(name, value, message, capsys, monkeypatch):
     monkeypatch.setenv(f"FLASHMOE_{name}", value)
     assert message in refuse(capsys, "generate", [])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_an_unknown_variable(command, capsys, monkeypatch):
+    monkeypatch.setenv("FLASHMOE_IO_THREAD", "4")
+    line = {"convert": ["verify", "x"], "bench": ["kernels"], "plan": ["--check"]}
+    message = refuse(capsys, command, line.get(command, []))
+    assert message.startswith("FLASHMOE_IO_THREAD: no environment variable of flashmoe-mlx has")
+
+
+def test_load_refuses_an_unknown_variable(monkeypatch):
+    monkeypatch.setenv("FLASHMOE_LOOKAHED", "on")
+    with pytest.raises(FlashMoEError, match="Did you mean FLASHMOE_LOOKAHEAD"):
+        load(BUNDLED_MODEL)
+
+
+def test_standard_input_that_is_not_utf8(capsys, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    message = refuse(capsys, "generate", ["--prompt", "-"])
+    assert message == "--prompt: byte 0xe9 after 3 characters is not UTF-8. Give UTF-8."
 
 
 def model_of(directory: Path, leave: str = "config.json") -> Path:

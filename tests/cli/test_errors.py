@@ -106,7 +106,7 @@ def test_settings_out_of_range(models, settings, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "no/such/dir"], "no/such/dir: not a directory here"),
+        (["--model", "no/such/dir"], "no/such/dir: no such directory"),
         (["--expert-cache", "12"], "expert_cache = 12 bytes holds 0 experts"),
         (["--io-threads", "many"], "io_threads = 'many' is not a whole number"),
         (["--experts-per-token", "0"], "experts_per_token = '0' is not a whole number"),

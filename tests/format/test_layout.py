@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from convert_helpers import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, write_checkpoints
 
@@ -240,3 +241,54 @@ def test_quantization_that_is_not_affine(root):
     layer = opened(root / "stock").layers[0]
     with pytest.raises(FlashMoEError, match=r"is not affine quantization of 96 columns"):
         quantization(layer, "up_proj", (INTERMEDIATE, 96))
+
+
+def requantized(root: Path, directory: Path, change: Callable[[str, mx.array], dict]) -> Path:
+    """Copy the bfloat16 checkpoint with its experts changed, each to the tensors returned."""
+    shutil.copytree(root / "hf", directory)
+    for path in directory.glob("*.safetensors"):
+        tensors: dict[str, mx.array] = {}
+        for name, array in mx.load(str(path)).items():
+            own = ".mlp.experts." in name and "mtp" not in name
+            tensors |= change(name, array) if own else {name: array}
+        path.unlink()
+        mx.save_safetensors(str(path), tensors)
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
+    return directory
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_experts_of_other_modes_are_refused_by_name(mode, root, tmp_path):
+    def change(name: str, array: mx.array) -> dict[str, mx.array]:
+        if array.ndim != 3:
+            return {name: array}
+        prefix = name.replace("experts.gate_up_proj", "switch_mlp.gate_proj")
+        prefix = prefix.replace("experts.down_proj", "switch_mlp.down_proj")
+        codes, scales = mx.quantize(array, mode=mode)
+        return {f"{prefix}.weight": codes, f"{prefix}.scales": scales}
+
+    directory = requantized(root, tmp_path / mode, change)
+    message = f"layer 0: the experts are quantized in mode {mode}, which flashmoe-mlx neither"
+    with pytest.raises(FlashMoEError, match=message):
+        opened(directory)
+    with pytest.raises(FlashMoEError, match=message):
+        convert(directory, tmp_path / "out")
+
+
+def test_experts_that_are_quantized_one_by_one_are_refused(root, tmp_path):
+    def change(name: str, array: mx.array) -> dict[str, mx.array]:
+        if array.ndim != 3 or "down" not in name:
+            return {}
+        found = {}
+        for expert, matrix in enumerate(array):
+            parts = zip(("weight", "scales", "biases"), mx.quantize(matrix), strict=True)
+            prefix = name.replace("down_proj", f"{expert}.down_proj")
+            found |= {f"{prefix}.{part}": tensor for part, tensor in parts}
+        return found
+
+    directory = requantized(root, tmp_path / "single", change)
+    message = r"experts\.\d+\.down_proj\.\w+: each expert is quantized under its own keys, which"
+    with pytest.raises(FlashMoEError, match=message):
+        opened(directory)
+    with pytest.raises(FlashMoEError, match=message):
+        convert(directory, tmp_path / "out", quantize=True)

@@ -79,12 +79,19 @@ def test_bad_variables_are_named(monkeypatch, variable, value, message):
 def test_cache_of_a_given_size():
     plan = plan_cache(2 * 10 * 5 + 7, layout_of(8, 10), 3, 0, 10**9)
     assert (plan.slots, plan.nbytes) == (5, 100)
-    assert plan_cache(10**9, layout_of(8, 10), 3, 0, 160).slots == 8
+    assert plan_cache(10**9, layout_of(8, 10), 3, 0, 10**9).slots == 8
 
 
 def test_cache_above_the_memory_is_refused():
-    with pytest.raises(FlashMoEError, match=r"takes 160 bytes of memory, but 159 are available"):
-        plan_cache(10**9, layout_of(8, 10), 3, 0, 159)
+    for available in (159, 10**9 - 1):  # also if all experts fit
+        with pytest.raises(FlashMoEError, match=rf"more than the {available} bytes of memory"):
+            plan_cache(10**9, layout_of(8, 10), 3, 0, available)
+
+
+def test_a_cache_larger_than_the_model_holds_all_experts():
+    plan = plan_cache(500, layout_of(8, 10), 3, 0, 1000)
+    assert (plan.slots, plan.nbytes, plan.reason) == (8, 160, "all experts fit in memory")
+    assert plan_cache(159, layout_of(8, 10), 3, 0, 1000).reason == "as asked"
 
 
 def test_cache_below_one_tokens_experts_is_refused():

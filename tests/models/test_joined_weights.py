@@ -92,6 +92,6 @@ def test_joined_weights_follow_a_change(names):
 def test_resident_experts_follow_a_change(name, part):
     experts = ResidentExperts(64, 64, 3)
     nn.quantize(experts, group_size=64, bits=4)
-    experts.banks()
+    experts.matrices()
     experts[name][part] = new = 2 * experts[name][part]
-    assert getattr(experts.banks()[PROJECTIONS.index(name)], part) is new
+    assert getattr(experts.matrices()[PROJECTIONS.index(name)], part) is new

@@ -1,13 +1,14 @@
-"""On a CPU, attention and GatedDeltaNet split a long prompt without changing its result."""
+"""A long prompt, or a batch of prompts, runs in parts without changing the result."""
 
 import mlx.core as mx
 import pytest
+from mlx_lm.generate import PromptProcessingBatch, greedy_sampler
 
 from flashmoe_mlx import load
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.custom_kernels.cpu import prefill
 from flashmoe_mlx.loader import BUNDLED_MODEL
-from flashmoe_mlx.models.qwen3_5 import moe
+from flashmoe_mlx.models.qwen3_5 import model, moe
 
 TOLERANCE = 1e-4  # of logits up to 25, in float32
 
@@ -42,7 +43,45 @@ def test_parts_of_a_prompt_equal_the_whole(bundled, monkeypatch, tokens):
     monkeypatch.setattr(mixer, "__call__", counted)
     monkeypatch.setattr(device, "PROMPT_CHUNK", tokens)
     assert mx.abs(run(bundled, chunks) - whole).max().item() < TOLERANCE
-    assert max(parts) == tokens
+    assert max(parts) == max(1, tokens // 2)  # of each of two rows
+
+
+def prefilled(bundled, lengths):
+    """Prefill prompts as the server does; return the logits after each, and the caches."""
+    ids = mx.random.randint(0, 500, (len(lengths), max(lengths)), key=mx.random.key(5)).tolist()
+    batch = PromptProcessingBatch(
+        bundled,
+        list(range(len(lengths))),
+        [bundled.make_cache() for _ in lengths],
+        fallback_sampler=greedy_sampler,
+    )
+    for _ in range(2):  # the second time the rows have unequal pasts
+        batch.prompt([row[:count] for row, count in zip(ids, lengths, strict=True)])
+    return bundled(mx.array([[7]] * len(lengths)), cache=batch.prompt_cache)
+
+
+@pytest.mark.parametrize("lengths", [(150, 150, 150), (150, 3, 77), (1, 129, 150)])
+def test_a_batch_of_prompts_in_parts_is_bit_equal(bundled, monkeypatch, lengths):
+    whole, sizes = prefilled(bundled, lengths), {"mixer": [], "moe": []}
+    for kind, name in (
+        (type(bundled.layers[0].linear_attn), "mixer"),
+        (type(bundled.layers[3].self_attn), "mixer"),
+        (moe.SparseMoeBlock, "moe"),
+    ):
+        monkeypatch.setattr(kind, "__call__", counted_rows(kind.__call__, sizes[name]))
+    monkeypatch.setattr(device, "PROMPT_CHUNK", 3 * 64)
+    monkeypatch.setattr(model, "PREFILL_CHUNK", 3 * 100)
+    assert mx.array_equal(prefilled(bundled, lengths), whole)
+    assert max(sizes["mixer"]) == 3 * 64
+    assert max(sizes["moe"]) == 3 * 64
+
+
+def counted_rows(call, sizes):
+    def counted(self, h, *others):
+        sizes.append(h.shape[0] * h.shape[1])
+        return call(self, h, *others)
+
+    return counted
 
 
 @pytest.mark.parametrize("count", [1, 5, 64])

@@ -3,22 +3,26 @@
 Shapes: B batch, T tokens, H hidden size, V vocabulary; heads as in `custom_kernels.reference`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
-from mlx_lm.models.cache import ArraysCache, KVCache
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache, RotatingKVCache
 
-from ...custom_kernels.device import keep_pace, tokens_at_once
+from ...custom_kernels.device import keep_pace, tokens_at_once, tokens_per_row
 from ...custom_kernels.linear.linear import linear
+from ...errors import FlashMoEError
 from ...store.store import ExpertStore
 from ..cache_checks import check_caches
 from ..streamed import StreamedModule
-from .args import ModelArgs
+from .args import PREFILL_CHUNK, ModelArgs
 from .mixers import Attention, GatedDeltaNet
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
+
+LEAST_KV_SIZE, KEPT_TOKENS = 8, 4  # KEPT_TOKENS as in mlx-lm's make_prompt_cache
 
 
 def _forget_padding(caches: list[Any]) -> None:
@@ -31,6 +35,25 @@ def _forget_padding(caches: list[Any]) -> None:
     if padded and bool(mx.all(mx.concatenate([c.left_padding for c in padded]) <= 0)):
         for cache in padded:
             cache.left_padding = None
+
+
+def _splits(mask: Any, cache: Any) -> bool:
+    """Say whether a cache makes the masks of a prompt's parts.
+
+    A RotatingKVCache's window depends on where a prompt is cut, and must be cut where stock cuts.
+    """
+    padded = isinstance(mask, mx.array)
+    return cache is not None and (not padded or isinstance(cache, ArraysCache | BatchKVCache))
+
+
+def _in_parts(h: mx.array, at_once: int, run: Callable[[mx.array, slice], mx.array]) -> mx.array:
+    """Run `[B, T, H]` in parts of `at_once` tokens per row, to bound the memory of temporaries."""
+    parts = []
+    for start in range(0, h.shape[1], at_once):
+        where = slice(start, start + at_once)
+        parts.append(run(h[:, where], where))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts, axis=1)
 
 
 class DecoderLayer(nn.Module):
@@ -52,8 +75,7 @@ class DecoderLayer(nn.Module):
         self, h: mx.array, mask: Any = None, cache: Any = None, rows: mx.array | None = None
     ) -> mx.array:
         """Map the residual stream `[B, T, H]` to itself; `rows` `[B, T]` is False for padding."""
-        h = self._mix(h, mask, cache)
-        return self.mlp(h, self.post_attention_layernorm, rows)
+        return self._route(self._mix(h, mask, cache), rows)
 
     @property
     def mixer(self) -> "Attention | GatedDeltaNet":
@@ -65,17 +87,25 @@ class DecoderLayer(nn.Module):
 
         Activations of 2,048 tokens take 300 MB at 35B size, which serve better as expert cache.
         """
-        mixer = self.mixer
-        tokens, padded = h.shape[1], isinstance(mask, mx.array)
-        at_once = tokens_at_once(h)
-        if at_once is None or tokens <= at_once or padded or cache is None:
-            return mixer(h, self.input_layernorm, mask, cache)
-        parts = list(mx.split(h, range(at_once, tokens, at_once), axis=1))
-        for index, part in enumerate(parts):
-            causal = mask if part.shape[1] > 1 else None
-            parts[index] = mixer(part, self.input_layernorm, causal, cache)
-            mx.eval(parts[index])
-        return mx.concatenate(parts, axis=1)
+        tokens, at_once = h.shape[1], tokens_at_once(h)
+        if at_once is None or tokens <= at_once or not _splits(mask, cache):
+            return self.mixer(h, self.input_layernorm, mask, cache)
+        make_mask = create_ssm_mask if self.is_linear else create_attention_mask
+
+        def run(part: mx.array, _: slice) -> mx.array:
+            return self.mixer(part, self.input_layernorm, make_mask(part, cache), cache)
+
+        return _in_parts(h, at_once, run)
+
+    def _route(self, h: mx.array, rows: mx.array | None) -> mx.array:
+        """Run the mixture of experts; a batch's prompts in parts as large as one prompt's chunk."""
+        at_once = tokens_per_row(PREFILL_CHUNK, len(h))
+
+        def run(part: mx.array, where: slice) -> mx.array:
+            real = None if rows is None else rows[:, where]
+            return self.mlp(part, self.post_attention_layernorm, real)
+
+        return _in_parts(h, at_once, run) if h.shape[1] > at_once else run(h, slice(None))
 
 
 class Decoder(nn.Module):
@@ -188,9 +218,25 @@ class Model(StreamedModule):
         """The decoder layers."""
         return self.model.layers
 
-    def make_cache(self) -> list[Any]:
-        """Return an empty prompt cache of mlx-lm's own classes, one entry per layer."""
-        return [ArraysCache(size=2) if layer.is_linear else KVCache() for layer in self.layers]
+    def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
+        """Return an empty prompt cache of mlx-lm's own classes, one entry per layer.
+
+        Args:
+            max_kv_size: tokens that full attention sees at most: the first four and the latest.
+                None for all. GatedDeltaNet layers have one state for all tokens.
+
+        Raises:
+            FlashMoEError: `max_kv_size` is below LEAST_KV_SIZE.
+        """
+        if max_kv_size is not None and max_kv_size < LEAST_KV_SIZE:
+            raise FlashMoEError(
+                f"max_kv_size = {max_kv_size} is too few. Give {LEAST_KV_SIZE} or more tokens."
+            )
+
+        def keys_and_values() -> KVCache | RotatingKVCache:
+            return KVCache() if max_kv_size is None else RotatingKVCache(max_kv_size, KEPT_TOKENS)
+
+        return [ArraysCache(size=2) if x.is_linear else keys_and_values() for x in self.layers]
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Convert a checkpoint's tensors to this model's names and shapes."""
@@ -199,6 +245,7 @@ class Model(StreamedModule):
     @property
     def quant_predicate(self) -> Any:
         """Bits per layer for mlx_lm's quantization: 8 for routers and gates."""
+        self.refuse_copy()
 
         def predicate(path: str, _: nn.Module) -> bool | dict[str, int]:
             if path.endswith(("mlp.gate", "shared_expert_gate")):
@@ -210,4 +257,5 @@ class Model(StreamedModule):
     @property
     def cast_predicate(self) -> Any:
         """Which parameters mlx_lm may cast: all but A_log, which stays float32."""
+        self.refuse_copy()
         return lambda path: not path.endswith("A_log")

@@ -45,7 +45,7 @@ class MLP(nn.Module):
         """Map `[..., H]` to `[..., H]`."""
         return mlp(x, self.gate_proj, self.up_proj, self.down_proj)
 
-    def banks(self) -> list[QuantizedMatrix] | None:
+    def matrices(self) -> list[QuantizedMatrix] | None:
         """Return gate, up and down, or None if they are not affine-quantized."""
         weights = [join([self[name]]) for name in PROJECTIONS]
         return [w.matrix for w in weights if w] if all(weights) else None
@@ -54,7 +54,7 @@ class MLP(nn.Module):
 class ResidentExperts(SwitchGLU):
     """Experts as ordinary parameters, named as in mlx-lm: expert e lies in slot e."""
 
-    def banks(self) -> list[QuantizedMatrix] | None:
+    def matrices(self) -> list[QuantizedMatrix] | None:
         """Return gate, up and down, or None if they are not affine-quantized."""
         layers = [self[name] for name in PROJECTIONS]
 
@@ -99,15 +99,15 @@ class StreamedExperts(StreamedLayer):
         """
         super().__init__(layer, store)
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
-        self._banks = []
+        self._matrices = []
         for index, projection in enumerate(PROJECTIONS):
             bits, group_size = quantization(layout, projection, args.expert_shape(projection))
             three = arrays[3 * index : 3 * index + 3]
-            self._banks.append(QuantizedMatrix.of(three, bits, group_size))
+            self._matrices.append(QuantizedMatrix.of(three, bits, group_size))
 
-    def banks(self) -> list[QuantizedMatrix]:
+    def matrices(self) -> list[QuantizedMatrix]:
         """Return gate, up and down."""
-        return self._banks
+        return self._matrices
 
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
         """Return the weighted sum of the chosen experts' outputs: see `streamed_mixture`."""
@@ -126,8 +126,8 @@ def resident_mixture(
 def _resident_by_gpu(
     experts: ResidentExperts, x: mx.array, indices: mx.array, scores: mx.array
 ) -> mx.array | None:
-    banks = experts.banks() if on_gpu(x) else None
-    return _weighted(experts, x, indices, scores, banks) if banks else None
+    matrices = experts.matrices() if on_gpu(x) else None
+    return _weighted(experts, x, indices, scores, matrices) if matrices else None
 
 
 @Op
@@ -149,14 +149,14 @@ def streamed_mixture(
     Returns:
         `[..., H]`.
     """
-    return _weighted(experts, x, indices, scores, experts.banks())
+    return _weighted(experts, x, indices, scores, experts.matrices())
 
 
 @streamed_mixture.register
 def _streamed_by_cpu(
     experts: StreamedExperts, x: mx.array, indices: mx.array, scores: mx.array
 ) -> mx.array | None:
-    if (outputs := outputs_by_cpu(experts, x, indices, experts.banks())) is None:
+    if (outputs := outputs_by_cpu(experts, x, indices, experts.matrices())) is None:
         return None
     # In numpy: MLX would copy a prompt's outputs twice.
     tokens, top_k = x.size // x.shape[-1], indices.shape[-1]
@@ -169,10 +169,10 @@ def _weighted(
     x: mx.array,
     indices: mx.array,
     scores: mx.array,
-    banks: ExpertMatrices,
+    matrices: ExpertMatrices,
 ) -> mx.array:
     """Return the weighted sum, in the router's order."""
-    y, place = outputs_in_batches(experts, x, indices, banks)
+    y, place = outputs_in_batches(experts, x, indices, matrices)
     return combine(y, place, scores.reshape(place.shape)).reshape(x.shape)
 
 
@@ -265,8 +265,8 @@ def _by_gpu(
 
 def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[Step, Step] | None:
     """Return the two halves of a block: before and after the slots are known."""
-    shared, banks = block.shared_expert.banks(), block.switch_mlp.banks()
-    if not (shared and banks and wanted(h, banks, shared, block.top_k)):
+    shared, matrices = block.shared_expert.matrices(), block.switch_mlp.matrices()
+    if not (shared and matrices and wanted(h, matrices, shared, block.top_k)):
         return None
 
     def choose(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -276,7 +276,7 @@ def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[St
         return route(logits, block.top_k, renormalize=block.norm_topk_prob, shared=True)
 
     def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:
-        mixture = h, slots, scores, banks, shared, gate
+        mixture = h, slots, scores, matrices, shared, gate
         gain = norm.weight, scalar(norm.eps)
         return expert_mlp_by_kernels(*mixture, norm=gain, residual=h)
 
@@ -288,10 +288,10 @@ def _step_by_cpu(
     block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm, rows: mx.array | None = None
 ) -> mx.array | None:
     """Run the block for one token per row, in one call."""
-    if not (steps := cpu_steps(h)) or (banks := block.switch_mlp.banks()) is None:
+    if not (steps := cpu_steps(h)) or (matrices := block.switch_mlp.matrices()) is None:
         return None
     shared = [block.shared_expert[name] for name in PROJECTIONS]
     batches, choice = block.switch_mlp.batches, (block.top_k, block.norm_topk_prob)
     return steps.moe_step(
-        h, block.gate, block.shared_expert_gate, shared, banks, norm, *choice, batches
+        h, block.gate, block.shared_expert_gate, shared, matrices, norm, *choice, batches
     )

@@ -6,12 +6,13 @@ import mlx.core as mx
 import numpy as np
 
 from ...format.layout import ExpertLayout
+from ..backend import AllocatedByMlx
 from ..sizing import CachePlan
 from . import mailbox, resident
 from .pinned import GpuRow, gpu_reads, gpu_rows
 
 
-class CudaBackend:
+class CudaBackend(AllocatedByMlx):
     """A GPU with its own memory."""
 
     visible = False
@@ -31,15 +32,6 @@ class CudaBackend:
     def free_bytes(self) -> int:
         """Free bytes of the GPU's memory."""
         return int(mx.device_info()["free_memory"])
-
-    def check_room(self, nbytes: int) -> None:
-        """Do nothing: MLX allocates GPU memory."""
-
-    def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """Return evaluated zeros."""
-        array = mx.zeros(shape, dtype=dtype)
-        mx.eval(array)
-        return array
 
     def rows(self, arrays: Sequence[mx.array]) -> list[GpuRow]:
         """Return the GPU addresses of arrays: see `gpu_rows`."""

@@ -1,0 +1,59 @@
+"""mlx-lm's `generate`, `stream_generate` and `batch_generate`, which ignore `max_kv_size`.
+
+mlx-lm applies it only to models without a `make_cache`, and a GatedDeltaNet needs one.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx_lm
+from mlx_lm.generate import BatchResponse, GenerationResponse
+
+from ..errors import FlashMoEError
+from .streamed import StreamedModule
+
+
+def generate(model: Any, tokenizer: Any, prompt: Any, **options: Any) -> str:
+    """Return the text that follows a prompt: `mlx_lm.generate` with `max_kv_size`.
+
+    Raises:
+        FlashMoEError: `max_kv_size` is out of range, or cannot be combined with another option.
+    """
+    return mlx_lm.generate(model, tokenizer, prompt, **_with_cache(model, options))
+
+
+def stream_generate(
+    model: Any, tokenizer: Any, prompt: Any, **options: Any
+) -> Iterator[GenerationResponse]:
+    """Yield the text that follows a prompt: `mlx_lm.stream_generate` with `max_kv_size`.
+
+    Raises:
+        FlashMoEError: `max_kv_size` is out of range, or cannot be combined with another option.
+    """
+    return mlx_lm.stream_generate(model, tokenizer, prompt, **_with_cache(model, options))
+
+
+def batch_generate(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> BatchResponse:
+    """Return the texts that follow several prompts: `mlx_lm.batch_generate`.
+
+    Raises:
+        FlashMoEError: `max_kv_size` is given.
+    """
+    if options.get("max_kv_size") is not None:
+        raise FlashMoEError(
+            f"max_kv_size = {options['max_kv_size']}: a batch in mlx-lm does not keep the first "
+            "tokens. Leave it out, or call generate for each prompt."
+        )
+    return mlx_lm.batch_generate(model, tokenizer, prompts, **options)
+
+
+def _with_cache(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Replace `max_kv_size` by a prompt cache of that size; mlx-lm does so for other models."""
+    if (size := options.get("max_kv_size")) is None or not isinstance(model, StreamedModule):
+        return options
+    for name in ("prompt_cache", "kv_bits"):
+        if options.get(name) is not None:
+            raise FlashMoEError(
+                f"max_kv_size = {size} cannot be combined with {name}. Leave one of them out."
+            )
+    return options | {"max_kv_size": None, "prompt_cache": model.make_cache(size)}
