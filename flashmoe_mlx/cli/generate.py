@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     if stats and args.stats_json:
         stats.save(args.stats_json)
     if stats and args.plot:
-        stats.plot(args.plot)
+        stats.plot(args.plot, Path(args.model or metadata.get("model") or "bundled model").name)
 
 
 def open_model(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any, TokenizerWrapper]:
