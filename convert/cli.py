@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         "--calibrate", metavar="FILE",
         help="Quantize each expert for its inputs in this text (UTF-8): a few thousand words of "
         "the kind that the model will be used for. Needs a quantized source, memory to run it, and "
-        "hours for a large model.",
+        "hours for a large model: --dry-run says how many.",
     )  # fmt: skip
     add(
         "--dtype", choices=sorted(DTYPES),

@@ -19,7 +19,7 @@ from ..format.headers import TensorInfo, checkpoint_headers
 from ..format.layout import EXPERT_DIR, MANIFEST
 from ..format.model_files import read_config
 from ..models.qwen3_5.args import ModelArgs
-from .plan.parts import METHODS, LayerPlan, Options, Plan
+from .plan.parts import METHODS, File, LayerPlan, Options, Plan
 from .plan.plan import build_plan
 from .publish import published, upload
 from .publish.card import model_card
@@ -32,6 +32,7 @@ from .source.read import Reader
 from .source.shards import Shards
 from .write import files, journal, output
 from .write.describe import describe, describe_time, human
+from .write.execute import Progress
 from .write.files import as_text
 from .write.stamps import SourceChangedError, Stamps, source_files
 from .write.steps import Step, fetched, plan_steps
@@ -180,8 +181,8 @@ def _make(job: _Job, dry_run: bool) -> None:
     free += journal.leftover_bytes(out, plan, done)
     if dry_run:
         print(describe(source, plan, out, fetching, to_write, free))
-        if not job.link and not job.calibrate:
-            print(describe_time(source, plan, to_write / total, fetching))
+        if not job.link:
+            print(describe_time(source, plan, to_write / total, fetching, text))
         return
     if needed > free:
         raise FlashMoEError(
@@ -286,7 +287,8 @@ def _calibration(source: Source, text: str | None) -> Iterator[Calibration | Non
 
     model, tokenizer = load(source.directory)
     try:
-        yield Calibration(model.model, tokenizer.encode(text))
+        # Not verbose: it would warn that the text is longer than the model's context.
+        yield Calibration(model.model, tokenizer.encode(text, verbose=False))
     finally:
         model.close()
 
@@ -300,17 +302,19 @@ def _write(job: _Job, done: journal.Entries, calibration: Calibration | None) ->
     }
     steps = job.steps(done)
     shards.tidy(frozenset().union(*(step.needs for step in steps)))
-    with Reader(shards.find) as reader, _bar(plan, done) as bar:
+    with Reader(shards.find) as reader, _bar(plan, done, calibration is not None) as bar:
         for step in steps:
             file, name = step.file, output.place(step.file)
             bar.set_description(Path(name).name)
             shards.fetch(step.needs)
-            inputs = None
+            inputs, progress = None, bar.update
+            if calibration:
+                progress = _experts_only(bar, file)
             if calibration and isinstance(file, LayerPlan):
                 inputs = calibration.layer(file.layer)
             visit = step.visit(done)
             with _unchanged(job.stamps, out):
-                entry = output.write_weights(source, file, out, reader, bar.update, inputs, visit)
+                entry = output.write_weights(source, file, out, reader, progress, inputs, visit)
             done[name] = entry
             journal.write_journal(out, job.begun, done)
             shards.delete(step.spent, reader)
@@ -339,11 +343,20 @@ def _unchanged(stamps: Stamps, out: Path) -> Iterator[None]:
     stamps.check(out)
 
 
-def _bar(plan: Plan, done: journal.Entries) -> Any:
+def _bar(plan: Plan, done: journal.Entries, calibrated: bool) -> Any:
+    """Return a bar in bytes, or in experts, which take nearly all the time of a calibration."""
     total, initial = plan.trunk_bytes + plan.expert_bytes, journal.data_bytes(plan, done)
-    return tqdm(
-        total=total, initial=initial, unit="B", unit_scale=True, file=sys.stderr, disable=None
-    )
+    form: dict[str, Any] = {"unit": "B", "unit_scale": True}
+    if calibrated:
+        total = sum(layer.experts for layer in plan.layers)
+        initial = sum(x.experts for x in plan.layers if output.place(x) in done)
+        form = {"unit": "expert"}
+    return tqdm(total=total, initial=initial, file=sys.stderr, disable=None, **form)
+
+
+def _experts_only(bar: Any, file: File) -> Progress:
+    """Return what counts a file's experts, and nothing of the trunk."""
+    return lambda _: bar.update(int(isinstance(file, LayerPlan)))
 
 
 def origin(source: Source) -> dict[str, str]:

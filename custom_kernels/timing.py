@@ -88,7 +88,22 @@ def side_by_side(
         typical: reduces the runs' times to one.
 
     Returns:
-        Milliseconds per call of the typical run, without the cost of linking calls.
+        Milliseconds per call of the typical run, without the cost of linking calls; at least 0.
+    """
+    return [max(net, 0.0) for net, _ in timed(ops, sets, calls, runs, clock, typical)]
+
+
+def timed(
+    ops: Sequence[Op],
+    sets: Sequence[list[mx.array]],
+    calls: int,
+    runs: int = 5,
+    clock: Clock = time.perf_counter,
+    typical: Callable[[list[float]], float] = statistics.median,
+) -> list[tuple[float, float]]:
+    """Do the same; return milliseconds per call without and with the cost of linking calls.
+
+    The first may be negative: noise, if an op takes less time than its link.
     """
     link_alone = _link(len(ops[0](*sets[0])))
     taken: list[list[float]] = [[] for _ in range(len(ops) + 1)]
@@ -98,4 +113,4 @@ def side_by_side(
             chain(op, sets, calls)
             times.append((clock() - start) * 1e3 / calls)
     *found, link = (typical(times[1:]) for times in taken)
-    return [max(ms - link, 0.0) for ms in found]
+    return [(ms - link, ms) for ms in found]

@@ -14,7 +14,7 @@ from .errors import FlashMoEError
 
 NAME = "flashmoe-mlx"
 # These work without MLX, in part or for --help, and call `check_mlx` before they need it.
-CHECK_LATER = ("flashmoe-convert", "flashmoe-doctor", "flashmoe-plan")
+CHECK_LATER = ("flashmoe-bench", "flashmoe-convert", "flashmoe-doctor", "flashmoe-plan")
 
 
 @functools.cache

@@ -16,13 +16,14 @@ import numpy.typing as npt
 from ...errors import FlashMoEError
 from ..plan.parts import Projection
 from ..source.arrays import FLOATS
-from .codes import Codes
-from .compensate import DAMPING, Floats, quantize_for
+from .compensate import Floats, Rounded, quantize_for
+from .products import cross, product
 
 if TYPE_CHECKING:
     from ...models.qwen3_5.model import Decoder, DecoderLayer
 
 CHUNK = 2048  # tokens per forward pass, and the context length
+MOST_ROWS = 4096  # of an expert's inputs to use
 PRIOR = 64  # tokens of the whole layer that count in each expert's moments
 
 
@@ -41,72 +42,98 @@ class LayerInputs:
     scores: Floats
 
     def rows(self, expert: int) -> tuple[Floats, Floats]:
-        """Return one expert's inputs `[rows, H]` and scores `[rows]`; rows may be 0."""
-        chosen = self.experts == expert
-        return self.inputs[chosen.any(-1)], self.scores[chosen]
+        """Return one expert's inputs `[rows, H]` and scores `[rows]`; rows may be 0.
+
+        At most MOST_ROWS, evenly spaced.
+        """
+        tokens, places = np.nonzero(self.experts == expert)
+        some = _spaced(len(tokens), MOST_ROWS)
+        return self.inputs[tokens[some]], self.scores[tokens[some], places[some]]
 
     @cached_property
     def sample(self) -> Floats:
         """Up to 4 PRIOR inputs of the layer, evenly spaced."""
-        places = np.linspace(0, len(self.inputs) - 1, min(4 * PRIOR, len(self.inputs)))
-        return self.inputs[np.unique(places.astype(int))]
+        return self.inputs[_spaced(len(self.inputs), 4 * PRIOR)]
 
     @cached_property
     def moments(self) -> Floats:
         """The mean of x x^T over all inputs, `[H, H]`."""
         return _moments(self.inputs, self.inputs)
 
+    def prepare(self) -> None:
+        """Compute what all experts share, before several threads ask for it."""
+        _ = self.sample, self.moments
+
     def quantize(
-        self, expert: int, matrices: Sequence[mx.array], projections: Sequence[Projection]
-    ) -> list[Codes]:
+        self, expert: int, weights: Sequence[Floats], projections: Sequence[Projection]
+    ) -> list[Rounded | None]:
         """Quantize an expert's gate, up and down (`[I, H]`, `[I, H]`, `[H, I]` float32).
+
+        Returns None for those that are copied.
 
         Inputs are weighted by the effect of an error on the layer's output. Down is quantized for
         the outputs of the new gate and up, towards those of the old ones.
         """
         rows, scores = self.rows(expert)
-        weights: list[Floats] = [np.array(matrix) for matrix in matrices]
         counts = scores**2
-        found, new = [], []
-        for index, own in enumerate(_sensitivities(rows, *weights)):
+        old = _Hidden.of(rows, *weights[:2])
+        found: list[Rounded | None] = []
+        for index, own in enumerate(old.sensitivities(weights[2])):
             moments = _mixed(_moments(rows, rows, counts * own), self.moments, len(rows))
             found.append(_quantized(weights[index], moments, projections[index]))
-            now = weights[index]
-            if not projections[index].copied:
-                now = np.array(found[index].restored(projections[index].after))
-            new.append(now)
+        new = [
+            before if after is None else after.restored()
+            for before, after in zip(weights[:2], found, strict=True)
+        ]
         # Tokens of other experts stand in for this expert's rare ones.
-        seen, wanted = (
-            [_hidden(x, gate, up) for x in (rows, self.sample)] for gate, up in (new, weights[:2])
-        )
+        seen = [_Hidden.of(x, *new).values for x in (rows, self.sample)]
+        wanted = old.values, _Hidden.of(self.sample, *weights[:2]).values
         both = [
             _mixed(_moments(x[0], seen[0], counts), _moments(x[1], seen[1]), len(rows))
             for x in (seen, wanted)
         ]
-        target: Floats = weights[2] @ _correction(*both)
-        return [*found, _quantized(target, both[0], projections[2])]
+        return [*found, _quantized(weights[2], both[0], projections[2], both[1])]
 
 
-def _sensitivities(rows: Floats, gate: Floats, up: Floats, down: Floats) -> tuple[Floats, Floats]:
-    """Return how squared errors of gate's and of up's outputs scale in down's, `[rows]` each."""
-    gated, lifted = rows @ gate.T, rows @ up.T
-    sigmoid = 1 / (1 + np.exp(-gated))
-    slope = sigmoid * (1 + gated * (1 - sigmoid))
-    heights = (down**2).sum(0)
-    return (slope * lifted) ** 2 @ heights, (gated * sigmoid) ** 2 @ heights
+def _spaced(count: int, most: int) -> npt.NDArray[np.int64]:
+    """Return up to `most` of the numbers below `count`, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
 
 
-def _quantized(weights: Floats, moments: Floats, projection: Projection) -> Codes:
-    dtype = FLOATS[projection.dtype]
-    batch = quantize_for(weights[None], moments[None], projection.after, dtype)
-    return Codes(*(part[0] for part in batch))
+@dataclass(frozen=True)
+class _Hidden:
+    """Outputs of gate and of up `[rows, I]`, and the sigmoid of gate's."""
+
+    gated: Floats
+    lifted: Floats
+    sigmoid: Floats
+
+    @classmethod
+    def of(cls, rows: Floats, gate: Floats, up: Floats) -> "_Hidden":
+        gated = product(rows, gate.T)
+        sigmoid: Floats = np.reciprocal(1 + np.exp(-gated))
+        return cls(gated, product(rows, up.T), sigmoid)
+
+    @property
+    def values(self) -> Floats:
+        """The inputs of down, `[rows, I]`."""
+        return self.gated * self.sigmoid * self.lifted
+
+    def sensitivities(self, down: Floats) -> tuple[Floats, Floats]:
+        """Return how squared errors of gate's and of up's outputs scale in down's, `[rows]`."""
+        heights = (down**2).sum(0)
+        slope = self.sigmoid * (1 + self.gated * (1 - self.sigmoid))
+        effects = slope * self.lifted, self.gated * self.sigmoid
+        first, second = ((effect**2 * heights).sum(-1) for effect in effects)
+        return first, second
 
 
-def _correction(seen: Floats, wanted: Floats) -> Floats:
-    """Return the least-squares map from x' to x, given the means of x' x'^T and of x x'^T."""
-    damping = DAMPING * np.trace(seen) / len(seen) or 1.0
-    ridge = np.eye(len(seen), dtype=np.float32) * np.float32(damping)
-    return np.linalg.solve(seen + ridge, (wanted + ridge).T).T.astype(np.float32)
+def _quantized(
+    weights: Floats, moments: Floats, projection: Projection, wanted: Floats | None = None
+) -> Rounded | None:
+    if projection.copied:
+        return None
+    return quantize_for(weights, moments, projection.after, FLOATS[projection.dtype], wanted)
 
 
 class Calibration:
@@ -158,14 +185,9 @@ def _moments(left: Floats, right: Floats, counts: Floats | None = None) -> Float
     """Return the weighted mean of x y^T over `[rows, columns]`; zeros if rows is 0."""
     if counts is None:
         counts = np.ones(len(left), np.float32)
-    shares = (counts / np.float32(counts.sum() or 1))[:, None]
-    return ((left * shares).T @ right).astype(np.float32)
-
-
-def _hidden(rows: Floats, gate: Floats, up: Floats) -> Floats:
-    """Return the down projection's input `[rows, I]` for `[rows, H]`."""
-    gated = rows @ gate.T
-    return gated / (1 + np.exp(-gated)) * (rows @ up.T)
+    # Both sides get the root: rounded inputs (TF32) then keep x x^T positive.
+    shares = np.sqrt(counts / np.float32(counts.sum() or 1))[:, None]
+    return cross(left * shares, right * shares)
 
 
 def _mixed(own: Floats, layer: Floats, rows: int) -> Floats:

@@ -46,7 +46,8 @@ def _to_half(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
 
 
 @jit(error_model="numpy")
-def _stored(x: Any, kind: int) -> Any:
+def stored(x: Any, kind: int) -> Any:
+    """Round a float32 to the storage dtype, as float32."""
     if kind == BFLOAT:
         return _to_bfloat(x)
     return _to_half(x) if kind == HALF else x
@@ -71,6 +72,56 @@ def _try(
     return error, first, second, cross
 
 
+@jit(error_model="numpy")
+def fit_group(
+    row: Array, some: Array, bits: int, kind: int, shares: Array, steps: int, start: Any,
+    offset: Any, best: Array,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Fit one group; return its scale and bias.
+
+    Args:
+        row: `[group size]` float32.
+        some: weights of squared errors, `[group size]`.
+        bits: per code.
+        kind: BFLOAT, HALF or FULL.
+        shares: see `fit.STARTS`.
+        steps: see `fit.STEPS`.
+        start: a scale to start from.
+        offset: its bias.
+        best: `[group size]` float32; receives the codes.
+    """
+    size = row.size
+    most = np.float32((1 << bits) - 1)
+    total = max(some.sum(), np.float32(1e-30))
+    weight = some / total
+    sum_of_weights = weight.sum()
+    mean = np.float32(0.0)
+    for i in range(size):
+        mean += weight[i] * row[i]
+    low, high = row.min(), row.max()
+    now = np.empty(size, np.float32)
+    best_scale, best_bias = start, offset
+    least = _try(row, weight, best_scale, best_bias, most, best)[0]
+    for share in shares:
+        half = (high - low) / np.float32(2.0) * share
+        scale = stored(np.float32(2.0) * half / most, kind)
+        bias = stored((low + high) / np.float32(2.0) - half, kind)
+        for _ in range(steps):
+            error, first, second, cross = _try(row, weight, scale, bias, most, now)
+            if error < least:
+                least, best_scale, best_bias = error, scale, bias
+                best[:] = now
+            spread = second - first * first * (np.float32(2.0) - sum_of_weights)
+            if spread <= np.float32(1e-12):
+                break
+            new = stored((cross - first * mean) / spread, kind)
+            shifted = stored(mean - new * first, kind)
+            if new == scale and shifted == bias:
+                break
+            scale, bias = new, shifted
+    return best_scale, best_bias
+
+
 @jit(parallel=True, error_model="numpy")
 def fit_groups(
     rows: Array, counts: Array, bits: int, kind: int, shares: Array, steps: int,
@@ -81,46 +132,20 @@ def fit_groups(
     Args:
         rows: `[groups, group size]` float32.
         counts: weights of squared errors, of rows' shape or `[1, group size]`.
-        bits: per code.
-        kind: BFLOAT, HALF or FULL.
-        shares: see `fit.STARTS`.
-        steps: see `fit.STEPS`.
+        bits: see `fit_group`.
+        kind: see `fit_group`.
+        shares: see `fit_group`.
+        steps: see `fit_group`.
         codes: `[groups, group size]` uint8, written.
         scales: `[groups]` float32.
         biases: `[groups]` float32.
     """
-    groups, size = rows.shape
-    most = np.float32((1 << bits) - 1)
-    for g in prange(groups):
+    for g in prange(len(rows)):
         group: Any = np.int64(g)  # numba turns unsigned with signed into float
-        row, some = rows[group], counts[min(group, len(counts) - 1)]
-        total = max(some.sum(), np.float32(1e-30))
-        weight = some / total
-        sum_of_weights = weight.sum()
-        mean = np.float32(0.0)
-        for i in range(size):
-            mean += weight[i] * row[i]
-        low, high = row.min(), row.max()
-        now, best = np.empty(size, np.float32), np.empty(size, np.float32)
-        best_scale, best_bias = scales[group], biases[group]
-        least = _try(row, weight, best_scale, best_bias, most, best)[0]
-        for share in shares:
-            half = (high - low) / np.float32(2.0) * share
-            scale = _stored(np.float32(2.0) * half / most, kind)
-            bias = _stored((low + high) / np.float32(2.0) - half, kind)
-            for _ in range(steps):
-                error, first, second, cross = _try(row, weight, scale, bias, most, now)
-                if error < least:
-                    least, best_scale, best_bias = error, scale, bias
-                    best[:] = now
-                spread = second - first * first * (np.float32(2.0) - sum_of_weights)
-                if spread <= np.float32(1e-12):
-                    break
-                new = _stored((cross - first * mean) / spread, kind)
-                shifted = _stored(mean - new * first, kind)
-                if new == scale and shifted == bias:
-                    break
-                scale, bias = new, shifted
-        for i in range(size):
+        best = np.empty(rows.shape[1], np.float32)
+        scales[group], biases[group] = fit_group(
+            rows[group], counts[min(group, len(counts) - 1)], bits, kind, shares, steps,
+            scales[group], biases[group], best,
+        )  # fmt: skip
+        for i in range(len(best)):
             codes[group, i] = np.uint8(best[i])
-        scales[group], biases[group] = best_scale, best_bias

@@ -5,14 +5,15 @@ from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
+import numpy as np
 
 from ...errors import FlashMoEError
 from ...format.modules import PARTS
 from ..plan.parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Projection, Quant, Spec
 from ..source.arrays import FLOATS, as_array
 from ..source.read import Bytes
-from .calibrate import LayerInputs
 from .codes import Codes, quantize
+from .compensate import Floats, Rounded
 from .fit import fit
 
 Part: TypeAlias = mx.array | Bytes
@@ -91,16 +92,20 @@ def encode_record(
     return parts
 
 
-def encode_calibrated(
-    record: Bytes, before: Sequence[Spec], plan: LayerPlan, expert: int, inputs: LayerInputs
-) -> list[Part]:
-    """Do the same for the expert's inputs in the calibration text."""
+def restored_record(record: Bytes, before: Sequence[Spec], plan: LayerPlan) -> list[Floats]:
+    """Return an expert's three matrices as float32; see `encode_record` for the arguments."""
     split = _split(record, before, plan)
-    matrices = [_restored(pieces, specs, projection) for projection, pieces, specs in split]
-    found = inputs.quantize(expert, matrices, plan.projections)
+    return [np.array(_restored(pieces, specs, projection)) for projection, pieces, specs in split]
+
+
+def encode_calibrated(
+    record: Bytes, before: Sequence[Spec], plan: LayerPlan, found: Sequence[Rounded | None]
+) -> list[Part]:
+    """Return the parts of a record that was quantized for its inputs; None: copied."""
     parts: list[Part] = []
-    for (projection, pieces, _), codes in zip(split, found, strict=True):
-        parts += pieces if projection.copied else codes
+    for (projection, pieces, _), new in zip(_split(record, before, plan), found, strict=True):
+        dtype = FLOATS[projection.dtype]
+        parts += pieces if new is None else new.packed(projection.after, dtype)
     return parts
 
 

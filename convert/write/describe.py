@@ -7,7 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ...models.qwen3_5.args import ModelArgs
 from ..plan.parts import LayerPlan, Plan, Quant
+from ..quant.calibrate import MOST_ROWS, LayerInputs
 from ..source.arrays import FLOATS, NUMPY, as_bytes
 from ..source.checkpoint import Source
 from ..source.foreign_code import REMEDY
@@ -17,6 +19,7 @@ from .output import copied_code
 from .steps import Fetched
 
 DOWNLOAD_RATE = 100e6  # bytes per second, assumed
+CHARACTERS = 4  # of a text per token, assumed
 
 
 def describe(
@@ -61,33 +64,49 @@ def human(nbytes: int) -> str:
     return f"{nbytes / 1e9:,.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.2f} MB"
 
 
-def describe_time(source: Source, plan: Plan, share: float, fetching: Fetched) -> str:
-    """Estimate the time for a share (0 to 1) of the experts; takes seconds to measure a few."""
+def describe_time(
+    source: Source, plan: Plan, share: float, fetching: Fetched, text: str | None = None
+) -> str:
+    """Estimate the time for a share (0 to 1) of the experts; takes seconds to measure a few.
+
+    `text` is that of a calibration.
+    """
     kinds: dict[object, list[LayerPlan]] = {}
     for layer in plan.layers:
         kinds.setdefault(layer.projections, []).append(layer)
+    inputs = None if text is None else _inputs(plan, len(text) // CHARACTERS)
     seconds = sum(
-        _seconds(source, layers[0]) * sum(layer.experts for layer in layers)
+        _seconds(source, layers[0], inputs) * sum(layer.experts for layer in layers)
         for layers in kinds.values()
     )
-    parts = [f"{_duration(share * seconds)} to compute"] if seconds else []
+    parts = [f"{duration(share * seconds)} to compute on this machine"] if seconds else []
     if fetching.count:
         rate = f"{DOWNLOAD_RATE / 1e6:.0f} MB/s"
-        parts.append(f"{_duration(fetching.nbytes / DOWNLOAD_RATE)} to fetch at {rate}")
-    known = f"about {', '.join(parts)}, plus disk time" if parts else "disk time only"
+        parts.append(f"{duration(fetching.nbytes / DOWNLOAD_RATE)} to fetch at {rate}")
+    rest = "disk time" if text is None else "running the text through the model, and disk time"
+    known = f"about {', '.join(parts)}, plus {rest}" if parts else "disk time only"
     return f"time        {known}"
 
 
-def _seconds(source: Source, plan: LayerPlan) -> float:
+def _inputs(plan: Plan, tokens: int) -> LayerInputs:
+    """Return random inputs of a layer; each expert has an average share of the text's tokens."""
+    args = ModelArgs.from_dict(plan.config)
+    rows = min(MOST_ROWS, tokens * args.num_experts_per_tok // args.num_experts + 1)
+    inputs = np.random.default_rng(0).normal(size=(rows, args.hidden_size)).astype(np.float32)
+    experts = np.tile(np.arange(args.num_experts, dtype=np.int32), (rows, 1))
+    return LayerInputs(inputs, experts, np.full(experts.shape, 0.1, np.float32))
+
+
+def _seconds(source: Source, plan: LayerPlan, inputs: LayerInputs | None) -> float:
     """Return the seconds to compute one expert; 0 if it is copied."""
     if all(projection.copied for projection in plan.projections):
         return 0.0
-    steps = ExpertSteps(source, plan, Reader())
+    steps = ExpertSteps(source, plan, Reader(), inputs)
     batch = steps.batches(range(plan.experts))[0]
     loaded = [_random(source, plan)] * len(batch)
-    steps.encode(batch, loaded)  # compiles kernels
+    list(steps.encode(batch[:1], loaded[:1]))  # compiles kernels
     begun = time.perf_counter()
-    steps.encode(batch, loaded)
+    list(steps.encode(batch, loaded))
     return (time.perf_counter() - begun) / len(batch)
 
 
@@ -117,7 +136,9 @@ def _tensor(dtype: str, shape: tuple[int, ...]) -> Bytes:
     return np.frombuffer(as_bytes(array), np.uint8)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Format seconds as "90 s", "5 min" or "5 h 20 min"."""
     if seconds < 120:
         return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -1,10 +1,12 @@
 """Execute a plan file by file, with a few experts or one block of the trunk in memory."""
 
+import functools
 import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +18,15 @@ from ...format.layout import DATA_ALIGNMENT, LayerLayout
 from ...format.names import FIELDS, layer_prefix
 from ..plan.parts import LayerPlan, Spec, TrunkFile, TrunkTensor
 from ..quant.calibrate import LayerInputs
-from ..quant.codes import quantize
+from ..quant.codes import has_numba, quantize
+from ..quant.compensate import Floats, Rounded
 from ..quant.quantize import (
     Part,
     encode_calibrated,
     encode_fields,
     encode_floats,
     encode_record,
+    restored_record,
 )
 from ..source.arrays import FLOATS, as_array, as_bytes
 from ..source.checkpoint import Source
@@ -136,8 +140,13 @@ class ExpertSteps:
         self._foreign = source.foreign
 
     def batches(self, experts: Sequence[int]) -> list[Sequence[int]]:
-        """Split experts into batches of consecutive ones, up to BATCH_BYTES or one expert each."""
+        """Split experts into batches of consecutive ones, up to BATCH_BYTES or one expert each.
+
+        Calibrated experts are computed one per thread, so their batches fill all threads.
+        """
         most = max(1, BATCH_BYTES // self._float_bytes())
+        if self._inputs and not self._copied:
+            most = 2 * calibration_threads()
         batches: list[list[int]] = []
         for expert in experts:
             if not batches or len(batches[-1]) == most or batches[-1][-1] != expert - 1:
@@ -178,10 +187,12 @@ class ExpertSteps:
             found.append((data, matrix.dtype))
         return found
 
-    def encode(self, batch: Sequence[int], loaded: list[Loaded]) -> list[Sequence[Part]]:
+    def encode(self, batch: Sequence[int], loaded: list[Loaded]) -> Iterable[Sequence[Part]]:
         """Return a batch's records, evaluated."""
         if self._copied and not self._foreign:
             return [[record] for ((record, _),) in loaded]
+        if self._inputs:
+            return self._calibrated(batch, loaded, self._inputs)
         streams = _streams()
         records = [self._encode(e, data, streams) for e, data in zip(batch, loaded, strict=True)]
         mx.eval([part for record in records for part in record if isinstance(part, mx.array)])
@@ -196,12 +207,44 @@ class ExpertSteps:
             }
             place = f"{self._source.name}: layer {self._plan.layer} expert {expert}"
             return encode_fields(self._foreign.expert(self._plan.layer, arrays), self._plan, place)
-        record = loaded[0][0]
-        if self._before and self._inputs:
-            return encode_calibrated(record, self._before, self._plan, expert, self._inputs)
         if self._before:
-            return encode_record(record, self._before, self._plan, streams)
+            return encode_record(loaded[0][0], self._before, self._plan, streams)
         return encode_floats(loaded, self._plan, streams)
+
+    def _calibrated(
+        self, batch: Sequence[int], loaded: list[Loaded], inputs: LayerInputs
+    ) -> Iterator[Sequence[Part]]:
+        """Yield each record as soon as it is done; on CPUs, one thread computes each expert."""
+
+        records = [record for ((record, _),) in loaded]
+        matrices = [restored_record(record, self._before, self._plan) for record in records]
+        inputs.prepare()
+
+        def quantized(expert: int, weights: list[Floats]) -> list[Rounded | None]:
+            return inputs.quantize(expert, weights, self._plan.projections)
+
+        threads = calibration_threads()
+        run = map if threads == 1 else _pool(threads).map
+        for record, found in zip(records, run(quantized, batch, matrices), strict=True):
+            yield encode_calibrated(record, self._before, self._plan, found)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return threads for all layers."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="calibrate")
+
+
+def calibration_threads() -> int:
+    """Return how many experts to calibrate at once: one per core on a CPU, up to 8.
+
+    Each needs up to 0.6 GB at 397B size.
+    """
+    if not has_numba():
+        return 1
+    from numba import config  # slow to import
+
+    return min(int(config.NUMBA_NUM_THREADS), 8)
 
 
 def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) -> list[Bytes]:

@@ -8,7 +8,6 @@ into it (warm).
 
 import argparse
 import contextlib
-import json
 import mmap
 import random
 import statistics
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..custom_kernels.kept import cache_dir
 from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout, Field, LayerLayout, open_layout
 from ..format.model_files import read_config
@@ -35,9 +33,10 @@ from ..store.host import BLOCK
 from ..store.io_mode import obstacle
 from ..store.sizing import BUFFERED, CachePlan, IoPlan
 from ..store.store import ExpertStore
+from .arguments import RECORDS
 from .model import check_positive
+from .output import bar, check_json, write_json
 
-RECORDS = (1_769_472, 7_077_888)  # bytes of a 4-bit expert of 35B-A3B and of 397B-A17B
 FETCHED = 8  # experts per request to the store
 SHORTEST = 3 * 3 * BLOCK  # of a record: three matrices, each with codes, scales and biases
 PREADS = ("pread", "pread, no read-ahead", "direct")
@@ -47,6 +46,7 @@ METHODS = {
     "cold": ("pread", "pread, no read-ahead", "mmap", "direct", *STORE),
     "warm": ("pread", "mmap", "store, buffered", "memcpy"),
 }
+_REMEDY = ", because it is not converted: flashmoe-convert lays experts out in blocks"
 LIMIT_THREADS = (2, 4, 8)
 LIMIT_SAMPLE = 128 << 20  # bytes that each method reads in a round of `Limit`
 
@@ -75,44 +75,21 @@ class Case(NamedTuple):
 Rounds = dict[Case, list[tuple[float, float | None]]]
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the subcommand."""
-    text = "Read experts by every method that this system supports, and with the expert store."
-    parser = commands.add_parser("io", help=text, description=text)
-    parser.set_defaults(run=run)
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--model", help="read the experts of a model's first layer")
-    where.add_argument(
-        "--dir", type=Path, default=cache_dir(),
-        help=f"read a temporary file in this directory (default: {cache_dir()})",
-    )  # fmt: skip
-    add = parser.add_argument
-    sizes = f"bytes per expert in the temporary file (default: {' '.join(map(str, RECORDS))})"
-    add("--record", nargs="+", type=int, default=list(RECORDS), metavar="BYTES", help=sizes)
-    add(
-        "--threads",
-        nargs="+",
-        type=int,
-        default=[1, 2, 4, 8, 16],
-        help="numbers of reader threads (default: 1 2 4 8 16)",
-    )
-    add("--rounds", type=int, default=7, help="rounds; prints their median (default: 7)")
-    add("--sample-mib", type=int, default=128, help="MiB to read per round (default: 128)")
-
-
 def run(args: argparse.Namespace) -> int:
-    """Print a table per record size, then one JSON line; return 0."""
+    """Print a table per record size; return 0."""
     _check(args)
+    check_json(args)
     facts = machine.facts()
     print(machine.describe(facts))
-    print(f"GB/s, median of {args.rounds} rounds of {args.sample_mib} MiB in random records")
+    text = f"GB/s, median of {args.rounds} rounds of {args.sample_mib} MiB in random records"
+    print(text, flush=True)
     results = []
     for source, layout in _layouts(args):
         every = cases(layout, args.threads)
         found = measure(layout, every, args.rounds, args.sample_mib << 20)
         results.append(_report(source, layout, found))
     settings = {"rounds": args.rounds, "sample_bytes": args.sample_mib << 20, "fetched": FETCHED}
-    print(json.dumps({"benchmark": "io", **facts, **settings, "records": results}))
+    write_json(args, {"benchmark": "io", **facts, **settings, "records": results})
     return 0
 
 
@@ -178,10 +155,12 @@ def measure(layout: ExpertLayout, cases: Sequence[Case], rounds: int, sample: in
     count = max(1, count // FETCHED) * FETCHED
     buffers = read_speed.record_buffers(max(nbytes for _, _, nbytes in ranges_of([(layer, 0)])))
     found: Rounds = {case: [] for case in cases}
-    for _ in range(rounds):
-        for case in random.sample(cases, len(cases)):
-            experts = random.sample(range(layer.num_experts), count)
-            found[case].append(_run(case, layout, experts, buffers))
+    with bar(rounds * len(cases), "read") as progress:
+        for _ in range(rounds):
+            for case in random.sample(cases, len(cases)):
+                experts = random.sample(range(layer.num_experts), count)
+                found[case].append(_run(case, layout, experts, buffers))
+                progress.update()
     return found
 
 
@@ -261,7 +240,7 @@ def _report(source: str, layout: ExpertLayout, found: Rounds) -> dict[str, Any]:
     threads = sorted({case.threads for case in found})
     print(f"\nrecords of {layout.record_bytes} bytes; {source}; {COLD_BY}")
     if why := obstacle(layout):
-        print(f"no direct reads: {why}")
+        print(f"no direct reads: {why}{_REMEDY if layout.kind == 'stock' else ''}")
     print(f"{'threads':>27}", *(f"{n:>6}" for n in threads), " from disk")
     rows = [
         {**case.as_dict(), "bytes_per_s": speed(rounds), "rounds": [round[0] for round in rounds],

@@ -1,7 +1,6 @@
 """`flashmoe-bench kernels`: time each op, stock MLX's op, and the memory bandwidth's limit."""
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Iterable
@@ -13,16 +12,18 @@ import numpy as np
 
 from ..custom_kernels import launch
 from ..custom_kernels.autotune import NEEDS_GPU, measure
-from ..custom_kernels.case import DTYPES, KernelCase
+from ..custom_kernels.case import KernelCase
 from ..custom_kernels.cases import cases, label
 from ..custom_kernels.experts.router import MAX_TOP_K
 from ..custom_kernels.linear.matvec import BITS
-from ..custom_kernels.timing import fitting_calls, ops_of, side_by_side
+from ..custom_kernels.timing import fitting_calls, ops_of, side_by_side, timed
 from ..errors import FlashMoEError
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile import machine
+from .output import bar, check_json, show, write_json
 
 CHAIN_SECONDS = 0.5
+SHORTEST = 0.05  # of a call with its link; below, a difference of the two is noise
 COPIED = 256 << 20  # bytes per array when measuring bandwidth
 OPS = tuple(dict.fromkeys(case.op for case in cases(GEOMETRIES["35b"], 4, "float32")))
 FORMS = ("custom", "naive", "stock")  # of an op: our kernel, a simple one, MLX's
@@ -33,39 +34,28 @@ HEADER = (
 
 def line(row: dict[str, Any]) -> str:
     """Format a `measure_row` as one line under HEADER."""
-    times = " ".join(f"{_or_dash(row[f'{form}_ms'], '.4f'):>9}" for form in (*FORMS, "floor"))
+    times = " ".join(f"{_time_text(row, form):>9}" for form in (*FORMS, "floor"))
     share, gain = _or_dash(row["share_of_floor"], ".0%"), _or_dash(row["gain_over_stock"], ".2f")
     gain += "x" if gain != "-" else ""
     note = f"  [{row['message']}]" if row["message"] else ""
     return f"{times} {share:>6} {gain:>6}  {row['op']} {row['trial']}{note}"
 
 
+def _time_text(row: dict[str, Any], form: str) -> str:
+    """Format milliseconds; "<" marks a call that takes no longer than linking it to the next."""
+    if (bound := row.get(f"{form}_below_ms")) is not None:
+        return f"<{bound:.4f}"
+    return _or_dash(row[f"{form}_ms"], ".4f")
+
+
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the subcommand."""
-    text = "Time each kernel against stock MLX and against the memory bandwidth's limit."
-    parser = commands.add_parser("kernels", help=text, description=text)
-    parser.set_defaults(run=run)
-    add, usual = parser.add_argument, ["35b", "122b", "397b"]
-    text = "models whose shapes to use (default: 35b 122b 397b)"
-    add("--geometry", nargs="+", choices=GEOMETRIES, default=usual, help=text)
-    add("--op", nargs="+", help="only these ops, such as dequant_matvec (default: all)")
-    text = "bits per weight (default: 4 2)"
-    add("--bits", nargs="+", type=int, default=[4, 2], help=text)
-    text = "experts per token (default: 4 8 10)"
-    add("--top-k", nargs="+", type=int, default=[4, 8, 10], help=text)
-    text = "dtype of activations (default: bfloat16 on a GPU, float32 on a CPU)"
-    add("--dtype", choices=DTYPES, help=text)
-    add("--calls", type=int, help="calls per chain (default: 64 on a GPU, 8 on a CPU)")
-    add("--runs", type=int, default=5, help="chains per op; prints the median (default: 5)")
-
-
 def run(args: argparse.Namespace) -> int:
-    """Print the table, then one JSON line; return 1 if a kernel fails its check, else 0."""
+    """Print the table row by row; return 1 if a kernel fails its check, else 0."""
     _check(args)
+    check_json(args)
     facts, dtype = machine.facts(), args.dtype or machine.default_dtype()
     calls = args.calls or (64 if machine.on_gpu() else 8)
     print(machine.describe(facts))
@@ -73,15 +63,33 @@ def run(args: argparse.Namespace) -> int:
     print(f"{facts['device']}, {dtype}; copy: {bandwidth / 1e9:.1f} GB/s ({how})")
     print(f"chains of {calls} calls (fewer for slow ops), median of {args.runs}; ms per call")
     print(HEADER, flush=True)
-    rows = []
-    for case in _selected(args, dtype):
-        rows.append(measure_row(case, calls, args.runs, bandwidth))
-        print(line(rows[-1]), flush=True)
+    rows, absent = _rows(list(_selected(args, dtype)), calls, args.runs, bandwidth)
+    if absent:
+        print(f"not listed, because their kernels need a GPU: {', '.join(absent)}")
     settings = {"dtype": dtype, "calls": calls, "runs": args.runs, "copy_bytes_per_s": bandwidth}
     settings["copy_measured_by"] = how
-    result = {"benchmark": "kernels", **facts, **settings, "rows": rows}
-    print(json.dumps(result))
-    return int(any(row["message"] not in ("", NEEDS_GPU) for row in rows))
+    write_json(
+        args, {"benchmark": "kernels", **facts, **settings, "rows": rows, "need_gpu": absent}
+    )
+    return int(any(row["message"] for row in rows))
+
+
+def _rows(
+    cases: list[KernelCase], calls: int, runs: int, bandwidth: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Measure and print each case; return the rows, and the ops that need a GPU."""
+    rows, absent = [], dict[str, None]()
+    with bar(len(cases), "case") as progress:
+        for case in cases:
+            progress.set_description(f"{case.op} {label(case)}")
+            row = measure_row(case, calls, runs, bandwidth)
+            if row["message"] == NEEDS_GPU:
+                absent[case.op] = None
+            else:
+                rows.append(row)
+                show(line(row))
+            progress.update()
+    return rows, list(absent)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -121,33 +129,42 @@ def measure_row(case: KernelCase, calls: int, runs: int, bandwidth: float) -> di
         JSON values: op and shape; `nbytes` that a call must move; the parity check's `error` and
         `limit`, as shares of the largest output, and its `message`, empty if it passes;
         milliseconds per call of each of FORMS (None if not timed) and of moving `nbytes` at
-        `bandwidth` (bytes per second); the floor over our time, and stock's time over ours.
+        `bandwidth` (bytes per second); the floor over our time, and stock's time over ours. A call
+        too short to be timed has None, and an upper bound `.._below_ms`.
     """
     found = measure(case, timed=False)
-    times: dict[str, float] = {}
-    if found.ok or found.message == NEEDS_GPU:
-        names = [name for name in (FORMS if found.ok else ("stock",)) if hasattr(case, name)]
+    times: dict[str, float | None] = {}
+    bounds: dict[str, float] = {}
+    if found.ok:
+        names = [name for name in FORMS if hasattr(case, name)]
         if not launch.available():  # the naive form is a GPU kernel
             names = [name for name in names if name != "naive"]
-        times = dict(zip(names, _time(case, names, calls, runs), strict=True))
+        for name, (net, gross) in zip(names, _time(case, names, calls, runs), strict=True):
+            if net < SHORTEST * gross:
+                times[name], bounds[f"{name}_below_ms"] = None, gross
+            else:
+                times[name] = net
     ours, stock, floor = times.get("custom"), times.get("stock"), case.nbytes / bandwidth * 1e3
     return {
         "op": case.op, "trial": label(case), "nbytes": case.nbytes,
         "error": found.error, "limit": found.limit, "message": found.message,
-        **{f"{form}_ms": times.get(form) for form in FORMS}, "floor_ms": floor,
+        **{f"{form}_ms": times.get(form) for form in FORMS}, **bounds, "floor_ms": floor,
         "share_of_floor": floor / ours if ours else None,
         "gain_over_stock": stock / ours if ours and stock else None,
     }  # fmt: skip
 
 
-def _time(case: KernelCase, names: list[str], calls: int, runs: int) -> list[float]:
-    """Return milliseconds per call of each op, in chains of CHAIN_SECONDS at most."""
+def _time(case: KernelCase, names: list[str], calls: int, runs: int) -> list[tuple[float, float]]:
+    """Return milliseconds per call of each op, without and with the cost of linking calls.
+
+    Chains take CHAIN_SECONDS at most.
+    """
     calls, sets = _chain_length(case, calls)
     inputs = [case.inputs()]
     ops = ops_of(case, names)
     calls = fitting_calls(ops, inputs[0], CHAIN_SECONDS, calls, time.perf_counter)
     inputs += [case.inputs(seed) for seed in range(1, min(calls, sets))]
-    return side_by_side(ops, inputs, calls, runs)
+    return timed(ops, inputs, calls, runs)
 
 
 def _chain_length(case: KernelCase, calls: int) -> tuple[int, int]:

@@ -1,18 +1,11 @@
-"""The model that `flashmoe-bench decode`, `prefill` and `batch` measure, and its initial state.
-
-To measure with less memory than the machine has, start the command in a cgroup:
-
-    systemd-run --scope -p MemoryMax=2G -p MemorySwapMax=0 flashmoe-bench decode --cold
-or, with cgroup version 1, as root:
-    g=/sys/fs/cgroup/memory/bench; mkdir $g; echo 2G > $g/memory.limit_in_bytes
-    sh -c "echo \\$\\$ > $g/cgroup.procs; exec flashmoe-bench decode --cold"
-Also give --cold: the group is not charged for pages that other processes read into the page cache.
-"""
+"""The model that `flashmoe-bench decode`, `prefill` and `batch` measure, and its initial state."""
 
 import argparse
 import copy
 import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,47 +25,15 @@ from ..models.qwen3_5.geometry import GEOMETRIES
 from ..models.qwen3_5.model import Model
 from ..profile import machine
 from ..profile.read_speed import expert_ranges, time_reads
-from ..settings import LOOKAHEAD
 from ..store.memory import available_bytes, cgroup_limit
 from ..store.slots import SlotBank
 from ..store.store import ExpertStore
-from .synthetic import Recipe, checkpoint, default_dir
+from .synthetic import Recipe, checkpoint
 
 PROMPT = 16  # tokens before decoding starts
 WARM_UP = 3  # steps before counting starts
 COMPUTE_STEPS = 11  # timed without reads; the median ignores the first
-COLD = "drop the experts from the page cache before each run"  # help of --cold
 Sampler = Callable[[mx.array], mx.array]
-
-
-def add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    text: str,
-    run: Callable[[argparse.Namespace], int],
-) -> argparse.ArgumentParser:
-    """Add a subcommand with the flags common to all three, and return its parser."""
-    parser = commands.add_parser(
-        name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="To measure with" + (__doc__ or "").split("To measure with")[1],
-    )  # fmt: skip
-    parser.set_defaults(run=run, what=name)
-    add = parser.add_argument
-    add("--geometry", choices=GEOMETRIES, default="35b", help="shapes of this model (default: 35b)")
-    add("--layers", type=int, default=8, help="number of layers (default: 8)")
-    add("--vocabulary", type=int, default=32768, help="number of token ids (default: 32768)")
-    add("--bits", type=int, default=4, help="bits per expert weight, 4 or 2 (default: 4)")
-    add("--top-k", type=int, help="experts per token (default: the geometry's)")
-    add("--expert-cache", help="memory for experts: 512MiB, 4GiB or auto (default: auto)")
-    add("--io-threads", type=int, help="threads that read from disk (default: 8)")
-    text = "prefetch experts before the router picks them (default: off)"
-    add("--lookahead", choices=LOOKAHEAD, default="off", help=text)
-    add("--runs", type=int, default=3, help="number of runs; prints the median too (default: 3)")
-    add("--stock", action="store_true", help="also run stock mlx-lm on the same weights")
-    where = f"directory of the checkpoints (default: {default_dir()})"
-    add("--dir", type=Path, default=default_dir(), help=where)
-    add("--plot", type=Path, metavar="FILE.png", help="plot the layers' times and hit rates")
-    return parser
 
 
 def check_positive(**values: int | list[int]) -> None:
@@ -108,7 +69,20 @@ def open_subject(args: argparse.Namespace) -> Subject:
         lookahead=args.lookahead, experts_per_token=args.top_k,
     )  # fmt: skip
     assert isinstance(model, Model) and model._store
+    if getattr(args, "cold", False):
+        _check_misses(model._store)
     return Subject(recipe, path, model, model._store)
+
+
+def _check_misses(store: ExpertStore) -> None:
+    """Refuse --cold if all experts stay in memory: nothing would be read."""
+    half, experts = store.layout.total_bytes // 2, store.layout.layers[0].num_experts
+    if store.plan.slots >= experts:
+        size = f"{half >> 20}MiB" if half >= 4 << 20 else f"{half >> 10}KiB"
+        raise FlashMoEError(
+            f"--cold: all {experts} experts of each layer fit in the expert cache, so that nothing "
+            f"is read. Give less, such as --expert-cache {size} for half of them."
+        )
 
 
 def conditions(subject: Subject) -> dict[str, Any]:
@@ -122,7 +96,8 @@ def conditions(subject: Subject) -> dict[str, Any]:
         f"{GEOMETRIES[recipe.geometry].num_hidden_layers} layers, {recipe.vocabulary} token ids, "
         f"{recipe.bits} bits, top-{args.num_experts_per_tok}; random weights and tokens"
     )
-    print(plan, flush=True)
+    print(f"{plan}\ncheckpoint: {subject.path} (delete it: rm -r {shlex.quote(str(subject.path))})")
+    sys.stdout.flush()
     model = asdict(recipe) | {"top_k": args.num_experts_per_tok, "slots": plan.slots}
     return {**facts, "memory_limit": limit, **model, "expert_cache": plan.nbytes}
 

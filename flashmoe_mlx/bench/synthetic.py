@@ -32,7 +32,6 @@ from ..convert.source.foreign_code import SHIM_NAME
 from ..convert.write.execute import record_entry, write_record
 from ..convert.write.files import CHECKSUM, TensorFile, write_file, write_json
 from ..convert.write.output import SHIM, write_index
-from ..custom_kernels.kept import cache_dir
 from ..errors import FlashMoEError
 from ..format import layout
 from ..format.headers import TensorInfo
@@ -41,6 +40,8 @@ from ..format.names import is_expert
 from ..models.qwen3_5.args import ModelArgs
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..models.qwen3_5.model import Model
+from .arguments import default_dir
+from .output import bar
 
 VERSION = 1  # of the weights; part of the directory's name
 CODES, SCALES = 1 << 21, 1 << 18  # elements of the pools; a window takes half of one at most
@@ -134,11 +135,6 @@ def text_config(geometry: str, layers: int, vocabulary: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def default_dir() -> Path:
-    """Return the default directory of the checkpoints."""
-    return cache_dir() / "synthetic"
-
-
 def checkpoint(recipe: Recipe, directory: Path | None = None) -> Path:
     """Return a recipe's checkpoint; write it first unless `directory` has it complete.
 
@@ -195,7 +191,12 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
             for tensor in file.tensors:
                 _write_tensor(target, tensor, pools)
     write_index(plan, directory)
-    layers = [_write_layer(directory / EXPERT_DIR, layer, pools) for layer in plan.layers]
+    layers = []
+    with bar(len(plan.layers), "layer") as progress:
+        progress.set_description(f"writing {recipe.name}")
+        for layer in plan.layers:
+            layers.append(_write_layer(directory / EXPERT_DIR, layer, pools))
+            progress.update()
     manifest = {
         "format": layout.MANIFEST_FORMAT, "version": layout.MANIFEST_VERSION,
         "source": asdict(recipe), "num_experts": plan.layers[0].experts,

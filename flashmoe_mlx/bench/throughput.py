@@ -5,13 +5,11 @@ bytes from disk, at the bandwidth measured around the run, and computing without
 """
 
 import argparse
-import json
 import statistics
 from functools import partial
 from typing import Any
 
 from ..cli.published import ROWS
-from ..models.qwen3_5.args import PREFILL_CHUNK
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile.counters import Use
 from ..profile.layers import LayerTime, print_rows, timed_layers
@@ -20,6 +18,7 @@ from ..store.memory import peak_bytes
 from . import model as bench
 from .io import Limit
 from .model import PROMPT, Subject
+from .output import bar, check_json, show, write_json
 from .synthetic import Recipe
 from .workloads import Workload, begin, prefill, state_name, workloads
 
@@ -35,48 +34,25 @@ LEGEND = (
 )
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the subcommands."""
-    text = "Decode with a random-weight model of true shape; its experts stream from disk."
-    parser = bench.add_command(commands, "decode", text, run)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to decode (default: 64)")
-    parser.add_argument("--cold", action="store_true", help=bench.COLD)
-    text = "continue with random tokens instead of the model's (default: yes, because random "
-    text += "weights repeat themselves, so that every expert becomes a hit)"
-    parser.add_argument("--forced", action=argparse.BooleanOptionalAction, default=True, help=text)
-
-    text = "Prefill with a random-weight model of true shape; its experts stream from disk."
-    parser = bench.add_command(commands, "prefill", text, run)
-    lengths, text = [1024, 4096], "lengths of the prompts (default: 1024 4096)"
-    parser.add_argument("--tokens", nargs="+", type=int, default=lengths, help=text)
-    text = f"tokens per step, as mlx-lm's --prefill-step-size (default: {PREFILL_CHUNK})"
-    parser.add_argument("--chunk", type=int, default=PREFILL_CHUNK, help=text)
-
-    text = "Decode several sequences in a batch; the experts stream from disk."
-    parser = bench.add_command(commands, "batch", text, run)
-    sizes, text = [1, 2, 4, 8], "sequences per batch (default: 1 2 4 8)"
-    parser.add_argument("--batch", nargs="+", type=int, default=sizes, help=text)
-    text = "tokens to decode per sequence (default: 32)"
-    parser.add_argument("--tokens", type=int, default=32, help=text)
-    parser.add_argument("--cold", action="store_true", help=bench.COLD)
-
-
 def run(args: argparse.Namespace) -> int:
-    """Print a table per workload, then a JSON line; return 0."""
+    """Print a table per workload; return 0."""
     settings = {n: vars(args)[n] for n in ("tokens", "chunk", "batch") if n in args}
     bench.check_positive(**settings)
     check_plot(args.plot)
+    check_json(args)
     subject = bench.open_subject(args)
     found = {"benchmark": args.what, **bench.conditions(subject), **settings}
     found |= {n: vars(args)[n] for n in ("cold", "forced") if n in args}
-    prefill([0] * PROMPT, PROMPT, subject.model, 0, partial(begin, None, False))  # compiles
+    with bar(1, "step") as progress:
+        progress.set_description("compiling")
+        prefill([0] * PROMPT, PROMPT, subject.model, 0, partial(begin, None, False))
     works = workloads(subject, args)
     rows = [row for work in works for row in _report(subject, args, work)]
     print(f"{LEGEND}\npeak resident memory: {peak_bytes() / 2**20:.0f} MiB")
     found |= {"peak_bytes": peak_bytes(), "per_layer": rows[-1]["per_layer"]}
     if args.what == "batch":
         _add_speedup(rows)
-    else:
+    elif args.published:
         unit = "tok/s" if args.what == "decode" else "tok/s prefill"
         speed = rows[-1]["tokens_per_s"]
         found["published"] = print_published(subject.recipe, unit, speed)
@@ -86,25 +62,24 @@ def run(args: argparse.Namespace) -> int:
     found |= rows[0] if args.what == "decode" else {"rows": rows}
     title = f"{args.what}, {subject.recipe.name}, {_size(works[-1])}"
     plot(args.plot, found["per_layer"], f"{title}{rows[-1]['tokens_per_s']:.2f} tok/s")
-    print(json.dumps(found))
+    write_json(args, found)
     return 0
 
 
 def _report(subject: Subject, args: argparse.Namespace, work: Workload) -> list[dict[str, Any]]:
     """Measure a workload, print its tables, and return JSON values for each state."""
     limit = Limit(subject.store.layout)
+    print(f"{work.title}\n{HEADER}", flush=True)
     uses, disk, compute = _measure(subject, args.runs, work, limit)
-    layers, seconds = profile(subject, work)
-    low, high = min(disk) / 1e9, max(disk) / 1e9
-    print(f"disk, cold reads of random experts, between runs: {low:.2f} to {high:.2f} GB/s")
-    print(f"{work.title}\n{HEADER}")
     rows, least = [], statistics.median(compute)
     for cold, found in uses.items():
         figures = [result(use, work.tokens, use.disk_floor(disk), least) for use in found]
         best = median_run(figures)
-        for run, row in [*enumerate(figures, 1), ("median", best)]:
-            print(line(row, work.tokens, work.row.format(state=state_name(cold), run=run)))
+        show(line(best, work.tokens, work.row.format(state=state_name(cold), run="median")))
         rows.append({**work.size, "cold": cold, **best, "runs": figures})
+    low, high = min(disk) / 1e9, max(disk) / 1e9
+    show(f"disk, cold reads of random experts, between runs: {low:.2f} to {high:.2f} GB/s")
+    layers, seconds = profile(subject, work)
     by_name = {
         state_name(c) if args.what == "prefill" else args.what: use for c, use in uses.items()
     }
@@ -122,15 +97,32 @@ def _report(subject: Subject, args: argparse.Namespace, work: Workload) -> list[
 def _measure(
     subject: Subject, runs: int, work: Workload, limit: Limit
 ) -> tuple[dict[bool, list[Use]], list[float], list[float]]:
-    """Return the runs in each state, and the disk's bytes/s and seconds of computing in between."""
-    disk, compute = [bench.bandwidth(subject.store)], [work.compute()]
+    """Return the runs in each state, and the disk's bytes/s and seconds of computing in between.
+
+    Prints each run, with floors by what was measured so far.
+    """
     uses: dict[bool, list[Use]] = {cold: [] for cold in work.states}
-    for seed in range(runs):
-        limit.measure()
-        for cold in work.states:
-            uses[cold].append(work.run(subject.model, seed, partial(begin, subject.store, cold)))
-        compute.append(work.compute())
-        disk.append(bench.bandwidth(subject.store))
+    with bar(runs * (len(work.states) + 3) + 2, "part") as progress:
+
+        def done(what: str, value: Any) -> Any:
+            progress.set_description(f"measured {what}")
+            progress.update()
+            return value
+
+        disk = [done("the disk", bench.bandwidth(subject.store))]
+        compute = [done("computing", work.compute())]
+        for seed in range(runs):
+            limit.measure()
+            done("raw reads", None)
+            for cold in work.states:
+                use = work.run(subject.model, seed, partial(begin, subject.store, cold))
+                uses[cold].append(done(f"run {seed + 1}", use))
+                least = statistics.median(compute)
+                figures = result(use, work.tokens, use.disk_floor(disk), least)
+                name = work.row.format(state=state_name(cold), run=seed + 1)
+                show(line(figures, work.tokens, name))
+            compute.append(done("computing", work.compute()))
+            disk.append(done("the disk", bench.bandwidth(subject.store)))
     return uses, disk, compute
 
 
@@ -182,7 +174,9 @@ def result(use: Use, tokens: int, disk_s: float, compute_s: float) -> dict[str, 
         "bytes_per_token": stats.bytes_read / tokens,
         "useless_bytes_per_token": stats.bytes_useless / tokens,
         "disk_bytes_per_token": None if use.from_disk is None else use.from_disk / tokens,
-        "read_bytes_per_s": stats.bytes_read / stats.seconds_waited if stats.reads else None,
+        "read_bytes_per_s": stats.bytes_read / stats.seconds_waited
+        if stats.reads and stats.seconds_waited
+        else None,
         "cpu_user_s": use.user,
         "cpu_system_s": use.system,
         "floor_disk_s": disk_s,

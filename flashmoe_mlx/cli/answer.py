@@ -26,6 +26,8 @@ from .prompt_bar import reading_prompt
 from .streaming_options import streaming
 from .summary import print_summary
 
+BUNDLED_NAME = "bundled model"
+
 
 def answer(args: argparse.Namespace, prompt: str) -> None:
     """Answer `prompt` as the options say."""
@@ -52,7 +54,7 @@ def answer(args: argparse.Namespace, prompt: str) -> None:
             if live:
                 live.note()
     print()
-    report(args, model, times, stats, path == BUNDLED_MODEL)
+    report(args, model, times, stats, BUNDLED_NAME if path == BUNDLED_MODEL else path.name)
 
 
 def texts(
@@ -73,19 +75,19 @@ def texts(
 
 
 def report(
-    args: argparse.Namespace, model: Any, times: TokenTimes, stats: RunStats | None, bundled: bool
+    args: argparse.Namespace, model: Any, times: TokenTimes, stats: RunStats | None, name: str
 ) -> None:
     """Print the summary, and what `--stats`, `--stats-json` and `--plot` ask for."""
     if args.verbose:
         print()
-        print_summary(model, times, bundled)
+        print_summary(model, times, name == BUNDLED_NAME)
     if stats and args.stats:
         stats.print()
     if stats and args.stats_json:
         stats.save(args.stats_json)
     if stats and args.plot:
         with bar(None, "", "plotting"):
-            stats.plot(args.plot)
+            stats.plot(args.plot, name)
 
 
 def open_model(

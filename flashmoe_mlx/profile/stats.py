@@ -18,7 +18,7 @@ from ..progress import first_use_seconds
 from ..store.memory import peak_bytes
 from .counters import Use, now
 from .layers import LayerTime, print_rows, timed_layers, untimed
-from .plot import draw_layers
+from .plot import plot_run
 
 
 class TokenTimes:
@@ -161,21 +161,9 @@ class RunStats:
                 f"--stats-json {path}: cannot be written ({error.strerror}). Give another file."
             ) from error
 
-    def plot(self, path: Path) -> None:
-        """Plot the layers, and tokens per second over time, into a file."""
-        from matplotlib.figure import Figure
-
-        found = self.as_dict()
-        layers = found["layers"]["generation" if self.layers[0].steps else "prompt"]
-        figure = Figure(figsize=(max(7, len(layers) / 4), 7), layout="constrained")
-        above, below = figure.subplots(2)
-        slots = self._store.plan.slots if self._store else 0
-        title = f"{self._times.count} tokens, {slots} experts per layer in memory"
-        draw_layers(figure, above, layers, title)
-        below.plot(range(2, self._times.count + 1), self.speed, ".-")
-        below.set(xlabel="token", ylabel="tokens per second", ylim=(0, None))
-        below.xaxis.get_major_locator().set_params(integer=True)
-        figure.savefig(path, dpi=150)
+    def plot(self, path: Path, model: str) -> None:
+        """Plot the layers, and tokens per second over time, into a file; `model` is a name."""
+        plot_run(path, self.as_dict(), model)
 
 
 def _figures(use: Use, tokens: int, seconds: float, rate: float) -> dict[str, Any]:

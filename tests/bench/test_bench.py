@@ -1,16 +1,20 @@
-"""flashmoe-bench: a table, a final JSON line, and no figures for a wrong kernel."""
+"""flashmoe-bench: a table, JSON on request, and no figures for a wrong kernel."""
 
+import io
 import json
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import mlx.core as mx
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
 
-from flashmoe_mlx.bench import kernels
+from flashmoe_mlx.bench import arguments, kernels, output
 from flashmoe_mlx.bench.main import main
-from flashmoe_mlx.custom_kernels import launch
-from flashmoe_mlx.custom_kernels.autotune import NEEDS_GPU
+from flashmoe_mlx.custom_kernels import launch, timing
+from flashmoe_mlx.custom_kernels.case import DTYPES
 from flashmoe_mlx.custom_kernels.linear.cases import MatvecCase
 from flashmoe_mlx.profile import machine
 
@@ -45,7 +49,7 @@ def metal():
 
 def run(args, capsys) -> tuple[int, list[str], dict]:
     with pytest.raises(SystemExit) as exit_:
-        main(args)
+        main([*args, "--json"])
     *table, last = capsys.readouterr().out.splitlines()
     return exit_.value.code, table, json.loads(last)
 
@@ -64,16 +68,74 @@ def test_right_kernels_are_timed(metal, capsys):
     assert "rows=256 columns=128 bits=4" in "\n".join(table)
 
 
-def test_without_a_gpu_stock_is_timed_alone(capsys):
-    if launch.available():
-        pytest.skip("there is a GPU")
-    ops = ["--op", "router", "expert_mlp", "--bits", "4", "--top-k", "4", "8", "4"]
-    code, _, result = run([*QUICK, *ops], capsys)
+def test_without_a_gpu_only_kernels_of_cpus_are_listed(capsys):
+    ops = ["--op", "router", "expert_mlp", "dequant_matvec", "--bits", "4", "--top-k", "4"]
+    code, table, result = run([*QUICK, *ops], capsys)
     assert code == 0
-    assert [row["op"] for row in result["rows"]] == ["router", "expert_mlp"] * 2
-    for row in result["rows"]:
-        assert row["message"] == NEEDS_GPU
-        assert row["custom_ms"] is None and row["stock_ms"] is not None
+    assert {row["op"] for row in result["rows"]} == {"dequant_matvec"}
+    assert all(row["message"] == "" for row in result["rows"])
+    assert result["need_gpu"] == ["router", "expert_mlp"]
+    assert table[-1] == "not listed, because their kernels need a GPU: router, expert_mlp"
+    assert "stock" in table[4] and not [line for line in table[5:-1] if "router" in line]
+
+
+def test_a_call_as_short_as_its_link_has_an_upper_bound(monkeypatch):
+    monkeypatch.setattr(kernels, "_time", lambda *_: [(0.5, 0.75), (0.0005, 0.0305)])
+    monkeypatch.setattr(launch, "available", lambda: False)
+    row = kernels.measure_row(MATVEC, 1, 1, 1e9)
+    assert (row["custom_ms"], row["stock_ms"], row["stock_below_ms"]) == (0.5, None, 0.0305)
+    assert row["gain_over_stock"] is None and "custom_below_ms" not in row
+    assert kernels.line(row).split()[:3] == ["0.5000", "-", "<0.0305"]
+
+
+def test_a_linked_calls_time_is_given_with_and_without_the_link():
+    now = [0.0]
+
+    def op(x):
+        return [x]
+
+    def clock():
+        now[0] += 0.008
+        return now[0]
+
+    sets = [[mx.ones(4)]]
+    assert timing.timed([op], sets, 2, 1, clock) == [(0.0, pytest.approx(4.0))]
+    assert timing.side_by_side([op], sets, 2, 1, clock) == [0.0]
+
+
+@pytest.mark.parametrize("command", ["", "decode", "io", "kernels"])
+def test_help_imports_neither_numpy_nor_models(command):
+    code = (
+        "import sys, flashmoe_mlx.bench.main as m\n"
+        f"try: m.main({[*command.split(), '--help']!r})\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'numpy', 'mlx.nn', 'mlx_lm', 'numba', 'tqdm'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+    if command in ("", "decode"):
+        told = " ".join(result.stdout.split())
+        assert f"To delete them: rm -r {arguments.default_dir()}" in told
+
+
+def test_dtypes_are_those_of_kernel_cases():
+    assert tuple(DTYPES) == arguments.DTYPES
+
+
+def test_a_bar_ticks_while_a_part_takes_long(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(output, "TICK", 0.01)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with output.bar(2, "part") as shown:
+        first = terminal.getvalue().count("0/2")
+        deadline = time.monotonic() + 5
+        while terminal.getvalue().count("0/2") < first + 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert terminal.getvalue().count("0/2") >= first + 3
+    assert shown.n == 0
 
 
 def test_a_wrong_kernel_is_not_timed(metal, capsys, monkeypatch):

@@ -15,6 +15,7 @@ from flashmoe_mlx import load
 from flashmoe_mlx.bench import io as bench_io
 from flashmoe_mlx.bench import model as bench_model
 from flashmoe_mlx.bench import throughput, workloads
+from flashmoe_mlx.bench.arguments import build_parser
 from flashmoe_mlx.bench.io import Limit
 from flashmoe_mlx.bench.main import main
 from flashmoe_mlx.bench.model import Subject
@@ -53,13 +54,17 @@ def run(directory, capsys):
     def run(*args: str) -> tuple[list[str], dict]:
         shape = ["--geometry", "tiny", "--layers", "4", "--vocabulary", "512", "--runs", "1"]
         with pytest.raises(SystemExit) as exit_:
-            main([*args, *shape, "--dir", str(directory)])
+            main([*args, *shape, "--dir", str(directory), "--json"])
         out, err = capsys.readouterr()
         assert exit_.value.code == 0, err
         *table, last = out.splitlines()
         return table, json.loads(last)
 
     return run
+
+
+def parse(arguments):
+    return build_parser().parse_args(arguments)
 
 
 def logits(model, tokens=(1, 2, 3)):
@@ -331,6 +336,60 @@ def test_a_picture_needs_matplotlib(capsys, monkeypatch, directory):
     )
 
 
+def test_the_plain_output_has_no_json_and_no_published_figures(capsys, directory, tmp_path):
+    shape = ["--geometry", "tiny", "--layers", "4", "--vocabulary", "512", "--runs", "1"]
+    file = tmp_path / "figures.json"
+    command = ["decode", *shape, "--tokens", "2", "--dir", str(directory), "--json", str(file)]
+    with pytest.raises(SystemExit):
+        main(command)
+    out = capsys.readouterr().out
+    assert not [line for line in out.splitlines() if line.startswith("{")]
+    assert "published" not in out
+    found = json.loads(file.read_text())
+    assert found["benchmark"] == "decode" and "published" not in found
+    path = directory / RECIPE.name
+    assert f"\ncheckpoint: {path} (delete it: rm -r {path})\n" in out
+
+
+def test_each_run_is_printed_when_it_ends(subject, monkeypatch, capsys):
+    args = parse(["decode", "--tokens", "2", "--vocabulary", "512", "--runs", "2"])
+    (work,) = workloads.workloads(subject, args)
+    seen = []
+
+    def compute():
+        seen.append(capsys.readouterr().out)
+        return 0.1
+
+    limit = Limit(subject.store.layout)
+    monkeypatch.setattr(limit, "measure", lambda: None)
+    throughput._measure(subject, 2, replace(work, compute=compute), limit)
+    rows = [out.splitlines() for out in seen]
+    assert rows[0] == [] and [len(lines) for lines in rows[1:]] == [1, 1]
+    assert [lines[0].split()[-1] for lines in rows[1:]] == ["1", "2"]
+
+
+def test_cold_is_refused_where_all_experts_stay_in_memory(capsys, directory):
+    flags, half = ["--cold", "--dir", str(directory)], 4 * 16 * RECORD // 2 // 1024
+    for what in ("decode", "batch"):
+        assert failure(capsys, what, *flags) == (
+            "--cold: all 16 experts of each layer fit in the expert cache, so that nothing is "
+            f"read. Give less, such as --expert-cache {half}KiB for half of them."
+        )
+
+
+def test_the_suggested_cache_misses(run):
+    half = 4 * 16 * RECORD // 2 // 1024
+    _, found = run("decode", "--tokens", "2", "--cold", "--expert-cache", f"{half}KiB")
+    assert found["hit_rate"] < 1 and found["bytes_per_token"] > 0
+
+
+def test_reads_that_were_never_waited_for_have_no_speed():
+    stats = ExpertStats(asked=4, reads=4, bytes_read=4000, seconds_waited=0.0, seconds_reading=0.0)
+    row = throughput.result(Use(8.0, stats, 3000, 1.0, 0.5), 2, 6.0, 4.0)
+    assert row["read_bytes_per_s"] is None
+    assert throughput.line(row, 2, "1").split()[5] == "-"
+
+
 def test_stock_must_fit(capsys, monkeypatch, directory):
     monkeypatch.setattr(bench_model, "available_bytes", lambda: 1_000_000)
     flags = ["--tokens", "2", "--runs", "1", "--stock", "--dir", str(directory)]
@@ -343,6 +402,7 @@ def test_stock_must_fit(capsys, monkeypatch, directory):
 def test_cold_needs_a_system_that_drops_pages(capsys, monkeypatch, directory):
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     flags = ["--tokens", "2", "--runs", "1", "--cold", "--dir", str(directory)]
+    flags += ["--expert-cache", SMALL_BANK]
     message = failure(capsys, "decode", *flags)
     assert message.startswith("--cold: this system cannot drop a file from its page cache. ")
 
@@ -355,6 +415,7 @@ def test_cold_needs_a_system_that_drops_pages(capsys, monkeypatch, directory):
         (["decode", "--top-k", "17"], "experts_per_token = 17, but the model has 16 experts"),
         (["decode", "--expert-cache", "1KiB"], "expert_cache = 1024 bytes holds 0 experts"),
         (["decode", "--plot", "no/x.png"], "--plot no/x.png: "),
+        (["decode", "--json", "no/x"], "--json no/x: not a file in an existing directory. Give"),
     ],
 )
 def test_bad_input(args, message, capsys, directory):

@@ -15,6 +15,7 @@ import pytest
 from bad_input_cases import BENCH, CONFIG, CONVERT, DOCTOR, GENERATE, PLAN, VARIABLES
 
 from flashmoe_mlx import FlashMoEError, load, requirements
+from flashmoe_mlx.bench import io as bench_io
 from flashmoe_mlx.bench import main
 from flashmoe_mlx.cli import doctor, doctor_checks, plan
 from flashmoe_mlx.convert import cli, convert
@@ -259,7 +260,7 @@ def test_mlx_without_a_backend(module, arguments, name, tmp_path):
     ("command", "module", "work", "arguments"),
     [
         ("generate", generate, "run", []),
-        ("bench", main.bench_io, "_check", ["io"]),
+        ("bench", bench_io, "_check", ["io"]),
         ("doctor", doctor_checks, "examine_all", []),
     ],
 )

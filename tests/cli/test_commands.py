@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flashmoe_mlx import FlashMoEError
+from flashmoe_mlx.bench import io as bench_io
 from flashmoe_mlx.bench import main as bench
 from flashmoe_mlx.cli import chat, chat_session, doctor, doctor_checks, generate, plan
 from flashmoe_mlx.convert import cli, run
@@ -26,7 +27,7 @@ MODULES = {
 }
 # A line in each command's work, and the command's arguments.
 WORK = {
-    "flashmoe-bench": (bench.main, bench.bench_io, "_check", ["io"]),
+    "flashmoe-bench": (bench.main, bench_io, "_check", ["io"]),
     "flashmoe-chat": (chat.main, chat_session, "run", []),
     "flashmoe-convert": (cli.main, run, "convert", ["--hf-path", "x"]),
     "flashmoe-doctor": (doctor.main, doctor_checks, "examine_all", []),

@@ -1,5 +1,13 @@
 """Calibration gets the inputs of stock mlx-lm's experts, and quantizes for them."""
 
+import io
+import json
+import logging
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -15,7 +23,7 @@ from flashmoe_mlx.convert.quant.calibrate import Calibration, LayerInputs
 from flashmoe_mlx.convert.quant.fit import fit
 from flashmoe_mlx.convert.verify.repair import repair
 from flashmoe_mlx.convert.verify.verify import verify
-from flashmoe_mlx.convert.write import output
+from flashmoe_mlx.convert.write import execute, output
 from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.format.names import PROJECTIONS
 from flashmoe_mlx.loader import BUNDLED_MODEL
@@ -88,7 +96,7 @@ def expert():
     """An expert's matrices, and correlated inputs; every other one is routed to it."""
     rng = np.random.default_rng(0)
     shapes = (INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)
-    matrices = [mx.array(rng.normal(size=s).astype(np.float32) / s[1] ** 0.5) for s in shapes]
+    matrices = [rng.normal(size=s).astype(np.float32) / s[1] ** 0.5 for s in shapes]
     inputs = rng.normal(size=(400, 16)) @ rng.normal(size=(16, HIDDEN)) / 4
     inputs += 0.1 * rng.normal(size=inputs.shape)
     experts = np.stack([np.arange(400) % 2, np.full(400, 2)], axis=1).astype(np.int32)
@@ -97,10 +105,8 @@ def expert():
 
 
 def output_error(seen, matrices, found):
-    new = [mx.dequantize(*(x.astype(mx.float32) if i else x for i, x in enumerate(codes)), 64, 2)
-           for codes in found]  # fmt: skip
     x, scores = map(mx.array, seen.rows(1))
-    exact, ours = (reference.expert_mlp(x, *three) for three in (matrices, new))
+    exact, ours = (reference.expert_mlp(x, *map(mx.array, three)) for three in (matrices, found))
     return ((scores[:, None] * (exact - ours)) ** 2).mean().item()
 
 
@@ -115,7 +121,8 @@ def plans():
 def test_an_experts_output_is_closer(expert):
     matrices, seen = expert
     found = seen.quantize(1, matrices, plans())
-    alone = [fit(matrix, QUANT, mx.bfloat16) for matrix in matrices]
+    found = [rounded.restored() for rounded in found]
+    alone = [fit(mx.array(x), QUANT, mx.bfloat16).restored(QUANT) for x in matrices]
     assert output_error(seen, matrices, found) < 0.6 * output_error(seen, matrices, alone)
 
 
@@ -124,9 +131,29 @@ def test_an_expert_without_inputs_is_quantized_for_its_layer(expert, layer_sees)
     matrices, seen = expert
     if layer_sees == "one token":
         seen = LayerInputs(seen.inputs[:1], seen.experts[:1], seen.scores[:1])
-    for codes, matrix in zip(seen.quantize(7, matrices, plans()), matrices, strict=True):
-        assert codes.codes.shape == (matrix.shape[0], matrix.shape[1] // 16)
-        assert mx.isfinite(codes.scales).all() and mx.isfinite(codes.biases).all()
+    for found, matrix in zip(seen.quantize(7, matrices, plans()), matrices, strict=True):
+        assert found.codes.shape == matrix.shape
+        assert np.isfinite(found.restored()).all()
+
+
+def test_a_copied_projection_is_not_quantized(expert):
+    matrices, seen = expert
+    gate, up, down = plans()
+    copied = replace(down, before=QUANT)
+    found = seen.quantize(1, matrices, [gate, up, copied])
+    assert found[2] is None
+    for ours, theirs in zip(found, seen.quantize(1, matrices, [gate, up, down]), strict=False):
+        if ours:
+            assert np.array_equal(ours.codes, theirs.codes)
+
+
+def test_an_expert_with_many_inputs_uses_some_of_all(expert, monkeypatch):
+    monkeypatch.setattr(calibrate, "MOST_ROWS", 5)
+    _, seen = expert
+    rows, scores = seen.rows(1)
+    tokens = [1, 99, 199, 299, 399]
+    assert np.array_equal(rows, seen.inputs[tokens])
+    assert np.array_equal(scores, seen.scores[tokens, 0])
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -183,6 +210,51 @@ def test_an_interrupted_calibration_resumes_to_the_same_bytes(source, text, tmp_
         data[-1] ^= 1
         damaged.write_bytes(data)
         repair(tmp_path / "out", verify(tmp_path / "out"), source)
+
+
+def test_the_number_of_threads_does_not_change_the_bytes(source, text, tmp_path, monkeypatch):
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(execute, "calibration_threads", lambda count=threads: count)
+        two_bits(source, tmp_path / str(threads), text)
+        found.append(files(tmp_path / str(threads)))
+    assert found[0] == found[1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_counts_experts(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    two_bits(source, tmp_path / "out", text)
+    total = 2 * json.loads((source / "config.json").read_text())["text_config"]["num_experts"]
+    assert f"| {total}/{total} [" in shown.getvalue() and "expert/s" in shown.getvalue()
+
+
+def test_a_text_longer_than_the_models_context_gives_no_warning(source, text, tmp_path, caplog):
+    short = shutil.copytree(source, tmp_path / "short")
+    settings = json.loads((short / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = 16
+    (short / "tokenizer_config.json").write_text(json.dumps(settings))
+    with caplog.at_level("WARNING"), warnings_of_transformers(caplog):
+        mlx_lm.utils.load_tokenizer(short).encode(text.read_text())
+        assert "longer than the specified maximum" in caplog.text
+        caplog.clear()
+        two_bits(short, tmp_path / "out", text)
+        assert "longer than" not in caplog.text
+
+
+@contextmanager
+def warnings_of_transformers(caplog):
+    """Its loggers do not propagate."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_another_text_cannot_resume_a_conversion(source, text, tmp_path, monkeypatch):

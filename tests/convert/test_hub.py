@@ -209,7 +209,7 @@ def test_dry_run_fetches_headers_only(root, server, files, sizes, tmp_path, caps
     (fetching,) = (row for row in rows if row.startswith("to fetch"))
     rows.remove(fetching)
     assert rows[0].startswith(f"source      {NAME} (") and rows[1:-2] == local[1:-2]
-    took = r"time +about \d+ s to compute, 1 s to fetch at 100 MB/s, plus disk time"
+    took = r"time +about \d+ s to compute on this machine, 1 s to fetch at 100 MB/s, plus disk time"
     assert re.fullmatch(took, rows[-1])
     assert fetching.startswith(f"to fetch    {len(files)} files, {sum(sizes.values()):,} bytes (")
     assert "; at once at most 2, " in fetching
