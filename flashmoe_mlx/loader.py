@@ -21,12 +21,7 @@ from .format.headers import TensorInfo, checkpoint_headers, weight_files
 from .format.json_file import exists
 from .format.layout import ExpertLayout, open_layout, quantization
 from .format.model_files import check_small_files, read_config
-from .format.modules import (
-    ExpertModule,
-    open_modules,
-    projection_fields,
-    projection_quantization,
-)
+from .format.modules import ExpertModule, open_modules, quantizations
 from .format.names import PROJECTIONS, is_expert
 from .models.patch import patched_classes, top_k, vocabulary
 from .models.qwen3_5.args import MODEL_TYPES, ModelArgs, activation_bytes, check_top_k
@@ -112,14 +107,11 @@ def generic_classes(
 
     def open_experts(args: Any, modules: Sequence[ExpertModule]) -> ExpertStore:
         layout = open_modules(directory, modules)
-        formats = set()
-        for layer, module in zip(layout.layers, modules, strict=True):
-            for name, shape in module.shapes.items():
-                found = projection_quantization(layer, name, shape)
-                if found and found.mode == "affine":
-                    dtype = layer.fields[projection_fields(layer, name)["scales"]].dtype
-                    formats.add((found.bits, found.group_size, dtype))
-        experts = tuple(f"{module.path}." for module in modules)
+        found = quantizations(layout, modules)
+        formats = {(q.bits, q.group_size, dtype) for q, dtype in found if q.mode == "affine"}
+        name = "config.json: top-k" if stream.experts_per_token is None else "experts_per_token"
+        check_top_k(top_k(args), min(m.num_experts for m in modules), name)
+        experts = tuple(prefix for module in modules for prefix in module.prefixes)
         headers = checkpoint_headers(directory)
         trunk = {k: info for k, (_, info) in headers.items() if not k.startswith(experts)}
         formats |= entry_formats(config.get("quantization") or {}, trunk)
@@ -365,7 +357,7 @@ def load(
             tokenizer = load_tokenizer(
                 path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id")
             )
-        check_use(path, tokenizer, vocabulary(model))
+        check_use(path, tokenizer, vocabulary(model.args))
     except BaseException:
         model.close()
         raise

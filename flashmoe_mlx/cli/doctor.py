@@ -176,7 +176,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
         advice.append("To use the NVIDIA GPU: pip install 'flashmoe-mlx[cuda13]' (or cuda12).")
     if cpu and found["packages"]["numba"] is None:
         advice.append("CPU kernels need numba: pip install numba")
-    if model.get("kind") in ("stock", "linked"):
+    if model.get("kind") in ("stock", "linked") and model["convertible"]:
         advice.append("Each expert takes nine reads. After flashmoe-convert, it takes one.")
     if speed and model.get("token_bytes"):
         seconds = model["token_bytes"] / speed["bytes_per_s"]

@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..commands import as_command
 from ..errors import FlashMoEError
 from ..loader import BUNDLED_MODEL, load
+from ..models.patch import vocabulary
 from ..models.prompt_cache import check_fits, read_prompt_cache
 from ..profile.plot import check_plot
 from ..profile.stats import RunStats
@@ -117,7 +118,7 @@ def open_model(args: argparse.Namespace, metadata: dict[str, Any]) -> tuple[Any,
         experts_per_token=args.experts_per_token, adapter_path=args.adapter_path,
         tokenizer_config=metadata.get("tokenizer_config", {}) | trust,
     )  # fmt: skip
-    if args.top_k >= (tokens := model.args.vocab_size):
+    if (tokens := vocabulary(model.args)) and args.top_k >= tokens:
         raise FlashMoEError(f"--top-k {args.top_k}: the model has {tokens} tokens. Give fewer.")
     return model, tokenizer
 

@@ -36,7 +36,10 @@ class WideQuantizedEmbedding(nn.QuantizedEmbedding):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map ids `[...]` to `[..., H]` float32."""
-        return super().__call__(x).astype(mx.float32)
+        if self.mode != "affine":  # these formats' numbers are exact in bfloat16
+            return super().__call__(x).astype(mx.float32)
+        scales, biases = (self[name][x].astype(mx.float32) for name in ("scales", "biases"))
+        return mx.dequantize(self["weight"][x], scales, biases, self.group_size, self.bits)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Map `[..., H]` to logits `[..., V]`."""

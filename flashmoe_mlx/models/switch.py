@@ -40,6 +40,11 @@ class StreamedLayer(nn.Module):
         self._layer = layer
 
     @property
+    def layer(self) -> int:
+        """Its number among the layers with experts."""
+        return self._layer
+
+    @property
     def holds_all(self) -> bool:
         """Say whether all experts are resident; then expert e lies in slot e."""
         return self._store.banks[self._layer].holds_all

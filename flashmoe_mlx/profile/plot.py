@@ -43,7 +43,8 @@ def plot(path: Path | None, layers: list[dict[str, Any]], title: str) -> None:
 def draw_layers(figure: Any, axes: Any, layers: list[dict[str, Any]], title: str) -> None:
     """Draw each layer's time by part, its hit rate, and a legend."""
     bottom = [0.0] * len(layers)
-    for part in PARTS:
+    shown = [part for part in PARTS if any(layer[f"{part}_ms"] for layer in layers)]
+    for part in shown:
         heights = [layer[f"{part}_ms"] for layer in layers]
         axes.bar(range(len(layers)), heights, bottom=bottom, label=part)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
@@ -52,4 +53,4 @@ def draw_layers(figure: Any, axes: Any, layers: list[dict[str, Any]], title: str
     rates = axes.twinx()
     rates.plot([100 * layer["hit_rate"] for layer in layers], "k.-", label="hits")
     rates.set(ylabel="hits in the bank, %", ylim=(0, 105))
-    figure.legend(loc="outside lower center", ncols=len(PARTS) + 1)
+    figure.legend(loc="outside lower center", ncols=len(shown) + 1)

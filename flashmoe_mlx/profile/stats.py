@@ -14,7 +14,8 @@ from ..errors import FlashMoEError
 from ..models.qwen3_5.model import Model
 from ..store.memory import peak_bytes
 from .counters import Use, now
-from .layers import LayerTime, print_rows, timed_layers, untimed
+from .layers import LayerTime, print_rows
+from .patched import timed_layers, untimed
 from .plot import draw_layers
 
 
