@@ -107,6 +107,11 @@ def generic_classes(
 
     def open_experts(args: Any, modules: Sequence[ExpertModule]) -> ExpertStore:
         layout = open_modules(directory, modules)
+        if stream.verify and layout.kind == "stock":
+            raise FlashMoEError(
+                f"verify = true: {directory} is not a converted model, so its experts have no "
+                "checksums. Leave verify out."
+            )
         found = quantizations(layout, modules)
         formats = {(q.bits, q.group_size, dtype) for q, dtype in found if q.mode == "affine"}
         name = "config.json: top-k" if stream.experts_per_token is None else "experts_per_token"

@@ -47,6 +47,7 @@ class WideQuantizedEmbedding(nn.QuantizedEmbedding):
         return super().as_linear(x) if y is None else y
 
 
+MATRICES = nn.Linear, nn.Embedding
 FASTER: dict[Any, Any] = {
     nn.QuantizedLinear: FastLinear,
     nn.Embedding: WideEmbedding,
@@ -61,3 +62,15 @@ def compute_in_float32(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in FASTER:
             module.__class__ = FASTER[type(module)]
+        elif not isinstance(module, MATRICES) and "scales" not in module:
+            _widen(module)
+
+
+def _widen(module: nn.Module) -> None:
+    """Make a module's own small parameters float32: models compute exp(A_log) or 1 + w from them.
+
+    Matrices stay as they are, since each is only multiplied by float32 activations.
+    """
+    for name, value in list(module.items()):
+        if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+            module[name] = value.astype(mx.float32)

@@ -148,7 +148,9 @@ def _linear(parts: dict[str, mx.array], found: Any) -> nn.Module:
     nn.Module.__init__(linear)
     if found:
         linear.bits, linear.group_size, linear.mode = found.bits, found.group_size, found.mode
-        linear.biases = linear.global_scale = None
+        for part in ("biases", "global_scale"):  # an attribute would hide the part of that name
+            if part not in parts:
+                setattr(linear, part, None)
     for part, array in parts.items():
         linear[part] = array
     return linear
