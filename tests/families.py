@@ -116,7 +116,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"use_bias": False},
     "bailing_moe": {"partial_rotary_factor": 1.0},
     "bailing_moe_linear": {},
-    "bailing_moe_v3": {"model_type": "bailing_hybrid", "architectures": ["BailingMoeV3ForCausalLM"]},
+    "bailing_moe_v3": {
+        "model_type": "bailing_hybrid", "architectures": ["BailingMoeV3ForCausalLM"],
+    },
     "deepseek": {},
     "deepseek_v2": {"topk_method": "group_limited_greedy", "rope_scaling": YARN},
     "deepseek_v3": {},

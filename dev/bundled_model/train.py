@@ -5,8 +5,8 @@
 
 --span is the part of the learning-rate schedule that this call covers, so that one schedule can
 be spread over several calls. Three eighths of every batch are English text (loss on every
-token), the rest is dialogues (loss on the answers alone). Writes bfloat16 safetensors under Hugging Face names,
-in shards, with config.json; log lines go to standard output.
+token), the rest is dialogues (loss on the answers alone). Writes bfloat16 safetensors under Hugging
+Face names, in shards, with config.json; log lines go to standard output.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from ..format.headers import checkpoint_headers
 from ..format.json_file import exists, read_object
 from ..format.layout import ExpertLayout, open_layout, quantization
 from ..format.model_files import read_config
-from ..format.names import PROJECTIONS
 from ..format.modules import open_modules, quantizations
+from ..format.names import PROJECTIONS
 from ..loader import check_tokenizer, find_model, trunk_bytes, without_experts
 from ..models.patch import stock_classes, stock_modules, top_k, vocabulary
 from ..models.qwen3_5.args import MODEL_TYPES, ModelArgs, check_top_k

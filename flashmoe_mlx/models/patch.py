@@ -110,7 +110,8 @@ def patched_classes(
             """
             check_classes(caches, make_prompt_cache(self))
             with named("the prompt cache", "its arrays do not fit the model", REMEDY.rstrip(".")):
-                mx.eval(self(mx.zeros((rows, 1), mx.uint32), cache=copy.deepcopy(list(caches))))
+                model: Any = self  # mypy knows `wraps` of functions only
+                mx.eval(model(mx.zeros((rows, 1), mx.uint32), cache=copy.deepcopy(list(caches))))
 
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
             """Load the trunk; on a CPU, compute it in float32 by this package's kernels."""

@@ -98,7 +98,7 @@ class StreamedSwitch(StreamedLayer):
             FlashMoEError: the experts on disk are not those of `module`.
         """
         super().__init__(layer, store)
-        twin = type(stock).__new__(type(stock))  # computes as `stock`, on the slots
+        twin: Any = nn.Module.__new__(type(stock))  # computes as `stock`, on the slots
         nn.Module.__init__(twin)
         for name, child in stock.items():
             if name not in module.shapes:
@@ -143,8 +143,7 @@ class OnSlots(Shared):
 
 def _linear(parts: dict[str, mx.array], found: Any) -> nn.Module:
     """Return stock's linear layer over the arrays of one projection."""
-    kind = QuantizedSwitchLinear if found else SwitchLinear
-    linear = kind.__new__(kind)
+    linear: Any = nn.Module.__new__(QuantizedSwitchLinear if found else SwitchLinear)
     nn.Module.__init__(linear)
     if found:
         linear.bits, linear.group_size, linear.mode = found.bits, found.group_size, found.mode
@@ -239,8 +238,8 @@ def outputs_in_batches(
         slots = indices.reshape(-1)
         tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
         whole = Routed(slots.size, experts.count)
-        y, places = expert_mlp(rows, tokens, slots, matrices, whole)
-        return y, places.reshape(-1, top_k)
+        y, positions = expert_mlp(rows, tokens, slots, matrices, whole)
+        return y, positions.reshape(-1, top_k)
     ids = np.array(indices).reshape(-1)
     whole = Routed(ids.size, experts.count)
     outputs, places, orders, done = [], list[mx.array](), list[np.ndarray](), 0

@@ -94,6 +94,7 @@ class Experts:
     """Proxy of a layer's mixture of experts."""
 
     def __init__(self, module: Any, pick: Pick, store: ExpertStore) -> None:
+        """Stand in for `module`; `pick` chooses the counters."""
         self._module, self._pick, self._store = module, pick, store
         self._first: float | None = None
         self._ids: set[int] = set()
@@ -113,6 +114,7 @@ class Experts:
         self._module.prefetch(*args)
 
     def __call__(self, h: mx.array, *rest: Any) -> Any:
+        """Run the module and add up its times."""
         mx.eval(h)
         self._first, self._ids, self._device_seconds = None, set(), 0.0
         before: ExpertStats = replace(self._store.stats)
@@ -137,12 +139,15 @@ class Listener:
     """Passes the store's requests to each layer's proxy."""
 
     def __init__(self, proxies: list[Experts]) -> None:
+        """Take a proxy per layer of the store."""
         self._proxies = proxies
 
     def asked(self, layer: int, experts: Sequence[int]) -> None:
+        """Pass on a request."""
         self._proxies[layer].asked(experts)
 
     def loading(self, layer: int, ids: mx.array, slots: mx.array) -> None:
+        """Pass on a request that the GPU serves itself, and time it."""
         self._proxies[layer].asked(np.unique(np.array(ids)).tolist())
         start = time.perf_counter()
         mx.eval(slots)

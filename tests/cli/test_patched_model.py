@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from conftest import made_once, text_config
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx.utils import tree_flatten
 
 from flashmoe_mlx import FlashMoEError, batch_generate, load
 from flashmoe_mlx.cli import doctor
