@@ -297,8 +297,8 @@ def load(
     """Load a model whose experts stream from disk, and its tokenizer.
 
     Args:
-        path_or_hub_id: a directory that flashmoe-convert wrote, an unmodified MLX checkpoint of a
-            Qwen3.5 MoE, or the Hub name of either.
+        path_or_hub_id: a directory that flashmoe-convert wrote, an unmodified MLX checkpoint of any
+            mixture of experts that mlx-lm has, or the Hub name of either.
         expert_cache: memory for the experts of all layers together, in bytes or as "512MiB";
             "auto" (the default) depends on the available memory. If all fit, all are read now.
         io_threads: reader threads (default 8).

@@ -18,7 +18,8 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from flashmoe_mlx import FlashMoEError, batch_generate, load
-from flashmoe_mlx.cli import doctor
+from flashmoe_mlx.cli import doctor, full_check
+from flashmoe_mlx.cli.doctor_model import examine
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
 generate = importlib.import_module("flashmoe_mlx.cli.generate")
@@ -138,6 +139,23 @@ def test_doctor(directory, capsys):
     size = (directory / "model.safetensors").stat().st_size
     assert 0 < size - model["trunk_bytes"] - model["expert_bytes"] < 20_000  # the header
     assert not any("flashmoe-convert" in advice for advice in found["advice"])
+
+
+def test_the_full_check(directory, monkeypatch):
+    """Its prompts here are few and short."""
+    monkeypatch.setattr(full_check, "TEXTS", ["What is a library?"])
+    monkeypatch.setattr(full_check, "QUESTIONS", [])
+    monkeypatch.setattr(full_check, "LENGTHS", (1, 30))
+    monkeypatch.setattr(full_check, "parity", lambda cases: [])
+    monkeypatch.setattr(full_check, "memory", lambda report: (True, ""))  # starts a process
+    report = examine(directory)
+    found = full_check.full_check(report)
+    assert [finding.name for finding in found] == [
+        "streamed logits",
+        "greedy tokens",
+        "peak memory",
+    ]
+    assert all(finding.ok for finding in found), found
 
 
 def test_doctor_finds_a_missing_tensor(tiny, tmp_path, capsys):
