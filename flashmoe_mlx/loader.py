@@ -23,7 +23,7 @@ from .format.layout import ExpertLayout, open_layout, quantization
 from .format.model_files import check_small_files, read_config
 from .format.modules import ExpertModule, open_modules, quantizations
 from .format.names import PROJECTIONS, is_expert
-from .models.patch import patched_classes, top_k, vocabulary
+from .models.patch import patched_classes, stock_modules, top_k, vocabulary
 from .models.qwen3_5.args import MODEL_TYPES, ModelArgs, activation_bytes, check_top_k
 from .models.qwen3_5.model import Model
 from .models.trunk_checks import REMEDY, check_readable, check_trunk
@@ -330,6 +330,8 @@ def load(
     config = read_config(path) | (model_config or {})
     if has_fast_path(config):
         ModelArgs.from_dict(config)  # before anything is allocated
+    else:
+        stock_modules(config)
     check_small_files(path)
     # Before MLX reads them: its errors about damaged files say less.
     check_readable(checkpoint_headers(path))

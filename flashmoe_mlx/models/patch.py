@@ -71,12 +71,7 @@ def patched_classes(
                 args = with_top_k(args, experts_per_token)
             stock_model.__init__(self, args)
             found = switches(self)
-            modules = [describe(path, module) for path, module in found.items()]
-            if not modules:
-                raise FlashMoEError(
-                    f"config.json: model_type = {config.get('model_type')!r} has no routed experts "
-                    "(no SwitchGLU or SwitchMLP), so nothing can be streamed. Use stock mlx-lm."
-                )
+            modules = describe_all(found, config)
             self._store = open_store(args, modules)
             self._experts = tuple(prefix for module in modules for prefix in module.prefixes)
             numbered = enumerate(zip(found.items(), modules, strict=True))
@@ -154,13 +149,27 @@ def stock_modules(config: Mapping[str, Any]) -> tuple[Any, list[ExpertModule]]:
     """Return the arguments and the modules of routed experts that a config.json describes.
 
     Raises:
-        FlashMoEError: mlx-lm cannot build it.
+        FlashMoEError: mlx-lm cannot build it, or it has no routed experts.
     """
     model_class, args_class = stock_classes(config)
     with named("config.json", "a model that cannot be built", "Restore the checkpoint's own file"):
         args = args_class.from_dict(copy.deepcopy(dict(config)))
         found = switches(model_class(args))
-    return args, [describe(path, module) for path, module in found.items()]
+    return args, describe_all(found, config)
+
+
+def describe_all(found: Mapping[str, nn.Module], config: Mapping[str, Any]) -> list[ExpertModule]:
+    """Describe the modules of routed experts of a model.
+
+    Raises:
+        FlashMoEError: it has none.
+    """
+    if not found:
+        raise FlashMoEError(
+            f"config.json: model_type = {config.get('model_type')!r} has no routed experts "
+            "(no SwitchGLU or SwitchMLP), so nothing can be streamed. Use stock mlx-lm."
+        )
+    return [describe(path, module) for path, module in found.items()]
 
 
 def top_k(args: Any) -> int:

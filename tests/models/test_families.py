@@ -1,6 +1,7 @@
 """Every mixture of experts of mlx-lm streams from its own checkpoint, and equals stock."""
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +259,8 @@ def test_a_family_that_nobody_listed(tmp_path, kernels, monkeypatch):
     (tmp_path / "code" / "unheard_of.py").write_text(NEW_FAMILY)
     folders = [*mlx_lm.models.__path__, str(tmp_path / "code")]
     monkeypatch.setattr(mlx_lm.models, "__path__", folders)
+    monkeypatch.setitem(sys.modules, "mlx_lm.models.unheard_of", None)  # forgotten after the test
+    del sys.modules["mlx_lm.models.unheard_of"]
     monkeypatch.setitem(FAMILIES, "unheard_of", {"num_hidden_layers": 11})
     kernels("stock")
     stock = make("unheard_of", tmp_path, {"bits": 4, "group_size": 32})

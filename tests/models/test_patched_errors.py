@@ -147,7 +147,7 @@ def test_a_model_without_experts(copy):
     )
 
 
-@pytest.mark.parametrize("kind", ["unheard_of", "switch_layers", "../x", "", None, 3, "_x", "a.b"])
+@pytest.mark.parametrize("kind", ["nobodys", "switch_layers", "../x", "", None, 3, "_x", "a.b"])
 def test_a_model_type_that_mlx_lm_lacks(kind, copy):
     directory = copy("plain")
     set_config(directory, model_type=kind)
