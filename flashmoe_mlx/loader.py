@@ -21,7 +21,7 @@ from .format.headers import TensorInfo, checkpoint_headers, weight_files
 from .format.json_file import exists
 from .format.layout import ExpertLayout, open_layout, quantization
 from .format.model_files import check_small_files, read_config
-from .format.modules import ExpertModule, open_modules, quantizations
+from .format.modules import MODES, ExpertModule, open_modules, quantizations
 from .format.names import PROJECTIONS, is_expert
 from .models.patch import patched_classes, stock_modules, top_k, vocabulary
 from .models.qwen3_5.args import MODEL_TYPES, ModelArgs, activation_bytes, check_top_k
@@ -91,7 +91,14 @@ def has_fast_path(config: Mapping[str, Any]) -> bool:
     mode = os.environ.get("FLASHMOE_MODEL") or "auto"
     if mode not in ("auto", "generic"):
         raise FlashMoEError(f"FLASHMOE_MODEL = {mode!r} is not valid. Set it to auto or generic.")
-    return mode == "auto" and config.get("model_type") in MODEL_TYPES
+    return mode == "auto" and is_own(config)
+
+
+def is_own(config: Mapping[str, Any]) -> bool:
+    """Say whether this package's model code takes a config.json: Qwen3.5 in affine modes."""
+    entry = config.get("quantization")
+    other = isinstance(entry, Mapping) and entry.get("mode") in MODES.values()
+    return config.get("model_type") in MODEL_TYPES and not other
 
 
 def generic_classes(

@@ -14,9 +14,9 @@ from ..format.layout import ExpertLayout, open_layout, quantization
 from ..format.model_files import read_config
 from ..format.modules import open_modules, quantizations
 from ..format.names import PROJECTIONS
-from ..loader import check_tokenizer, find_model, trunk_bytes, without_experts
+from ..loader import check_tokenizer, find_model, is_own, trunk_bytes, without_experts
 from ..models.patch import stock_classes, stock_modules, top_k, vocabulary
-from ..models.qwen3_5.args import MODEL_TYPES, ModelArgs, check_top_k
+from ..models.qwen3_5.args import ModelArgs, check_top_k
 from ..models.trunk_checks import REMEDY, check_readable, check_trunk
 from ..settings import StreamConfig
 from ..store.devices import choose
@@ -89,7 +89,7 @@ def _collect(report: ModelReport, check: Callable[[ModelReport], None]) -> None:
 
 def _config(report: ModelReport) -> None:
     config = read_config(find_model(report.directory))
-    if config.get("model_type") not in MODEL_TYPES:
+    if not is_own(config):
         return _patched(report, config)
     report.args = ModelArgs.from_dict(config)
     report.top_k, report.vocab_size = report.args.num_experts_per_tok, report.args.vocab_size

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 import pytest
-from families import EXPERTS, FAMILIES, TOP_K, VOCABULARY, make, mode_of
+from families import EXPERTS, FAMILIES, TOP_K, VOCABULARY, floats, make, mode_of
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
@@ -199,6 +199,14 @@ def test_nvfp4_with_a_global_scale_loads_but_mlx_computes_it_on_gpus_only(tmp_pa
         for each in stock, model:
             with pytest.raises(ValueError, match="Global scale is only supported on the GPU"):
                 mx.eval(prompt_logits(each, 1))
+
+
+def test_qwen_in_a_mode_that_our_own_code_lacks(tmp_path, kernels, monkeypatch):
+    kernels("stock")
+    monkeypatch.delenv("FLASHMOE_MODEL")
+    stock = make("qwen3_5_moe", tmp_path, floats("mxfp4", 4, 32))
+    with streamed(tmp_path, TOP_K * token_bytes(stock)) as model:
+        assert mx.array_equal(prompt_logits(model, 17), prompt_logits(stock, 17))
 
 
 NEW_FAMILY = """
