@@ -28,14 +28,9 @@ from .format.headers import TensorInfo, checkpoint_headers, weight_files
 from .format.json_file import exists
 from .format.layout import ExpertLayout, open_layout, quantization
 from .format.model_files import check_small_files, is_local, read_config
-from .format.modules import (
-    ExpertModule,
-    open_modules,
-    projection_fields,
-    projection_quantization,
-)
+from .format.modules import MODES, ExpertModule, open_modules, quantizations
 from .format.names import PROJECTIONS, is_expert
-from .models.patch import patched_classes, top_k, vocabulary
+from .models.patch import patched_classes, stock_modules, top_k, vocabulary
 from .models.qwen3_5.args import MODEL_TYPES, ModelArgs, activation_bytes, check_top_k
 from .models.qwen3_5.model import Model
 from .models.trunk_checks import REMEDY, check_readable, check_trunk
@@ -105,7 +100,14 @@ def has_fast_path(config: Mapping[str, Any]) -> bool:
     mode = os.environ.get("FLASHMOE_MODEL") or "auto"
     if mode not in ("auto", "generic"):
         raise FlashMoEError(f"FLASHMOE_MODEL = {mode!r} is not valid. Set it to auto or generic.")
-    return mode == "auto" and config.get("model_type") in MODEL_TYPES
+    return mode == "auto" and is_own(config)
+
+
+def is_own(config: Mapping[str, Any]) -> bool:
+    """Say whether this package's model code takes a config.json: Qwen3.5 in affine modes."""
+    entry = config.get("quantization")
+    other = isinstance(entry, Mapping) and entry.get("mode") in MODES.values()
+    return config.get("model_type") in MODEL_TYPES and not other
 
 
 def generic_classes(
@@ -121,14 +123,16 @@ def generic_classes(
 
     def open_experts(args: Any, modules: Sequence[ExpertModule]) -> ExpertStore:
         layout = open_modules(directory, modules)
-        formats = set()
-        for layer, module in zip(layout.layers, modules, strict=True):
-            for name, shape in module.shapes.items():
-                found = projection_quantization(layer, name, shape)
-                if found and found.mode == "affine":
-                    dtype = layer.fields[projection_fields(layer, name)["scales"]].dtype
-                    formats.add((found.bits, found.group_size, dtype))
-        experts = tuple(f"{module.path}." for module in modules)
+        if stream.verify and layout.kind == "stock":
+            raise FlashMoEError(
+                f"verify = true: {directory} is not a converted model, so its experts have no "
+                "checksums. Leave verify out."
+            )
+        found = quantizations(layout, modules)
+        formats = {(q.bits, q.group_size, dtype) for q, dtype in found if q.mode == "affine"}
+        name = "config.json: top-k" if stream.experts_per_token is None else "experts_per_token"
+        check_top_k(top_k(args), min(m.num_experts for m in modules), name)
+        experts = tuple(prefix for module in modules for prefix in module.prefixes)
         headers = checkpoint_headers(directory)
         trunk = {k: info for k, (_, info) in headers.items() if not k.startswith(experts)}
         formats |= entry_formats(config.get("quantization") or {}, trunk)
@@ -321,8 +325,8 @@ def load(
     """Load a model whose experts stream from disk, and its tokenizer.
 
     Args:
-        path_or_hub_id: a directory that flashmoe-convert wrote, an unmodified MLX checkpoint of a
-            Qwen3.5 MoE, or the Hub name of either.
+        path_or_hub_id: a directory that flashmoe-convert wrote, an unmodified MLX checkpoint of any
+            mixture of experts that mlx-lm has, or the Hub name of either.
         expert_cache: memory for the experts of all layers together, in bytes or as "512MiB";
             "auto" (the default) depends on the available memory. If all fit, all are read now.
         io_threads: reader threads (default 8).
@@ -354,6 +358,8 @@ def load(
     config = read_config(path) | (model_config or {})
     if has_fast_path(config):
         ModelArgs.from_dict(config)  # before anything is allocated
+    else:
+        stock_modules(config)
     check_small_files(path)
     # Before MLX reads them: its errors about damaged files say less.
     check_readable(checkpoint_headers(path))
@@ -388,7 +394,7 @@ def load(
             tokenizer = load_tokenizer(
                 path, trusted | (tokenizer_config or {}), eos_token_ids=config.get("eos_token_id")
             )
-        check_use(path, tokenizer, vocabulary(model))
+        check_use(path, tokenizer, vocabulary(model.args))
     except BaseException:
         model.close()
         raise

@@ -297,9 +297,9 @@ CONFIG = [
     (
         "top",
         {"model_type": "qwen3_moe"},
-        "model_type 'qwen3_moe' cannot be streamed; supported are",
+        "config.json: a model that cannot be built (TypeError",
     ),
-    ("top", {"model_type": None}, "model_type None cannot be streamed; supported are qwen3_5_moe"),
+    ("top", {"model_type": None}, "config.json: model_type = None is not a name."),
     ("top", {"flashmoe": [1]}, "flashmoe = [1] is not an object."),
     ("top", {"flashmoe": {"expert_cach": 1}}, '"flashmoe": unknown setting expert_cach. Choo'),
     ("top", {"flashmoe": {"expert_cache": "x"}}, "expert_cache = 'x' is not a size."),

@@ -80,7 +80,7 @@ class Foreign:
         self._placeholders = self._make_placeholders()
         with named("the checkpoint", "tensors that mlx-lm's sanitize cannot read", REMEDY):
             made = model.sanitize(dict(self._placeholders))
-        experts = tuple(f"{module.path}." for module in modules)
+        experts = tuple(prefix for module in modules for prefix in module.prefixes)
         self.layouts = tuple(self._layout(n, made) for n in range(len(modules)))
         self.trunk, self.needs = self._split_trunk(
             {name: array for name, array in made.items() if not name.startswith(experts)}
@@ -121,8 +121,8 @@ class Foreign:
         return self._fields(layer, made)
 
     def _fields(self, layer: int, made: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        prefix = f"{self._modules[layer].path}."
-        fields = {k.removeprefix(prefix): v for k, v in made.items() if k.startswith(prefix)}
+        prefix, mine = f"{self._modules[layer].path}.", self._modules[layer].prefixes
+        fields = {k.removeprefix(prefix): v for k, v in made.items() if k.startswith(mine)}
         wanted = {f"{name}.weight" for name in self._modules[layer].shapes}
         if not wanted <= fields.keys() or any(v.shape[:1] != (1,) for v in fields.values()):
             shapes = ", ".join(f"{name} {list(v.shape)}" for name, v in fields.items()) or "nothing"

@@ -118,7 +118,7 @@ def _trunk(
 
     Nothing is read: the arrays are lazy.
     """
-    experts = tuple(f"{module.path}." for module in modules)
+    experts = tuple(prefix for module in modules for prefix in module.prefixes)
     weights: dict[str, mx.array] = {}
     for file in sorted({file for file, _ in headers.values()}):
         weights |= mx.load(str(file))  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ def _trunk_quant(
     predicate = getattr(model, "quant_predicate", None)
     chosen = {}
     for path, module in tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module):
-        if path.startswith(tuple(f"{m.path}." for m in modules)):
+        if f"{path}.".startswith(tuple(prefix for m in modules for prefix in m.prefixes)):
             continue
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % group_size:
             continue
@@ -169,11 +169,12 @@ def check_generic_trunk(
     """
     stock_model, stock_args = stock_classes(config)
     model = stock_model(stock_args.from_dict(dict(config)))
-    experts = tuple(f"{path}." for path in switches(model))
+    modules = [describe(path, module) for path, module in switches(model).items()]
+    experts = tuple(prefix for module in modules for prefix in module.prefixes)
     entry = config.get("quantization") or {}
 
     def quantized(path: str, module: nn.Module) -> Any:
-        if path.startswith(experts) or not hasattr(module, "to_quantized"):
+        if f"{path}.".startswith(experts) or not hasattr(module, "to_quantized"):
             return False
         return entry.get(path, f"{path}.scales" in trunk)
 

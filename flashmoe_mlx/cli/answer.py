@@ -101,7 +101,7 @@ def open_model(
             path, **streaming(args), adapter_path=args.adapter_path,
             tokenizer_config=metadata.get("tokenizer_config", {}) | trust,
         )  # fmt: skip
-    tokens = vocabulary(model)
+    tokens = vocabulary(model.args)
     if tokens is not None and args.top_k >= tokens:
         raise FlashMoEError(f"--top-k {args.top_k}: the model has {tokens} tokens. Give fewer.")
     return path, model, tokenizer

@@ -1,19 +1,23 @@
 """Check that a model directory is complete: every header and size, but not the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import FlashMoEError
+from mlx_lm.utils import load_model
+
+from ..errors import FlashMoEError, named
 from ..format.headers import checkpoint_headers
 from ..format.json_file import exists, read_object
 from ..format.layout import ExpertLayout, open_layout, quantization
 from ..format.model_files import read_config
+from ..format.modules import open_modules, quantizations
 from ..format.names import PROJECTIONS
-from ..loader import check_tokenizer, find_model, without_experts
+from ..loader import check_tokenizer, find_model, is_own, trunk_bytes, without_experts
+from ..models.patch import stock_classes, stock_modules, top_k, vocabulary
 from ..models.qwen3_5.args import ModelArgs, check_top_k
-from ..models.trunk_checks import check_trunk
+from ..models.trunk_checks import REMEDY, check_readable, check_trunk
 from ..settings import StreamConfig
 from ..store.devices import choose
 from ..store.memory import available_bytes
@@ -26,7 +30,8 @@ INDEX = "model.safetensors.index.json"
 class ModelReport:
     """The content of a model directory; a field is None if its file cannot be read.
 
-    `bits` lists the distinct bits per weight of the experts' matrices, in ascending order.
+    `bits` lists the distinct bits per weight of the experts' matrices, in ascending order. `args`
+    is None for a model of mlx-lm, which has arguments of its own.
     """
 
     directory: Path
@@ -35,6 +40,8 @@ class ModelReport:
     layout: ExpertLayout | None = None
     trunk_bytes: int | None = None
     bits: tuple[int, ...] = ()
+    top_k: int = 1
+    vocab_size: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -53,8 +60,7 @@ class ModelReport:
                 "record_bytes": self.layout.record_bytes,
                 "expert_bytes": self.layout.total_bytes,
             }
-        if self.layout and self.args:
-            values["token_bytes"] = self.layout.token_bytes * self.args.num_experts_per_tok
+            values["token_bytes"] = self.layout.token_bytes * self.top_k
         return values
 
 
@@ -81,7 +87,31 @@ def _collect(report: ModelReport, check: Callable[[ModelReport], None]) -> None:
 
 
 def _config(report: ModelReport) -> None:
-    report.args = ModelArgs.from_dict(read_config(find_model(report.directory)))
+    config = read_config(find_model(report.directory))
+    if not is_own(config):
+        return _patched(report, config)
+    report.args = ModelArgs.from_dict(config)
+    report.top_k, report.vocab_size = report.args.num_experts_per_tok, report.args.vocab_size
+
+
+def _patched(report: ModelReport, config: Mapping[str, Any]) -> None:
+    """Check a model of mlx-lm: experts by their headers, the trunk by stock's loader, unread."""
+    args, modules = stock_modules(config)
+    report.top_k, report.vocab_size = top_k(args), vocabulary(args)
+    layout = open_modules(report.directory, modules)
+    headers = checkpoint_headers(report.directory)
+    everything = trunk_bytes({name: info for name, (_, info) in headers.items()})
+    report.trunk_bytes = everything - layout.total_bytes
+    report.bits = tuple(sorted({found.bits for found, _ in quantizations(layout, modules)}))
+    report.layout = layout
+    check_readable(headers)
+    with named(report.directory, "its weights do not fit its config.json", REMEDY):
+        load_model(
+            report.directory,
+            lazy=True,
+            model_config={"model_file": None},
+            get_model_classes=lambda config: stock_classes(config),
+        )
 
 
 def _index(report: ModelReport) -> None:
@@ -104,8 +134,10 @@ def _index(report: ModelReport) -> None:
 
 
 def _trunk(report: ModelReport) -> None:
+    if report.layout:
+        return  # a model of mlx-lm
     headers = checkpoint_headers(report.directory)
-    report.trunk_bytes = sum(tensor.nbytes for tensor in without_experts(headers).values())
+    report.trunk_bytes = trunk_bytes(without_experts(headers))
     if report.args:
         check_trunk(report.directory, headers, report.args)
 
@@ -125,12 +157,13 @@ def _experts(report: ModelReport) -> None:
 
 def _settings(report: ModelReport) -> None:
     """Check that the model loads with the settings of config.json and the environment."""
-    if (args := report.args) is None or (layout := report.layout) is None:
+    if (layout := report.layout) is None:
         return
-    stream = StreamConfig.resolve(args.flashmoe)
-    top_k = stream.experts_per_token or args.num_experts_per_tok
-    check_top_k(top_k, args.num_experts, "experts_per_token")
-    plan_cache(stream.expert_cache, layout, top_k, report.trunk_bytes or 0, free_bytes())
+    settings = read_config(report.directory).get("flashmoe") or {}
+    stream = StreamConfig.resolve(settings)
+    count = stream.experts_per_token or report.top_k
+    check_top_k(count, min(x.num_experts for x in layout.layers), "experts_per_token")
+    plan_cache(stream.expert_cache, layout, count, report.trunk_bytes or 0, free_bytes())
 
 
 def free_bytes() -> int:
@@ -140,5 +173,5 @@ def free_bytes() -> int:
 
 
 def _tokenizer(report: ModelReport) -> None:
-    if report.args:
-        check_tokenizer(report.directory, report.args.vocab_size)
+    if report.vocab_size is not None:
+        check_tokenizer(report.directory, report.vocab_size)

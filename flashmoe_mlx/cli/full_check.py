@@ -20,6 +20,7 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import numpy.typing as npt
+from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from ..custom_kernels.attention.step import AttentionStepCase
@@ -45,7 +46,7 @@ from ..custom_kernels.linear.dequantize import DequantizeCase, MatmulCase
 from ..custom_kernels.linear.matvec import BITS, GROUP_SIZES
 from ..errors import FlashMoEError
 from ..loader import load
-from ..models.qwen3_5.model import Model
+from ..models.patch import vocabulary
 from ..profile import machine
 from .doctor_model import ModelReport, free_bytes
 from .stock import stacked_experts, stock_model
@@ -90,7 +91,7 @@ class Finding:
 def full_check(report: ModelReport | None) -> list[Finding]:
     """Check every kernel, and the model if `doctor_model.examine` found it complete."""
     found = parity([*quantized(), *others()])
-    if report and report.args and report.layout and not report.problems:
+    if report and report.layout and not report.problems:
         checks = {"streamed logits": streamed, "greedy tokens": greedy, "peak memory": memory}
         with progress(len(checks)) as bar:
             for name, check in checks.items():
@@ -205,22 +206,22 @@ def streamed(report: ModelReport) -> Outcome:
 
 def quarter(report: ModelReport) -> int:
     """Return the larger of a quarter of the experts and one token's experts, in bytes."""
-    assert report.layout and report.args
-    token = report.layout.token_bytes * report.args.num_experts_per_tok
+    assert report.layout
+    token = report.layout.token_bytes * report.top_k
     return max(report.layout.total_bytes // 4, token)
 
 
-def logits(model: Model, prompt: int) -> Logits:
+def logits(model: Any, prompt: int) -> Logits:
     """Return the last logits of a random prompt and of SINGLE more tokens: `[1 + SINGLE, V]`."""
     rng = np.random.default_rng(prompt)
-    tokens = rng.integers(model.args.vocab_size, size=prompt + SINGLE).tolist()
-    cache, rows = model.make_cache(), []
+    tokens = rng.integers(vocabulary(model.args) or 2, size=prompt + SINGLE).tolist()
+    cache, rows = make_prompt_cache(model), []
     for part in [tokens[:prompt], *([token] for token in tokens[prompt:])]:
         rows.append(np.array(model(mx.array([part]), cache=cache)[:, -1].astype(mx.float32)))
     return np.concatenate(rows)
 
 
-def differing_runs(model: Model, expected: dict[int, Logits]) -> list[str]:
+def differing_runs(model: Any, expected: dict[int, Logits]) -> list[str]:
     """Run each prompt twice, and describe the runs whose logits differ in any bit."""
     wrong = []
     for prompt, run in product(expected, (1, 2)):
@@ -268,7 +269,7 @@ def differences(
 
     Both models continue with stock's token, so that one difference does not cause others.
     """
-    caches, fed, gaps = [model.make_cache() for model in (stock, ours)], mx.array([prompt]), []
+    caches, fed, gaps = list(map(make_prompt_cache, (stock, ours))), mx.array([prompt]), []
     for _ in range(tokens):
         expected, found = (
             model(fed, cache=cache)[0, -1]
@@ -285,9 +286,10 @@ def differences(
 
 def load_stock(report: ModelReport) -> nn.Module:
     """Load stock mlx-lm's model of the directory."""
-    assert report.layout and report.args
-    sizes = report.args.num_hidden_layers, report.args.num_experts
-    packed = report.layout.kind == "packed"
+    layout = report.layout
+    assert layout
+    packed = layout.kind == "packed"
+    sizes = len(layout.layers), layout.num_experts
     return stock_model(
         report.directory, stacked_experts(report.directory, *sizes) if packed else {}
     )

@@ -10,6 +10,8 @@ from mlx_lm.utils import load_model
 
 from ..format.layout import EXPERT_DIR, layer_file
 from ..format.names import FIELDS, layer_prefix
+from ..models.patch import stock_classes
+from ..models.qwen3_5.args import MODEL_TYPES
 from ..profile import machine
 
 
@@ -29,10 +31,14 @@ def stock_model(directory: Path, experts: dict[str, mx.array], **config: Any) ->
             """Add the experts."""
             return super().sanitize(weights | experts)
 
+    def classes(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
+        own = config["model_type"] in MODEL_TYPES
+        return (WithExperts, qwen3_5_moe.ModelArgs) if own else stock_classes(config)
+
     model, _ = load_model(
         directory,
         model_config={"model_file": None, **config},
-        get_model_classes=lambda config: (WithExperts, qwen3_5_moe.ModelArgs),
+        get_model_classes=classes,
     )
     if not machine.on_gpu():
         model.set_dtype(mx.float32)

@@ -44,6 +44,11 @@ class ExpertModule:
     shapes: Mapping[str, tuple[int, int]]
     num_experts: int
 
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What the names of its experts' tensors begin with; other children are the trunk's."""
+        return tuple(f"{self.path}.{projection}." for projection in self.shapes)
+
 
 @dataclass(frozen=True)
 class Quantization:
@@ -58,7 +63,7 @@ def open_modules(directory: Path, modules: Sequence[ExpertModule]) -> ExpertLayo
     """Find the experts of an MLX checkpoint, or of a directory converted from one.
 
     Raises:
-        FlashMoEError: a tensor is missing, or has another shape or dtype than the model asks for.
+        FlashMoEError: a tensor is missing, or has another number of experts than the model.
     """
     kind = "stock"
     if exists(directory / EXPERT_DIR):
@@ -118,6 +123,23 @@ def _stacked(
             field = f"{projection}.{part}"
             fields.append(Field(field, info.dtype, info.shape[1:], step, file, info.offset, step))
     return LayerLayout(layer, module.num_experts, tuple(fields))
+
+
+def quantizations(
+    layout: ExpertLayout, modules: Sequence[ExpertModule]
+) -> list[tuple[Quantization, str]]:
+    """Return (format, dtype of the scales) of every quantized projection.
+
+    Raises:
+        FlashMoEError: a tensor has another shape or dtype than the model asks for.
+    """
+    found = []
+    for layer, module in zip(layout.layers, modules, strict=True):
+        for name, shape in module.shapes.items():
+            if quantization := projection_quantization(layer, name, shape):
+                scales = layer.fields[projection_fields(layer, name)["scales"]]
+                found.append((quantization, scales.dtype))
+    return found
 
 
 def projection_fields(layer: LayerLayout, projection: str) -> dict[str, int]:

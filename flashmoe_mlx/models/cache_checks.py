@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, _BaseCache
+from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, _BaseCache
 
 from ..errors import FlashMoEError
 
@@ -138,6 +138,26 @@ def check_caches(
             raise FlashMoEError(f"the prompt cache of layer {layer} {error}. {REMEDY}") from error
     if isinstance(first, _BaseCache):
         _compared[first] = specs, batch
+
+
+def check_classes(caches: Sequence[Any], expected: Sequence[Any]) -> None:
+    """Compare the classes of caches with those that mlx-lm makes for the model.
+
+    Raises:
+        FlashMoEError: a layer has another one; a `KVCache` may be quantized.
+    """
+    if len(caches) != len(expected):
+        raise FlashMoEError(
+            f"the prompt cache has {len(caches)} layers, but the model has {len(expected)}. "
+            f"{REMEDY}"
+        )
+    for layer, (cache, own) in enumerate(zip(caches, expected, strict=True)):
+        quantized = type(own) is KVCache and type(cache) is QuantizedKVCache
+        if type(cache) is not type(own) and not quantized:
+            raise FlashMoEError(
+                f"the prompt cache of layer {layer} is {_name(cache)}, but the model needs "
+                f"{_name(own)}. {REMEDY}"
+            )
 
 
 def _checked(name: str, array: Any, shape: tuple[int, ...], wide: bool) -> mx.array:

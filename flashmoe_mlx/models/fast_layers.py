@@ -35,8 +35,11 @@ class FastQuantizedEmbedding(nn.QuantizedEmbedding):
     """A quantized embedding, also as the output head."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Map ids `[...]` to `[..., H]`."""
-        return super().__call__(x).astype(mx.float32)
+        """Map ids `[...]` to `[..., H]` float32."""
+        if self.mode != "affine":  # these formats' numbers are exact in bfloat16
+            return super().__call__(x).astype(mx.float32)
+        scales, biases = (self[name][x].astype(mx.float32) for name in ("scales", "biases"))
+        return mx.dequantize(self["weight"][x], scales, biases, self.group_size, self.bits)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Map `[..., H]` to logits `[..., V]`."""
@@ -44,6 +47,7 @@ class FastQuantizedEmbedding(nn.QuantizedEmbedding):
         return super().as_linear(x) if y is None else y
 
 
+MATRICES = nn.Linear, nn.Embedding
 FASTER: dict[Any, Any] = {
     nn.QuantizedLinear: FastLinear,
     nn.Embedding: FastEmbedding,
@@ -58,3 +62,15 @@ def use_fast_layers(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in FASTER:
             module.__class__ = FASTER[type(module)]
+        elif not isinstance(module, MATRICES) and "scales" not in module:
+            _widen(module)
+
+
+def _widen(module: nn.Module) -> None:
+    """Make a module's own small parameters float32: models compute exp(A_log) or 1 + w from them.
+
+    Matrices stay as they are, since each is only multiplied by float32 activations.
+    """
+    for name, value in list(module.items()):
+        if isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating):
+            module[name] = value.astype(mx.float32)

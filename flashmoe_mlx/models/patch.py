@@ -1,5 +1,6 @@
 """mlx-lm's own model classes, with streamed experts: any family that uses its switch layers."""
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -8,12 +9,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 from mlx_lm.utils import _get_classes
 
-from ..errors import FlashMoEError
+from ..errors import FlashMoEError, named
 from ..format.modules import ExpertModule
 from ..store.store import ExpertStore
+from .cache_checks import REMEDY, check_classes
 from .fast_layers import use_fast_layers
 from .streamed import StreamedModule
 from .switch import StreamedSwitch
@@ -68,14 +71,9 @@ def patched_classes(
                 args = with_top_k(args, experts_per_token)
             stock_model.__init__(self, args)
             found = switches(self)
-            modules = [describe(path, module) for path, module in found.items()]
-            if not modules:
-                raise FlashMoEError(
-                    f"config.json: model_type = {config.get('model_type')!r} has no routed experts "
-                    "(no SwitchGLU or SwitchMLP), so nothing can be streamed. Use stock mlx-lm."
-                )
+            modules = describe_all(found, config)
             self._store = open_store(args, modules)
-            self._experts = tuple(f"{module.path}." for module in modules)
+            self._experts = tuple(prefix for module in modules for prefix in module.prefixes)
             numbered = enumerate(zip(found.items(), modules, strict=True))
             self.update_modules(
                 tree_unflatten(
@@ -101,6 +99,17 @@ def patched_classes(
                 weights = stock_model.sanitize(self, weights)
             return {k: v for k, v in weights.items() if not k.startswith(self._experts)}
 
+        def check_caches(self, caches: Sequence[Any], rows: int) -> None:
+            """Compare a prompt cache with the model, and try it on one token of each row.
+
+            Raises:
+                FlashMoEError: it does not fit.
+            """
+            check_classes(caches, make_prompt_cache(self))
+            with named("the prompt cache", "its arrays do not fit the model", REMEDY.rstrip(".")):
+                model: Any = self  # mypy knows `wraps` of functions only
+                mx.eval(model(mx.zeros((rows, 1), mx.uint32), cache=copy.deepcopy(list(caches))))
+
         def load_weights(self, *args: Any, **kwargs: Any) -> nn.Module:
             """Load the trunk, and let it use this package's kernels."""
             stock_model.load_weights(self, *args, **kwargs)
@@ -111,14 +120,14 @@ def patched_classes(
 
 
 def switches(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's modules of routed experts that are not streamed, by path, in order."""
-    found = {path: module for path, module in model.named_modules() if isinstance(module, SWITCHES)}
-    return dict(sorted(found.items(), key=lambda item: _in_order(item[0])))
+    """Return the model's modules of routed experts that are not streamed, in the layers' order."""
+    found = {path: m for path, m in model.named_modules() if isinstance(m, SWITCHES)}
+    return {path: found[path] for path in sorted(found, key=_by_number)}
 
 
-def _in_order(path: str) -> list[tuple[bool, int, str]]:
-    """Return a key that sorts numbers in a path by value."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
+def _by_number(path: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer 10 after layer 9."""
+    return [(int(name), "") if name.isdigit() else (-1, name) for name in path.split(".")]
 
 
 def describe(path: str, module: nn.Module) -> ExpertModule:
@@ -138,13 +147,42 @@ def describe(path: str, module: nn.Module) -> ExpertModule:
     return ExpertModule(path, {n: array.shape[1:] for n, array in weights.items()}, counts.pop())
 
 
+def stock_modules(config: Mapping[str, Any]) -> tuple[Any, list[ExpertModule]]:
+    """Return the arguments and the modules of routed experts that a config.json describes.
+
+    Raises:
+        FlashMoEError: mlx-lm cannot build it, or it has no routed experts.
+    """
+    model_class, args_class = stock_classes(config)
+    with named("config.json", "a model that cannot be built", "Restore the checkpoint's own file"):
+        args = args_class.from_dict(copy.deepcopy(dict(config)))
+        found = switches(model_class(args))
+    return args, describe_all(found, config)
+
+
+def describe_all(found: Mapping[str, nn.Module], config: Mapping[str, Any]) -> list[ExpertModule]:
+    """Describe the modules of routed experts of a model.
+
+    Raises:
+        FlashMoEError: it has none.
+    """
+    if not found:
+        raise FlashMoEError(
+            f"config.json: model_type = {config.get('model_type')!r} has no routed experts "
+            "(no SwitchGLU or SwitchMLP), so nothing can be streamed. Use stock mlx-lm."
+        )
+    return [describe(path, module) for path, module in found.items()]
+
+
 def top_k(args: Any) -> int:
-    """Return how many experts a token uses, 1 if no known name says it."""
+    """Return how many experts a token uses at most, 1 if no known name says it."""
     for holder in (args, getattr(args, "text_config", None)):
         values = holder if isinstance(holder, Mapping) else getattr(holder, "__dict__", {})
         for name in TOP_K:
-            if type(values.get(name)) is int and values[name] > 0:
-                return int(values[name])
+            found = values.get(name)
+            counts = found if isinstance(found, list) else [found]  # a list has one per layer
+            if all(type(count) is int for count in counts):
+                return max(1, *counts)
     return 1
 
 
@@ -163,9 +201,9 @@ def with_top_k(args: Any, count: int) -> Any:
     )
 
 
-def vocabulary(model: Any) -> int | None:
-    """Return a model's vocabulary size, None if its arguments do not say it."""
-    for holder in (model.args, getattr(model.args, "text_config", None)):
+def vocabulary(args: Any) -> int | None:
+    """Return the vocabulary size that a model's arguments name, or None."""
+    for holder in (args, getattr(args, "text_config", None)):
         values = holder if isinstance(holder, Mapping) else getattr(holder, "__dict__", {})
         if type(values.get("vocab_size")) is int:
             return int(values["vocab_size"])

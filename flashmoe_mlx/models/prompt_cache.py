@@ -50,7 +50,8 @@ def check_fits(path: str, caches: list[Any], model: Any) -> None:
         FlashMoEError: a cache does not fit its layer.
     """
     try:
-        model.model.check_caches(caches, rows=1)
+        checks = model if hasattr(model, "check_caches") else model.model
+        checks.check_caches(caches, rows=1)
     except FlashMoEError as error:
         raise FlashMoEError(f"{path}: {error}") from error
 

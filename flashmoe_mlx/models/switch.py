@@ -42,6 +42,11 @@ class StreamedLayer(nn.Module):
         self._layer = layer
 
     @property
+    def layer(self) -> int:
+        """Its number among the layers with experts."""
+        return self._layer
+
+    @property
     def holds_all(self) -> bool:
         """Say whether all experts are resident; then expert e lies in slot e."""
         return self._store.banks[self._layer].holds_all
@@ -167,7 +172,9 @@ def _linear(parts: dict[str, mx.array], found: Any) -> nn.Module:
     linear = _empty(QuantizedSwitchLinear if found else SwitchLinear)
     if found:
         linear.bits, linear.group_size, linear.mode = found.bits, found.group_size, found.mode
-        linear.biases = linear.global_scale = None
+        for part in ("biases", "global_scale"):  # an attribute would hide the part of that name
+            if part not in parts:
+                setattr(linear, part, None)
     for part, array in parts.items():
         linear[part] = array
     return linear

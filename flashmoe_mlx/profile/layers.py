@@ -17,7 +17,7 @@ import numpy as np
 from ..models.qwen3_5.model import DecoderLayer, Model
 from ..store.store import ExpertStats, ExpertStore
 
-PARTS = ("attention", "router", "read", "experts")
+PARTS = ("attention", "router", "read", "experts", "rest")
 
 
 @dataclass
@@ -30,7 +30,8 @@ class LayerTime:
         router: until the first expert request: norm, router, and on a CPU the first half of the
             shared expert.
         read: waits for reads of experts.
-        experts: the rest: routed and shared experts.
+        experts: routed and shared experts; of a model of mlx-lm, the routed ones.
+        rest: of a model of mlx-lm, whatever else its layer does.
         asked: experts requested, once per step.
         hits: requested experts that were resident.
         distinct: distinct experts requested, summed over the steps.
@@ -43,6 +44,7 @@ class LayerTime:
     router: float = 0.0
     read: float = 0.0
     experts: float = 0.0
+    rest: float = 0.0
     asked: int = 0
     hits: int = 0
     distinct: int = 0
@@ -88,10 +90,11 @@ class _Attention:
         return y
 
 
-class _Experts:
+class Experts:
     """Proxy of a layer's mixture of experts."""
 
     def __init__(self, module: Any, pick: Pick, store: ExpertStore) -> None:
+        """Stand in for `module`; `pick` chooses the counters."""
         self._module, self._pick, self._store = module, pick, store
         self._first: float | None = None
         self._ids: set[int] = set()
@@ -111,6 +114,7 @@ class _Experts:
         self._module.prefetch(*args)
 
     def __call__(self, h: mx.array, *rest: Any) -> Any:
+        """Run the module and add up its times."""
         mx.eval(h)
         self._first, self._ids, self._device_seconds = None, set(), 0.0
         before: ExpertStats = replace(self._store.stats)
@@ -131,16 +135,19 @@ class _Experts:
         return y
 
 
-class _Listener:
+class Listener:
     """Passes the store's requests to each layer's proxy."""
 
-    def __init__(self, proxies: list[_Experts]) -> None:
+    def __init__(self, proxies: list[Experts]) -> None:
+        """Take a proxy per layer of the store."""
         self._proxies = proxies
 
     def asked(self, layer: int, experts: Sequence[int]) -> None:
+        """Pass on a request."""
         self._proxies[layer].asked(experts)
 
     def loading(self, layer: int, ids: mx.array, slots: mx.array) -> None:
+        """Pass on a request that the GPU serves itself, and time it."""
         self._proxies[layer].asked(np.unique(np.array(ids)).tolist())
         start = time.perf_counter()
         mx.eval(slots)
@@ -159,15 +166,15 @@ def timed_layers(
         prompt: counters per layer for steps of several tokens, by default the same ones.
     """
     found = untimed(model)
-    originals, proxies = [], list[_Experts]()
+    originals, proxies = [], list[Experts]()
     for layer, several, single in zip(model.layers, prompt or found, found, strict=True):
         name = _mixer(layer)
         originals.append((layer, name, layer[name], layer.mlp))
         pick = partial(_pick, several, single)
-        proxies.append(_Experts(layer.mlp, pick, store))
+        proxies.append(Experts(layer.mlp, pick, store))
         setattr(layer, name, _Attention(layer[name], pick))
         setattr(layer, "mlp", proxies[-1])  # noqa: B010
-    before, store.observer = store.observer, _Listener(proxies)
+    before, store.observer = store.observer, Listener(proxies)
     try:
         yield found
     finally:
@@ -192,18 +199,19 @@ def _mixer(layer: DecoderLayer) -> str:
 
 def print_rows(layers: list[LayerTime], steps: int) -> LayerTime:
     """Print a line for each layer and one for the total, and return the total."""
-    parts = " ".join(f"{part:>9}" for part in PARTS)
-    print(f"{'layer':>5} {'kind':>6} {parts}    total   hits  MB/step")
+    shown = [part for part in PARTS if any(getattr(layer, part) for layer in layers)]
+    titles = " ".join(f"{part:>9}" for part in shown)
+    print(f"{'layer':>5} {'kind':>6} {titles}    total   hits  MB/step")
     for number, layer in enumerate(layers):
-        print(_row(str(number), layer, steps))
+        print(_row(str(number), layer, steps, shown))
     total = LayerTime("")
     for name in (*PARTS, "asked", "hits", "bytes_read"):
         setattr(total, name, sum(getattr(layer, name) for layer in layers))
-    print(_row("all", total, steps))
+    print(_row("all", total, steps, shown))
     return total
 
 
-def _row(name: str, layer: LayerTime, steps: int) -> str:
-    parts = " ".join(f"{getattr(layer, part) / steps * 1e3:9.3f}" for part in PARTS)
+def _row(name: str, layer: LayerTime, steps: int, shown: Sequence[str]) -> str:
+    parts = " ".join(f"{getattr(layer, part) / steps * 1e3:9.3f}" for part in shown)
     total, mb = layer.seconds / steps * 1e3, layer.bytes_read / steps / 1e6
     return f"{name:>5} {layer.kind:>6} {parts} {total:8.3f} {layer.hit_rate:6.1%} {mb:8.2f}"

@@ -81,6 +81,8 @@ def _draw_layers(times: Any, rates: Any, layers: list[dict[str, Any]]) -> None:
     """Draw each layer's time by part and a legend, and below them its hit rate."""
     bottom = [0.0] * len(layers)
     for part, color in COLORS.items():
+        if not any(layer[f"{part}_ms"] for layer in layers):
+            continue
         heights = [layer[f"{part}_ms"] for layer in layers]
         times.bar(range(len(layers)), heights, bottom=bottom, label=part, color=color)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]

@@ -17,7 +17,8 @@ from ..models.qwen3_5.model import Model
 from ..progress import first_use_seconds
 from ..store.memory import peak_bytes
 from .counters import Use, now
-from .layers import LayerTime, print_rows, timed_layers, untimed
+from .layers import LayerTime, print_rows
+from .patched import timed_layers, untimed
 from .plot import plot_run
 
 

@@ -144,7 +144,7 @@ def test_models_of_other_tools(tmp_path, capsys):
     dense = tmp_path / "dense"
     dense.mkdir()
     mx.save_safetensors(str(dense / "model.safetensors"), {"a": mx.zeros((2, 2))})
-    (dense / "config.json").write_text('{"model_type": "qwen3_5", "hidden_size": 8}')
+    (dense / "config.json").write_text('{"model_type": "qwen3_5", "text_config": {}}')
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "config.json").write_text((BUNDLED_MODEL / "config.json").read_text())
@@ -157,7 +157,7 @@ def test_models_of_other_tools(tmp_path, capsys):
     for path, message in (
         (gguf / "model.gguf", "model.gguf: no config.json. Give the directory of a model."),
         (gguf, "gguf: no config.json. Give the directory of a model."),
-        (dense, "model_type 'qwen3_5' cannot be streamed; supported are qwen3_5_moe"),
+        (dense, "config.json: model_type = 'qwen3_5' has no routed experts"),
         (plain, "layer 0: no experts found (no switch_mlp.gate_proj.weight). Repack it first"),
     ):
         assert message in refuse(capsys, "generate", ["--model", str(path)])

@@ -71,7 +71,7 @@ DAMAGE = {
     ),
     "other model": (
         lambda m: (m / "config.json").write_text('{"model_type": "mixtral"}'),
-        r"model_type 'mixtral' cannot be streamed; supported are qwen3_5_moe",
+        r"lists \d layers, but config\.json has num_hidden_layers = 32",
     ),
     "other width": (
         lambda m: edit_config(m, moe_intermediate_size=96),
