@@ -19,6 +19,12 @@ class FlashMoEError(ValueError):
         super().__init__(message)
 
 
+def shown(value: object) -> str:
+    """Return a value for a message, abbreviated if it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
 # What other libraries raise about bad files; a RuntimeError may be a bug of ours.
 ABOUT_FILES = ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError
 

@@ -201,7 +201,7 @@ def test_each_phase_of_a_run_shows_itself(command):
     bars = lines[0].split("\r")
     names = [re.split(r" \[|:", text)[0] for text in bars if text.strip()]
     assert [name for name in dict.fromkeys(names) if name in PHASES] == list(PHASES)
-    assert names[-1] == bars[-1] == "A library is a library of"  # the answer
+    assert names[-1] == bars[-1] == "A library is a collection of"  # the answer
     assert re.fullmatch(r" +", bars[-2])
     assert "Tokens: " in lines[2]
 
@@ -209,7 +209,7 @@ def test_each_phase_of_a_run_shows_itself(command):
 def test_bars_go_to_standard_error(command):
     shown, output = run_in_terminal(command, errors_only=True)
     assert "reading the prompt" in shown and "library" not in shown
-    assert output.startswith("A library is a library of\n\nTokens: ")
+    assert output.startswith("A library is a collection of\n\nTokens: ")
 
 
 # Loads the bundled model, then says which kernels a prompt and an answer still compile or load.

@@ -57,7 +57,7 @@ def test_answers_are_judged_one_by_one(opened):
     found = quality.shares(*opened, 2)
     names = "tool calls: right function", "tool calls: exact", "JSON: valid", "JSON: exact"
     assert set(found) == set(names)
-    assert found["tool calls: exact"] == 1 and found["JSON: valid"] == 1
+    assert found["tool calls: exact"] == 1 and found["JSON: valid"] >= found["JSON: exact"] > 0
 
 
 def test_a_variant_with_fewer_experts_is_measured(opened, tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...errors import FlashMoEError
+from ...errors import FlashMoEError, shown
 from ...format import names
 from ...format.config_entries import MOST
 from ...format.headers import ITEM_SIZE, MAX_NAME, TensorInfo, checkpoint_headers
@@ -171,21 +171,15 @@ def read_config(directory: Path) -> dict[str, Any]:
     text = config.get("text_config") or config
     if not isinstance(text, dict):
         raise FlashMoEError(
-            f"{path}: text_config is {_shown(text)}, expected an object. Download it again."
+            f"{path}: text_config is {shown(text)}, expected an object. Download it again."
         )
     types = [part.get("model_type") for part in (config, text)]
     if any(model_type in MODEL_TYPES for model_type in types) and types[1] not in MODEL_TYPES:
         raise FlashMoEError(
-            f"{path}: the model is {_shown(types[0])}, but its text_config {_shown(types[1])}. "
+            f"{path}: the model is {shown(types[0])}, but its text_config {shown(types[1])}. "
             "Restore the checkpoint's own file."
         )
     return config
-
-
-def _shown(value: object) -> str:
-    """Return a value for an error message, abbreviated if it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def _dims(path: Path, config: dict[str, Any]) -> Dims:
@@ -197,7 +191,7 @@ def _dims(path: Path, config: dict[str, Any]) -> Dims:
     for key in keys:
         if type(text.get(key)) is not int or not 1 <= text[key] <= MOST[key]:
             raise FlashMoEError(
-                f"{path}: {key} is {_shown(text.get(key))}, expected a positive integer up to "
+                f"{path}: {key} is {shown(text.get(key))}, expected a positive integer up to "
                 f"{MOST[key]}. Restore the config.json that belongs to this checkpoint."
             )
     layers, experts, top_k, hidden, intermediate = (int(text[key]) for key in keys)
@@ -218,19 +212,19 @@ def _check_quantization(path: Path, config: dict[str, Any]) -> None:
         for key in ("quantization", "quantization_config"):
             if not isinstance(entry.get(key) or {}, dict):
                 raise FlashMoEError(
-                    f"{path}: {key} is {_shown(entry[key])}, expected an object. "
+                    f"{path}: {key} is {shown(entry[key])}, expected an object. "
                     "Restore the config.json that belongs to this checkpoint."
                 )
         method = (entry.get("quantization_config") or {}).get("quant_method")
         if method and "quantization" not in config:
             raise FlashMoEError(
-                f"{path}: the checkpoint is quantized with {_shown(method)}, which cannot be "
+                f"{path}: the checkpoint is quantized with {shown(method)}, which cannot be "
                 "converted. Start from the bfloat16 checkpoint, or from an MLX one."
             )
     mode = (config.get("quantization") or {}).get("mode", "affine")
     if mode != "affine":
         raise FlashMoEError(
-            f"{path}: quantization mode {_shown(mode)} cannot be converted; only 'affine' can. "
+            f"{path}: quantization mode {shown(mode)} cannot be converted; only 'affine' can. "
             "Start from the bfloat16 checkpoint, or from an affine MLX one."
         )
 
@@ -244,7 +238,7 @@ def _check_index(directory: Path, headers: dict[str, Place]) -> None:
             if len(name) > MAX_NAME:
                 raise ValueError(f"{name[:40]!r}... is a name of {len(name)} characters")
             if not isinstance(file, str) or "/" in file or "\\" in file or file == "..":
-                raise ValueError(f"{name} is in {_shown(file)}, not a file name")
+                raise ValueError(f"{name} is in {shown(file)}, not a file name")
         wanted = {name: str(file) for name, file in index.items() if names.canonical(name)}
     except FileNotFoundError:
         return

@@ -122,14 +122,15 @@ def add_eos_tokens(tokenizer: TokenizerWrapper, tokens: list[str]) -> None:
     Raises:
         FlashMoEError: the tokenizer lacks one of them.
     """
+    vocabulary = tokenizer.get_vocab()
     for token in tokens:
-        try:
-            tokenizer.add_eos_token(token)
-        except ValueError as error:
+        # mlx-lm takes a number, or else a token; an unknown one may stand for another.
+        if not (token.isdecimal() or token in vocabulary):
             raise FlashMoEError(
                 f"--extra-eos-token {token!r}: not in the model's vocabulary. Give a token of "
                 "tokenizer.json, or its number."
-            ) from error
+            )
+        tokenizer.add_eos_token(token)
 
 
 def open_prompt_cache(args: argparse.Namespace) -> tuple[list[Any] | None, dict[str, Any]]:

@@ -8,8 +8,10 @@ from typing import Any
 
 import mlx_lm
 from mlx_lm.generate import BatchResponse, GenerationResponse
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import FlashMoEError
+from .qwen3_5.model import Model
 from .streamed import StreamedModule
 
 
@@ -56,4 +58,16 @@ def _with_cache(model: Any, options: dict[str, Any]) -> dict[str, Any]:
             raise FlashMoEError(
                 f"max_kv_size = {size} cannot be combined with {name}. Leave one of them out."
             )
-    return options | {"max_kv_size": None, "prompt_cache": model.make_cache(size)}
+    return options | {"max_kv_size": None, "prompt_cache": _bounded_cache(model, size)}
+
+
+def _bounded_cache(model: Any, size: int) -> list[Any]:
+    if isinstance(model, Model):
+        return model.make_cache(size)
+    if hasattr(model, "make_cache"):  # mlx-lm would ignore the size
+        raise FlashMoEError(
+            f"max_kv_size = {size}: mlx-lm cannot bound the caches that this model makes. Leave "
+            "it out."
+        )
+    cache: list[Any] = make_prompt_cache(model, max_kv_size=size)
+    return cache

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 from mlx_lm.utils import _get_classes
 
-from ..errors import FlashMoEError, named
+from ..errors import FlashMoEError, named, shown
 from ..format.modules import ExpertModule
 from ..store.store import ExpertStore
 from .cache_checks import REMEDY, check_classes
@@ -39,13 +39,14 @@ def stock_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
     kind = config.get("model_type")
     if not (isinstance(kind, str) and kind.isidentifier() and not kind.startswith("_")):
         raise FlashMoEError(
-            f"config.json: model_type = {kind!r} is not a name. Restore the checkpoint's own file."
+            f"config.json: model_type = {shown(kind)} is not a name. Restore the checkpoint's own "
+            "file."
         )
     try:
         return _get_classes(dict(config))
     except (ValueError, AttributeError) as error:
         raise FlashMoEError(
-            f"config.json: model_type = {kind!r} is not a model of the installed mlx-lm. "
+            f"config.json: model_type = {shown(kind)} is not a model of the installed mlx-lm. "
             "Update it: pip install -U mlx-lm."
         ) from error
 

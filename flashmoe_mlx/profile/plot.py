@@ -9,7 +9,7 @@ from .layers import PARTS
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Okabe and Ito's palette: people who see colors differently tell them apart.
-COLORS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#D55E00", "#009E73"), strict=True))
+COLORS = dict(zip(PARTS, ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#F0E442"), strict=True))
 LINE, MEAN = "black", "#CC79A7"
 NOTE = "Layers are timed part by part, which makes their run slower than an untimed one."
 

@@ -94,7 +94,7 @@ def test_standard_input_that_is_not_utf8(capsys, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors="surrogateescape")
     monkeypatch.setattr(sys, "stdin", stdin)
     message = refuse(capsys, "generate", ["--prompt", "-"])
-    assert message == "--prompt: byte 0xe9 after 3 characters is not UTF-8. Give UTF-8."
+    assert message == "standard input: byte 0xe9 after 3 characters is not UTF-8. Give UTF-8."
 
 
 def model_of(directory: Path, leave: str = "config.json") -> Path:
@@ -235,7 +235,7 @@ def test_packages_missing(monkeypatch):
 @pytest.mark.parametrize(
     ("module", "arguments", "name"),
     [
-        ("cli.generate", [], "flashmoe-mlx"),  # while the package is imported
+        ("cli.generate", ["Hello"], "flashmoe-generate"),
         ("cli.doctor", [], "flashmoe-doctor"),
         ("convert.cli", ["--hf-path", "x"], "flashmoe-convert"),
     ],

@@ -341,7 +341,7 @@ def leave(code: int) -> str:
         (call("fly"), 'Error: there is no function fly. Choose among fail, leave.'),
         (call("fail"), 'Error: fail: missing a required argument: \'text\''),
         (call("leave", code="1", why="x"), r'Error: leave: got an unexpected keyword '
-         '''argument 'why'"}'''),
+         "argument 'why'"),
         (call("leave", code="null"), 'Error: leave: code = null does not fit its type'),
         (call("leave", code="three"), r'Error: The model.s tool call cannot be read \(.*three'),
         ("<tool_call>hello</tool_call>", r'Error: The model.s tool call cannot be read \('),

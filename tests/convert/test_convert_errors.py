@@ -71,7 +71,7 @@ def test_dtype_of_a_quantized_source_stays(root, tmp_path):
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"model_type": "qwen3_moe"}, ["'qwen3_moe'", "qwen3_5_moe and qwen3_5_moe_text"]),
+        ({"model_type": "qwen3_moe"}, ["'qwen3_moe'", "but its text_config"]),
         ({"num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "num_experts = 8"]),
         ({"num_experts": None}, ["num_experts is None"]),
         ({"num_experts": 9}, ["_proj is BF16[8, 128, ", "expected [9, 128, "]),

@@ -331,9 +331,7 @@ def cpu_kernels_again():
     device._cpu_module.cache_clear()
 
 
-def test_wrong_cpu_kernels_are_found_at_load_and_not_used(
-    cache, monkeypatch, capsys, cpu_kernels_again
-):
+def test_wrong_cpu_kernels_are_found_at_load_and_not_used(monkeypatch, capsys, cpu_kernels_again):
     formats = {(4, 64, "bfloat16"), (8, 32, "float32"), (3, 64, "bfloat16")}
     compile.check_cpu_kernels(formats)
     assert device.cpu_kernels(mx.zeros(1)) is not None

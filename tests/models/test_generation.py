@@ -55,7 +55,15 @@ def test_the_command_bounds_its_cache(monkeypatch, models, capsys):
         return mlx_generate(*arguments, prompt_cache=prompt_cache, **options)
 
     monkeypatch.setattr(mlx_lm, "stream_generate", noted)
-    line = ["--model", str(models["packed4"]), "--max-tokens", "2", "--max-kv-size", str(SIZE)]
+    line = [
+        "Hello",
+        "--model",
+        str(models["packed4"]),
+        "--max-tokens",
+        "2",
+        "--max-kv-size",
+        str(SIZE),
+    ]
     command.main(line)
     kinds = {type(entry) for entry in caches[0]}
     assert kinds == {ArraysCache, RotatingKVCache}

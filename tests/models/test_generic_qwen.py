@@ -38,7 +38,7 @@ def test_generate(models, monkeypatch, capsys):
         monkeypatch.setenv("FLASHMOE_MODEL", mode)
         flags = ["--expert-cache", "2MiB", "--prompt", "What is a library?", "-m", "12"]
         generate.main(["--model", str(models["packed4"]), "--trust-remote-code", *flags])
-        texts.append(capsys.readouterr().out.partition("\n==========")[0])
+        texts.append(capsys.readouterr().out.partition("\n\nTokens: ")[0])
     assert texts[0] == texts[1] != ""
 
 

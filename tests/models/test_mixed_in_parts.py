@@ -8,6 +8,7 @@ from flashmoe_mlx import load
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.custom_kernels.cpu import prefill
 from flashmoe_mlx.loader import BUNDLED_MODEL
+from flashmoe_mlx.models import switch
 from flashmoe_mlx.models.qwen3_5 import model, moe
 
 TOLERANCE = 1e-4  # of logits up to 25, in float32
@@ -95,7 +96,7 @@ def test_assignments_are_computed_in_parts(bundled, monkeypatch, count):
         return compute(x, gate, up, down, slots)
 
     monkeypatch.setattr(prefill, "mlp", counted)
-    monkeypatch.setattr(moe, "ASSIGNMENTS_AT_ONCE", count)
+    monkeypatch.setattr(switch, "ASSIGNMENTS_AT_ONCE", count)
     assert mx.abs(run_one(bundled, ids) - whole).max().item() < TOLERANCE
     assert max(sizes) == count
 

@@ -49,7 +49,7 @@ def test_a_run_has_three_panels(drawn):
     assert figure.get_suptitle() == "qwen: 83.9 tok/s, 0.18 GB/s while reading"
     assert figure.get_supxlabel().endswith("makes their run slower than an untimed one.")
     times, rates, speed = figure.axes
-    assert [bar.get_height() for bar in times.patches] == [3, 4, 4, 5, 5, 6, 6, 7]
+    assert [bar.get_height() for bar in times.patches] == [3, 4, 4, 5, 5, 6, 6, 7, 7, 8]
     assert [text.get_text() for text in times.get_legend().texts] == list(PARTS)
     assert rates.get_ylabel() == "hit rate, %" and list(rates.lines[0].get_ydata()) == [75, 100]
     one, mean = speed.lines
