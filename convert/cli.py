@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
         prog="flashmoe-convert",
         usage="flashmoe-convert --hf-path PATH [--mlx-path DIR] [options]\n"
         "       flashmoe-convert verify DIR [--repair --hf-path PATH]",
-        description="Convert a Qwen3.5 MoE checkpoint so that its experts stream from disk; or "
+        description="Convert a checkpoint so that its experts stream from disk; or "
         "check, and repair, every byte of a converted directory: flashmoe-convert verify --help.",
     )
     add_version(result)

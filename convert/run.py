@@ -56,7 +56,7 @@ def convert(
     no_remote_code: bool = False,
     private: bool | None = None,
 ) -> None:
-    """Convert a Qwen3.5 MoE checkpoint into a directory that streams its experts from disk.
+    """Convert a mixture-of-experts checkpoint into a directory that streams its experts from disk.
 
     Args:
         hf_path: a checkpoint's directory, or its name on the Hugging Face Hub.

@@ -1,4 +1,4 @@
-"""Stream Qwen3.5 mixture-of-experts models from disk inside MLX and mlx-lm."""
+"""Stream mixture-of-experts models from disk inside MLX and mlx-lm."""
 
 from .commands import CHECKS_ITSELF, VERSION, running, take_interrupts
 

@@ -14,7 +14,7 @@ def build_parser() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="python -m flashmoe_mlx",
-        description="Run Qwen3.5 mixture-of-experts models larger than memory in MLX and mlx-lm.",
+        description="Run mixture-of-experts models larger than memory in MLX and mlx-lm.",
         epilog="\n".join(
             ["commands:", *(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())]
         ),

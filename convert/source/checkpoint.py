@@ -166,7 +166,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = read_object(path, "Download it again.")
     except FileNotFoundError:
         raise FlashMoEError(
-            f"{path}: missing. Give the directory of a complete Qwen3.5 MoE checkpoint."
+            f"{path}: missing. Give the directory of a complete checkpoint."
         ) from None
     text = config.get("text_config") or config
     if not isinstance(text, dict):

@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     parser = argparse.ArgumentParser(
         prog=NAME,
-        description="Chat with a Qwen3.5 MoE model whose experts stream from disk. Type /help for "
+        description="Chat with a mixture of experts that streams from disk. Type /help for "
         "the commands. If input is a pipe, every line is a message.",
     )
     text = "A model directory or Hugging Face repo (default: the bundled model)"

@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flashmoe-generate",
         usage="%(prog)s [options] [PROMPT]",
-        description="Answer a prompt with a Qwen3.5 MoE model whose experts stream from disk.",
+        description="Answer a prompt with a mixture of experts that streams from disk.",
     )
     add_version(parser)
     text = "Text to answer; without one, standard input is read"

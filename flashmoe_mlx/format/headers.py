@@ -122,7 +122,7 @@ def weight_files(directory: Path) -> list[Path]:
     files = list_weight_files(directory)
     if not files:
         raise FlashMoEError(
-            f"{directory}: no model*.safetensors found. Give the directory of a Qwen3.5 MoE "
+            f"{directory}: no model*.safetensors found. Give the directory of a "
             "checkpoint, or the name of one on the Hugging Face Hub."
         )
     return files

@@ -20,12 +20,12 @@ from family_helpers import (
 from mlx_lm.convert import convert as stock_convert
 from mlx_lm.utils import load_model
 
+from flashmoe_mlx.binding import bound_classes
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.source.foreign import Foreign
 from flashmoe_mlx.convert.verify.repair import repair
 from flashmoe_mlx.convert.verify.verify import verify
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.loader import bound_classes
 
 MLX = [("qwen3_moe", 4, 64, "affine"), ("gpt_oss", 4, 32, "mxfp4"), ("mixtral", 8, 32, "mxfp8"),
        ("qwen3_moe", 4, 16, "nvfp4")]  # fmt: skip

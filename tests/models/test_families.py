@@ -16,9 +16,9 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from flashmoe_mlx.binding import bound_classes
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.format.model_files import read_config
-from flashmoe_mlx.loader import bound_classes
 from flashmoe_mlx.models.patch import switches
 
 TOLERANCE = 1e-4  # of the largest logit
