@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..commands import add_version, as_command
+from ..commands import add_version, as_command, importing
 from ..errors import FlashMoEError
+from ..progress import bar
 from ..requirements import check_mlx
 from ..settings import check_variables
 from .plan.parts import METHODS
@@ -158,9 +159,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    check_mlx()
-    from .publish.upload import is_finished
-    from .run import convert
+    with importing(), bar(None, "", "starting"):
+        check_mlx()
+        from .publish.upload import is_finished
+        from .run import convert
 
     try:
         convert(**vars(options))

@@ -19,6 +19,7 @@ from ..format.headers import TensorInfo, checkpoint_headers
 from ..format.layout import EXPERT_DIR, MANIFEST
 from ..format.model_files import read_config
 from ..models.qwen3_5.args import ModelArgs
+from ..progress import bar
 from .plan.parts import METHODS, File, LayerPlan, Options, Plan
 from .plan.plan import build_plan
 from .publish import published, upload
@@ -111,7 +112,8 @@ def convert(
         if upload_repo is not None:
             upload.check_repo(upload_repo, private)
         with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
-            source = open_source(found.directory, str(hf_path), found.commit)
+            with bar(None, "", "reading the checkpoint"):  # other families import mlx-lm
+                source = open_source(found.directory, str(hf_path), found.commit)
             shards = Shards(Found(found.directory) if whole else found, out)
             job = _Job.of(source, shards, options, out, link)
             _run(job, upload_repo, bool(private), dry_run)
@@ -229,7 +231,7 @@ def _check_loads(
     directory: Path, headers: dict[str, Place], config: dict[str, Any], with_tokenizer: bool
 ) -> None:
     # mlx-lm and transformers take seconds to import: say so on a terminal.
-    with tqdm(desc=f"checking {directory}", bar_format="{desc}", leave=False, disable=None):
+    with bar(None, "", f"checking {directory}"):
         from ..loader import check_tokenizer
         from ..models.trunk_checks import check_trunk
 

@@ -2,10 +2,13 @@
 
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..progress import TICK
 
 
 def size(nbytes: float) -> str:
@@ -67,4 +70,16 @@ def progress(total: int) -> Iterator[Any]:
         total=total, bar_format="{desc}{n_fmt}/{total_fmt} [{elapsed}]", leave=False, disable=None,
         ncols=shape.columns, nrows=shape.lines,
     ) as bar:  # fmt: skip
-        yield bar
+        ended = threading.Event()
+
+        def tick() -> None:
+            while not ended.wait(TICK):
+                bar.refresh()
+
+        writer = threading.Thread(target=tick, name="progress", daemon=True)
+        writer.start()
+        try:
+            yield bar
+        finally:
+            ended.set()
+            writer.join()

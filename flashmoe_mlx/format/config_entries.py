@@ -33,6 +33,35 @@ GROUP_SIZES = (16, 32, 64, 128)
 RESTORE = "Restore the checkpoint's own file."
 
 
+# The names of other families for the same sizes.
+MOST_OF_OTHERS = MOST | {
+    "intermediate_size": 1 << 20,
+    "n_layer": 1000,
+    "n_layers": 1000,
+    "num_layers": 1000,
+    "num_local_experts": 1 << 16,
+    "n_routed_experts": 1 << 16,
+    "moe_num_experts": 1 << 16,
+    "n_shared_experts": 1 << 10,
+}
+
+
+def check_bounds(config: Mapping[str, Any]) -> None:
+    """Refuse sizes of any family that would exhaust memory while the model is built.
+
+    Raises:
+        FlashMoEError: naming the entry, its value and the remedy.
+    """
+    for holder in (config, config.get("text_config")):
+        for name, value in holder.items() if isinstance(holder, Mapping) else ():
+            most = MOST_OF_OTHERS.get(name)
+            if most and type(value) in (int, float) and value > most:
+                raise FlashMoEError(
+                    f"config.json: {name} = {value!r} is more than {most}, above any known model. "
+                    f"{RESTORE}"
+                )
+
+
 def check_entry(name: str, kind: Any, value: Any) -> None:
     """Refuse an entry of config.json with another type, or out of bounds.
 

@@ -14,6 +14,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 from mlx_lm.utils import _get_classes
 
 from ..errors import FlashMoEError, named, shown
+from ..format.config_entries import check_bounds
 from ..format.modules import ExpertModule
 from ..store.store import ExpertStore
 from .cache_checks import REMEDY, check_classes
@@ -36,6 +37,7 @@ def stock_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
     Raises:
         FlashMoEError: mlx-lm has no such model.
     """
+    check_bounds(config)
     kind = config.get("model_type")
     if not (isinstance(kind, str) and kind.isidentifier() and not kind.startswith("_")):
         raise FlashMoEError(

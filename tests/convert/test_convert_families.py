@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from convert_helpers import Weights, contents, load, read, same
@@ -68,6 +69,10 @@ def test_an_mlx_checkpoint_is_copied(checkpoint, tmp_path):
     whole, mine = load(checkpoint), load(tmp_path / "out") | experts_of(tmp_path / "out")
     assert whole.keys() == mine.keys() and all(same(whole[name], mine[name]) for name in whole)
     assert verify(tmp_path / "out") == []
+    trust = {"trust_remote_code": True}
+    model, _ = mlx_lm.load(str(tmp_path / "out"), tokenizer_config=trust, **trust)  # by the shim
+    with model:
+        assert np.allclose(model(TOKENS).astype(mx.float32), logits, rtol=0, atol=1e-4)
 
 
 def test_one_damaged_expert_is_repaired(checkpoint, tmp_path):

@@ -103,6 +103,7 @@ def test_another_number_of_experts(copy):
 @pytest.mark.parametrize(
     "entries",
     [{"hidden_size": 0}, {"num_experts": 0}, {"num_experts": -1}, {"hidden_size": 1 << 60},
+     {"num_hidden_layers": 10**9}, {"num_experts": 1e12},
      {"moe_intermediate_size": 1 << 40}, {"num_experts": "many"}, {"num_hidden_layers": 1},
      {"num_hidden_layers": None}],
 )  # fmt: skip
