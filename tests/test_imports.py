@@ -71,7 +71,7 @@ DIRECTIONS = {
     "store": "errors progress format custom_kernels",
     "models": "errors format store custom_kernels",
     "profile": "errors progress settings format store models custom_kernels",
-    "cli": f"{GROUND} loader format store models profile custom_kernels",
+    "cli": f"{GROUND} loader binding format store models profile custom_kernels",
     "bench": f"{GROUND} loader format store models profile custom_kernels cli convert",
     "custom_kernels": "errors progress",
     "convert": f"{GROUND} loader format models custom_kernels",
