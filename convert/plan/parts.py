@@ -70,7 +70,7 @@ class TrunkTensor:
     """One trunk tensor: `source` becomes `outputs`, either one tensor or weight, scales, biases.
 
     `shift` adds 1 in the source's dtype, before the cast to `dtype`. A tensor that mlx-lm computes
-    has `needs`, the files that it is computed from.
+    has `needs`, the files that it is computed from, and `final`, its name before quantization.
     """
 
     source: Place
@@ -79,6 +79,7 @@ class TrunkTensor:
     quant: Quant | None
     outputs: tuple[Spec, ...]
     needs: frozenset[Path] = frozenset()
+    final: str = ""
 
     @property
     def files(self) -> frozenset[Path]:

@@ -36,7 +36,7 @@ def _plan_generic(source: Source, default: Quant | None, dtype: str | None) -> l
         if quant:
             outputs = quantized(path, info.shape, quant, target)
         needs = source.foreign.needs.get(name, frozenset()) if source.foreign else frozenset()
-        tensors.append(TrunkTensor((file, info), target, False, quant, outputs, needs))
+        tensors.append(TrunkTensor((file, info), target, False, quant, outputs, needs, name))
     return tensors
 
 

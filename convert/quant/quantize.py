@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import FlashMoEError
-from ...format.modules import PARTS
 from ..plan.parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Projection, Quant, Spec
 from ..source.arrays import FLOATS, as_array
 from ..source.read import Bytes
@@ -42,31 +41,30 @@ def encode_fields(fields: dict[str, mx.array], plan: LayerPlan, place: str) -> l
     Raises:
         FlashMoEError: a field is not finite.
     """
-    whole = {name: mx.contiguous(array) for name, array in fields.items()}
-    mx.eval(whole)
-    for name, array in whole.items():
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
-            raise FlashMoEError(
-                f"{place} {name} holds NaN or infinity. Download the checkpoint again, or convert "
-                "it with mlx_lm.convert."
-            )
     parts: list[Part] = []
-    for projection in plan.projections:
-        extras = [whole[spec.name] for spec in projection.extras]
+    for projection in plan.projections:  # one by one: a large expert's floats take memory
+        prefix = f"{projection.name}."
+        names = [name for name in fields if name.startswith(prefix)]
+        mine = {name.removeprefix(prefix): mx.contiguous(fields.pop(name)) for name in names}
+        mx.eval(mine)
+        for name, array in mine.items():
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all():
+                raise FlashMoEError(
+                    f"{place} {prefix}{name} holds NaN or infinity. Download the checkpoint "
+                    "again, or convert it with mlx_lm.convert."
+                )
+        extras = [mine[spec.name.removeprefix(prefix)] for spec in projection.extras]
         if projection.copied:
-            parts += [whole[spec.name] for spec in projection.outputs]
+            parts += [mine[spec.name.removeprefix(prefix)] for spec in projection.outputs]
             continue
-        weights = whole[f"{projection.name}.weight"]
+        weights = mine["weight"]
         if projection.before:
-            named = {
-                part: whole[f"{projection.name}.{part}"]
-                for part in PARTS
-                if f"{projection.name}.{part}" in whole
-            }
-            weights = dequantized(named, projection.before)
+            weights = dequantized(mine, projection.before)
         elif projection.method == MIN_MAX:
             weights = weights.astype(FLOATS[projection.dtype])
-        parts += [*_quantize(weights, projection), *extras]
+        made = [*_quantize(weights, projection), *extras]
+        mx.eval(made)
+        parts += made
     return parts
 
 

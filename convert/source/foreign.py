@@ -7,7 +7,7 @@ is refused as not finite.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ SINGLE = re.compile(r"(?<=\.experts\.)(\d+)(?=\.)|(?<=\.moe\.mlp\.)(\d+)(?=\.)")
 COUNTS = (
     "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_moe_experts",
 )  # fmt: skip
+FP8_BLOCK, SCALES = 128, "_scale_inv"
+BLOCK_BYTES = 16 << 20
 SAFETENSORS = {dtype: name for name, dtype in DTYPES.items() if name not in ("F8_E4M3", "BOOL")}
 
 
@@ -167,20 +169,55 @@ class Foreign:
     def _of_number(self, number: int | None) -> dict[str, Place]:
         return {name: place for name, place in self._trunk.items() if _number(name) == number}
 
-    def computed(self, name: str, reader: Any) -> mx.array:
-        """Return a computed tensor of the trunk, lazy; its layer's tensors are read."""
-        real = {
-            key: as_array(reader.read(file, info.offset, info.nbytes), info.dtype, info.shape)
-            for key, (file, info) in self._of_number(_number(name)).items()
-            if _stem(key) == _stem(name) or not self._same_stem(name)
-        }
-        made = self._model.sanitize(self._placeholders | real)
-        array: mx.array = made[name]
+    def computed(self, name: str, reader: Any) -> Iterator[mx.array]:
+        """Yield a computed tensor of the trunk in blocks of rows, from real tensors.
+
+        Block-FP8 is dequantized block by block. Anything else is computed at once from the tensors
+        of its module, of one beside it, of all beside it, or of its layer: the first that suffice.
+        """
+        group = self._of_number(_number(name))
+        mine = {key: place for key, place in group.items() if _stem(key) == _stem(name)}
+        if step := self._rows_at_once(name, mine):
+            for start in range(0, mine[name][1].shape[0], step):
+                yield self._made(name, {k: _rows(reader, *p, start, step) for k, p in mine.items()})
+            return
+        around = f"{_stem(_stem(name))}."
+        near = {key: place for key, place in group.items() if key.startswith(around)}
+        beside: dict[str, dict[str, Place]] = {}
+        for key, place in near.items():
+            beside.setdefault(_stem(key), {})[key] = place
+        for few in (mine, *beside.values(), near, group):
+            real = {
+                key: as_array(reader.read(file, info.offset, info.nbytes), info.dtype, info.shape)
+                for key, (file, info) in few.items()
+            }
+            array = self._made(name, real)
+            if few is group or not mx.isnan(array).any():  # no placeholder went into it
+                yield array
+                return
+
+    def _rows_at_once(self, name: str, mine: Mapping[str, Place]) -> int:
+        """Return how many rows of a block-FP8 matrix to compute at once, 0 if it is none."""
+        if mine.keys() != {name, f"{name}{SCALES}"}:
+            return 0
+        (rows, columns), scales = mine[name][1].shape, mine[f"{name}{SCALES}"][1].shape
+        if scales[0] != -(-rows // FP8_BLOCK) or self.trunk[name][1].shape != (rows, columns):
+            return 0
+        return max(1, BLOCK_BYTES // (4 * columns * FP8_BLOCK)) * FP8_BLOCK
+
+    def _made(self, name: str, real: Mapping[str, mx.array]) -> mx.array:
+        array: mx.array = self._model.sanitize(self._placeholders | dict(real))[name]
         return array
 
-    def _same_stem(self, name: str) -> bool:
-        """Say whether the source has tensors of the same module as a final one."""
-        return any(_stem(key) == _stem(name) for key in self._of_number(_number(name)))
+
+def _rows(reader: Any, file: Path, info: TensorInfo, start: int, count: int) -> mx.array:
+    """Read rows of a matrix, or of its scales: one row of scales for FP8_BLOCK of the matrix."""
+    if info.dtype != "F8_E4M3":
+        start, count = start // FP8_BLOCK, count // FP8_BLOCK
+    rows = min(count, info.shape[0] - start)
+    width = info.nbytes // info.shape[0]
+    data = reader.read(file, info.offset + start * width, rows * width)
+    return as_array(data, info.dtype, (rows, *info.shape[1:]))
 
 
 def _number(name: str) -> int | None:

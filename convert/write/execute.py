@@ -79,16 +79,18 @@ def write_trunk(
 
 
 def _write_computed(source: Source, tensor: TrunkTensor, file: TensorFile, reader: Reader) -> None:
-    """Write one tensor that mlx-lm's `sanitize` computes."""
-    name = tensor.outputs[0].name
-    array = mx.contiguous(source.foreign.computed(name, reader))
-    mx.eval(array)
-    dtype, data = tensor.source[1].dtype, np.frombuffer(as_bytes(array), np.uint8)
-    check_finite(data, dtype, f"{source.name}: {name}")
-    parts = _convert_block(tensor, data, array.shape[-1] if tensor.quant else 1)
-    mx.eval([part for part in parts if isinstance(part, mx.array)])
-    for spec, part in zip(tensor.outputs, parts, strict=True):
-        file.write(spec.name, as_buffer(part))
+    """Write one tensor that mlx-lm's `sanitize` computes, in blocks of rows."""
+    name, done, count = tensor.outputs[0].name, 0, math.prod(tensor.source[1].shape)
+    for block in source.foreign.computed(tensor.final, reader):
+        array = mx.contiguous(block)
+        mx.eval(array)
+        dtype, data = tensor.source[1].dtype, np.frombuffer(as_bytes(array), np.uint8)
+        check_finite(data, dtype, f"{source.name}: {name}")
+        parts = _convert_block(tensor, data, array.shape[-1] if tensor.quant else 1)
+        mx.eval([part for part in parts if isinstance(part, mx.array)])
+        for spec, part in zip(tensor.outputs, parts, strict=True):
+            file.write(spec.name, as_buffer(part), spec.nbytes * done // count)
+        done += array.size
 
 
 def _write_tensor(tensor: TrunkTensor, file: TensorFile, reader: Reader) -> None:
