@@ -73,6 +73,11 @@ class Foreign:
             if found := SINGLE.search(name):
                 key = name[: found.start()] + "0" + name[found.end() :]
                 expert = int(found[1] or found[2])
+                if expert >= counts.get(number, expert + 1):
+                    raise FlashMoEError(
+                        f"{place[0]}: {name} is of expert {expert}, but config.json asks for "
+                        f"{counts[number]} experts. {REMEDY}."
+                    )
                 self._single.setdefault((number, expert), []).append((key, place))
             elif _is_fused(name, place[1], counts.get(number)):
                 self._fused.setdefault(number, []).append((name, place))
@@ -119,8 +124,17 @@ class Foreign:
 
     def expert(self, layer: int, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Return one expert's final fields, lazy, from its raw tensors by key."""
-        made = self._model.sanitize(self._placeholders | dict(arrays))
-        return self._fields(layer, made)
+        fields = self._fields(layer, self._model.sanitize(self._placeholders | dict(arrays)))
+        wanted = {f.name: (f.shape, f.dtype) for f in self.layouts[layer].fields}
+        for name in wanted.keys() | fields.keys():
+            array = fields.get(name)
+            found = None if array is None else (array.shape, SAFETENSORS[array.dtype])
+            if found != wanted.get(name):
+                raise FlashMoEError(
+                    f"{self._modules[layer].path}.{name}: an expert has {found}, but the first one "
+                    f"{wanted.get(name)}. {REMEDY}."
+                )
+        return fields
 
     def _fields(self, layer: int, made: Mapping[str, mx.array]) -> dict[str, mx.array]:
         prefix, mine = f"{self._modules[layer].path}.", self._modules[layer].prefixes

@@ -177,7 +177,14 @@ def test_what_cannot_be_converted_is_named(tmp_path):
     assert "model.layers.0.mlp.switch_mlp: no tensor of expert 3 found" in message
     source = write(tmp_path / "floats", config, weights)
     assert "not quantized" in refused(source, tmp_path / "b")
+    more = weights | {"model.layers.0.mlp.experts.8.up_proj.weight": mx.zeros((64, 128))}
+    source = write(tmp_path / "more", config, more)
+    message = refused(source, tmp_path / "f", quantize=True)
+    assert "experts.8.up_proj.weight is of expert 8, but config.json asks for 8 experts" in message
     key = "model.layers.0.mlp.experts.1.up_proj.weight"
+    source = write(tmp_path / "wide", config, weights | {key: mx.zeros((65, 128))})
+    message = refused(source, tmp_path / "g", quantize=True)
+    assert "switch_mlp.up_proj.weight: an expert has ((65, 128), 'F32'), but the first" in message
     weights[key] = mx.full(weights[key].shape, float("nan"))
     source = write(tmp_path / "nan", config, weights)
     assert "NaN or infinity" in refused(source, tmp_path / "c", quantize=True)
