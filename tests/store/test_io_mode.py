@@ -7,7 +7,7 @@ import types
 import pytest
 from store_helpers import big_layout, make_store
 
-from flashmoe_mlx import load, loader
+from flashmoe_mlx import binding, load
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.settings import StreamConfig
@@ -160,9 +160,9 @@ def test_the_page_cache_is_asked_what_it_holds(tmp_path, monkeypatch):
 
 
 def test_compiled_kernels_are_memory_in_use(monkeypatch):
-    order, prepare = [], loader.prepare
-    monkeypatch.setattr(loader, "prepare", lambda *a: (order.append("kernels"), prepare(*a))[1])
-    monkeypatch.setattr(loader, "available_bytes", lambda: order.append("memory") or 1 << 30)
+    order, prepare = [], binding.prepare
+    monkeypatch.setattr(binding, "prepare", lambda *a: (order.append("kernels"), prepare(*a))[1])
+    monkeypatch.setattr(binding, "available_bytes", lambda: order.append("memory") or 1 << 30)
     model, _ = load(BUNDLED_MODEL)
     model.close()
     assert order == ["kernels", "memory"]
