@@ -13,7 +13,7 @@ from ...format.headers import TensorInfo, checkpoint_headers
 from ...format.json_file import exists
 from ...format.layout import EXPERT_DIR, ExpertLayout
 from ...format.modules import ExpertModule, open_modules
-from ...models.patch import describe, stock_classes, switches, top_k
+from ...models.patch import describe_all, stock_classes, switches, top_k
 from .checkpoint import FLOAT_DTYPES, Matrix, Place, Source
 from .foreign import Foreign
 
@@ -32,12 +32,7 @@ def open_generic(
     with named(directory / "config.json", "a model that cannot be built", REMEDY):
         args = stock_args.from_dict(config)
         model = stock_model(args)
-    modules = tuple(describe(path, module) for path, module in switches(model).items())
-    if not modules:
-        raise FlashMoEError(
-            f"{directory}: a {config['model_type']} has no routed experts (no SwitchGLU or "
-            "SwitchMLP), so nothing can be streamed. Convert it with mlx_lm.convert."
-        )
+    modules = tuple(describe_all(switches(model), config))
     headers = checkpoint_headers(directory)
     if not exists(directory / EXPERT_DIR) and not _is_stacked(modules, headers):
         found = Foreign(model, modules, headers)
@@ -169,7 +164,7 @@ def check_generic_trunk(
     """
     stock_model, stock_args = stock_classes(config)
     model = stock_model(stock_args.from_dict(dict(config)))
-    modules = [describe(path, module) for path, module in switches(model).items()]
+    modules = describe_all(switches(model), config)
     experts = tuple(prefix for module in modules for prefix in module.prefixes)
     entry = config.get("quantization") or {}
 

@@ -16,16 +16,14 @@ from mlx.utils import tree_flatten
 from ..errors import FlashMoEError, named
 from ..format.config_entries import BITS, GROUP_SIZES
 from ..format.headers import TensorInfo
+from ..format.modules import FLOATS, MODES
 from ..format.names import canonical, is_expert
 from .qwen3_5.args import ModelArgs
 from .qwen3_5.model import Model
 
 Place = tuple[Path, TensorInfo]
-FLOATS = ("BF16", "F16", "F32")
 UNREAD = ("F8_E5M2", "F64")
 REMEDY = "Restore the checkpoint's own files"
-# MLX's other modes, with byte scales and no biases, by (bits, group size).
-MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
 def check_trunk(directory: Path, headers: Mapping[str, Place], args: ModelArgs) -> None:
