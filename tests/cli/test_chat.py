@@ -670,6 +670,7 @@ def test_a_terminal(terminal):
     chat.type("half a li")
     chat.wait_for("half a li")
     chat.type("\x03")
+    chat.type("\n")  # readline notices Ctrl-C at the next key if it was busy with the last one
     chat.wait_for("Press Ctrl-C again to leave.")
     chat.wait_for(PROMPT)
     chat.type("\x04")
