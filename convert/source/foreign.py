@@ -67,6 +67,7 @@ class Foreign:
         self._single: dict[tuple[int | None, int], list[tuple[str, Place]]] = {}
         self._fused: dict[int | None, list[tuple[str, Place]]] = {}
         self._trunk: dict[str, Place] = {}
+        self._of_layer: dict[int | None, dict[str, Place]] = {}  # the trunk's, by layer
         counts = {n: m.num_experts for n, m in zip(self._numbers, modules, strict=True)}
         for name, place in headers.items():
             number = _number(name)
@@ -82,7 +83,7 @@ class Foreign:
             elif _is_fused(name, place[1], counts.get(number)):
                 self._fused.setdefault(number, []).append((name, place))
             else:
-                self._trunk[name] = place
+                self._trunk[name] = self._of_layer.setdefault(number, {})[name] = place
         _count_one(model, {module.num_experts for module in modules})
         self._placeholders = self._make_placeholders()
         with named("the checkpoint", "tensors that mlx-lm's sanitize cannot read", REMEDY):
@@ -170,7 +171,7 @@ class Foreign:
             if (key := origin.get(id(array))) in self._trunk and key is not None:
                 trunk[name] = self._trunk[key]
                 continue
-            files = frozenset(file for file, _ in self._of_number(_number(name)).values())
+            files = frozenset(file for file, _ in self._of_layer.get(_number(name), {}).values())
             if not files:
                 raise FlashMoEError(
                     f"{name}: mlx-lm computes it from other layers. Convert the checkpoint with "
@@ -180,16 +181,13 @@ class Foreign:
             trunk[name], needs[name] = (min(files), info), files
         return trunk, needs
 
-    def _of_number(self, number: int | None) -> dict[str, Place]:
-        return {name: place for name, place in self._trunk.items() if _number(name) == number}
-
     def computed(self, name: str, reader: Any) -> Iterator[mx.array]:
         """Yield a computed tensor of the trunk in blocks of rows, from real tensors.
 
         Block-FP8 is dequantized block by block. Anything else is computed at once from the tensors
         of its module, of one beside it, of all beside it, or of its layer: the first that suffice.
         """
-        group = self._of_number(_number(name))
+        group = self._of_layer[_number(name)]
         mine = {key: place for key, place in group.items() if _stem(key) == _stem(name)}
         if step := self._rows_at_once(name, mine):
             for start in range(0, mine[name][1].shape[0], step):

@@ -34,25 +34,20 @@ def open_generic(
         model = stock_model(args)
     modules = tuple(describe_all(switches(model), config))
     headers = checkpoint_headers(directory)
-    if not exists(directory / EXPERT_DIR) and not _is_stacked(modules, headers):
-        found = Foreign(model, modules, headers)
-        config = _without_foreign_entries(config)
-        return Source(
-            directory, name, revision, config, top_k(args), modules, found.trunk, None, {},
-            lambda group_size, bits: _trunk_quant(model, modules, group_size, bits),
-            getattr(model, "cast_predicate", lambda path: True), found,
-        )  # fmt: skip
-    layout, matrices = None, {}
+    layout, matrices, foreign = None, {}, None
     if exists(directory / EXPERT_DIR) or _is_quantized(modules, headers):
         layout = open_modules(directory, modules)
-    else:
+    elif _is_stacked(modules, headers):
         matrices = _float_experts(directory, modules, headers)
+    else:
+        foreign = Foreign(model, modules, headers)
+        config = _without_foreign_entries(config)
     converted = layout is not None and layout.kind == "packed"
-    trunk = _trunk(directory, model, modules, headers, converted)
+    trunk = foreign.trunk if foreign else _trunk(directory, model, modules, headers, converted)
     cast = getattr(model, "cast_predicate", lambda path: True)
     return Source(
         directory, name, revision, config, top_k(args), modules, trunk, layout, matrices,
-        lambda group_size, bits: _trunk_quant(model, modules, group_size, bits), cast,
+        lambda group_size, bits: _trunk_quant(model, modules, group_size, bits), cast, foreign,
     )  # fmt: skip
 
 
