@@ -83,6 +83,7 @@ class Verdict:
 
 _preferred: dict[KernelCase, bool] = {}
 _reported: set[str] = set()
+_times = True
 
 
 def prefers_custom(case: KernelCase) -> bool:
@@ -106,11 +107,18 @@ def forget() -> None:
     _reported.clear()
 
 
+def without_timing() -> None:
+    """Choose our kernels wherever they are correct: machines that compute as one must agree."""
+    global _times
+    _times = False
+    _preferred.clear()
+
+
 def _decide(case: KernelCase) -> bool:
     mode = kernel_mode()
     if mode == "stock":
         return False
-    timed = mode == "auto"
+    timed = mode == "auto" and _times
     found = _recall(case, timed)
     if found is None:
         with first_use(f"checking kernel {case.op}"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .custom_kernels.cpu.compile import check_cpu_kernels, prepare
@@ -20,6 +21,7 @@ from .format.names import PROJECTIONS, is_expert
 from .models.patch import patched_classes, top_k
 from .models.qwen3_5.args import MODEL_TYPES, ModelArgs, activation_bytes, check_top_k
 from .models.qwen3_5.model import Model
+from .models.streamed import Experts
 from .models.trunk_checks import check_trunk
 from .settings import StreamConfig
 from .store.checks import RecordChecks
@@ -43,7 +45,7 @@ def bound_classes(
         config: its config.json.
         settings: `StreamConfig` fields; None means not given.
     """
-    if not has_fast_path(config):
+    if not has_fast_path(config) or splits_trunk(config, settings):
         return generic_classes(directory, config, settings)
 
     class BoundModel(Model):
@@ -55,7 +57,7 @@ def bound_classes(
             if stream.experts_per_token is not None:
                 check_top_k(stream.experts_per_token, args.num_experts, "experts_per_token")
                 args = replace(args, num_experts_per_tok=stream.experts_per_token)
-            super().__init__(args, open_store(directory, args, stream))
+            super().__init__(args, find_experts(directory, args, stream))
 
     return BoundModel, ModelArgs
 
@@ -79,6 +81,12 @@ def is_own(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in MODEL_TYPES and not other
 
 
+def splits_trunk(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Say whether several ranks split the trunk too, which needs mlx-lm's own model code."""
+    stream = StreamConfig.resolve(config.get("flashmoe") or {}, **settings)
+    return stream.sharding == "tensor" and mx.distributed.init().size() > 1
+
+
 def generic_classes(
     directory: Path, config: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> tuple[type[nn.Module], Any]:
@@ -90,7 +98,7 @@ def generic_classes(
             "auto, or off."
         )
 
-    def open_experts(args: Any, modules: Sequence[ExpertModule]) -> ExpertStore:
+    def find(args: Any, modules: Sequence[ExpertModule]) -> Experts:
         layout = open_modules(directory, modules)
         if stream.verify and layout.kind == "stock":
             raise FlashMoEError(
@@ -107,9 +115,9 @@ def generic_classes(
         formats |= entry_formats(config.get("quantization") or {}, trunk)
         widest = max(max(shape) for module in modules for shape in module.shapes.values())
         size = Size(top_k(args), trunk_bytes(trunk), activation_bytes(top_k(args), widest))
-        return start_store(layout, size, named_dtypes(formats), replace(stream, lookahead="off"))
+        return on_disk(layout, size, named_dtypes(formats), replace(stream, lookahead="off"))
 
-    return patched_classes(config, open_experts, stream.experts_per_token)
+    return patched_classes(config, find, stream.experts_per_token)
 
 
 @dataclass(frozen=True)
@@ -127,11 +135,11 @@ class Size:
     activations: int
 
 
-def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> ExpertStore:
-    """Open a directory's experts with the configured cache, and preload them if all fit.
+def find_experts(directory: Path, args: ModelArgs, stream: StreamConfig) -> Experts:
+    """Find a directory's experts.
 
     Raises:
-        FlashMoEError: experts are missing or damaged, or the cache is smaller than one token needs.
+        FlashMoEError: experts are missing or damaged.
     """
     layout = open_layout(directory, args.num_hidden_layers, args.num_experts)
     headers = checkpoint_headers(directory)
@@ -145,11 +153,24 @@ def open_store(directory: Path, args: ModelArgs, stream: StreamConfig) -> Expert
         stream = replace(stream, lookahead="off")
     trunk = without_experts(headers)
     size = Size(args.num_experts_per_tok, trunk_bytes(trunk), args.activation_bytes)
-    return start_store(layout, size, kernel_formats(trunk, args, layout), stream)
+    return on_disk(layout, size, kernel_formats(trunk, args, layout), stream)
+
+
+def on_disk(
+    layout: ExpertLayout, size: Size, formats: set[Format], stream: StreamConfig
+) -> Experts:
+    """Describe experts on disk whose store can be opened: see `start_store`."""
+    requested_slots(stream.expert_cache, layout, size.top_k)  # raises early
+
+    def start(part: ExpertLayout, sharers: int) -> ExpertStore:
+        return start_store(part, size, formats, stream, sharers)
+
+    ways = stream.sharding, stream.rank_weights, stream.collective_timeout
+    return Experts(layout, start, *ways, size.top_k)
 
 
 def start_store(
-    layout: ExpertLayout, size: Size, formats: set[Format], stream: StreamConfig
+    layout: ExpertLayout, size: Size, formats: set[Format], stream: StreamConfig, sharers: int
 ) -> ExpertStore:
     """Open a layout's experts: plan the cache, compile the kernels, preload if all fit.
 
@@ -158,19 +179,26 @@ def start_store(
         size: of the rest of the model.
         formats: of the matrices that the CPU kernels compute.
         stream: settings.
+        sharers: ranks that share this machine's memory.
+
+    Raises:
+        FlashMoEError: the cache is smaller than one token needs.
     """
+    top_k = min(size.top_k, layout.num_experts)
+    if layout.placement:
+        stream = replace(stream, lookahead="off")  # its trials would differ between ranks
     backend = choose()
     checks = RecordChecks(layout, backend) if stream.verify else None
-    requested_slots(stream.expert_cache, layout, size.top_k)  # raises early
+    requested_slots(stream.expert_cache, layout, top_k)  # raises early
     prepare(formats)
     check_cpu_kernels(formats)
-    available = available_bytes()  # after the kernels, which take memory
+    available = available_bytes() // sharers  # after the kernels, which take memory
     io = plan_io(stream.io_mode, layout, available - size.trunk)
     own = backend.free_bytes
     plan = plan_cache(
         stream.expert_cache,
         layout,
-        size.top_k,
+        top_k,
         size.trunk,
         available if own is None else own,
         io,

@@ -9,9 +9,11 @@ from typing import Any, Self
 
 from .errors import FlashMoEError
 
+SHARDING = ("auto", "exact", "tensor")
 LOOKAHEAD = ("auto", "on", "off")
 MOST_CACHE = 1 << 50  # bytes, above any machine's memory
 MOST_THREADS = 1024  # of the reader
+MOST_RANKS, MOST_WEIGHT = 1024, 999
 PREFIX = "FLASHMOE_"
 OTHER_VARIABLES = ("KERNELS", "MODEL", "DEBUG_BOUNDS")  # read where they apply, not by StreamConfig
 IO_MODES = ("auto", "buffered", "direct")
@@ -48,6 +50,23 @@ def parse_size(value: int | str, name: str) -> int | str:
     return int(size)
 
 
+def parse_weights(text: str, name: str) -> tuple[int, ...]:
+    """Read each rank's share, such as "2,1".
+
+    Raises:
+        FlashMoEError: it is not a list of positive whole numbers; `name` is the setting.
+    """
+    parts = str(text).split(",")
+    if len(parts) <= MOST_RANKS and all(
+        p.strip().isdecimal() and 0 < int(p) <= MOST_WEIGHT for p in parts
+    ):
+        return tuple(map(int, parts))
+    raise FlashMoEError(
+        f"{name} = {text!r} is not one whole number from 1 to {MOST_WEIGHT} per rank. Write 2,1 if the first "
+        "of two machines shall have two thirds of the experts."
+    )
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """How experts are streamed.
@@ -60,6 +79,11 @@ class StreamConfig:
         stats: print the counters at exit.
         verify: compare every expert with its checksum after its read.
         lookahead: "on" prefetches experts, "off" does not; "auto" times both.
+        sharding: how several machines share a model: "exact" as one machine computes, to the bit;
+            "tensor" splits the trunk as well, as mlx-lm does; "auto" is exact except that each
+            machine adds up its experts of a prompt's token before they are sent.
+        rank_weights: each machine's share of the experts, such as "2,1"; None for equal ones.
+        collective_timeout: seconds after which a machine that waits for another one gives up.
     """
 
     expert_cache: int | str = "auto"
@@ -69,6 +93,9 @@ class StreamConfig:
     io_mode: str = "auto"
     verify: bool = False
     lookahead: str = "auto"
+    sharding: str = "auto"
+    rank_weights: tuple[int, ...] | None = None
+    collective_timeout: int = 60
 
     @classmethod
     def resolve(cls, from_config: Mapping[str, Any], **explicit: Any) -> Self:
@@ -123,7 +150,10 @@ def check_variables() -> None:
 def _read_setting(setting: str, value: Any, source: str) -> Any:
     if setting == "expert_cache":
         return parse_size(value, source)
-    if choices := {"io_mode": IO_MODES, "lookahead": LOOKAHEAD}.get(setting):
+    if setting == "rank_weights":
+        return parse_weights(value, source)
+    choices = {"io_mode": IO_MODES, "lookahead": LOOKAHEAD, "sharding": SHARDING}.get(setting)
+    if choices:
         if value in choices:
             return value
         raise FlashMoEError(f"{source} = {value!r} is not one of {', '.join(choices)}.")

@@ -69,7 +69,8 @@ GROUND = "errors commands progress requirements settings"
 DIRECTIONS = {
     "format": "errors",
     "store": "errors progress format custom_kernels",
-    "models": "errors format store custom_kernels",
+    "distributed": "errors format",
+    "models": "errors format store distributed custom_kernels",
     "profile": "errors progress settings format store models custom_kernels",
     "cli": f"{GROUND} loader binding format store models profile custom_kernels",
     "bench": f"{GROUND} loader format store models profile custom_kernels cli convert",

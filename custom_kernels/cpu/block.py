@@ -16,7 +16,7 @@ from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
 from .arrays import Array, rows, view
 from .decode import Group, Norm, project
 from .gated_delta_step import DeltaBlock
-from .moe import Batches, MoeBlock
+from .moe import Batches, MoeBlock, Total
 from .prefill import supports
 
 
@@ -87,7 +87,7 @@ def delta_step(
 def moe_step(
     h: mx.array, router: nn.Module, switch: nn.Module, shared: Sequence[nn.Module],
     experts: Sequence[QuantizedMatrix], norm: nn.RMSNorm, top_k: int, renormalize: bool,
-    batches: Batches,
+    batches: Batches, total: Total | None = None,
 ) -> mx.array | None:  # fmt: skip
     """Run a mixture of experts on one token per row: h + moe(norm(h)), `[B, 1, H]`.
 
@@ -101,6 +101,7 @@ def moe_step(
         top_k: experts per row.
         renormalize: whether the chosen experts' scores sum to one.
         batches: loads experts, see `moe.Batches`.
+        total: adds up outputs of several machines, see `moe.Total`.
     """
     if h.shape[1] != 1:
         return None
@@ -114,7 +115,7 @@ def moe_step(
         return None
     arrays = [array for matrix in experts for array in matrix.arrays]
     block = _remember(router, layers, make, norm.weight, *arrays)
-    return None if block is None else mx.array(block(rows(h), batches)).reshape(h.shape)
+    return None if block is None else mx.array(block(rows(h), batches, total)).reshape(h.shape)
 
 
 def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | None:

@@ -135,6 +135,8 @@ def _combine(h: Array, scores: Array, switch: Array, y: Array, out: Array) -> No
 
 # Loads experts: takes ids `[rows, K]`; yields flat indices of ids and their slots per expert batch.
 Batches = Callable[[Array], Iterable[tuple[Array, Array]]]
+# Adds up outputs `[rows * K, H]` in place over machines that have some of the experts each.
+Total = Callable[[Array], None]
 
 
 class MoeBlock(Shared):
@@ -181,7 +183,7 @@ class MoeBlock(Shared):
             expect(name, matrix, shape)
         expect_count("experts per token", top_k, router.shape[-2])
 
-    def __call__(self, h: Array, batches: Batches) -> Array:
+    def __call__(self, h: Array, batches: Batches, total: Total | None = None) -> Array:
         """Map hidden states `[rows, H]` float32 to `h + moe(norm(h))`."""
         (batch, width), top_k = h.shape, self._top_k
         expect("hidden states", h, (batch, self._norm[0].size), np.float32)
@@ -194,7 +196,7 @@ class MoeBlock(Shared):
         outputs = shared, switch, ids, scores
         run, group = UNIT_OF_WORK.address, self._route.arguments
         _route(run, h, self._norm, group, self._renormalize, x, outputs)
-        y = np.empty((batch * (top_k + 1), width), np.float32)
+        y = (np.zeros if total else np.empty)((batch * (top_k + 1), width), np.float32)
         inputs = self._all.numbers, self._inputs.forms, self._inputs.form_of
         for places, slots in batches(ids):
             expect_below("places of experts", places, ids.size)
@@ -204,6 +206,11 @@ class MoeBlock(Shared):
                 places, slots = places[order], slots[order]
             _experts(run, x, (places // top_k, slots, places), shared, inputs, y)
             shared = shared[:0]
+        if total:
+            if len(shared):  # no expert of this machine was chosen
+                none = np.empty(0, np.int64)
+                _experts(run, x, (none, none, none), shared, inputs, y)
+            total(y[: ids.size])
         out = np.empty_like(h)
         _combine(h, scores, switch, y, out)
         return out

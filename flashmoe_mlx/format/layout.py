@@ -13,7 +13,7 @@ In both, field f of expert e starts at `offset[f] + e * stride[f]`, which is all
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..errors import FlashMoEError
 from .headers import TensorInfo, checkpoint_headers, read_header
 from .json_file import exists, read_json
 from .names import FIELDS, PROJECTIONS, is_quantized_single, stacked_expert
+from .placement import Placement
 
 EXPERT_DIR = "model_experts"
 MANIFEST = "manifest.json"
@@ -60,11 +61,24 @@ class Span:
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """The experts of one layer."""
+    """The experts of one layer, or a rank's part of them.
+
+    `numbers` are their ids in the model; None for all. Elsewhere experts count from 0.
+    """
 
     layer: int
     num_experts: int
     fields: tuple[Field, ...]
+    numbers: range | None = None
+
+    def part(self, numbers: range) -> "LayerLayout":
+        """Return the layout of some of its experts, which must be all of the model's."""
+        first, step = numbers.start, numbers.step
+        fields = (
+            replace(f, offset=f.offset + first * f.stride, stride=step * f.stride)
+            for f in self.fields
+        )
+        return LayerLayout(self.layer, len(numbers), tuple(fields), numbers)
 
     @property
     def record_bytes(self) -> int:
@@ -92,11 +106,35 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """The experts of a whole model. `kind` is "packed", "linked" or "stock"."""
+    """The experts of a whole model, or a rank's part of them.
+
+    `kind` is "packed", "linked" or "stock"; `placement` is of a part.
+    """
 
     kind: str
     directory: Path
     layers: tuple[LayerLayout, ...]
+    placement: Placement | None = None
+
+    def part(self, placement: Placement) -> "ExpertLayout":
+        """Return the layout of a rank's experts.
+
+        Raises:
+            FlashMoEError: the directory holds other ones.
+        """
+        if self.placement == placement:
+            return self
+        if self.placement:
+            raise FlashMoEError(
+                f"{self.directory}: holds the experts of {self.placement}, but this is "
+                f"{placement}. Start it there, or convert the model for this rank."
+            )
+        layers = tuple(x.part(placement.experts(x.num_experts)) for x in self.layers)
+        return replace(self, layers=layers, placement=placement)
+
+    def of_layers(self, places: Sequence[int]) -> "ExpertLayout":
+        """Return the layout of some layers."""
+        return replace(self, layers=tuple(self.layers[place] for place in places))
 
     @property
     def num_experts(self) -> int:

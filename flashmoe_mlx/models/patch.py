@@ -16,10 +16,9 @@ from mlx_lm.utils import _get_classes
 from ..errors import FlashMoEError, named, shown
 from ..format.config_entries import check_bounds
 from ..format.modules import ExpertModule
-from ..store.store import ExpertStore
 from .cache_checks import REMEDY, check_classes
 from .fast_layers import use_fast_layers
-from .streamed import StreamedModule
+from .streamed import Experts, StreamedModule
 from .switch import StreamedSwitch
 
 SWITCHES = SwitchGLU, SwitchMLP
@@ -28,7 +27,7 @@ TOP_K = (
     "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts",
     "moe_top_k", "moe_topk", "moe_k", "topk",
 )  # fmt: skip
-OpenStore = Callable[[Any, Sequence[ExpertModule]], ExpertStore]
+FindExperts = Callable[[Any, Sequence[ExpertModule]], Experts]
 
 
 def stock_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
@@ -54,13 +53,13 @@ def stock_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
 
 
 def patched_classes(
-    config: Mapping[str, Any], open_store: OpenStore, experts_per_token: int | None = None
+    config: Mapping[str, Any], find_experts: FindExperts, experts_per_token: int | None = None
 ) -> tuple[type[nn.Module], Any]:
     """Return (model class, arguments class) like mlx-lm's, with streamed experts.
 
     Args:
         config: config.json.
-        open_store: opens the store of a model's arguments and expert modules.
+        find_experts: returns the experts on disk for a model's arguments and expert modules.
         experts_per_token: top-k instead of the checkpoint's.
     """
     stock_model, stock_args = stock_classes(config)
@@ -75,32 +74,49 @@ def patched_classes(
             stock_model.__init__(self, args)
             found = switches(self)
             modules = describe_all(found, config)
-            self._store = open_store(args, modules)
-            self._experts = tuple(prefix for module in modules for prefix in module.prefixes)
+            self._experts = find_experts(args, modules)
+            self._store, self._parallel, self._opened = None, None, False
+            self._prefixes = tuple(prefix for module in modules for prefix in module.prefixes)
             numbered = enumerate(zip(found.items(), modules, strict=True))
             self.update_modules(
                 tree_unflatten(
                     [
-                        (path, StreamedSwitch(stock, module, layer, self._store))
-                        for layer, ((path, stock), module) in numbered
+                        (path, StreamedSwitch(stock, module, number))
+                        for number, ((path, stock), module) in numbered
                     ]
                 )
             )
             if left := switches(self):
                 raise FlashMoEError(f"{next(iter(left))}: cannot be replaced. Report this.")
+            self.open_if_alone()
 
         @functools.wraps(stock_model.__call__)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            self.check_usable()
-            return stock_model.__call__(self, *args, **kwargs)
+        def __call__(self, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
+            forward = functools.partial(stock_model.__call__, self, inputs, *args, **kwargs)
+            return self.run(forward, inputs, kwargs.get("cache"))
+
+        def shard_trunk(self, group: mx.distributed.Group) -> None:
+            """Split the trunk as mlx-lm does, by its own `shard`, and leave the experts."""
+            if not hasattr(stock_model, "shard"):
+                super().shard_trunk(group)
+            layers = [m for m in self.modules() if isinstance(m, StreamedSwitch)]
+            for layer in layers:
+                for projection in layer.module.shapes:
+                    layer[projection] = nn.Module()  # nothing to split; some scale the bias
+                    layer[projection].bias = mx.zeros(group.size())
+            stock_model.shard(self, group)
+            for layer in layers:
+                for projection in layer.module.shapes:
+                    layer.pop(projection)
+            use_fast_layers(self)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             """Convert names and shapes as mlx-lm does, and drop the experts' tensors."""
-            assert self._store
-            converted = self._store.layout.kind == "packed"  # its names are final
+            assert self._experts
+            converted = self._experts.layout.kind == "packed"  # its names are final
             if hasattr(stock_model, "sanitize") and not converted:
                 weights = stock_model.sanitize(self, weights)
-            return {k: v for k, v in weights.items() if not k.startswith(self._experts)}
+            return {k: v for k, v in weights.items() if not k.startswith(self._prefixes)}
 
         def check_caches(self, caches: Sequence[Any], rows: int) -> None:
             """Compare a prompt cache with the model, and try it on one token of each row.

@@ -1,22 +1,194 @@
-"""A module with an expert store: close, copy, statistics."""
+"""A module with an expert store: open, close, copy, statistics."""
 
 import copy
+import importlib.metadata
+import socket
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
+from ..custom_kernels.autotune import without_timing
+from ..custom_kernels.device import kernel_mode
+from ..distributed.expert_parallel import (
+    AUTO,
+    EXACT,
+    LOADING,
+    PIPELINE,
+    TENSOR,
+    ExpertParallel,
+    Mode,
+)
 from ..errors import FlashMoEError
+from ..format.layout import ExpertLayout
+from ..format.placement import Placement
 from ..store.store import ExpertStats, ExpertStore
+from .switch import StreamedLayer
+
+PACKAGES = "flashmoe-mlx", "mlx", "mlx-lm"
+SAMPLE = 4096  # numbers of each matrix outside the layers
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Experts on disk, and how to open a store on them.
+
+    Attributes:
+        layout: where they lie.
+        start: opens a store on a part of the layout; takes the number of ranks on this host.
+        sharding: how ranks share the model: "auto", "exact" or "tensor".
+        rank_weights: each rank's share, None for equal ones.
+        timeout: seconds that a rank may be late.
+        top_k: experts per token.
+    """
+
+    layout: ExpertLayout
+    start: Callable[[ExpertLayout, int], ExpertStore]
+    sharding: str
+    rank_weights: tuple[int, ...] | None
+    timeout: float
+    top_k: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return itself: the files do not change."""
+        return self
 
 
 class StreamedModule(nn.Module):
-    """A module whose experts may come from an `ExpertStore`; `with` closes it at the end."""
+    """A module whose experts may come from an `ExpertStore`; `with` closes it at the end.
 
-    def __init__(self, store: ExpertStore | None) -> None:
-        """Keep the store; None means that all experts are parameters."""
+    Alone, it opens the store at once. In a group of several ranks it waits for `shard`, or for its
+    first use: mlx-lm builds a model twice, and splits its layers afterwards.
+    """
+
+    def __init__(self, experts: Experts | None) -> None:
+        """Keep what to open; None means that all experts are parameters."""
         super().__init__()
+        self._experts = experts
+        self._store: ExpertStore | None = None
+        self._opened = experts is None
+        self._parallel: ExpertParallel | None = None
+
+    def open_if_alone(self) -> None:
+        """Open the store, unless other ranks may share the model."""
+        if self._experts and mx.distributed.init().size() == 1:
+            self._open(None)
+
+    def _open(self, parallel: ExpertParallel | None, sharers: int = 1) -> None:
+        """Open the store, or this rank's part of it."""
+        assert self._experts
+        layout = self._experts.layout
+        found = [m for m in self.modules() if isinstance(m, StreamedLayer)]
+        layers = sorted(found, key=lambda layer: layer.number)
+        alone = parallel is None or not parallel.mode.splits_experts
+        if alone and layout.placement:
+            raise FlashMoEError(
+                f"{layout.directory}: holds only the experts of {layout.placement}. Start all "
+                "ranks with mlx.launch, without --pipeline."
+            )
+        if parallel and not alone:
+            layout = layout.part(parallel.placement)
+        self._opened = True
+        if not layers:  # a stage of a pipeline
+            return
+        layout = layout.of_layers([layer.number for layer in layers])
+        store = self._experts.start(layout, sharers)
+        try:
+            for place, layer in enumerate(layers):
+                layer.attach(store, place, parallel)
+        except BaseException:
+            store.close()
+            raise
         self._store = store
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Share the model with the other ranks of a group; all of them must call this.
+
+        Args:
+            group: by default all ranks that `mlx.launch` started.
+
+        Raises:
+            FlashMoEError: ranks differ in model, versions or settings, or one of them cannot open
+                its experts; on all ranks.
+        """
+        if self._experts is None:
+            self._refuse_training()
+            raise FlashMoEError("experts that are parameters cannot be split. Load the model.")
+        modes = {"exact": EXACT, "auto": AUTO, "tensor": TENSOR}
+        self._join(modes[self._experts.sharding], group or mx.distributed.init())
+
+    def _join(self, mode: Mode, group: mx.distributed.Group) -> None:
+        """Agree with the other ranks, and open this rank's part of the experts."""
+        assert self._experts
+        parallel = ExpertParallel(group, mode, self._experts.timeout)
+        hosts = [other["host"] for other in parallel.compare(self._facts(mode))]
+        parallel.weigh(self._experts.rank_weights)
+        without_timing()  # or each rank would choose its own kernels
+        try:
+            if mode is TENSOR:
+                self.shard_trunk(group)
+            self._open(parallel, hosts.count(hosts[group.rank()]))
+        except Exception as error:
+            parallel.fail(error)
+        parallel.raise_failures("loading", LOADING)
+        self._parallel = parallel
+
+    def shard_trunk(self, group: mx.distributed.Group) -> None:
+        """Split the trunk as mlx-lm does."""
+        raise FlashMoEError(
+            "sharding = 'tensor': mlx-lm cannot split the trunk of this model. Choose exact."
+        )
+
+    def _facts(self, mode: Mode) -> dict[str, str]:
+        """Describe what all ranks must have in common."""
+        assert self._experts
+        sample = 0
+        for name, array in tree_flatten(self.parameters()):
+            if "layers." not in name:
+                some = array.reshape(-1)[:SAMPLE].astype(mx.float32)
+                sample = zlib.crc32(np.array(some).tobytes(), sample)
+        records = [layer.record_bytes for layer in self._experts.layout.layers]
+        versions = {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
+        return versions | {
+            "model": f"{zlib.crc32(repr(records).encode(), sample):08x}",
+            "top-k": str(self._experts.top_k),
+            "sharding": mode.name,
+            "rank_weights": str(self._experts.rank_weights),
+            "kernels": f"{kernel_mode()} on {mx.default_device().type.name}",
+            "host": socket.gethostname(),
+        }
+
+    def placement(self) -> Placement | None:
+        """Return which experts this rank has, None if all."""
+        return self._store.layout.placement if self._store else None
+
+    def run(
+        self, forward: Callable[[], mx.array], inputs: mx.array, cache: Sequence[Any] | None
+    ) -> mx.array:
+        """Run a forward pass, and raise errors of any rank on all of them.
+
+        Args:
+            forward: returns logits `[B, T, V]`.
+            inputs: token ids `[B, T]`, or embeddings `[B, T, H]`.
+            cache: the prompt cache.
+        """
+        self.check_usable()
+        if (parallel := self._parallel) is None:
+            return forward()
+        with parallel.step():
+            mx.eval(inputs)  # they may come from a collective, which goes first on every rank
+            logits = forward()
+            if inputs.shape[1] == 1:
+                parallel.finish(logits)
+            elif cache:  # here, where the watchdog looks
+                mx.eval([c.state for c in cache if not c.empty()])
+            return logits
 
     def expert_stats(self) -> ExpertStats:
         """Return the live counters of the expert store; all zero if experts are parameters."""
@@ -24,6 +196,8 @@ class StreamedModule(nn.Module):
 
     def expert_cache(self) -> str:
         """Describe the size of the expert cache, and its reason, in one line."""
+        if not self._opened:
+            return "Expert cache: opened at first use"
         return str(self._store.plan) if self._store else "Expert cache: all experts are resident"
 
     def expert_counts(self) -> tuple[int, int]:
@@ -42,12 +216,15 @@ class StreamedModule(nn.Module):
             self._store.close()
 
     def check_usable(self) -> None:
-        """Refuse to compute with a closed store, even if all experts are resident.
+        """Open the store if it is not; refuse a closed one, even if all experts are resident.
 
         Raises:
             FlashMoEError: the model was closed, or this process is a fork of the one that loaded
                 it.
         """
+        if not self._opened:
+            stages = getattr(getattr(self, "model", None), "pipeline_size", 1)
+            self._join(PIPELINE, mx.distributed.init()) if stages > 1 else self._open(None)
         if self._store:
             self._store.check_usable()
 
@@ -85,14 +262,14 @@ class StreamedModule(nn.Module):
         Raises:
             FlashMoEError: experts stream.
         """
-        if self._store:
+        if self._experts:
             raise FlashMoEError(
                 "the experts of this model stream from disk, so a copy by mlx-lm would lack them. "
                 "Convert, quantize or fuse the original checkpoint, then run flashmoe-convert."
             )
 
     def _refuse_training(self) -> None:
-        if self._store:
+        if self._experts:
             raise FlashMoEError(
                 "a model whose experts stream cannot be trained. Train adapters on the original "
                 "checkpoint with stock mlx-lm; --adapter-path applies them to this model."
@@ -132,7 +309,7 @@ class StreamedModule(nn.Module):
         Raises:
             TypeError: there is a store.
         """
-        if self._store:
+        if self._experts:
             raise TypeError(
                 "a model whose experts stream holds open files and threads and cannot be pickled; "
                 "load it again in the other process"

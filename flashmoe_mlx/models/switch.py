@@ -4,12 +4,14 @@ These modules map tokens and expert ids to the chosen experts' outputs, unweight
 before them, weighting after. So the model around them stays mlx-lm's own.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchLinear
 
 from ..custom_kernels.device import on_gpu
@@ -24,6 +26,7 @@ from ..custom_kernels.experts.prefill import (
 )
 from ..custom_kernels.op import Op
 from ..custom_kernels.weights import QuantizedMatrix, Shared
+from ..distributed.expert_parallel import ExpertParallel
 from ..format.modules import ExpertModule, projection_fields, projection_quantization
 from ..format.names import PROJECTIONS
 from ..store.scheduler import expert_batches
@@ -35,21 +38,31 @@ ASSIGNMENTS_AT_ONCE = 2048  # token-expert assignments on a CPU: 60 MB of activa
 class StreamedLayer(nn.Module):
     """One layer's routed experts, read from disk when the router chooses them. No parameters."""
 
-    def __init__(self, layer: int, store: ExpertStore) -> None:
-        """Use a layer of the store."""
+    def __init__(self, number: int) -> None:
+        """Make the layer that has this number among those with experts; `attach` a store."""
         super().__init__()
-        self._store = store
-        self._layer = layer
+        self.number = number
+
+    def attach(self, store: ExpertStore, layer: int, parallel: ExpertParallel | None) -> None:
+        """Use a layer of the store.
+
+        Args:
+            store: holds the experts, or those of this rank.
+            layer: place in the store.
+            parallel: the other ranks, None if this machine computes alone.
+        """
+        self._store, self._layer = store, layer
+        self._parallel = parallel if parallel and parallel.mode.splits_experts else None
 
     @property
     def layer(self) -> int:
-        """Its number among the layers with experts."""
+        """Its number among the store's layers."""
         return self._layer
 
     @property
     def holds_all(self) -> bool:
         """Say whether all experts are resident; then expert e lies in slot e."""
-        return self._store.banks[self._layer].holds_all
+        return self._parallel is None and self._store.banks[self._layer].holds_all
 
     @property
     def count(self) -> int:
@@ -67,6 +80,8 @@ class StreamedLayer(nn.Module):
         """
         if self.holds_all:
             return ids
+        if self._parallel:
+            return None
         if (loaded := self._store.load_by_device(self._layer, ids, x)) is not None:
             return loaded
         chosen, places = np.unique(self._store.backend.to_host(ids), return_inverse=True)
@@ -76,8 +91,42 @@ class StreamedLayer(nn.Module):
         return self._store.backend.to_device(slots[places].reshape(ids.shape))
 
     def batches(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Load experts in batches: see `expert_batches`."""
-        return expert_batches(self._store, self._layer, ids)
+        """Load experts in batches: see `expert_batches`. Of several ranks, each loads its own."""
+        if self._parallel is None:
+            return expert_batches(self._store, self._layer, ids)
+        return self._own_batches(ids, self._parallel)
+
+    def _own_batches(
+        self, ids: np.ndarray, parallel: ExpertParallel
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Load this rank's experts; keep an error, which all ranks raise together in `total`."""
+        parallel.note(self.number, ids)
+        experts = self._store.layout.layers[self._layer].numbers
+        assert experts is not None
+        places, own = parallel.own(ids, experts)
+        try:
+            for batch, slots in expert_batches(self._store, self._layer, own):
+                yield places[batch], slots
+        except Exception as error:
+            parallel.fail(error)
+
+    def total(self, outputs: mx.array) -> mx.array:
+        """Add up the ranks' outputs `[...]`, each zero where an expert is another rank's."""
+        return outputs if self._parallel is None else self._parallel.total(outputs, self.number)
+
+    def total_in_place(self, outputs: np.ndarray) -> None:
+        """Add up as `total` does, in place."""
+        outputs[:] = np.array(self.total(mx.array(outputs)))
+
+    @property
+    def is_split(self) -> bool:
+        """Say whether this rank has only a part of the experts, and `total` must be called."""
+        return self._parallel is not None
+
+    @property
+    def weighs_first(self) -> bool:
+        """Say whether a prompt's outputs are weighted before they are added up over the ranks."""
+        return self._parallel is not None and self._parallel.mode.weighs_first
 
     def prefetch(self, ids: np.ndarray) -> None:
         """Start to read experts `[..., K]` that the next step will probably need."""
@@ -91,19 +140,24 @@ class StreamedLayer(nn.Module):
 class StreamedSwitch(StreamedLayer):
     """A `SwitchGLU` or `SwitchMLP` whose experts stream; children but the projections are kept."""
 
-    def __init__(
-        self, stock: nn.Module, module: ExpertModule, layer: int, store: ExpertStore
-    ) -> None:
-        """Take the place of `stock`, which has no weights yet.
-
-        Raises:
-            FlashMoEError: the experts on disk are not those of `module`.
-        """
-        super().__init__(layer, store)
-        twin = _empty(type(stock))  # computes as `stock`, on the slots
+    def __init__(self, stock: nn.Module, module: ExpertModule, number: int) -> None:
+        """Take the place of `stock`, which has no weights yet."""
+        super().__init__(number)
+        self._kind, self.module = type(stock), module
         for name, child in stock.items():
             if name not in module.shapes:
-                self[name] = twin[name] = child
+                self[name] = child
+
+    def attach(self, store: ExpertStore, layer: int, parallel: ExpertParallel | None) -> None:
+        """Use a layer of the store: see `StreamedLayer.attach`.
+
+        Raises:
+            FlashMoEError: the experts on disk are not those of the module.
+        """
+        super().attach(store, layer, parallel)
+        twin, module = _empty(self._kind), self.module  # computes as stock's, on the slots
+        for name, child in self.items():
+            twin[name] = child
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
         matrices = []
         for projection, shape in module.shapes.items():
@@ -141,6 +195,12 @@ class OnSlots(Shared):
         """Keep both."""
         self.stock, self.matrices = stock, matrices
         self._steps: dict[Any, Any] = {}
+
+    def dtype(self, x: mx.array) -> mx.Dtype:
+        """Return the dtype of the outputs for `x`."""
+        arrays = [array for _, array in tree_flatten(self.stock.parameters())]
+        found = [array.dtype for array in arrays if mx.issubdtype(array.dtype, mx.floating)]
+        return functools.reduce(mx.result_type, found, x.dtype)
 
     def step(self, x: mx.array, top_k: int) -> Any:
         """Return a traced function of x and slots for a few tokens, None if stock is faster.
@@ -208,14 +268,16 @@ def switch(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array:
         mx.async_eval(y)
         parts.append(y.squeeze(1))
         orders.append(assignments)
-    place = np.argsort(np.concatenate(orders))
-    return mx.concatenate(parts)[mx.array(place)].reshape(*indices.shape, -1)
+    whole = (indices.size, x.shape[-1]), experts.on_slots.dtype(x)
+    return experts.total(in_order(parts, orders, *whole)).reshape(*indices.shape, -1)
 
 
 @switch.register
 def _by_cpu(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array | None:
     outputs = outputs_by_cpu(experts, x, indices, experts.on_slots.matrices)
-    return None if outputs is None else mx.array(outputs.reshape(*indices.shape, -1))
+    if outputs is None:
+        return None
+    return experts.total(mx.array(outputs)).reshape(*indices.shape, -1)
 
 
 @switch.register
@@ -233,6 +295,8 @@ def _by_gpu(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array
     if x.size == x.shape[-1]:
         return None
     y, place = outputs_in_batches(experts, x, indices, matrices)
+    if experts.is_split:
+        return experts.total(y).reshape(*indices.shape, -1)
     return y[place].reshape(*indices.shape, -1)
 
 
@@ -247,7 +311,8 @@ def outputs_by_cpu(
         return None
     ids, top_k = np.array(indices).reshape(-1), indices.shape[-1]
     rows, packed = kernels.rows(x.reshape(-1, x.shape[-1])), [m.packed for m in matrices]
-    outputs = np.empty((ids.size, x.shape[-1]), np.float32)
+    empty = np.zeros if experts.is_split else np.empty
+    outputs = empty((ids.size, x.shape[-1]), np.float32)
     for assignments, slots in experts.batches(ids):
         order = ascending(slots)
         for part in np.split(order, range(ASSIGNMENTS_AT_ONCE, len(order), ASSIGNMENTS_AT_ONCE)):
@@ -261,7 +326,8 @@ def outputs_in_batches(
 ) -> tuple[mx.array, mx.array]:
     """Return the chosen experts' outputs in the order computed, and where each one lies.
 
-    If all experts are resident, the ids are not sent to the host.
+    If all experts are resident, the ids are not sent to the host. If other ranks have some of them,
+    the outputs are in the order of `indices`, and zero where an expert is another rank's.
 
     Returns:
         `[rows, H]`, and `[tokens, K]` uint32.
@@ -275,16 +341,33 @@ def outputs_in_batches(
         return y, place.reshape(-1, top_k)
     ids = np.array(indices).reshape(-1)
     whole = Routed(ids.size, experts.count)
-    outputs, places, orders, done = [], list[mx.array](), list[np.ndarray](), 0
+    outputs, places, orders, starts = [], list[mx.array](), list[np.ndarray](), [0]
     for assignments, where in experts.batches(ids):
         tokens, slots = mx.array(np.stack([assignments // top_k, where]).astype(np.uint32))
         y, positions = expert_mlp(rows, tokens, slots, matrices, whole)
         experts.hold(y, where)
         mx.async_eval(y, positions)
         outputs.append(y)
-        places.append(positions + done)
+        places.append(positions + starts[-1])
         orders.append(assignments)
-        done += len(y)
+        starts.append(starts[-1] + len(y))
+    if experts.is_split:
+        parts = [y[place - first] for y, place, first in zip(outputs, places, starts, strict=False)]
+        y = in_order(parts, orders, (ids.size, x.shape[-1]), x.dtype)
+        return y, mx.arange(ids.size, dtype=mx.uint32).reshape(-1, top_k)
     order, place = mx.array(np.concatenate(orders).astype(np.uint32)), mx.concatenate(places)
     place = mx.put_along_axis(place, order, place, axis=0).reshape(-1, top_k)
     return mx.concatenate(outputs), place
+
+
+def in_order(
+    parts: list[mx.array], assignments: list[np.ndarray], shape: tuple[int, int], dtype: mx.Dtype
+) -> mx.array:
+    """Put parts `[n, H]` of the assignments' outputs in their places; others are zero: `shape`."""
+    order = np.concatenate([*assignments, np.zeros(0, np.int64)])
+    if len(order) == shape[0]:
+        return mx.concatenate(parts)[mx.array(np.argsort(order))]
+    whole = mx.zeros(shape, dtype)
+    if parts:
+        whole[mx.array(order)] = mx.concatenate(parts).astype(dtype)
+    return whole

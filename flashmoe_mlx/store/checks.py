@@ -5,7 +5,14 @@ import zlib
 from collections.abc import Sequence
 
 from ..errors import FlashMoEError
-from ..format.layout import EXPERT_DIR, MANIFEST, ExpertLayout, read_manifest, record_checksums
+from ..format.layout import (
+    EXPERT_DIR,
+    MANIFEST,
+    ExpertLayout,
+    LayerLayout,
+    read_manifest,
+    record_checksums,
+)
 from .backend import Backend
 
 
@@ -31,7 +38,8 @@ class RecordChecks:
                 "no checksums. Convert it with flashmoe-convert, or leave verify out."
             )
         path = layout.directory / EXPERT_DIR / MANIFEST
-        self._expected = record_checksums(read_manifest(path))
+        whole = record_checksums(read_manifest(path))
+        self._expected = [_of_part(whole[x.layer : x.layer + 1], x) for x in layout.layers]
         self._layout = layout
         found, experts = list(map(len, self._expected)), [x.num_experts for x in layout.layers]
         if found != experts:
@@ -47,9 +55,19 @@ class RecordChecks:
             found = zlib.crc32(row, found)
         if found == expected:
             return None
+        part = self._layout.layers[layer]
+        number = part.numbers[expert] if part.numbers else expert
         return FlashMoEError(
-            f"{self._layout.layers[layer].fields[0].file}: layer {layer} expert {expert} is not as "
+            f"{part.fields[0].file}: layer {part.layer} expert {number} is not as "
             f"it was written (checksum {found:08x}, expected {expected:08x}); nothing was computed "
             f"from it. Run `flashmoe-convert verify {shlex.quote(str(self._layout.directory))} "
             "--repair --hf-path SOURCE`."
         )
+
+
+def _of_part(checksums: list[list[int]], layer: LayerLayout) -> list[int]:
+    """Return the checksums of a layer's part, from a list of those of all its experts, or none."""
+    found = checksums[0] if checksums else []
+    if layer.numbers is None or len(found) == layer.num_experts:
+        return found
+    return [found[number] for number in layer.numbers if number < len(found)]

@@ -4,19 +4,22 @@ Shapes: B batch, T tokens, H hidden size, V vocabulary; heads as in `custom_kern
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache, RotatingKVCache
+from mlx_lm.models.pipeline import PipelineMixin
 
 from ...custom_kernels.device import keep_pace, tokens_at_once, tokens_per_row
 from ...custom_kernels.linear.linear import linear
+from ...distributed.expert_parallel import ExpertParallel
 from ...errors import FlashMoEError
-from ...store.store import ExpertStore
+from ...store.prefetch import Lookahead
 from ..cache_checks import check_caches
-from ..streamed import StreamedModule
+from ..streamed import Experts, StreamedModule
 from .args import PREFILL_CHUNK, ModelArgs
 from .mixers import Attention, GatedDeltaNet
 from .moe import SparseMoeBlock
@@ -59,7 +62,7 @@ def _in_parts(h: mx.array, at_once: int, run: Callable[[mx.array, slice], mx.arr
 class DecoderLayer(nn.Module):
     """Mixer (linear or full attention), then mixture of experts, each with its residual."""
 
-    def __init__(self, args: ModelArgs, layer: int, store: ExpertStore | None) -> None:
+    def __init__(self, args: ModelArgs, layer: int, streamed: bool) -> None:
         """Make layer number `layer`."""
         super().__init__()
         self.is_linear = args.is_linear(layer)
@@ -69,7 +72,7 @@ class DecoderLayer(nn.Module):
             self.self_attn = Attention(args)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.mlp = SparseMoeBlock(args, layer, store)
+        self.mlp = SparseMoeBlock(args, layer, streamed)
 
     def __call__(
         self, h: mx.array, mask: Any = None, cache: Any = None, rows: mx.array | None = None
@@ -108,16 +111,16 @@ class DecoderLayer(nn.Module):
         return _in_parts(h, at_once, run) if h.shape[1] > at_once else run(h, slice(None))
 
 
-class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+class Decoder(PipelineMixin, nn.Module):
+    """Embedding, layers and final norm; as mlx-lm's, it can run as one stage of a pipeline."""
 
-    def __init__(self, args: ModelArgs, store: ExpertStore | None) -> None:
+    def __init__(self, args: ModelArgs, streamed: bool) -> None:
         """Make all layers."""
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [DecoderLayer(args, i, store) for i in range(args.num_hidden_layers)]
+        self.layers = [DecoderLayer(args, i, streamed) for i in range(args.num_hidden_layers)]
         self._cache_specs = [layer.mixer._cache_spec for layer in self.layers]
-        self._lookahead = store.lookahead if store else None
+        self.lookahead: Lookahead | None = None
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def check_caches(self, caches: list[Any], rows: int) -> None:
@@ -126,7 +129,12 @@ class Decoder(nn.Module):
         Raises:
             FlashMoEError: a cache does not fit its layer.
         """
-        check_caches(caches, self._cache_specs, self.embed_tokens(mx.zeros((rows, 1), mx.int32)))
+        check_caches(caches, self._specs, self.embed_tokens(mx.zeros((rows, 1), mx.int32)))
+
+    @property
+    def _specs(self) -> list[Any]:
+        """What the caches of this stage's layers must be."""
+        return self._cache_specs[self.start_idx : self.end_idx]
 
     def __call__(
         self,
@@ -136,13 +144,15 @@ class Decoder(nn.Module):
     ) -> mx.array:
         """Map token ids `[B, T]` (or embeddings `[B, T, H]`) to hidden states `[B, T, H]`."""
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
-        caches: list[Any] = cache if cache is not None else [None] * len(self.layers)
-        check_caches(caches, self._cache_specs, h)
+        layers = self.pipeline_layers
+        caches: list[Any] = cache if cache is not None else [None] * len(layers)
+        check_caches(caches, self._specs, h)
         _forget_padding(caches)
         masks: dict[bool, Any] = {}
-        lookahead = self._lookahead if h.shape[1] == 1 else None
+        lookahead = self.lookahead if h.shape[1] == 1 else None
         prefetches = lookahead is not None and lookahead.begin()
-        for number, (layer, c) in enumerate(zip(self.layers, caches, strict=True)):
+        h = self._received(h)
+        for number, (layer, c) in enumerate(zip(layers, caches, strict=True)):
             if prefetches and number:
                 layer.mlp.prefetch(h, layer.post_attention_layernorm)
             if layer.is_linear not in masks:
@@ -153,16 +163,34 @@ class Decoder(nn.Module):
                 keep_pace(before, h)
         if lookahead is not None:
             lookahead.end()
-        return self.norm(h)
+        return self.norm(self._sent(h, caches[-1]))
+
+    def _received(self, h: mx.array) -> mx.array:
+        """Return the hidden states of the stage before this one, which are like `h`."""
+        if self.pipeline_rank == self.pipeline_size - 1:  # the first layers
+            return h
+        return mx.distributed.recv_like(h, self.pipeline_rank + 1)
+
+    def _sent(self, h: mx.array, cache: Any) -> mx.array:
+        """Send hidden states to the next stage; return those of the last stage."""
+        if self.pipeline_size == 1:
+            return h
+        if self.pipeline_rank:
+            h = mx.distributed.send(h, self.pipeline_rank - 1)
+            if isinstance(cache, ArraysCache):  # a prompt evaluates nothing but caches
+                cache[0] = mx.depends(cache[0], h)
+            elif cache is not None:
+                cache.keys = mx.depends(cache.keys, h)
+        return mx.distributed.all_gather(h)[: len(h)]
 
 
 class LanguageModel(nn.Module):
     """Decoder and output head."""
 
-    def __init__(self, args: ModelArgs, store: ExpertStore | None) -> None:
+    def __init__(self, args: ModelArgs, streamed: bool) -> None:
         """Make the decoder, and an output head unless embeddings are tied."""
         super().__init__()
-        self.model = Decoder(args, store)
+        self.model = Decoder(args, streamed)
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
@@ -183,16 +211,22 @@ class LanguageModel(nn.Module):
 class Model(StreamedModule):
     """A Qwen3.5 MoE language model.
 
-    With an `ExpertStore` the routed experts stream from disk; without one they are ordinary
-    parameters, as in stock mlx-lm.
+    With `Experts` the routed experts stream from disk; without them they are ordinary parameters,
+    as in stock mlx-lm.
     """
 
-    def __init__(self, args: ModelArgs, store: ExpertStore | None = None) -> None:
+    def __init__(self, args: ModelArgs, experts: Experts | None = None) -> None:
         """Make the model, before `sanitize` and `load_weights`."""
-        super().__init__(store)
+        super().__init__(experts)
         self.args = args
         self.model_type = args.model_type
-        self.language_model = LanguageModel(args, store)
+        self.language_model = LanguageModel(args, streamed=experts is not None)
+        self.open_if_alone()
+
+    def _open(self, parallel: ExpertParallel | None, sharers: int = 1) -> None:
+        super()._open(parallel, sharers)
+        if self._store and parallel is None:
+            self.model.lookahead = self._store.lookahead
 
     def __call__(
         self,
@@ -205,8 +239,9 @@ class Model(StreamedModule):
         Raises:
             FlashMoEError: the model was closed, or its experts cannot be read.
         """
-        self.check_usable()
-        return self.language_model(inputs, cache, input_embeddings)
+        x = inputs if input_embeddings is None else input_embeddings
+        forward = partial(self.language_model, inputs, cache, input_embeddings)
+        return self.run(forward, x, cache)
 
     @property
     def model(self) -> Decoder:
@@ -215,8 +250,8 @@ class Model(StreamedModule):
 
     @property
     def layers(self) -> list[DecoderLayer]:
-        """The decoder layers."""
-        return self.model.layers
+        """The decoder layers, of a pipeline those of this stage."""
+        return self.model.pipeline_layers
 
     def make_cache(self, max_kv_size: int | None = None) -> list[Any]:
         """Return an empty prompt cache of mlx-lm's own classes, one entry per layer.
@@ -240,7 +275,7 @@ class Model(StreamedModule):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Convert a checkpoint's tensors to this model's names and shapes."""
-        return sanitize(weights, self.args, streamed=self._store is not None)
+        return sanitize(weights, self.args, streamed=self._experts is not None)
 
     @property
     def quant_predicate(self) -> Any:

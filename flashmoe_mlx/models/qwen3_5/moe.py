@@ -21,6 +21,7 @@ from ...custom_kernels.linear.linear import join, joined, linear, mlp
 from ...custom_kernels.op import Op
 from ...custom_kernels.traced import Traced
 from ...custom_kernels.weights import QuantizedMatrix, arrays_of, remembered
+from ...distributed.expert_parallel import ExpertParallel
 from ...format.layout import quantization
 from ...format.names import PROJECTIONS
 from ...store.store import ExpertStore
@@ -66,6 +67,11 @@ class ResidentExperts(SwitchGLU):
         return remembered(self, "_known", lambda: arrays_of(layers), make)
 
     holds_all = True
+    is_split = weighs_first = False
+
+    def total(self, outputs: mx.array) -> mx.array:
+        """Return the outputs: no other machine has experts."""
+        return outputs
 
     @property
     def count(self) -> int:
@@ -91,17 +97,22 @@ class ResidentExperts(SwitchGLU):
 class StreamedExperts(StreamedLayer):
     """One layer's routed experts, read from disk when the router chooses them. No parameters."""
 
-    def __init__(self, args: ModelArgs, layer: int, store: ExpertStore) -> None:
-        """Use a layer of the store.
+    def __init__(self, args: ModelArgs, number: int) -> None:
+        """Make the layer that has this number; `attach` a store."""
+        super().__init__(number)
+        self._args = args
+
+    def attach(self, store: ExpertStore, layer: int, parallel: ExpertParallel | None) -> None:
+        """Use a layer of the store: see `StreamedLayer.attach`.
 
         Raises:
             FlashMoEError: the experts on disk contradict the sizes in config.json.
         """
-        super().__init__(layer, store)
+        super().attach(store, layer, parallel)
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
         self._matrices = []
         for index, projection in enumerate(PROJECTIONS):
-            bits, group_size = quantization(layout, projection, args.expert_shape(projection))
+            bits, group_size = quantization(layout, projection, self._args.expert_shape(projection))
             three = arrays[3 * index : 3 * index + 3]
             self._matrices.append(QuantizedMatrix.of(three, bits, group_size))
 
@@ -160,8 +171,12 @@ def _streamed_by_cpu(
         return None
     # In numpy: MLX would copy a prompt's outputs twice.
     tokens, top_k = x.size // x.shape[-1], indices.shape[-1]
+    first = experts.weighs_first and x.shape[-2] > 1
+    if experts.is_split and not first:
+        experts.total_in_place(outputs)
     weights = np.array(scores.astype(mx.float32)).reshape(tokens, 1, top_k)
-    return mx.array(weights @ outputs.reshape(tokens, top_k, -1)).reshape(x.shape)
+    mixture = mx.array(weights @ outputs.reshape(tokens, top_k, -1)).reshape(x.shape)
+    return experts.total(mixture) if first else mixture
 
 
 def _weighted(
@@ -173,7 +188,9 @@ def _weighted(
 ) -> mx.array:
     """Return the weighted sum, in the router's order."""
     y, place = outputs_in_batches(experts, x, indices, matrices)
-    return combine(y, place, scores.reshape(place.shape)).reshape(x.shape)
+    first = experts.weighs_first and x.shape[-2] > 1
+    mixture = combine(y if first else experts.total(y), place, scores.reshape(place.shape))
+    return (experts.total(mixture) if first else mixture).reshape(x.shape)
 
 
 def _of_real_rows(ids: mx.array, rows: mx.array | None) -> mx.array:
@@ -187,8 +204,8 @@ def _of_real_rows(ids: mx.array, rows: mx.array | None) -> mx.array:
 class SparseMoeBlock(nn.Module):
     """Router, routed experts and shared expert of one layer."""
 
-    def __init__(self, args: ModelArgs, layer: int, store: ExpertStore | None) -> None:
-        """Make the block; without a store, experts are ordinary parameters."""
+    def __init__(self, args: ModelArgs, layer: int, streamed: bool) -> None:
+        """Make the block; unless streamed, experts are ordinary parameters."""
         super().__init__()
         hidden, inner = args.hidden_size, args.moe_intermediate_size
         self._step = Traced()
@@ -198,9 +215,9 @@ class SparseMoeBlock(nn.Module):
         self.shared_expert = MLP(hidden, args.shared_expert_intermediate_size)
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False)
         self.switch_mlp = (
-            ResidentExperts(hidden, inner, args.num_experts)
-            if store is None
-            else StreamedExperts(args, layer, store)
+            StreamedExperts(args, layer)
+            if streamed
+            else ResidentExperts(hidden, inner, args.num_experts)
         )
 
     def __call__(self, h: mx.array, norm: nn.RMSNorm, rows: mx.array | None = None) -> mx.array:
@@ -291,7 +308,8 @@ def _step_by_cpu(
     if not (steps := cpu_steps(h)) or (matrices := block.switch_mlp.matrices()) is None:
         return None
     shared = [block.shared_expert[name] for name in PROJECTIONS]
-    batches, choice = block.switch_mlp.batches, (block.top_k, block.norm_topk_prob)
+    experts, choice = block.switch_mlp, (block.top_k, block.norm_topk_prob)
+    ways = experts.batches, experts.total_in_place if experts.is_split else None
     return steps.moe_step(
-        h, block.gate, block.shared_expert_gate, shared, matrices, norm, *choice, batches
+        h, block.gate, block.shared_expert_gate, shared, matrices, norm, *choice, *ways
     )

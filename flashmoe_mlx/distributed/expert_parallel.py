@@ -1,0 +1,212 @@
+"""Expert parallelism: each rank computes its own experts, and the ranks' outputs add up.
+
+Every rank has a whole trunk and runs the same router, so all know which experts a token needs. A
+rank's outputs are zero where the expert is another's; adding zeros is exact, so the sum equals what
+one machine computes, to the bit.
+"""
+
+import contextlib
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import FlashMoEError
+from ..format.placement import Placement
+from .collectives import Group, gather_json
+from .watchdog import Watchdog, end_process
+
+WORKS, FAILED = 1, 2
+DIGIT = 128  # numbers below this are exact in every float dtype, bfloat16 included
+DIGITS = 3  # of a checksum
+STATUS = 1 + DIGITS  # numbers per rank
+AT_ONCE = 1 << 23  # numbers per sum, which bounds the memory of copies
+LOADING = 10  # times the limit of a step
+EXPLAIN = "its own output says more"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How ranks share a model.
+
+    Attributes:
+        name: "exact", "auto", "tensor" or "pipeline".
+        splits_experts: each rank has a part of every layer's experts.
+        adds_up: the ranks' outputs are summed here, and not by mlx-lm's own code.
+        weighs_first: a prompt token's experts are weighted and added up before they are sent.
+    """
+
+    name: str
+    splits_experts: bool = True
+    adds_up: bool = True
+    weighs_first: bool = False
+
+
+EXACT, AUTO = Mode("exact"), Mode("auto", weighs_first=True)
+TENSOR = Mode("tensor", adds_up=False)
+PIPELINE = Mode("pipeline", splits_experts=False, adds_up=False)
+
+
+class ExpertParallel:
+    """This rank's part in a group, and the sums over the group."""
+
+    def __init__(self, group: Group, mode: Mode, timeout: float) -> None:
+        """Join a group; `timeout` in seconds ends this process when another rank hangs."""
+        self.group, self.mode = group, mode
+        self.placement = Placement(group.rank(), (1,) * group.size())
+        self.watchdog = Watchdog(timeout, str(self.placement))
+        self._failure: BaseException | None = None
+        self._seen = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return itself: copies of a model share the group."""
+        return self
+
+    def weigh(self, weights: tuple[int, ...] | None) -> None:
+        """Give each rank its share of the experts, the same ones on all ranks.
+
+        Raises:
+            FlashMoEError: there is not one weight per rank.
+        """
+        if weights is None:
+            return
+        if len(weights) != self.placement.size:
+            raise FlashMoEError(
+                f"rank_weights = {','.join(map(str, weights))}: {len(weights)} weights for "
+                f"{self.placement.size} ranks. Give one per rank."
+            )
+        self.placement = Placement(self.placement.rank, weights)
+
+    def own(self, ids: np.ndarray, experts: range) -> tuple[np.ndarray, np.ndarray]:
+        """Return the flat positions in `ids` of this rank's `experts`, and their places there."""
+        place, rest = np.divmod(ids.reshape(-1).astype(np.int64) - experts.start, experts.step)
+        mine = np.flatnonzero((rest == 0) & (place >= 0) & (place < len(experts)))
+        return mine, place[mine]
+
+    def fail(self, error: BaseException) -> None:
+        """Keep an error until all ranks can raise it together."""
+        self._failure = self._failure or error
+
+    def note(self, layer: int, ids: np.ndarray) -> None:
+        """Note a router's choice, which must be the same on all ranks."""
+        self.watchdog.progress(f"layer {layer}")
+        data = f"{layer} {ids.shape}".encode() + ids.astype(np.int64).tobytes()
+        self._seen = zlib.crc32(data, self._seen)
+
+    def total(self, rows: mx.array, layer: int) -> mx.array:
+        """Add up outputs `[...]` over the ranks, or mark them as failed where mlx-lm adds them up.
+
+        Raises:
+            FlashMoEError: a rank failed or its router chose other experts; on all ranks.
+        """
+        if not self.mode.adds_up:
+            return rows if self._failure is None else mx.full(rows.shape, mx.nan, rows.dtype)
+        flat = rows.reshape(-1)
+        parts = list(mx.split(flat, list(range(AT_ONCE, flat.size, AT_ONCE))))
+        where = f"layer {layer}"
+        parts[-1], status = self._sum(parts[-1], where)
+        self._check(status, where)
+        parts[:-1] = [self._all_sum(part, where) for part in parts[:-1]]
+        return (parts[0] if len(parts) == 1 else mx.concatenate(parts)).reshape(rows.shape)
+
+    def _sum(self, rows: mx.array, where: str) -> tuple[mx.array, np.ndarray]:
+        """Add up `[n]` over the ranks, and return each rank's status `[ranks, STATUS]` as well."""
+        status = np.zeros((self.placement.size, STATUS), np.float32)
+        status[self.placement.rank] = [FAILED if self._failure else WORKS, *_digits(self._seen)]
+        if self.mode is PIPELINE:  # each rank sees other layers
+            status[self.placement.rank, 1:] = 0
+        tail = mx.array(status.reshape(-1)).astype(rows.dtype)
+        both = self._all_sum(mx.concatenate([rows, tail]), where)
+        found = np.array(both[rows.size :].astype(mx.float32)).reshape(status.shape)
+        return both[: rows.size], found
+
+    def _all_sum(self, x: mx.array, where: str) -> mx.array:
+        try:
+            y = mx.distributed.all_sum(x, group=self.group)
+            mx.eval(y)
+        except RuntimeError as error:
+            raise FlashMoEError(
+                f"{self.placement}: another rank ended during {where} ({error}); {EXPLAIN}. Start "
+                "all ranks again."
+            ) from error
+        return y
+
+    def _check(self, status: np.ndarray, where: str) -> None:
+        """Compare the ranks' status, and let all of them raise the same error."""
+        if (status[:, 0] != WORKS).any():
+            self.raise_failures(where)
+            raise FlashMoEError(f"{where}: the ranks are not at the same step. Start all again.")
+        if (others := np.flatnonzero((status != status[0]).any(axis=1))).size:
+            raise FlashMoEError(
+                f"{where}: the router of rank {others[0]} chose other experts than that of rank 0. "
+                "Their hardware or kernels round differently: run ranks on machines of one kind."
+            )
+
+    def raise_failures(self, where: str, patience: int = 1) -> None:
+        """Raise on all ranks if one of them keeps an error.
+
+        Args:
+            where: what the ranks did.
+            patience: how many times the usual limit a rank may be late.
+
+        Raises:
+            FlashMoEError: naming rank, place and cause.
+        """
+        mine = None if self._failure is None else f"{type(self._failure).__name__}: {self._failure}"
+        with self.watchdog.watching(where, patience):
+            causes = gather_json(self.group, mine)
+        failed = [f"rank {n}: {cause}" for n, cause in enumerate(causes) if cause is not None]
+        if failed:
+            cause, self._failure = self._failure, None
+            raise FlashMoEError(f"{where}: {'; '.join(failed)}") from cause
+
+    def compare(self, facts: dict[str, str]) -> list[dict[str, str]]:
+        """Return what each rank says of itself, under keys of which all but "host" must agree.
+
+        Raises:
+            FlashMoEError: they differ; on all ranks.
+        """
+        with self.watchdog.watching("the start of another rank", LOADING):
+            found: list[dict[str, str]] = gather_json(self.group, facts)
+        for rank, other in enumerate(found):
+            for key in facts:
+                if key != "host" and other.get(key) != found[0][key]:
+                    raise FlashMoEError(
+                        f"rank {rank} has {key} = {other.get(key)}, but rank 0 has "
+                        f"{found[0][key]}. Start all ranks with the same model, versions and "
+                        "settings."
+                    )
+        return found
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Watch a forward pass; an error outside the main thread ends the process.
+
+        A server's generation thread would die and leave a process that answers nobody.
+        """
+        try:
+            with self.watchdog.watching("a forward pass"):
+                yield
+        except Exception as error:
+            if threading.current_thread() is not threading.main_thread():
+                end_process(f"{self.placement}: {type(error).__name__}: {error}")
+            raise
+
+    def finish(self, logits: mx.array) -> None:
+        """Compare all ranks' status after a decode step, if its sums did not.
+
+        Raises:
+            FlashMoEError: a rank failed, or its routers chose other experts; on all ranks.
+        """
+        if not self.mode.adds_up:
+            mx.eval(logits)
+            self._check(self._sum(mx.zeros(0), "a token")[1], "a token")
+
+
+def _digits(checksum: int) -> list[int]:
+    """Return the lowest digits of a checksum."""
+    return [checksum // DIGIT**n % DIGIT for n in range(DIGITS)]

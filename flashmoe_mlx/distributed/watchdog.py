@@ -1,0 +1,61 @@
+"""Ends this process when another rank hangs, or when the launcher is gone.
+
+MLX's collectives have no time limit, and `mlx.launch` leaves its ranks running if it is killed.
+"""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import NoReturn
+
+EXIT_CODE = 75  # "temporary failure": a supervisor may start the ranks again
+LOOK = 0.5  # seconds
+
+
+class Watchdog(threading.Thread):
+    """A thread that ends the process once a step makes no progress for some seconds."""
+
+    def __init__(self, timeout: float, who: str) -> None:
+        """Start to watch the launcher; `who` names this rank in messages."""
+        super().__init__(name="flashmoe-watchdog", daemon=True)
+        self.timeout, self._who = timeout, who
+        self._launcher = os.getppid()
+        self._what, self._deadline = "", float("inf")
+        self.start()
+
+    def progress(self, what: str) -> None:
+        """Start to wait for `what`, and count its seconds from now."""
+        self._what, self._deadline = what, time.monotonic() + self.timeout
+
+    @contextlib.contextmanager
+    def watching(self, what: str, times: int = 1) -> Iterator[None]:
+        """Watch a block; `times` as patient as usual."""
+        self._what, self._deadline = what, time.monotonic() + times * self.timeout
+        try:
+            yield
+        finally:
+            self._deadline = float("inf")
+
+    def run(self) -> None:
+        """Look at the clock and at the launcher."""
+        while True:
+            time.sleep(min(LOOK, self.timeout / 4))
+            if os.getppid() != self._launcher:
+                os._exit(EXIT_CODE)  # stderr may be gone with it
+            if time.monotonic() > self._deadline:
+                end_process(
+                    f"{self._who}: {self._what} took more than {self.timeout:g} s, so another rank "
+                    "hangs or has lost its connection. Start all ranks again; "
+                    "FLASHMOE_COLLECTIVE_TIMEOUT=SECONDS allows slower ones."
+                )
+
+
+def end_process(message: str) -> NoReturn:
+    """Print a message and end the process at once: other threads may hang in a collective."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"[flashmoe] {message}\n")
+        sys.stderr.flush()
+    os._exit(EXIT_CODE)

@@ -1,0 +1,67 @@
+"""Start ranks on this machine, as `mlx.launch --backend ring` does, and talk to none of them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1]
+PATH = f"{TESTS}{os.pathsep}{TESTS / 'models'}"  # what the commands import
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports on which nothing listens."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def start(
+    folder: Path, count: int, command: Sequence[Any], envs: Sequence[dict[str, str]] = ()
+) -> list[subprocess.Popen]:
+    """Start a Python command in `count` ranks.
+
+    Args:
+        folder: for the host file, and for what MLX compiles, which two processes must not share.
+        count: of ranks.
+        command: arguments for Python.
+        envs: each rank's further environment variables.
+    """
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+    ranks = []
+    for rank in range(count):
+        (folder / f"tmp{rank}").mkdir(exist_ok=True)
+        env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "TMPDIR": f"{folder}/tmp{rank}"}
+        env |= {"PYTHONPATH": PATH}
+        env |= envs[rank] if envs else {}
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        ranks.append(process)
+    return ranks
+
+
+def finish(ranks: Sequence[subprocess.Popen], timeout: float = 240) -> list[str]:
+    """Return what each rank printed, after its end."""
+    try:
+        return [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def run(folder: Path, count: int, command: Sequence[Any], **env: str) -> list[str]:
+    """Run a Python command in `count` ranks, which must all succeed; return what each printed."""
+    ranks = start(folder, count, command, [env] * count)
+    printed = finish(ranks)
+    for rank, text in zip(ranks, printed, strict=True):
+        assert rank.returncode == 0, text
+    return printed
