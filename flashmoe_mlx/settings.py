@@ -62,8 +62,8 @@ def parse_weights(text: str, name: str) -> tuple[int, ...]:
     ):
         return tuple(map(int, parts))
     raise FlashMoEError(
-        f"{name} = {text!r} is not one whole number from 1 to {MOST_WEIGHT} per rank. Write 2,1 if the first "
-        "of two machines shall have two thirds of the experts."
+        f"{name} = {text!r} is not one whole number from 1 to {MOST_WEIGHT} per rank. Write 2,1 if "
+        "the first of two machines shall have two thirds of the experts."
     )
 
 
