@@ -26,7 +26,7 @@ DIGITS = 3  # of a checksum
 STATUS = 1 + DIGITS  # numbers per rank
 AT_ONCE = 1 << 23  # numbers per sum, which bounds the memory of copies
 LOADING = 10  # times the limit of a step
-EXPLAIN = "its own output says more"
+BACKENDS = "[ring]", "[jaccl]", "[nccl]", "[mpi]"  # in MLX's errors
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class ExpertParallel:
         """Keep an error until all ranks can raise it together."""
         self._failure = self._failure or error
 
+    @property
+    def failed(self) -> bool:
+        """Say whether this rank keeps an error."""
+        return self._failure is not None
+
     def note(self, layer: int, ids: np.ndarray) -> None:
         """Note a router's choice, which must be the same on all ranks."""
         self.watchdog.progress(f"layer {layer}")
@@ -125,14 +130,9 @@ class ExpertParallel:
         return both[: rows.size], found
 
     def _all_sum(self, x: mx.array, where: str) -> mx.array:
-        try:
-            y = mx.distributed.all_sum(x, group=self.group)
-            mx.eval(y)
-        except RuntimeError as error:
-            raise FlashMoEError(
-                f"{self.placement}: another rank ended during {where} ({error}); {EXPLAIN}. Start "
-                "all ranks again."
-            ) from error
+        self.watchdog.progress(where)
+        y = mx.distributed.all_sum(x, group=self.group)
+        mx.eval(y)
         return y
 
     def _check(self, status: np.ndarray, where: str) -> None:
@@ -156,8 +156,8 @@ class ExpertParallel:
         Raises:
             FlashMoEError: naming rank, place and cause.
         """
-        mine = None if self._failure is None else f"{type(self._failure).__name__}: {self._failure}"
-        with self.watchdog.watching(where, patience):
+        mine = None if self._failure is None else describe(self._failure)
+        with self._together(where, patience):
             causes = gather_json(self.group, mine)
         failed = [f"rank {n}: {cause}" for n, cause in enumerate(causes) if cause is not None]
         if failed:
@@ -170,7 +170,7 @@ class ExpertParallel:
         Raises:
             FlashMoEError: they differ; on all ranks.
         """
-        with self.watchdog.watching("the start of another rank", LOADING):
+        with self._together("the start of another rank", LOADING):
             found: list[dict[str, str]] = gather_json(self.group, facts)
         for rank, other in enumerate(found):
             for key in facts:
@@ -183,6 +183,15 @@ class ExpertParallel:
         return found
 
     @contextlib.contextmanager
+    def _together(self, what: str, patience: int = 1) -> Iterator[None]:
+        """Watch collectives."""
+        try:
+            with self.watchdog.watching(what, patience):
+                yield
+        except RuntimeError as error:
+            raise self._named(error) from error
+
+    @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Watch a forward pass; an error outside the main thread ends the process.
 
@@ -191,10 +200,22 @@ class ExpertParallel:
         try:
             with self.watchdog.watching("a forward pass"):
                 yield
-        except Exception as error:
+        except Exception as raised:
+            error = self._named(raised)
             if threading.current_thread() is not threading.main_thread():
-                end_process(f"{self.placement}: {type(error).__name__}: {error}")
-            raise
+                end_process(f"{self.placement}: {describe(error)}")
+            if error is raised:
+                raise
+            raise error from raised
+
+    def _named(self, error: Exception) -> Exception:
+        """Return an error; a lost connection says which rank lost it."""
+        if isinstance(error, RuntimeError) and any(n in str(error).lower() for n in BACKENDS):
+            return FlashMoEError(
+                f"{self.placement}: another rank ended ({error}); its own output says why. Start "
+                "all ranks again."
+            )
+        return error
 
     def finish(self, logits: mx.array) -> None:
         """Compare all ranks' status after a decode step, if its sums did not.
@@ -205,6 +226,11 @@ class ExpertParallel:
         if not self.mode.adds_up:
             mx.eval(logits)
             self._check(self._sum(mx.zeros(0), "a token")[1], "a token")
+
+
+def describe(error: BaseException) -> str:
+    """Return an error's text, and the name of its class unless it is one of ours."""
+    return str(error) if isinstance(error, FlashMoEError) else f"{type(error).__name__}: {error}"
 
 
 def _digits(checksum: int) -> list[int]:

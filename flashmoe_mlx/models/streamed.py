@@ -183,12 +183,37 @@ class StreamedModule(nn.Module):
             return forward()
         with parallel.step():
             mx.eval(inputs)  # they may come from a collective, which goes first on every rank
-            logits = forward()
+            logits = self._stage(parallel, forward, inputs) if self._is_stage else forward()
             if inputs.shape[1] == 1:
                 parallel.finish(logits)
             elif cache:  # here, where the watchdog looks
                 mx.eval([c.state for c in cache if not c.empty()])
             return logits
+
+    @property
+    def _is_stage(self) -> bool:
+        """Say whether this rank has some of the layers."""
+        return getattr(getattr(self, "model", None), "pipeline_size", 1) > 1
+
+    def _stage(
+        self, parallel: ExpertParallel, forward: Callable[[], mx.array], inputs: mx.array
+    ) -> mx.array:
+        """Run this stage of a pipeline. After an error, take part until all ranks know of it."""
+        failed = parallel.failed
+        try:
+            if not failed:
+                return forward()
+        except Exception as error:  # of a read: the stage before has been received
+            parallel.fail(error)
+        stage: Any = self.model
+        h = inputs if inputs.ndim == 3 else stage.embed_tokens(inputs)
+        if failed and stage.pipeline_rank < stage.pipeline_size - 1:
+            mx.eval(mx.distributed.recv_like(h, stage.pipeline_rank + 1))
+        h = mx.full(h.shape, mx.nan, h.dtype)
+        if stage.pipeline_rank:
+            h = mx.distributed.send(h, stage.pipeline_rank - 1)
+            mx.eval(h)
+        return mx.distributed.all_gather(h)[: len(h)]
 
     def expert_stats(self) -> ExpertStats:
         """Return the live counters of the expert store; all zero if experts are parameters."""
@@ -223,8 +248,7 @@ class StreamedModule(nn.Module):
                 it.
         """
         if not self._opened:
-            stages = getattr(getattr(self, "model", None), "pipeline_size", 1)
-            self._join(PIPELINE, mx.distributed.init()) if stages > 1 else self._open(None)
+            self._join(PIPELINE, mx.distributed.init()) if self._is_stage else self._open(None)
         if self._store:
             self._store.check_usable()
 
