@@ -9,9 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from convert_helpers import Weights, write_tokenizer
+from convert_helpers import Weights, read, write_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import deepseek_v3, gpt_oss, mixtral, qwen3_moe
+from mlx_lm.utils import load_model
+
+from flashmoe_mlx.binding import bound_classes
 
 COMMON = {
     "vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-6,
@@ -29,7 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "torch_dtype": "float32",
     },
     "deepseek_v3": COMMON | {
-        "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 128,
+        "hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 192,
         "num_hidden_layers": 3, "num_key_value_heads": 4, "n_shared_experts": 1,
         "n_routed_experts": 8, "routed_scaling_factor": 1.0, "kv_lora_rank": 64, "q_lora_rank": 64,
         "qk_rope_head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32, "n_group": 2,
@@ -100,6 +103,17 @@ def published(family: str) -> tuple[dict[str, Any], Weights]:
         entry = {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
         return config | {"quantization_config": entry}, fp8(one_by_one(joined_heads(weights), {}))
     return config, one_by_one(weights, {})
+
+
+def streamed_logits(directory: Path, tokens: list[int], **settings: Any) -> mx.array:
+    """Return a prompt's logits `[tokens, vocabulary]`, by mlx-lm's model with streamed experts."""
+    classes = bound_classes(directory, read(directory / "config.json"), **settings)
+    no_shim = {"model_file": None}
+    model, _ = load_model(directory, model_config=no_shim, get_model_classes=lambda config: classes)
+    with model:
+        logits = model(mx.array([tokens]))[0].astype(mx.float32)
+        mx.eval(logits)
+    return logits
 
 
 def one_by_one(weights: Weights, names: dict[str, str]) -> Weights:

@@ -107,17 +107,17 @@ class TrunkFile:
 
 @dataclass(frozen=True)
 class Projection:
-    """One of an expert's matrices `[rows, columns]`; `before` is None for a float source.
+    """One of an expert's matrices `[rows, columns]`; `before` and `after` are None for floats.
 
-    `extras` are tensors that are copied: a bias, or a scale of the whole matrix.
+    `extras` are tensors that are copied or cast: a bias, or a scale of the whole matrix.
     """
 
     name: str
     rows: int
     columns: int
     before: Quant | None
-    after: Quant
-    dtype: str  # of scales and biases
+    after: Quant | None
+    dtype: str  # of scales and biases, or of floats
     method: str = MIN_MAX
     extras: tuple[Spec, ...] = ()
 
@@ -128,8 +128,11 @@ class Projection:
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
-        """Weight, scales, biases if affine, and what is copied."""
-        own = quantized(self.name, (self.rows, self.columns), self.after, self.dtype)
+        """Weight, scales if quantized, biases if affine, and the extras."""
+        shape = self.rows, self.columns
+        own: tuple[Spec, ...] = (Spec(f"{self.name}.weight", self.dtype, shape),)
+        if self.after:
+            own = quantized(self.name, shape, self.after, self.dtype)
         return *own, *self.extras
 
 

@@ -40,24 +40,24 @@ def build_plan(source: Source, options: Options) -> Plan:
     method = options.method or _best_method(target, options)
     if options.calibrate:
         _check_calibration(source, method)
-    if not source.has_quantized_experts and target is None:
+    if source.is_qwen and source.layout is None and target is None:
         raise FlashMoEError(
-            f"{source.name}: the experts are not quantized, and only quantized ones can be "
-            "streamed. Add -q (and --q-bits 4, or 2)."
+            f"{source.name}: the experts are not quantized, and of Qwen3.5 only quantized ones can "
+            "be converted. Add -q (and --q-bits 4, or 2)."
         )
-    default = None if source.layout or target is None else target.trunk
+    default = None if source.is_quantized or target is None else target.trunk
     dtype = _target_dtype(source, options)
     numbers = range(len(source.modules))
     layers = tuple(_layer(source, number, target, dtype, method) for number in numbers)
-    if source.layout:
-        _check_dtype(options, layers)
+    _check_dtype(options, layers)
     tensors = plan_trunk(source, default, dtype if default else None)
     entry = _quantization(source, default, tensors, layers)
     # `model_file` goes at any depth: stock mlx-lm would run the source's model code.
     dropped = ("model_file", *(KEYS if options.no_remote_code else ()))
     config = without(source.config, dropped)
     config |= {"model_file": SHIM_NAME, "flashmoe": {"format_version": 1}}
-    config |= {"quantization": entry, "quantization_config": entry}
+    if entry:
+        config |= {"quantization": entry, "quantization_config": entry}
     trunk = split_files(tensors, SHARD_BYTES)
     return Plan(layers, trunk, config, remote_code=not options.no_remote_code)
 
@@ -152,9 +152,9 @@ def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
         for projection in layer.projections:
             if options.dtype and DTYPES[options.dtype] != projection.dtype:
                 raise FlashMoEError(
-                    f"--dtype {options.dtype}: the source is quantized already and keeps its "
-                    f"{projection.dtype} scales (layer {layer.layer} {projection.name}). "
-                    "Drop --dtype."
+                    f"--dtype {options.dtype}: the source keeps its {projection.dtype} "
+                    f"{'scales' if projection.before else 'weights'} (layer {layer.layer} "
+                    f"{projection.name}). Drop --dtype."
                 )
 
 
@@ -169,11 +169,15 @@ def _layer(
             if found := projection_quantization(layout, name, shape):
                 before = Quant(found.bits, found.group_size, found.mode)
             parts = {p: layout.fields[i] for p, i in projection_fields(layout, name).items()}
-            kind = parts["scales"].dtype if found else dtype
             extras = tuple(Spec(f.name, f.dtype, f.shape) for p, f in parts.items() if p in COPIED)
+            if found or target is None:
+                kind = parts["scales" if found else "weight"].dtype
+            else:
+                extras = tuple(spec._replace(dtype=dtype) for spec in extras)
         after = target.experts(number, name) if target else before
-        assert after
-        if before and before.mode != after.mode:  # affine scales are floats, and of any size
+        if (
+            before and after and before.mode != after.mode
+        ):  # affine scales are floats, and of any size
             kind = dtype
             extras = tuple(spec for spec in extras if not spec.name.endswith("global_scale"))
         projections.append(Projection(name, *shape, before, after, kind, method, extras))
@@ -188,7 +192,8 @@ def _quantization(
 ) -> dict[str, Any]:
     """Return config["quantization"] as in mlx-lm: a default, and the paths that differ.
 
-    With `default` None, it is the source's, with the experts' entries updated.
+    With `default` None, it is the source's, with the experts' entries updated; empty if nothing
+    is quantized.
     """
     entry: dict[str, Any]
     if default:
@@ -198,14 +203,16 @@ def _quantization(
             if tensor.quant and tensor.quant != default:
                 entry[path] = {"group_size": tensor.quant.group_size, "bits": tensor.quant.bits}
     else:
-        first = layers[0].projections[0]
-        entry = _entry(first.before or first.after) | source.default_quantization
+        every = (quant for p in layers[0].projections for quant in (p.before, p.after))
+        if (first := next(filter(None, every), None)) is None and not source.default_quantization:
+            return {}
+        entry = (_entry(first) if first else {}) | source.default_quantization
         default = Quant(entry["bits"], entry["group_size"], entry.get("mode", "affine"))
     for layer in layers:
         for projection in layer.projections:
             path = f"{layer.module}.{projection.name}"
             entry.pop(path, None)
-            if projection.after != default:
+            if projection.after not in (default, None):
                 entry[path] = _entry(projection.after)
     return entry
 

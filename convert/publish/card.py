@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FlashMoEError
-from ..plan.parts import Options, Plan, flags
+from ..plan.parts import Options, Plan, Quant, flags
 from ..source.checkpoint import Source
 from ..source.hub import CARD, reason
-from ..write.describe import human
+from ..write.describe import human, kind
 from ..write.output import copied_code
 
 PLACE = "DIR"  # stands for the directory; an upload replaces it with the repository's name
@@ -80,7 +80,7 @@ def model_card(source: Source, plan: Plan, options: Options, tools: str) -> byte
 
 
 def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
-    name, trunk = _label(source), plan.config["quantization"]
+    name, trunk = _label(source), plan.config.get("quantization")
     records = sorted({layer.record_bytes for layer in plan.layers})
     code = "It runs no other code of this directory."
     if copied := copied_code(source, plan):
@@ -98,7 +98,7 @@ def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
         "top_k": source.top_k,
         "expert_bytes": human(plan.expert_bytes),
         "record": " or ".join(f"{size:,}" for size in records),
-        "trunk": f"{trunk['bits']} bits, groups of {trunk['group_size']}",
+        "trunk": kind(Quant(trunk["bits"], trunk["group_size"]) if trunk else None),
         "trunk_bytes": human(plan.trunk_bytes),
         "place": PLACE,
         "code": code,
@@ -112,15 +112,13 @@ def _experts(plan: Plan, options: Options) -> str:
     kinds: dict[str, list[str]] = {}
     for layer in plan.layers:
         for projection in layer.projections:
-            quant = projection.after
             method = "calibrated" if options.calibrate else projection.method
             method = "as in the source" if projection.copied else method
-            kind = f"{quant.bits} bits, groups of {quant.group_size}, {method}"
-            names = kinds.setdefault(kind, [])
+            names = kinds.setdefault(f"{kind(projection.after)}, {method}", [])
             names += [projection.name] if projection.name not in names else []
     if len(kinds) == 1:
         return next(iter(kinds))
-    return "; ".join(f"{', '.join(names)}: {kind}" for kind, names in kinds.items())
+    return "; ".join(f"{', '.join(names)}: {each}" for each, names in kinds.items())
 
 
 def _label(source: Source) -> str:

@@ -131,7 +131,7 @@ class _Hidden:
 def _quantized(
     weights: Floats, moments: Floats, projection: Projection, wanted: Floats | None = None
 ) -> Rounded | None:
-    if projection.copied:
+    if projection.copied or projection.after is None:
         return None
     return quantize_for(weights, moments, projection.after, FLOATS[projection.dtype], wanted)
 

@@ -1,4 +1,4 @@
-"""Turn an expert's source bytes into the nine arrays of its record."""
+"""Turn an expert's source bytes into the arrays of its record."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import FlashMoEError
-from ..plan.parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Projection, Quant, Spec
+from ..plan.parts import LEAST_SQUARES, MIN_MAX, LayerPlan, Projection, Spec
 from ..source.arrays import FLOATS, as_array
 from ..source.read import Bytes
 from .codes import Codes, quantize
@@ -29,9 +29,7 @@ def encode_floats(
     for (data, dtype), projection in zip(matrices, plan.projections, strict=True):
         with mx.stream(next(streams)):
             weights = as_array(data, dtype, (projection.rows, projection.columns))
-            if projection.method == MIN_MAX:
-                weights = weights.astype(FLOATS[projection.dtype])
-            parts += _quantize(weights, projection)
+            parts += _quantize(_cast(weights, projection), projection)
     return parts
 
 
@@ -53,16 +51,10 @@ def encode_fields(fields: dict[str, mx.array], plan: LayerPlan, place: str) -> l
                     f"{place} {prefix}{name} holds NaN or infinity. Download the checkpoint "
                     "again, or convert it with mlx_lm.convert."
                 )
-        extras = [mine[spec.name.removeprefix(prefix)] for spec in projection.extras]
         if projection.copied:
             parts += [mine[spec.name.removeprefix(prefix)] for spec in projection.outputs]
             continue
-        weights = mine["weight"]
-        if projection.before:
-            weights = dequantized(mine, projection.before)
-        elif projection.method == MIN_MAX:
-            weights = weights.astype(FLOATS[projection.dtype])
-        made = [*_quantize(weights, projection), *extras]
+        made = [*_quantize(_restored(mine, projection), projection), *_extras(mine, projection)]
         mx.eval(made)
         parts += made
     return parts
@@ -71,10 +63,10 @@ def encode_fields(fields: dict[str, mx.array], plan: LayerPlan, place: str) -> l
 def encode_record(
     record: Bytes, before: Sequence[Spec], plan: LayerPlan, streams: Iterator[mx.Stream]
 ) -> list[Part]:
-    """Requantize one expert's record, and copy projections whose quantization stays.
+    """Quantize one expert's record, and copy projections whose quantization stays.
 
     Args:
-        record: the expert's nine source tensors, end to end.
+        record: the expert's source tensors, end to end.
         before: their dtypes and shapes.
         plan: the layer's plan.
         streams: each projection is computed on the next one.
@@ -85,15 +77,16 @@ def encode_record(
             parts += pieces
         else:
             with mx.stream(next(streams)):
-                parts += _quantize(_restored(pieces, specs, projection), projection)
-            parts += _extras(pieces, specs, projection)
+                arrays = _arrays(pieces, specs)
+                parts += _quantize(_restored(arrays, projection), projection)
+                parts += _extras(arrays, projection)
     return parts
 
 
 def restored_record(record: Bytes, before: Sequence[Spec], plan: LayerPlan) -> list[Floats]:
     """Return an expert's three matrices as float32; see `encode_record` for the arguments."""
     split = _split(record, before, plan)
-    return [np.array(_restored(pieces, specs, projection)) for projection, pieces, specs in split]
+    return [np.array(_restored(_arrays(pieces, specs), p)) for p, pieces, specs in split]
 
 
 def encode_calibrated(
@@ -102,15 +95,15 @@ def encode_calibrated(
     """Return the parts of a record that was quantized for its inputs; None: copied."""
     parts: list[Part] = []
     for (projection, pieces, _), new in zip(_split(record, before, plan), found, strict=True):
-        dtype = FLOATS[projection.dtype]
-        parts += pieces if new is None else new.packed(projection.after, dtype)
+        after = projection.after
+        parts += new.packed(after, FLOATS[projection.dtype]) if new and after else pieces
     return parts
 
 
 def _split(
     record: Bytes, specs: Sequence[Spec], plan: LayerPlan
 ) -> list[tuple[Projection, list[Bytes], Sequence[Spec]]]:
-    """Return each projection with its three tensors and their specs."""
+    """Return each projection with its tensors and their specs."""
     ends = list(itertools.accumulate(spec.nbytes for spec in specs))
     pieces = [record[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     mine = [
@@ -123,18 +116,18 @@ def _split(
     ]
 
 
-def _restored(pieces: list[Bytes], specs: Sequence[Spec], projection: Projection) -> mx.array:
-    """Dequantize a projection to float32."""
-    assert projection.before
-    arrays = {
+def _arrays(pieces: list[Bytes], specs: Sequence[Spec]) -> dict[str, mx.array]:
+    """Return a projection's tensors by the last part of their names."""
+    return {
         spec.name.rpartition(".")[2]: as_array(data, spec.dtype, spec.shape)
         for data, spec in zip(pieces, specs, strict=True)
     }
-    return dequantized(arrays, projection.before)
 
 
-def dequantized(arrays: dict[str, mx.array], quant: Quant) -> mx.array:
-    """Return a matrix in float32, from its parts by name."""
+def _restored(arrays: dict[str, mx.array], projection: Projection) -> mx.array:
+    """Return a projection's matrix in floats, from its parts by name: float32 if quantized."""
+    if (quant := projection.before) is None:
+        return _cast(arrays["weight"], projection)
     if quant.mode == "affine":
         return Codes(*(arrays[part] for part in ("weight", "scales", "biases"))).restored(quant)
     return mx.dequantize(
@@ -143,13 +136,21 @@ def dequantized(arrays: dict[str, mx.array], quant: Quant) -> mx.array:
     )  # fmt: skip
 
 
-def _extras(pieces: list[Bytes], specs: Sequence[Spec], projection: Projection) -> list[Part]:
-    """Return the tensors that are copied."""
-    names = [spec.name for spec in projection.extras]
-    return [piece for piece, spec in zip(pieces, specs, strict=True) if spec.name in names]
+def _extras(arrays: dict[str, mx.array], projection: Projection) -> list[mx.array]:
+    """Return the tensors that are not quantized, in their target dtypes."""
+    return [
+        arrays[spec.name.rpartition(".")[2]].astype(FLOATS[spec.dtype])
+        for spec in projection.extras
+    ]
+
+
+def _cast(weights: mx.array, projection: Projection) -> mx.array:
+    """Cast floats to the target dtype, as mlx-lm does before it quantizes."""
+    return weights.astype(FLOATS[projection.dtype]) if projection.method == MIN_MAX else weights
 
 
 def _quantize(weights: mx.array, projection: Projection) -> Codes:
+    assert projection.after
     dtype = FLOATS[projection.dtype]
     if projection.method == LEAST_SQUARES:
         return fit(weights, projection.after, dtype)

@@ -75,8 +75,8 @@ class Source:
         top_k: experts per token.
         modules: the model's modules of experts, one per layer that has any.
         trunk: every text-generation tensor except experts, by the model's name.
-        layout: the quantized experts, or None if the experts are floats.
-        matrices: float experts by (layer, expert, projection).
+        layout: the experts in MLX's format; None if the experts are floats of Qwen3.5.
+        matrices: float experts of Qwen3.5 by (layer, expert, projection).
         trunk_quant: for mlx-lm's own models: (group size, bits) to the (bits, group size) of each
             layer of the trunk that mlx-lm would quantize.
         may_cast: whether a tensor of the trunk may change its dtype.
@@ -108,11 +108,11 @@ class Source:
         return layouts[layer] if layouts else None
 
     @property
-    def has_quantized_experts(self) -> bool:
-        """Whether the experts can be streamed as they are."""
-        if not self.foreign:
-            return self.layout is not None
-        return any(field.name.endswith(".scales") for field in self.foreign.layouts[0].fields)
+    def is_quantized(self) -> bool:
+        """Whether it is in MLX's format, and quantized, so that the trunk stays as it is."""
+        experts = self.layout.layers[0].fields if self.layout else ()
+        tensors = (*self.trunk, *(field.name for field in experts))
+        return self.layout is not None and any(name.endswith(".scales") for name in tensors)
 
     @property
     def most_experts(self) -> int:

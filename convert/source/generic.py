@@ -11,10 +11,10 @@ from mlx.utils import tree_flatten
 from ...errors import FlashMoEError, named
 from ...format.headers import TensorInfo, checkpoint_headers
 from ...format.json_file import exists
-from ...format.layout import EXPERT_DIR, ExpertLayout
+from ...format.layout import EXPERT_DIR
 from ...format.modules import ExpertModule, open_modules
 from ...models.patch import describe_all, stock_classes, switches, top_k
-from .checkpoint import FLOAT_DTYPES, Matrix, Place, Source
+from .checkpoint import Place, Source
 from .foreign import Foreign
 
 REMEDY = "Restore the checkpoint's own files"
@@ -34,11 +34,9 @@ def open_generic(
         model = stock_model(args)
     modules = tuple(describe_all(switches(model), config))
     headers = checkpoint_headers(directory)
-    layout, matrices, foreign = None, {}, None
-    if exists(directory / EXPERT_DIR) or _is_quantized(modules, headers):
+    layout, foreign = None, None
+    if exists(directory / EXPERT_DIR) or _is_stacked(modules, headers):
         layout = open_modules(directory, modules)
-    elif _is_stacked(modules, headers):
-        matrices = _float_experts(directory, modules, headers)
     else:
         foreign = Foreign(model, modules, headers)
         config = _without_foreign_entries(config)
@@ -46,7 +44,7 @@ def open_generic(
     trunk = foreign.trunk if foreign else _trunk(directory, model, modules, headers, converted)
     cast = getattr(model, "cast_predicate", lambda path: True)
     return Source(
-        directory, name, revision, config, top_k(args), modules, trunk, layout, matrices,
+        directory, name, revision, config, top_k(args), modules, trunk, layout, {},
         lambda group_size, bits: _trunk_quant(model, modules, group_size, bits), cast, foreign,
     )  # fmt: skip
 
@@ -63,38 +61,6 @@ def _without_foreign_entries(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(text := config.get("text_config"), dict):
         kept["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
     return kept
-
-
-def _is_quantized(modules: tuple[ExpertModule, ...], headers: Mapping[str, Place]) -> bool:
-    first = modules[0]
-    return any(f"{first.path}.{projection}.scales" in headers for projection in first.shapes)
-
-
-def _float_experts(
-    directory: Path, modules: tuple[ExpertModule, ...], headers: Mapping[str, Place]
-) -> dict[tuple[int, int, str], Matrix]:
-    """Find the matrices of stacked float experts."""
-    layout: ExpertLayout = open_modules(directory, modules)
-    found = {}
-    for layer, module in zip(layout.layers, modules, strict=True):
-        for field in layer.fields:
-            projection, _, part = field.name.rpartition(".")
-            if part != "weight":
-                raise FlashMoEError(
-                    f"{field.file}: {module.path}.{field.name}: float experts with biases cannot "
-                    "be quantized yet. Quantize with mlx_lm.convert -q first."
-                )
-            if field.shape != module.shapes[projection] or field.dtype not in FLOAT_DTYPES:
-                raise FlashMoEError(
-                    f"{field.file}: {module.path}.{field.name} is {field.dtype}"
-                    f"{list(field.shape)} per expert, expected {list(module.shapes[projection])} "
-                    f"of {', '.join(FLOAT_DTYPES)} by config.json. {REMEDY}."
-                )
-            for expert in range(module.num_experts):
-                place = field.offset + expert * field.stride
-                matrix = Matrix(field.file, place, field.dtype, module.shapes[projection])
-                found[layer.layer, expert, projection] = matrix
-    return found
 
 
 def _trunk(

@@ -28,8 +28,8 @@ def describe(
     """Return a table of the plan."""
     needed = to_write + fetching.most_bytes
     records = sorted({layer.record_bytes for layer in plan.layers})
-    before = sorted({_kind(p.before) for layer in plan.layers for p in layer.projections})
-    after = sorted({_kind(p.after) for layer in plan.layers for p in layer.projections})
+    before = sorted({kind(p.before) for layer in plan.layers for p in layer.projections})
+    after = sorted({kind(p.after) for layer in plan.layers for p in layer.projections})
     trunk = sum(len(file.outputs) for file in plan.trunk)
     experts = sum(layer.experts * len(layer.record) for layer in plan.layers)
     code = copied_code(source, plan)
@@ -55,7 +55,8 @@ def describe(
     return "\n".join(f"{name:<12}{value}" for name, value in rows)
 
 
-def _kind(quant: Quant | None) -> str:
+def kind(quant: Quant | None) -> str:
+    """Say how weights are quantized."""
     return f"{quant.bits} bits, groups of {quant.group_size}" if quant else "floats"
 
 

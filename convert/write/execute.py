@@ -250,7 +250,7 @@ def calibration_threads() -> int:
 
 
 def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) -> list[Bytes]:
-    """Read consecutive quantized experts, each one's nine tensors end to end.
+    """Read consecutive experts of MLX's format, each one's tensors end to end.
 
     Tensors adjacent in a file are read together.
     """

@@ -210,7 +210,7 @@ def _write_layer(directory: Path, plan: LayerPlan, pools: "Pools") -> dict[str, 
     rng = _rng(plan.file)
     with TensorFile(directory / plan.file, plan.outputs, layout.DATA_ALIGNMENT) as file:
         for expert in range(plan.experts):
-            matrices = (pools.matrix(x.outputs, x.after, rng) for x in plan.projections)
+            matrices = (pools.matrix(x.outputs, x.after, rng) for x in plan.projections if x.after)
             write_record(
                 file, expert, plan.record[0].name, [part for matrix in matrices for part in matrix]
             )

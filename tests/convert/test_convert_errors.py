@@ -63,7 +63,7 @@ def test_bad_options(root, tmp_path, options, parts):
 
 
 def test_dtype_of_a_quantized_source_stays(root, tmp_path):
-    with pytest.raises(FlashMoEError, match=r"--dtype float16: the source is quantized already"):
+    with pytest.raises(FlashMoEError, match=r"--dtype float16: the source keeps its BF16 scales"):
         convert(str(root / "stock"), tmp_path / "out", dtype="float16")
     convert(str(root / "stock"), tmp_path / "out", dtype="bfloat16")
 

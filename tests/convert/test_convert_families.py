@@ -1,6 +1,7 @@
 """Conversions of other families: MLX checkpoints, and those of the Hub by mlx-lm's `sanitize`."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,14 +15,13 @@ from family_helpers import (
     mark_fp8,
     mlx_checkpoint,
     published,
-    spread,
     stock_weights,
+    streamed_logits,
     write,
 )
 from mlx_lm.convert import convert as stock_convert
 from mlx_lm.utils import load_model
 
-from flashmoe_mlx.binding import bound_classes
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.source.foreign import Foreign
 from flashmoe_mlx.convert.verify.repair import repair
@@ -30,17 +30,8 @@ from flashmoe_mlx.errors import FlashMoEError
 
 MLX = [("qwen3_moe", 4, 64, "affine"), ("gpt_oss", 4, 32, "mxfp4"), ("mixtral", 8, 32, "mxfp8"),
        ("qwen3_moe", 4, 16, "nvfp4")]  # fmt: skip
-TOKENS = mx.array([[5, 17, 33, 2, 90, 41, 7]])
-
-
-def streamed(directory: Path, **settings) -> mx.array:
-    classes = bound_classes(directory, read(directory / "config.json"), **settings)
-    no_shim = {"model_file": None}
-    model, _ = load_model(directory, model_config=no_shim, get_model_classes=lambda config: classes)
-    with model:
-        logits = model(TOKENS).astype(mx.float32)
-        mx.eval(logits)
-    return logits
+PROMPT = [5, 17, 33, 2, 90, 41, 7]
+TOKENS = mx.array([PROMPT])
 
 
 def experts_of(directory: Path) -> Weights:
@@ -54,6 +45,12 @@ def experts_of(directory: Path) -> Weights:
     return found
 
 
+def same_tensors(stock: Path, converted: Path) -> None:
+    whole, mine = load(stock), load(converted) | experts_of(converted)
+    assert whole.keys() == mine.keys()
+    assert [name for name in whole if not same(whole[name], mine[name])] == []
+
+
 @pytest.fixture(scope="module", params=MLX, ids=lambda p: f"{p[0]}-{p[3]}")
 def checkpoint(request, tmp_path_factory) -> Path:
     return mlx_checkpoint(tmp_path_factory.mktemp("mlx") / "source", *request.param)
@@ -64,10 +61,9 @@ def test_an_mlx_checkpoint_is_copied(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / "out")
     convert(checkpoint, tmp_path / "linked", link=True)
     for out in (tmp_path / "out", tmp_path / "linked", checkpoint):
-        logits = streamed(out, expert_cache=1 << 18)
+        logits = streamed_logits(out, PROMPT, expert_cache=1 << 18)
         assert np.allclose(logits, stock, rtol=0, atol=1e-4 * float(mx.abs(stock).max()))
-    whole, mine = load(checkpoint), load(tmp_path / "out") | experts_of(tmp_path / "out")
-    assert whole.keys() == mine.keys() and all(same(whole[name], mine[name]) for name in whole)
+    same_tensors(checkpoint, tmp_path / "out")
     assert verify(tmp_path / "out") == []
     trust = {"trust_remote_code": True}
     model, _ = mlx_lm.load(str(tmp_path / "out"), tokenizer_config=trust, **trust)  # by the shim
@@ -89,7 +85,7 @@ def test_one_damaged_expert_is_repaired(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("family, bits", [
-    ("qwen3_moe", 4), ("mixtral", 8), ("deepseek_v3", 4), ("gpt_oss", None),
+    ("qwen3_moe", 4), ("mixtral", 8), ("mixtral", None), ("deepseek_v3", 4), ("gpt_oss", None),
 ])  # fmt: skip
 def test_a_hub_checkpoint_gives_the_bytes_of_mlx_lm(family, bits, tmp_path):
     config, weights = published(family)
@@ -103,28 +99,51 @@ def test_a_hub_checkpoint_gives_the_bytes_of_mlx_lm(family, bits, tmp_path):
     method = {"q_method": "min-max"} if bits else {}
     convert(source, tmp_path / "out", **options, **method)
     stock_convert(str(source), str(tmp_path / "stock"), **options)
-    whole, mine = load(tmp_path / "stock"), load(tmp_path / "out") | experts_of(tmp_path / "out")
-    assert whole.keys() == mine.keys()
-    assert [name for name in whole if not same(whole[name], mine[name])] == []
+    same_tensors(tmp_path / "stock", tmp_path / "out")
     assert verify(tmp_path / "out") == []
     stock = load_model(tmp_path / "stock")[0](TOKENS).astype(mx.float32)
-    assert mx.abs(streamed(tmp_path / "out") - stock).max() < 0.1 * mx.abs(stock).max()  # bfloat16
+    assert (
+        mx.abs(streamed_logits(tmp_path / "out", PROMPT) - stock).max() < 0.1 * mx.abs(stock).max()
+    )  # bfloat16
+
+
+def test_stacked_floats_with_linear_biases_are_quantized(tmp_path):
+    config = config_of("gpt_oss")
+    source = write(tmp_path / "source", config, stock_weights(config))
+    options = {"quantize": True, "q_bits": 4, "q_group_size": 64}
+    convert(source, tmp_path / "out", **options)
+    stock_convert(str(source), str(tmp_path / "stock"), **options)
+    same_tensors(tmp_path / "stock", tmp_path / "out")
+
+
+def of_fp8(codes: mx.array, scales: mx.array) -> np.ndarray:
+    """Return block-FP8 in float32, by the definition of E4M3 and a scale per 128 x 128."""
+    bits = np.array(codes).astype(np.int32)
+    exponents, mantissas = bits >> 3 & 15, (bits & 7) / 8
+    sizes = np.where(exponents, (1 + mantissas) * 2.0 ** (exponents - 7), mantissas * 2.0**-6)
+    rows, columns = (np.arange(n) // 128 for n in codes.shape)
+    return np.where(bits >> 7, -sizes, sizes) * np.array(scales)[rows[:, None], columns]
 
 
 def test_block_fp8_is_dequantized(tmp_path):
-    """Against a dequantization of its own."""
+    """Experts and trunk, to bfloat16, by a dequantization of this test's own."""
     config, weights = published("deepseek_v3")
     source = write(tmp_path / "hub", config, weights)
     mark_fp8(next(source.glob("*.safetensors")))
-    convert(source, tmp_path / "out", quantize=True, q_bits=8, q_group_size=64)
-    key = "model.layers.2.mlp.experts.5.up_proj.weight"
-    scales = spread(weights[f"{key}_scale_inv"], weights[key].shape)
-    truth = mx.from_fp8(weights[key], dtype=mx.float32) * scales
-    fields = experts_of(tmp_path / "out")
-    parts = [fields[f"model.layers.2.mlp.switch_mlp.up_proj.{p}"][5].astype(t) for p, t in (
-        ("weight", mx.uint32), ("scales", mx.float32), ("biases", mx.float32))]  # fmt: skip
-    found = mx.dequantize(*parts, group_size=64, bits=8)
-    assert mx.abs(found - truth).max() < 0.01 * mx.abs(truth).max()
+    convert(source, tmp_path / "out")
+    fields, trunk = experts_of(tmp_path / "out"), load(tmp_path / "out")
+    names = [name for name in weights if f"{name}_scale_inv" in weights]
+    compared = 0
+    for name in names:
+        truth = mx.array(of_fp8(weights[name], weights[f"{name}_scale_inv"])).astype(mx.bfloat16)
+        if found := re.match(r"(.*)\.experts\.(\d+)\.(.*)$", name):
+            assert same(fields[f"{found[1]}.switch_mlp.{found[3]}"][int(found[2])], truth), name
+        elif "kv_b_proj" in name:  # mlx-lm splits it in two
+            continue
+        else:
+            assert same(trunk[name], truth), name
+        compared += 1
+    assert compared == len(names) - config["num_hidden_layers"]
 
 
 def test_an_interrupted_conversion_resumes_to_the_same_bytes(tmp_path, monkeypatch):
@@ -176,7 +195,8 @@ def test_what_cannot_be_converted_is_named(tmp_path):
     message = refused(source, tmp_path / "a", quantize=True)
     assert "model.layers.0.mlp.switch_mlp: no tensor of expert 3 found" in message
     source = write(tmp_path / "floats", config, weights)
-    assert "not quantized" in refused(source, tmp_path / "b")
+    message = refused(source, tmp_path / "b", dtype="float16")
+    assert "--dtype float16: the source keeps its F32 weights (layer 0 gate_proj)" in message
     more = weights | {"model.layers.0.mlp.experts.8.up_proj.weight": mx.zeros((64, 128))}
     source = write(tmp_path / "more", config, more)
     message = refused(source, tmp_path / "f", quantize=True)
