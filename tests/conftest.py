@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Kernels read this on import; test_kernels_without_checks runs without it.
 os.environ.setdefault("FLASHMOE_DEBUG_BOUNDS", "1")
 
+import families
 import mlx.core as mx
 import mlx_lm
 import pytest
@@ -28,6 +30,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; set before i
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 FORMATS = ("packed4", "packed2", "linked", "unmodified")
+# Families that mlx-lm's own code computes: plain, bfloat16 and sliding windows, latent attention.
+PATCHED = ("qwen3_moe", "gpt_oss", "deepseek_v3")
 
 # Run long tests first, so that no worker idles at the end. The first two go to one worker each and
 # compile for both: the CPU's kernels, and the bench's.
@@ -84,8 +88,29 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {name: base / name for name in FORMATS[:3]} | {"unmodified": BUNDLED_MODEL}
 
 
+def make_patched(base: Path) -> None:
+    """Write other families' models, with the bundled model's tokenizer, and convert them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(families.TINY, "vocab_size", text_config(BUNDLED_MODEL)["vocab_size"])
+        for name in PATCHED:
+            families.make(name, base / name, *families.mode_of(name))
+            for file in BUNDLED_MODEL.iterdir():
+                if file.name.startswith(("token", "chat", "generation")):
+                    shutil.copy(file, base / name)
+            convert(base / name, converted := base / f"{name}-converted")
+            config = json.loads((converted / "config.json").read_text())
+            config["flashmoe"]["expert_cache"] = "70KiB"  # fewer than all experts
+            (converted / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="session")
-def stock_models(models, tmp_path_factory) -> dict[str, Path]:
+def patched(tmp_path_factory) -> Path:
+    """Return the folder of the models of PATCHED, and of their conversions."""
+    return made_once(tmp_path_factory, "patched", make_patched)
+
+
+@pytest.fixture(scope="session")
+def stock_models(models, patched, tmp_path_factory) -> dict[str, Path]:
     """Map each format to the stock checkpoint with the same weights."""
     base = tmp_path_factory.mktemp("stock")
     return {
@@ -93,6 +118,7 @@ def stock_models(models, tmp_path_factory) -> dict[str, Path]:
         "packed2": unpack(models["packed2"], base / "packed2"),
         "linked": BUNDLED_MODEL,
         "unmodified": BUNDLED_MODEL,
+        **{name: patched / name for name in PATCHED},
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx_lm
 import pytest
+from conftest import PATCHED
 from mlx_lm import server as stock
 from mlx_lm import utils
 from serve_load import Sample, load, requests, slope
@@ -123,6 +124,21 @@ def test_16_clients_get_the_same_answers_as_one(server):
 
     outcome = load(ask, bodies, alone, CLIENTS, iter([*range(CLIENTS)] * 2))
     assert (outcome.asked, outcome.errors, outcome.differing) == (2 * CLIENTS, [], [])
+
+
+def test_four_clients_of_each_family(patched, tmp_path):
+    """One server loads each family's model in turn, and answers batches as single requests."""
+    directories = [patched / f"{name}-converted" for name in PATCHED]
+    settings = {"HF_HUB_CACHE": str(tmp_path)}
+    questions = requests({"json": 4}, most_tokens=8)
+    with StockServer(directories[0], tmp_path / "log", settings=settings) as server:
+        server.patience = 120
+        for directory in directories:
+            bodies = [question | {"model": str(directory)} for question in questions]
+            alone = [answer(server.ask(body)) for body in bodies]
+            assert all(text for text, _, _ in alone) and len({text for text, _, _ in alone}) > 1
+            outcome = load(lambda body: answer(server.ask(body)), bodies, alone, 4, iter(range(4)))
+            assert (outcome.asked, outcome.errors, outcome.differing) == (4, [], [])
 
 
 def test_load_counts_errors():

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
 import pytest
+from conftest import PATCHED
 from mlx_lm import fuse, lora
 from mlx_lm.perplexity import eval_ppl
 
@@ -24,6 +26,9 @@ from flashmoe_mlx.format.layout import open_layout
 QUESTION = "What is a package?"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
+
+EVERY_TOOL = "packed4", *PATCHED
+every_tool = pytest.mark.parametrize("name", EVERY_TOOL)
 
 # Runs `mlx_lm` commands, [arguments, standard input] each; prints the standard output of each.
 RUNNER = """
@@ -50,24 +55,40 @@ def between_rules(output: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def outputs(models, tmp_path_factory) -> dict[str, str]:
-    """Map stock commands, run in one process, to their output; "stderr" is that of all."""
-    cache = ["--prompt-cache-file", str(tmp_path_factory.mktemp("cache") / "prompt.safetensors")]
-    packed, linked = (
-        ["--model", str(models[name]), "--trust-remote-code"] for name in ("packed4", "linked")
-    )
-    question = ["-p", QUESTION, "-m", "24"]
+def converted(models, patched) -> dict[str, Path]:
+    """Map Qwen3.5's formats, and other families, to directories."""
+    return models | {name: patched / f"{name}-converted" for name in PATCHED}
+
+
+def commands_for(directory: Path, cache: Path) -> dict[str, tuple[list[str], str]]:
+    """Return stock commands: arguments, and standard input."""
+    model = ["--model", str(directory), "--trust-remote-code"]
+    cached = ["--prompt-cache-file", str(cache)]
+    return {
+        "generate": (["generate", *model, "-p", QUESTION, "-m", "24"], ""),
+        "cache_prompt": (["cache_prompt", *model, "--prompt", QUESTION, *cached], ""),
+        "cached": (["generate", *model, *cached, "-p", " Say more.", "-m", "8"], ""),
+        "chat": (["chat", *model, "--max-tokens", "12"], f"{QUESTION}\nWhy?\nq\n"),
+        "benchmark": (["benchmark", *model, "-p", "40", "-g", "8", "-n", "1"], ""),
+    }
+
+
+@pytest.fixture(scope="module")
+def outputs(converted, tmp_path_factory) -> dict[Any, str]:
+    """Map (model, stock command), all run in one process, to the output; "stderr" is that of all.
+
+    Of a linked directory, only "generate".
+    """
+    folder = tmp_path_factory.mktemp("cache")
     commands = {
-        "packed4": (["generate", *packed, *question], ""),
-        "linked": (["generate", *linked, *question], ""),
-        "cache_prompt": (["cache_prompt", *packed, "--prompt", QUESTION, *cache], ""),
-        "cached": (["generate", *packed, *cache, "-p", " Say more.", "-m", "8"], ""),
-        "chat": (["chat", *packed, "--max-tokens", "12"], f"{QUESTION}\nWhy?\nq\n"),
-        "benchmark": (["benchmark", *packed, "-p", "40", "-g", "8", "-n", "1"], ""),
+        (name, command): given
+        for name in (*EVERY_TOOL, "linked")
+        for command, given in commands_for(converted[name], folder / f"{name}.safetensors").items()
+        if name != "linked" or command == "generate"
     }
     result = subprocess.run(
         [sys.executable, "-c", RUNNER, json.dumps(list(commands.values()))],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=240,
         env=os.environ | {"FLASHMOE_STATS": "1", "FLASHMOE_IO_THREADS": "2", **OFFLINE},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -75,14 +96,14 @@ def outputs(models, tmp_path_factory) -> dict[str, str]:
     return dict(zip(commands, said, strict=True)) | {"stderr": result.stderr}
 
 
-@pytest.mark.parametrize("name", ["packed4", "linked"])
+@pytest.mark.parametrize("name", [*EVERY_TOOL, "linked"])
 def test_generate(name, outputs, load_stock):
     model, tokenizer = load_stock(name)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True
     )
     expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=24)
-    assert between_rules(outputs[name]) == expected
+    assert between_rules(outputs[name, "generate"]) == expected
 
 
 def test_each_model_reports_its_reads(outputs):
@@ -103,17 +124,21 @@ def test_settings_in_config_json_count(models, tmp_path):
         mlx_lm.load(str(tmp_path), trust_remote_code=True)
 
 
-def test_prompt_cache(outputs):
-    assert between_rules(outputs["cached"]).strip()
+@every_tool
+def test_prompt_cache(name, outputs):
+    assert between_rules(outputs[name, "cached"]).strip()
 
 
-def test_chat(outputs):
-    assert outputs["chat"].count("›") == 3  # one per question, one for "q"
-    assert outputs["chat"].rstrip().endswith("bye\x1b[0m")
+@every_tool
+def test_chat(name, outputs):
+    shown = outputs[name, "chat"]
+    assert shown.count("›") == 3  # one per question, one for "q"
+    assert shown.rstrip().endswith("bye\x1b[0m")
 
 
-def test_benchmark(outputs):
-    assert "generation_tps" in outputs["benchmark"]
+@every_tool
+def test_benchmark(name, outputs):
+    assert "generation_tps" in outputs[name, "benchmark"]
 
 
 class Terminal:
@@ -187,9 +212,11 @@ def test_flashmoe_generate_in_a_terminal(packed, capsys):
     assert [line and line[1] for line in lines] == ["Tokens", "Experts", "Memory"]
 
 
-def test_perplexity(packed, load_stock):
-    stock, _ = load_stock("packed4")
-    model, tokenizer = mlx_lm.load(packed, trust_remote_code=True)
+@every_tool
+def test_perplexity(name, converted, load_stock):
+    stock, _ = load_stock(name)
+    trust = {"trust_remote_code": True}
+    model, tokenizer = mlx_lm.load(str(converted[name]), tokenizer_config=trust, **trust)
     text = "A package is a file that holds a program and what is needed to install it. " * 12
     data = mx.array(tokenizer.encode(text)[:192]).reshape(3, 64)
     ours, theirs = eval_ppl(model, data, batch_size=2), eval_ppl(stock, data, batch_size=2)

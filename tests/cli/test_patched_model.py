@@ -12,7 +12,6 @@ import families
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import made_once, text_config
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -20,7 +19,6 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from flashmoe_mlx import FlashMoEError, batch_generate, load
 from flashmoe_mlx.cli import doctor, full_check
 from flashmoe_mlx.cli.doctor_model import examine
-from flashmoe_mlx.loader import BUNDLED_MODEL
 
 generate = importlib.import_module("flashmoe_mlx.cli.generate")
 NAMES = "qwen3_moe", "gpt_oss"
@@ -28,25 +26,9 @@ LORA = {"rank": 4, "scale": 10.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 PROMPT = "What is a library?"
 
 
-def make_all(base: Path) -> None:
-    """Write each model with the bundled model's tokenizer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(families.TINY, "vocab_size", text_config(BUNDLED_MODEL)["vocab_size"])
-        for name in NAMES:
-            families.make(name, base / name, *families.mode_of(name))
-            for file in BUNDLED_MODEL.iterdir():
-                if file.name.startswith(("token", "chat", "generation")):
-                    shutil.copy(file, base / name)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return made_once(tmp_path_factory, "patched", make_all)
-
-
 @pytest.fixture(params=NAMES)
-def directory(request, tiny) -> Path:
-    return tiny / request.param
+def directory(request, patched) -> Path:
+    return patched / request.param
 
 
 def opened(directory: Path, **settings: Any) -> Any:
@@ -83,13 +65,13 @@ def test_a_watched_run_gives_the_same_text_and_figures_that_add_up(directory, tm
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_sampling_and_a_bounded_cache(tiny, capsys):
-    run(tiny / "qwen3_moe", "--top-k", "1", "--temp", "1", "--max-kv-size", "64")
+def test_sampling_and_a_bounded_cache(patched, capsys):
+    run(patched / "qwen3_moe", "--top-k", "1", "--temp", "1", "--max-kv-size", "64")
     sampled = text_of(capsys)
-    run(tiny / "qwen3_moe")
+    run(patched / "qwen3_moe")
     assert sampled == text_of(capsys)
     with pytest.raises(SystemExit):
-        run(tiny / "gpt_oss", "--max-kv-size", "64")
+        run(patched / "gpt_oss", "--max-kv-size", "64")
     message = "max_kv_size = 64: mlx-lm cannot bound the caches that this model makes."
     assert message in capsys.readouterr().err
 
@@ -115,7 +97,7 @@ def test_a_prompt_cache(directory, tmp_path, capsys):
     model.close()
 
 
-def test_a_prompt_cache_of_another_model(tiny, tmp_path, capsys):
+def test_a_prompt_cache_of_another_model(patched, tmp_path, capsys):
     """Its classes and then its arrays are compared, before anything is computed from it."""
     file = str(tmp_path / "cache.safetensors")
     narrow = [KVCache() for _ in range(families.LAYERS)]
@@ -125,9 +107,9 @@ def test_a_prompt_cache_of_another_model(tiny, tmp_path, capsys):
         ("gpt_oss", "the prompt cache of layer 0 is KVCache, but the model needs RotatingKVCache"),
         ("qwen3_moe", "the prompt cache: its arrays do not fit the model"),
     ):
-        save_prompt_cache(file, narrow, {"model": str(tiny / name), "tokenizer_config": "{}"})
+        save_prompt_cache(file, narrow, {"model": str(patched / name), "tokenizer_config": "{}"})
         with pytest.raises(SystemExit):
-            run(tiny / name, "--prompt-cache-file", file)
+            run(patched / name, "--prompt-cache-file", file)
         assert message in capsys.readouterr().err
 
 
@@ -162,8 +144,8 @@ def test_the_full_check(directory, monkeypatch):
     assert all(finding.ok for finding in found), found
 
 
-def test_doctor_finds_a_missing_tensor(tiny, tmp_path, capsys):
-    directory = shutil.copytree(tiny / "qwen3_moe", tmp_path / "m")
+def test_doctor_finds_a_missing_tensor(patched, tmp_path, capsys):
+    directory = shutil.copytree(patched / "qwen3_moe", tmp_path / "m")
     tensors: Any = mx.load(str(directory / "model.safetensors"))
     mx.eval(tensors)
     del tensors["model.norm.weight"]
@@ -238,9 +220,9 @@ def test_adapters_equal_stock(directory, tmp_path):
         assert mx.abs(model(tokens) - plain(tokens)).max() > 0.01
 
 
-def test_adapters_of_streamed_experts(tiny, tmp_path):
+def test_adapters_of_streamed_experts(patched, tmp_path):
     """mlx-lm would not find these layers."""
-    directory = tiny / "qwen3_moe"
+    directory = patched / "qwen3_moe"
     stock, _ = mlx_lm.load(str(directory), tokenizer_config={"trust_remote_code": True})
     write_adapters(stock, tmp_path / "a", ["mlp.switch_mlp.gate_proj"])
     with pytest.raises(FlashMoEError, match="adapters that do not fit this model"):
