@@ -18,14 +18,14 @@ from ..errors import FlashMoEError
 from ..format.headers import TensorInfo, checkpoint_headers
 from ..format.layout import EXPERT_DIR, MANIFEST
 from ..format.model_files import read_config
-from ..models.qwen3_5.args import ModelArgs
+from ..models.qwen3_5.args import ModelArgs, is_own
 from ..progress import bar
 from .plan.parts import METHODS, File, LayerPlan, Options, Plan
 from .plan.plan import build_plan
 from .publish import published, upload
 from .publish.card import model_card
 from .quant.calibrate import Calibration
-from .source.checkpoint import MODEL_TYPES, Place, Source
+from .source.checkpoint import Place, Source
 from .source.hub import CARD
 from .source.locate import Found, located
 from .source.open import open_source
@@ -236,7 +236,7 @@ def _check_loads(
         from ..models.trunk_checks import check_trunk
 
         vocabulary = None
-        if config.get("model_type") in MODEL_TYPES:
+        if is_own(config):
             args = ModelArgs.from_dict(config)
             vocabulary = args.vocab_size
             check_trunk(directory, headers, args)

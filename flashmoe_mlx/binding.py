@@ -16,10 +16,10 @@ from .custom_kernels.device import computes_at_once
 from .errors import FlashMoEError
 from .format.headers import TensorInfo, checkpoint_headers
 from .format.layout import ExpertLayout, open_layout, quantization
-from .format.modules import MODES, ExpertModule, open_modules, quantizations
+from .format.modules import ExpertModule, open_modules, quantizations
 from .format.names import PROJECTIONS, is_expert
 from .models.patch import patched_classes, top_k
-from .models.qwen3_5.args import MODEL_TYPES, ModelArgs, activation_bytes, check_top_k
+from .models.qwen3_5.args import ModelArgs, activation_bytes, check_top_k, is_own
 from .models.qwen3_5.model import Model
 from .models.streamed import Experts
 from .models.trunk_checks import check_trunk
@@ -72,13 +72,6 @@ def has_fast_path(config: Mapping[str, Any]) -> bool:
     if mode not in ("auto", "generic"):
         raise FlashMoEError(f"FLASHMOE_MODEL = {mode!r} is not valid. Set it to auto or generic.")
     return mode == "auto" and is_own(config)
-
-
-def is_own(config: Mapping[str, Any]) -> bool:
-    """Say whether this package's model code takes a config.json: Qwen3.5 in affine modes."""
-    entry = config.get("quantization")
-    other = isinstance(entry, Mapping) and entry.get("mode") in MODES.values()
-    return config.get("model_type") in MODEL_TYPES and not other
 
 
 def splits_trunk(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

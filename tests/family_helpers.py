@@ -105,12 +105,17 @@ def published(family: str) -> tuple[dict[str, Any], Weights]:
     return config, one_by_one(weights, {})
 
 
-def streamed_logits(directory: Path, tokens: list[int], **settings: Any) -> mx.array:
-    """Return a prompt's logits `[tokens, vocabulary]`, by mlx-lm's model with streamed experts."""
+def streamed(directory: Path, **settings: Any) -> Any:
+    """Load a directory without a tokenizer, as `flashmoe_mlx.load` does."""
     classes = bound_classes(directory, read(directory / "config.json"), **settings)
     no_shim = {"model_file": None}
     model, _ = load_model(directory, model_config=no_shim, get_model_classes=lambda config: classes)
-    with model:
+    return model
+
+
+def streamed_logits(directory: Path, tokens: list[int], **settings: Any) -> mx.array:
+    """Return a prompt's logits `[tokens, vocabulary]`."""
+    with streamed(directory, **settings) as model:
         logits = model(mx.array([tokens]))[0].astype(mx.float32)
         mx.eval(logits)
     return logits

@@ -99,8 +99,8 @@ class Source:
 
     @property
     def is_qwen(self) -> bool:
-        """Whether this package has its own model code for it."""
-        return self.config.get("model_type") in MODEL_TYPES
+        """Whether this package's model code runs it once it is quantized."""
+        return self.trunk_quant is None
 
     def fields(self, layer: int) -> LayerLayout | None:
         """Return the fields of a layer's experts, of a foreign checkpoint as they will be."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_lm.utils import load_model
 
-from ..binding import is_own, trunk_bytes, without_experts
+from ..binding import trunk_bytes, without_experts
 from ..errors import FlashMoEError, named
 from ..format.headers import checkpoint_headers
 from ..format.json_file import exists, read_object
@@ -17,7 +17,7 @@ from ..format.modules import open_modules, quantizations
 from ..format.names import PROJECTIONS
 from ..loader import check_tokenizer, find_model
 from ..models.patch import stock_classes, stock_modules, top_k, vocabulary
-from ..models.qwen3_5.args import ModelArgs, check_top_k
+from ..models.qwen3_5.args import ModelArgs, check_top_k, is_own
 from ..models.trunk_checks import REMEDY, check_readable, check_trunk
 from ..settings import StreamConfig
 from ..store.devices import choose

@@ -30,6 +30,12 @@ MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 
 
+def in_float_mode(config: Mapping[str, Any]) -> bool:
+    """Say whether config.json's quantization is one of MODES."""
+    entry = config.get("quantization")
+    return isinstance(entry, Mapping) and entry.get("mode") in MODES.values()
+
+
 @dataclass(frozen=True)
 class ExpertModule:
     """A module of routed experts.

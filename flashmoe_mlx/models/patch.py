@@ -21,6 +21,7 @@ from .fast_layers import use_fast_layers
 from .streamed import Experts, StreamedModule
 from .switch import StreamedSwitch
 
+SAME = {"qwen3_5_moe_text": "qwen3_5_moe"}  # mlx-lm's code takes both
 SWITCHES = SwitchGLU, SwitchMLP
 # The field's names for top-k, in the order in which to look for them.
 TOP_K = (
@@ -44,7 +45,7 @@ def stock_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
             "file."
         )
     try:
-        return _get_classes(dict(config))
+        return _get_classes(dict(config) | {"model_type": SAME.get(kind, kind)})
     except (ValueError, AttributeError) as error:
         raise FlashMoEError(
             f"config.json: model_type = {shown(kind)} is not a model of the installed mlx-lm. "

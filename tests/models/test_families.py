@@ -11,26 +11,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 import pytest
+from convert_helpers import write_tokenizer
 from families import EXPERTS, FAMILIES, TOP_K, VOCABULARY, floats, make, mode_of
+from family_helpers import streamed
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model
 
-from flashmoe_mlx.binding import bound_classes
+from flashmoe_mlx.convert import convert
 from flashmoe_mlx.custom_kernels import device
-from flashmoe_mlx.format.model_files import read_config
 from flashmoe_mlx.models.patch import switches
 
 TOLERANCE = 1e-4  # of the largest logit
 STEPS = 32
 BANKS = TOP_K, EXPERTS // 2, EXPERTS
-
-
-def streamed(directory: Path, expert_cache: int | None = None, **settings: Any) -> Any:
-    """Load a directory without a tokenizer, as `flashmoe_mlx.load` does."""
-    config = read_config(directory)
-    classes = bound_classes(directory, config, expert_cache=expert_cache, **settings)
-    return load_model(directory, get_model_classes=lambda config: classes)[0]
+OURS = [("affine", bits) for bits in (2, 4, 8)]  # formats that our CPU kernels take
 
 
 def token_bytes(stock: nn.Module) -> int:
@@ -122,32 +116,52 @@ def uncompiled():
 WIDE_ONLY = "Currently only supports float32"  # MLX, of unquantized bfloat16 experts on a CPU
 
 
-def on_every_bank(directory: Path, size: int, expected: dict, equal: Callable) -> None:
-    for slots in BANKS:
-        with streamed(directory, slots * size) as model:
-            compare(answers(model), expected, equal)
-            assert not switches(model)
-            stats = model.expert_stats()
-            assert slots == EXPERTS or stats.asked > 0
-            assert (stats.bytes_preloaded > 0) == (stats.bytes_read == 0) == (slots == EXPERTS)
+def in_every_form(source: Path) -> list[Path]:
+    """Return a checkpoint, its conversion, and a directory that is linked to it."""
+    write_tokenizer(source)
+    forms = [source, source.parent / "converted", source.parent / "linked"]
+    convert(source, forms[1])
+    convert(source, forms[2], link=True)
+    return forms
+
+
+def check(directory: Path, slots: int, size: int, expected: dict, equal: Callable) -> None:
+    with streamed(directory, expert_cache=slots * size) as model:
+        compare(answers(model), expected, equal)
+        assert not switches(model)
+        stats = model.expert_stats()
+        assert slots == EXPERTS or stats.asked > 0
+        assert (stats.bytes_preloaded > 0) == (stats.bytes_read == 0) == (slots == EXPERTS)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "muse_spark"])
 def test_logits_and_tokens_equal_stock(family, tmp_path, kernels):
-    """To the bit by MLX's ops, whatever the cache; within the tolerance by our CPU kernels."""
+    """To the bit by MLX's ops, whatever the cache; within the tolerance by our CPU kernels.
+
+    Each form meets each number of slots, over two modes of kernels and three families.
+    """
     quantization, dtype = mode_of(family)
-    stock = make(family, tmp_path, quantization, dtype)
-    size = token_bytes(stock)
+    stock = make(family, tmp_path / "source", quantization, dtype)
+    size, forms = token_bytes(stock), in_every_form(tmp_path / "source")
+    turn = list(FAMILIES).index(family) % 3
+    forms = forms[turn:] + forms[:turn]
     kernels("stock")
     if quantization or dtype == mx.float32:
-        on_every_bank(tmp_path, size, answers(stock), mx.array_equal)
+        expected = answers(stock)
+        for directory, slots in zip(forms, BANKS, strict=True):
+            check(directory, slots, size, expected, mx.array_equal)
     else:
-        for model in stock, streamed(tmp_path, TOP_K * size):
+        for model in stock, streamed(forms[0], expert_cache=TOP_K * size):
             with pytest.raises(RuntimeError, match=WIDE_ONLY):
                 mx.eval(prompt_logits(model, 1))
     kernels("auto")
-    stock.set_dtype(mx.float32)
-    on_every_bank(tmp_path, size, answers(stock), close)
+    if dtype != mx.float32:
+        stock.set_dtype(mx.float32)
+        expected = answers(stock)
+    ours = not quantization or (quantization["mode"], quantization["bits"]) in OURS
+    banks = BANKS if ours else BANKS[:1]  # other formats run by MLX's ops again, now in float32
+    for directory, slots in zip(forms[1:] + forms[:1], banks, strict=False):
+        check(directory, slots, size, expected, close)
 
 
 def test_every_format_is_covered_twice():
@@ -182,7 +196,7 @@ def same_experts(stock: nn.Module, model: nn.Module) -> None:
 def test_muse_spark_loads_but_stock_runs_it_on_metal_only(tmp_path, kernels):
     kernels("stock")
     stock = make("muse_spark", tmp_path, *mode_of("muse_spark"))
-    with streamed(tmp_path, TOP_K * token_bytes(stock)) as model:
+    with streamed(tmp_path, expert_cache=TOP_K * token_bytes(stock)) as model:
         for each in stock, model:
             with pytest.raises(RuntimeError, match="No Metal back-end"):
                 mx.eval(prompt_logits(each, 1))
@@ -195,7 +209,7 @@ def test_nvfp4_with_a_global_scale_loads_but_mlx_computes_it_on_gpus_only(tmp_pa
     kernels("stock")
     nvfp4 = {"bits": 4, "group_size": 16, "mode": "nvfp4", "global_scale": True}
     stock = make("qwen3_moe", tmp_path, nvfp4)
-    with streamed(tmp_path, TOP_K * token_bytes(stock)) as model:
+    with streamed(tmp_path, expert_cache=TOP_K * token_bytes(stock)) as model:
         for each in stock, model:
             with pytest.raises(ValueError, match="Global scale is only supported on the GPU"):
                 mx.eval(prompt_logits(each, 1))
@@ -205,7 +219,7 @@ def test_qwen_in_a_mode_that_our_own_code_lacks(tmp_path, kernels, monkeypatch):
     kernels("stock")
     monkeypatch.delenv("FLASHMOE_MODEL")
     stock = make("qwen3_5_moe", tmp_path, floats("mxfp4", 4, 32))
-    with streamed(tmp_path, TOP_K * token_bytes(stock)) as model:
+    with streamed(tmp_path, expert_cache=TOP_K * token_bytes(stock)) as model:
         assert mx.array_equal(prompt_logits(model, 17), prompt_logits(stock, 17))
 
 
@@ -272,7 +286,7 @@ def test_a_family_that_nobody_listed(tmp_path, kernels, monkeypatch):
     monkeypatch.setitem(FAMILIES, "unheard_of", {"num_hidden_layers": 11})
     kernels("stock")
     stock = make("unheard_of", tmp_path, {"bits": 4, "group_size": 32})
-    with streamed(tmp_path, TOP_K * token_bytes(stock)) as model:
+    with streamed(tmp_path, expert_cache=TOP_K * token_bytes(stock)) as model:
         compare(answers(model), answers(stock), mx.array_equal)
         numbers = [experts_of(model, f"layers.{n}.experts").layer for n in range(11)]
     assert numbers == list(range(11))

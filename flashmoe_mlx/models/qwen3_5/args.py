@@ -13,9 +13,16 @@ from ...format.config_entries import (
     check_quantization,
     object_in,
 )
+from ...format.modules import in_float_mode
 
 PREFILL_CHUNK = 2048  # tokens per forward pass of mlx-lm's prefill
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+
+
+def is_own(config: Mapping[str, Any]) -> bool:
+    """Say whether this package's model code takes a config.json: Qwen3.5 in affine modes."""
+    quantized = bool(config.get("quantization")) and not in_float_mode(config)
+    return config.get("model_type") in MODEL_TYPES and quantized
 
 
 @dataclass
