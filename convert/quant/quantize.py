@@ -33,14 +33,16 @@ def encode_floats(
     return parts
 
 
-def encode_fields(fields: dict[str, mx.array], plan: LayerPlan, place: str) -> list[Part]:
+def encode_fields(
+    fields: dict[str, mx.array], projections: Sequence[Projection], place: str
+) -> list[Part]:
     """Quantize or copy one expert's fields, which mlx-lm's `sanitize` made; `place` names it.
 
     Raises:
         FlashMoEError: a field is not finite.
     """
     parts: list[Part] = []
-    for projection in plan.projections:  # one by one: a large expert's floats take memory
+    for projection in projections:  # one by one: a large expert's floats take memory
         prefix = f"{projection.name}."
         names = [name for name in fields if name.startswith(prefix)]
         mine = {name.removeprefix(prefix): mx.contiguous(fields.pop(name)) for name in names}

@@ -3,9 +3,11 @@
 `sanitize` renames, splits, transposes and dequantizes a whole checkpoint at once. Here it gets the
 real tensors of one expert, or of one layer's trunk, and placeholders for all others: so memory
 stays small, and no family's rules are repeated. Placeholders are NaN: a result that depends on one
-is refused as not finite.
+is refused as not finite. Only block-FP8 is dequantized before `sanitize`, which takes several times
+the memory, and in some families knows no FP8.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +31,7 @@ COUNTS = (
     "num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_moe_experts",
 )  # fmt: skip
 FP8_BLOCK, SCALES = 128, "_scale_inv"
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 SAFETENSORS = {dtype: name for name, dtype in DTYPES.items() if name not in ("F8_E4M3", "BOOL")}
 
 
@@ -99,7 +101,12 @@ class Foreign:
         raws = [raw for layer in range(len(self._modules)) for raw in self.raws(layer, 0)]
         trunk = [(name, info.dtype, info.shape) for name, (_, info) in self._trunk.items()]
         wanted = [*trunk, *((raw.key, raw.dtype, raw.shape) for raw in raws)]
-        return {name: _placeholder(name, dtype, shape) for name, dtype, shape in wanted}
+        shapes = {name: shape for name, _, shape in wanted}
+        return {
+            name: _placeholder(name, "BF16" if _scale_of(name, shapes) else dtype, shape)
+            for name, dtype, shape in wanted
+            if not _is_scale(name, shapes)
+        }
 
     @property
     def files(self) -> set[Path]:
@@ -123,9 +130,9 @@ class Foreign:
             )
         return found
 
-    def expert(self, layer: int, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return one expert's final fields, lazy, from its raw tensors by key."""
-        fields = self._fields(layer, self._model.sanitize(self._placeholders | dict(arrays)))
+    def expert(self, layer: int, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Return one expert's final fields, lazy, from its raw tensors by key; empties `arrays`."""
+        fields = self._fields(layer, self._sanitized(arrays))
         wanted = {f.name: (f.shape, f.dtype) for f in self.layouts[layer].fields}
         for name in wanted.keys() | fields.keys():
             array = fields.get(name)
@@ -136,6 +143,22 @@ class Foreign:
                     f"{wanted.get(name)}. {REMEDY}."
                 )
         return fields
+
+    @functools.cached_property
+    def pieces(self) -> dict[str, str]:
+        """Which projection each tensor of an expert becomes, by its own name; {} if they mix.
+
+        Found by zeros in the place of one tensor: what does not depend on others is not NaN.
+        """
+        found, raws = {}, self.raws(0, 0)
+        for name in {piece_of(raw.key) for raw in raws}:
+            mine = [raw for raw in raws if piece_of(raw.key) == name]
+            zeros = {raw.key: mx.zeros(raw.shape, DTYPES[raw.dtype]) for raw in mine}
+            fields = self._fields(0, self._sanitized(zeros))
+            shapes = self._modules[0].shapes
+            known = [p for p in shapes if not mx.isnan(fields.pop(f"{p}.weight")[:1]).any()]
+            found[name] = known[0] if len(known) == 1 else ""
+        return found if sorted(found.values()) == sorted(self._modules[0].shapes) else {}
 
     def _fields(self, layer: int, made: Mapping[str, mx.array]) -> dict[str, mx.array]:
         prefix, mine = f"{self._modules[layer].path}.", self._modules[layer].prefixes
@@ -168,7 +191,8 @@ class Foreign:
         trunk: dict[str, Place] = {}
         needs: dict[str, frozenset[Path]] = {}
         for name, array in made.items():
-            if (key := origin.get(id(array))) in self._trunk and key is not None:
+            key = origin.get(id(array))
+            if key in self._trunk and self._trunk[key][1].dtype == SAFETENSORS[array.dtype]:
                 trunk[name] = self._trunk[key]
                 continue
             files = frozenset(file for file, _ in self._of_layer.get(_number(name), {}).values())
@@ -210,16 +234,58 @@ class Foreign:
 
     def _rows_at_once(self, name: str, mine: Mapping[str, Place]) -> int:
         """Return how many rows of a block-FP8 matrix to compute at once, 0 if it is none."""
-        if mine.keys() != {name, f"{name}{SCALES}"}:
+        shapes = {key: info.shape for key, (_, info) in mine.items()}
+        if not _scale_of(name, shapes) or self.trunk[name][1].shape != shapes[name]:
             return 0
-        (rows, columns), scales = mine[name][1].shape, mine[f"{name}{SCALES}"][1].shape
-        if scales[0] != -(-rows // FP8_BLOCK) or self.trunk[name][1].shape != (rows, columns):
-            return 0
-        return max(1, BLOCK_BYTES // (4 * columns * FP8_BLOCK)) * FP8_BLOCK
+        return _block_rows(shapes[name][1])
 
-    def _made(self, name: str, real: Mapping[str, mx.array]) -> mx.array:
-        array: mx.array = self._model.sanitize(self._placeholders | dict(real))[name]
-        return array
+    def _made(self, name: str, real: dict[str, mx.array]) -> mx.array:
+        return self._sanitized(real)[name]
+
+    def _sanitized(self, real: dict[str, mx.array]) -> dict[str, mx.array]:
+        made: dict[str, mx.array] = self._model.sanitize(self._placeholders | dequantized(real))
+        return made
+
+
+def dequantized(arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Return block-FP8 matrices in bfloat16, without their scales, and the rest; empties `arrays`.
+
+    A large expert takes memory: each matrix is dropped once it is dequantized.
+    """
+    shapes = {name: array.shape for name, array in arrays.items()}
+    scales = {name: arrays.pop(name) for name in shapes if _is_scale(name, shapes)}
+    found = {}
+    for name in list(arrays):
+        array = arrays.pop(name)
+        found[name] = _of_fp8(array, scales[key]) if (key := _scale_of(name, shapes)) else array
+    return found
+
+
+def _of_fp8(codes: mx.array, scales: mx.array) -> mx.array:
+    """Dequantize a matrix as mlx-lm does, a block of rows at a time."""
+    step, parts = _block_rows(codes.shape[1]), []
+    for start in range(0, codes.shape[0], step):
+        rows = mx.from_fp8(codes[start : start + step], dtype=mx.bfloat16)
+        mine = scales[start // FP8_BLOCK : (start + step) // FP8_BLOCK]
+        wide = mx.repeat(mx.repeat(mine, FP8_BLOCK, axis=1), FP8_BLOCK, axis=0)
+        parts.append((rows * wide[: rows.shape[0], : rows.shape[1]]).astype(mx.bfloat16))
+        mx.eval(parts)  # MLX would allocate all blocks' temporaries before it runs the first
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def _block_rows(columns: int) -> int:
+    return max(1, BLOCK_BYTES // (4 * columns * FP8_BLOCK)) * FP8_BLOCK
+
+
+def _scale_of(name: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return the name of a matrix's scales if there is one per block of FP8."""
+    blocks = tuple(-(-size // FP8_BLOCK) for size in shapes.get(name, ()))
+    scales = f"{name}{SCALES}"
+    return scales if len(blocks) == 2 and shapes.get(scales) == blocks else None
+
+
+def _is_scale(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    return _scale_of(name.removesuffix(SCALES), shapes) == name
 
 
 def _rows(reader: Any, file: Path, info: TensorInfo, start: int, count: int) -> mx.array:
@@ -230,6 +296,11 @@ def _rows(reader: Any, file: Path, info: TensorInfo, start: int, count: int) -> 
     width = info.nbytes // info.shape[0]
     data = reader.read(file, info.offset + start * width, rows * width)
     return as_array(data, info.dtype, (rows, *info.shape[1:]))
+
+
+def piece_of(key: str) -> str:
+    """Return the name of an expert's matrix in the source, without its path."""
+    return _stem(key).rpartition(".")[2]
 
 
 def _number(name: str) -> int | None:
@@ -254,7 +325,7 @@ def _placeholder(name: str, dtype: str, shape: tuple[int, ...]) -> mx.array:
     value: Any = 0x7F if dtype == "F8_E4M3" else 0  # NaN in that format
     if dtype in ("BF16", "F16", "F32"):
         value = float("nan")
-    return mx.full(shape, value, DTYPES[dtype])
+    return mx.broadcast_to(mx.array(value, DTYPES[dtype]), shape)  # no memory, even evaluated
 
 
 def _count_one(model: nn.Module, counts: set[int]) -> None:

@@ -1,5 +1,6 @@
 """Read byte ranges of checkpoint files. Works without MLX, for `verify`."""
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -60,10 +61,8 @@ class Reader:
 
     @staticmethod
     def buffer(nbytes: int) -> Bytes:
-        """Return uninitialized page-aligned memory, uint8 `[nbytes]`."""
-        memory = np.empty(nbytes + PAGE, np.uint8)
-        start = -memory.ctypes.data % PAGE
-        return memory[start : start + nbytes]
+        """Return page-aligned memory, uint8 `[nbytes]`; freed, it goes back to the system."""
+        return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)[:nbytes]
 
     def read_into(self, file: Path, offset: int, buffer: Bytes) -> None:
         """Fill `buffer` (uint8, contiguous) from `offset`.

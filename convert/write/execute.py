@@ -30,6 +30,7 @@ from ..quant.quantize import (
 )
 from ..source.arrays import FLOATS, as_array, as_bytes
 from ..source.checkpoint import Source
+from ..source.foreign import piece_of
 from ..source.read import Bytes, Reader, check_finite, read_ahead
 from .files import Entry, TensorFile, as_text, joined
 
@@ -39,6 +40,7 @@ BLOCK_BYTES = 16 << 20
 BATCH_BYTES = 48 << 20
 
 Loaded = list[tuple[Bytes, str]]
+NOTHING = np.empty(0, np.uint8), ""  # in the place of bytes that are no longer needed
 
 Progress = Callable[[int], object]
 
@@ -167,6 +169,14 @@ class ExpertSteps:
         layer, names = self._plan.layer, [p.name for p in self._plan.projections]
         return sum(self._source.matrices[layer, 0, name].nbytes for name in names)
 
+    def loaded(self, batches: Sequence[Sequence[int]]) -> Iterator[list[Loaded]]:
+        """Load batches, the next one meanwhile; of experts larger than a batch, one at a time."""
+        return map(self.load, batches) if self._large else read_ahead(self.load, batches)
+
+    @property
+    def _large(self) -> bool:
+        return self._float_bytes() > BATCH_BYTES
+
     def load(self, batch: Sequence[int]) -> list[Loaded]:
         """Read experts' source bytes: one record each, or one entry per matrix or tensor."""
         if self._foreign:
@@ -202,16 +212,25 @@ class ExpertSteps:
 
     def _encode(self, expert: int, loaded: Loaded, streams: Iterator[mx.Stream]) -> Sequence[Part]:
         if self._foreign:
-            raws = self._foreign.raws(self._plan.layer, expert)
-            arrays = {
-                raw.key: as_array(data, raw.dtype, raw.shape)
-                for raw, (data, _) in zip(raws, loaded, strict=True)
-            }
-            place = f"{self._source.name}: layer {self._plan.layer} expert {expert}"
-            return encode_fields(self._foreign.expert(self._plan.layer, arrays), self._plan, place)
+            return self._encode_foreign(expert, loaded)
         if self._before:
             return encode_record(loaded[0][0], self._before, self._plan, streams)
         return encode_floats(loaded, self._plan, streams)
+
+    def _encode_foreign(self, expert: int, loaded: Loaded) -> Sequence[Part]:
+        """Encode what mlx-lm's `sanitize` makes, of a large expert one projection after another."""
+        layer, raws = self._plan.layer, self._foreign.raws(self._plan.layer, expert)
+        pieces = self._foreign.pieces if self._large else {}
+        groups = [[p] for p in self._plan.projections] if pieces else [self._plan.projections]
+        place, parts = f"{self._source.name}: layer {layer} expert {expert}", list[Part]()
+        for group in groups:
+            names, arrays = [p.name for p in group], {}
+            for index, raw in enumerate(raws):
+                if not pieces or pieces[piece_of(raw.key)] in names:
+                    arrays[raw.key] = as_array(loaded[index][0], raw.dtype, raw.shape)
+                    loaded[index] = NOTHING
+            parts += encode_fields(self._foreign.expert(layer, arrays), group, place)
+        return parts
 
     def _calibrated(
         self, batch: Sequence[int], loaded: list[Loaded], inputs: LayerInputs
@@ -305,10 +324,11 @@ def write_layer(
     batches = steps.batches(range(plan.experts) if visit is None else visit.parts)
     path, written = directory / plan.file, visit.written if visit else None
     with TensorFile(path, plan.outputs, DATA_ALIGNMENT, written) as file:
-        for batch, loaded in zip(batches, read_ahead(steps.load, batches), strict=True):
+        for batch, loaded in zip(batches, steps.loaded(batches), strict=True):
             for expert, record in zip(batch, steps.encode(batch, loaded), strict=True):
                 write_record(file, expert, plan.record[0].name, record)
                 progress(plan.record_bytes)
+                del record  # before the next one is computed
     mx.clear_cache()
     return file.entry() | record_entry(plan, file) if file.whole else file.begun()
 

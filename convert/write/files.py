@@ -23,7 +23,7 @@ from ...format.headers import ITEM_SIZE
 from ..source.read import PAGE
 
 SYNC_BYTES = 32 << 20  # between two fsync calls
-PENDING = 2  # queued writes
+PENDING, LARGE = 2, 8 << 20  # queued writes; of pieces of this size, one less
 BLOCK_BYTES = 1 << 20
 TEMPORARY = ".tmp"
 OWN_CHECKSUM = "manifest_checksum"  # the manifest's entry of its own checksum
@@ -112,7 +112,7 @@ class TensorFile:
         view = memoryview(data).cast("B")
         begin = self._header.starts[self._index[name]] + start
         self._pending.append(self._thread.submit(self._write, view, begin))
-        self._wait(PENDING)
+        self._wait(PENDING - (view.nbytes >= LARGE))
 
     def _wait(self, pending: int = 0) -> None:
         while len(self._pending) > pending:

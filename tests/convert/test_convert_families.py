@@ -12,6 +12,7 @@ import pytest
 from convert_helpers import Weights, contents, load, read, same
 from family_helpers import (
     config_of,
+    fp8,
     mark_fp8,
     mlx_checkpoint,
     published,
@@ -24,8 +25,10 @@ from mlx_lm.utils import load_model
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.source.foreign import Foreign
+from flashmoe_mlx.convert.source.open import open_source
 from flashmoe_mlx.convert.verify.repair import repair
 from flashmoe_mlx.convert.verify.verify import verify
+from flashmoe_mlx.convert.write import execute
 from flashmoe_mlx.errors import FlashMoEError
 
 MLX = [("qwen3_moe", 4, 64, "affine"), ("gpt_oss", 4, 32, "mxfp4"), ("mixtral", 8, 32, "mxfp8"),
@@ -107,6 +110,24 @@ def test_a_hub_checkpoint_gives_the_bytes_of_mlx_lm(family, bits, tmp_path):
     )  # bfloat16
 
 
+@pytest.mark.parametrize("family, pieces", [
+    ("mixtral", {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}),
+    ("deepseek_v3", {name: name for name in ("gate_proj", "up_proj", "down_proj")}),
+    ("gpt_oss", {}),  # gate and up come interleaved
+])  # fmt: skip
+def test_large_experts_are_converted_a_projection_at_a_time(family, pieces, tmp_path, monkeypatch):
+    config, weights = published(family)
+    source = write(tmp_path / "hub", config, weights)
+    if family == "deepseek_v3":
+        mark_fp8(source / "model-00001-of-00001.safetensors")
+    assert open_source(source, "hub").foreign.pieces == pieces
+    options = {"quantize": True, "q_group_size": 32}
+    convert(source, tmp_path / "small", **options)
+    monkeypatch.setattr(execute, "BATCH_BYTES", 1)
+    convert(source, tmp_path / "large", **options)
+    assert contents(tmp_path / "large") == contents(tmp_path / "small")
+
+
 def test_stacked_floats_with_linear_biases_are_quantized(tmp_path):
     config = config_of("gpt_oss")
     source = write(tmp_path / "source", config, stock_weights(config))
@@ -125,9 +146,15 @@ def of_fp8(codes: mx.array, scales: mx.array) -> np.ndarray:
     return np.where(bits >> 7, -sizes, sizes) * np.array(scales)[rows[:, None], columns]
 
 
-def test_block_fp8_is_dequantized(tmp_path):
-    """Experts and trunk, to bfloat16, by a dequantization of this test's own."""
-    config, weights = published("deepseek_v3")
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_block_fp8_is_dequantized(family, tmp_path):
+    """Experts and trunk, to bfloat16, by a dequantization of this test's own.
+
+    mlx-lm itself dequantizes deepseek_v3, but not qwen3_moe.
+    """
+    config, weights = published(family)
+    if family == "qwen3_moe":
+        weights = fp8(weights)
     source = write(tmp_path / "hub", config, weights)
     mark_fp8(next(source.glob("*.safetensors")))
     convert(source, tmp_path / "out")
@@ -143,7 +170,8 @@ def test_block_fp8_is_dequantized(tmp_path):
         else:
             assert same(trunk[name], truth), name
         compared += 1
-    assert compared == len(names) - config["num_hidden_layers"]
+    split = sum("kv_b_proj" in name for name in names)
+    assert compared == len(names) - split > 0
 
 
 def test_an_interrupted_conversion_resumes_to_the_same_bytes(tmp_path, monkeypatch):
