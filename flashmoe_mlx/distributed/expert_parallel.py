@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import FlashMoEError
 from ..format.placement import Placement
 from .collectives import Group, gather_json
+from .heartbeat import Heartbeat, address_of
 from .watchdog import Watchdog, end_process
 
 WORKS, FAILED = 1, 2
@@ -180,6 +181,8 @@ class ExpertParallel:
                         f"{found[0][key]}. Start all ranks with the same model, versions and "
                         "settings."
                     )
+        if (address := address_of(self.placement.rank)) is not None:
+            self.watchdog.heartbeat = Heartbeat(self.group, address)
         return found
 
     @contextlib.contextmanager

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
+from .heartbeat import Heartbeat
+
 EXIT_CODE = 75  # "temporary failure": a supervisor may start the ranks again
 LOOK = 0.5  # seconds
 
@@ -24,6 +26,7 @@ class Watchdog(threading.Thread):
         self.timeout, self._who = timeout, who
         self._launcher = os.getppid()
         self._what, self._deadline = "", float("inf")
+        self.heartbeat: Heartbeat | None = None
         self.start()
 
     def progress(self, what: str) -> None:
@@ -40,9 +43,10 @@ class Watchdog(threading.Thread):
             self._deadline = float("inf")
 
     def run(self) -> None:
-        """Look at the clock and at the launcher."""
+        """Look at the clock, at the launcher, and for signs of life."""
+        look = min(LOOK, self.timeout / 4)
         while True:
-            time.sleep(min(LOOK, self.timeout / 4))
+            self.heartbeat.beat(look) if self.heartbeat else time.sleep(look)
             if os.getppid() != self._launcher:
                 os._exit(EXIT_CODE)  # stderr may be gone with it
             if time.monotonic() > self._deadline:
@@ -50,6 +54,12 @@ class Watchdog(threading.Thread):
                     f"{self._who}: {self._what} took more than {self.timeout:g} s, so another rank "
                     "hangs or has lost its connection. Start all ranks again; "
                     "FLASHMOE_COLLECTIVE_TIMEOUT=SECONDS allows slower ones."
+                )
+            if self.heartbeat and (silent := self.heartbeat.silence()) > self.timeout:
+                ended = "ended" if silent == float("inf") else f"was silent for {silent:.0f} s"
+                end_process(
+                    f"{self._who}: rank {self.heartbeat.before} {ended}; its own output may say "
+                    "why. Start all ranks again."
                 )
 
 

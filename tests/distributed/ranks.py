@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1]
-PATH = f"{TESTS}{os.pathsep}{TESTS / 'models'}"  # what the commands import
+TESTS = Path(__file__).parents[1]  # the commands import its helpers
 
 
 def free_ports(count: int) -> list[int]:
@@ -39,7 +38,7 @@ def start(
     for rank in range(count):
         (folder / f"tmp{rank}").mkdir(exist_ok=True)
         env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "TMPDIR": f"{folder}/tmp{rank}"}
-        env |= {"PYTHONPATH": PATH}
+        env |= {"PYTHONPATH": str(TESTS)}
         env |= envs[rank] if envs else {}
         process = subprocess.Popen(
             [sys.executable, *map(str, command)],

@@ -12,33 +12,18 @@ import mlx.nn as nn
 import mlx_lm.models
 import pytest
 from convert_helpers import write_tokenizer
-from families import EXPERTS, FAMILIES, TOP_K, VOCABULARY, floats, make, mode_of
+from families import EXPERTS, FAMILIES, TOP_K, floats, make, mode_of
+from family_answers import batch_logits, close, distance, prompt_logits, token_bytes, tokens
 from family_helpers import streamed
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.models.patch import switches
 
-TOLERANCE = 1e-4  # of the largest logit
 STEPS = 32
 BANKS = TOP_K, EXPERTS // 2, EXPERTS
 OURS = [("affine", bits) for bits in (2, 4, 8)]  # formats that our CPU kernels take
-
-
-def token_bytes(stock: nn.Module) -> int:
-    """Return the bytes of one expert in every layer together."""
-    found = [module for path, module in switches(stock).items()]
-    return sum(a.nbytes for m in found for _, a in nn.utils.tree_flatten(m.parameters())) // EXPERTS
-
-
-def tokens(length: int) -> list[int]:
-    return mx.random.randint(0, VOCABULARY, (length,), key=mx.random.key(length)).tolist()
-
-
-def prompt_logits(model: Any, length: int) -> mx.array:
-    return model(mx.array([tokens(length)]), cache=make_prompt_cache(model))[0]
 
 
 def greedy_logits(model: Any) -> mx.array:
@@ -49,20 +34,6 @@ def greedy_logits(model: Any) -> mx.array:
         rows.append(model(mx.argmax(rows[-1][-1:], axis=-1)[None], cache=cache)[0])
         mx.eval(rows[-1])
     return mx.concatenate(rows)
-
-
-def batch_logits(model: Any) -> mx.array | str:
-    """Return two steps' log-probabilities of a padded batch, or why its cache takes none."""
-    generator = BatchGenerator(model, max_tokens=2)
-    generator.insert([tokens(length) for length in (3, 9, 17)])
-    rows: dict[int, list[mx.array]] = {}
-    try:
-        while responses := generator.next_generated():
-            for response in responses:
-                rows.setdefault(response.uid, []).append(response.logprobs)
-    except (ValueError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return mx.stack([row for uid in sorted(rows) for row in rows[uid]])
 
 
 def answers(model: Any) -> dict[str, mx.array | str]:
@@ -84,15 +55,6 @@ def compare(found: dict, expected: dict, equal: Callable[[mx.array, mx.array], b
         assert equal(found[name], value), (name, distance(found[name], value))
         first = 16 if name == "greedy" else 0
         assert mx.array_equal(found[name][first:].argmax(-1), value[first:].argmax(-1)), name
-
-
-def distance(a: mx.array, b: mx.array) -> float:
-    a, b = a.astype(mx.float32), b.astype(mx.float32)
-    return (mx.abs(a - b).max() / mx.abs(b).max()).item()
-
-
-def close(a: mx.array, b: mx.array) -> bool:
-    return distance(a, b) <= TOLERANCE
 
 
 @pytest.fixture

@@ -1,0 +1,94 @@
+"""A sign of life from each rank to the next, beside MLX's own connections.
+
+A rank may wait for hours in a collective: a server's ranks wait there for requests. So silence in
+collectives says nothing; a stopped process, a dead host or a cut link shows here.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import secrets
+import select
+import socket
+import time
+from pathlib import Path
+
+from .collectives import Group, gather_json
+
+BEAT, GOODBYE = b".", b"!"
+CONNECT = 30  # seconds
+WORD = 32  # bytes that only the ranks know
+
+
+class Heartbeat:
+    """Beats to the next rank, and listens to the one before."""
+
+    def __init__(self, group: Group, address: str) -> None:
+        """Connect with both neighbours; all ranks of the group must do so.
+
+        Args:
+            group: the ranks.
+            address: of this machine, as the others reach it.
+        """
+        listener = socket.create_server((address, 0), family=_family(address))
+        word = secrets.token_hex(WORD // 2)
+        places = gather_json(group, [*listener.getsockname()[:2], word])
+        *place, other_word = places[(group.rank() + 1) % group.size()]
+        self._to = socket.create_connection(tuple(place), CONNECT)
+        self._to.sendall(other_word.encode())
+        self._from = _accept(listener, word)
+        self._from.setblocking(False)
+        self._to.setblocking(False)
+        self.before = (group.rank() - 1) % group.size()
+        self._heard, self._over = time.monotonic(), False
+        atexit.register(self._send, GOODBYE)
+
+    def beat(self, seconds: float) -> None:
+        """Send a sign of life, and listen for some seconds."""
+        self._send(BEAT)
+        if self._over or not select.select([self._from], [], [], seconds)[0]:
+            time.sleep(seconds if self._over else 0)
+            return
+        try:
+            data = self._from.recv(4096)
+        except OSError:
+            data = b""
+        self._heard = time.monotonic() if data else float("-inf")
+        self._over = GOODBYE in data
+        time.sleep(seconds)
+
+    def silence(self) -> float:
+        """Return for how many seconds the rank before has been silent; infinite if it ended."""
+        return 0.0 if self._over else time.monotonic() - self._heard
+
+    def _send(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):  # full, or closed: `silence` of the next rank tells
+            self._to.send(data)
+
+
+def _accept(listener: socket.socket, word: str) -> socket.socket:
+    """Return the connection of the rank that knows the word, and of nobody else."""
+    listener.settimeout(CONNECT)
+    with listener:
+        while True:
+            found, _ = listener.accept()
+            found.settimeout(CONNECT)
+            with contextlib.suppress(OSError):
+                if secrets.compare_digest(found.recv(WORD, socket.MSG_WAITALL), word.encode()):
+                    return found
+            found.close()
+
+
+def address_of(rank: int) -> str | None:
+    """Return a rank's address in the host file of MLX's ring, None with another back-end."""
+    text = os.environ.get("MLX_HOSTFILE")
+    if not text:
+        return None
+    hosts = json.loads(Path(text).read_text()) if Path(text).exists() else json.loads(text)
+    entry = hosts[rank][0] if isinstance(hosts[rank], list) else hosts[rank]
+    return str(entry).rpartition(":")[0].strip("[]")
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET

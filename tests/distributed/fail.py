@@ -1,0 +1,47 @@
+"""One rank: answer, or serve, until something fails.
+
+    python fail.py MODEL WAY READS [PORT]
+
+After READS reads this rank's disk fails; 0: never. WAY is shard or pipeline. With PORT it runs
+mlx-lm's server.
+"""
+
+import errno
+import os
+import sys
+
+import mlx.core as mx
+from mlx_lm import stream_generate
+
+import flashmoe_mlx
+
+model_path, way, reads, *port = sys.argv[1:]
+group = mx.distributed.init()
+left, preadv = int(reads), os.preadv
+
+
+def failing(*args):
+    global left
+    left -= 1
+    if left == 0 or left < 0 < int(reads):
+        raise OSError(errno.EIO, "Input/output error")
+    return preadv(*args)
+
+
+os.preadv = failing
+if port:
+    from mlx_lm import server
+
+    pipeline = ["--pipeline"] if way == "pipeline" else []
+    sys.argv[1:] = ["--model", model_path, "--trust-remote-code", "--port", *port, *pipeline]
+    sys.exit(server.main())
+model, tokenizer = flashmoe_mlx.load(model_path, expert_cache="2MiB")
+if way == "pipeline":
+    model.model.pipeline(group)
+else:
+    model.shard(group)
+prompt = [1 + n % 500 for n in range(40)]
+print("READY", flush=True)
+while True:
+    text = [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=12)]
+    print("ANSWER", text, flush=True)

@@ -1,0 +1,125 @@
+"""Ranks that share a model answer as one process does, and each reads only its own experts."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from answer import answers
+from families import TOP_K, make
+from family_answers import close, distance, token_bytes
+from family_helpers import streamed
+from ranks import run
+
+from flashmoe_mlx.custom_kernels import device
+from flashmoe_mlx.loader import BUNDLED_MODEL
+
+FAMILIES = (
+    "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "qwen3_next", "minimax",
+    "qwen3_5_moe",
+)  # fmt: skip
+SPLIT_BY_MLX = "deepseek_v3", "gpt_oss", "qwen3_5_moe"
+STAGED_BY_MLX = "deepseek_v3", "qwen3_next", "qwen3_5_moe"
+ANSWERS = "1", "17", "300", "batch"
+
+
+def loaded(folder: Path, name: str, way: str, rank: int) -> dict[str, mx.array]:
+    return mx.load(str(folder / f"{name}.{way}.{rank}.safetensors"))
+
+
+def facts(folder: Path, name: str, way: str, rank: int) -> dict[str, int]:
+    return json.loads((folder / f"{name}.{way}.{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Run all families in two ranks; return the folder, and what one process answers."""
+    folder, alone = tmp_path_factory.mktemp("ranks"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLASHMOE_KERNELS", "stock")  # bit-equal to mlx-lm
+        patch.setenv("FLASHMOE_MODEL", "generic")
+        device._cpu_module.cache_clear()
+        mx.disable_compile()
+        for name in FAMILIES:
+            (folder / name).mkdir()
+            stock = make(name, folder / name, {})
+            with streamed(folder / name, expert_cache=TOP_K * token_bytes(stock)) as model:
+                asked = alone[name, "asked"] = {}
+                alone[name] = answers(model, "exact")
+                asked.update(asked=model.expert_stats().asked)
+        mx.enable_compile()
+        ways = {"exact": FAMILIES, "tensor,stock-tensor": SPLIT_BY_MLX}
+        ways["pipeline,stock-pipeline"] = STAGED_BY_MLX
+        for way, names in ways.items():
+            run(
+                folder,
+                2,
+                [Path(__file__).parent / "answer.py", folder, way, *(folder / n for n in names)],
+            )
+    device._cpu_module.cache_clear()
+    return folder, alone
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exact_equals_one_process_to_the_bit(ran, name, rank):
+    folder, alone = ran
+    found = loaded(folder, name, "exact", rank)
+    for key in ANSWERS:
+        assert mx.array_equal(found[key], alone[name][key]), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_rank_has_and_reads_its_own_experts(ran, name):
+    folder, alone = ran
+    each = [facts(folder, name, "exact", rank) for rank in (0, 1)]
+    assert sum(rank["asked"] for rank in each) == alone[name, "asked"]["asked"]
+    assert all(rank["asked"] > 0 and rank["read"] > 0 for rank in each)
+
+
+@pytest.mark.parametrize("way, name", [
+    *(("tensor", name) for name in SPLIT_BY_MLX), *(("pipeline", name) for name in STAGED_BY_MLX)
+])  # fmt: skip
+def test_tensor_and_pipeline_equal_mlx_lms_own(ran, way, name):
+    folder, _ = ran
+    for rank in (0, 1):
+        found, stock = (loaded(folder, name, w, rank) for w in (way, f"stock-{way}"))
+        for key in ANSWERS:
+            assert close(found[key], stock[key]), (key, distance(found[key], stock[key]))
+
+
+def agree(found: dict, alone: dict, equal: Callable[[mx.array, mx.array], bool]) -> bool:
+    """Compare answers; some ways take fewer steps after the longest prompt."""
+    steps = found[ANSWERS[2]].shape[1]
+    return all(equal(found[key], alone[key][:, :steps]) for key in ANSWERS)
+
+
+def test_the_bundled_model(tmp_path):
+    """Our own model code and kernels: exact in four ranks, unequal shares, prompts summed early."""
+    mx.disable_compile()
+    with streamed(BUNDLED_MODEL, expert_cache=4 << 20) as model:
+        alone = answers(model, "exact")
+    mx.enable_compile()
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "bundled")
+    command = [Path(__file__).parent / "answer.py", tmp_path]
+    run(tmp_path, 4, [*command, "exact", tmp_path / "bundled"])
+    for rank in range(4):
+        found = loaded(tmp_path, "bundled", "exact", rank)
+        assert agree(found, alone, mx.array_equal)
+        assert facts(tmp_path, "bundled", "exact", rank)["asked"] > 0
+    run(
+        tmp_path,
+        2,
+        [*command, "exact,auto,pipeline", tmp_path / "bundled"],
+        FLASHMOE_RANK_WEIGHTS="2,1",
+    )
+    for rank in range(2):
+        for way in "exact", "pipeline":
+            found = loaded(tmp_path, "bundled", way, rank)
+            assert agree(found, alone, mx.array_equal)
+        found = loaded(tmp_path, "bundled", "auto", rank)
+        assert agree(found, alone, close)
+    first, second = (facts(tmp_path, "bundled", "exact", rank)["asked"] for rank in (0, 1))
+    assert 1.6 < first / second < 2.4
