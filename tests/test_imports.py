@@ -72,7 +72,7 @@ DIRECTIONS = {
     "distributed": "errors format",
     "models": "errors format store distributed custom_kernels",
     "profile": "errors progress settings format store models custom_kernels",
-    "cli": f"{GROUND} loader binding format store models profile custom_kernels",
+    "cli": f"{GROUND} loader binding format store distributed models profile custom_kernels",
     "bench": f"{GROUND} loader format store models profile custom_kernels cli convert",
     "custom_kernels": "errors progress",
     "convert": f"{GROUND} loader format models custom_kernels",

@@ -1,8 +1,10 @@
 """Load a model, print its answer token by token, then the summary."""
 
 import argparse
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..distributed.collectives import gather_json
 from ..errors import FlashMoEError
 from ..loader import BUNDLED_MODEL, find_model, load
 from ..models.generation import stream_generate
@@ -30,12 +33,27 @@ BUNDLED_NAME = "bundled model"
 
 
 def answer(args: argparse.Namespace, prompt: str) -> None:
-    """Answer `prompt` as the options say."""
+    """Answer `prompt` as the options say; of several ranks, the first one prints."""
+    group = mx.distributed.init()
+    with open(os.devnull, "w") as nowhere:
+        if group.size() == 1:
+            answer_in_rank(args, prompt, None)
+        else:
+            with redirect_stdout(nowhere if group.rank() else sys.stdout):
+                answer_in_rank(args, prompt, group)
+
+
+def answer_in_rank(
+    args: argparse.Namespace, prompt: str, group: mx.distributed.Group | None
+) -> None:
+    """Answer `prompt`, alone or together with the other ranks of a group."""
     check_plot(args.plot)
-    if args.seed is not None:
-        mx.random.seed(args.seed)
+    if args.seed is not None or group:
+        mx.random.seed(args.seed or 0)  # ranks must choose the same tokens
     cache, metadata = open_prompt_cache(args)
     path, model, tokenizer = open_model(args, metadata)
+    if group:
+        model.shard(group)
     if cache is not None:
         check_fits(args.prompt_cache_file, cache, model)
     add_eos_tokens(tokenizer, args.extra_eos_token)
@@ -55,6 +73,14 @@ def answer(args: argparse.Namespace, prompt: str) -> None:
                 live.note()
     print()
     report(args, model, times, stats, BUNDLED_NAME if path == BUNDLED_MODEL else path.name)
+    if group:
+        print_ranks(gather_json(group, str(model.expert_stats())))
+
+
+def print_ranks(found: list[str]) -> None:
+    """Print each rank's counters."""
+    for rank, stats in enumerate(found):
+        print(f"Rank {rank}: {stats}")
 
 
 def texts(

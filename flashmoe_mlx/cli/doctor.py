@@ -29,6 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
         "model, also compare its logits with a quarter and with all of its experts in memory, "
         "compare its greedy tokens with stock mlx-lm's, and check its peak memory; takes minutes",
     )
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="under mlx.launch: compare the ranks, time their sums, and say which experts each has",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--geometry",
