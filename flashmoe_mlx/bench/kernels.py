@@ -20,7 +20,8 @@ from ..custom_kernels.timing import fitting_calls, ops_of, side_by_side, timed
 from ..errors import FlashMoEError
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile import machine
-from .output import bar, check_json, show, write_json
+from ..progress import bar
+from .output import check_json, show, write_json
 
 CHAIN_SECONDS = 0.5
 SHORTEST = 0.05  # of a call with its link; below, a difference of the two is noise
@@ -79,7 +80,7 @@ def _rows(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Measure and print each case; return the rows, and the ops that need a GPU."""
     rows, absent = [], dict[str, None]()
-    with bar(len(cases), "case") as progress:
+    with bar(len(cases), " cases") as progress:
         for case in cases:
             progress.set_description(f"{case.op} {label(case)}")
             row = measure_row(case, calls, runs, bandwidth)

@@ -57,10 +57,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def work() -> None:
         args = build_parser().parse_args(argv)
-        with importing(), bar(None, "", "starting"):
-            from ..requirements import check_once
+        with importing(), bar(None, what="starting"):
+            from ..requirements import check_mlx
 
-            check_once()
+            check_mlx()
             from . import chat_session
         chat_session.run(args)
 
