@@ -16,7 +16,7 @@ from ..custom_kernels.case import KernelCase
 from ..custom_kernels.cases import cases, label
 from ..custom_kernels.experts.router import MAX_TOP_K
 from ..custom_kernels.linear.matvec import BITS
-from ..custom_kernels.timing import fitting_calls, ops_of, side_by_side, timed
+from ..custom_kernels.timing import fitting_calls, ops_of, timed
 from ..errors import FlashMoEError
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile import machine
@@ -178,7 +178,7 @@ def _chain_length(case: KernelCase, calls: int) -> tuple[int, int]:
 def copy_bandwidth() -> tuple[float, str]:
     """Return the memory bandwidth of the default device in bytes per second, and the method."""
     if machine.on_gpu():
-        (milliseconds,) = side_by_side([lambda x: [-x]], [[mx.ones(COPIED // 4)]], calls=8)
+        ((milliseconds, _),) = timed([lambda x: [-x]], [[mx.ones(COPIED // 4)]], calls=8)
         seconds, copier = milliseconds / 1e3, "one kernel"
     else:
         seconds, copier = _cpu_copy(), f"{machine.cores()} threads"

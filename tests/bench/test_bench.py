@@ -98,7 +98,6 @@ def test_a_linked_calls_time_is_given_with_and_without_the_link():
 
     sets = [[mx.ones(4)]]
     assert timing.timed([op], sets, 2, 1, clock) == [(0.0, pytest.approx(4.0))]
-    assert timing.side_by_side([op], sets, 2, 1, clock) == [0.0]
 
 
 @pytest.mark.parametrize("command", ["", "decode", "io", "kernels"])
