@@ -1,6 +1,6 @@
 """Record a session of flashmoe-chat in a pseudo-terminal, into docs/guides/chat.md.
 
-Run by hand: `python tools/chat_session.py`. tests/cli/test_chat.py repeats it.
+Run by hand: `python tools/chat_session.py`. tests/cli/test_chat_terminal.py repeats it.
 """
 
 import fcntl
