@@ -82,8 +82,9 @@ class Terminal:
         """Read the rest, and return the exit code."""
         while self._read():
             pass
-        os.close(self._screen)
-        return self.process.wait(PATIENCE)
+        code = self.process.wait(PATIENCE)
+        os.close(self._screen)  # not before: it would hang up on a command that is ending
+        return code
 
     def kill(self) -> None:
         """End the command, whatever it does."""
