@@ -1,6 +1,7 @@
 """Progress bars of our commands: on standard error, on a terminal only, gone when the work is done.
 
-In other programs, and without a terminal, they show nothing.
+In other programs, and without a terminal, they show nothing; a log gets one line per kind of work
+that only the first run does.
 """
 
 import shutil
@@ -20,6 +21,7 @@ STEPS = "{desc}{n_fmt}/{total_fmt} [{elapsed}]"
 
 _open: list["_Shown"] = []  # the last one is on the screen
 _first_use = [0.0]
+_logged: set[str] = set()
 
 
 @contextmanager
@@ -44,9 +46,15 @@ def bar(total: int | None, unit: str = "", what: str = "") -> Iterator["Bar"]:
 
 
 @contextmanager
-def first_use(what: str) -> Iterator[None]:
-    """Show work that only the first run on a machine does, and add it to `first_use_seconds`."""
+def first_use(what: str, everywhere: bool = False) -> Iterator[None]:
+    """Show work that only the first run on a machine does, and add it to `first_use_seconds`.
+
+    Without a terminal a line names it, once; with `everywhere`, in other programs too.
+    """
     start = time.perf_counter()
+    if (running() or everywhere) and not visible() and what not in _logged:
+        _logged.add(what)
+        print(f"[flashmoe] {what}, first use only", file=sys.stderr, flush=True)
     try:
         with bar(None, what=f"{what}, first use only"):
             yield

@@ -111,6 +111,19 @@ def test_an_error_clears_the_bar(shown):
     assert shown.getvalue().endswith("\r") and not progress._open
 
 
+def test_a_log_names_the_work_of_a_first_use_once(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=log))
+    monkeypatch.setattr(progress, "running", lambda: "flashmoe-doctor")
+    monkeypatch.setattr(progress, "_logged", set())
+    for what in ("compiling", "checking", "compiling"):
+        with first_use(what):
+            pass
+    assert log.getvalue() == "".join(
+        f"[flashmoe] {what}, first use only\n" for what in ("compiling", "checking")
+    )
+
+
 def test_time_of_first_use_is_counted_without_a_terminal():
     before = first_use_seconds()
     with first_use("compiling"):
