@@ -28,10 +28,6 @@ MANIFEST_FORMAT = "flashmoe-experts"
 MANIFEST_VERSION = 1
 # Modes other than the affine one, by codes (uint32) per scale.
 MODES = {2: "nvfp4", 4: "mxfp4", 8: "mxfp8"}
-AFFINE_ONLY = (
-    "which flashmoe-mlx neither streams nor converts yet. Choose an affine MLX checkpoint, or "
-    "convert the bfloat16 one with flashmoe-convert -q."
-)
 DATA_ALIGNMENT = 16384
 
 
@@ -317,7 +313,8 @@ def refuse_single_quantized(headers: dict[str, tuple[Path, TensorInfo]]) -> None
     if name := next(filter(is_quantized_single, headers), None):
         raise FlashMoEError(
             f"{headers[name][0]}: {name}: each expert is quantized under its own keys, "
-            f"{AFFINE_ONLY}"
+            "which flashmoe-mlx neither streams nor converts. Choose a checkpoint in MLX's format, "
+            "or convert the bfloat16 one with flashmoe-convert -q."
         )
 
 
@@ -330,6 +327,6 @@ def _refuse_other_modes(
         if codes and scales and scales[1].dtype == "U8":
             mode = MODES.get(codes[1].nbytes // 4 // max(1, scales[1].nbytes), "unknown")
             raise FlashMoEError(
-                f"{directory}: layer {layer}: the experts are quantized in mode {mode}, "
-                f"{AFFINE_ONLY}"
+                f"{directory}: layer {layer}: the experts are quantized in mode {mode}, but "
+                "config.json does not say so. Restore the config.json that belongs to them."
             )

@@ -269,7 +269,7 @@ def test_experts_of_other_modes_are_refused_by_name(mode, root, tmp_path):
         return {f"{prefix}.weight": codes, f"{prefix}.scales": scales}
 
     directory = requantized(root, tmp_path / mode, change)
-    message = f"layer 0: the experts are quantized in mode {mode}, which flashmoe-mlx neither"
+    message = f"layer 0: the experts are quantized in mode {mode}, but config.json does not"
     with pytest.raises(FlashMoEError, match=message):
         opened(directory)
     with pytest.raises(FlashMoEError, match=message):
