@@ -159,7 +159,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    with importing(), bar(None, "", "starting"):
+    with importing(), bar(None, what="starting"):
         check_mlx()
         from .publish.upload import is_finished
         from .run import convert

@@ -112,7 +112,7 @@ def convert(
         if upload_repo is not None:
             upload.check_repo(upload_repo, private)
         with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
-            with bar(None, "", "reading the checkpoint"):  # other families import mlx-lm
+            with bar(None, what="reading the checkpoint"):  # other families import mlx-lm
                 source = open_source(found.directory, str(hf_path), found.commit)
             shards = Shards(Found(found.directory) if whole else found, out)
             job = _Job.of(source, shards, options, out, link)
@@ -231,7 +231,7 @@ def _check_loads(
     directory: Path, headers: dict[str, Place], config: dict[str, Any], with_tokenizer: bool
 ) -> None:
     # mlx-lm and transformers take seconds to import: say so on a terminal.
-    with bar(None, "", f"checking {directory}"):
+    with bar(None, what=f"checking {directory}"):
         from ..loader import check_tokenizer
         from ..models.trunk_checks import check_trunk
 

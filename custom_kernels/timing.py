@@ -69,14 +69,14 @@ def fitting_calls(
     return min(max(int(seconds / slowest), 1), most) if slowest else most
 
 
-def side_by_side(
+def timed(
     ops: Sequence[Op],
     sets: Sequence[list[mx.array]],
     calls: int,
     runs: int = 5,
     clock: Clock = time.perf_counter,
     typical: Callable[[list[float]], float] = statistics.median,
-) -> list[float]:
+) -> list[tuple[float, float]]:
     """Time ops in interleaved runs, so that changes of the machine's speed affect all.
 
     Args:
@@ -88,22 +88,8 @@ def side_by_side(
         typical: reduces the runs' times to one.
 
     Returns:
-        Milliseconds per call of the typical run, without the cost of linking calls; at least 0.
-    """
-    return [max(net, 0.0) for net, _ in timed(ops, sets, calls, runs, clock, typical)]
-
-
-def timed(
-    ops: Sequence[Op],
-    sets: Sequence[list[mx.array]],
-    calls: int,
-    runs: int = 5,
-    clock: Clock = time.perf_counter,
-    typical: Callable[[list[float]], float] = statistics.median,
-) -> list[tuple[float, float]]:
-    """Do the same; return milliseconds per call without and with the cost of linking calls.
-
-    The first may be negative: noise, if an op takes less time than its link.
+        Milliseconds per call of the typical run, without and with the cost of linking calls. The
+        first may be negative: noise, if an op takes less time than its link.
     """
     link_alone = _link(len(ops[0](*sets[0])))
     taken: list[list[float]] = [[] for _ in range(len(ops) + 1)]

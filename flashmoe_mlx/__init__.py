@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if running() not in (None, *CHECKS_ITSELF):  # these import the packages at once
-    from .requirements import check_once
+    from .requirements import check_packages
 
-    check_once()
+    check_packages()
 
 from .errors import FlashMoEError
 
@@ -55,9 +55,9 @@ def __getattr__(name: str) -> Any:
     """
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .requirements import check_once
+    from .requirements import check_mlx
 
-    check_once()
+    check_mlx()
     value = globals()[name] = getattr(importlib.import_module(_LAZY[name], __name__), name)
     return value
 

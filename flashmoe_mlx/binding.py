@@ -15,9 +15,9 @@ from .custom_kernels.cpu.compile import check_cpu_kernels, prepare
 from .custom_kernels.device import computes_at_once
 from .errors import FlashMoEError
 from .format.headers import TensorInfo, checkpoint_headers
-from .format.layout import ExpertLayout, open_layout, quantization
+from .format.layout import ExpertLayout, open_layout
 from .format.modules import ExpertModule, open_modules, quantizations
-from .format.names import PROJECTIONS, is_expert
+from .format.names import is_expert
 from .models.patch import patched_classes, top_k
 from .models.qwen3_5.args import ModelArgs, activation_bytes, check_top_k, is_own
 from .models.qwen3_5.model import Model
@@ -223,12 +223,8 @@ def kernel_formats(
     trunk: dict[str, TensorInfo], args: ModelArgs, layout: ExpertLayout
 ) -> set[Format]:
     """Return (bits, group size, dtype of the scales) of all matrices."""
-    formats = set()
-    for layer in layout.layers:
-        for index, projection in enumerate(PROJECTIONS):
-            shape = args.expert_shape(projection)
-            dtype = layer.fields[3 * index + 1].dtype
-            formats.add((*quantization(layer, projection, shape), dtype))
+    found = quantizations(layout, args.expert_modules())
+    formats = {(q.bits, q.group_size, dtype) for q, dtype in found}
     return named_dtypes(formats | entry_formats(args.quantization, trunk))
 
 

@@ -1,8 +1,8 @@
 """From a directory to a model: `bind` for stock mlx-lm's `model_file`, `load` for Python."""
 
-from .requirements import check_once
+from .requirements import check_mlx
 
-check_once()  # before the packages are imported
+check_mlx()  # before the packages are imported
 
 import difflib
 import glob
@@ -186,11 +186,11 @@ def load(
 def read_trunk(model: nn.Module) -> None:
     """Read a lazily loaded model's parameters, and show how far it is."""
     arrays = [array for _, array in tree_flatten(model.parameters())]
-    with bar(sum(array.nbytes for array in arrays), "B", "loading the trunk") as add:
+    with bar(sum(array.nbytes for array in arrays), "B", "loading the trunk") as progress:
         for start in range(0, len(arrays), READ_AT_ONCE):
             part = arrays[start : start + READ_AT_ONCE]
             mx.eval(part)
-            add(sum(array.nbytes for array in part))
+            progress.update(sum(array.nbytes for array in part))
 
 
 def check_tokenizer(directory: Path, vocab_size: int | None) -> None:

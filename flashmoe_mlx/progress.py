@@ -1,13 +1,14 @@
 """Progress bars of our commands: on standard error, on a terminal only, gone when the work is done.
 
-In other programs, and without a terminal, they show nothing.
+In other programs, and without a terminal, they show nothing; a log gets one line per kind of work
+that only the first run does.
 """
 
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,38 +17,46 @@ from .commands import running
 TICK = 0.5  # seconds between redraws, so that the elapsed time moves
 DELAY = 0.5  # seconds; shorter work shows no bar
 TIME_ALONE = "{desc} [{elapsed}]"
+STEPS = "{desc}{n_fmt}/{total_fmt} [{elapsed}]"
 
-_open: list["_Bar"] = []  # the last one is on the screen
+_open: list["_Shown"] = []  # the last one is on the screen
 _first_use = [0.0]
+_logged: set[str] = set()
 
 
 @contextmanager
-def bar(total: int | None, unit: str, what: str) -> Iterator[Callable[[int], None]]:
-    """Show how far some work is while the block runs; yields a function that adds work done.
+def bar(total: int | None, unit: str = "", what: str = "") -> Iterator["Bar"]:
+    """Show how far some work is while the block runs.
 
     Bars may be nested: the innermost is shown.
 
     Args:
         total: amount of work; None shows the elapsed time alone.
-        unit: "B" for bytes, or a noun.
+        unit: "B" for bytes, a noun, or nothing for steps of unequal length.
         what: the work, such as "loading experts".
     """
     if not visible():
-        yield lambda n: None
+        yield Bar()
         return
-    shown = _Bar(total, unit, what)
+    shown = _Shown(total, unit, what)
     try:
-        yield shown.add
+        yield shown
     finally:
         shown.close()
 
 
 @contextmanager
-def first_use(what: str) -> Iterator[None]:
-    """Show work that only the first run on a machine does, and add it to `first_use_seconds`."""
+def first_use(what: str, everywhere: bool = False) -> Iterator[None]:
+    """Show work that only the first run on a machine does, and add it to `first_use_seconds`.
+
+    Without a terminal a line names it, once; with `everywhere`, in other programs too.
+    """
     start = time.perf_counter()
+    if (running() or everywhere) and not visible() and what not in _logged:
+        _logged.add(what)
+        print(f"[flashmoe] {what}, first use only", file=sys.stderr, flush=True)
     try:
-        with bar(None, "", f"{what}, first use only"):
+        with bar(None, what=f"{what}, first use only"):
             yield
     finally:
         _first_use[0] += time.perf_counter() - start
@@ -63,7 +72,17 @@ def visible() -> bool:
     return running() is not None and sys.stderr is not None and sys.stderr.isatty()
 
 
-class _Bar:
+class Bar:
+    """Receives how far some work is; this one shows nothing."""
+
+    def update(self, n: int = 1) -> None:
+        """Add work done."""
+
+    def set_description(self, what: str) -> None:
+        """Name the work."""
+
+
+class _Shown(Bar):
     """A tqdm bar that a thread redraws, also while nothing is added."""
 
     def __init__(self, total: int | None, unit: str, what: str) -> None:
@@ -75,14 +94,14 @@ class _Bar:
             total=total, unit=unit, unit_scale=unit == "B", desc=what, leave=False, file=sys.stderr,
             delay=DELAY, mininterval=0.1, miniters=0, position=0,
             ncols=size.columns, nrows=size.lines,  # tqdm shows nothing where these are unknown
-            bar_format=TIME_ALONE if total is None else None,
+            bar_format=TIME_ALONE if total is None else None if unit else STEPS,
         )  # fmt: skip
         if _open:
             _open[-1].hide()
         _open.append(self)
         threading.Thread(target=self._tick, name="progress", daemon=True).start()
 
-    def add(self, n: int) -> None:
+    def update(self, n: int = 1) -> None:
         """Add work done, and redraw if this bar is the innermost."""
         with self._lock:
             if self._ended.is_set():
@@ -92,8 +111,13 @@ class _Bar:
             else:
                 self._bar.n += n
 
+    def set_description(self, what: str) -> None:
+        """Name the work, and redraw if this bar is the innermost."""
+        with self._lock:
+            self._bar.set_description(what, refresh=_open[-1] is self)
+
     def hide(self) -> None:
-        """Clear the bar's line until the next `add`."""
+        """Clear the bar's line until the next `update`."""
         with self._lock:
             self._bar.clear()
 
@@ -106,4 +130,4 @@ class _Bar:
 
     def _tick(self) -> None:
         while not self._ended.wait(TICK):
-            self.add(0)
+            self.update(0)

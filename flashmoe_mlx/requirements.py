@@ -9,29 +9,19 @@ from typing import NoReturn
 
 from packaging.requirements import Requirement
 
-from .commands import running
 from .errors import FlashMoEError
 
 NAME = "flashmoe-mlx"
-# These work without MLX, in part or for --help, and call `check_mlx` before they need it.
-CHECK_LATER = ("flashmoe-bench", "flashmoe-convert", "flashmoe-doctor", "flashmoe-plan")
 
 
 @functools.cache
-def check_once() -> None:
-    """Call `check_packages`, if this process has not done so."""
-    check_packages()
-
-
 def check_packages() -> None:
-    """Compare installed versions with this package's metadata, and import MLX.
+    """Compare installed versions with this package's metadata, once per process.
 
-    pip does not repeat this check when it later changes another package. Commands in CHECK_LATER
-    do not import MLX here.
+    pip does not repeat this check when it later changes another package.
 
     Raises:
-        FlashMoEError: a package is missing or too old, or MLX has no back-end. Our commands print
-            it and exit with 2.
+        FlashMoEError: a package is missing or too old. Our commands print it and exit with 2.
     """
     try:
         wanted = [Requirement(line) for line in metadata.requires(NAME) or ()]
@@ -40,16 +30,16 @@ def check_packages() -> None:
     if faults := {each: fault for each in wanted if (fault := _fault(each))}:
         names = " ".join(f'"{each.name}{each.specifier}"' for each in faults)
         _refuse(f"{'; '.join(faults.values())}. Install them: pip install -U {names}")
-    if running() not in CHECK_LATER:
-        check_mlx()
 
 
 def check_mlx() -> None:
-    """Import MLX.
+    """Check the packages, and import MLX.
 
     Raises:
-        FlashMoEError: MLX is missing, or has no back-end. Our commands print it and exit with 2.
+        FlashMoEError: a package is missing or too old, or MLX has no back-end. Our commands print
+            it and exit with 2.
     """
+    check_packages()
     try:
         importlib.import_module("mlx.core")
     except ImportError as error:  # on Linux, MLX without a back-end extra

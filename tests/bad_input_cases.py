@@ -280,7 +280,7 @@ CONFIG = [
     (
         "text",
         {"moe_intermediate_size": 96},
-        "layer 0 gate_proj has 64 rows, but config.json says 96",
+        "biases BF16[64, 3] is not a matrix of 96 x 192, as config.json has it, in a format of",
     ),
     (
         "text",

@@ -24,12 +24,17 @@ from convert_helpers import unpack
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.custom_kernels.cpu import compile
-from flashmoe_mlx.loader import BUNDLED_MODEL
+from flashmoe_mlx.loader import BUNDLED_MODEL, load
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; set before importing numba
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
-FORMATS = ("packed4", "packed2", "linked", "unmodified")
+CONVERSIONS = {
+    "packed4": {"quantize": True, "q_bits": 4, "q_group_size": 64},
+    "packed2": {"quantize": True, "q_bits": 2, "q_group_size": 64},
+    "linked": {"link": True},
+}
+FORMATS = (*CONVERSIONS, "unmodified")
 # Families that mlx-lm's own code computes: plain, bfloat16 and sliding windows, latent attention.
 PATCHED = ("qwen3_moe", "gpt_oss", "deepseek_v3")
 
@@ -75,17 +80,32 @@ def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Pa
     return base / name
 
 
-def convert_bundled(base: Path) -> None:
-    convert(BUNDLED_MODEL, base / "packed4", quantize=True, q_bits=4, q_group_size=64)
-    convert(BUNDLED_MODEL, base / "packed2", quantize=True, q_bits=2, q_group_size=64)
-    convert(BUNDLED_MODEL, base / "linked", link=True)
+class Directories(dict[str, Path]):
+    """Directories by format, each made when a test first asks for it."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self._make(name)
+        return self[name]
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, Path]:
+def models(tmp_path_factory) -> Directories:
     """Map each format to a streamable directory made from the bundled model."""
-    base = made_once(tmp_path_factory, "models", convert_bundled)
-    return {name: base / name for name in FORMATS[:3]} | {"unmodified": BUNDLED_MODEL}
+
+    def make(name: str) -> Path:
+        if name == "unmodified":
+            return BUNDLED_MODEL
+
+        def write(base: Path) -> None:
+            convert(BUNDLED_MODEL, base / "model", **CONVERSIONS[name])
+
+        return made_once(tmp_path_factory, name, write) / "model"
+
+    return Directories(make)
 
 
 def make_patched(base: Path) -> None:
@@ -110,16 +130,17 @@ def patched(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stock_models(models, patched, tmp_path_factory) -> dict[str, Path]:
+def stock_models(models, request, tmp_path_factory) -> Directories:
     """Map each format to the stock checkpoint with the same weights."""
-    base = tmp_path_factory.mktemp("stock")
-    return {
-        "packed4": unpack(models["packed4"], base / "packed4"),
-        "packed2": unpack(models["packed2"], base / "packed2"),
-        "linked": BUNDLED_MODEL,
-        "unmodified": BUNDLED_MODEL,
-        **{name: patched / name for name in PATCHED},
-    }
+
+    def make(name: str) -> Path:
+        if name in PATCHED:
+            return request.getfixturevalue("patched") / name
+        if not name.startswith("packed"):
+            return BUNDLED_MODEL
+        return unpack(models[name], tmp_path_factory.mktemp("stock") / name)
+
+    return Directories(make)
 
 
 @pytest.fixture(scope="session")
@@ -137,6 +158,14 @@ def load_stock(stock_models):
         return loaded[path]
 
     return load
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The bundled model and its tokenizer, for all tests of a file."""
+    model, tokenizer = load(BUNDLED_MODEL)
+    with model:
+        yield model, tokenizer
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_tool_call(server):
 
 
 def test_tools():
-    """It only defines functions; tests/cli/test_chat.py offers them to a model."""
+    """It only defines functions; tests/cli/test_chat_terminal.py offers them to a model."""
     assert run("tools.py") == ""
 
 

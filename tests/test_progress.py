@@ -57,8 +57,8 @@ def more_drawn(terminal: Terminal) -> list[str]:
 
 
 def test_a_bar_moves_while_nothing_is_added_and_is_gone_at_the_end(shown):
-    with bar(1000, "B", "loading") as add:
-        add(250)
+    with bar(1000, "B", "loading") as progress_bar:
+        progress_bar.update(250)
         lines = more_drawn(shown)
     assert all(re.match(r"loading: +25%\|.* 250/1.00k ", line) for line in lines)
     assert re.search(r"\r +\r$", shown.getvalue())  # the line is cleared
@@ -68,18 +68,26 @@ def test_a_bar_moves_while_nothing_is_added_and_is_gone_at_the_end(shown):
 
 
 def test_the_innermost_bar_is_shown(shown):
-    with bar(None, "", "outer"):
-        with bar(None, "", "inner"):
+    with bar(None, what="outer"):
+        with bar(None, what="inner"):
             inner = more_drawn(shown)
         outer = more_drawn(shown)
     assert all(re.fullmatch(r"inner \[00:0\d\]", text) for text in inner)
     assert all(re.fullmatch(r"outer \[00:0\d\]", text) for text in outer)
 
 
+def test_steps_have_names_of_their_own(shown):
+    with bar(2) as steps:
+        steps.set_description("reading the disk")
+        steps.update()
+        lines = more_drawn(shown)
+    assert all(re.fullmatch(r"reading the disk: 1/2 \[00:0\d\]", line) for line in lines[-2:])
+
+
 def test_short_work_shows_nothing(shown, monkeypatch):
     monkeypatch.setattr(progress, "DELAY", 60)
-    with bar(10, " tokens", "reading") as add:
-        add(5)
+    with bar(10, " tokens", "reading") as progress_bar:
+        progress_bar.update(5)
         time.sleep(0.05)
     assert shown.getvalue() == ""
 
@@ -90,8 +98,9 @@ def test_other_programs_and_pipes_show_nothing(running, monkeypatch):
     monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=stream))
     monkeypatch.setattr(progress, "running", lambda: running)
     threads = threading.active_count()
-    with bar(10, "B", "loading") as add:
-        add(10)
+    with bar(10, "B", "loading") as hidden:
+        hidden.update(10)
+        hidden.set_description("still loading")
         assert threading.active_count() == threads
     assert stream.getvalue() == ""
 
@@ -100,6 +109,19 @@ def test_an_error_clears_the_bar(shown):
     with pytest.raises(KeyboardInterrupt), bar(10, "B", "loading"):
         raise KeyboardInterrupt
     assert shown.getvalue().endswith("\r") and not progress._open
+
+
+def test_a_log_names_the_work_of_a_first_use_once(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=log))
+    monkeypatch.setattr(progress, "running", lambda: "flashmoe-doctor")
+    monkeypatch.setattr(progress, "_logged", set())
+    for what in ("compiling", "checking", "compiling"):
+        with first_use(what):
+            pass
+    assert log.getvalue() == "".join(
+        f"[flashmoe] {what}, first use only\n" for what in ("compiling", "checking")
+    )
 
 
 def test_time_of_first_use_is_counted_without_a_terminal():
@@ -250,7 +272,7 @@ def test_the_model_reports_its_layers(monkeypatch):
 
     @contextmanager
     def recorded(total, unit, what):
-        yield added.append
+        yield SimpleNamespace(update=added.append)
 
     monkeypatch.setattr(prompt_bar, "bar", recorded)
     with load(BUNDLED_MODEL, expert_cache="1500KiB")[0] as model:

@@ -1,6 +1,6 @@
 """Record a session of flashmoe-chat in a pseudo-terminal, into docs/guides/chat.md.
 
-Run by hand: `python tools/chat_session.py`. tests/cli/test_chat.py repeats it.
+Run by hand: `python tools/chat_session.py`. tests/cli/test_chat_terminal.py repeats it.
 """
 
 import fcntl
@@ -82,8 +82,9 @@ class Terminal:
         """Read the rest, and return the exit code."""
         while self._read():
             pass
-        os.close(self._screen)
-        return self.process.wait(PATIENCE)
+        code = self.process.wait(PATIENCE)
+        os.close(self._screen)  # not before: it would hang up on a command that is ending
+        return code
 
     def kill(self) -> None:
         """End the command, whatever it does."""

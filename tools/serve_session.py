@@ -50,6 +50,7 @@ def chat(client: OpenAI, content: str | list[Any], **more: Any) -> Any:
     )
 
 
+FIELDS = "Return JSON with the fields name and city."
 PATH = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
 CREATE_FILE = {"name": "create_file", "description": "Create a file.", "parameters": PATH}
 TOOLS = [{"type": "function", "function": CREATE_FILE}]
@@ -91,7 +92,9 @@ def an_answer_in_json(client: OpenAI, server: StockServer) -> None:
 def a_chat_with_a_prompt_cache(client: OpenAI, server: StockServer) -> None:
     """A chat whose later turns reuse the server's prompt cache."""
     conversation: list[Any] = []
-    for question in "What is a library?", "What is a disk?", "And what is a file?":
+    places = {"Tim Berg": "Rome", "Ada Lovelace": "London"}
+    sentences = [f"{name} lives in {city}. {FIELDS}" for name, city in places.items()]
+    for question in ["Who are you?", *sentences]:
         conversation.append({"role": "user", "content": question})
         reply = chat(client, conversation)
         text, usage = reply.choices[0].message.content, reply.usage

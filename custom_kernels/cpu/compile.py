@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ...progress import first_use, visible
+from ...progress import first_use
 from ..autotune import report, verdict
 from ..device import computes_at_once, reject_cpu_kernels
 from ..linear.cases import MatvecCase
@@ -34,16 +34,9 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
     wanted = json.dumps(sorted(formats))
     marker = _marker(wanted)
     if not marker.exists() and os.access(marker.parent, os.W_OK):
-        if not visible():
-            print(
-                "[flashmoe] compiling CPU kernels, once on this machine for these bit widths: "
-                "takes a minute or two",
-                file=sys.stderr,
-                flush=True,
-            )
         code = f"from {__name__} import compile_all; compile_all({wanted!r})"
         # OSError: cannot start a process, or the disk is full. Then compile here.
-        with first_use("compiling kernels"), contextlib.suppress(OSError):
+        with first_use("compiling kernels", everywhere=True), contextlib.suppress(OSError):
             done = subprocess.run([sys.executable, "-c", code], capture_output=True)
             if done.returncode == 0:
                 marker.touch()

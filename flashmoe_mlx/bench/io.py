@@ -29,13 +29,14 @@ from ..models.qwen3_5.args import ModelArgs
 from ..profile import machine, read_speed
 from ..profile.counters import Use, disk_bytes
 from ..profile.read_speed import BUFFERS, COLD_BY, Range, in_threads, opened, ranges_of, reads_into
+from ..progress import bar
 from ..store.host import BLOCK
 from ..store.io_mode import obstacle
 from ..store.sizing import BUFFERED, CachePlan, IoPlan
 from ..store.store import ExpertStore
 from .arguments import RECORDS
 from .model import check_positive
-from .output import bar, check_json, write_json
+from .output import check_json, write_json
 
 FETCHED = 8  # experts per request to the store
 SHORTEST = 3 * 3 * BLOCK  # of a record: three matrices, each with codes, scales and biases
@@ -155,7 +156,7 @@ def measure(layout: ExpertLayout, cases: Sequence[Case], rounds: int, sample: in
     count = max(1, count // FETCHED) * FETCHED
     buffers = read_speed.record_buffers(max(nbytes for _, _, nbytes in ranges_of([(layer, 0)])))
     found: Rounds = {case: [] for case in cases}
-    with bar(rounds * len(cases), "read") as progress:
+    with bar(rounds * len(cases), " reads") as progress:
         for _ in range(rounds):
             for case in random.sample(cases, len(cases)):
                 experts = random.sample(range(layer.num_experts), count)

@@ -16,11 +16,12 @@ from ..custom_kernels.case import KernelCase
 from ..custom_kernels.cases import cases, label
 from ..custom_kernels.experts.router import MAX_TOP_K
 from ..custom_kernels.linear.matvec import BITS
-from ..custom_kernels.timing import fitting_calls, ops_of, side_by_side, timed
+from ..custom_kernels.timing import fitting_calls, ops_of, timed
 from ..errors import FlashMoEError
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile import machine
-from .output import bar, check_json, show, write_json
+from ..progress import bar
+from .output import check_json, show, write_json
 
 CHAIN_SECONDS = 0.5
 SHORTEST = 0.05  # of a call with its link; below, a difference of the two is noise
@@ -79,7 +80,7 @@ def _rows(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Measure and print each case; return the rows, and the ops that need a GPU."""
     rows, absent = [], dict[str, None]()
-    with bar(len(cases), "case") as progress:
+    with bar(len(cases), " cases") as progress:
         for case in cases:
             progress.set_description(f"{case.op} {label(case)}")
             row = measure_row(case, calls, runs, bandwidth)
@@ -177,7 +178,7 @@ def _chain_length(case: KernelCase, calls: int) -> tuple[int, int]:
 def copy_bandwidth() -> tuple[float, str]:
     """Return the memory bandwidth of the default device in bytes per second, and the method."""
     if machine.on_gpu():
-        (milliseconds,) = side_by_side([lambda x: [-x]], [[mx.ones(COPIED // 4)]], calls=8)
+        ((milliseconds, _),) = timed([lambda x: [-x]], [[mx.ones(COPIED // 4)]], calls=8)
         seconds, copier = milliseconds / 1e3, "one kernel"
     else:
         seconds, copier = _cpu_copy(), f"{machine.cores()} threads"

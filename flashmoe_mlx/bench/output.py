@@ -1,19 +1,14 @@
-"""What the benchmarks show besides their tables: JSON on request, and progress on a terminal."""
+"""What the benchmarks show besides their tables: JSON on request, and rows beside a bar."""
 
 import argparse
 import json
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ..errors import FlashMoEError
-
-TICK = 1.0  # seconds
 
 
 def check_json(args: argparse.Namespace) -> None:
@@ -47,27 +42,6 @@ def write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         raise FlashMoEError(
             f"--json {args.json}: cannot be written ({error.strerror}). Give another file."
         ) from error
-
-
-@contextmanager
-def bar(total: int, unit: str) -> Iterator[Any]:
-    """Show a progress bar on stderr while the block runs, if that is a terminal.
-
-    Its clock ticks each second, so that a long part does not look like a hang.
-    """
-    with tqdm(total=total, unit=unit, file=sys.stderr, disable=None, leave=False) as shown:
-        ended = threading.Event()
-
-        def tick() -> None:
-            while not ended.wait(TICK):
-                shown.refresh()
-
-        if not shown.disable:
-            threading.Thread(target=tick, daemon=True).start()
-        try:
-            yield shown
-        finally:
-            ended.set()
 
 
 def show(text: str) -> None:

@@ -40,8 +40,8 @@ from ..format.names import is_expert
 from ..models.qwen3_5.args import ModelArgs
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..models.qwen3_5.model import Model
+from ..progress import bar
 from .arguments import default_dir
-from .output import bar
 
 VERSION = 1  # of the weights; part of the directory's name
 CODES, SCALES = 1 << 21, 1 << 18  # elements of the pools; a window takes half of one at most
@@ -192,8 +192,7 @@ def _write(recipe: Recipe, plan: Plan, directory: Path) -> None:
                 _write_tensor(target, tensor, pools)
     write_index(plan, directory)
     layers = []
-    with bar(len(plan.layers), "layer") as progress:
-        progress.set_description(f"writing {recipe.name}")
+    with bar(len(plan.layers), " layers", f"writing {recipe.name}") as progress:
         for layer in plan.layers:
             layers.append(_write_layer(directory / EXPERT_DIR, layer, pools))
             progress.update()

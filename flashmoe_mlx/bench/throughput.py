@@ -14,11 +14,12 @@ from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile.counters import Use
 from ..profile.layers import LayerTime, print_rows, timed_layers
 from ..profile.plot import check_plot, plot
+from ..progress import bar
 from ..store.memory import peak_bytes
 from . import model as bench
 from .io import Limit
 from .model import PROMPT, Subject
-from .output import bar, check_json, show, write_json
+from .output import check_json, show, write_json
 from .synthetic import Recipe
 from .workloads import Workload, begin, prefill, state_name, workloads
 
@@ -43,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     subject = bench.open_subject(args)
     found = {"benchmark": args.what, **bench.conditions(subject), **settings}
     found |= {n: vars(args)[n] for n in ("cold", "forced") if n in args}
-    with bar(1, "step") as progress:
-        progress.set_description("compiling")
+    with bar(None, what="compiling"):
         prefill([0] * PROMPT, PROMPT, subject.model, 0, partial(begin, None, False))
     works = workloads(subject, args)
     rows = [row for work in works for row in _report(subject, args, work)]
@@ -102,7 +102,7 @@ def _measure(
     Prints each run, with floors by what was measured so far.
     """
     uses: dict[bool, list[Use]] = {cold: [] for cold in work.states}
-    with bar(runs * (len(work.states) + 3) + 2, "part") as progress:
+    with bar(runs * (len(work.states) + 3) + 2, " parts") as progress:
 
         def done(what: str, value: Any) -> Any:
             progress.set_description(f"measured {what}")

@@ -112,7 +112,7 @@ def report(
     if stats and args.stats_json:
         stats.save(args.stats_json)
     if stats and args.plot:
-        with bar(None, "", "plotting"):
+        with bar(None, what="plotting"):
             stats.plot(args.plot, name)
 
 
@@ -122,7 +122,7 @@ def open_model(
     """Load the model and tokenizer that the flags name, or else the prompt cache's metadata."""
     trust = {"trust_remote_code": True} if args.trust_remote_code else {}
     path = find_model(args.model or metadata.get("model") or BUNDLED_MODEL)
-    with bar(None, "", "loading"):
+    with bar(None, what="loading"):
         model, tokenizer = load(
             path, **streaming(args), adapter_path=args.adapter_path,
             tokenizer_config=metadata.get("tokenizer_config", {}) | trust,

@@ -2,11 +2,12 @@
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..commands import add_version, as_command, importing
 from ..progress import bar
-from .options import RANGES, within
+from .options import number
 from .streaming_options import add_streaming
 
 # MLX, mlx-lm and transformers are imported when a model is loaded: --help takes no second.
@@ -39,17 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("sampling").add_argument
-
-    def number(flag: str, kind: type, default: float | None, text: str) -> None:
-        checked = within(flag, kind, *RANGES[flag.strip("-").replace("-", "_")])
-        add(flag, type=checked, default=default, metavar="N", help=text)
-
-    number("--temp", float, 0.0, "Temperature (default: 0, the likeliest token)")
-    number("--top-p", float, 1.0, "Sample from the likeliest tokens of this probability")
-    number("--seed", int, None, "Seed of the sampling (default: a new one each time)")
+    add = partial(number, parser.add_argument_group("sampling"))
+    add("--temp", float, 0.0, "Temperature (default: 0, the likeliest token)")
+    add("--top-p", float, 1.0, "Sample from the likeliest tokens of this probability")
+    add("--seed", int, None, "Seed of the sampling (default: a new one each time)")
     text = f"Longest answer (default: {MOST_TOKENS}; -1 for no limit)"
-    number("--max-tokens", int, MOST_TOKENS, text)
+    add("--max-tokens", int, MOST_TOKENS, text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,10 +53,10 @@ def main(argv: list[str] | None = None) -> None:
 
     def work() -> None:
         args = build_parser().parse_args(argv)
-        with importing(), bar(None, "", "starting"):
-            from ..requirements import check_once
+        with importing(), bar(None, what="starting"):
+            from ..requirements import check_mlx
 
-            check_once()
+            check_mlx()
             from . import chat_session
         chat_session.run(args)
 

@@ -218,8 +218,10 @@ class Session:
                     if live:
                         times.note()
                         live.note()
-        except KeyboardInterrupt:
-            if not console.terminal or conversation.last is None:
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # Ctrl-C also ends a compiler that MLX has started, and MLX raises a RuntimeError.
+            pressed = isinstance(error, KeyboardInterrupt) or stop()
+            if not (pressed and console.terminal and conversation.last):
                 raise
             conversation.last.stopped = True
         assert conversation.last

@@ -8,9 +8,9 @@ from pathlib import Path
 from ..commands import add_version, as_command
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile.read_speed import SAMPLE
+from ..progress import bar
 from ..requirements import check_mlx
 from ..settings import check_variables
-from .text import progress
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,11 +58,14 @@ def report(args: argparse.Namespace) -> int:
     """Print all findings, and return 1 if a check fails."""
     check_variables()
     check_mlx()
-    with progress(1) as bar:  # importing takes seconds, so --help does without
-        bar.set_description("importing MLX and mlx-lm")
+    with bar(None, what="importing MLX and mlx-lm"):  # takes seconds: --help does without
+        from . import doctor_ranks
         from .doctor_checks import examine_all
         from .doctor_text import render
-    findings = examine_all(args)
+    if args.distributed:
+        findings, render = doctor_ranks.examine(args.model_dir or args.model), doctor_ranks.render
+    else:
+        findings = examine_all(args)
     print(json.dumps(findings) if args.json else render(findings))
     return 0 if findings["ok"] else 1
 

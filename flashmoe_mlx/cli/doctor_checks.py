@@ -20,13 +20,14 @@ from ..loader import BUNDLED_MODEL
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..profile import machine
 from ..profile.read_speed import ReadSpeed, expert_ranges, time_reads
+from ..progress import Bar, bar
 from ..settings import StreamConfig
 from ..store.io_mode import plan_io
 from ..store.memory import available_bytes, cgroup_limit
 from . import here, what_runs
 from .doctor_model import ModelReport, examine
 from .full_check import full_check
-from .text import duration, progress, size
+from .text import duration, size
 
 
 def examine_all(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,10 +60,10 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
     """Check the machine and the bundled model, and list what runs here."""
     sample, folder = args.sample_mib << 20, here.models_folder()
     tried = _cases(args.geometry, None, machine.default_dtype())
-    with progress(here.STEPS + len(tried) + 1) as bar:
-        found = here.look(folder, bar, sample)
-        kernels = _kernels(tried, bar)
-        bar.set_description("checking the bundled model")
+    with bar(here.STEPS + len(tried) + 1) as steps:
+        found = here.look(folder, steps, sample)
+        kernels = _kernels(tried, steps)
+        steps.set_description("checking the bundled model")
         bundled = examine(BUNDLED_MODEL)
     return {
         **_disk(folder, found.read),
@@ -76,14 +77,12 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
 
 def _model(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Check a model directory, the kernels at its shapes, and reads of its experts."""
-    with progress(2) as bar:
-        bar.set_description(f"checking {directory}")
+    with bar(None, what=f"checking {directory}"):
         model = examine(directory)
-        bar.update()
-        tried = _cases(args.geometry, model, machine.default_dtype())
-        bar.total += len(tried)
-        kernels = _kernels(tried, bar)
-        bar.set_description("reading the disk")
+    tried = _cases(args.geometry, model, machine.default_dtype())
+    with bar(len(tried) + 1) as steps:
+        kernels = _kernels(tried, steps)
+        steps.set_description("reading the disk")
         speed = _read_speed(model, args.sample_mib << 20)
     return {
         **_disk(directory, speed),
@@ -103,12 +102,12 @@ def _disk(place: Path, speed: ReadSpeed | str) -> dict[str, Any]:
     }
 
 
-def _kernels(tried: list[KernelCase], bar: Any) -> dict[str, Any]:
+def _kernels(tried: list[KernelCase], steps: Bar) -> dict[str, Any]:
     found = []
     for case in tried:
-        bar.set_description(f"kernel {case.op}")
+        steps.set_description(f"kernel {case.op}")
         found.append(_kernel(case))
-        bar.update()
+        steps.update()
     folder, complaints = compiled_folder()
     verdicts = cache_dir()
     kept = {

@@ -11,10 +11,9 @@ from ..binding import trunk_bytes, without_experts
 from ..errors import FlashMoEError, named
 from ..format.headers import checkpoint_headers
 from ..format.json_file import exists, read_object
-from ..format.layout import ExpertLayout, open_layout, quantization
+from ..format.layout import ExpertLayout, open_layout
 from ..format.model_files import read_config
 from ..format.modules import open_modules, quantizations
-from ..format.names import PROJECTIONS
 from ..loader import check_tokenizer, find_model
 from ..models.patch import stock_classes, stock_modules, top_k, vocabulary
 from ..models.qwen3_5.args import ModelArgs, check_top_k, is_own
@@ -147,12 +146,8 @@ def _experts(report: ModelReport) -> None:
     if (args := report.args) is None:
         return
     layout = open_layout(report.directory, args.num_hidden_layers, args.num_experts)
-    found = {
-        quantization(layer, projection, args.expert_shape(projection))[0]
-        for layer in layout.layers
-        for projection in PROJECTIONS
-    }
-    report.bits = tuple(sorted(found))
+    found = quantizations(layout, args.expert_modules())
+    report.bits = tuple(sorted({quantization.bits for quantization, _ in found}))
     report.layout = layout
 
 

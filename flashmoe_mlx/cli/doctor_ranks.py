@@ -74,7 +74,9 @@ def render(findings: dict[str, Any]) -> str:
     lines = []
     for number, rank in enumerate(findings["ranks"]):
         versions = ", ".join(f"{name} {rank[name]}" for name in PACKAGES)
-        lines.append(f"Rank {number}: {rank['host']}, {rank['machine']}, {rank['memory']}; {versions}")
+        lines.append(
+            f"Rank {number}: {rank['host']}, {rank['machine']}, {rank['memory']}; {versions}"
+        )
         if HOLDS in rank:
             lines.append(f"  {rank[HOLDS]}")
     for nbytes, seconds in findings["all_sum"].items():

@@ -21,7 +21,6 @@ import mlx_lm
 import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import make_prompt_cache
-from tqdm import tqdm
 
 from ..custom_kernels.attention.step import AttentionStepCase
 from ..custom_kernels.autotune import NEEDS_GPU, Verdict, measure
@@ -48,9 +47,9 @@ from ..errors import FlashMoEError
 from ..loader import load
 from ..models.patch import vocabulary
 from ..profile import machine
+from ..progress import bar
 from .doctor_model import ModelReport, free_bytes
 from .stock import stacked_experts, stock_model
-from .text import progress
 
 PROCESSES = 8  # at most, to compile kernels in
 LENGTHS = 1, 8, 20, 60, 300  # of the prompts in `streamed`
@@ -93,11 +92,11 @@ def full_check(report: ModelReport | None) -> list[Finding]:
     found = parity([*quantized(), *others()])
     if report and report.layout and not report.problems:
         checks = {"streamed logits": streamed, "greedy tokens": greedy, "peak memory": memory}
-        with progress(len(checks)) as bar:
+        with bar(len(checks)) as steps:
             for name, check in checks.items():
-                bar.set_description(name)
+                steps.set_description(name)
                 found.append(_finding(name, check, report))
-                bar.update()
+                steps.update()
     return found
 
 
@@ -160,11 +159,10 @@ def parity(cases: Sequence[KernelCase]) -> list[Finding]:
     verdicts: dict[str, list[tuple[KernelCase, Verdict]]] = {}
     pool = ProcessPoolExecutor(min(PROCESSES, machine.cores()), get_context("spawn"))
     try:
-        with pool:
-            judged = zip(cases, pool.map(judge, cases), strict=True)
-            # Compiling takes minutes on a GPU; the bar shows on a terminal only.
-            for case, verdict in tqdm(judged, "kernels", len(cases), leave=False, disable=None):
+        with pool, bar(len(cases), " kernels", "checking") as progress:  # minutes on a GPU
+            for case, verdict in zip(cases, pool.map(judge, cases), strict=True):
                 verdicts.setdefault(case.op, []).append((case, verdict))
+                progress.update()
     except BrokenProcessPool:
         done = sum(map(len, verdicts.values()))
         return [Finding("kernels", False, f"a process died at or soon after {cases[done]}")]

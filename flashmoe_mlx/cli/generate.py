@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> None:
     """
     check_options(args)
     prompt = find_prompt(args.text, args.prompt)
-    with importing(), bar(None, "", "starting"):
-        from ..requirements import check_once
+    with importing(), bar(None, what="starting"):
+        from ..requirements import check_mlx
 
-        check_once()
+        check_mlx()
         from .answer import answer
     answer(args, prompt)
 

@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import FlashMoEError
 from ..profile import machine
 from ..profile.read_speed import ReadSpeed, scratch_ranges, time_reads
+from ..progress import Bar
 from ..store.memory import available_bytes, cgroup_limit, installed_bytes
 from .plan_model import SYSTEM_BYTES, Machine
 from .published import MACHINES
@@ -91,17 +92,17 @@ def existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if os.path.exists(parent))
 
 
-def look(folder: Path, bar: Any, sample: int = SAMPLE) -> Here:
-    """Measure this machine; `bar` shows the STEPS. A disk that cannot be measured is no error."""
-    bar.set_description("asking MLX for a GPU")
+def look(folder: Path, steps: Bar, sample: int = SAMPLE) -> Here:
+    """Measure this machine; `steps` shows the STEPS. A disk that cannot be measured is no error."""
+    steps.set_description("asking MLX for a GPU")
     gpu, gpu_memory = find_gpu()
-    bar.update()
-    bar.set_description("reading memory")
+    steps.update()
+    steps.set_description("reading memory")
     bandwidth, source = memory_bandwidth()
-    bar.update()
-    bar.set_description(f"reading the disk of {place(folder)}")
+    steps.update()
+    steps.set_description(f"reading the disk of {place(folder)}")
     read, copy = disk_speeds(existing(folder), sample)
-    bar.update()
+    steps.update()
     return Here(
         machine.cpu_name(), machine.cores(), gpu, gpu_memory, installed_bytes(), available_bytes(),
         cgroup_limit(), bandwidth, source, folder, shutil.disk_usage(existing(folder)).free,

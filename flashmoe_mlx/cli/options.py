@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +39,6 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 UNSUPPORTED = ("draft_model", "image", "quantize_activations")
 
 
-def within(
-    flag: str, parse: Callable[[str], Any], valid: Callable[[Any], bool], remedy: str
-) -> Callable[[str], Any]:
-    """Return a `type=` for argparse: values that `parse` returns and for which `valid` holds.
-
-    Its ArgumentError names the flag, the value and the remedy.
-    """
-
-    def checked(text: str) -> Any:
-        value = parse(text)
-        if not valid(value):
-            raise argparse.ArgumentError(None, f"{flag} {value} is out of range. {remedy}.")
-        return value
-
-    checked.__name__ = parse.__name__  # argparse quotes it if `parse` fails
-    return checked
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser: mlx_lm.generate's flags, those that control streaming, and reports."""
     parser = argparse.ArgumentParser(
@@ -71,10 +54,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cache(parser.add_argument_group("memory of the prompt"))
     _add_reports(add_streaming(parser))
     _add_unsupported(parser)
-    for action in parser._actions:
-        if action.dest in RANGES:
-            assert callable(action.type)
-            action.type = within(action.option_strings[0], action.type, *RANGES[action.dest])
     return parser
 
 
@@ -97,42 +76,57 @@ def _add_prompt(group: argparse._ArgumentGroup) -> None:
     add("--verbose", type=_true, default=True, metavar="BOOL", help=text)
 
 
+def number(
+    group: argparse._ActionsContainer, flag: str, kind: type, default: float | None, text: str
+) -> None:
+    """Add an option that takes a number in its range; `text` is its help.
+
+    argparse's error names the flag, the value and the remedy.
+    """
+    valid, remedy = RANGES[flag.strip("-").replace("-", "_")]
+
+    def checked(given: str) -> Any:
+        value = kind(given)
+        if not valid(value):
+            raise argparse.ArgumentError(None, f"{flag} {value} is out of range. {remedy}.")
+        return value
+
+    checked.__name__ = kind.__name__  # argparse quotes it if `kind` fails
+    flags = (flag, "-m") if flag == "--max-tokens" else (flag,)
+    metavar = "N" if kind is int else "X"
+    group.add_argument(*flags, type=checked, default=default, metavar=metavar, help=text)
+
+
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    text = "Most tokens to write; -1: no limit (default: 100)"
-    add("--max-tokens", "-m", type=int, default=100, metavar="N", help=text)
+    add = partial(number, group)
+    add("--max-tokens", int, 100, "Most tokens to write; -1: no limit (default: 100)")
     text = "Further tokens that end the text"
-    add("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help=text)
-    text = "Temperature; 0 takes the likeliest token (default: 0)"
-    add("--temp", type=float, default=0.0, metavar="T", help=text)
+    group.add_argument("--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help=text)
+    add("--temp", float, 0.0, "Temperature; 0 takes the likeliest token (default: 0)")
     text = "Sample from the likeliest tokens of this total probability (default: 1)"
-    add("--top-p", type=float, default=1.0, metavar="P", help=text)
+    add("--top-p", float, 1.0, text)
     text = "Least probability, relative to the likeliest token's (default: 0)"
-    add("--min-p", type=float, default=0.0, metavar="P", help=text)
-    text = "Sample from the N likeliest tokens; 0: from all (default: 0)"
-    add("--top-k", type=int, default=0, metavar="N", help=text)
-    text = "Probability of XTC sampling, per token (default: 0)"
-    add("--xtc-probability", type=float, default=0.0, metavar="P", help=text)
+    add("--min-p", float, 0.0, text)
+    add("--top-k", int, 0, "Sample from the N likeliest tokens; 0: from all (default: 0)")
+    add("--xtc-probability", float, 0.0, "Probability of XTC sampling, per token (default: 0)")
     text = "Probability above which XTC may drop a token (default: 0.1)"
-    add("--xtc-threshold", type=float, default=0.1, metavar="P", help=text)
-    text = "Least tokens that --min-p keeps (default: 1)"
-    add("--min-tokens-to-keep", type=int, default=1, metavar="N", help=text)
-    add("--seed", type=int, metavar="N", help="Seed of the random numbers")
+    add("--xtc-threshold", float, 0.1, text)
+    add("--min-tokens-to-keep", int, 1, "Least tokens that --min-p keeps (default: 1)")
+    add("--seed", int, None, "Seed of the random numbers")
 
 
 def _add_cache(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+    add = partial(number, group)
     text = "Prompt cache that mlx_lm.cache_prompt wrote; the prompt continues it"
-    add("--prompt-cache-file", metavar="FILE", help=text)
+    group.add_argument("--prompt-cache-file", metavar="FILE", help=text)
     text = "Prompt tokens per step; fewer take less memory (default: 2048)"
-    add("--prefill-step-size", type=int, default=2048, metavar="N", help=text)
-    add("--max-kv-size", type=int, metavar="N", help="Most tokens whose keys and values are kept")
+    add("--prefill-step-size", int, 2048, text)
+    add("--max-kv-size", int, None, "Most tokens whose keys and values are kept")
     text = "Quantize keys and values to this many bits (default: not at all)"
-    add("--kv-bits", type=int, metavar="N", help=text)
-    text = "Group size of quantized keys and values (default: 64)"
-    add("--kv-group-size", type=int, default=64, metavar="N", help=text)
+    add("--kv-bits", int, None, text)
+    add("--kv-group-size", int, 64, "Group size of quantized keys and values (default: 64)")
     text = "Tokens whose keys and values stay unquantized (default: 5000)"
-    add("--quantized-kv-start", type=int, default=5000, metavar="N", help=text)
+    add("--quantized-kv-start", int, 5000, text)
 
 
 def _add_reports(group: argparse._ArgumentGroup) -> None:

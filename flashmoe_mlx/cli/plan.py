@@ -15,11 +15,11 @@ from ..format.json_file import exists
 from ..format.model_files import CONFIG, read_config
 from ..format.names import PROJECTIONS
 from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs
+from ..progress import bar
 from ..settings import check_variables, parse_size
 from . import here, plan_model, what_runs
 from .plan_model import Machine, Weights, named_args
 from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, count_within
-from .text import progress
 
 NAMES = ("397b", "122b", "35b")
 BITS = (4, 2)
@@ -80,8 +80,8 @@ def _asks_about_here(args: argparse.Namespace) -> bool:
 
 def look_here(folder: Path | None) -> tuple[dict[str, Any], str]:
     """Measure this machine; return what runs on it as plain JSON values, and as text."""
-    with progress(here.STEPS) as bar:
-        found = here.look(folder or here.models_folder(), bar)
+    with bar(here.STEPS) as steps:
+        found = here.look(folder or here.models_folder(), steps)
     runs = what_runs.as_dict(found, what_runs.what_runs(found))
     lines = [f"{name:9}{text}" for name, text in what_runs.render_machine(found)]
     return runs, "\n".join([*lines, "", *what_runs.render_rows(runs)])

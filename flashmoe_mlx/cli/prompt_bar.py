@@ -39,8 +39,8 @@ class PromptProgress:
 def reading_prompt(model: Any, tokens: int, chunk: int) -> Iterator[Callable[[int, int], None]]:
     """Show a bar while the block reads a prompt; yields the callback for mlx-lm."""
     store = model._store
-    with bar(tokens, " tokens", "reading the prompt") as add:
-        progress = PromptProgress(add, chunk, len(model.layers))
+    with bar(tokens, " tokens", "reading the prompt") as shown:
+        progress = PromptProgress(shown.update, chunk, len(model.layers))
         watched = store is not None and store.observer is None  # --stats observes it itself
         if watched:
             store.observer = progress

@@ -1,14 +1,8 @@
-"""Text for people: sizes, ticks, tables, and a line on a terminal while something runs."""
+"""Text for people: sizes, ticks and tables."""
 
-import shutil
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from ..progress import TICK
 
 
 def size(nbytes: float) -> str:
@@ -55,31 +49,3 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]
         ).rstrip()
         for row in rows
     ]
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Any]:
-    """Show a bar on standard error, if it is a terminal; name the step with `bar.set_description`.
-
-    `bar.update()` ends a step.
-    """
-    from tqdm import tqdm  # 30 ms
-
-    shape = shutil.get_terminal_size()  # tqdm shows nothing on a terminal that does not tell
-    with tqdm(
-        total=total, bar_format="{desc}{n_fmt}/{total_fmt} [{elapsed}]", leave=False, disable=None,
-        ncols=shape.columns, nrows=shape.lines,
-    ) as bar:  # fmt: skip
-        ended = threading.Event()
-
-        def tick() -> None:
-            while not ended.wait(TICK):
-                bar.refresh()
-
-        writer = threading.Thread(target=tick, name="progress", daemon=True)
-        writer.start()
-        try:
-            yield bar
-        finally:
-            ended.set()
-            writer.join()

@@ -29,10 +29,6 @@ MANIFEST_FORMAT = "flashmoe-experts"
 MANIFEST_VERSION = 1
 # Modes other than the affine one, by codes (uint32) per scale.
 MODES = {2: "nvfp4", 4: "mxfp4", 8: "mxfp8"}
-AFFINE_ONLY = (
-    "which flashmoe-mlx neither streams nor converts yet. Choose an affine MLX checkpoint, or "
-    "convert the bfloat16 one with flashmoe-convert -q."
-)
 DATA_ALIGNMENT = 16384
 
 
@@ -355,7 +351,8 @@ def refuse_single_quantized(headers: dict[str, tuple[Path, TensorInfo]]) -> None
     if name := next(filter(is_quantized_single, headers), None):
         raise FlashMoEError(
             f"{headers[name][0]}: {name}: each expert is quantized under its own keys, "
-            f"{AFFINE_ONLY}"
+            "which flashmoe-mlx neither streams nor converts. Choose a checkpoint in MLX's format, "
+            "or convert the bfloat16 one with flashmoe-convert -q."
         )
 
 
@@ -368,48 +365,6 @@ def _refuse_other_modes(
         if codes and scales and scales[1].dtype == "U8":
             mode = MODES.get(codes[1].nbytes // 4 // max(1, scales[1].nbytes), "unknown")
             raise FlashMoEError(
-                f"{directory}: layer {layer}: the experts are quantized in mode {mode}, "
-                f"{AFFINE_ONLY}"
+                f"{directory}: layer {layer}: the experts are quantized in mode {mode}, but "
+                "config.json does not say so. Restore the config.json that belongs to them."
             )
-
-
-def quantization(layer: LayerLayout, projection: str, shape: tuple[int, int]) -> tuple[int, int]:
-    """Return (bits, group size) of one projection, derived from its shapes.
-
-    Args:
-        layer: a layer's experts.
-        projection: one of `names.PROJECTIONS`.
-        shape: rows and columns by config.json.
-
-    Raises:
-        FlashMoEError: the shapes match no affine 2/3/4/5/6/8-bit layout of this matrix.
-    """
-    in_features = shape[1]
-    base = PROJECTIONS.index(projection) * 3
-    weight, scales, biases = layer.fields[base : base + 3]
-    rows, packed = weight.shape
-    if rows != shape[0]:
-        raise FlashMoEError(
-            f"{weight.file}: layer {layer.layer} {projection} has {rows} rows, but config.json "
-            f"says {shape[0]}. Convert the model again."
-        )
-    groups = scales.shape[-1]
-    bits, group_size = 32 * packed // in_features, in_features // max(groups, 1)
-    fits = (
-        bits in (2, 3, 4, 5, 6, 8)
-        and bits * in_features == 32 * packed
-        and group_size in (32, 64, 128)
-        and group_size * groups == in_features
-        and scales.shape == biases.shape == (rows, groups)
-        and weight.dtype == "U32"
-        and scales.dtype == biases.dtype
-        and scales.dtype in ("BF16", "F16", "F32")
-    )
-    if not fits:
-        raise FlashMoEError(
-            f"{weight.file}: layer {layer.layer} {projection}: weight {weight.dtype}"
-            f"{list(weight.shape)} with scales {scales.dtype}{list(scales.shape)} is not affine "
-            f"quantization of {in_features} columns. Only affine modes can be streamed; convert "
-            "from the original checkpoint with flashmoe-convert -q."
-        )
-    return bits, group_size

@@ -202,7 +202,8 @@ def projection_quantization(
         listed = ", ".join(f"{p} {f.dtype}{list(f.shape)}" for p, f in fields.items())
         raise FlashMoEError(
             f"{weight.file}: layer {layer.layer} {projection}: {listed} is not a matrix of {rows} "
-            f"x {columns} in a format of MLX. Restore the checkpoint's own files."
+            f"x {columns}, as config.json has it, in a format of MLX. Restore the checkpoint's own "
+            "files."
         )
     return found
 

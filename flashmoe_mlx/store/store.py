@@ -103,14 +103,14 @@ class ExpertStore:
         slots = [min(self.plan.slots, layer.num_experts) for layer in layers]
         whole = [preload and n == layer.num_experts for n, layer in zip(slots, layers, strict=True)]
         sizes = deque(layer.total_bytes for layer, w in zip(layers, whole, strict=True) if w)
-        with bar(sum(sizes) or None, "B", "loading experts") as add:
+        with bar(sum(sizes) or None, "B", "loading experts") as progress:
             for number, layer in enumerate(layers):
                 self.banks.append(SlotBank(layer, slots[number], files, self.backend))
                 if whole[number]:
                     ahead.append(self.request(number, range(layer.num_experts)))
                 while len(ahead) > (LAYERS_AHEAD if layer is not layers[-1] else 0):
                     ahead.popleft().wait()
-                    add(sizes.popleft())
+                    progress.update(sizes.popleft())
         self._stats = self._stats.as_preload(time.perf_counter() - start)
 
     def close(self) -> None:

@@ -1,17 +1,15 @@
 """flashmoe-bench: a table, JSON on request, and no figures for a wrong kernel."""
 
-import io
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 
 import mlx.core as mx
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
 
-from flashmoe_mlx.bench import arguments, kernels, output
+from flashmoe_mlx.bench import arguments, kernels
 from flashmoe_mlx.bench.main import main
 from flashmoe_mlx.custom_kernels import launch, timing
 from flashmoe_mlx.custom_kernels.case import DTYPES
@@ -100,7 +98,6 @@ def test_a_linked_calls_time_is_given_with_and_without_the_link():
 
     sets = [[mx.ones(4)]]
     assert timing.timed([op], sets, 2, 1, clock) == [(0.0, pytest.approx(4.0))]
-    assert timing.side_by_side([op], sets, 2, 1, clock) == [0.0]
 
 
 @pytest.mark.parametrize("command", ["", "decode", "io", "kernels"])
@@ -120,22 +117,6 @@ def test_help_imports_neither_numpy_nor_models(command):
 
 def test_dtypes_are_those_of_kernel_cases():
     assert tuple(DTYPES) == arguments.DTYPES
-
-
-def test_a_bar_ticks_while_a_part_takes_long(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    monkeypatch.setattr(output, "TICK", 0.01)
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with output.bar(2, "part") as shown:
-        first = terminal.getvalue().count("0/2")
-        deadline = time.monotonic() + 5
-        while terminal.getvalue().count("0/2") < first + 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    assert terminal.getvalue().count("0/2") >= first + 3
-    assert shown.n == 0
 
 
 def test_a_wrong_kernel_is_not_timed(metal, capsys, monkeypatch):

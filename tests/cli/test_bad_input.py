@@ -199,8 +199,14 @@ def test_load(settings, message):
         load(BUNDLED_MODEL, **settings)
 
 
+@pytest.fixture
+def unchecked():
+    """Packages that this process has not checked yet."""
+    requirements.check_packages.cache_clear()
+
+
 @pytest.mark.parametrize("command", ["flashmoe-generate", "-m", "python"])
-def test_packages_too_old(command, monkeypatch, capsys):
+def test_packages_too_old(command, unchecked, monkeypatch, capsys):
     real = metadata.version
     old = {"mlx-lm": "0.20.1"}
     monkeypatch.setattr(metadata, "version", lambda name: old.get(name) or real(name))
@@ -218,7 +224,7 @@ def test_packages_too_old(command, monkeypatch, capsys):
     assert ended.value.code == 2 and re.search(expected, capsys.readouterr().err)
 
 
-def test_packages_missing(monkeypatch):
+def test_packages_missing(unchecked, monkeypatch):
     real = metadata.version
 
     def version(name: str) -> str:

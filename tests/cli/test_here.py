@@ -7,7 +7,7 @@ import pytest
 
 from flashmoe_mlx.cli import here
 from flashmoe_mlx.cli.published import MACHINES
-from flashmoe_mlx.cli.text import progress
+from flashmoe_mlx.progress import Bar
 from flashmoe_mlx.store import memory
 
 
@@ -18,8 +18,7 @@ def short(monkeypatch):
 
 def test_look(tmp_path, monkeypatch):
     monkeypatch.setattr(here, "cgroup_limit", lambda: 10**9)
-    with progress(here.STEPS) as bar:
-        found = here.look(tmp_path / "not" / "yet", bar, sample=4 << 20)
+    found = here.look(tmp_path / "not" / "yet", Bar(), sample=4 << 20)
     assert found.folder == tmp_path / "not" / "yet" and not list(tmp_path.iterdir())
     assert found.memory >= found.available > 0 and found.limit == 10**9 and found.free > 0
     assert (found.gpu, found.gpu_memory) == (None, None)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from flashmoe_mlx.cli.text import duration, mark, place, progress, rate, size, table
+from flashmoe_mlx.cli.text import duration, mark, place, rate, size, table
 
 
 @pytest.mark.parametrize(
@@ -46,20 +46,3 @@ def test_table():
 def test_marks(encoding, marks, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
     assert [mark(ok) for ok in (True, False, None)] == marks
-
-
-def test_progress_shows_on_a_terminal_only(monkeypatch, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    def steps() -> None:
-        with progress(2) as bar:
-            bar.set_description("reading the disk")
-            bar.update()
-
-    steps()
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    steps()
-    assert "reading the disk: 0/2 [" in terminal.getvalue()

@@ -18,9 +18,9 @@ from flashmoe_mlx.format.layout import (
     DATA_ALIGNMENT,
     ExpertLayout,
     open_layout,
-    quantization,
     read_manifest,
 )
+from flashmoe_mlx.format.modules import Quantization, projection_quantization
 from flashmoe_mlx.format.names import FIELDS
 
 LAYER = "model_experts/layer_01.safetensors"
@@ -79,7 +79,8 @@ def test_packed_and_stock_give_the_same_bytes(root):
     assert packed.total_bytes == stock.total_bytes == EXPERTS * LAYERS * 13824
     for layer in range(LAYERS):
         assert [f.name for f in packed.layers[layer].fields] == list(FIELDS)
-        assert quantization(packed.layers[layer], "down_proj", (HIDDEN, INTERMEDIATE)) == (4, 64)
+        found = projection_quantization(packed.layers[layer], "down_proj", (HIDDEN, INTERMEDIATE))
+        assert found == Quantization(4, 64, "affine")
         for expert in range(EXPERTS):
             assert len(packed.layers[layer].spans(expert)) == 1
             assert len(stock.layers[layer].spans(expert)) == 9
@@ -239,8 +240,8 @@ def test_float_experts_cannot_be_streamed(root, tmp_path):
 
 def test_quantization_that_is_not_affine(root):
     layer = opened(root / "stock").layers[0]
-    with pytest.raises(FlashMoEError, match=r"is not affine quantization of 96 columns"):
-        quantization(layer, "up_proj", (INTERMEDIATE, 96))
+    with pytest.raises(FlashMoEError, match=r"is not a matrix of \d+ x 96, as config.json has it"):
+        projection_quantization(layer, "up_proj", (INTERMEDIATE, 96))
 
 
 def requantized(root: Path, directory: Path, change: Callable[[str, mx.array], dict]) -> Path:
@@ -268,7 +269,7 @@ def test_experts_of_other_modes_are_refused_by_name(mode, root, tmp_path):
         return {f"{prefix}.weight": codes, f"{prefix}.scales": scales}
 
     directory = requantized(root, tmp_path / mode, change)
-    message = f"layer 0: the experts are quantized in mode {mode}, which flashmoe-mlx neither"
+    message = f"layer 0: the experts are quantized in mode {mode}, but config.json does not"
     with pytest.raises(FlashMoEError, match=message):
         opened(directory)
     with pytest.raises(FlashMoEError, match=message):

@@ -89,7 +89,8 @@ def test_experts_that_are_no_matrix_of_the_model(fault, copy):
     message = refusal(directory)
     assert message.startswith(f"{directory}/model.safetensors: layer 0 down_proj: weight ")
     assert message.endswith(
-        " is not a matrix of 64 x 32 in a format of MLX. Restore the checkpoint's own files."
+        " is not a matrix of 64 x 32, as config.json has it, in a format of MLX. Restore the "
+        "checkpoint's own files."
     )
 
 

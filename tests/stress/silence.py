@@ -34,10 +34,14 @@ COMMANDS = (
     "generate --model {model} -m 8 {long}",  # the kernels are compiled now
     "generate --model {model} -m 8 {long} --expert-cache 256MiB --stats --plot {folder}/p.png",
     "generate --model {model} -m 8 {long} --expert-cache 256MiB --live --verify-reads",
+    "chat {model} --max-tokens 8",
+    "chat {model} --max-tokens 8 --expert-cache 256MiB",
+    "plan",
     "plan --model 397b --machine m3-max-48",
     "doctor {model}",
     "bench io --model {model} --rounds 2 --threads 1 8",
 )
+PROMPT, TYPED = ">>> ", (LONG, "What is a library?", "/exit")  # of a chat
 CONTROL = re.compile(r"\x1b[\[78][0-9;?]*[A-Za-z]?")
 
 
@@ -51,7 +55,10 @@ def forget(paths: Iterable[Path]) -> None:
 
 
 def watch(command: list[str], environment: dict[str, str]) -> tuple[float, str, float, int]:
-    """Return the longest silence, what was shown before it, the whole time and the exit code."""
+    """Return the longest silence, what was shown before it, the whole time and the exit code.
+
+    Where the command shows PROMPT, the next line of TYPED is typed.
+    """
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 100))
     start = last = time.monotonic()
@@ -59,7 +66,7 @@ def watch(command: list[str], environment: dict[str, str]) -> tuple[float, str, 
         command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
     )
     os.close(theirs)
-    longest, place, shown, more = 0.0, "the start", "", True
+    longest, place, shown, more, typed = 0.0, "the start", "", True, iter(TYPED)
     while more:
         select.select([ours], [], [])
         try:
@@ -70,6 +77,8 @@ def watch(command: list[str], environment: dict[str, str]) -> tuple[float, str, 
         if now - last > longest:
             longest, place = now - last, last_line(shown) or "the start"
         last, shown = now, (shown + data.decode(errors="replace"))[-4000:]
+        if CONTROL.sub("", shown).endswith(PROMPT):
+            os.write(ours, f"{next(typed)}\n".encode())
     os.close(ours)
     return longest, place, last - start, process.wait()
 

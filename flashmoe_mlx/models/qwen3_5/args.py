@@ -13,7 +13,8 @@ from ...format.config_entries import (
     check_quantization,
     object_in,
 )
-from ...format.modules import in_float_mode
+from ...format.modules import ExpertModule, in_float_mode
+from ...format.names import PROJECTIONS, layer_prefix
 
 PREFILL_CHUNK = 2048  # tokens per forward pass of mlx-lm's prefill
 MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -124,6 +125,14 @@ class ModelArgs:
         """Return (rows, columns) of one of a routed expert's three matrices."""
         hidden, inner = self.hidden_size, self.moe_intermediate_size
         return (hidden, inner) if projection == "down_proj" else (inner, hidden)
+
+    def expert_modules(self) -> list[ExpertModule]:
+        """Return the routed experts of each layer."""
+        shapes = {projection: self.expert_shape(projection) for projection in PROJECTIONS}
+        return [
+            ExpertModule(f"{layer_prefix(layer)}.mlp.switch_mlp", shapes, self.num_experts)
+            for layer in range(self.num_hidden_layers)
+        ]
 
 
 def activation_bytes(top_k: int, hidden_size: int) -> int:

@@ -22,7 +22,7 @@ from ...custom_kernels.op import Op
 from ...custom_kernels.traced import Traced
 from ...custom_kernels.weights import QuantizedMatrix, arrays_of, remembered
 from ...distributed.expert_parallel import ExpertParallel
-from ...format.layout import quantization
+from ...format.modules import projection_quantization
 from ...format.names import PROJECTIONS
 from ...store.store import ExpertStore
 from ..switch import StreamedLayer, outputs_by_cpu, outputs_in_batches
@@ -112,9 +112,11 @@ class StreamedExperts(StreamedLayer):
         layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
         self._matrices = []
         for index, projection in enumerate(PROJECTIONS):
-            bits, group_size = quantization(layout, projection, self._args.expert_shape(projection))
+            shape = self._args.expert_shape(projection)
+            found = projection_quantization(layout, projection, shape)
+            assert found
             three = arrays[3 * index : 3 * index + 3]
-            self._matrices.append(QuantizedMatrix.of(three, bits, group_size))
+            self._matrices.append(QuantizedMatrix.of(three, found.bits, found.group_size))
 
     def matrices(self) -> list[QuantizedMatrix]:
         """Return gate, up and down."""
