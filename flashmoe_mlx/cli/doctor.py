@@ -63,9 +63,8 @@ def report(args: argparse.Namespace) -> int:
         from .doctor_checks import examine_all
         from .doctor_text import render
     if args.distributed:
-        findings, render = doctor_ranks.examine(args.model_dir or args.model), doctor_ranks.render
-    else:
-        findings = examine_all(args)
+        return doctor_ranks.report(args.model_dir or args.model, args.json)
+    findings = examine_all(args)
     print(json.dumps(findings) if args.json else render(findings))
     return 0 if findings["ok"] else 1
 

@@ -1,6 +1,7 @@
-"""`flashmoe-doctor --distributed`, under mlx.launch: the ranks, what differs, and how fast they add."""
+"""`flashmoe-doctor --distributed`: the ranks, what differs between them, and how fast they add."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import socket
@@ -21,6 +22,14 @@ from ..store.memory import available_bytes
 SIZES = {4 << 10: 100, 80 << 10: 100, 8 << 20: 10}  # bytes of a sum, and how often to time it
 FREE = "host", "memory"  # may differ between ranks
 HOLDS = "holds"
+
+
+def report(model_dir: Path | None, as_json: bool) -> int:
+    """Print the findings in the first rank, and return 1 if ranks differ."""
+    found = examine(model_dir)
+    if mx.distributed.init().rank() == 0:
+        print(json.dumps(found) if as_json else render(found))
+    return 0 if found["ok"] else 1
 
 
 def examine(model_dir: Path | None) -> dict[str, Any]:
@@ -69,22 +78,22 @@ def time_sum(group: Group, nbytes: int, runs: int) -> float:
     return statistics.median(seconds[2:])
 
 
-def render(findings: dict[str, Any]) -> str:
-    """Return the findings as text."""
+def render(found: dict[str, Any]) -> str:
+    """Return the found as text."""
     lines = []
-    for number, rank in enumerate(findings["ranks"]):
+    for number, rank in enumerate(found["ranks"]):
         versions = ", ".join(f"{name} {rank[name]}" for name in PACKAGES)
         lines.append(
             f"Rank {number}: {rank['host']}, {rank['machine']}, {rank['memory']}; {versions}"
         )
         if HOLDS in rank:
             lines.append(f"  {rank[HOLDS]}")
-    for nbytes, seconds in findings["all_sum"].items():
+    for nbytes, seconds in found["all_sum"].items():
         rate = f", {nbytes / seconds / 1e9:.2f} GB/s" if nbytes > 1 << 20 else ""
         lines.append(f"A sum of {nbytes >> 10} KiB: {seconds * 1e6:.0f} us{rate}")
-    for key in findings["differing"]:
-        values = ", ".join(str(rank.get(key, "unset")) for rank in findings["ranks"])
+    for key in found["differing"]:
+        values = ", ".join(str(rank.get(key, "unset")) for rank in found["ranks"])
         lines.append(f"✗ {key} differs: {values}. Give all ranks the same.")
-    if findings["ok"]:
+    if found["ok"]:
         lines.append("✓ The ranks have the same versions and settings.")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
     python fail.py MODEL WAY READS [PORT]
 
-After READS reads this rank's disk fails; 0: never. WAY is shard or pipeline. With PORT it runs
+After READS reads this rank's disk fails; 0: never; -1: its router chooses otherwise instead. WAY is shard or pipeline. With PORT it runs
 mlx-lm's server.
 """
 
@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_lm import stream_generate
 
 import flashmoe_mlx
+from flashmoe_mlx.distributed.expert_parallel import ExpertParallel
 
 model_path, way, reads, *port = sys.argv[1:]
 group = mx.distributed.init()
@@ -29,6 +30,9 @@ def failing(*args):
 
 
 os.preadv = failing
+if int(reads) < 0:
+    note = ExpertParallel.note
+    ExpertParallel.note = lambda self, layer, ids: note(self, layer, ids + 1)
 if port:
     from mlx_lm import server
 

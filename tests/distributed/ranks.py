@@ -22,7 +22,11 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(
-    folder: Path, count: int, command: Sequence[Any], envs: Sequence[dict[str, str]] = ()
+    folder: Path,
+    count: int,
+    command: Sequence[Any],
+    envs: Sequence[dict[str, str]] = (),
+    last: Sequence[Any] = (),
 ) -> list[subprocess.Popen]:
     """Start a Python command in `count` ranks.
 
@@ -31,6 +35,7 @@ def start(
         count: of ranks.
         command: arguments for Python.
         envs: each rank's further environment variables.
+        last: arguments of the last rank, if others.
     """
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
@@ -41,7 +46,7 @@ def start(
         env |= {"PYTHONPATH": str(TESTS)}
         env |= envs[rank] if envs else {}
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
+            [sys.executable, *map(str, last if last and rank == count - 1 else command)],
             env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         ranks.append(process)

@@ -1,0 +1,83 @@
+"""Whatever happens to one rank, all of them end, and say why."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from ranks import finish, start
+
+from flashmoe_mlx.format.placement import Placement
+from flashmoe_mlx.loader import BUNDLED_MODEL
+
+FAIL = Path(__file__).parent / "fail.py"
+ENDED = 75
+
+
+def fail(folder, way: str, **second: str):
+    """Start two ranks, of which the second has other variables."""
+    both = {"FLASHMOE_COLLECTIVE_TIMEOUT": "4", "FLASHMOE_KERNELS": "stock"}
+    return start(folder, 2, [FAIL, BUNDLED_MODEL, way, 0], [both, both | second])
+
+
+@pytest.mark.parametrize("way", ["shard", "pipeline"])
+def test_a_failing_disk_ends_all_ranks_with_its_message(tmp_path, way):
+    both = {"FLASHMOE_COLLECTIVE_TIMEOUT": "60", "FLASHMOE_KERNELS": "stock"}
+    command = [FAIL, BUNDLED_MODEL, way]
+    ranks = [*start(tmp_path, 2, [*command, 700], [both, both])]
+    for rank, text in zip(ranks, finish(ranks), strict=True):
+        assert rank.returncode == 1
+        assert "rank 1: " in text and "(Input/output error); nothing was computed" in text
+
+
+def test_a_stopped_rank_ends_the_others_and_then_itself(tmp_path):
+    ranks = fail(tmp_path, "shard")
+    assert "READY" in "".join(iter(ranks[1].stdout.readline, "READY\n")) + "READY"
+    ranks[1].stdout.readline()
+    ranks[1].send_signal(signal.SIGSTOP)
+    text = ranks[0].communicate(timeout=60)[0]
+    assert ranks[0].returncode == ENDED
+    assert "rank 1 was silent for" in text or "took more than 4 s" in text
+    ranks[1].send_signal(signal.SIGCONT)
+    finish(ranks[1:])
+    assert ranks[1].returncode != 0
+
+
+def test_a_killed_rank_ends_the_others(tmp_path):
+    ranks = fail(tmp_path, "shard")
+    while "ANSWER" not in ranks[1].stdout.readline():
+        pass
+    ranks[1].kill()
+    text = ranks[0].communicate(timeout=60)[0]
+    assert ranks[0].returncode in (1, ENDED)
+    assert "another rank ended" in text or "rank 1 ended" in text
+    finish(ranks[1:])
+
+
+@pytest.mark.parametrize("variable, value, difference", [
+    ("FLASHMOE_EXPERTS_PER_TOKEN", "2", "rank 1 has top-k = 2, but rank 0 has "),
+    ("FLASHMOE_SHARDING", "exact", "rank 1 has sharding = exact, but rank 0 has auto"),
+])  # fmt: skip
+def test_ranks_that_differ_do_not_start(tmp_path, variable, value, difference):
+    ranks = fail(tmp_path, "shard", **{variable: value})
+    for rank, text in zip(ranks, finish(ranks), strict=True):
+        assert rank.returncode == 1 and difference in text and "READY" not in text
+
+
+def test_routers_that_differ_are_an_error(tmp_path):
+    both = {"FLASHMOE_COLLECTIVE_TIMEOUT": "60", "FLASHMOE_KERNELS": "stock"}
+    one, two = ([FAIL, BUNDLED_MODEL, "shard", reads] for reads in (0, -1))
+    ranks = start(tmp_path, 2, one, [both, both], last=two)
+    for rank, text in zip(ranks, finish(ranks), strict=True):
+        assert rank.returncode == 1 and "ANSWER" not in text
+        assert "the router of rank 1 chose other experts than that of rank 0" in text
+
+
+@pytest.mark.parametrize("weights, parts", [
+    ((1, 1), [range(0, 7, 2), range(1, 7, 2)]),
+    ((3, 1), [range(5), range(5, 7)]),
+    ((1, 2, 1), [range(2), range(2, 5), range(5, 7)]),
+])  # fmt: skip
+def test_each_expert_has_one_rank(weights, parts):
+    found = [Placement(rank, weights).experts(7) for rank in range(len(weights))]
+    assert found == parts
+    assert sorted(e for part in found for e in part) == list(range(7))
