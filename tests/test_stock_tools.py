@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import PATCHED
+from conftest import PATCHED, Directories
 from mlx_lm import fuse, lora
 from mlx_lm.perplexity import eval_ppl
 
@@ -57,7 +57,9 @@ def between_rules(output: str) -> str:
 @pytest.fixture(scope="module")
 def converted(models, patched) -> dict[str, Path]:
     """Map Qwen3.5's formats, and other families, to directories."""
-    return models | {name: patched / f"{name}-converted" for name in PATCHED}
+    return Directories(
+        lambda name: patched / f"{name}-converted" if name in PATCHED else models[name]
+    )
 
 
 def commands_for(directory: Path, cache: Path) -> dict[str, tuple[list[str], str]]:
