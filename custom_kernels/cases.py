@@ -26,28 +26,33 @@ def cases(sizes: Any, bits: int, dtype: str, top_k: int | None = None) -> list[K
     """List the kernel cases of one model, without duplicates.
 
     Args:
-        sizes: an object with config.json's sizes: a `Geometry` or `ModelArgs`.
+        sizes: an object with config.json's sizes: a `Geometry`, `ModelArgs`, or a `Family`, of
+            which only the experts run by kernels on every device.
         bits: of experts and projections, in groups of 64; routers have 8.
         dtype: of activations: "bfloat16", "float16" or "float32".
         top_k: experts per token; the model's if None.
     """
     top_k = top_k or sizes.num_experts_per_tok
     scales = "float16" if dtype == "float16" else "bfloat16"
+    # One slot more than experts used, so that ignoring the slots gives wrong results.
+    slots = min(top_k + 1, sizes.num_experts)
+    experts = sizes.hidden_size, sizes.moe_intermediate_size, slots, top_k, bits, GROUP_SIZE
+    tiles = TiledCase(*experts[:2], bits, GROUP_SIZE, dtype, scales, bits, slots=8, rows=8)
+    outputs = ExpertOutputsCase(*experts, dtype, scales)
+    if not hasattr(sizes, "linear_num_key_heads"):
+        return [outputs, tiles]
     matvecs = [
         MatvecCase(rows, columns, width, GROUP_SIZE, dtype, scales)
         for rows, columns, width in _matrices(sizes, bits)
     ]
-    # One slot more than experts used, so that ignoring the slots gives wrong results.
-    slots = min(top_k + 1, sizes.num_experts)
-    experts = sizes.hidden_size, sizes.moe_intermediate_size, slots, top_k, bits, GROUP_SIZE
     return [
         *dict.fromkeys(matvecs),
         RouterCase(sizes.num_experts, top_k, "float32"),
         ExpertGateUpCase(*experts, dtype, scales),
         ExpertDownCase(*experts, dtype, scales),
         ExpertsCase(*experts, dtype, scales),
-        ExpertOutputsCase(*experts, dtype, scales),
-        TiledCase(*experts[:2], bits, GROUP_SIZE, dtype, scales, bits, slots=8, rows=8),
+        outputs,
+        tiles,
         CombineCase(sizes.hidden_size, top_k, dtype, dtype, tokens=TOKENS),
         AttentionStepCase(*_attention(sizes), dtype),
         GatedDeltaStepCase(*_heads(sizes), dtype, scales),

@@ -119,7 +119,7 @@ CONVERT = [
     ),
     (
         "--hf-path {bundled} --mlx-path {out} --dtype float16",
-        "--dtype float16: the source is quant",
+        "--dtype float16: the source keeps its",
     ),
     (
         "--hf-path {bundled} --mlx-path {out} --revision x",
@@ -212,7 +212,7 @@ DOCTOR = [
 ]
 
 PLAN = [
-    ("--bits 4", "--model is missing. Give 397b, 122b, 35b, or a directory; or no flag"),
+    ("--bits 4", "--model is missing. Give 397b, 122b, 35b, gpt-oss-120b, "),
     ("--model 397b", "missing --ram and --ssd and --memory-bandwidth. Give the figures, or a"),
     ("--model 1b --machine m3-max-48", "--model 1b: has no config.json. Give 397b, 122b, 35b,"),
     ("--model 397b --machine pdp-11", "--machine pdp-11 is unknown. Choose from m1-pro-16"),

@@ -224,7 +224,7 @@ def _check_quantization(path: Path, config: dict[str, Any]) -> None:
     mode = (config.get("quantization") or {}).get("mode", "affine")
     if mode != "affine":
         raise FlashMoEError(
-            f"{path}: quantization mode {shown(mode)} cannot be converted; only 'affine' can. "
+            f"{path}: quantization mode {shown(mode)} is not one of MLX's. "
             "Start from the bfloat16 checkpoint, or from an affine MLX one."
         )
 

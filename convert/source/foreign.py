@@ -9,7 +9,7 @@ the memory, and in some families knows no FP8.
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from ...errors import FlashMoEError, named
 from ...format.headers import TensorInfo
 from ...format.layout import Field, LayerLayout
 from ...format.modules import PARTS, ExpertModule
-from .arrays import DTYPES, as_array
+from .arrays import DTYPES, FLOATS, as_array
 
 Place = tuple[Path, TensorInfo]
 REMEDY = "Restore the checkpoint's own files"
@@ -148,17 +148,21 @@ class Foreign:
     def pieces(self) -> dict[str, str]:
         """Which projection each tensor of an expert becomes, by its own name; {} if they mix.
 
-        Found by zeros in the place of one tensor: what does not depend on others is not NaN.
+        A large expert need not be in memory at once then.
         """
-        found, raws = {}, self.raws(0, 0)
-        for name in {piece_of(raw.key) for raw in raws}:
-            mine = [raw for raw in raws if piece_of(raw.key) == name]
-            zeros = {raw.key: mx.zeros(raw.shape, DTYPES[raw.dtype]) for raw in mine}
-            fields = self._fields(0, self._sanitized(zeros))
-            shapes = self._modules[0].shapes
-            known = [p for p in shapes if not mx.isnan(fields.pop(f"{p}.weight")[:1]).any()]
+        found, shapes, keys = {}, self._modules[0].shapes, [raw.key for raw in self.raws(0, 0)]
+        for name in {piece_of(key) for key in keys}:
+            fields = self._fields(0, self._tried(key for key in keys if piece_of(key) == name))
+            known = [p for p in shapes if not mx.isnan(fields.pop(f"{p}.weight")).any()]
             found[name] = known[0] if len(known) == 1 else ""
-        return found if sorted(found.values()) == sorted(self._modules[0].shapes) else {}
+        return found if sorted(found.values()) == sorted(shapes) else {}
+
+    def _tried(self, keys: Iterable[str]) -> dict[str, mx.array]:
+        """Return what `sanitize` makes of zeros for some tensors; what needs others is NaN."""
+        some = {key: self._placeholders[key] for key in keys if key in self._placeholders}
+        zeros = {key: mx.broadcast_to(mx.zeros((), a.dtype), a.shape) for key, a in some.items()}
+        made: dict[str, mx.array] = self._model.sanitize(self._placeholders | zeros)
+        return made
 
     def _fields(self, layer: int, made: Mapping[str, mx.array]) -> dict[str, mx.array]:
         prefix, mine = f"{self._modules[layer].path}.", self._modules[layer].prefixes
@@ -208,8 +212,9 @@ class Foreign:
     def computed(self, name: str, reader: Any) -> Iterator[mx.array]:
         """Yield a computed tensor of the trunk in blocks of rows, from real tensors.
 
-        Block-FP8 is dequantized block by block. Anything else is computed at once from the tensors
-        of its module, of one beside it, of all beside it, or of its layer: the first that suffice.
+        Block-FP8 is dequantized block by block. Other floats are computed at once from the tensors
+        of their module, of one beside it, of all beside it, or of their layer: the first that
+        suffice. Integers are computed from all of their layer's.
         """
         group = self._of_layer[_number(name)]
         mine = {key: place for key, place in group.items() if _stem(key) == _stem(name)}
@@ -222,15 +227,14 @@ class Foreign:
         beside: dict[str, dict[str, Place]] = {}
         for key, place in near.items():
             beside.setdefault(_stem(key), {})[key] = place
-        for few in (mine, *beside.values(), near, group):
-            real = {
-                key: as_array(reader.read(file, info.offset, info.nbytes), info.dtype, info.shape)
-                for key, (file, info) in few.items()
-            }
-            array = self._made(name, real)
-            if few is group or not mx.isnan(array).any():  # no placeholder went into it
-                yield array
-                return
+        floats = self.trunk[name][1].dtype in FLOATS  # integers cannot be NaN
+        choices = (mine, *beside.values(), near) if floats else ()
+        few = next((c for c in choices if not mx.isnan(self._tried(c)[name]).any()), group)
+        real = {
+            key: as_array(reader.read(file, info.offset, info.nbytes), info.dtype, info.shape)
+            for key, (file, info) in few.items()
+        }
+        yield self._made(name, real)
 
     def _rows_at_once(self, name: str, mine: Mapping[str, Place]) -> int:
         """Return how many rows of a block-FP8 matrix to compute at once, 0 if it is none."""

@@ -135,8 +135,11 @@ def check_generic_trunk(
         return entry.get(path, f"{path}.scales" in trunk)
 
     if entry:
-        mode = entry.get("mode", "affine")
-        nn.quantize(model, entry["group_size"], entry["bits"], mode=mode, class_predicate=quantized)
+        with named(directory / "config.json", "a quantization that does not fit the model", REMEDY):
+            nn.quantize(
+                model, entry["group_size"], entry["bits"], mode=entry.get("mode", "affine"),
+                class_predicate=quantized,
+            )  # fmt: skip
     expected = {
         name: array.shape
         for name, array in tree_flatten(model.parameters())

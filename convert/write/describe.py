@@ -104,10 +104,10 @@ def _seconds(source: Source, plan: LayerPlan, inputs: LayerInputs | None) -> flo
         return 0.0
     steps = ExpertSteps(source, plan, Reader(), inputs)
     batch = steps.batches(range(plan.experts))[0]
-    loaded = [_random(source, plan)] * len(batch)
-    list(steps.encode(batch[:1], loaded[:1]))  # compiles kernels
+    loaded = _random(source, plan)
+    list(steps.encode(batch[:1], [loaded.copy()]))  # compiles kernels
     begun = time.perf_counter()
-    list(steps.encode(batch, loaded))
+    list(steps.encode(batch, [loaded.copy() for _ in batch]))
     return (time.perf_counter() - begun) / len(batch)
 
 

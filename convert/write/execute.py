@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,10 +172,11 @@ class ExpertSteps:
 
     def loaded(self, batches: Sequence[Sequence[int]]) -> Iterator[list[Loaded]]:
         """Load batches, the next one meanwhile; of experts larger than a batch, one at a time."""
-        return map(self.load, batches) if self._large else read_ahead(self.load, batches)
+        return map(self.load, batches) if self.large else read_ahead(self.load, batches)
 
     @property
-    def _large(self) -> bool:
+    def large(self) -> bool:
+        """Whether one expert is larger than a batch."""
         return self._float_bytes() > BATCH_BYTES
 
     def load(self, batch: Sequence[int]) -> list[Loaded]:
@@ -200,7 +202,7 @@ class ExpertSteps:
         return found
 
     def encode(self, batch: Sequence[int], loaded: list[Loaded]) -> Iterable[Sequence[Part]]:
-        """Return a batch's records, evaluated."""
+        """Return a batch's records, evaluated; large bytes are dropped from `loaded` in between."""
         if self._copied and not self._foreign:
             return [[record] for ((record, _),) in loaded]
         if self._inputs:
@@ -220,7 +222,7 @@ class ExpertSteps:
     def _encode_foreign(self, expert: int, loaded: Loaded) -> Sequence[Part]:
         """Encode what mlx-lm's `sanitize` makes, of a large expert one projection after another."""
         layer, raws = self._plan.layer, self._foreign.raws(self._plan.layer, expert)
-        pieces = self._foreign.pieces if self._large else {}
+        pieces = self._foreign.pieces if self.large else {}
         groups = [[p] for p in self._plan.projections] if pieces else [self._plan.projections]
         place, parts = f"{self._source.name}: layer {layer} expert {expert}", list[Part]()
         for group in groups:
@@ -310,6 +312,18 @@ def _streams() -> Iterator[mx.Stream]:
     return itertools.cycle(_LOCAL.streams)
 
 
+@contextmanager
+def _no_cache(large: bool) -> Iterator[None]:
+    """While experts are large, return what MLX frees to the system, where that costs no time."""
+    frugal = large and mx.default_device() == mx.Device(mx.cpu)
+    limit = mx.set_cache_limit(0) if frugal else 0
+    try:
+        yield
+    finally:
+        if frugal:
+            mx.set_cache_limit(limit)
+
+
 def write_layer(
     source: Source,
     plan: LayerPlan,
@@ -323,7 +337,7 @@ def write_layer(
     steps = ExpertSteps(source, plan, reader, inputs)
     batches = steps.batches(range(plan.experts) if visit is None else visit.parts)
     path, written = directory / plan.file, visit.written if visit else None
-    with TensorFile(path, plan.outputs, DATA_ALIGNMENT, written) as file:
+    with TensorFile(path, plan.outputs, DATA_ALIGNMENT, written) as file, _no_cache(steps.large):
         for batch, loaded in zip(batches, steps.loaded(batches), strict=True):
             for expert, record in zip(batch, steps.encode(batch, loaded), strict=True):
                 write_record(file, expert, plan.record[0].name, record)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..commands import add_version
 from ..custom_kernels.kept import cache_dir
+from ..models.families import SHAPES
 from ..models.qwen3_5.args import PREFILL_CHUNK
 from ..models.qwen3_5.geometry import GEOMETRIES
 from ..requirements import check_mlx
@@ -83,7 +84,7 @@ def _kernels(commands: Any) -> None:
         ["35b", "122b", "397b"],
     )
     text = "models whose shapes to use (default: 35b 122b 397b)"
-    add("--geometry", nargs="+", choices=GEOMETRIES, default=usual, help=text)
+    add("--geometry", nargs="+", choices=SHAPES, default=usual, help=text)
     add("--op", nargs="+", help="only these ops, such as dequant_matvec (default: all)")
     text = "bits per weight (default: 4 2)"
     add("--bits", nargs="+", type=int, default=[4, 2], help=text)

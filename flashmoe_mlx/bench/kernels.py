@@ -18,7 +18,7 @@ from ..custom_kernels.experts.router import MAX_TOP_K
 from ..custom_kernels.linear.matvec import BITS
 from ..custom_kernels.timing import fitting_calls, ops_of, timed
 from ..errors import FlashMoEError
-from ..models.qwen3_5.geometry import GEOMETRIES
+from ..models.families import SHAPES
 from ..profile import machine
 from ..progress import bar
 from .output import check_json, show, write_json
@@ -26,7 +26,7 @@ from .output import check_json, show, write_json
 CHAIN_SECONDS = 0.5
 SHORTEST = 0.05  # of a call with its link; below, a difference of the two is noise
 COPIED = 256 << 20  # bytes per array when measuring bandwidth
-OPS = tuple(dict.fromkeys(case.op for case in cases(GEOMETRIES["35b"], 4, "float32")))
+OPS = tuple(dict.fromkeys(case.op for case in cases(SHAPES["35b"], 4, "float32")))
 FORMS = ("custom", "naive", "stock")  # of an op: our kernel, a simple one, MLX's
 HEADER = (
     f"{'ours':>9} {'naive':>9} {'stock':>9} {'floor':>9} {'share':>6} {'gain':>6}  op and shape"
@@ -117,7 +117,7 @@ def _selected(args: argparse.Namespace, dtype: str) -> Iterable[KernelCase]:
         for geometry in args.geometry
         for bits in args.bits
         for top_k in args.top_k
-        for case in cases(GEOMETRIES[geometry], bits, dtype, top_k)
+        for case in cases(SHAPES[geometry], bits, dtype, top_k)
         if not args.op or case.op in args.op
     ]
     return dict.fromkeys(found)

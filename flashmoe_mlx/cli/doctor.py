@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ..commands import add_version, as_command
-from ..models.qwen3_5.geometry import GEOMETRIES
+from ..models.families import SHAPES
 from ..profile.read_speed import SAMPLE
 from ..progress import bar
 from ..requirements import check_mlx
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--geometry",
-        choices=GEOMETRIES,
+        choices=SHAPES,
         help="check the kernels at this model's shapes (default: MODEL_DIR's, else 35b)",
     )
     parser.add_argument(

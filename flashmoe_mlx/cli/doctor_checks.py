@@ -17,7 +17,7 @@ from ..custom_kernels.kept import cache_dir
 from ..custom_kernels.linear.matvec import BITS
 from ..errors import FlashMoEError
 from ..loader import BUNDLED_MODEL
-from ..models.qwen3_5.geometry import GEOMETRIES
+from ..models.families import SHAPES
 from ..profile import machine
 from ..profile.read_speed import ReadSpeed, expert_ranges, time_reads
 from ..progress import Bar, bar
@@ -124,7 +124,7 @@ def _cases(geometry: str | None, model: ModelReport | None, dtype: str) -> list[
     if model and model.args and not geometry:
         known = [bits for bits in model.bits if bits in BITS] or [4]
         return list(dict.fromkeys(c for bits in known for c in cases(model.args, bits, dtype)))
-    return cases(GEOMETRIES[geometry or "35b"], 4, dtype)
+    return cases(SHAPES[geometry or "35b"], 4, dtype)
 
 
 def _kernel(case: KernelCase) -> dict[str, Any]:

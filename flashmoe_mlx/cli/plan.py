@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from ..commands import add_version, as_command
-from ..errors import FlashMoEError
+from ..errors import FlashMoEError, shown
 from ..format.json_file import exists
 from ..format.model_files import CONFIG, read_config
 from ..format.names import PROJECTIONS
-from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs
+from ..models.families import FAMILIES
+from ..models.qwen3_5.args import MODEL_TYPES, PREFILL_CHUNK, ModelArgs
 from ..progress import bar
 from ..settings import check_variables, parse_size
 from . import here, plan_model, what_runs
 from .plan_model import Machine, Weights, named_args
 from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, count_within
 
-NAMES = ("397b", "122b", "35b")
+QWEN = ("397b", "122b", "35b")
+NAMES = *QWEN, *FAMILIES
 BITS = (4, 2)
 _EXPERTS = re.compile(r"\blayers\.(\d+)\.mlp\.switch_mlp\.(\w+)$")
 
@@ -143,8 +145,10 @@ def _weights(args: argparse.Namespace) -> Weights:
             f"--model is missing. Give {', '.join(NAMES)}, or a directory; or no flag, to see what "
             "this machine can run."
         )
-    named = args.model in NAMES
-    settings = named_args(args.model) if named else _read_config(args.model)
+    if args.model in FAMILIES:
+        known = None if args.bits is None else _one_of(args.bits, BITS, "--bits")
+        return plan_model.count_family(FAMILIES[args.model], known, args.top_k)
+    settings = named_args(args.model) if args.model in QWEN else _read_config(args.model)
     quantization = settings.quantization
     own = _expert_bits(quantization, settings.num_hidden_layers)
     bits = own if args.bits is None else _one_of(args.bits, BITS, "--bits")
@@ -158,7 +162,14 @@ def _read_config(directory: str) -> ModelArgs:
             f"--model {directory}: has no {CONFIG}. Give {', '.join(NAMES)}, or the directory of a "
             "model."
         )
-    return ModelArgs.from_dict(read_config(Path(directory)))
+    config = read_config(Path(directory))
+    if (kind := config.get("model_type")) not in MODEL_TYPES:
+        raise FlashMoEError(
+            f"--model {directory}: its model_type is {shown(kind)}, and predictions read the "
+            f"config.json of Qwen3.5 only. Give one of {', '.join(FAMILIES)}, or let "
+            "flashmoe-doctor look at the directory."
+        )
+    return ModelArgs.from_dict(config)
 
 
 def _expert_bits(quantization: dict[str, Any], layers: int) -> float:

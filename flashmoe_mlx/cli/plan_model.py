@@ -8,6 +8,7 @@ token's experts and the system, functions raise the FlashMoEError of `free_bytes
 from dataclasses import dataclass
 
 from ..errors import FlashMoEError
+from ..models.families import Family
 from ..models.qwen3_5.args import PREFILL_CHUNK, ModelArgs, check_top_k
 from ..models.qwen3_5.geometry import GEOMETRIES
 
@@ -125,6 +126,25 @@ def count_bytes(
     embedding = 0 if args.tie_word_embeddings else table * _bytes(trunk_bits, group)
     record = 3 * hidden * args.moe_intermediate_size * _bytes(bits, group)
     return Weights(read + embedding, read, record, layers, args.num_experts, top_k)
+
+
+def count_family(family: Family, bits: int | None = None, top_k: int | None = None) -> Weights:
+    """Count the bytes of another family's model: the trunk at 4 bits, in groups of 64.
+
+    Args:
+        family: its sizes.
+        bits: bits per weight of the routed experts; as published for MLX by default.
+        top_k: experts per token instead of the model's own.
+
+    Raises:
+        FlashMoEError: top_k is larger than the number of experts.
+    """
+    top_k = family.num_experts_per_tok if top_k is None else top_k
+    check_top_k(top_k, family.num_experts, "--top-k")
+    weights = 3 * family.hidden_size * family.moe_intermediate_size
+    record = weights * (family.expert_bits / 8 if bits is None else _bytes(bits, 64))
+    trunk, read = (n * _bytes(4, 64) for n in (family.trunk, family.trunk - family.table))
+    return Weights(trunk, read, record, family.layers, family.num_experts, top_k)
 
 
 def _bytes(bits: float, group: int) -> float:

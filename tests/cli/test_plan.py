@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from mlx.utils import tree_flatten
+from published_configs import published_config
 
 from flashmoe_mlx.cli import plan_model
 from flashmoe_mlx.cli.plan import check, main, render_check
 from flashmoe_mlx.cli.plan_model import Engine, Machine, count_bytes, decode, named_args
 from flashmoe_mlx.cli.published import MACHINES, ROWS, count_within
+from flashmoe_mlx.models.families import FAMILIES
+from flashmoe_mlx.models.patch import describe_all, stock_classes, switches
 
 M3_MAX = MACHINES["m3-max-48"]
 ENGINE = Engine(1e-3)
@@ -34,6 +38,37 @@ def test_sizes_are_the_checkpoints(name, trunk, records, experts):
         assert weights.record == record
         assert weights.expert_bytes / 1e9 == pytest.approx(total, abs=0.05)
         assert weights.trunk / 1e9 == pytest.approx(trunk, abs=0.1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sizes_of_other_families_are_those_of_mlx_lms_models(name):
+    """Built without memory from the published config.json."""
+    model_class, args_class = stock_classes(config := published_config(name))
+    model = model_class(args_class.from_dict(config))
+    modules = describe_all(switches(model), config)
+    experts = tuple(prefix for module in modules for prefix in module.prefixes)
+    trunk = {k: a.size for k, a in tree_flatten(model.parameters()) if not k.startswith(experts)}
+    table = sum(size for key, size in trunk.items() if key.endswith("embed_tokens.weight"))
+    found, top = FAMILIES[name], config["num_experts_per_tok"]
+    (shapes,) = {tuple(module.shapes.values()) for module in modules}
+    assert shapes[0] == (found.moe_intermediate_size, found.hidden_size) == shapes[2][::-1]
+    counts = len(modules), modules[0].num_experts, top, sum(trunk.values()), table
+    assert counts == (*found[:3], found.trunk, found.table)
+
+
+@pytest.mark.parametrize(("name", "megabytes", "total"), [
+    ("gpt-oss-120b", 13.2, 61), ("qwen3-next-80b", 1.8, 43.5), ("qwen3-235b", 10.6, 128),
+    ("glm-4.5-air", 9.7, 56), ("glm-5", 21.2, 407), ("deepseek-v3", 24.8, 368),
+    ("kimi-k2", 24.8, 571), ("minimax-m2", 8.0, 126),
+])  # fmt: skip
+def test_a_plan_of_another_family(name, megabytes, total, capsys):
+    text, found = run(f"--model {name} --machine m3-max-48", capsys)
+    assert found["record_bytes"] / 1e6 == pytest.approx(megabytes, abs=0.06)
+    assert found["expert_bytes"] / 1e9 == pytest.approx(total, rel=0.01)
+    assert name in text and found["decode_tokens_per_s"] > 0
+    _, narrow = run(f"--model {name} --machine m3-max-48 --bits 2 --top-k 2", capsys)
+    assert narrow["record_bytes"] < 0.6 * found["record_bytes"]
+    assert narrow["token_bytes"] < found["token_bytes"]
 
 
 def test_published_rows_are_met():

@@ -124,10 +124,14 @@ def test_foreign_quantization_modes(root, tmp_path):
     source = tmp_path / "mlx"
     shutil.copytree(root / "stock", source)
     config = read(source / "config.json")
-    config["quantization"]["mode"] = "mxfp4"
-    (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FlashMoEError, match=r"'mxfp4' cannot be converted; only 'affine'"):
-        convert(str(source), tmp_path / "out")
+    for mode, message in (
+        ("mxfp5", "quantization mode 'mxfp5' is not one of MLX's"),
+        ("mxfp4", "a quantization that does not fit the model"),  # its codes are affine
+    ):
+        config["quantization"]["mode"] = mode
+        (source / "config.json").write_text(json.dumps(config))
+        with pytest.raises(FlashMoEError, match=message):
+            convert(str(source), tmp_path / "out")
 
 
 def test_link_needs_a_stock_checkpoint(root, tmp_path):
