@@ -153,7 +153,8 @@ def on_disk(
     layout: ExpertLayout, size: Size, formats: set[Format], stream: StreamConfig
 ) -> Experts:
     """Describe experts on disk whose store can be opened: see `start_store`."""
-    requested_slots(stream.expert_cache, layout, size.top_k)  # raises early
+    most = min(size.top_k, layout.num_experts)
+    requested_slots(stream.expert_cache, layout, most)  # raises early
 
     def start(part: ExpertLayout, sharers: int) -> ExpertStore:
         return start_store(part, size, formats, stream, sharers)
