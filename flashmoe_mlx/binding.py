@@ -159,7 +159,10 @@ def on_disk(
     def start(part: ExpertLayout, sharers: int) -> ExpertStore:
         return start_store(part, size, formats, stream, sharers)
 
-    ways = stream.sharding, stream.rank_weights, stream.collective_timeout
+    weights = stream.rank_weights
+    if weights is None and (part := layout.placement) and len(set(part.weights)) > 1:
+        weights = part.weights
+    ways = stream.sharding, weights, stream.collective_timeout
     return Experts(layout, start, *ways, size.top_k)
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import pytest
+import numpy as np
 from distributed.ranks import run
 
 from flashmoe_mlx.convert import convert
@@ -17,31 +17,29 @@ SCRIPT = Path(__file__).with_name("own_disk.py")
 SETTINGS = {"FLASHMOE_SHARDING": "exact", "FLASHMOE_LOOKAHEAD": "off"}
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[mx.array, int]:
-    """Logits `[13, 1, V]` of one machine with the whole model, and the experts it asked for."""
-    folder = tmp_path_factory.mktemp("alone")
-    convert(BUNDLED_MODEL, folder / "whole")
-    command = [sys.executable, SCRIPT, folder, folder / "whole"]
-    printed = subprocess.check_output(command, env=os.environ | SETTINGS, text=True)
-    return answer(folder, 0), asked(printed)
+def answer(folder: Path, directory: str, rank: int) -> mx.array:
+    return mx.load(str(folder / f"{directory}.{rank}.safetensors"))["logits"]
 
 
-def answer(folder: Path, rank: int) -> mx.array:
-    return mx.load(str(folder / f"{rank}.safetensors"))["logits"]
+def asked(printed: str) -> list[int]:
+    """Return how many experts each model asked its store for."""
+    return [int(number) for number in re.findall(r"asked (\d+)", printed)]
 
 
-def asked(printed: str) -> int:
-    return int(re.search(r"asked (\d+)", printed)[1])
-
-
-@pytest.mark.parametrize("weights", [None, "2,1"])
-def test_two_disks_answer_as_one(alone, tmp_path, weights):
-    convert(BUNDLED_MODEL, tmp_path / "model", split=2, rank_weights=weights)
-    settings = SETTINGS | ({"FLASHMOE_RANK_WEIGHTS": weights} if weights else {})
-    printed = run(tmp_path, 2, [SCRIPT, tmp_path, f"{tmp_path}/model-rank{{rank}}"], **settings)
-    expected, everything = alone
+def test_two_disks_answer_as_one(tmp_path):
+    """To the bit, with experts dealt in turn and by weights."""
+    convert(BUNDLED_MODEL, tmp_path / "whole")
+    command = [sys.executable, SCRIPT, tmp_path, tmp_path / "whole"]
+    (everything,) = asked(subprocess.check_output(command, env=os.environ | SETTINGS, text=True))
+    convert(BUNDLED_MODEL, tmp_path / "equal", split=2)
+    convert(BUNDLED_MODEL, tmp_path / "weighted", split=2, rank_weights="2,1")
+    own = [f"{tmp_path}/{name}-rank{{rank}}" for name in ("equal", "weighted")]
+    shares = np.array(
+        [asked(text) for text in run(tmp_path, 2, [SCRIPT, tmp_path, *own], **SETTINGS)]
+    )
+    expected = answer(tmp_path, "whole", 0)
     for rank in range(2):
-        assert mx.array_equal(answer(tmp_path, rank), expected)
-    shares = [asked(text) / everything for text in printed]
-    assert sum(shares) == 1 and all(share < 0.9 for share in shares)
+        for name in ("equal", "weighted"):
+            assert mx.array_equal(answer(tmp_path, f"{name}-rank{rank}", rank), expected)
+    assert shares.sum(0).tolist() == [everything] * 2
+    assert shares[0, 1] > shares[1, 1] > 0 and shares[:, 0].min() > everything / 3
