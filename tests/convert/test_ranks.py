@@ -209,6 +209,14 @@ def test_a_rank_is_no_source(root, one, tmp_path):
         convert(one, tmp_path / "out")
 
 
+def test_it_serves_its_own_rank_only(one):
+    layout = layout_of(one)
+    assert layout.part(Placement(1, (7, 7))) is layout  # weights count up to a factor
+    for other in (Placement(0, (1, 1)), Placement(1, (1, 2))):
+        with pytest.raises(FlashMoEError, match=f"of rank 1 of 2, but this is {other}. Start it"):
+            layout.part(other)
+
+
 def test_one_machine_cannot_load_it(one):
     with pytest.raises(FlashMoEError, match=r"holds only the experts of rank 1 of 2\. Start all"):
         load(one)

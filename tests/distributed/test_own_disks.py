@@ -14,7 +14,7 @@ from flashmoe_mlx.convert import convert
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
 SCRIPT = Path(__file__).with_name("own_disk.py")
-SETTINGS = {"FLASHMOE_SHARDING": "exact", "FLASHMOE_LOOKAHEAD": "off"}
+SETTINGS = {"FLASHMOE_SHARDING": "exact", "FLASHMOE_LOOKAHEAD": "off", "FLASHMOE_VERIFY": "1"}
 
 
 def answer(folder: Path, directory: str, rank: int) -> mx.array:
