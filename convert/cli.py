@@ -8,11 +8,13 @@ from pathlib import Path
 
 from ..commands import add_version, as_command, importing
 from ..errors import FlashMoEError
+from ..format.placement import Placement
 from ..progress import bar
 from ..requirements import check_mlx
 from ..settings import check_variables
 from .plan.parts import METHODS
 from .plan.plan import DTYPES
+from .plan.ranks import outputs, placements
 from .plan.recipes import RECIPES
 from .source.foreign_code import REMEDY, foreign_code
 from .verify.verify import summary, verify
@@ -92,6 +94,21 @@ def parser() -> argparse.ArgumentParser:
         help="Omit the source's Python files, and the entries in its configuration (auto_map) that "
         "make --trust-remote-code run them. By default they are copied unchanged.",
     )  # fmt: skip
+    add("--ranks", type=int, metavar="N", help="Share the model among N machines: see --rank.")
+    add(
+        "--rank", type=int, metavar="R",
+        help="With --ranks: write only the experts of machine R, counted from 0; from the "
+        "Hub, only these are downloaded.",
+    )  # fmt: skip
+    add(
+        "--split", type=int, metavar="N",
+        help="Write the directories of all N machines: DIR-rank0, DIR-rank1, ...",
+    )  # fmt: skip
+    add(
+        "--rank-weights", metavar="W,W",
+        help="With --ranks or --split: each machine's share of the experts, such as 2,1 (default: "
+        "equal shares).",
+    )  # fmt: skip
     add(
         "--upload-repo", metavar="OWNER/NAME",
         help="Upload the finished directory to this repository of the Hub, created if necessary: "
@@ -167,22 +184,32 @@ def _convert(options: argparse.Namespace) -> int:
     try:
         convert(**vars(options))
     except KeyboardInterrupt:
-        out = Path(options.mlx_path).expanduser()
+        out = next(iter(_outputs(options)))
         advice = "; run the same command again to resume" if out.exists() else ""
-        advice += f", or delete {options.mlx_path}" if advice and not is_finished(out) else ""
+        advice += f", or delete {out}" if advice and not is_finished(out) else ""
         raise KeyboardInterrupt(f"flashmoe-convert: interrupted{advice}") from None
     if not options.dry_run:
-        print(*_done(options.hf_path, options.mlx_path, options.upload_repo), sep="\n")
+        print(*_done(options), sep="\n")
     return 0
 
 
-def _done(source: str, out: str, repo: str | None) -> list[str]:
+def _outputs(options: argparse.Namespace) -> dict[Path, Placement | None]:
+    parts = placements(options.ranks, options.rank, options.rank_weights, options.split)
+    return outputs(Path(options.mlx_path).expanduser(), parts)
+
+
+def _done(options: argparse.Namespace) -> list[str]:
     """Return the last lines: how to try it, with the flag only if it runs no foreign code."""
-    directory, place = Path(out).expanduser(), shlex.quote(out)
+    outs, place = _outputs(options), shlex.quote(options.mlx_path)
+    directory = next(iter(outs))
     code = foreign_code(directory, list(directory.iterdir()))
-    notes = [f"Copied code of {source}: {code}. {REMEDY}."] if code else []
-    if repo:
-        return [f"Uploaded: https://huggingface.co/{repo}", *notes]
+    notes = [f"Copied code of {options.hf_path}: {code}. {REMEDY}."] if code else []
+    if options.upload_repo:
+        return [f"Uploaded: https://huggingface.co/{options.upload_repo}", *notes]
+    if outs[directory]:
+        held = [f"{path}: the experts of {part}." for path, part in outs.items()]
+        return [*held, *notes, "Done. Give every machine its own, under the same path, and start "
+                "all ranks with mlx.launch."]  # fmt: skip
     if code:
         attempt = f"Try, without that flag: flashmoe-generate --model {place} -p Hello"
         return ["Done.", *notes, attempt]

@@ -6,7 +6,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..models.qwen3_5.args import ModelArgs, is_own
 from ..progress import bar
 from .plan.parts import METHODS, File, LayerPlan, Options, Plan
 from .plan.plan import build_plan
+from .plan.ranks import outputs, placements
 from .publish import published, upload
 from .publish.card import model_card
 from .quant.calibrate import Calibration
@@ -36,7 +37,7 @@ from .write.describe import describe, describe_time, human
 from .write.execute import Progress
 from .write.files import as_text
 from .write.stamps import SourceChangedError, Stamps, source_files
-from .write.steps import Step, fetched, plan_steps
+from .write.steps import Step, fetched, other_ranks, plan_steps
 
 
 def convert(
@@ -56,6 +57,10 @@ def convert(
     upload_repo: str | None = None,
     no_remote_code: bool = False,
     private: bool | None = None,
+    ranks: int | None = None,
+    rank: int | None = None,
+    rank_weights: str | None = None,
+    split: int | None = None,
 ) -> None:
     """Convert a mixture-of-experts checkpoint into a directory that streams its experts from disk.
 
@@ -82,6 +87,11 @@ def convert(
         no_remote_code: omit the source's Python files, and the configuration entries (`auto_map`)
             that make `trust_remote_code` run them. By default they are copied unchanged.
         private: whether `upload_repo` is private; required with it.
+        ranks: with `rank`: write only the experts of one of so many machines.
+        rank: its number, from 0.
+        rank_weights: each machine's share of the experts, such as "2,1"; equal by default.
+        split: write the directories of so many ranks, `mlx_path` followed by "-rank0", ...; those
+            that the same call has finished before are kept.
 
     Raises:
         FlashMoEError: the source, the options or the disk do not allow it. A partly written
@@ -92,8 +102,15 @@ def convert(
         raise FlashMoEError(
             "--private and --public have no effect without --upload-repo. Add it, or drop them."
         )
-    if upload_repo is None or not upload.is_finished(out):
-        journal.check_output(out)
+    outs = outputs(out, placements(ranks, rank, rank_weights, split))
+    for path in outs:
+        if (upload_repo is None and split is None) or not upload.is_finished(path):
+            journal.check_output(path)
+    if (link or upload_repo) and (ranks or split):
+        raise FlashMoEError(
+            f"{'--link' if link else '--upload-repo'} is for all experts, not for those of one "
+            "rank. Drop it, or --ranks, --rank and --split: a whole directory serves every rank."
+        )
     if q_method not in (None, *METHODS):
         raise FlashMoEError(f"q_method = {q_method!r}: expected one of {', '.join(METHODS)}.")
     text = None if calibrate is None else str(Path(calibrate).expanduser())
@@ -114,9 +131,13 @@ def convert(
         with located(str(hf_path), revision, dry_run, whole and not dry_run) as found:
             with bar(None, what="reading the checkpoint"):  # other families import mlx-lm
                 source = open_source(found.directory, str(hf_path), found.commit)
-            shards = Shards(Found(found.directory) if whole else found, out)
-            job = _Job.of(source, shards, options, out, link)
-            _run(job, upload_repo, bool(private), dry_run)
+            for path, placement in outs.items():
+                shards = Shards(Found(found.directory) if whole else found, path)
+                job = _Job.of(source, shards, replace(options, placement=placement), path, link)
+                if split is not None and upload.is_finished(path):
+                    upload.check_finished(path, job.made)
+                else:
+                    _run(job, upload_repo, bool(private), dry_run)
 
 
 @dataclass(frozen=True)
@@ -135,6 +156,8 @@ class _Job:
     def of(cls, source: Source, shards: Shards, options: Options, out: Path, link: bool) -> "_Job":
         stamps = Stamps(shards.lasting(source_files(source)))
         plan = build_plan(source, options)
+        if options.placement:
+            shards.leave_out(other_ranks(source, plan))
         if link:
             output.check_linkable(source)
         card = b"" if link else model_card(source, plan, options, tools())
@@ -142,10 +165,17 @@ class _Job:
             "source": origin(source),
             "options": options.given() | {"link": link},
             "tools": tools(),
+            "placement": str(options.placement) if options.placement else None,
             # A commit identifies the files; a dry run has outlines of them only.
             "files": {} if source.revision else stamps.named(source.directory),
         }
         return cls(source, shards, stamps, plan, options.calibrate, link, out, begun, card)
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """Source, options and placement, as the manifest has them."""
+        part = self.plan.placement
+        return public(self.begun) | {"placement": part.as_json() if part else None}
 
     def steps(self, done: journal.Entries) -> list[Step]:
         remote = frozenset(self.shards.sizes)
@@ -157,7 +187,7 @@ def _run(job: _Job, repo: str | None, private: bool, dry_run: bool) -> None:
     if repo:
         upload.check_card(repo, (published.own_card(job.out) if done else None) or job.card)
     if done:
-        upload.check_finished(job.out, public(job.begun))
+        upload.check_finished(job.out, job.made)
     else:
         _make(job, dry_run)
     if repo and dry_run:
@@ -323,7 +353,7 @@ def _write(job: _Job, done: journal.Entries, calibration: Calibration | None) ->
     shards.remove()
     trunk = {file.name: done[output.place(file)] for file in plan.trunk}
     return {
-        **public(job.begun),
+        **{key: value for key, value in job.made.items() if value is not None},
         "tools": job.begun["tools"],
         "num_experts": source.most_experts,
         "layers": [done[output.place(layer)] for layer in plan.layers],

@@ -153,12 +153,16 @@ def on_disk(
     layout: ExpertLayout, size: Size, formats: set[Format], stream: StreamConfig
 ) -> Experts:
     """Describe experts on disk whose store can be opened: see `start_store`."""
-    requested_slots(stream.expert_cache, layout, size.top_k)  # raises early
+    most = min(size.top_k, layout.num_experts)
+    requested_slots(stream.expert_cache, layout, most)  # raises early
 
     def start(part: ExpertLayout, sharers: int) -> ExpertStore:
         return start_store(part, size, formats, stream, sharers)
 
-    ways = stream.sharding, stream.rank_weights, stream.collective_timeout
+    weights = stream.rank_weights
+    if weights is None and (part := layout.placement) and len(set(part.weights)) > 1:
+        weights = part.weights
+    ways = stream.sharding, weights, stream.collective_timeout
     return Experts(layout, start, *ways, size.top_k)
 
 

@@ -187,10 +187,11 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 # Reads lines "CALL OUT", and converts its checkpoint in a fork that sends itself SIGKILL at that
-# system call: before it, after it, or after half of a write. Prints the signal, or the names of the
+# system call: before it, after it, or after half of a write; an argument after the checkpoint's
+# has more options as JSON. Prints the signal, or the names of the
 # calls of a complete conversion. MLX computes nothing in the parent, so that forks are safe.
 KILLER = """
-import os, signal, sys, threading
+import json, os, signal, sys, threading
 from flashmoe_mlx import loader  # so that forks do not load transformers
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.quant import min_max_cpu  # nor numba
@@ -221,7 +222,7 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         last = int(first)
-        convert(sys.argv[1], out, quantize=True)
+        convert(sys.argv[1], out, quantize=True, **json.loads("".join(sys.argv[2:]) or "{}"))
         os.write(writer, " ".join(calls).encode())
         os._exit(0)
     os.close(writer)

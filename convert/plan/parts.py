@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from ...format.headers import ITEM_SIZE
 from ...format.layout import layer_file
+from ...format.placement import Placement
 from ..source.checkpoint import Place
 
 
@@ -22,10 +23,16 @@ class Options:
     calibrate: str | None = None  # path of a text
     recipe: str | None = None  # a name in `recipes.RECIPES`
     no_remote_code: bool = False
+    placement: Placement | None = None  # write the experts of one rank
 
     def given(self) -> dict[str, Any]:
-        """Return the dict for journal and manifest; older ones lack `no_remote_code`."""
-        return {k: v for k, v in asdict(self).items() if k != "no_remote_code" or v}
+        """Return the dict for journal and manifest, which has `placement` elsewhere.
+
+        Older ones lack `no_remote_code`.
+        """
+        given = asdict(self)
+        del given["placement"]
+        return {k: v for k, v in given.items() if k != "no_remote_code" or v}
 
 
 MIN_MAX, LEAST_SQUARES = METHODS = "min-max", "least-squares"
@@ -138,12 +145,24 @@ class Projection:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The expert file of one layer; `module` is the path of its experts in the model."""
+    """The expert file of one layer.
+
+    Attributes:
+        layer: its number among the layers with experts.
+        numbers: the experts' ids in the model.
+        projections: an expert's matrices.
+        module: the path of its experts in the model.
+    """
 
     layer: int
-    experts: int
+    numbers: range
     projections: tuple[Projection, ...]
     module: str
+
+    @property
+    def experts(self) -> int:
+        """How many experts the file holds."""
+        return len(self.numbers)
 
     @property
     def file(self) -> str:
@@ -170,7 +189,7 @@ class LayerPlan:
         """Every tensor of the file, in order."""
         return tuple(
             spec._replace(name=f"experts.{expert}.{spec.name}")
-            for expert in range(self.experts)
+            for expert in self.numbers
             for spec in self.record
         )
 
@@ -186,6 +205,7 @@ class Plan:
     trunk: tuple[TrunkFile, ...]
     config: dict[str, Any]
     remote_code: bool = True  # copy the source's Python files
+    placement: Placement | None = None
 
     @property
     def weight_files(self) -> tuple[File, ...]:

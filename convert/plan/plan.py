@@ -5,6 +5,7 @@ from typing import Any
 
 from ...errors import FlashMoEError
 from ...format.modules import ExpertModule, projection_fields, projection_quantization
+from ...format.placement import Placement
 from ..source.checkpoint import Source
 from ..source.foreign_code import KEYS, SHIM_NAME, without
 from .parts import (
@@ -36,6 +37,11 @@ WIDTHS = {
 
 def build_plan(source: Source, options: Options) -> Plan:
     """Plan the conversion. Raises FlashMoEError if options contradict the source or each other."""
+    if source.layout and source.layout.placement:
+        raise FlashMoEError(
+            f"{source.directory}: holds only the experts of {source.layout.placement}. Give the "
+            "checkpoint that it was made from."
+        )
     target = _target(source.modules, options)
     method = options.method or _best_method(target, options)
     if options.calibrate:
@@ -47,8 +53,10 @@ def build_plan(source: Source, options: Options) -> Plan:
         )
     default = None if source.is_quantized or target is None else target.trunk
     dtype = _target_dtype(source, options)
-    numbers = range(len(source.modules))
-    layers = tuple(_layer(source, number, target, dtype, method) for number in numbers)
+    layers = tuple(
+        _layer(source, number, target, dtype, method, options.placement)
+        for number in range(len(source.modules))
+    )
     _check_dtype(options, layers)
     tensors = plan_trunk(source, default, dtype if default else None)
     entry = _quantization(source, default, tensors, layers)
@@ -59,7 +67,7 @@ def build_plan(source: Source, options: Options) -> Plan:
     if entry:
         config |= {"quantization": entry, "quantization_config": entry}
     trunk = split_files(tensors, SHARD_BYTES)
-    return Plan(layers, trunk, config, remote_code=not options.no_remote_code)
+    return Plan(layers, trunk, config, not options.no_remote_code, options.placement)
 
 
 def _best_method(target: Target | None, options: Options) -> str:
@@ -159,7 +167,12 @@ def _check_dtype(options: Options, layers: tuple[LayerPlan, ...]) -> None:
 
 
 def _layer(
-    source: Source, number: int, target: Target | None, dtype: str, method: str
+    source: Source,
+    number: int,
+    target: Target | None,
+    dtype: str,
+    method: str,
+    placement: Placement | None,
 ) -> LayerPlan:
     """Plan one layer; `dtype` is that of scales that the source does not have."""
     projections, module = [], source.modules[number]
@@ -181,7 +194,9 @@ def _layer(
             kind = dtype
             extras = tuple(spec for spec in extras if not spec.name.endswith("global_scale"))
         projections.append(Projection(name, *shape, before, after, kind, method, extras))
-    return LayerPlan(number, module.num_experts, tuple(projections), module.path)
+    count = module.num_experts
+    numbers = placement.experts(count) if placement else range(count)
+    return LayerPlan(number, numbers, tuple(projections), module.path)
 
 
 def _quantization(

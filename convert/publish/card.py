@@ -5,13 +5,13 @@ manifest omits it, because users edit it.
 """
 
 import shlex
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ...errors import FlashMoEError
 from ..plan.parts import Options, Plan, Quant, flags
+from ..plan.ranks import rank_flags
 from ..source.checkpoint import Source
 from ..source.hub import CARD, reason
 from ..write.describe import human, kind
@@ -80,7 +80,7 @@ def model_card(source: Source, plan: Plan, options: Options, tools: str) -> byte
 
 
 def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
-    name, trunk = _label(source), plan.config.get("quantization")
+    name, trunk, part = _label(source), plan.config.get("quantization"), options.placement
     records = sorted({layer.record_bytes for layer in plan.layers})
     code = "It runs no other code of this directory."
     if copied := copied_code(source, plan):
@@ -92,7 +92,7 @@ def _facts(source: Source, plan: Plan, options: Options) -> dict[str, Any]:
         "title": name.rpartition("/")[2],
         "source": f"[{name}](https://huggingface.co/{name})" if source.revision else name,
         "origin": name + (f" at {source.revision}" if source.revision else ""),
-        "experts": _experts(plan, options),
+        "experts": _experts(plan, options) + (f"; only those of {part}" if part else ""),
         "count": plan.layers[0].experts,
         "layers": len(plan.layers),
         "top_k": source.top_k,
@@ -130,13 +130,14 @@ def _label(source: Source) -> str:
 
 def _command(source: Source, options: Options) -> str:
     """Return the command that makes the same conversion."""
-    given = asdict(options)
+    given = options.given()
     if options.calibrate:
         given["calibrate"] = shlex.quote(Path(options.calibrate).name)
     words = ["flashmoe-convert", "--hf-path", shlex.quote(_label(source))]
     words += ["--revision", source.revision] if source.revision else []
     words += ["--mlx-path", PLACE]
     words += [flags(given)] if any(given.values()) else []
+    words += rank_flags(options.placement)
     return " ".join(words)
 
 

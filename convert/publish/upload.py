@@ -160,14 +160,14 @@ def check_finished(out: Path, made: dict[str, Any]) -> None:
 
     Args:
         out: its directory.
-        made: source and options to expect in the manifest.
+        made: source, options and placement to expect in the manifest.
     """
     manifest = read_checksums(out)
     for key, now in made.items():
-        if manifest[key] != now:
+        if manifest.get(key) != now:
             raise FlashMoEError(
-                f"{out}: exists already, made with {key} {_shown(manifest[key])}, not "
-                f"{_shown(now)}. Give the same to upload it, or another --mlx-path."
+                f"{out}: exists already, made with {key} {_shown(manifest.get(key))}, not "
+                f"{_shown(now)}. Give the same, or another --mlx-path."
             )
     for name, entry in entries(manifest).items():
         path = out / name
@@ -178,7 +178,9 @@ def check_finished(out: Path, made: dict[str, Any]) -> None:
             )
 
 
-def _shown(made: dict[str, Any]) -> str:
+def _shown(made: dict[str, Any] | None) -> str:
+    if made is None:
+        return "none"
     return flags(made) if "quantize" in made else " ".join(map(str, made.values()))
 
 

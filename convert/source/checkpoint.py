@@ -1,7 +1,7 @@
 """Open the checkpoint to convert: check its files and locate every tensor."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,19 @@ class Source:
         """Return the fields of a layer's experts, of a foreign checkpoint as they will be."""
         layouts = self.foreign.layouts if self.foreign else self.layout and self.layout.layers
         return layouts[layer] if layouts else None
+
+    def places(self, layer: int, expert: int) -> Iterator[tuple[Path, int, int]]:
+        """Yield (file, offset, bytes) of what an expert is made from."""
+        if self.foreign:
+            raws = self.foreign.raws(layer, expert)
+            yield from ((raw.file, raw.offset, raw.nbytes) for raw in raws)
+        elif self.layout:
+            for f in self.layout.layers[layer].fields:
+                yield f.file, f.offset + expert * f.stride, f.nbytes
+        else:
+            for name in self.modules[layer].shapes:
+                matrix = self.matrices[layer, expert, name]
+                yield matrix.file, matrix.offset, matrix.nbytes
 
     @property
     def is_quantized(self) -> bool:

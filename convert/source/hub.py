@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -30,11 +31,13 @@ PARTIAL = ".half"  # suffix of a file whose download was killed
 PIECE_BYTES = 16 << 20
 FIRST_BYTES = 1 << 14  # first request for a header: most fit
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each retry
+CONNECTIONS = 8  # at once
 LONGEST_WAIT = 300  # seconds; the Hub's rate limits reset every five minutes
 MAX_REASON = 300  # characters of a server's message
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
+Ranges = list[tuple[int, int]]  # (begin, end) of bytes
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,39 @@ class Repo:
                 f"received {size:,} bytes with checksum {found[:12]}, expected "
                 f"{expected.size:,} with {expected.checksum[:12]}"
             )
+        return path
+
+    def download_ranges(self, name: str, folder: Path, ranges: Ranges) -> Path:
+        """Download parts of a file into a sparse one at their places, unless it is there.
+
+        Raises:
+            FlashMoEError: the Hub does not deliver them.
+            OSError: the disk is full.
+        """
+        path, begun = folder / name, folder / (name + PARTIAL)
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pieces = [
+            (start, min(PIECE_BYTES, last - start))
+            for first, last in ranges
+            for start in range(first, last, PIECE_BYTES)
+        ]
+        with open(begun, "wb") as file, ThreadPoolExecutor(CONNECTIONS) as pool:
+            file.truncate(self.files[name].size)
+
+            def fetch(piece: tuple[int, int]) -> None:
+                data, start = memoryview(self.read(name, *piece)), piece[0]
+                while data:
+                    done = os.pwrite(file.fileno(), data, start)
+                    data, start = data[done:], start + done
+
+            try:
+                list(pool.map(fetch, pieces))
+            finally:
+                pool.shutdown(cancel_futures=True)
+            os.fsync(file.fileno())  # a name in the folder means that all of it is there
+        os.replace(begun, path)
         return path
 
     def read(self, name: str, start: int, nbytes: int) -> bytes:

@@ -13,10 +13,9 @@ from ...format.layout import EXPERT_DIR, MANIFEST
 from ...format.model_files import is_local
 from .checkpoint import INDEX
 from .foreign_code import CODE, CONFIGS
-from .hub import CARD, PATTERNS, WEIGHTS, Repo, find_repo, reason
+from .hub import CARD, CONNECTIONS, PATTERNS, WEIGHTS, Repo, find_repo, reason
 
 TO_PLAN = ("config.json", INDEX, f"{EXPERT_DIR}/{MANIFEST}")
-CONNECTIONS = 8
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
 from ...errors import FlashMoEError
-from .hub import PARTIAL, WEIGHTS
+from .hub import PARTIAL, WEIGHTS, Ranges
 from .locate import Found
 from .read import Bytes, Reader
 
+GAP_BYTES = 1 << 18  # shorter ones are cheaper to download than another request
+WORTHWHILE = 0.9  # of a file, above which it is downloaded whole
 FOLDER = ".source"  # in the output directory, until the conversion is finished
 # huggingface_hub never resumes these: each attempt gets another random name.
 _ORPHAN = re.compile(r"\.[0-9a-f]{8}\.incomplete$")
@@ -23,17 +25,31 @@ class Shards:
         """Set up without I/O; the output directory `out` need not exist."""
         self._root, self._repo, self._folder = found.directory, found.repo, out / FOLDER
         self._checked: set[Path] = set()
+        self._ranges: dict[Path, Ranges] = {}  # of files not downloaded whole
 
     @cached_property
     def sizes(self) -> dict[Path, int]:
-        """Bytes of every file to download."""
+        """Bytes to download of every file."""
         if self._repo is None:
             return {}
-        return {
+        sizes = {
             self._root / name: file.size
             for name, file in self._repo.files.items()
             if name.endswith(WEIGHTS) and not self._repo.cached(name)
         }
+        parts = {path: sum(last - first for first, last in x) for path, x in self._ranges.items()}
+        return {path: parts.get(path, size) for path, size in sizes.items()}
+
+    def leave_out(self, unneeded: Mapping[Path, Ranges]) -> None:
+        """Download files without these byte ranges, where that saves a tenth of one.
+
+        A part of a file has no checksum of its own; the connection's protects it.
+        """
+        for path in unneeded.keys() & self.sizes.keys():
+            wanted = _complement(unneeded[path], self.sizes[path])
+            if sum(last - first for first, last in wanted) < WORTHWHILE * self.sizes[path]:
+                self._ranges[path] = wanted
+        self.__dict__.pop("sizes", None)  # they are smaller now
 
     def held(self) -> frozenset[Path]:
         """Return the downloaded files on disk, those of an earlier run included."""
@@ -70,9 +86,13 @@ class Shards:
         """Download files, or find them on disk, and check every byte; see `Repo.download`."""
         for file in sorted(files):
             assert self._repo
-            if file not in self._checked:
+            if file in self._checked:
+                continue
+            if file in self._ranges:
+                self._repo.download_ranges(self._name(file), self._folder, self._ranges[file])
+            else:
                 self._repo.download(self._name(file), self._folder)
-                self._checked.add(file)
+            self._checked.add(file)
 
     def delete(self, files: Iterable[Path], reader: Reader | None = None) -> None:
         """Delete downloaded files, after `reader` has closed them."""
@@ -109,6 +129,22 @@ class Shards:
     def nbytes(self) -> int:
         """Return the bytes on disk of all downloads, partial ones included."""
         return sum(512 * path.lstat().st_blocks for path in self._folder.rglob("*"))
+
+
+def _complement(unneeded: Ranges, size: int) -> Ranges:
+    """Return the ranges of a file's other bytes; gaps shorter than a request costs are filled."""
+    wanted, start = [], 0
+    for first, last in sorted(unneeded):
+        if first - start > 0:
+            wanted.append((start, first))
+        start = max(start, last)
+    wanted.append((start, size))
+    joined: Ranges = []
+    for first, last in wanted:
+        if joined and first - joined[-1][1] < GAP_BYTES:
+            first = joined.pop()[0]
+        joined.append((first, last))
+    return [(first, last) for first, last in joined if first < last]
 
 
 class RangeReader(Reader):

@@ -5,13 +5,15 @@ import os
 import shutil
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ...errors import FlashMoEError
-from ...format.layout import EXPERT_DIR
+from ...format.layout import EXPERT_DIR, MANIFEST
+from ...format.placement import read_placement
 from ..plan.parts import LayerPlan, Options
 from ..plan.plan import build_plan
 from ..source.checkpoint import Source
@@ -66,6 +68,8 @@ class _Repair:
         self._directory, self._source = directory, source
         self._entries, self._made_with = entries(manifest), manifest["tools"]
         options = Options(**{key: manifest["options"].get(key) for key in Options.__annotations__})
+        path = directory / EXPERT_DIR / MANIFEST
+        options = replace(options, placement=read_placement(manifest, path))
         if options.calibrate:
             raise FlashMoEError(
                 f"{directory}: made with --calibrate {options.calibrate}, so parts of it cannot be "
@@ -121,14 +125,15 @@ class _Repair:
         (record,) = steps.encode(one, steps.load(one))
         data = b"".join(map(as_buffer, record))
         entry = self._entries[problem.file]
-        found, expected = as_text(zlib.crc32(data)), entry["records"][problem.expert]
+        place = layer.numbers.index(problem.expert)
+        found, expected = as_text(zlib.crc32(data)), entry["records"][place]
         if found != expected:
             raise self._other_bytes(
                 f"{problem.file} layer {layer.layer} expert {problem.expert}", found, expected
             )
         if path.is_symlink():
             raise FlashMoEError(f"{path}: a symlink to {path.resolve()}. Repair the copy there.")
-        start = entry["size"] - layer.nbytes + problem.expert * layer.record_bytes
+        start = entry["size"] - layer.nbytes + place * layer.record_bytes
         with open(path, "r+b", buffering=0) as file:
             write_at(file.fileno(), data, start)
             os.fsync(file.fileno())

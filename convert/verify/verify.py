@@ -6,7 +6,7 @@ import shlex
 import stat
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -158,11 +158,17 @@ def _parts(name: str, entry: Entry) -> Iterator[Part]:
         yield Part(name, "file", 0, entry["size"], entry["checksum"])
 
 
+def numbers(entry: Entry) -> Sequence[int]:
+    """Return the ids of a layer's experts in the model, in the order of their records."""
+    found: Sequence[int] = entry.get("numbers") or range(len(entry["records"]))
+    return found
+
+
 def _experts(name: str, entry: Entry) -> Iterator[Part]:
     sizes, records, names = entry["field_bytes"], entry["records"], entry.get("fields", FIELDS)
     layer, start = entry["layer"], entry["size"] - len(records) * sum(sizes)
     yield Part(name, "header", 0, start, entry["header"], layer)
-    for expert, (checksum, digits) in enumerate(zip(records, entry["tensors"], strict=True)):
+    for expert, checksum, digits in zip(numbers(entry), records, entry["tensors"], strict=True):
         single = [digits[8 * index : 8 * index + 8] for index in range(len(names))]
         fields = tuple(zip(names, sizes, single, strict=True))
         what = f"layer {layer} expert {expert}"
@@ -259,12 +265,12 @@ def _checksum(reader: Reader, path: Path, offset: int, nbytes: int) -> str:
 
 def _name_swaps(problems: list[Problem], manifest: dict[str, Any]) -> list[Problem]:
     """Identify records that belong elsewhere; a file of another layer is reported once."""
-    layers = [entry["records"] for entry in manifest["layers"]]
-    homes = {c: (n, e) for n, records in enumerate(layers) for e, c in enumerate(records)}
+    layers = [dict(zip(numbers(x), x["records"], strict=True)) for x in manifest["layers"]]
+    homes = {c: (n, e) for n, records in enumerate(layers) for e, c in records.items()}
     found = {(p.layer, p.expert): p.found for p in problems if p.expert is not None}
     whole: dict[int, int] = {}
     for layer, records in enumerate(layers):
-        present = [found.get((layer, e), c) for e, c in enumerate(records)]
+        present = {e: found.get((layer, e), c) for e, c in records.items()}
         if present != records and present in layers:
             whole[layer] = layers.index(present)
     result = []

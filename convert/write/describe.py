@@ -40,6 +40,7 @@ def describe(
     rows = (
         ("source", f"{source.name} (experts: {', '.join(before)})"),
         ("target", f"{out} (experts: {', '.join(after)})"),
+        *([("ranks", str(plan.placement))] if plan.placement else ()),
         ("layers", f"{len(plan.layers)}, of {source.most_experts} experts each"),
         ("one expert", f"{' or '.join(f'{size:,}' for size in records)} bytes"),
         ("trunk", f"{plan.trunk_bytes:,} bytes ({human(plan.trunk_bytes)}), {trunk:,} tensors"),
@@ -103,7 +104,7 @@ def _seconds(source: Source, plan: LayerPlan, inputs: LayerInputs | None) -> flo
     if all(projection.copied for projection in plan.projections):
         return 0.0
     steps = ExpertSteps(source, plan, Reader(), inputs)
-    batch = steps.batches(range(plan.experts))[0]
+    batch = steps.batches(plan.numbers)[0]
     loaded = _random(source, plan)
     list(steps.encode(batch[:1], [loaded.copy()]))  # compiles kernels
     begun = time.perf_counter()

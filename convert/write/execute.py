@@ -145,7 +145,7 @@ class ExpertSteps:
         self._foreign = source.foreign
 
     def batches(self, experts: Sequence[int]) -> list[Sequence[int]]:
-        """Split experts into batches of consecutive ones, up to BATCH_BYTES or one expert each.
+        """Split experts into batches without gaps, up to BATCH_BYTES or one expert each.
 
         Calibrated experts are computed one per thread, so their batches fill all threads.
         """
@@ -154,7 +154,8 @@ class ExpertSteps:
             most = 2 * calibration_threads()
         batches: list[list[int]] = []
         for expert in experts:
-            if not batches or len(batches[-1]) == most or batches[-1][-1] != expert - 1:
+            before = expert - self._plan.numbers.step
+            if not batches or len(batches[-1]) == most or batches[-1][-1] != before:
                 batches.append([])
             batches[-1].append(expert)
         return list(batches)
@@ -271,15 +272,17 @@ def calibration_threads() -> int:
 
 
 def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) -> list[Bytes]:
-    """Read consecutive experts of MLX's format, each one's tensors end to end.
+    """Read experts of MLX's format at equal distances, each one's tensors end to end.
 
     Tensors adjacent in a file are read together.
     """
     count, size = len(experts), layout.record_bytes
+    step = experts[1] - experts[0] if count > 1 else 1
+    part = layout.part(range(experts[0], experts[-1] + 1, step))
     memory = reader.buffer(count * size).reshape(count, size)
     start = 0
-    for span in layout.spans(experts[0]):
-        fields = layout.fields[span.first : span.last]
+    for span in part.spans(0):
+        fields = part.fields[span.first : span.last]
         nbytes, stride = sum(field.nbytes for field in fields), fields[0].stride
         if nbytes == size == stride:
             reader.read_into(span.file, span.offset, memory.reshape(-1))
@@ -288,8 +291,8 @@ def read_records(reader: Reader, layout: LayerLayout, experts: Sequence[int]) ->
             memory[:, start : start + nbytes] = together.reshape(count, nbytes)
         else:
             for n in range(count):
-                part = memory[n, start : start + nbytes]
-                reader.read_into(span.file, span.offset + n * stride, part)
+                target = memory[n, start : start + nbytes]
+                reader.read_into(span.file, span.offset + n * stride, target)
         start += nbytes
     for expert, record in zip(experts, memory, strict=True):
         start = 0
@@ -335,7 +338,7 @@ def write_layer(
 ) -> Entry:
     """Write one layer's expert file and return its entry, with a checksum per record."""
     steps = ExpertSteps(source, plan, reader, inputs)
-    batches = steps.batches(range(plan.experts) if visit is None else visit.parts)
+    batches = steps.batches(plan.numbers if visit is None else visit.parts)
     path, written = directory / plan.file, visit.written if visit else None
     with TensorFile(path, plan.outputs, DATA_ALIGNMENT, written) as file, _no_cache(steps.large):
         for batch, loaded in zip(batches, steps.loaded(batches), strict=True):
@@ -362,11 +365,14 @@ def write_record(file: TensorFile, expert: int, first: str, record: Sequence[Par
 def record_entry(plan: LayerPlan, file: TensorFile) -> Entry:
     """Return the checksums of records, and of their tensors."""
     records, tensors, count = [], [], len(plan.record)
-    for expert in range(plan.experts):
-        fields = file.checksums(expert * count, count)
+    for place in range(plan.experts):
+        fields = file.checksums(place * count, count)
         records.append(as_text(joined(fields)))
         tensors.append("".join(as_text(checksum) for checksum, _ in fields))
-    entry = {"field_bytes": [s.nbytes for s in plan.record], "records": records, "tensors": tensors}
+    entry: Entry = {"field_bytes": [s.nbytes for s in plan.record]}
+    if plan.numbers != range(plan.experts):
+        entry["numbers"] = list(plan.numbers)
+    entry |= {"records": records, "tensors": tensors}
     names = [spec.name for spec in plan.record]
     if plan.module == f"{layer_prefix(plan.layer)}.mlp.switch_mlp" and names == list(FIELDS):
         return entry  # as in the format's first version

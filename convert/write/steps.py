@@ -24,7 +24,7 @@ class Step:
 
     Attributes:
         file: the output file.
-        parts: indices of its tensors (trunk), or experts.
+        parts: indices of its tensors (trunk), or experts by their ids in the model.
         whole: whether these are all of its parts.
         needs: source files to download first.
         spent: those of them that no later step needs.
@@ -68,13 +68,13 @@ def plan_steps(
 def _steps(source: Source, file: File, done: Entries, remote: Files) -> Iterator[Step]:
     """Group the unwritten parts of a file by the source files that they need."""
     if isinstance(file, TrunkFile):
-        widths = [len(tensor.outputs) for tensor in file.tensors]
+        widths = {n: len(tensor.outputs) for n, tensor in enumerate(file.tensors)}
     else:
-        widths = [len(file.record)] * file.experts
+        widths = dict.fromkeys(file.numbers, len(file.record))
     groups: dict[Files, list[int]] = {}
     count = 0
-    written = done.get(place(file), {}).get("written") or [""] * sum(widths)
-    for part, width in enumerate(widths):
+    written = done.get(place(file), {}).get("written") or [""] * sum(widths.values())
+    for part, width in widths.items():
         if not all(written[count : count + width]):
             groups.setdefault(_needs(source, file, part) & remote, []).append(part)
         count += width
@@ -85,12 +85,17 @@ def _steps(source: Source, file: File, done: Entries, remote: Files) -> Iterator
 def _needs(source: Source, file: File, part: int) -> Files:
     if isinstance(file, TrunkFile):
         return file.tensors[part].files
-    if source.foreign:
-        return frozenset(raw.file for raw in source.foreign.raws(file.layer, part))
-    if source.layout:
-        return frozenset(field.file for field in source.layout.layers[file.layer].fields)
-    names = [projection.name for projection in file.projections]
-    return frozenset(source.matrices[file.layer, part, name].file for name in names)
+    return frozenset(path for path, _, _ in source.places(file.layer, part))
+
+
+def other_ranks(source: Source, plan: Plan) -> dict[Path, list[tuple[int, int]]]:
+    """Return the byte ranges (begin, end) of experts that the plan leaves out, by source file."""
+    found: dict[Path, list[tuple[int, int]]] = {}
+    for layer, module in zip(plan.layers, source.modules, strict=True):
+        for expert in set(range(module.num_experts)).difference(layer.numbers):
+            for path, offset, nbytes in source.places(layer.layer, expert):
+                found.setdefault(path, []).append((offset, offset + nbytes))
+    return found
 
 
 def _ordered(steps: list[Step], held: Files) -> Iterator[Step]:

@@ -158,7 +158,10 @@ def _settings(report: ModelReport) -> None:
     settings = read_config(report.directory).get("flashmoe") or {}
     stream = StreamConfig.resolve(settings)
     count = stream.experts_per_token or report.top_k
-    check_top_k(count, min(x.num_experts for x in layout.layers), "experts_per_token")
+    fewest = min(layer.num_experts for layer in layout.layers)
+    if layout.placement:  # a token's experts may all be other machines'
+        count = min(count, fewest)
+    check_top_k(count, fewest, "experts_per_token")
     plan_cache(stream.expert_cache, layout, count, report.trunk_bytes or 0, free_bytes())
 
 

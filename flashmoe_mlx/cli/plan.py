@@ -18,7 +18,7 @@ from ..models.families import FAMILIES
 from ..models.qwen3_5.args import MODEL_TYPES, PREFILL_CHUNK, ModelArgs
 from ..progress import bar
 from ..settings import check_variables, parse_size
-from . import here, plan_model, what_runs
+from . import here, plan_model, plan_ranks, what_runs
 from .plan_model import Machine, Weights, named_args
 from .published import ENGINES, MACHINES, MLX_RESIDENT, ROWS, count_within
 
@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache", help="size of the expert cache (default: the best of several)")
     add("--prompt", type=int, default=1000, help="length of the prompt in tokens (default: 1000)")
     add("--engine", default="flash-moe", help=f"take its time per layer: {', '.join(ENGINES)}")
+    add("--machines", type=int, help="machines that share the experts, all as described here")
+    add("--link", help="with --machines: bandwidth and latency between them, such as 40gbps,30us")
     add("--folder", type=Path, help="without --model: where models lie (default: the Hub's cache)")
     add("--json", action="store_true", help="also print one JSON line, last")
     add("--check", action="store_true", help="only compare predictions with published figures")
@@ -98,13 +100,19 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     if args.folder is not None:
         raise FlashMoEError("--folder is for this machine's own list. Drop it, or the other flags.")
     weights, machine = _weights(args), _machine(args)
+    machines = plan_ranks.read_machines(args.machines, args.link, weights)
+    whole, average, sums = weights, weights, 0.0
+    if machines:
+        weights = machines.share(whole, machines.busiest(whole))
+        average = machines.share(whole, whole.top_k / machines.count)
+        sums = machines.token_seconds(whole)
     engine = ENGINES[_one_of(args.engine, ENGINES, "--engine")]
     if args.prompt < 1:
         raise FlashMoEError(f"--prompt must be at least 1 (token), got {args.prompt}")
 
     def decode(bank: float) -> plan_model.Decode:
-        whole = bank >= weights.expert_bytes  # layers never wait for experts
-        return plan_model.decode(weights, machine, MLX_RESIDENT if whole else engine, bank)
+        all_fit = bank >= weights.expert_bytes  # layers never wait for experts
+        return plan_model.decode(weights, machine, MLX_RESIDENT if all_fit else engine, bank)
 
     decodes = [decode(bank) for bank in plan_model.bank_sizes(weights, machine)]
     best = plan_model.advised(weights, machine, decodes)
@@ -112,21 +120,23 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         best = decode(_cache(args.cache, weights, machine))
         decodes = sorted({*decodes, best}, key=lambda d: d.bank)
     engine = MLX_RESIDENT if best.bank_hits == 1 else engine
-    seconds = plan_model.prefill_seconds(weights, machine, engine, args.prompt, best.bank)
+    seconds = plan_model.prefill_seconds(average, machine, engine, args.prompt, best.bank)
+    seconds += machines.prefill_seconds(whole, args.prompt) if machines else 0
     chunk = min(args.prompt, PREFILL_CHUNK)
     within, rows = count_within()
     return {
-        "model": args.model, "trunk_bytes": round(weights.trunk),
-        "expert_bytes": round(weights.expert_bytes), "record_bytes": round(weights.record),
-        "token_bytes": round(weights.token_bytes), "top_k": weights.top_k,
-        "layers": weights.layers, "experts": weights.experts,
+        "model": args.model, "trunk_bytes": round(whole.trunk),
+        "expert_bytes": round(whole.expert_bytes), "record_bytes": round(whole.record),
+        "token_bytes": round(whole.token_bytes), "top_k": whole.top_k,
+        "layers": whole.layers, "experts": whole.experts,
+        "machines": machines and machines.as_dict(whole, best.bank),
         "machine": asdict(machine), "engine": args.engine,
         "free_bytes": plan_model.free_bytes(weights, machine),
         "most_advised_bytes": plan_model.most_advised(weights, machine),
         "caches": [asdict(d) for d in decodes], "chosen": asdict(best),
-        "asked": args.cache is not None, "decode_tokens_per_s": 1 / best.seconds,
+        "asked": args.cache is not None, "decode_tokens_per_s": 1 / (best.seconds + sums),
         "prompt": args.prompt,
-        "distinct_experts": plan_model.distinct_experts(weights, chunk),
+        "distinct_experts": plan_model.distinct_experts(whole, chunk),
         "prefill_seconds": seconds, "prefill_tokens_per_s": args.prompt / seconds,
         "check": {"within_20_percent": within, "predicted_rows": rows},
     }  # fmt: skip
@@ -231,6 +241,10 @@ def render(found: dict[str, Any]) -> str:
     """Format a plan as one screen of text."""
     machine, best = found["machine"], found["chosen"]
     within, rows = found["check"].values()
+    machines, sums, between = found["machines"], 0.0, ""
+    if machines:
+        sums = machines["sum_seconds"]
+        between = f" + {sums:.3f} sums between machines"
     return f"""\
 model    {found["model"]}: {found["layers"]} layers of {found["experts"]} experts
 bytes    trunk {_gb(found["trunk_bytes"])}, experts {_gb(found["expert_bytes"])}, \
@@ -239,14 +253,15 @@ one {found["record_bytes"]:,} bytes; a token uses {found["top_k"]} per layer, \
 machine  {_gb(machine["memory"])}, SSD {machine["ssd"] / 1e9:g} GB/s, \
 memory {machine["bandwidth"] / 1e9:g} GB/s
          (figures: {machine["source"]})
+{plan_ranks.render(machines, found) if machines else ""}\
 memory   {_gb(found["free_bytes"])} for experts, \
 besides the trunk and {_gb(plan_model.SYSTEM_BYTES)} for the system
             cache  page cache  hits: cache   both  copy ms  read ms  tokens/s
 {"".join(_cache_line(line, found) for line in found["caches"])}\
 cache    {_reason(found)}
-decode   {found["decode_tokens_per_s"]:.2g} tokens/s: {best["seconds"]:.3g} s = \
+decode   {found["decode_tokens_per_s"]:.2g} tokens/s: {best["seconds"] + sums:.3g} s = \
 {best["read"]:.3f} SSD + {best["copied"]:.3f} page cache + {best["computed"]:.3f} weights + \
-{best["waited"]:.3f} launches and waits
+{best["waited"]:.3f} launches and waits{between}
 prefill  {found["prompt"]} tokens: at most {found["prefill_tokens_per_s"]:.0f} tokens/s, \
 since loading weights takes {found["prefill_seconds"]:.3g} s (arithmetic not included); \
 {found["distinct_experts"]:.0f} of {found["experts"]} experts per layer

@@ -51,14 +51,18 @@ class Engine:
 
 @dataclass(frozen=True)
 class Weights:
-    """A model's bytes: the trunk, the part of it that a token reads, and one expert's record."""
+    """A model's bytes: the trunk, the part of it that a token reads, and one expert's record.
+
+    Of one of several machines, `experts` and `top_k` are its share. `hidden` is the width.
+    """
 
     trunk: float
     trunk_read: float
     record: float
     layers: int
-    experts: int
-    top_k: int
+    experts: float
+    top_k: float
+    hidden: int
 
     @property
     def expert_bytes(self) -> float:
@@ -125,7 +129,7 @@ def count_bytes(
     read += layers * hidden * (args.num_experts + 1) * _bytes(8, group)
     embedding = 0 if args.tie_word_embeddings else table * _bytes(trunk_bits, group)
     record = 3 * hidden * args.moe_intermediate_size * _bytes(bits, group)
-    return Weights(read + embedding, read, record, layers, args.num_experts, top_k)
+    return Weights(read + embedding, read, record, layers, args.num_experts, top_k, hidden)
 
 
 def count_family(family: Family, bits: int | None = None, top_k: int | None = None) -> Weights:

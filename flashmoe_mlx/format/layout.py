@@ -21,7 +21,7 @@ from ..errors import FlashMoEError
 from .headers import TensorInfo, checkpoint_headers, read_header
 from .json_file import exists, read_json
 from .names import FIELDS, PROJECTIONS, is_quantized_single, stacked_expert
-from .placement import Placement
+from .placement import Placement, read_placement
 
 EXPERT_DIR = "model_experts"
 MANIFEST = "manifest.json"
@@ -244,20 +244,29 @@ def _open_packed(
             f"{model_dir / EXPERT_DIR / MANIFEST}: lists {listed} layers, but config.json has "
             f"num_hidden_layers = {num_layers}. Convert the model again."
         )
-    layers = [packed_layer(model_dir, layer, num_experts) for layer in range(num_layers)]
-    return ExpertLayout("packed", model_dir, tuple(layers))
+    placement = read_placement(manifest, model_dir / EXPERT_DIR / MANIFEST)
+    layers = tuple(
+        packed_layer(model_dir, layer, num_experts, placement=placement)
+        for layer in range(num_layers)
+    )
+    return ExpertLayout("packed", model_dir, layers, placement)
 
 
 def packed_layer(
-    model_dir: Path, layer: int, num_experts: int, names: Sequence[str] = FIELDS
+    model_dir: Path,
+    layer: int,
+    num_experts: int,
+    names: Sequence[str] = FIELDS,
+    placement: Placement | None = None,
 ) -> LayerLayout:
     """Read and check the header of one layer's expert file.
 
     Args:
         model_dir: the model's directory.
         layer: number of the file.
-        num_experts: experts of the layer.
+        num_experts: experts of the model's layer.
         names: an expert's tensors, in the order of their bytes.
+        placement: the rank whose experts alone the file must hold; None for all.
 
     Raises:
         FlashMoEError: the file does not hold exactly these experts.
@@ -267,36 +276,46 @@ def packed_layer(
         raise FlashMoEError(
             f"{path}: missing, so layer {layer} has no experts. Run flashmoe-convert again."
         )
+    numbers = _numbers(path, num_experts, placement)
+    wanted = f"config.json asks for {num_experts} experts"
+    if placement:
+        wanted += f", {len(numbers)} of them on {placement}"
     tensors = read_header(path)
-    first = [tensors.get(f"experts.0.{name}") for name in names]
+    first = [tensors.get(f"experts.{numbers[0]}.{name}") for name in names]
     stride = sum(t.nbytes for t in first if t)
-    for expert in range(num_experts):
+    for place, expert in enumerate(numbers):
         for name, zero in zip(names, first, strict=True):
             tensor = tensors.get(f"experts.{expert}.{name}")
             if tensor is None or zero is None:
                 raise FlashMoEError(
-                    f"{path}: no tensor experts.{expert}.{name}; config.json asks for "
-                    f"{num_experts} experts. Convert the model again."
+                    f"{path}: no tensor experts.{expert}.{name}; {wanted}. Convert the model again."
                 )
-            expected = (zero.dtype, zero.shape, zero.offset + expert * stride)
+            expected = (zero.dtype, zero.shape, zero.offset + place * stride)
             if (tensor.dtype, tensor.shape, tensor.offset) != expected:
                 raise FlashMoEError(
                     f"{path}: experts.{expert}.{name} is {tensor.dtype}{list(tensor.shape)} at "
                     f"byte {tensor.offset}, expected {expected[0]}{list(expected[1])} at "
                     f"{expected[2]}. Convert the model again."
                 )
-    if len(tensors) != num_experts * len(names):
+    if len(tensors) != len(numbers) * len(names):
         raise FlashMoEError(
-            f"{path}: holds {len(tensors)} tensors, expected {num_experts * len(names)}, since "
-            f"config.json asks for {num_experts} experts. Restore the config.json that belongs to "
-            "this model."
+            f"{path}: holds {len(tensors)} tensors, expected {len(numbers) * len(names)}, since "
+            f"{wanted}. Restore the config.json that belongs to this model."
         )
     fields = tuple(
         Field(name, t.dtype, t.shape, t.nbytes, path, t.offset, stride)
         for name, t in zip(names, first, strict=True)
         if t
     )
-    return LayerLayout(layer, num_experts, fields)
+    return LayerLayout(layer, len(numbers), fields, numbers if placement else None)
+
+
+def _numbers(path: Path, count: int, placement: Placement | None) -> range:
+    """Return the ids of the experts that a file must hold."""
+    try:
+        return placement.experts(count) if placement else range(count)
+    except FlashMoEError as error:
+        raise FlashMoEError(f"{path}: {error}") from error
 
 
 def _open_stock(kind: str, directory: Path, num_layers: int, num_experts: int) -> ExpertLayout:

@@ -22,6 +22,7 @@ from .layout import (
     read_manifest,
 )
 from .names import FIELDS, layer_prefix
+from .placement import read_placement
 
 PARTS = ("weight", "scales", "biases", "bias", "global_scale")
 FLOATS = ("BF16", "F16", "F32")
@@ -93,13 +94,13 @@ def _open_packed(
             f"{path}: lists experts of other modules than config.json asks for. Convert the model "
             "again."
         )
-    layers = []
+    layers, placement = [], read_placement(manifest, path)
     for number, (module, entry) in enumerate(zip(modules, entries or (), strict=True)):
         fields = entry.get("fields", FIELDS)
         if not (isinstance(fields, Sequence) and all(type(name) is str for name in fields)):
             raise FlashMoEError(f"{path}: damaged (fields = {fields!r}). Convert the model again.")
-        layers.append(packed_layer(directory, number, module.num_experts, fields))
-    return ExpertLayout("packed", directory, tuple(layers))
+        layers.append(packed_layer(directory, number, module.num_experts, fields, placement))
+    return ExpertLayout("packed", directory, tuple(layers), placement)
 
 
 def _stacked(

@@ -1,9 +1,13 @@
 """Which experts each of several machines has. Standard library only."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from math import gcd
+from pathlib import Path
+from typing import Any
 
-from ..errors import FlashMoEError
+from ..errors import FlashMoEError, shown
 
 
 @dataclass(frozen=True)
@@ -15,11 +19,17 @@ class Placement:
 
     Attributes:
         rank: this machine's number.
-        weights: each rank's share, such as (2, 1) for two thirds and one third.
+        weights: each rank's share, such as (2, 1) for two thirds and one third; without common
+            divisor.
     """
 
     rank: int
     weights: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Divide the weights by their greatest common divisor."""
+        most = gcd(*self.weights)
+        object.__setattr__(self, "weights", tuple(weight // most for weight in self.weights))
 
     @property
     def size(self) -> int:
@@ -51,3 +61,31 @@ class Placement:
             f", weights {','.join(map(str, self.weights))}" if len(set(self.weights)) > 1 else ""
         )
         return f"rank {self.rank} of {self.size}{weights}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `read_placement` reads."""
+        return {"rank": self.rank, "weights": list(self.weights)}
+
+
+def read_placement(manifest: Mapping[str, Any], path: Path) -> Placement | None:
+    """Return whose experts a directory holds, by its manifest; None if it holds all.
+
+    Raises:
+        FlashMoEError: the entry "placement" is not one; `path` is the manifest's.
+    """
+    if (found := manifest.get("placement")) is None:
+        return None
+    entry = found if isinstance(found, dict) else {}
+    rank, weights = entry.get("rank"), entry.get("weights")
+    if not (
+        entry.keys() == {"rank", "weights"}
+        and isinstance(weights, list)
+        and all(type(weight) is int and weight > 0 for weight in weights)
+        and type(rank) is int
+        and 0 <= rank < len(weights)
+    ):
+        raise FlashMoEError(
+            f"{path}: placement = {shown(found)} is not one of several ranks with the weights of "
+            'all, such as {"rank": 1, "weights": [2, 1]}. Convert the model again.'
+        )
+    return Placement(rank, tuple(weights))

@@ -1,6 +1,8 @@
 """flashmoe-plan: predictions compared with published figures, and error messages."""
 
 import json
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from published_configs import published_config
 from flashmoe_mlx.cli import plan_model
 from flashmoe_mlx.cli.plan import check, main, render_check
 from flashmoe_mlx.cli.plan_model import Engine, Machine, count_bytes, decode, named_args
+from flashmoe_mlx.cli.plan_ranks import Link, Machines
 from flashmoe_mlx.cli.published import MACHINES, ROWS, count_within
 from flashmoe_mlx.models.families import FAMILIES
 from flashmoe_mlx.models.patch import describe_all, stock_classes, switches
@@ -267,3 +270,66 @@ def test_measured_rates_replace_the_shares_of_bandwidth():
     ratio = decode(weights, slow, ENGINE).copied / decode(weights, fast, ENGINE).copied
     assert ratio == pytest.approx(5e9 / slow.copy_rate)
     assert plan_model.free_bytes(weights, slow) == 24e9 - 1e9 - weights.trunk
+
+
+# --- several machines -----------------------------------------------------------------------------
+
+LINK = Link(5e9, 30e-6)
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "count"), [(6, 3, 2), (7, 3, 2), (8, 4, 3), (5, 5, 5)]
+)
+def test_the_busiest_machine_has_the_mean_of_the_maximum(experts, top_k, count):
+    weights = replace(count_bytes(named_args("35b"), 4), experts=experts, top_k=top_k)
+    every = list(combinations(range(experts), top_k))
+    most = [
+        max(sum(e % count == rank for e in chosen) for rank in range(count)) for chosen in every
+    ]
+    assert Machines(count, LINK).busiest(weights) == pytest.approx(sum(most) / len(every))
+
+
+def test_sums_over_a_ring():
+    """Four machines, one layer, one number: six steps of the latency and a quarter of the bytes."""
+    assert Machines(4, LINK).sum_seconds(2e9) == pytest.approx(6 * (30e-6 + 0.1))
+    weights = count_bytes(named_args("397b"), 4)
+    two = Machines(2, LINK)
+    assert two.token_bytes(weights) == 10 * 4096 * 2
+    assert two.token_seconds(weights) == pytest.approx(60 * 2 * (30e-6 + 40960 / 5e9))
+    prompt = 60 * 2 * (3 * 30e-6 + 5000 * 4096 / 5e9)  # three chunks
+    assert two.prefill_seconds(weights, 5000) == pytest.approx(prompt)
+
+
+def test_two_machines(capsys):
+    command = "--model 397b --machine m3-max-48"
+    _, one = run(command, capsys)
+    text, two = run(f"{command} --machines 2 --link 40gbps,0.03ms", capsys)
+    part, best = two["machines"], two["chosen"]
+    assert part["disk_bytes"] == one["trunk_bytes"] + one["expert_bytes"] / 2
+    assert part["memory_bytes"] == one["trunk_bytes"] + best["bank"]
+    assert part["experts_per_token"] == 5 < part["busiest"] < 10
+    assert 1 / two["decode_tokens_per_s"] == best["seconds"] + part["sum_seconds"]
+    assert best["read"] < one["chosen"]["read"] * part["busiest"] / 10
+    assert one["decode_tokens_per_s"] < two["decode_tokens_per_s"]
+    assert one["machines"] is None and two["expert_bytes"] == one["expert_bytes"]
+    assert "link     40 Gbit/s, 30 us: 60 sums of 81.9 kB per token take 4.58 ms, 2 % of" in text
+    assert "+ 0.005 sums between machines\n" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--machines 2", "--machines and --link go together"),
+        ("--link 40gbps,30us", "--machines and --link go together"),
+        ("--machines 1 --link 40gbps,30us", "--machines must be from 2 to 512, got 1"),
+        ("--machines 513 --link 40gbps,30us", "--machines must be from 2 to 512, got 513"),
+        ("--machines 2 --link 40,30", "--link 40,30 is not a bandwidth above 0 and a latency"),
+        ("--machines 2 --link 0gbps,30us", "--link 0gbps,30us is not a bandwidth above 0"),
+        ("--machines 2 --link=-1gbps,30us", "--link -1gbps,30us is not a bandwidth above 0"),
+        ("--machines 2 --link infgbps,30us", "--link infgbps,30us is not"),
+    ],
+)
+def test_bad_machines(options, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "397b", "--machine", "m3-max-48", *options.split()])
+    assert f"flashmoe-plan: error: {message}" in capsys.readouterr().err

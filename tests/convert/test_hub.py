@@ -41,7 +41,7 @@ from mlx_lm.convert import convert as stock_convert
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
-from flashmoe_mlx.convert.source import hub
+from flashmoe_mlx.convert.source import hub, shards
 from flashmoe_mlx.convert.source.shards import FOLDER
 from flashmoe_mlx.convert.write import journal, output
 from flashmoe_mlx.errors import FlashMoEError
@@ -613,6 +613,65 @@ def test_repair_is_refused_other_bytes(root, server, tmp_path, capsys):
     flip(layer, layer.stat().st_size - 100)
     assert main(["verify", str(out), "--repair", "--hf-path", "owner/other"]) == 2
     assert "owner/other: gives model_experts/layer_02.safetensors" in capsys.readouterr().err
+
+
+# --- one rank of several -------------------------------------------------------------------------
+
+RANK = {"quantize": True, "ranks": 2, "rank": 1}
+OTHERS = LAYERS * EXPERTS // 2 * 3 * INTERMEDIATE * HIDDEN * 2  # bytes of another rank's experts
+
+
+def without_source(out: Path) -> dict[str, bytes]:
+    """Contents apart from where they came from."""
+    found = {name: data for name, data in contents(out).items() if name != "README.md"}
+    manifest = json.loads(found.pop(MANIFEST))
+    del manifest["source"], manifest["manifest_checksum"]
+    return found | {MANIFEST: json.dumps(manifest).encode()}
+
+
+@pytest.mark.parametrize("gap", [1, shards.GAP_BYTES])
+def test_a_rank_fetches_only_its_experts(root, server, files, sizes, tmp_path, monkeypatch, gap):
+    """Unless its gaps cost more requests than they save bytes, as in these small files."""
+    monkeypatch.setattr(shards, "GAP_BYTES", gap)
+    monkeypatch.setattr(hub, "PIECE_BYTES", 50_000)
+    convert(root / "chain", tmp_path / "local", **RANK)
+    server.faults[files[2]] = [Fault("drop", 9), Fault("drop", 9)]  # the header, and a range
+    convert(NAME, tmp_path / "out", **RANK)
+    assert without_source(tmp_path / "out") == without_source(tmp_path / "local")
+    assert not (tmp_path / "out" / FOLDER).exists()
+    headers = sum(min(hub.FIRST_BYTES, size) for size in sizes.values())
+    left_out = sum(sizes.values()) + headers - sum(server.sent[name] for name in files)
+    assert left_out == pytest.approx(OTHERS if gap == 1 else 0, abs=FEW)
+
+
+def test_a_rank_resumes_with_the_ranges_on_disk(root, server, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "GAP_BYTES", 1)
+    real, out, steps = output.write_weights, tmp_path / "out", []
+
+    def write_weights(*arguments):
+        steps.append(arguments)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_weights", write_weights)
+        with pytest.raises(KeyboardInterrupt):
+            convert(NAME, out, **RANK)
+    held = {path.name for path in (out / FOLDER).glob("*.safetensors")}
+    assert held
+    server.reset()
+    convert(NAME, out, **RANK, dry_run=True)
+    fetched = re.search(r"to fetch +\d+ files, ([\d,]+) bytes", capsys.readouterr().out)
+    looked = sum(server.sent[name] for name in files)
+    server.reset()
+    (begun,) = (name for name in files[-2:-1] if name not in held)
+    (out / FOLDER / f"{begun}.half").write_bytes(b"the begin of a killed download")
+    convert(NAME, out, **RANK)
+    assert sum(server.sent[name] for name in files) - looked == int(fetched[1].replace(",", ""))
+    assert all(server.sent[name] <= hub.FIRST_BYTES for name in held)
+    convert(root / "chain", tmp_path / "local", **RANK)
+    assert without_source(out) == without_source(tmp_path / "local")
 
 
 def test_snapshots_of_the_real_client(root, server, tmp_path):

@@ -44,7 +44,9 @@ def make(layers: int, experts: int, where: Where) -> tuple[Source, Plan]:
     ]
     projections = [Projection(name, 4, 4, None, Quant(4, 64), "BF16") for name in PROJECTIONS]
     modules = qwen_modules(Dims(layers, experts, 1, 4, 4, False))
-    plans = [LayerPlan(n, experts, tuple(projections), m.path) for n, m in enumerate(modules)]
+    plans = [
+        LayerPlan(n, range(experts), tuple(projections), m.path) for n, m in enumerate(modules)
+    ]
     source = Source(Path(), "x", None, {}, 1, modules, {}, None, matrices)
     return source, Plan(tuple(plans), (TrunkFile("model.safetensors", tuple(tensors)),), {})
 

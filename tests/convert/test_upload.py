@@ -198,7 +198,7 @@ def test_another_conversion_is_there(root, server, tmp_path, capsys):
     assert "out: exists already, made with options none, not -q --q-bits 2. Give the same" in line
     shutil.copytree(root / "stock", tmp_path / "other/copy")
     line = refused(capsys, ["--hf-path", str(tmp_path / "other/copy"), *command(root, out)[2:]])
-    assert "out: exists already, made with source stock, not copy. Give the same to" in line
+    assert "out: exists already, made with source stock, not copy. Give the same, or" in line
     assert not server.repos
 
 

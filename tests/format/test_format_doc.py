@@ -19,6 +19,10 @@ from flashmoe_mlx.store.io_mode import BLOCK
 DOC = (Path(__file__).parents[2] / "docs/reference/format.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| (\d+) \| (\d+) \| `([\w.]+)` \| (\w+) \| (\d+) x (\d+) \|$", re.M)
 KEY = re.compile(r"^\| `([a-z_]+(?:[\[.][\w.\[\]]*)?)` \| (?:(`[^`]*`) )?\|", re.M)
+RANK_KEYS = {
+    "placement", "placement.rank", "placement.weights", "layers[0].numbers",
+    "layers[0].numbers[0]",
+}  # fmt: skip
 DUMP = re.compile(r"^[0-9a-f]{8}: ((?:[0-9a-f]{4} ?)+)$", re.M)
 
 
@@ -59,7 +63,7 @@ def test_offsets(example):
 
 def test_manifest(example):
     manifest = json.loads((example / "model_experts" / "manifest.json").read_text())
-    rows = KEY.findall(section("manifest.json"))
+    rows = [row for row in KEY.findall(section("manifest.json")) if row[0] not in RANK_KEYS]
     named = {re.sub(r"\[\d+\]", "[0]", key) for key, _ in rows}
     for key, shown in rows:
         value = eval(f"m{_brackets(key)}", {"m": manifest})
@@ -72,6 +76,24 @@ def test_manifest(example):
         *(f"files[0].{key}" for key in files),
     }
     assert there == named - {"layers[0].records[0]", "layers[0].tensors[0]"}
+
+
+def test_a_ranks_manifest(example, tmp_path):
+    convert(BUNDLED_MODEL, tmp_path / "out", ranks=2, rank=1, rank_weights="3,1")
+    whole, manifest = (
+        json.loads((path / "model_experts" / "manifest.json").read_text())
+        for path in (example, tmp_path / "out")
+    )
+    rows = [row for row in KEY.findall(section("manifest.json")) if row[0] in RANK_KEYS]
+    assert len(rows) == len(RANK_KEYS)
+    for key, shown in rows:
+        value = eval(f"m{_brackets(key)}", {"m": manifest})
+        assert not shown or json.loads(shown.strip("`")) == value, key
+    assert manifest.keys() - whole.keys() == {"placement"}
+    assert manifest["layers"][0].keys() - whole["layers"][0].keys() == {"numbers"}
+    assert manifest["num_experts"] == whole["num_experts"]
+    part = slice(75, 100)
+    assert manifest["layers"][3]["records"] == whole["layers"][3]["records"][part]
 
 
 def _brackets(key: str) -> str:
