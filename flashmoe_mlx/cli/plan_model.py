@@ -148,7 +148,8 @@ def count_family(family: Family, bits: int | None = None, top_k: int | None = No
     weights = 3 * family.hidden_size * family.moe_intermediate_size
     record = weights * (family.expert_bits / 8 if bits is None else _bytes(bits, 64))
     trunk, read = (n * _bytes(4, 64) for n in (family.trunk, family.trunk - family.table))
-    return Weights(trunk, read, record, family.layers, family.num_experts, top_k)
+    experts = family.layers, family.num_experts, top_k
+    return Weights(trunk, read, record, *experts, family.hidden_size)
 
 
 def _bytes(bits: float, group: int) -> float:

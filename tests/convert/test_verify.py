@@ -377,7 +377,8 @@ def test_command(root, out, capsys):
 
 SETTINGS = {
     "expert_cache": "4GiB", "io_threads": 4, "io_mode": "direct", "experts_per_token": 1,
-    "stats": True, "verify": True, "lookahead": "off",
+    "stats": True, "verify": True, "lookahead": "off", "sharding": "exact", "rank_weights": "2,1",
+    "collective_timeout": 30,
 }  # fmt: skip
 
 

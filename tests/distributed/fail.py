@@ -2,8 +2,8 @@
 
     python fail.py MODEL WAY READS [PORT]
 
-After READS reads this rank's disk fails; 0: never; -1: its router chooses otherwise instead. WAY is shard or pipeline. With PORT it runs
-mlx-lm's server.
+After READS reads this rank's disk fails; 0: never; -1: its router chooses otherwise instead. WAY is
+shard or pipeline. With PORT it runs mlx-lm's server.
 """
 
 import errno
@@ -30,6 +30,7 @@ def failing(*args):
 
 
 os.preadv = failing
+mx.disable_compile()  # on a CPU MLX would run a C++ compiler for each function
 if int(reads) < 0:
     note = ExpertParallel.note
     ExpertParallel.note = lambda self, layer, ids: note(self, layer, ids + 1)
