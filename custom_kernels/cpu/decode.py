@@ -82,9 +82,7 @@ def product_of(bits: int, group: int) -> FunctionByAddress:
     span = span_of(bits, group)
     step_bytes, record_bytes = group * bits // 8 * span, group * span * PLANES * WORD // 8
 
-    def product(
-        matrix: Array, slot: int, first: int, last: int, table: Array, out: Array
-    ) -> None:
+    def product(matrix: Array, slot: int, first: int, last: int, table: Array, out: Array) -> None:
         """Multiply weight rows `first` to `last` of a slot: `out` `[rows, last - first]`.
 
         `table` holds at most MAX_ROWS record addresses.
@@ -114,9 +112,7 @@ def product_of(bits: int, group: int) -> FunctionByAddress:
             for row in range(height):
                 for r in range(rows):
                     totals = table[r] + (planes + width) * 4
-                    start_sums(
-                        start_of(wide) + biases + row * groups * 4, totals, groups, place
-                    )
+                    start_sums(start_of(wide) + biases + row * groups * 4, totals, groups, place)
                     place += LANES * 4
             # Only a block of several records fits the L1 cache: use it for TILE weight rows.
             for tile in range(0, height, TILE):

@@ -248,10 +248,14 @@ def dot_rows(
                 for row, product, total in zip(code_rows, scratch, running, strict=True):
                     here = at(row, step, form.step_bytes)
                     _prefetch(builder, builder.add(here, number(AHEAD)))
-                    dot = _step(builder, _decode(builder, _pointer(builder, here, I8), form), x, form)
+                    dot = _step(
+                        builder, _decode(builder, _pointer(builder, here, I8), form), x, form
+                    )
                     few = builder.bitcast(product, F32.as_pointer())
                     few = builder.gep(few, [builder.mul(loop.index, number(form.span))])
-                    after = multiply_add(builder, dot, _scales(builder, few, form), builder.load(total))
+                    after = multiply_add(
+                        builder, dot, _scales(builder, few, form), builder.load(total)
+                    )
                     builder.store(after, total)
         for row, total in zip(tile, running, strict=True):
             sum_ = _add_lanes(builder, builder.load(total))
