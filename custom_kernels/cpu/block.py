@@ -42,7 +42,7 @@ def linear_step(
     outputs = project(rows(x), group) if norm is None else project(rows(x), group, *_norm(norm))
     if residual is not None:
         outputs[0] += rows(residual)
-    return [mx.array(y).reshape(*x.shape[:-1], -1) for y in outputs]
+    return [mx.array(y.reshape(*x.shape[:-1], -1)) for y in outputs]
 
 
 def delta_step(
@@ -76,12 +76,12 @@ def delta_step(
     block = _remember(out, layers, make, *small)
     if block is None:
         return None
-    # Callers may hold the old state, so write to new arrays; MLX allocates zeros fastest.
-    new_past, new_state = mx.zeros(past.shape), mx.zeros(state.shape)
     past, state = mx.contiguous(past), mx.contiguous(state)
-    mx.eval(past, state, new_past, new_state)
-    y = block(rows(h), view(past), view(state), view(new_past), view(new_state))
-    return mx.array(y).reshape(h.shape), new_past, new_state
+    mx.eval(past, state)
+    # Callers may hold the old state. MLX copies an array faster than it makes one of zeros.
+    new_past, new_state = np.empty(past.shape, np.float32), np.empty(state.shape, np.float32)
+    y = block(rows(h), view(past), view(state), new_past, new_state)
+    return mx.array(y.reshape(h.shape)), mx.array(new_past), mx.array(new_state)
 
 
 def moe_step(
@@ -114,7 +114,7 @@ def moe_step(
         return None
     arrays = [array for matrix in experts for array in matrix.arrays]
     block = _remember(router, layers, make, norm.weight, *arrays)
-    return None if block is None else mx.array(block(rows(h), batches)).reshape(h.shape)
+    return None if block is None else mx.array(block(rows(h), batches).reshape(h.shape))
 
 
 def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | None:

@@ -16,7 +16,7 @@ from numba import prange, types
 
 from ..shapes import expect, expect_quantized
 from ..weights import QuantizedMatrix, Shared
-from .arrays import FAST, Array, compiled, copy, scale_kind, serial, use_threads, view, widen
+from .arrays import FAST, Array, compiled, copy, scale_kind, serial, silu, use_threads, view, widen
 from .bounds import CHECKED, inside, within
 from .call import FunctionByAddress, caller
 from .dot import (
@@ -143,12 +143,6 @@ def product_of(bits: int, group: int) -> FunctionByAddress:
                     )  # fmt: skip
 
     return FunctionByAddress(_PRODUCT, product, **FAST)
-
-
-@serial
-def silu(x: Any) -> Any:
-    """Return x * sigmoid(x)."""
-    return x / (np.float32(1) + np.exp(-x))
 
 
 # A job multiplies `ROWS` records by slot `SLOT` of matrix `FIRST`; with a `SECOND` matrix (else -1)

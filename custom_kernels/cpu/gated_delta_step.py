@@ -9,26 +9,13 @@ from numba import prange
 from ..gated_delta.weights import Heads, MixerWeights
 from ..shapes import expect
 from ..weights import QuantizedMatrix, Shared
-from .arrays import ALL, Array, compiled, copy, serial, use_threads
-from .decode import UNIT_OF_WORK, UNITS, Arrays, Group, Norm, add_job, run_unit, silu
+from .arrays import ALL, Array, compiled, copy, serial, sigmoid, silu, use_threads
+from .decode import UNIT_OF_WORK, UNITS, Arrays, Group, Norm, add_job, run_unit
+from .gated_delta import convolve_head
 from .records import HEIGHT, new_records, record_size, write_record, write_records
 
 QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # indices of the matrices
 F32 = np.dtype(np.float32)
-
-
-@serial
-def _convolve(past: Array, now: Array, weight: Array, first: int, out: Array) -> Any:
-    """Convolve the channels from `first` on, apply SiLU, and return the sum of squares."""
-    last, square = weight.shape[1] - 1, np.float32(0)
-    for i in range(out.size):
-        c = first + i
-        total = weight[c, last] * now[c]
-        for tap in range(last):
-            total += weight[c, tap] * past[tap, c]
-        out[i] = silu(total)
-        square += out[i] * out[i]
-    return square
 
 
 @serial
@@ -68,19 +55,18 @@ def _head(
     now, z, strength, shift = projected
     conv, a_log, dt_bias, norm, eps = weights
     value_heads, value_dim, key_dim = state.shape
-    key_heads = (conv.shape[0] - value_heads * value_dim) // (2 * key_dim)
+    key_heads = (conv.shape[1] - value_heads * value_dim) // (2 * key_dim)
     key_head = head // (value_heads // key_heads)
     q, k, v = np.empty(key_dim, np.float32), np.empty(key_dim, np.float32), np.empty_like(y)
-    square = _convolve(past, now, conv, key_head * key_dim, q)
+    square = convolve_head(past, now, conv, key_head * key_dim, q)
     q *= np.float32(1) / np.sqrt((square + eps[1]) * np.float32(key_dim))
-    square = _convolve(past, now, conv, (key_heads + key_head) * key_dim, k)
+    square = convolve_head(past, now, conv, (key_heads + key_head) * key_dim, k)
     k *= np.float32(1) / np.sqrt(square + eps[1])
-    _convolve(past, now, conv, 2 * key_heads * key_dim + head * value_dim, v)
+    convolve_head(past, now, conv, 2 * key_heads * key_dim + head * value_dim, v)
     shifted = shift + dt_bias[head]
     softplus = max(shifted, np.float32(0)) + np.log1p(np.exp(-abs(shifted)))
     decay = np.exp(-np.exp(a_log[head]) * softplus)
-    rate = np.float32(1) / (np.float32(1) + np.exp(-strength))
-    _rule_step(state[head], q, k, v, decay, rate, y, after[head])
+    _rule_step(state[head], q, k, v, decay, sigmoid(strength), y, after[head])
     _gated_norm(y, z, norm, eps[0])
 
 
@@ -105,7 +91,7 @@ def _step(
     for unit in prange(units):
         run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
 
-    channels, value_dim, y = conv.shape[0], width // heads, np.empty((batch, width), np.float32)
+    channels, value_dim, y = conv.shape[1], width // heads, np.empty((batch, width), np.float32)
     for unit in prange(batch * heads):
         b, head = unit // heads, unit % heads
         here = head * value_dim
@@ -157,8 +143,10 @@ class DeltaBlock(Shared):
         self._state = heads.values, heads.value_dim, heads.key_dim
         self._check_projections(heads)
         self._matrices = self._all.numbers, self._inputs.forms, self._inputs.form_of
-        tensors = weights.conv.squeeze(-1), weights.a_log, weights.dt_bias, weights.norm
-        conv, a_log, dt_bias, norm = (np.array(t).astype(np.float32) for t in tensors)
+        tensors = weights.conv.squeeze(-1).T, weights.a_log, weights.dt_bias, weights.norm
+        conv, a_log, dt_bias, norm = (
+            np.ascontiguousarray(np.array(t), np.float32) for t in tensors
+        )
         eps = np.array([weights.norm_eps, weights.qk_eps], np.float32)
         self._weights = conv, a_log, dt_bias, norm, eps
 

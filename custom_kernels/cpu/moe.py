@@ -11,7 +11,7 @@ from numba import prange
 
 from ..shapes import expect, expect_below, expect_count
 from ..weights import QuantizedMatrix, Shared
-from .arrays import ALL, Array, compiled, copy, serial, use_threads
+from .arrays import ALL, Array, compiled, copy, exp, serial, sigmoid, use_threads
 from .decode import (
     ROWS,
     SLOT,
@@ -38,7 +38,7 @@ def choose(logits: Array, renormalize: bool, ids: Array, scores: Array) -> None:
     total = np.float32(0)
     left = np.empty_like(logits)
     for i in range(logits.size):
-        left[i] = np.exp(logits[i] - largest)
+        left[i] = exp(logits[i] - largest)
         total += left[i]
     chosen = np.float32(0)
     for k in range(ids.size):
@@ -75,7 +75,7 @@ def _route(
         run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
     for row in range(batch):
         choose(out[row * experts : (row + 1) * experts], renormalize, ids[row], scores[row])
-        switch[row] = np.float32(1) / (np.float32(1) + np.exp(-out[switches + row]))
+        switch[row] = sigmoid(out[switches + row])
         copy(out[hiddens + row * inner : hiddens + (row + 1) * inner], hidden[row])
 
 

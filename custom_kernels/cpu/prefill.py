@@ -14,7 +14,18 @@ import numpy as np
 from numba import prange, types
 
 from ..shapes import expect, expect_below, expect_quantized
-from .arrays import FAST, SCALE_TYPES, Array, compiled, copy, scale_kind, use_threads, view, widen
+from .arrays import (
+    FAST,
+    SCALE_TYPES,
+    Array,
+    compiled,
+    copy,
+    scale_kind,
+    silu,
+    use_threads,
+    view,
+    widen,
+)
 from .arrays import rows as rows
 from .bounds import CHECKED, inside, within
 from .call import FunctionByAddress, caller
@@ -206,8 +217,7 @@ def times(x: Array, weight: Packed, where: Runs | None = None) -> Array:
 def _swiglu(gate: Array, up: Array) -> None:
     for row in prange(gate.shape[0]):
         for column in range(gate.shape[1]):
-            g = gate[row, column]
-            gate[row, column] = g / (np.float32(1) + np.exp(-g)) * up[row, column]
+            gate[row, column] = silu(gate[row, column]) * up[row, column]
 
 
 def mlp(x: Array, gate: Packed, up: Packed, down: Packed, slots: Array | None = None) -> Array:

@@ -104,6 +104,16 @@ def leading_power(_context: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
     return types.float32(types.int32), codegen
 
 
+@intrinsic
+def power_of_two(_context: Any, exponent: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return 2 to the power of an int32 from -126 to 127, as float32."""
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.add(args[0], I32(127)), I32(23)), F32)
+
+    return types.float32(types.int32), codegen
+
+
 def _pointer_to(kind: Any) -> Any:
     """Make a numba function that turns an address into a pointer."""
 
