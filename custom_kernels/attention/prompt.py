@@ -8,7 +8,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..device import cpu_kernels
 from ..op import Op
 
-MIN_TOKENS = 2  # two queries over 64 keys are 3 times as fast as MLX's op; one is a decode step
+MIN_TOKENS = 1  # one query over 64 keys is ten times as fast as by MLX's op
 
 
 @Op

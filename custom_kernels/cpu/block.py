@@ -10,10 +10,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import KVCache
 
+from ..attention.step import AttentionHeads
 from ..gated_delta.weights import Heads, MixerWeights
 from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
 from .arrays import Array, rows, view
+from .attention_step import attend
+from .attention_step import prepare as prepare_heads
 from .decode import Group, Norm, project
 from .gated_delta_step import DeltaBlock
 from .moe import Batches, MoeBlock
@@ -43,6 +47,39 @@ def linear_step(
     if residual is not None:
         outputs[0] += rows(residual)
     return [mx.array(y.reshape(*x.shape[:-1], -1)) for y in outputs]
+
+
+def attention_step(
+    h: mx.array, inputs: Sequence[nn.Module], out: nn.Module, norm: nn.RMSNorm,
+    head_norms: Sequence[nn.RMSNorm], heads: AttentionHeads, base: float, cache: KVCache,
+) -> mx.array | None:  # fmt: skip
+    """Run full attention on one token per row: h + layer(norm(h)), `[B, 1, H]`.
+
+    Args:
+        h: `[B, 1, H]` float32.
+        inputs: the projections to queries and gates; to keys; and to values.
+        out: the output projection.
+        norm: the norm before the layer.
+        head_norms: of queries and of keys.
+        heads: sizes.
+        base: base of RoPE.
+        cache: receives the token's keys and values.
+    """
+    stored = cache.keys is None or cache.keys.dtype == cache.values.dtype == mx.float32
+    group = _remember(inputs[0], inputs, lambda: Group(*map(QuantizedMatrix.of_layer, inputs)))
+    after = _remember(out, [out], lambda: Group(QuantizedMatrix.of_layer(out)))
+    if group is None or after is None or not stored:
+        return None
+    x, batch = rows(h), len(h)
+    queries, keys, values = project(x, group, *_norm(norm))
+    projected = queries.reshape(batch, heads.queries, 2 * heads.dim)
+    keys, values = (part.reshape(batch, heads.keys, heads.dim) for part in (keys, values))
+    norms = _norm(head_norms[0]), _norm(head_norms[1])
+    queries, keys = prepare_heads(projected, keys, norms, heads, base, cache.offset)
+    cache.update_and_fetch(*(mx.array(part[:, :, None]) for part in (keys, values)))
+    mx.eval(cache.keys, cache.values)
+    y = attend(queries, projected, view(cache.keys), view(cache.values), cache.offset)
+    return mx.array((x + project(y.reshape(batch, -1), after)[0]).reshape(h.shape))
 
 
 def delta_step(
@@ -178,6 +215,9 @@ def prepare() -> None:
     linear_step(h, [layer(32)], norm)
     weights = MixerWeights(Heads(1, 1, 32, 32), mx.zeros((96, 4, 1)), gains, gains, h[0, 0], 1e-6)
     inputs = [layer(n) for n in (96, 32, 1, 1)]
+    heads, head_norm = AttentionHeads(1, 1, 32, 32), [nn.RMSNorm(32)] * 2
+    qkv = [layer(64), layer(32), layer(32)]
+    attention_step(h, qkv, layer(32), norm, head_norm, heads, 1e4, KVCache())
     past, state = mx.zeros((1, 3, 96)), mx.zeros((1, 1, 32, 32))
     delta_step(h, inputs, layer(32), norm, weights, past, state)
     one = layer(32)
