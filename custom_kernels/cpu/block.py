@@ -4,6 +4,7 @@ A function returns None where its kernels do not apply: more than one token per 
 that are not affine-quantized. Each module keeps its compiled block until its weights change.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -116,7 +117,7 @@ def delta_step(
     past, state = mx.contiguous(past), mx.contiguous(state)
     mx.eval(past, state)
     # Callers may hold the old state. MLX copies an array faster than it makes one of zeros.
-    new_past, new_state = np.empty(past.shape, np.float32), np.empty(state.shape, np.float32)
+    new_past, new_state = _scratch(past.shape), _scratch(state.shape)
     y = block(rows(h), view(past), view(state), new_past, new_state)
     return mx.array(y.reshape(h.shape)), mx.array(new_past), mx.array(new_state)
 
@@ -175,6 +176,17 @@ def multiply(x: mx.array, group: Group) -> mx.array:
     return mx.array(project(rows(x), group)[0])
 
 
+_kept = threading.local()
+
+
+def _scratch(shape: Sequence[int]) -> Array:
+    """Return an array that this thread reuses: touching new memory takes longer than a copy."""
+    if (known := getattr(_kept, str(len(shape)), None)) is None or known.shape != tuple(shape):
+        known = np.empty(shape, np.float32)
+        setattr(_kept, str(len(shape)), known)
+    return known
+
+
 def _is_quantized(layer: nn.Module) -> bool:
     return is_affine(layer) and supports(layer.bits, layer.group_size, layer.scales)
 
@@ -203,26 +215,28 @@ def _remember(
     return remembered(owner, "_step", weights, made)
 
 
-def prepare() -> None:
-    """Compile the kernels by running small layers."""
+def prepare(bits: int, group_size: int) -> None:
+    """Compile the kernels by running small layers of one format."""
+    size = group_size
 
     def layer(height: int) -> nn.Module:
-        made = nn.QuantizedLinear(32, height, bias=False, group_size=32, bits=4)
+        made = nn.QuantizedLinear(size, height, bias=False, group_size=group_size, bits=bits)
         made.eval()
         return made
 
-    h, norm, gains = mx.zeros((1, 1, 32)), nn.RMSNorm(32), mx.zeros(1)
-    linear_step(h, [layer(32)], norm)
-    weights = MixerWeights(Heads(1, 1, 32, 32), mx.zeros((96, 4, 1)), gains, gains, h[0, 0], 1e-6)
-    inputs = [layer(n) for n in (96, 32, 1, 1)]
-    heads, head_norm = AttentionHeads(1, 1, 32, 32), [nn.RMSNorm(32)] * 2
-    qkv = [layer(64), layer(32), layer(32)]
-    attention_step(h, qkv, layer(32), norm, head_norm, heads, 1e4, KVCache())
-    past, state = mx.zeros((1, 3, 96)), mx.zeros((1, 1, 32, 32))
-    delta_step(h, inputs, layer(32), norm, weights, past, state)
-    one = layer(32)
-    expert = QuantizedMatrix(one.weight[None], one.scales[None], one.biases[None], 4, 32)
-    shared = [layer(32) for _ in range(3)]
+    h, norm, gains = mx.zeros((1, 1, size)), nn.RMSNorm(size), mx.zeros(1)
+    linear_step(h, [layer(size)], norm)
+    heads = AttentionHeads(1, 1, size, size)
+    qkv, head_norms = [layer(n * size) for n in (2, 1, 1)], [nn.RMSNorm(size)] * 2
+    attention_step(h, qkv, layer(size), norm, head_norms, heads, 1e4, KVCache())
+    conv, one_head = mx.zeros((3 * size, 4, 1)), Heads(1, 1, size, size)
+    weights = MixerWeights(one_head, conv, gains, gains, h[0, 0], 1e-6)
+    inputs = [layer(n) for n in (3 * size, size, 1, 1)]
+    past, state = mx.zeros((1, 3, 3 * size)), mx.zeros((1, 1, size, size))
+    delta_step(h, inputs, layer(size), norm, weights, past, state)
+    one = layer(size)
+    three = one.weight[None], one.scales[None], one.biases[None]
+    expert, shared = QuantizedMatrix(*three, bits, group_size), [layer(size) for _ in range(3)]
 
     def batches(ids: Array) -> Iterator[tuple[Array, Array]]:
         yield np.arange(ids.size), ids.reshape(-1)

@@ -212,6 +212,16 @@ run_unit = caller(_UNIT)  # arguments: UNIT_OF_WORK's address, then those of `_u
 
 
 @compiled
+def run_jobs(
+    run: int, units: int, jobs: Array, matrices: Array, records: Array, sources: Array,
+    targets: Array, out: Array,
+) -> None:  # fmt: skip
+    """Run all units of a job table on all threads; the only parallel loop of these kernels."""
+    for unit in prange(units):
+        run_unit(run, (unit, jobs, matrices, records, sources, targets, out))
+
+
+@serial
 def _project(
     run: int, h: Array, norm: Array, eps: float, matrices: Array, forms: Array, form_of: Array,
     out: Array,
@@ -225,8 +235,7 @@ def _project(
         job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, place)
         units = add_job(jobs, n, matrices, job)
         place += batch * matrices[n, HEIGHT]
-    for unit in prange(units):
-        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
+    run_jobs(run, units, jobs, matrices, records, rows, rows, out)
 
 
 class Group(Shared):

@@ -10,7 +10,7 @@ from ..gated_delta.weights import Heads, MixerWeights
 from ..shapes import expect
 from ..weights import QuantizedMatrix, Shared
 from .arrays import ALL, Array, compiled, copy, serial, sigmoid, silu, use_threads
-from .decode import UNIT_OF_WORK, UNITS, Arrays, Group, Norm, add_job, run_unit
+from .decode import UNIT_OF_WORK, UNITS, Arrays, Group, Norm, add_job, run_jobs
 from .gated_delta import convolve_head
 from .records import HEIGHT, new_records, record_size, write_record, write_records
 
@@ -71,27 +71,14 @@ def _head(
 
 
 @compiled
-def _step(
-    run: int, h: Array, in_norm: Norm, group: Arrays, weights: Arrays, before: Arrays,
-    after: Arrays, result: Array,
-) -> None:  # fmt: skip
-    (in_weight, in_eps), (matrices, forms, form_of) = in_norm, group
+def _heads(
+    out: Array, places: Array, weights: Arrays, before: Arrays, after: Arrays, y: Array
+) -> None:
+    """Compute all value heads from the projections `out`, whose parts start at `places`."""
+    (past, state), (_, new_state) = before, after
     conv, a_log, dt_bias, norm, eps = weights
-    (past, state), (new_past, new_state) = before, after
-    batch, heads, width = h.shape[0], state.shape[1], matrices[Z, HEIGHT]
-    records = new_records(forms.size * batch, record_size(matrices, forms))
-    write_records(h, in_weight, in_eps, matrices, forms, records)
-    jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
-    units, rows = 0, np.arange(batch)
-    for n in range(OUT):
-        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
-        units = add_job(jobs, n, matrices, job)
-        places[n + 1] = places[n] + batch * matrices[n, HEIGHT]
-    out = np.empty(places[OUT], np.float32)
-    for unit in prange(units):
-        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
-
-    channels, value_dim, y = conv.shape[1], width // heads, np.empty((batch, width), np.float32)
+    (batch, width), heads, channels = y.shape, state.shape[1], conv.shape[1]
+    value_dim = width // heads
     for unit in prange(batch * heads):
         b, head = unit // heads, unit % heads
         here = head * value_dim
@@ -103,6 +90,28 @@ def _step(
             head, past[b], projected, fixed, state[b], y[b, here : here + value_dim], new_state[b]
         )
 
+
+@serial
+def _step(
+    run: int, h: Array, in_norm: Norm, group: Arrays, weights: Arrays, before: Arrays,
+    after: Arrays, result: Array,
+) -> None:  # fmt: skip
+    (in_weight, in_eps), (matrices, forms, form_of) = in_norm, group
+    conv, past, new_past = weights[0], before[0], after[0]
+    batch, width = h.shape[0], matrices[Z, HEIGHT]
+    records = new_records(forms.size * batch, record_size(matrices, forms))
+    write_records(h, in_weight, in_eps, matrices, forms, records)
+    jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
+    units, rows = 0, np.arange(batch)
+    for n in range(OUT):
+        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
+        units = add_job(jobs, n, matrices, job)
+        places[n + 1] = places[n] + batch * matrices[n, HEIGHT]
+    out = np.empty(places[OUT], np.float32)
+    run_jobs(run, units, jobs, matrices, records, rows, rows, out)
+
+    channels, y = conv.shape[1], np.empty((batch, width), np.float32)
+    _heads(out, places, weights, before, after, y)
     last = np.array([OUT])
     records = new_records(batch, record_size(matrices, last))
     for b in range(batch):
@@ -112,8 +121,7 @@ def _step(
         write_record(y[b], matrices[OUT], records[b])
     jobs[:] = 0
     units = add_job(jobs, 0, matrices, (OUT, -1, 0, 0, 0, 0, batch, 0))
-    for unit in prange(units):
-        run_unit(run, (unit, jobs, matrices, records, rows, rows, result))
+    run_jobs(run, units, jobs, matrices, records, rows, rows, result)
     result += h.reshape(-1)
 
 

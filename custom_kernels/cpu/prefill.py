@@ -184,7 +184,7 @@ def runs(count: int, slots: Array | None) -> Runs:
     """Find the runs of `count` rows of one matrix, or of ascending `slots` `[count]`."""
     if slots is None:
         return Runs(np.zeros(1, np.int64), np.array([0, count]))
-    starts = np.flatnonzero(np.diff(slots, prepend=-1))
+    starts = np.flatnonzero(np.diff(slots, prepend=slots[:1] - 1))
     return Runs(slots[starts].astype(np.int64), np.append(starts, count))
 
 

@@ -472,8 +472,8 @@ def run_jobs(places=2, records=2, wide=0, out=0, **wrong: int) -> None:
 
 
 @pytest.mark.parametrize(("wrong", "what"), [
-    ({"SLOT": 3}, "times_rows .*: slots: first, count, size"),
-    ({"SLOT": -1}, "times_rows .*: slots: first, count, size"),
+    ({"SLOT": 3}, "product .*: slots: first, count, size"),
+    ({"SLOT": -1}, "product .*: slots: first, count, size"),
     ({"RECORD": 1}, "_find .*: records: first, count, size"),
     ({"RECORD": -1}, "_find .*: records: first, count, size"),
     ({"records": 1}, "_find .*: records: first, count, size"),
