@@ -8,8 +8,6 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..device import cpu_kernels
 from ..op import Op
 
-MIN_TOKENS = 2  # two queries over 64 keys are 3 times as fast as MLX's op; one is a decode step
-
 
 @Op
 def attention(
@@ -32,7 +30,7 @@ def attention(
 def _by_cpu(
     queries: mx.array, keys: Any, values: Any, scale: float, mask: Any = None, cache: Any = None
 ) -> mx.array | None:
-    if queries.shape[2] < MIN_TOKENS or hasattr(cache, "bits") or not cpu_kernels(queries):
+    if hasattr(cache, "bits") or not cpu_kernels(queries):
         return None
     from ..cpu import attention  # needs numba
 

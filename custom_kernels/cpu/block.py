@@ -4,16 +4,21 @@ A function returns None where its kernels do not apply: more than one token per 
 that are not affine-quantized. Each module keeps its compiled block until its weights change.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import KVCache
 
+from ..attention.step import AttentionHeads
 from ..gated_delta.weights import Heads, MixerWeights
 from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
 from .arrays import Array, rows, view
+from .attention_step import attend
+from .attention_step import prepare as prepare_heads
 from .decode import Group, Norm, project
 from .gated_delta_step import DeltaBlock
 from .moe import Batches, MoeBlock, Total
@@ -42,7 +47,40 @@ def linear_step(
     outputs = project(rows(x), group) if norm is None else project(rows(x), group, *_norm(norm))
     if residual is not None:
         outputs[0] += rows(residual)
-    return [mx.array(y).reshape(*x.shape[:-1], -1) for y in outputs]
+    return [mx.array(y.reshape(*x.shape[:-1], -1)) for y in outputs]
+
+
+def attention_step(
+    h: mx.array, inputs: Sequence[nn.Module], out: nn.Module, norm: nn.RMSNorm,
+    head_norms: Sequence[nn.RMSNorm], heads: AttentionHeads, base: float, cache: KVCache,
+) -> mx.array | None:  # fmt: skip
+    """Run full attention on one token per row: h + layer(norm(h)), `[B, 1, H]`.
+
+    Args:
+        h: `[B, 1, H]` float32.
+        inputs: the projections to queries and gates; to keys; and to values.
+        out: the output projection.
+        norm: the norm before the layer.
+        head_norms: of queries and of keys.
+        heads: sizes.
+        base: base of RoPE.
+        cache: receives the token's keys and values.
+    """
+    stored = cache.keys is None or cache.keys.dtype == cache.values.dtype == mx.float32
+    group = _remember(inputs[0], inputs, lambda: Group(*map(QuantizedMatrix.of_layer, inputs)))
+    after = _remember(out, [out], lambda: Group(QuantizedMatrix.of_layer(out)))
+    if group is None or after is None or not stored:
+        return None
+    x, batch = rows(h), len(h)
+    queries, keys, values = project(x, group, *_norm(norm))
+    projected = queries.reshape(batch, heads.queries, 2 * heads.dim)
+    keys, values = (part.reshape(batch, heads.keys, heads.dim) for part in (keys, values))
+    norms = _norm(head_norms[0]), _norm(head_norms[1])
+    queries, keys = prepare_heads(projected, keys, norms, heads, base, cache.offset)
+    cache.update_and_fetch(*(mx.array(part[:, :, None]) for part in (keys, values)))
+    mx.eval(cache.keys, cache.values)
+    y = attend(queries, projected, view(cache.keys), view(cache.values), cache.offset)
+    return mx.array((x + project(y.reshape(batch, -1), after)[0]).reshape(h.shape))
 
 
 def delta_step(
@@ -76,12 +114,12 @@ def delta_step(
     block = _remember(out, layers, make, *small)
     if block is None:
         return None
-    # Callers may hold the old state, so write to new arrays; MLX allocates zeros fastest.
-    new_past, new_state = mx.zeros(past.shape), mx.zeros(state.shape)
     past, state = mx.contiguous(past), mx.contiguous(state)
-    mx.eval(past, state, new_past, new_state)
-    y = block(rows(h), view(past), view(state), view(new_past), view(new_state))
-    return mx.array(y).reshape(h.shape), new_past, new_state
+    mx.eval(past, state)
+    # Callers may hold the old state. MLX copies an array faster than it makes one of zeros.
+    new_past, new_state = _scratch(past.shape), _scratch(state.shape)
+    y = block(rows(h), view(past), view(state), new_past, new_state)
+    return mx.array(y.reshape(h.shape)), mx.array(new_past), mx.array(new_state)
 
 
 def moe_step(
@@ -115,7 +153,9 @@ def moe_step(
         return None
     arrays = [array for matrix in experts for array in matrix.arrays]
     block = _remember(router, layers, make, norm.weight, *arrays)
-    return None if block is None else mx.array(block(rows(h), batches, total)).reshape(h.shape)
+    if block is None:
+        return None
+    return mx.array(block(rows(h), batches, total).reshape(h.shape))
 
 
 def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | None:
@@ -137,6 +177,17 @@ def router_logits(h: mx.array, router: nn.Module, norm: nn.RMSNorm) -> Array | N
 def multiply(x: mx.array, group: Group) -> mx.array:
     """Multiply `[tokens, columns]` float32 by a group of one matrix: `[tokens, rows]`."""
     return mx.array(project(rows(x), group)[0])
+
+
+_kept = threading.local()
+
+
+def _scratch(shape: Sequence[int]) -> Array:
+    """Return an array that this thread reuses: touching new memory takes longer than a copy."""
+    if (known := getattr(_kept, str(len(shape)), None)) is None or known.shape != tuple(shape):
+        known = np.empty(shape, np.float32)
+        setattr(_kept, str(len(shape)), known)
+    return known
 
 
 def _is_quantized(layer: nn.Module) -> bool:
@@ -167,23 +218,28 @@ def _remember(
     return remembered(owner, "_step", weights, made)
 
 
-def prepare() -> None:
-    """Compile the kernels by running small layers."""
+def prepare(bits: int, group_size: int) -> None:
+    """Compile the kernels by running small layers of one format."""
+    size = group_size
 
     def layer(height: int) -> nn.Module:
-        made = nn.QuantizedLinear(32, height, bias=False, group_size=32, bits=4)
+        made = nn.QuantizedLinear(size, height, bias=False, group_size=group_size, bits=bits)
         made.eval()
         return made
 
-    h, norm, gains = mx.zeros((1, 1, 32)), nn.RMSNorm(32), mx.zeros(1)
-    linear_step(h, [layer(32)], norm)
-    weights = MixerWeights(Heads(1, 1, 32, 32), mx.zeros((96, 4, 1)), gains, gains, h[0, 0], 1e-6)
-    inputs = [layer(n) for n in (96, 32, 1, 1)]
-    past, state = mx.zeros((1, 3, 96)), mx.zeros((1, 1, 32, 32))
-    delta_step(h, inputs, layer(32), norm, weights, past, state)
-    one = layer(32)
-    expert = QuantizedMatrix(one.weight[None], one.scales[None], one.biases[None], 4, 32)
-    shared = [layer(32) for _ in range(3)]
+    h, norm, gains = mx.zeros((1, 1, size)), nn.RMSNorm(size), mx.zeros(1)
+    linear_step(h, [layer(size)], norm)
+    heads = AttentionHeads(1, 1, size, size)
+    qkv, head_norms = [layer(n * size) for n in (2, 1, 1)], [nn.RMSNorm(size)] * 2
+    attention_step(h, qkv, layer(size), norm, head_norms, heads, 1e4, KVCache())
+    conv, one_head = mx.zeros((3 * size, 4, 1)), Heads(1, 1, size, size)
+    weights = MixerWeights(one_head, conv, gains, gains, h[0, 0], 1e-6)
+    inputs = [layer(n) for n in (3 * size, size, 1, 1)]
+    past, state = mx.zeros((1, 3, 3 * size)), mx.zeros((1, 1, size, size))
+    delta_step(h, inputs, layer(size), norm, weights, past, state)
+    one = layer(size)
+    three = one.weight[None], one.scales[None], one.biases[None]
+    expert, shared = QuantizedMatrix(*three, bits, group_size), [layer(size) for _ in range(3)]
 
     def batches(ids: Array) -> Iterator[tuple[Array, Array]]:
         yield np.arange(ids.size), ids.reshape(-1)

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,12 +19,14 @@ from ..device import computes_at_once, reject_cpu_kernels
 from ..linear.cases import MatvecCase
 from ..linear.matvec import supports
 
+PARTS = 2  # compiled by as many processes
+
 
 def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
     """Compile a model's CPU kernels before its weights take memory; does nothing on a GPU.
 
-    First use on a machine compiles in a child process, because the compiler keeps 130 MB; numba
-    then loads the results from disk.
+    First use on a machine compiles in child processes: two cores take half the time, and the
+    compiler keeps 130 MB; numba then loads the results from disk.
 
     Args:
         formats: (bits, group size, "float32" or "bfloat16" scales) of the model's matrices.
@@ -34,11 +36,10 @@ def prepare(formats: Iterable[tuple[int, int, str]]) -> None:
     wanted = json.dumps(sorted(formats))
     marker = _marker(wanted)
     if not marker.exists() and os.access(marker.parent, os.W_OK):
-        code = f"from {__name__} import compile_all; compile_all({wanted!r})"
+        code = f"from {__name__} import compile_part; compile_part({wanted!r}, %d)"
         # OSError: cannot start a process, or the disk is full. Then compile here.
         with first_use("compiling kernels", everywhere=True), contextlib.suppress(OSError):
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-            if done.returncode == 0:
+            if _run([[sys.executable, "-c", code % part] for part in range(PARTS)]):
                 marker.touch()
     compile_all(wanted)
 
@@ -53,14 +54,38 @@ def compiled_folder() -> tuple[str | None, list[str]]:
     return str(folder) if folder.is_dir() else None, numba_cache.complaints
 
 
+def _run(commands: Sequence[Sequence[str]]) -> bool:
+    """Run commands at once; return whether all succeeded."""
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for command in commands:
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            children.append(subprocess.Popen(command, **quiet))
+    finally:
+        codes = [child.wait() for child in children]
+    return not any(codes)
+
+
 def compile_all(formats: str) -> None:
     """Compile the kernels for a JSON list of formats, or load them from numba's cache."""
-    from . import block, gated_delta, prefill
+    for part in range(PARTS):
+        compile_part(formats, part)
 
-    for bits, group_size, dtype in json.loads(formats):
+
+def compile_part(formats: str, part: int) -> None:
+    """Compile the kernels of prompts (part 0) or of decoding (1), which take about as long."""
+    from . import block, decode, gated_delta, prefill
+
+    known = json.loads(formats)
+    taken = [(b, g) for b, g, _ in known if b in prefill.BITS and g in prefill.GROUP_SIZES]
+    if part == 1:
+        block.prepare(*(taken or [(4, 64)])[0])
+        return
+    for bits, group_size, dtype in known:
         prefill.prepare(bits, group_size, getattr(mx, dtype))
+    for bits, group_size in taken[1:]:
+        _ = decode.product_of(bits, group_size).address
     gated_delta.prepare()
-    block.prepare()
 
 
 def _marker(formats: str) -> Path:

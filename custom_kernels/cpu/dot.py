@@ -1,8 +1,8 @@
 """Integer dot products of quantized weight rows and activation rows, for decode by numba.
 
-Activations become 30-bit integers, scaled per group of columns and split into two 16-bit halves.
-One multiply-add instruction then takes twice as many weights as in float32, and codes stay
-integers. A group's sum is exact; only the sum over groups rounds.
+Activations become integers, scaled per group of columns and split into planes of few bits, so that
+codes stay integers: three planes of 8 bits where the processor multiplies bytes (VNNI), else two of
+15 bits in 16. A group's sum is exact; only the sum over groups rounds.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,30 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import F32, I32, constant, load, multiply_add, splat
+from .simd import F32, I8, I32, constant, load, multiply_add, splat
 
-I16 = ir.IntType(16)
 _FEATURES = get_host_cpu_features()
 CUT = 32  # columns split at a time: the smallest group
 VECTOR_BYTES = 64 if _FEATURES.get("avx512bw") else 32
-# LLVM does not select these instructions itself, but merges them with the addition (VNNI).
-_PAIRS = {
-    "sse2": (8, "llvm.x86.sse2.pmadd.wd"),
-    "avx2": (16, "llvm.x86.avx2.pmadd.wd"),
-    "avx512bw": (32, "llvm.x86.avx512.pmaddw.d.512"),
-}
-MULTIPLY_PAIRS = dict(pair for feature, pair in _PAIRS.items() if _FEATURES.get(feature))
-HALF_BITS = 15  # an activation is high * 2^15 + low
-LANES = VECTOR_BYTES // 4  # float32 in a vector
-STEPS = LANES  # per block of columns, so that its activations fit the L1 cache
-TILE = 4  # weight rows per block
+LANES = VECTOR_BYTES // 4  # float32 in a vector; groups in a block of columns
 MAX_ROWS = 8  # activation rows per block
+TILE = 4 if VECTOR_BYTES == 64 else 2  # weight rows at once
+AHEAD = 4096  # bytes of codes that one row prefetches: further than the processor does
+VNNI = bool(_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
+WORD, PLANES, PLANE_BITS = (8, 3, 8) if VNNI else (16, 2, 15)  # a plane's number fits a word
+I_WORD = ir.IntType(WORD)
+TOTAL_BITS = 23 if VNNI else 29  # of an activation, without sign
+# Bytes of a vector, and the instruction that multiplies it: LLVM does not select these itself.
+_BYTES = {16: "avx512.vpdpbusd.128", 32: "avx512.vpdpbusd.256", 64: "avx512.vpdpbusd.512"}
+_PAIRS = {
+    feature: (size, name)
+    for feature, size, name in (
+        ("sse2", 16, "sse2.pmadd.wd"),
+        ("avx2", 32, "avx2.pmadd.wd"),
+        ("avx512bw", 64, "avx512.pmaddw.d.512"),
+    )
+}
+MULTIPLY = _BYTES if VNNI else dict(x for f, x in _PAIRS.items() if _FEATURES.get(f))
 
 
 def span_of(bits: int, group_size: int) -> int:
@@ -40,25 +46,29 @@ def span_of(bits: int, group_size: int) -> int:
     return max(1, VECTOR_BYTES * 8 // (group_size * bits))
 
 
-def _pairs(builder: Any, a: Any, b: Any) -> Any:
-    """Multiply 16-bit integers and add neighbors: `[n]` int16 twice to `[n / 2]` int32."""
-    half = a.type.count // 2
-    wide = ir.VectorType(I32, half)
-    if a.type.count in MULTIPLY_PAIRS:
-        kind = ir.FunctionType(wide, [a.type, a.type])
-        name = MULTIPLY_PAIRS[a.type.count]
-        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b])
-
-    def every_second(vector: Any, first: int) -> Any:
-        places = ir.Constant(wide, [2 * i + first for i in range(half)])
-        return builder.sext(builder.shuffle_vector(vector, vector, places), wide)
-
-    products = [builder.mul(every_second(a, i), every_second(b, i)) for i in (0, 1)]
-    return builder.add(*products)
+def _multiply(builder: Any, total: Any, codes: Any, x: Any) -> Any:
+    """Add products of neighboring words to int32 lanes: total + sum of 32 / WORD products."""
+    wide = total.type
+    if (size := 4 * wide.count) in MULTIPLY:
+        words = ir.VectorType(I32, wide.count) if VNNI else codes.type
+        kind = ir.FunctionType(wide, [wide, words, words] if VNNI else [words, words])
+        name = f"llvm.x86.{MULTIPLY[size]}"
+        function = cgutils.get_or_insert_function(builder.module, kind, name)
+        pair = [builder.bitcast(v, words) for v in (codes, x)]
+        if VNNI:
+            return builder.call(function, [total, *pair])
+        return builder.add(total, builder.call(function, pair))
+    near = 32 // WORD
+    for first in range(near):
+        places = ir.Constant(wide, [near * i + first for i in range(wide.count)])
+        code, value = (builder.shuffle_vector(v, v, places) for v in (codes, x))
+        product = builder.mul(builder.zext(code, wide), builder.sext(value, wide))
+        total = builder.add(total, product)
+    return total
 
 
 def _decode(builder: Any, pointer: Any, form: "_Form") -> list[list[Any]]:
-    """Load one step of codes: per vector of bytes, one vector of 16-bit words per phase."""
+    """Load one step of codes: per vector of bytes, one vector of words per phase."""
     words, vectors = form.words, []
     for first in range(0, form.step_bytes, form.size):
         packed, parts = load(builder, builder.gep(pointer, [I32(first)]), words, 1), []
@@ -73,18 +83,24 @@ def _decode(builder: Any, pointer: Any, form: "_Form") -> list[list[Any]]:
 
 def _step(builder: Any, decoded: list[list[Any]], planes: Any, form: "_Form") -> Any:
     """Multiply one step of unpacked codes by the activations at `planes`: a vector of sums."""
-    totals = []
-    for plane in range(2):
-        total = None
+    zero = constant(ir.VectorType(I32, form.floats.count), 0)
+    sums, total = [], zero
+    for plane in range(PLANES):
+        if plane and form.separate(plane):
+            sums.append(total)
+            total = zero
+        elif plane:
+            total = builder.shl(total, constant(total.type, PLANE_BITS))
         for part, phases in enumerate(decoded):
             for phase, code in enumerate(phases):
-                offset = ((part * 2 + plane) * form.phases + phase) * form.words.count
-                x = load(builder, builder.gep(planes, [I32(offset)]), form.words, 2)
-                product = _pairs(builder, code, x)
-                total = product if total is None else builder.add(total, product)
-        totals.append(builder.sitofp(total, form.floats))
-    power = constant(form.floats, float(1 << HALF_BITS))
-    return multiply_add(builder, totals[1], power, totals[0])
+                offset = ((part * PLANES + plane) * form.phases + phase) * form.words.count
+                x = load(builder, builder.gep(planes, [I32(offset)]), form.words, 1)
+                total = _multiply(builder, total, code, x)
+    low = builder.sitofp(total, form.floats)
+    if not sums:
+        return low
+    power = constant(form.floats, float(1 << PLANE_BITS))
+    return multiply_add(builder, builder.sitofp(sums[0], form.floats), power, low)
 
 
 @dataclass(frozen=True)
@@ -113,18 +129,27 @@ class _Form:
 
     @property
     def phases(self) -> int:
-        """Codes in a 16-bit word."""
-        return 16 // self.bits
+        """Codes in a word."""
+        return WORD // self.bits
 
     @property
     def words(self) -> ir.VectorType:
         """A vector of codes."""
-        return ir.VectorType(I16, self.size // 2)
+        return ir.VectorType(I_WORD, self.size * 8 // WORD)
 
     @property
     def floats(self) -> ir.VectorType:
         """A vector of sums."""
         return ir.VectorType(F32, self.size // 4)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record per step."""
+        return self.group * self.span * PLANES * WORD // 8
+
+    def separate(self, plane: int) -> bool:
+        """Say whether int32 sums of higher planes cannot also hold this plane's."""
+        return plane == PLANES - 1 and (not VNNI or self.bits == 8)
 
 
 def _scales(builder: Any, pointer: Any, form: _Form) -> Any:
@@ -140,88 +165,169 @@ def _pointer(builder: Any, address: Any, kind: Any, offset: Any = None) -> Any:
     return builder.inttoptr(address, kind.as_pointer())
 
 
+def _prefetch(builder: Any, address: Any) -> None:
+    """Load the cache line at an address, which need not exist, into the L1 cache."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(I8), I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [_pointer(builder, address, I8), I32(0), I32(3), I32(1)])
+
+
+def _bias_sums(builder: Any, biases: Any, totals: Any, groups: Any) -> Any:
+    """Return the sum of bias * total in LANES parts; what lies after the groups counts as 0."""
+    vector, integers = ir.VectorType(F32, LANES), ir.VectorType(groups.type, LANES)
+    running = cgutils.alloca_once(builder, vector)
+    builder.store(constant(vector, 0.0), running)
+    lane = ir.Constant(integers, list(range(LANES)))
+    with cgutils.for_range_slice(builder, groups.type(0), groups, groups.type(LANES)) as (first, _):
+        offset = builder.mul(first, groups.type(4))
+        a, b = (
+            load(builder, _pointer(builder, address, F32, offset), vector, 4)
+            for address in (biases, totals)
+        )
+        left = splat(builder, builder.sub(groups, first), integers)
+        a = builder.select(builder.icmp_signed("<", lane, left), a, constant(vector, 0.0))
+        builder.store(multiply_add(builder, a, b, builder.load(running)), running)
+    return builder.load(running)
+
+
+@intrinsic(prefer_literal=True)
+def dot_rows(
+    _context: Any, bits: Any, group: Any, codes: Any, scales: Any, biases: Any, record: Any,
+    groups: Any, rows: Any, out: Any,
+) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
+    """Multiply TILE weight rows by an activation row, but for a last partial step's groups.
+
+    Args:
+        bits: 2, 4 or 8, a compile-time constant like the next.
+        group: columns per group.
+        codes: address of the matrix's codes.
+        scales: address of its scales, float32; LANES more must be readable.
+        biases: likewise.
+        record: addresses of the record's planes, factors and totals.
+        groups: of a row.
+        rows: first row, and last row of the matrix, which stands for rows after it.
+        out: address of the matrix's results.
+    """
+    if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group)):
+        return None
+    width, columns = bits.literal_value, group.literal_value
+    form = _Form(width, columns, span_of(width, columns))
+    block = ir.VectorType(F32, LANES)
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
+        codes, scales, biases, record, groups, rows, out = args[2:]
+        planes, factors, totals = (builder.extract_value(record, i) for i in range(3))
+        first, last = (builder.extract_value(rows, i) for i in range(2))
+        number = groups.type
+
+        def least(a: Any, b: Any) -> Any:
+            return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+        def at(address: Any, index: Any, size: int) -> Any:
+            return builder.add(address, builder.mul(index, number(size)))
+
+        tile = [least(builder.add(first, number(w)), last) for w in range(TILE)]
+        row_bytes = builder.mul(groups, number(width * columns // 8))
+        code_rows = [builder.add(codes, builder.mul(row, row_bytes)) for row in tile]
+        places = [builder.mul(row, groups) for row in tile]
+        scratch = [cgutils.alloca_once(builder, block) for _ in tile]
+        running = [cgutils.alloca_once(builder, form.floats) for _ in tile]
+        for place, total in zip(places, running, strict=True):
+            builder.store(_bias_sums(builder, at(biases, place, 4), totals, groups), total)
+        whole = builder.sub(groups, builder.srem(groups, number(form.span)))
+        with cgutils.for_range_slice(builder, number(0), whole, number(LANES)) as (start, _):
+            factor = load(builder, _pointer(builder, at(factors, start, 4), F32), block, 4)
+            for place, product in zip(places, scratch, strict=True):
+                here = _pointer(builder, at(scales, builder.add(place, start), 4), F32)
+                builder.store(builder.fmul(load(builder, here, block, 4), factor), product)
+            before = builder.sdiv(start, number(form.span))
+            steps = builder.sdiv(least(builder.sub(whole, start), number(LANES)), number(form.span))
+            with cgutils.for_range(builder, steps) as loop:
+                step = builder.add(before, loop.index)
+                x = _pointer(builder, at(planes, step, form.record_bytes), I_WORD)
+                for row, product, total in zip(code_rows, scratch, running, strict=True):
+                    here = at(row, step, form.step_bytes)
+                    _prefetch(builder, builder.add(here, number(AHEAD)))
+                    dot = _step(
+                        builder, _decode(builder, _pointer(builder, here, I8), form), x, form
+                    )
+                    few = builder.bitcast(product, F32.as_pointer())
+                    few = builder.gep(few, [builder.mul(loop.index, number(form.span))])
+                    after = multiply_add(
+                        builder, dot, _scales(builder, few, form), builder.load(total)
+                    )
+                    builder.store(after, total)
+        for row, total in zip(tile, running, strict=True):
+            sum_ = _add_lanes(builder, builder.load(total))
+            builder.store(sum_, _pointer(builder, at(out, row, 4), F32))
+
+    numbers = types.intp, types.intp, types.intp, types.UniTuple(types.intp, 3), types.intp
+    return types.void(bits, group, *numbers, types.UniTuple(types.intp, 2), types.intp), codegen
+
+
 @intrinsic(prefer_literal=True)
 def dot_block(
-    _context: Any, bits: Any, group: Any, single: Any, codes: Any, scales: Any, records: Any,
-    offsets: Any, rows: Any, steps: Any, sums: Any,
+    _context: Any, bits: Any, group: Any, codes: Any, scales: Any, records: Any, offsets: Any,
+    rows: Any, steps: Any, sums: Any,
 ) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
     """Add a block of columns to the sums of a weight row times a few activation rows.
 
     sums[r, lane] += scale * factor[r] * (sum over the lane's columns of code * x[r]), one group
-    after another, so the result is independent of `rows` and of the block.
+    after another as in `dot_rows`, so the result is independent of `rows` and of the block.
 
     Args:
-        bits: 2, 4 or 8, a compile-time constant like the next two.
+        bits: 2, 4 or 8, a compile-time constant like the next.
         group: columns per group.
-        single: 1 for a single activation row, else 0.
         codes: address of the weight row's codes at the block.
-        scales: address of its scales there, float32.
+        scales: address of its scales there, LANES float32.
         records: address of `[rows]` addresses of activation records.
-        offsets: bytes from a record's address to its integers and factors at the block.
+        offsets: bytes from a record's address to its planes and factors at the block.
         rows: at most MAX_ROWS.
-        steps: of the inner loop, at most STEPS.
+        steps: of the inner loop, at most LANES groups.
         sums: address of `[rows, LANES]` float32.
     """
-    if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group, single)):
+    if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group)):
         return None
-    width, columns, one = bits.literal_value, group.literal_value, bool(single.literal_value)
+    width, columns = bits.literal_value, group.literal_value
     form = _Form(width, columns, span_of(width, columns))
-    products = ir.VectorType(F32, STEPS * form.span)
-    record_step = form.step_bytes * 8 // width * 4
+    block = ir.VectorType(F32, LANES)
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
-        codes, scales, records, offsets, rows, steps, sums = args[3:]
+        codes, scales, records, offsets, rows, steps, sums = args[2:]
         plane_offset, factor_offset = (builder.extract_value(offsets, i) for i in range(2))
         number = rows.type
         table = _pointer(builder, records, number)
-        only = builder.load(table) if one else None  # once: stores might alias the table
-        scratch = cgutils.alloca_once(builder, F32, size=MAX_ROWS * products.count)
-        scale = load(builder, _pointer(builder, scales, F32), products, 4)
+        scratch = cgutils.alloca_once(builder, F32, size=MAX_ROWS * LANES)
+        scale = load(builder, _pointer(builder, scales, F32), block, 4)
 
         def record(r: Any) -> Any:
-            return builder.load(builder.gep(table, [r])) if only is None else only
+            return builder.load(builder.gep(table, [r]))
 
         def product(r: Any) -> Any:
-            return builder.gep(scratch, [builder.mul(r, number(products.count))])
+            return builder.gep(scratch, [builder.mul(r, number(LANES))])
 
-        def multiply(r: Any) -> None:
-            pointer = _pointer(builder, record(r), F32, factor_offset)
-            value = builder.fmul(scale, load(builder, pointer, products, 4))
-            target = builder.bitcast(product(r), products.as_pointer())
+        with cgutils.for_range(builder, rows) as loop:
+            pointer = _pointer(builder, record(loop.index), F32, factor_offset)
+            value = builder.fmul(scale, load(builder, pointer, block, 4))
+            target = builder.bitcast(product(loop.index), block.as_pointer())
             builder.store(value, target).align = 4
-
-        def total(r: Any) -> Any:
-            return _pointer(builder, sums, form.floats, builder.mul(r, number(4 * LANES)))
-
-        def add(r: Any, step: Any, decoded: list[list[Any]], running: Any) -> None:
-            offset = builder.add(plane_offset, builder.mul(step, number(record_step)))
-            dot = _step(builder, decoded, _pointer(builder, record(r), I16, offset), form)
-            place = builder.gep(product(r), [builder.mul(step, number(form.span))])
-            before = load(builder, running, form.floats, 4)
-            after = multiply_add(builder, dot, _scales(builder, place, form), before)
-            builder.store(after, running).align = 4
-
-        zero, running = number(0), cgutils.alloca_once(builder, form.floats)
-        if one:
-            multiply(zero)
-            builder.store(load(builder, total(zero), form.floats, 4), running)
-        else:
-            with cgutils.for_range(builder, rows) as loop:
-                multiply(loop.index)
         with cgutils.for_range(builder, steps) as loop:
             offset = builder.mul(loop.index, number(form.step_bytes))
-            decoded = _decode(builder, _pointer(builder, codes, ir.IntType(8), offset), form)
-            if one:
-                add(zero, loop.index, decoded, running)
-            else:
-                with cgutils.for_range(builder, rows) as inner:
-                    add(inner.index, loop.index, decoded, total(inner.index))
-        if one:
-            builder.store(builder.load(running), total(zero)).align = 4
+            decoded = _decode(builder, _pointer(builder, codes, I8, offset), form)
+            offset = builder.mul(loop.index, number(form.record_bytes))
+            offset = builder.add(plane_offset, offset)
+            with cgutils.for_range(builder, rows) as inner:
+                r = inner.index
+                total = _pointer(builder, sums, form.floats, builder.mul(r, number(4 * LANES)))
+                dot = _step(builder, decoded, _pointer(builder, record(r), I_WORD, offset), form)
+                place = builder.gep(product(r), [builder.mul(loop.index, number(form.span))])
+                before = load(builder, total, form.floats, 4)
+                after = multiply_add(builder, dot, _scales(builder, place, form), before)
+                builder.store(after, total).align = 4
 
     pair = types.UniTuple(types.intp, 2)
     kinds = types.intp, types.intp, types.intp, pair, types.intp, types.intp, types.intp
-    return types.void(bits, group, single, *kinds), codegen
+    return types.void(bits, group, *kinds), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -247,8 +353,8 @@ def dot_rest(
                 offset = builder.mul(loop.index, groups.type(stride))
                 return _pointer(builder, address, kind, offset)
 
-            decoded = _decode(builder, at(codes, ir.IntType(8), form.step_bytes), form)
-            dot = _step(builder, decoded, at(planes, I16, form.group * 4), form)
+            decoded = _decode(builder, at(codes, I8, form.step_bytes), form)
+            dot = _step(builder, decoded, at(planes, I_WORD, form.record_bytes), form)
             scale = builder.fmul(
                 builder.load(at(scales, F32, 4)), builder.load(at(factors, F32, 4))
             )
@@ -284,27 +390,18 @@ def add_lanes(_context: Any, sums: Any) -> tuple[Any, Callable[..., Any]]:
 
 @intrinsic
 def start_sums(
-    _context: Any, biases: Any, totals: Any, chunks: Any, sums: Any
+    _context: Any, biases: Any, totals: Any, groups: Any, sums: Any
 ) -> tuple[Any, Callable[..., Any]]:
-    """Write the biases' share of `chunks * LANES` groups to LANES float32 at `sums`.
+    """Write the biases' share of a weight row to LANES float32 at `sums`.
 
-    `biases` and `totals`, the groups' sums of activations, are addresses of float32.
+    `biases` and `totals`, the groups' sums of activations, are addresses of float32, of which whole
+    vectors are read.
     """
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
-        biases, totals, chunks, sums = args
-        vector = ir.VectorType(F32, LANES)
-        running = cgutils.alloca_once(builder, vector)
-        builder.store(constant(vector, 0.0), running)
-        with cgutils.for_range(builder, chunks) as loop:
-            offset = builder.mul(loop.index, chunks.type(4 * LANES))
-            a, b = (
-                load(builder, _pointer(builder, address, F32, offset), vector, 4)
-                for address in (biases, totals)
-            )
-            builder.store(multiply_add(builder, a, b, builder.load(running)), running)
-        target = _pointer(builder, sums, vector)
-        builder.store(builder.load(running), target).align = 4
+        biases, totals, groups, sums = args
+        target = _pointer(builder, sums, ir.VectorType(F32, LANES))
+        builder.store(_bias_sums(builder, biases, totals, groups), target).align = 4
 
     return types.void(*[types.intp] * 4), codegen
 
@@ -313,19 +410,19 @@ def start_sums(
 def split_columns(
     _context: Any, bits: Any, x: Any, inverse: Any, planes: Any, words: Any
 ) -> tuple[Any, Callable[..., Any]] | None:
-    """Split 32 activations, as integers, into halves; return the integers' sum as int64.
+    """Split 32 activations, as integers, into planes; return the integers' sum as int64.
 
     Args:
-        bits: of the weights, a compile-time constant; a 16-bit word holds 16 / bits codes.
+        bits: of the weights, a compile-time constant; a word holds WORD / bits codes.
         x: address of `[32]` float32.
-        inverse: factor that makes them integers of at most 30 bits.
-        planes: int16 address of the low half for the first code of the first word. Code p of
-            word w goes to `[p * words + w]`, its high half `16 / bits * words` after it.
+        inverse: factor that makes them integers of at most TOTAL_BITS bits.
+        planes: address of the highest plane's word for the first code of the first word. Code p of
+            word w goes to `[p * words + w]`, the next plane `WORD / bits * words` after it.
         words: words per vector.
     """
     if not isinstance(bits, types.IntegerLiteral):
         return None
-    phases = 16 // bits.literal_value
+    phases = WORD // bits.literal_value
     lanes = CUT // phases
     whole, part = ir.VectorType(I32, CUT), ir.VectorType(I32, lanes)
 
@@ -337,27 +434,29 @@ def split_columns(
         kind = ir.FunctionType(vector, [vector])
         rint = cgutils.get_or_insert_function(builder.module, kind, f"llvm.rint.v{CUT}f32")
         value = builder.fptosi(builder.call(rint, [scaled]), whole)
-        high = builder.ashr(
-            builder.add(value, constant(whole, 1 << (HALF_BITS - 1))), constant(whole, HALF_BITS)
-        )
-        low = builder.sub(value, builder.shl(high, constant(whole, HALF_BITS)))
-        out = builder.inttoptr(planes, I16.as_pointer())
-        for plane, half in enumerate((low, high)):
-            for phase in range(phases):
-                places = ir.Constant(part, [phase + phases * i for i in range(lanes)])
-                few = builder.trunc(
-                    builder.shuffle_vector(half, half, places), ir.VectorType(I16, lanes)
-                )
-                place = builder.mul(words, words.type(plane * phases + phase))
-                target = builder.gep(out, [place])
-                target = builder.bitcast(target, few.type.as_pointer())
-                builder.store(few, target).align = 2
+        out = builder.inttoptr(planes, I_WORD.as_pointer())
         kind = ir.FunctionType(I32, [whole])
         add = cgutils.get_or_insert_function(
             builder.module, kind, f"llvm.vector.reduce.add.v{CUT}i32"
         )
-        sums = [builder.sext(builder.call(add, [half]), words.type) for half in (low, high)]
-        return builder.add(builder.shl(sums[1], words.type(HALF_BITS)), sums[0])
+        total = words.type(0)
+        for plane in reversed(range(PLANES)):
+            here = value
+            if plane:  # leave what a word cannot hold to the planes above
+                half = constant(whole, 1 << (PLANE_BITS - 1))
+                value = builder.ashr(builder.add(value, half), constant(whole, PLANE_BITS))
+                here = builder.sub(here, builder.shl(value, constant(whole, PLANE_BITS)))
+            for phase in range(phases):
+                places = ir.Constant(part, [phase + phases * i for i in range(lanes)])
+                few = builder.shuffle_vector(here, here, places)
+                few = builder.trunc(few, ir.VectorType(I_WORD, lanes))
+                place = builder.mul(words, words.type(plane * phases + phase))
+                target = builder.bitcast(builder.gep(out, [place]), few.type.as_pointer())
+                builder.store(few, target).align = 1
+            sum_here = builder.sext(builder.call(add, [here]), words.type)
+            shift = words.type(PLANE_BITS * (PLANES - 1 - plane))
+            total = builder.add(total, builder.shl(sum_here, shift))
+        return total
 
     arguments = bits, types.intp, types.float32, types.intp, types.intp
     return types.int64(*arguments), codegen

@@ -9,26 +9,13 @@ from numba import prange
 from ..gated_delta.weights import Heads, MixerWeights
 from ..shapes import expect
 from ..weights import QuantizedMatrix, Shared
-from .arrays import ALL, Array, compiled, copy, serial, use_threads
-from .decode import UNIT_OF_WORK, UNITS, Arrays, Group, Norm, add_job, run_unit, silu
+from .arrays import ALL, Array, compiled, copy, serial, sigmoid, silu, use_threads
+from .decode import UNIT_OF_WORK, UNITS, Arrays, Group, Norm, add_job, run_jobs
+from .gated_delta import convolve_head
 from .records import HEIGHT, new_records, record_size, write_record, write_records
 
 QKV, Z, STRENGTH, SHIFT, OUT = range(5)  # indices of the matrices
 F32 = np.dtype(np.float32)
-
-
-@serial
-def _convolve(past: Array, now: Array, weight: Array, first: int, out: Array) -> Any:
-    """Convolve the channels from `first` on, apply SiLU, and return the sum of squares."""
-    last, square = weight.shape[1] - 1, np.float32(0)
-    for i in range(out.size):
-        c = first + i
-        total = weight[c, last] * now[c]
-        for tap in range(last):
-            total += weight[c, tap] * past[tap, c]
-        out[i] = silu(total)
-        square += out[i] * out[i]
-    return square
 
 
 @serial
@@ -68,44 +55,30 @@ def _head(
     now, z, strength, shift = projected
     conv, a_log, dt_bias, norm, eps = weights
     value_heads, value_dim, key_dim = state.shape
-    key_heads = (conv.shape[0] - value_heads * value_dim) // (2 * key_dim)
+    key_heads = (conv.shape[1] - value_heads * value_dim) // (2 * key_dim)
     key_head = head // (value_heads // key_heads)
     q, k, v = np.empty(key_dim, np.float32), np.empty(key_dim, np.float32), np.empty_like(y)
-    square = _convolve(past, now, conv, key_head * key_dim, q)
+    square = convolve_head(past, now, conv, key_head * key_dim, q)
     q *= np.float32(1) / np.sqrt((square + eps[1]) * np.float32(key_dim))
-    square = _convolve(past, now, conv, (key_heads + key_head) * key_dim, k)
+    square = convolve_head(past, now, conv, (key_heads + key_head) * key_dim, k)
     k *= np.float32(1) / np.sqrt(square + eps[1])
-    _convolve(past, now, conv, 2 * key_heads * key_dim + head * value_dim, v)
+    convolve_head(past, now, conv, 2 * key_heads * key_dim + head * value_dim, v)
     shifted = shift + dt_bias[head]
     softplus = max(shifted, np.float32(0)) + np.log1p(np.exp(-abs(shifted)))
     decay = np.exp(-np.exp(a_log[head]) * softplus)
-    rate = np.float32(1) / (np.float32(1) + np.exp(-strength))
-    _rule_step(state[head], q, k, v, decay, rate, y, after[head])
+    _rule_step(state[head], q, k, v, decay, sigmoid(strength), y, after[head])
     _gated_norm(y, z, norm, eps[0])
 
 
 @compiled
-def _step(
-    run: int, h: Array, in_norm: Norm, group: Arrays, weights: Arrays, before: Arrays,
-    after: Arrays, result: Array,
-) -> None:  # fmt: skip
-    (in_weight, in_eps), (matrices, forms, form_of) = in_norm, group
+def _heads(
+    out: Array, places: Array, weights: Arrays, before: Arrays, after: Arrays, y: Array
+) -> None:
+    """Compute all value heads from the projections `out`, whose parts start at `places`."""
+    (past, state), (_, new_state) = before, after
     conv, a_log, dt_bias, norm, eps = weights
-    (past, state), (new_past, new_state) = before, after
-    batch, heads, width = h.shape[0], state.shape[1], matrices[Z, HEIGHT]
-    records = new_records(forms.size * batch, record_size(matrices, forms))
-    write_records(h, in_weight, in_eps, matrices, forms, records)
-    jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
-    units, rows = 0, np.arange(batch)
-    for n in range(OUT):
-        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
-        units = add_job(jobs, n, matrices, job)
-        places[n + 1] = places[n] + batch * matrices[n, HEIGHT]
-    out = np.empty(places[OUT], np.float32)
-    for unit in prange(units):
-        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
-
-    channels, value_dim, y = conv.shape[0], width // heads, np.empty((batch, width), np.float32)
+    (batch, width), heads, channels = y.shape, state.shape[1], conv.shape[1]
+    value_dim = width // heads
     for unit in prange(batch * heads):
         b, head = unit // heads, unit % heads
         here = head * value_dim
@@ -117,6 +90,28 @@ def _step(
             head, past[b], projected, fixed, state[b], y[b, here : here + value_dim], new_state[b]
         )
 
+
+@serial
+def _step(
+    run: int, h: Array, in_norm: Norm, group: Arrays, weights: Arrays, before: Arrays,
+    after: Arrays, result: Array,
+) -> None:  # fmt: skip
+    (in_weight, in_eps), (matrices, forms, form_of) = in_norm, group
+    conv, past, new_past = weights[0], before[0], after[0]
+    batch, width = h.shape[0], matrices[Z, HEIGHT]
+    records = new_records(forms.size * batch, record_size(matrices, forms))
+    write_records(h, in_weight, in_eps, matrices, forms, records)
+    jobs, places = np.zeros((6, UNITS + 1), np.int64), np.zeros(5, np.int64)
+    units, rows = 0, np.arange(batch)
+    for n in range(OUT):
+        job = (n, -1, 0, form_of[n] * batch, 0, 0, batch, places[n])
+        units = add_job(jobs, n, matrices, job)
+        places[n + 1] = places[n] + batch * matrices[n, HEIGHT]
+    out = np.empty(places[OUT], np.float32)
+    run_jobs(run, units, jobs, matrices, records, rows, rows, out)
+
+    channels, y = conv.shape[1], np.empty((batch, width), np.float32)
+    _heads(out, places, weights, before, after, y)
     last = np.array([OUT])
     records = new_records(batch, record_size(matrices, last))
     for b in range(batch):
@@ -126,8 +121,7 @@ def _step(
         write_record(y[b], matrices[OUT], records[b])
     jobs[:] = 0
     units = add_job(jobs, 0, matrices, (OUT, -1, 0, 0, 0, 0, batch, 0))
-    for unit in prange(units):
-        run_unit(run, (unit, jobs, matrices, records, rows, rows, result))
+    run_jobs(run, units, jobs, matrices, records, rows, rows, result)
     result += h.reshape(-1)
 
 
@@ -157,8 +151,10 @@ class DeltaBlock(Shared):
         self._state = heads.values, heads.value_dim, heads.key_dim
         self._check_projections(heads)
         self._matrices = self._all.numbers, self._inputs.forms, self._inputs.form_of
-        tensors = weights.conv.squeeze(-1), weights.a_log, weights.dt_bias, weights.norm
-        conv, a_log, dt_bias, norm = (np.array(t).astype(np.float32) for t in tensors)
+        tensors = weights.conv.squeeze(-1).T, weights.a_log, weights.dt_bias, weights.norm
+        conv, a_log, dt_bias, norm = (
+            np.ascontiguousarray(np.array(t), np.float32) for t in tensors
+        )
         eps = np.array([weights.norm_eps, weights.qk_eps], np.float32)
         self._weights = conv, a_log, dt_bias, norm, eps
 

@@ -7,11 +7,10 @@ the caller loads; their weighted sum.
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from numba import prange
 
 from ..shapes import expect, expect_below, expect_count
 from ..weights import QuantizedMatrix, Shared
-from .arrays import ALL, Array, compiled, copy, serial, use_threads
+from .arrays import ALL, Array, copy, exp, serial, sigmoid, use_threads
 from .decode import (
     ROWS,
     SLOT,
@@ -22,7 +21,7 @@ from .decode import (
     Group,
     Norm,
     add_job,
-    run_unit,
+    run_jobs,
 )  # fmt: skip
 from .records import HEIGHT, new_records, record_size, rms_norm, write_record, write_records
 
@@ -38,7 +37,7 @@ def choose(logits: Array, renormalize: bool, ids: Array, scores: Array) -> None:
     total = np.float32(0)
     left = np.empty_like(logits)
     for i in range(logits.size):
-        left[i] = np.exp(logits[i] - largest)
+        left[i] = exp(logits[i] - largest)
         total += left[i]
     chosen = np.float32(0)
     for k in range(ids.size):
@@ -52,7 +51,7 @@ def choose(logits: Array, renormalize: bool, ids: Array, scores: Array) -> None:
     scores /= chosen if renormalize else total
 
 
-@compiled
+@serial
 def _route(
     run: int, h: Array, norm: Norm, group: Arrays, renormalize: bool, x: Array, outputs: Arrays
 ) -> None:
@@ -71,15 +70,14 @@ def _route(
     shared = (SHARED_GATE, SHARED_UP, 0, first[SHARED_GATE], first[SHARED_UP], 0, batch, hiddens)
     units = add_job(jobs, 2, matrices, shared)
     out = np.empty(hiddens + batch * inner, np.float32)
-    for unit in prange(units):
-        run_unit(run, (unit, jobs, matrices, records, rows, rows, out))
+    run_jobs(run, units, jobs, matrices, records, rows, rows, out)
     for row in range(batch):
         choose(out[row * experts : (row + 1) * experts], renormalize, ids[row], scores[row])
-        switch[row] = np.float32(1) / (np.float32(1) + np.exp(-out[switches + row]))
+        switch[row] = sigmoid(out[switches + row])
         copy(out[hiddens + row * inner : hiddens + (row + 1) * inner], hidden[row])
 
 
-@compiled
+@serial
 def _experts(run: int, x: Array, assigned: Arrays, shared: Array, group: Arrays, y: Array) -> None:
     (tokens, slots, rows), (matrices, forms, form_of) = assigned, group
     assignments, batch = tokens.size, x.shape[0]
@@ -100,8 +98,7 @@ def _experts(run: int, x: Array, assigned: Arrays, shared: Array, group: Arrays,
             job = (GATE, UP, slots[start], first[GATE], first[UP], start, end - start, 0)
             units = add_job(jobs, count, matrices, job)
             count, start = count + 1, end
-    for unit in prange(units):
-        run_unit(run, (unit, jobs, matrices, inputs, tokens, sources, hidden))
+    run_jobs(run, units, jobs, matrices, inputs, tokens, sources, hidden)
 
     size = record_size(matrices, np.array([DOWN, SHARED_DOWN]))
     middle = new_records(total, size)
@@ -116,8 +113,7 @@ def _experts(run: int, x: Array, assigned: Arrays, shared: Array, group: Arrays,
         job = (SHARED_DOWN, -1, 0, 0, 0, assignments, total - assignments, 0)
         units = add_job(jobs, count, matrices, job)
     flat = y.reshape(-1)
-    for unit in prange(units):
-        run_unit(run, (unit, jobs, matrices, middle, sources, targets, flat))
+    run_jobs(run, units, jobs, matrices, middle, sources, targets, flat)
 
 
 @serial

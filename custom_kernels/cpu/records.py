@@ -1,4 +1,4 @@
-"""Records: activation rows as integer halves, factors and sums, as the decode kernels read them."""
+"""Records: activation rows as integer planes, factors and sums, as the decode kernels read them."""
 
 from typing import Any
 
@@ -6,12 +6,15 @@ import numpy as np
 
 from .arrays import Array, copy, serial
 from .bounds import within
-from .dot import CUT, HALF_BITS, STEPS, VECTOR_BYTES, split_columns
+from .dot import CUT, LANES, PLANES, TOTAL_BITS, VECTOR_BYTES, WORD, split_columns
 from .simd import leading_power, magnitude, no_inline
 
-CODES, SCALES, BIASES, BITS, GROUP, KIND, HEIGHT, COLUMNS, SPAN, SLOTS = range(10)
+CODES, SCALES, BIASES, BITS, GROUP, KIND, HEIGHT, COLUMNS, SPAN, SLOTS, PRODUCT = range(11)
 LINE = 64  # bytes of a cache line
-LAST_BIT = np.float32(2.0 ** (2 - 2 * HALF_BITS))  # leaves one bit for the halves' signs
+LAST_BIT = np.float32(2.0 ** (1 - TOTAL_BITS))
+# In bits of float32: the largest activation counts as the next power of two where it is near, since
+# the highest plane rounds up.
+NEAR = 1 << 17
 # Bits of the limits of a group's largest activation: outside them it counts as 0 or as NaN.
 TINY, HUGE = (int(np.float32(limit).view(np.int32)) for limit in (1e-29, 1e38))
 
@@ -24,9 +27,20 @@ def start_of(array: Array) -> Any:
 
 @serial
 def padded_groups(matrix: Array) -> int:
-    """Return the number of factors (and of sums) of a record: groups, padded to whole blocks."""
-    block = STEPS * matrix[SPAN]
-    return (matrix[COLUMNS] // matrix[GROUP] + block - 1) // block * block
+    """Return the number of factors (and of sums) of a record: groups, padded to whole vectors."""
+    return (matrix[COLUMNS] // matrix[GROUP] + LANES - 1) // LANES * LANES
+
+
+@serial
+def plane_floats(columns: int) -> int:
+    """Return the size of a record's planes, in float32."""
+    return columns * PLANES * WORD // 32
+
+
+@serial
+def record_floats(matrix: Array) -> int:
+    """Return the size of a matrix's record, in float32."""
+    return plane_floats(matrix[COLUMNS]) + 2 * padded_groups(matrix)
 
 
 @serial
@@ -34,7 +48,7 @@ def record_size(matrices: Array, forms: Array) -> int:
     """Return the float32 count of the largest record among matrices `forms`."""
     size = 0
     for n in forms:
-        size = max(size, matrices[n, COLUMNS] + 2 * padded_groups(matrices[n]))
+        size = max(size, record_floats(matrices[n]))
     return size
 
 
@@ -57,38 +71,39 @@ def _split(bits: int, x: int, inverse: Any, planes: int, words: int) -> int:
 
 @serial
 def write_record(x: Array, matrix: Array, out: Array) -> None:
-    """Write the record of activation row `x` `[columns]` to `out`, in `dot_block`'s layout.
+    """Write the record of activation row `x` `[columns]` to `out`, in `dot_rows`'s layout.
 
     A group with an infinity or a NaN makes every result NaN.
     """
     no_inline()
     bits, group, columns = matrix[BITS], matrix[GROUP], matrix[COLUMNS]
     within("activations", 0, columns, x.size)
-    within("a record", 0, columns + 2 * padded_groups(matrix), out.size)
-    groups, own, block = columns // group, group * bits // 16, CUT * bits // 16
-    whole, sums = groups - groups % matrix[SPAN], columns + padded_groups(matrix)
-    out[columns + groups : sums + padded_groups(matrix)] = np.float32(0)
+    within("a record", 0, record_floats(matrix), out.size)
+    groups, own, block = columns // group, group * bits // WORD, CUT * bits // WORD
+    factors = plane_floats(columns)
+    whole, sums = groups - groups % matrix[SPAN], factors + padded_groups(matrix)
+    out[factors + groups : sums + padded_groups(matrix)] = np.float32(0)
     for g in range(groups):
         largest = np.int32(0)
         for value in x[g * group : (g + 1) * group]:
             largest = max(largest, magnitude(value))
         inverse, scale, total = np.float32(0), np.float32(0), 0
         if TINY < largest < HUGE:
-            scale = leading_power(largest) * LAST_BIT
+            scale = leading_power(largest + NEAR) * LAST_BIT
             inverse = np.float32(1) / scale
         span = matrix[SPAN] if g < whole else 1
-        words = min(own * span, VECTOR_BYTES // 2)  # per vector, which may hold several groups
-        first = (g - g % span) * group * 2
+        words = min(own * span, VECTOR_BYTES * 8 // WORD)  # per vector, which may hold many groups
+        first = (g - g % span) * group * PLANES
         for n in range(group // CUT):
             word = g % span * own + n * block
-            place = first + word // words * 2 * words * (16 // bits) + word % words
+            place = first + word // words * PLANES * words * (WORD // bits) + word % words
             source = start_of(x) + 4 * (g * group + n * CUT)
-            last = (32 // bits - 1) * words  # offset of the last code's high halves
-            within("halves", place, last + CUT * bits // 16, 2 * columns)
-            total += _split(bits, source, inverse, start_of(out) + 2 * place, words)
-        out[columns + g], out[sums + g] = scale, np.float32(total) * scale
+            last = (PLANES * WORD // bits - 1) * words  # offset of the last code's lowest plane
+            within("planes", place, last + CUT * bits // WORD, columns * PLANES)
+            total += _split(bits, source, inverse, start_of(out) + place * (WORD // 8), words)
+        out[factors + g], out[sums + g] = scale, np.float32(total) * scale
         if largest >= HUGE:
-            out[columns + g] = out[sums + g] = np.float32(np.nan)
+            out[factors + g] = out[sums + g] = np.float32(np.nan)
 
 
 @serial

@@ -47,14 +47,6 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
 
 
-def reduce_add(builder: Any, vector: Any) -> Any:
-    """Return the sum of a vector of float32, in any order."""
-    kind = ir.FunctionType(F32, [F32, vector.type])
-    name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [ir.Constant(F32, 0.0), vector], fastmath=("fast",))
-
-
 def splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
     """Return a vector with a run-time scalar in all lanes."""
     one = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
@@ -112,6 +104,16 @@ def leading_power(_context: Any, bits: Any) -> tuple[Any, Callable[..., Any]]:
     return types.float32(types.int32), codegen
 
 
+@intrinsic
+def power_of_two(_context: Any, exponent: Any) -> tuple[Any, Callable[..., Any]]:
+    """Return 2 to the power of an int32 from -126 to 127, as float32."""
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.bitcast(builder.shl(builder.add(args[0], I32(127)), I32(23)), F32)
+
+    return types.float32(types.int32), codegen
+
+
 def _pointer_to(kind: Any) -> Any:
     """Make a numba function that turns an address into a pointer."""
 
@@ -140,104 +142,148 @@ def address(_context: Any, array: Any, index: Any) -> tuple[Any, Callable[..., A
     return types.CPointer(array.dtype)(array, types.intp), codegen
 
 
-def _unpack(builder: Any, packed: Any, bits: int) -> list[Any]:
-    """Turn bytes, one per 32-bit lane, into `8 / bits` vectors of codes as float32."""
-    words = packed.type
-    floats = ir.VectorType(F32, words.count)
-    codes: list[Any] = []
-    if HAS_PERMUTE and words.count == 16 and bits < 8:
-        # One table lookup per nibble replaces mask, shift and conversion of each code in it.
-        kind = ir.FunctionType(floats, [floats, words])
-        permute = cgutils.get_or_insert_function(builder.module, kind, PERMUTE)
-        for shift in range(0, 8, 4):
-            nibble = builder.lshr(packed, constant(words, shift))
-            for inner in range(0, 4, bits):
-                table = [float(n >> inner & (1 << bits) - 1) for n in range(16)]
-                codes.append(builder.call(permute, [ir.Constant(floats, table), nibble]))
-        return codes
-    for phase in range(8 // bits):
-        code = builder.lshr(packed, constant(words, phase * bits))
-        code = builder.and_(code, constant(words, (1 << bits) - 1))
-        codes.append(builder.sitofp(code, floats))
-    return codes
+def _codes(builder: Any, pointer: Any, bits: int) -> Any:
+    """Load MAX_LANES codes, one per 32-bit lane, each with later codes in the bits above it."""
+    lanes = ir.VectorType(I32, MAX_LANES)
+    size = 8 if bits == 8 else min(32, MAX_LANES * bits)
+    packed = ir.VectorType(ir.IntType(size), MAX_LANES * bits // size)
+    words = load(builder, pointer, packed, 1)
+    if size < 32:
+        words = builder.zext(words, ir.VectorType(I32, packed.count))
+    if bits == 8:
+        return words
+    places = [lane * bits // size for lane in range(MAX_LANES)]
+    words = builder.shuffle_vector(words, words, ir.Constant(lanes, places))
+    shifts = [lane * bits % size for lane in range(MAX_LANES)]
+    return builder.lshr(words, ir.Constant(lanes, shifts))
 
 
 @intrinsic(prefer_literal=True)
-def dot_tile(
-    _context: Any, bits: Any, group: Any, tile: Any, rows: Any, codes: Any, scales: Any, x: Any,
-    groups: Any, out: Any,
+def dequantize_row(
+    _context: Any, bits: Any, group: Any, codes: Any, scales: Any, biases: Any, groups: Any,
+    out: Any,
 ) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
-    """Multiply a few quantized weight rows by a few activation rows, without the biases.
-
-    out[w, r] = sum over groups of scale[w] * (sum over the group of code[w] * x[r]).
-
-    `bits`, `group`, `tile` and `rows` are compile-time constants. Activations lie in order of
-    use: code p of byte b meets `x[b // lanes, p, r, b % lanes]`. The order of summation is
-    independent of `tile` and `rows`.
+    """Write scale * code + bias as float32 for some groups of a weight row.
 
     Args:
-        bits: 2, 4 or 8.
+        bits: 2, 4 or 8, a compile-time constant like the next.
         group: columns per scale.
-        tile: weight rows.
-        rows: activation rows.
-        codes: pointer to `[tile, groups * group * bits / 8]` bytes.
-        scales: pointer to `[tile, groups]` float32.
-        x: pointer to `[bytes / lanes, 8 / bits, rows, lanes]` float32.
-        groups: groups per weight row.
-        out: pointer to `[tile, rows]` float32.
+        codes: address of the first code.
+        scales: address of the first scale, float32.
+        biases: likewise.
+        groups: number of groups.
+        out: address of the results.
     """
-    if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group, tile, rows)):
+    if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group)):
         return None
-    width, columns, height, count = (t.literal_value for t in (bits, group, tile, rows))
-    phases, group_bytes, lanes = 8 // width, columns * width // 8, lanes_of(width, columns)
-    floats, words = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
-    packed_bytes = ir.VectorType(I8, lanes)
-    zero = constant(floats, 0.0)
+    width, columns = bits.literal_value, group.literal_value
+    floats, words = ir.VectorType(F32, MAX_LANES), ir.VectorType(I32, MAX_LANES)
+    mask = (1 << width) - 1
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
-        codes, scales, x, groups, out = args[4:]
+        codes, scales, biases, groups, out = args[2:]
 
-        def number(value: int) -> ir.Constant:
-            return ir.Constant(groups.type, value)
+        def at(address: Any, index: Any, size: int, kind: Any, first: int = 0) -> Any:
+            offset = builder.add(builder.mul(index, index.type(size)), index.type(first))
+            return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
 
-        def at(pointer: Any, offset: Any) -> Any:
-            return builder.gep(pointer, [offset])
-
-        row_bytes = builder.mul(groups, number(group_bytes))
-        code_rows = [at(codes, builder.mul(row_bytes, number(w))) for w in range(height)]
-        scale_rows = [at(scales, builder.mul(groups, number(w))) for w in range(height)]
-        sums = [cgutils.alloca_once(builder, floats) for _ in range(height * count)]
-        for total in sums:
-            builder.store(zero, total)
         with cgutils.for_range(builder, groups) as loop:
-            start = builder.mul(loop.index, number(group_bytes))
-            here = at(x, builder.mul(start, number(phases * count)))
-            partial = [zero] * (height * count)
-            for first in range(0, group_bytes, lanes):
-                place = builder.add(start, number(first))
-                weights = []
-                for row in code_rows:
-                    packed = load(builder, at(row, place), packed_bytes, 1)
-                    weights.append(_unpack(builder, builder.zext(packed, words), width))
-                for phase in range(phases):
-                    for r in range(count):
-                        offset = (first * phases + phase * lanes) * count + r * lanes
-                        value = load(builder, at(here, number(offset)), floats, 4)
-                        for w in range(height):
-                            cell = w * count + r
-                            partial[cell] = multiply_add(
-                                builder, weights[w][phase], value, partial[cell]
-                            )
-            for w, row in enumerate(scale_rows):
-                scale = splat(builder, builder.load(at(row, loop.index)), floats)
-                for total, part in zip(
-                    sums[w * count : (w + 1) * count],
-                    partial[w * count : (w + 1) * count],
-                    strict=True,
-                ):
-                    builder.store(multiply_add(builder, part, scale, builder.load(total)), total)
-        for cell, total in enumerate(sums):
-            builder.store(reduce_add(builder, builder.load(total)), at(out, number(cell)))
+            scale, bias = (
+                splat(builder, builder.load(at(address, loop.index, 4, F32)), floats)
+                for address in (scales, biases)
+            )
+            if by_table := HAS_PERMUTE and width < 8:
+                # One lookup by the low 4 bits of a lane, of which a code's are the lowest.
+                values = ir.Constant(floats, [float(n & mask) for n in range(16)])
+                table = multiply_add(builder, values, scale, bias)
+                kind = ir.FunctionType(floats, [floats, words])
+                permute = cgutils.get_or_insert_function(builder.module, kind, PERMUTE)
+            for first in range(0, columns, MAX_LANES):
+                place = at(codes, loop.index, columns * width // 8, I8, first * width // 8)
+                code = _codes(builder, place, width)
+                if by_table:
+                    value = builder.call(permute, [table, code])
+                else:
+                    code = builder.sitofp(builder.and_(code, constant(words, mask)), floats)
+                    value = multiply_add(builder, code, scale, bias)
+                target = at(out, loop.index, columns * 4, floats, first * 4)
+                builder.store(value, target).align = 4
 
-    arguments = (bits, group, tile, rows, codes, scales, x, types.intp, out)
-    return types.void(*arguments), codegen
+    return types.void(bits, group, *[types.intp] * 5), codegen
+
+
+def _sums(builder: Any, vectors: list[Any]) -> Any:
+    """Return a vector whose lane i is the sum of vector i, for as many vectors as lanes."""
+    count = len(vectors)
+    while len(vectors) > 1:
+        added = []
+        for a, b in zip(vectors[::2], vectors[1::2], strict=True):
+            halves = [
+                builder.shuffle_vector(
+                    a, b, ir.Constant(ir.VectorType(I32, count), list(range(odd, 2 * count, 2)))
+                )
+                for odd in (0, 1)
+            ]
+            added.append(builder.fadd(*halves))
+        vectors = added
+    return vectors[0]
+
+
+@intrinsic(prefer_literal=True)
+def add_tile(
+    _context: Any, rows: Any, weights: Any, stride: Any, x: Any, x_stride: Any, last: Any,
+    steps: Any, out: Any, out_stride: Any,
+) -> tuple[Any, Callable[..., Any]] | None:  # fmt: skip
+    """Add products of a few activation rows and MAX_LANES / rows weight rows to `[rows, ...]`.
+
+    Args:
+        rows: activation rows, a compile-time constant.
+        weights: address of the first weight row, float32.
+        stride: bytes from a weight row to the next.
+        x: address of the first activation row.
+        x_stride: bytes from an activation row to the next.
+        last: number of the last activation row, which is taken for rows after it.
+        steps: MAX_LANES columns each.
+        out: address of the results.
+        out_stride: bytes from an activation row's results to the next one's.
+    """
+    if not isinstance(rows, types.IntegerLiteral):
+        return None
+    count = rows.literal_value
+    floats, few = (ir.VectorType(F32, n) for n in (MAX_LANES, MAX_LANES // count))
+
+    def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
+        weights, stride, x, x_stride, last, steps, out, out_stride = args[1:]
+        number = steps.type
+
+        def at(address: Any, index: Any, size: Any) -> Any:
+            return builder.add(address, builder.mul(index, size))
+
+        def vector(address: Any, step: Any) -> Any:
+            place = at(address, step, number(4 * MAX_LANES))
+            return load(builder, builder.inttoptr(place, floats.as_pointer()), floats, 4)
+
+        weight_rows = [at(weights, number(w), stride) for w in range(few.count)]
+        inside = [builder.icmp_signed("<", number(r), last) for r in range(count)]
+        chosen = [builder.select(inside[r], number(r), last) for r in range(count)]
+        x_rows = [at(x, r, x_stride) for r in chosen]
+        sums = [[cgutils.alloca_once(builder, floats) for _ in weight_rows] for _ in x_rows]
+        for total in (total for totals in sums for total in totals):
+            builder.store(constant(floats, 0.0), total)
+        with cgutils.for_range(builder, steps) as loop:
+            many = [vector(row, loop.index) for row in weight_rows]
+            for row, totals in zip(x_rows, sums, strict=True):
+                value = vector(row, loop.index)
+                for weight, total in zip(many, totals, strict=True):
+                    added = multiply_add(builder, weight, value, builder.load(total))
+                    builder.store(added, total)
+        dots = _sums(builder, [builder.load(total) for totals in sums for total in totals])
+        for r in range(count):
+            places = range(r * few.count, (r + 1) * few.count)
+            part = ir.Constant(ir.VectorType(I32, few.count), list(places))
+            part = builder.shuffle_vector(dots, dots, part)
+            place = at(out, number(r), out_stride)
+            place = builder.inttoptr(place, few.as_pointer())
+            builder.store(builder.fadd(load(builder, place, few, 4), part), place).align = 4
+
+    return types.void(rows, *[types.intp] * 8), codegen

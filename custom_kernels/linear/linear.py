@@ -74,11 +74,10 @@ def _linear_by_cpu(
         return None
     normed = x if norm is None else norm(x)
     rows = kernels.rows(normed)
-    activations = kernels.Activations(rows, kernels.plan(len(rows)))
     outputs = [
         layer(normed)
         if weight is None
-        else mx.array(activations.times(weight)).reshape(*x.shape[:-1], -1)
+        else mx.array(kernels.times(rows, weight).reshape(*x.shape[:-1], -1))
         for layer, weight in zip(layers, weights, strict=True)
     ]
     return _plus(residual, outputs)
@@ -215,9 +214,7 @@ def product_by_cpu(x: mx.array, layer: nn.Module) -> mx.array | None:
     """
     if (kernels := cpu_kernels(x)) is None or (weight := _viewed(kernels, layer)) is None:
         return None
-    rows = kernels.rows(x)
-    activations = kernels.Activations(rows, kernels.plan(len(rows)))
-    return mx.array(activations.times(weight).reshape(*x.shape[:-1], -1))
+    return mx.array(kernels.times(kernels.rows(x), weight).reshape(*x.shape[:-1], -1))
 
 
 def _packed(kernels: ModuleType, layer: nn.Module) -> Any:

@@ -472,8 +472,8 @@ def run_jobs(places=2, records=2, wide=0, out=0, **wrong: int) -> None:
 
 
 @pytest.mark.parametrize(("wrong", "what"), [
-    ({"SLOT": 3}, "times_rows .*: slots: first, count, size"),
-    ({"SLOT": -1}, "times_rows .*: slots: first, count, size"),
+    ({"SLOT": 3}, "product .*: slots: first, count, size"),
+    ({"SLOT": -1}, "product .*: slots: first, count, size"),
     ({"RECORD": 1}, "_find .*: records: first, count, size"),
     ({"RECORD": -1}, "_find .*: records: first, count, size"),
     ({"records": 1}, "_find .*: records: first, count, size"),
@@ -532,8 +532,7 @@ def test_wrong_numbers_of_a_prompts_weights_are_named(number, change, what):
     weight = matrix(3, 32, HIDDEN).packed
     weight.numbers[number] += change
     with pytest.raises(IndexError, match=what):
-        plan = prefill.plan(1, np.array([2]))
-        prefill.Activations(np.zeros((1, HIDDEN), F32), plan).times(weight)
+        prefill.times(np.zeros((1, HIDDEN), F32), weight, prefill.runs(1, np.array([2])))
 
 
 PLANTED = """

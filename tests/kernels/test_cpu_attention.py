@@ -8,9 +8,10 @@ from mlx_lm.models.cache import BatchKVCache, QuantizedKVCache
 from model_helpers import make_model, tokens
 
 from flashmoe_mlx import load
-from flashmoe_mlx.custom_kernels import device
+from flashmoe_mlx.custom_kernels import device, reference
 from flashmoe_mlx.custom_kernels.attention import prompt
-from flashmoe_mlx.custom_kernels.cpu import attention
+from flashmoe_mlx.custom_kernels.attention.step import AttentionHeads
+from flashmoe_mlx.custom_kernels.cpu import attention, attention_step
 
 BLOCK = attention.BLOCK
 # B, Hq, Hkv, T, S, D
@@ -138,7 +139,7 @@ def calls(monkeypatch) -> list:
 
 def without(monkeypatch, function):
     with monkeypatch.context() as patch:
-        patch.setattr(prompt, "MIN_TOKENS", 1 << 30)
+        patch.setattr(prompt, "cpu_kernels", lambda x: None)
         return function()
 
 
@@ -182,9 +183,8 @@ def test_logits_of_a_padded_batch(monkeypatch, calls):
 
 
 def test_other_work_is_left_to_stock(monkeypatch, calls):
-    """One token, half precision, a quantized cache, and FLASHMOE_KERNELS=stock."""
+    """Half precision, a quantized cache, and FLASHMOE_KERNELS=stock."""
     for dtype, count, cache in (
-        (mx.float32, 1, None),
         (mx.bfloat16, 9, None),
         (mx.float32, 9, QuantizedKVCache(group_size=32)),
     ):
@@ -204,3 +204,24 @@ def attend(dtype, count, cache) -> None:
     h = mx.ones((1, count, layer.input_layernorm.weight.size), dtype)
     y = layer.self_attn(h, layer.input_layernorm, "causal" if count > 1 else None, cache)
     assert (y.shape, y.dtype) == (h.shape, dtype)
+
+
+@pytest.mark.parametrize("rope_dims", [8, 32])
+def test_a_step_equals_the_reference(rope_dims):
+    """Two rows with seven valid keys in a buffer of nine; RoPE of a part of each head, or all."""
+    heads, base, eps = AttentionHeads(6, 2, 32, rope_dims), 1e7, 1e-6
+    shapes = (2, 6, 64), (2, 2, 32), (32,), (32,), (2, 2, 9, 32), (2, 2, 9, 32)
+    rng = np.random.default_rng(rope_dims)
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    projected, new, weight, key_weight, keys, values = arrays
+    norms = (weight, eps), (key_weight, eps)
+    queries, turned = attention_step.prepare(projected, new, norms, heads, base, 70_000)
+    for x, gain, ours in (projected[..., :32], weight, queries), (new, key_weight, turned):
+        normed = mx.fast.rms_norm(mx.array(x), mx.array(gain), eps)
+        expected = reference.rope(normed, rope_dims, base, 70_000)
+        assert np.abs(ours - np.array(expected)).max() <= 1e-5
+    ours = attention_step.attend(queries, projected, keys, values, 7)
+    some = (mx.array(x[:, :, :7]) for x in (keys, values))
+    expected = np.array(reference.attention(mx.array(queries) * 32**-0.5, *some))
+    expected /= 1 + np.exp(-projected[..., 32:])
+    assert np.abs(ours - expected).max() <= 1e-5

@@ -34,7 +34,7 @@ def random(*shape) -> mx.array:
 
 
 def times(x, weight, slots=None) -> np.ndarray:
-    return prefill.Activations(x, prefill.plan(len(x), slots)).times(weight)
+    return prefill.times(x, weight, prefill.runs(len(x), slots))
 
 
 def in_float64(x, codes, scales, biases, bits) -> np.ndarray:

@@ -18,6 +18,7 @@ from ...custom_kernels.attention.step import (
     prepare,
 )
 from ...custom_kernels.autotune import prefers_custom
+from ...custom_kernels.cpu.entry import cpu_steps
 from ...custom_kernels.gated_delta.layer import gated_delta_layer
 from ...custom_kernels.gated_delta.weights import Heads, MixerState, MixerWeights
 from ...custom_kernels.linear.linear import join, joined, linear
@@ -61,6 +62,8 @@ class Attention(nn.Module):
     ) -> mx.array:
         """Return h + attention(norm(h)), `[B, T, H]`, adding T keys and values to the cache."""
         if h.shape[1] == 1 and mask is None and type(cache) is KVCache:
+            if (y := self._step_by_cpu(h, norm, cache)) is not None:
+                return y
             traced, keys = self._fused_step.ready(h), cache.offset + 1
             if (traced and keys <= self._fused_keys) or self._fuses(h, keys):
                 return self._run_fused(h, norm, cache, traced)
@@ -103,6 +106,21 @@ class Attention(nn.Module):
         y = y * mx.sigmoid(gate.reshape(batch, tokens, -1))
         return linear(y, self.o_proj, residual=h)[0]
 
+    def _step_by_cpu(self, h: mx.array, norm: nn.RMSNorm, cache: KVCache) -> mx.array | None:
+        """Run `__call__` for one token per row on a CPU, or return None."""
+        if not self._has_plain_rope() or (steps := cpu_steps(h)) is None:
+            return None
+        inputs, norms = (self.q_proj, self.k_proj, self.v_proj), (self.q_norm, self.k_norm)
+        base = self.rope.base
+        y: mx.array | None = steps.attention_step(
+            h, inputs, self.o_proj, norm, norms, self._heads, base, cache
+        )
+        return y
+
+    def _has_plain_rope(self) -> bool:
+        """Say whether RoPE is the plain one that our kernels compute."""
+        return self._heads.supported() and self.rope.scale == 1
+
     def _fuses(self, h: mx.array, keys: int) -> bool:
         """Say whether our kernels run a step with this many keys, and remember the answer."""
         case = deciding_case(self._heads, h, keys)
@@ -110,8 +128,7 @@ class Attention(nn.Module):
             return False
         norms = self.q_norm, self.k_norm
         fuses = (
-            self._heads.supported()
-            and self.rope.scale == 1
+            self._has_plain_rope()
             and all(n.weight.dtype == h.dtype and n.eps == self.q_norm.eps for n in norms)
             and join((self.q_proj, self.k_proj, self.v_proj)) is not None
             and prefers_custom(case)
