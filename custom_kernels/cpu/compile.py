@@ -59,8 +59,8 @@ def _run(commands: Sequence[Sequence[str]]) -> bool:
     children: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            children.append(subprocess.Popen(command, **quiet))
+            quiet = subprocess.DEVNULL
+            children.append(subprocess.Popen(command, stdout=quiet, stderr=quiet))
     finally:
         codes = [child.wait() for child in children]
     return not any(codes)
