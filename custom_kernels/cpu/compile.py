@@ -59,8 +59,8 @@ def _run(commands: Sequence[Sequence[str]]) -> bool:
     children: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:
-            null = subprocess.DEVNULL
-            children.append(subprocess.Popen(command, stdout=null, stderr=null))
+            quiet = subprocess.DEVNULL
+            children.append(subprocess.Popen(command, stdout=quiet, stderr=quiet))
     finally:
         codes = [child.wait() for child in children]
     return not any(codes)

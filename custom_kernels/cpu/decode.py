@@ -1,7 +1,7 @@
 """Quantized matrices times a few activation rows, for decode.
 
 A matrix is a row of numbers (`numbers_of`), so one compiled function takes any mix of formats. An
-activation row is a *record* of float32: `columns` that hold its integer halves, then a factor per
+activation row is a *record* of float32: planes of its integers, then a factor per
 group, then a sum per group. Rows share the unpacking of weights, but each row's results are
 independent of the others.
 """
@@ -20,11 +20,8 @@ from .arrays import FAST, Array, compiled, copy, scale_kind, serial, silu, use_t
 from .bounds import CHECKED, inside, within
 from .call import FunctionByAddress, caller
 from .dot import (
-    LANES,
     MAX_ROWS,
-    PLANES,
     TILE,
-    WORD,
     add_lanes,
     dot_block,
     dot_rest,
@@ -32,6 +29,7 @@ from .dot import (
     span_of,
     start_sums,
 )
+from .planes import LANES, PLANES, WORD
 from .prefill import UNIT
 from .records import (
     BIASES,

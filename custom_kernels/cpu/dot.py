@@ -1,8 +1,7 @@
 """Integer dot products of quantized weight rows and activation rows, for decode by numba.
 
-Activations become integers, scaled per group of columns and split into planes of few bits, so that
-codes stay integers: three planes of 8 bits where the processor multiplies bytes (VNNI), else two of
-15 bits in 16. A group's sum is exact; only the sum over groups rounds.
+Activations are integers in planes (see `planes`), so that codes stay integers. A group's sum is
+exact; only the sum over groups rounds.
 """
 
 from collections.abc import Callable
@@ -10,24 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .planes import (
+    FEATURES,
+    I_WORD,
+    LANES,
+    PLANE_BITS,
+    PLANES,
+    VECTOR_BYTES,
+    VNNI,
+    WORD,
+)
 from .simd import F32, I8, I32, constant, load, multiply_add, splat
 
-_FEATURES = get_host_cpu_features()
-CUT = 32  # columns split at a time: the smallest group
-VECTOR_BYTES = 64 if _FEATURES.get("avx512bw") else 32
-LANES = VECTOR_BYTES // 4  # float32 in a vector; groups in a block of columns
 MAX_ROWS = 8  # activation rows per block
 TILE = 4 if VECTOR_BYTES == 64 else 2  # weight rows at once
 AHEAD = 4096  # bytes of codes that one row prefetches: further than the processor does
-VNNI = bool(_FEATURES.get("avx512vnni") and _FEATURES.get("avx512vl"))
-WORD, PLANES, PLANE_BITS = (8, 3, 8) if VNNI else (16, 2, 15)  # a plane's number fits a word
-I_WORD = ir.IntType(WORD)
-TOTAL_BITS = 23 if VNNI else 29  # of an activation, without sign
 # Bytes of a vector, and the instruction that multiplies it: LLVM does not select these itself.
 _BYTES = {16: "avx512.vpdpbusd.128", 32: "avx512.vpdpbusd.256", 64: "avx512.vpdpbusd.512"}
 _PAIRS = {
@@ -38,7 +38,7 @@ _PAIRS = {
         ("avx512bw", 64, "avx512.pmaddw.d.512"),
     )
 }
-MULTIPLY = _BYTES if VNNI else dict(x for f, x in _PAIRS.items() if _FEATURES.get(f))
+MULTIPLY = _BYTES if VNNI else dict(x for f, x in _PAIRS.items() if FEATURES.get(f))
 
 
 def span_of(bits: int, group_size: int) -> int:
@@ -404,59 +404,3 @@ def start_sums(
         builder.store(_bias_sums(builder, biases, totals, groups), target).align = 4
 
     return types.void(*[types.intp] * 4), codegen
-
-
-@intrinsic(prefer_literal=True)
-def split_columns(
-    _context: Any, bits: Any, x: Any, inverse: Any, planes: Any, words: Any
-) -> tuple[Any, Callable[..., Any]] | None:
-    """Split 32 activations, as integers, into planes; return the integers' sum as int64.
-
-    Args:
-        bits: of the weights, a compile-time constant; a word holds WORD / bits codes.
-        x: address of `[32]` float32.
-        inverse: factor that makes them integers of at most TOTAL_BITS bits.
-        planes: address of the highest plane's word for the first code of the first word. Code p of
-            word w goes to `[p * words + w]`, the next plane `WORD / bits * words` after it.
-        words: words per vector.
-    """
-    if not isinstance(bits, types.IntegerLiteral):
-        return None
-    phases = WORD // bits.literal_value
-    lanes = CUT // phases
-    whole, part = ir.VectorType(I32, CUT), ir.VectorType(I32, lanes)
-
-    def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        _, x, inverse, planes, words = args
-        vector = ir.VectorType(F32, CUT)
-        x = load(builder, builder.inttoptr(x, F32.as_pointer()), vector, 4)
-        scaled = builder.fmul(x, splat(builder, inverse, vector))
-        kind = ir.FunctionType(vector, [vector])
-        rint = cgutils.get_or_insert_function(builder.module, kind, f"llvm.rint.v{CUT}f32")
-        value = builder.fptosi(builder.call(rint, [scaled]), whole)
-        out = builder.inttoptr(planes, I_WORD.as_pointer())
-        kind = ir.FunctionType(I32, [whole])
-        add = cgutils.get_or_insert_function(
-            builder.module, kind, f"llvm.vector.reduce.add.v{CUT}i32"
-        )
-        total = words.type(0)
-        for plane in reversed(range(PLANES)):
-            here = value
-            if plane:  # leave what a word cannot hold to the planes above
-                half = constant(whole, 1 << (PLANE_BITS - 1))
-                value = builder.ashr(builder.add(value, half), constant(whole, PLANE_BITS))
-                here = builder.sub(here, builder.shl(value, constant(whole, PLANE_BITS)))
-            for phase in range(phases):
-                places = ir.Constant(part, [phase + phases * i for i in range(lanes)])
-                few = builder.shuffle_vector(here, here, places)
-                few = builder.trunc(few, ir.VectorType(I_WORD, lanes))
-                place = builder.mul(words, words.type(plane * phases + phase))
-                target = builder.bitcast(builder.gep(out, [place]), few.type.as_pointer())
-                builder.store(few, target).align = 1
-            sum_here = builder.sext(builder.call(add, [here]), words.type)
-            shift = words.type(PLANE_BITS * (PLANES - 1 - plane))
-            total = builder.add(total, builder.shl(sum_here, shift))
-        return total
-
-    arguments = bits, types.intp, types.float32, types.intp, types.intp
-    return types.int64(*arguments), codegen

@@ -6,7 +6,7 @@ import numpy as np
 
 from .arrays import Array, copy, serial
 from .bounds import within
-from .dot import CUT, LANES, PLANES, TOTAL_BITS, VECTOR_BYTES, WORD, split_columns
+from .planes import CUT, LANES, PLANES, TOTAL_BITS, VECTOR_BYTES, WORD, split_columns
 from .simd import leading_power, magnitude, no_inline
 
 CODES, SCALES, BIASES, BITS, GROUP, KIND, HEIGHT, COLUMNS, SPAN, SLOTS, PRODUCT = range(11)
