@@ -2,6 +2,7 @@
 
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +58,7 @@ def test_the_page_cache_is_used_where_it_has_the_file(tmp_path):
 
 def test_batches_have_consecutive_experts(monkeypatch):
     steps = ExpertSteps.__new__(ExpertSteps)
+    steps._plan = SimpleNamespace(numbers=range(10))
     steps._inputs = None
     monkeypatch.setattr(ExpertSteps, "_float_bytes", lambda self: 20 << 20)
     assert steps.batches([0, 1, 2, 5, 6, 9]) == [[0, 1], [2], [5, 6], [9]]

@@ -2,8 +2,8 @@
 
     python answer.py OUT WAYS DIRECTORY...
 
-WAYS are comma-separated: exact, auto, tensor or pipeline; stock-tensor and stock-pipeline are
-mlx-lm's own models in float32.
+WAYS are comma-separated: alone, exact, auto, tensor or pipeline; stock-tensor and stock-pipeline
+are mlx-lm's own models in float32.
 """
 
 import json
@@ -19,7 +19,9 @@ from family_helpers import streamed
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-STEPS = {"exact": 64}  # else 8: a sum takes milliseconds while other tests run
+from flashmoe_mlx.settings import SHARDING
+
+STEPS = {"alone": 64, "exact": 64}  # else 8: a sum takes milliseconds while other tests run
 PROMPTS = 1, 17, 300
 
 
@@ -44,11 +46,11 @@ def load(directory: Path, way: str, group: mx.distributed.Group) -> Any:
     if way.startswith("stock"):
         model.set_dtype(mx.float32)
     else:
-        os.environ["FLASHMOE_SHARDING"] = "auto" if way == "pipeline" else way
+        os.environ["FLASHMOE_SHARDING"] = way if way in SHARDING else "auto"
         model = streamed(directory, expert_cache=TOP_K * token_bytes(model))
     if way.endswith("pipeline"):
         model.model.pipeline(group)
-    else:
+    elif way != "alone":
         model.shard(group)
     return model
 

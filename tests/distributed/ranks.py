@@ -42,8 +42,9 @@ def start(
     ranks = []
     for rank in range(count):
         (folder / f"tmp{rank}").mkdir(exist_ok=True)
-        env = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "TMPDIR": f"{folder}/tmp{rank}"}
-        env |= {"PYTHONPATH": str(TESTS)}
+        env = {"PYTHONPATH": str(TESTS), "TMPDIR": f"{folder}/tmp{rank}"}
+        if count > 1:
+            env |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
         env |= envs[rank] if envs else {}
         process = subprocess.Popen(
             [sys.executable, *map(str, last if last and rank == count - 1 else command)],
