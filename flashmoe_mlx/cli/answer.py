@@ -35,12 +35,8 @@ BUNDLED_NAME = "bundled model"
 def answer(args: argparse.Namespace, prompt: str) -> None:
     """Answer `prompt` as the options say; of several ranks, the first one prints."""
     group = mx.distributed.init()
-    with open(os.devnull, "w") as nowhere:
-        if group.size() == 1:
-            answer_in_rank(args, prompt, None)
-        else:
-            with redirect_stdout(nowhere if group.rank() else sys.stdout):
-                answer_in_rank(args, prompt, group)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if group.rank() else sys.stdout):
+        answer_in_rank(args, prompt, group if group.size() > 1 else None)
 
 
 def answer_in_rank(
