@@ -190,6 +190,14 @@ def _bias_sums(builder: Any, biases: Any, totals: Any, groups: Any) -> Any:
     return builder.load(running)
 
 
+def _form_of(bits: Any, group: Any) -> _Form | None:
+    """Return the layout for two compile-time constants, None before they are known."""
+    if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group)):
+        return None
+    width, columns = bits.literal_value, group.literal_value
+    return _Form(width, columns, span_of(width, columns))
+
+
 @intrinsic(prefer_literal=True)
 def dot_rows(
     _context: Any, bits: Any, group: Any, codes: Any, scales: Any, biases: Any, record: Any,
@@ -208,10 +216,8 @@ def dot_rows(
         rows: first row, and last row of the matrix, which stands for rows after it.
         out: address of the matrix's results.
     """
-    if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group)):
+    if (form := _form_of(bits, group)) is None:
         return None
-    width, columns = bits.literal_value, group.literal_value
-    form = _Form(width, columns, span_of(width, columns))
     block = ir.VectorType(F32, LANES)
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
@@ -227,7 +233,7 @@ def dot_rows(
             return builder.add(address, builder.mul(index, number(size)))
 
         tile = [least(builder.add(first, number(w)), last) for w in range(TILE)]
-        row_bytes = builder.mul(groups, number(width * columns // 8))
+        row_bytes = builder.mul(groups, number(form.bits * form.group // 8))
         code_rows = [builder.add(codes, builder.mul(row, row_bytes)) for row in tile]
         places = [builder.mul(row, groups) for row in tile]
         scratch = [cgutils.alloca_once(builder, block) for _ in tile]
@@ -286,10 +292,8 @@ def dot_block(
         steps: of the inner loop, at most LANES groups.
         sums: address of `[rows, LANES]` float32.
     """
-    if not all(isinstance(t, types.IntegerLiteral) for t in (bits, group)):
+    if (form := _form_of(bits, group)) is None:
         return None
-    width, columns = bits.literal_value, group.literal_value
-    form = _Form(width, columns, span_of(width, columns))
     block = ir.VectorType(F32, LANES)
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
