@@ -1,5 +1,5 @@
-// The subset of Metal's language that our kernels use, in CUDA. MLX compiles with
-// --device-as-default-execution-space, so plain functions run on the device.
+// The subset of Metal's language that our kernels use, in CUDA, without CUDA's headers, which take
+// seconds to compile. With --device-as-default-execution-space plain functions run on the device.
 #define device
 #define constant
 #define thread
@@ -11,11 +11,39 @@
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
 using uint = unsigned int;
 using ushort = unsigned short;
+using uint8_t = unsigned char;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+using int64_t = long long;
 template <typename T, typename U>
 inline T as_type(U v) {
   static_assert(sizeof(T) == sizeof(U));
   return __builtin_bit_cast(T, v);
 }
+// 16-bit floats, rounded to nearest even.
+struct bfloat16_t {
+  ushort bits;
+  bfloat16_t() = default;
+  inline explicit bfloat16_t(float v) {
+#if __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+#else
+    uint word = __builtin_bit_cast(uint, v);
+    bits = v == v ? (word + 0x7fffu + (word >> 16 & 1u)) >> 16 : 0x7fffu;
+#endif
+  }
+  inline operator float() const { return __builtin_bit_cast(float, uint(bits) << 16); }
+};
+struct half {
+  ushort bits;
+  half() = default;
+  inline explicit half(float v) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v)); }
+  inline operator float() const {
+    float v;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
+    return v;
+  }
+};
 namespace mem_flags {
 constexpr int mem_none = 0, mem_device = 1, mem_threadgroup = 2;
 }

@@ -21,33 +21,41 @@ class Traced:
     def __init__(self) -> None:
         """Start without functions."""
         self.functions: tuple[Callable[..., Any], ...] = ()
-        self._kind: tuple[Any, ...] = ()
+        self._kind: list[Any] = []
         self._modules: list[nn.Module] = []
         self._names: list[str] = []
         self._values: list[Any] = []
 
-    def ready(self, x: mx.array) -> bool:
-        """Return whether `functions` are valid for this input and the current weights."""
+    def ready(self, *inputs: mx.array) -> bool:
+        """Return whether `functions` are valid for these inputs and the current weights."""
         now = map(dict.get, self._modules, self._names)
-        return (x.shape, x.dtype) == self._kind and all(map(is_, now, self._values))
+        return _kind(inputs) == self._kind and all(map(is_, now, self._values))
 
     def trace(
-        self, x: mx.array, modules: tuple[nn.Module, ...], *functions: Callable[..., Any]
+        self,
+        inputs: tuple[mx.array, ...],
+        modules: tuple[nn.Module, ...],
+        *functions: Callable[..., Any],
     ) -> None:
-        """Compile functions that read only their arguments and `modules`, after a run with `x`.
+        """Compile functions that read only their arguments and `modules`, after a run with `inputs`.
 
         CPU kernels compute eagerly and leave nothing to trace.
         """
-        if not on_gpu(x):
+        if not on_gpu(inputs[0]):
             return
         entries = [entry for module in modules for entry in _entries(module)]
         self._modules, self._names, self._values = (list(t) for t in zip(*entries, strict=True))
-        self._kind = x.shape, x.dtype
+        self._kind = _kind(inputs)
         self.functions = tuple(mx.compile(function) for function in functions)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Traced":
         """Start empty: a copy of a model has other weights."""
         return Traced()
+
+
+def _kind(inputs: tuple[mx.array, ...]) -> list[Any]:
+    """Return shapes and dtypes."""
+    return [(x.shape, x.dtype) for x in inputs]
 
 
 def _entries(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

@@ -9,6 +9,8 @@ from typing import Any, Self, TypeVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from .launch import scalar
+from .packed import Part, pack
 from .shapes import expect, expect_quantized
 
 T = TypeVar("T")
@@ -32,6 +34,7 @@ class QuantizedMatrix(Shared):
         biases: `[S, out, groups]`.
         bits: bits per weight.
         group_size: columns per scale and bias.
+        parts: the three where they share a buffer, for GPU kernels.
     """
 
     codes: mx.array
@@ -39,12 +42,16 @@ class QuantizedMatrix(Shared):
     biases: mx.array
     bits: int
     group_size: int
+    parts: tuple[Part, ...] | None = None
 
     @classmethod
-    def of(cls, arrays: Sequence[mx.array], bits: int, group_size: int) -> "QuantizedMatrix":
-        """Take codes, scales and biases, in this order."""
-        codes, scales, biases = arrays
-        return cls(codes, scales, biases, bits, group_size)
+    def of(
+        cls, arrays: Sequence[mx.array] | Sequence[Part], bits: int, group_size: int
+    ) -> "QuantizedMatrix":
+        """Take codes, scales and biases, in this order, or parts of a buffer that hold them."""
+        parts = tuple(x for x in arrays if isinstance(x, Part)) or None
+        codes, scales, biases = (x.array if isinstance(x, Part) else x for x in arrays)
+        return cls(codes, scales, biases, bits, group_size, parts)
 
     @classmethod
     def of_layer(cls, layer: nn.Module) -> "QuantizedMatrix":
@@ -60,6 +67,11 @@ class QuantizedMatrix(Shared):
     def arrays(self) -> tuple[mx.array, mx.array, mx.array]:
         """Codes, scales and biases."""
         return self.codes, self.scales, self.biases
+
+    @property
+    def bound(self) -> Sequence[mx.array] | Sequence[Part]:
+        """Codes, scales and biases, as GPU kernels bind them."""
+        return self.parts or self.arrays
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise FlashMoEError unless the arrays match each other and the shape a kernel takes.
@@ -109,6 +121,15 @@ def remembered(
     if (made := make()) is not None:
         setattr(owner, name, (tuple(arrays()), made))
     return made
+
+
+def norm_parts(norm: nn.RMSNorm) -> Sequence[Part]:
+    """Return a norm's gain `[H]` and its epsilon, `[LEAST_ELEMENTS]` float32, in one buffer."""
+    parts = remembered(
+        norm, "_parts", lambda: (norm.weight,), lambda: pack([norm.weight], [scalar(norm.eps)])
+    )
+    assert parts
+    return parts
 
 
 def is_affine(layer: nn.Module) -> bool:

@@ -1,12 +1,9 @@
 """Copy expert records from pinned host memory into slots, on an NVIDIA GPU."""
 
-import functools
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 
-from ..launch import LEAST_ELEMENTS, settled
+from ..launch import LEAST_ELEMENTS, Kernel, settled
 
 LANES, GROUPS = 256, 4  # threads per block, blocks per tensor of an expert
 
@@ -51,6 +48,7 @@ if (threadIdx.x == 0) {
   }
 }
 """
+_kernel = Kernel("copy", ("tasks", "slots", "fields", "clock"), ("there",), source=COPY)
 
 
 def new_clock() -> mx.array:
@@ -70,22 +68,11 @@ def copy(tasks: mx.array, slots: mx.array, fields: mx.array, clock: mx.array) ->
         clock: `[LEAST_ELEMENTS]` uint64, updated: start of the current copies, finished blocks,
             nanoseconds of all copies so far.
     """
-    (there,) = _kernel()(
-        inputs=[tasks, slots.reshape(-1), fields, clock],
-        template=[("FIELDS", fields.shape[0])],
-        grid=(LANES * GROUPS, fields.shape[0] * tasks.shape[0], 1),
-        threadgroup=(LANES, 1, 1),
-        output_shapes=[(slots.size,)],
-        output_dtypes=[mx.uint32],
+    (there,) = _kernel(
+        [tasks, slots.reshape(-1), fields, clock],
+        [((slots.size,), mx.uint32)],
+        (GROUPS, fields.shape[0] * tasks.shape[0], 1),
+        LANES,
+        FIELDS=fields.shape[0],
     )
     return there.reshape(slots.shape)
-
-
-@functools.cache
-def _kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        name="flashmoe_copy",
-        input_names=["tasks", "slots", "fields", "clock"],
-        output_names=["there"],
-        source=COPY,
-    )

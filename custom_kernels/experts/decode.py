@@ -8,6 +8,7 @@ import mlx.core as mx
 from ..launch import LEAST_ELEMENTS, SIMD, Kernel, is_cuda, settled
 from ..linear import matvec
 from ..linear.matvec import CHUNK
+from ..packed import Part
 from ..shapes import expect
 from ..weights import QuantizedMatrix
 
@@ -50,7 +51,7 @@ def expert_gate_up(
     gate: QuantizedMatrix,
     up: QuantizedMatrix,
     shared: tuple[QuantizedMatrix, QuantizedMatrix] | None = None,
-    norm: tuple[mx.array, mx.array] | None = None,
+    norm: Sequence[mx.array | Part] | None = None,
 ) -> mx.array:
     """Compute silu(gate x) * up x for each token's experts, and for the shared expert.
 
@@ -185,8 +186,8 @@ def _ones(count: int, dtype: mx.Dtype) -> mx.array:
     return settled(mx.ones((count + LEAST_ELEMENTS, 1), dtype))[:count]
 
 
-def _arrays(*matrices: QuantizedMatrix) -> list[mx.array]:
-    return [array for matrix in matrices for array in matrix.arrays]
+def _arrays(*matrices: QuantizedMatrix) -> list[mx.array | Part]:
+    return [array for matrix in matrices for array in matrix.bound]
 
 
 def _formats(
@@ -211,7 +212,7 @@ def expert_mlp_by_kernels(
     shared: Sequence[QuantizedMatrix] | None,
     shared_weight: mx.array,
     *,
-    norm: tuple[mx.array, mx.array] | None = None,
+    norm: Sequence[mx.array | Part] | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
     """Run a whole mixture for a few tokens: `[..., H]` to `[..., H]` in x's dtype.

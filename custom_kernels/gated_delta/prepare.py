@@ -1,15 +1,11 @@
 """The ops before and after the gated delta rule over many tokens, on a GPU."""
 
-from typing import TYPE_CHECKING
-
 import mlx.core as mx
 
 from ..launch import SIMD, Kernel
 from ..shapes import expect
-from .step import check_heads, epsilons, head_constants
-
-if TYPE_CHECKING:
-    from .weights import MixerWeights
+from .step import check_heads, head_constants
+from .weights import MixerWeights, epsilons
 
 SIMDGROUPS = 4  # per threadgroup
 TOKENS = 4  # per simdgroup: more would share reads, but take more registers
@@ -30,7 +26,7 @@ _norm = Kernel(
 
 def prepare(
     projected: mx.array,
-    weights: "MixerWeights",
+    weights: MixerWeights,
     past: mx.array,
     mask: mx.array | None = None,
     tokens: int = TOKENS,
@@ -80,7 +76,7 @@ def prepare(
     return q, k, v, g, beta
 
 
-def gated_norm(y: mx.array, projected: mx.array, weights: "MixerWeights") -> mx.array:
+def gated_norm(y: mx.array, projected: mx.array, weights: MixerWeights) -> mx.array:
     """Normalize the rule's output and gate it: y * rsqrt(mean y^2 + eps) * norm * silu(z).
 
     Args:

@@ -1,11 +1,10 @@
 """GatedDeltaNet between its projections for one token per row, in one launch on a GPU."""
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from ..launch import LEAST_ELEMENTS, Kernel, settled
+from ..launch import Kernel
 from ..shapes import expect
 
 if TYPE_CHECKING:
@@ -55,10 +54,8 @@ def step(
     weights.check_cache(past, state, batch)
     expect("projections", projected, (batch, 1, weights.projected))
     expect("a GatedDeltaNet layer's state", state, state.shape, mx.float32)
-    eps = epsilons(weights.norm_eps, weights.qk_eps)
-    arrays = [projected, weights.conv, weights.a_log, weights.dt_bias, weights.norm, eps]
     y, past, state = _kernel(
-        [*arrays, past, state],
+        [projected, *weights.parts, past, state],
         [
             ((batch, 1, heads.values * heads.value_dim), projected.dtype),
             (past.shape, past.dtype),
@@ -95,9 +92,3 @@ def head_constants(heads: "Heads") -> dict[str, int]:
 def vector(columns: int) -> int:
     """Return the numbers per access to a row: 4 or 1."""
     return 1 if columns % 4 else 4
-
-
-@cache
-def epsilons(norm_eps: float, qk_eps: float) -> mx.array:
-    """Return both, padded with zeros to `[LEAST_ELEMENTS]` float32, cached."""
-    return settled(mx.array([norm_eps, qk_eps, *[0.0] * (LEAST_ELEMENTS - 2)]))

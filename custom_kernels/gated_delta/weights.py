@@ -1,11 +1,14 @@
 """A GatedDeltaNet layer's sizes, its weights other than projections, and its state."""
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from ...errors import FlashMoEError
+from ..launch import LEAST_ELEMENTS, settled
+from ..packed import Part, pack
 from ..shapes import expect
 
 
@@ -51,6 +54,12 @@ class MixerWeights:
     def projected(self) -> int:
         """Columns of the projections side by side: qkv, z, b and a."""
         return self.channels + self.heads.values * (self.heads.value_dim + 2)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """conv, a_log, dt_bias, norm and both epsilons in one buffer, for the step's kernel."""
+        eps = epsilons(self.norm_eps, self.qk_eps)
+        return pack([self.conv], [self.a_log], [self.dt_bias], [self.norm], [eps])
 
     def check(self) -> None:
         """Raise FlashMoEError unless the weights match the heads, by which kernels index them."""
@@ -110,3 +119,9 @@ class MixerState(NamedTuple):
             state = mx.zeros((batch, heads.values, heads.value_dim, heads.key_dim))
         weights.check_cache(past, state, batch)
         return past, state
+
+
+@cache
+def epsilons(norm_eps: float, qk_eps: float) -> mx.array:
+    """Return both, padded with zeros to `[LEAST_ELEMENTS]` float32, cached."""
+    return settled(mx.array([norm_eps, qk_eps, *[0.0] * (LEAST_ELEMENTS - 2)]))

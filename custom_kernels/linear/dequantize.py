@@ -34,7 +34,7 @@ def dequantize_by_kernel(matrix: QuantizedMatrix, dtype: mx.Dtype) -> mx.array:
     matrix.check("a matrix", matrix.shape)
     rows, columns = matrix.shape
     (weights,) = _kernel(
-        matrix.arrays,
+        matrix.bound,
         [((rows, columns), dtype)],
         (-(-rows * columns // (8 * LANES)), 1, 1),
         LANES,

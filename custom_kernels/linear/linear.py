@@ -13,9 +13,10 @@ from ..autotune import prefers_custom
 from ..case import NAMES
 from ..cpu.entry import cpu_steps
 from ..device import cpu_kernels, on_gpu
-from ..launch import rounds_products, scalar
+from ..launch import rounds_products
 from ..op import Op
-from ..weights import QuantizedMatrix, arrays_of, is_affine, remembered
+from ..packed import pack
+from ..weights import QuantizedMatrix, arrays_of, is_affine, norm_parts, remembered
 from .cases import MatvecCase, NormedMatvecCase
 from .dequantize import MatmulCase, matmul, matmul_by_mlx
 from .matvec import MAX_TOKENS, dequant_matvec, supports
@@ -143,15 +144,14 @@ def _join(layers: Sequence[nn.Module]) -> Joined | None:
     ends = [0]
     for layer in layers:
         ends.append(ends[-1] + layer.weight.shape[0])
-    arrays = []
-    for name in ("weight", "scales", "biases"):
-        whole = mx.concatenate([layer[name] for layer in layers])
-        views = [whole[a:b] for a, b in pairwise(ends)]
-        mx.eval(whole, views)
+    names = "weight", "scales", "biases"
+    parts = pack(*([layer[name] for layer in layers] for name in names))
+    for name, part in zip(names, parts, strict=True):
+        views = [part.array[a:b] for a, b in pairwise(ends)]
+        mx.eval(views)
         for layer, view in zip(layers, views, strict=True):
             layer[name] = view
-        arrays.append(whole)
-    return Joined(QuantizedMatrix.of(arrays, first.bits, first.group_size), ends[1:-1])
+    return Joined(QuantizedMatrix.of(parts, first.bits, first.group_size), ends[1:-1])
 
 
 def _by_gpu(
@@ -165,9 +165,9 @@ def _by_gpu(
     keeps = x.dtype in (matrix.scales.dtype, mx.float32)  # else stock widens the result
     kind = MatvecCase if norm is None else NormedMatvecCase
     if keeps and tokens <= MAX_TOKENS and prefers_custom(_case(kind, matrix, x, tokens)):
-        gain = None if norm is None else (norm.weight, scalar(norm.eps))
+        gain = None if norm is None else norm_parts(norm)
         options: dict[str, Any] = {"norm": gain, "residual": residual, "dtype": dtype}
-        return dequant_matvec(x, *matrix.arrays, matrix.bits, **options)
+        return dequant_matvec(x, *matrix.bound, matrix.bits, **options)
     if norm is not None:
         x = norm(x)
     tried = max((n for n in TRIED_TOKENS if n <= tokens), default=0)

@@ -1,9 +1,13 @@
 """A quantized matrix times a few vectors, on a GPU."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import mlx.core as mx
 
 from ...errors import FlashMoEError
 from ..launch import SIMD, Kernel, is_cuda
+from ..packed import Part
 from ..shapes import expect, expect_quantized
 
 BITS = (2, 4, 8)
@@ -30,12 +34,12 @@ def supports(bits: int, group_size: int) -> bool:
 
 def dequant_matvec(
     x: mx.array,
-    codes: mx.array,
-    scales: mx.array,
-    biases: mx.array,
+    codes: mx.array | Part,
+    scales: mx.array | Part,
+    biases: mx.array | Part,
     bits: int,
     *,
-    norm: tuple[mx.array, mx.array] | None = None,
+    norm: Sequence[mx.array | Part] | None = None,
     residual: mx.array | None = None,
     dtype: mx.Dtype | None = None,
 ) -> mx.array:
@@ -82,7 +86,7 @@ def naive_matvec(
 
 
 def _launch(
-    kernel: Kernel, arrays: list[mx.array], bits: int, dtype: mx.Dtype, **flags: bool
+    kernel: Kernel, arrays: list[Any], bits: int, dtype: mx.Dtype, **flags: bool
 ) -> mx.array:
     x, codes, scales, biases = arrays[:4]
     rows, columns = scales.shape[0], x.shape[-1]

@@ -81,6 +81,9 @@ class _Attention:
     def __init__(self, module: Callable[..., Any], pick: Pick) -> None:
         self._module, self._pick = module, pick
 
+    def traced(self, *_: Any) -> None:
+        """Return no traced step: parts run one by one."""
+
     def __call__(self, h: mx.array, *rest: Any) -> Any:
         mx.eval(h)
         start = time.perf_counter()
@@ -99,6 +102,9 @@ class Experts:
         self._first: float | None = None
         self._ids: set[int] = set()
         self._device_seconds = 0.0
+
+    def traced(self, *_: Any) -> None:
+        """Return no traced step: parts run one by one."""
 
     def asked(self, experts: Sequence[int]) -> None:
         """Record a request, and the time of the first one."""

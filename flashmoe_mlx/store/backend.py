@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from ..custom_kernels.packed import Part, parts_of, room
 from ..format.layout import ExpertLayout
 from .sizing import CachePlan
 
@@ -114,6 +115,12 @@ class AllocatedByMlx:
         mx.eval(array)
         return array
 
+    def allocate_together(
+        self, shapes: Sequence[tuple[tuple[int, ...], mx.Dtype]]
+    ) -> list[Part] | None:
+        """Return zeros in one buffer."""
+        return parts_of(self.allocate((room(shapes),), mx.uint32), shapes)
+
 
 class Backend(Protocol):
     """What a store needs from a device.
@@ -144,6 +151,12 @@ class Backend(Protocol):
 
     def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """Return evaluated, row-contiguous zeros."""
+        ...
+
+    def allocate_together(
+        self, shapes: Sequence[tuple[tuple[int, ...], mx.Dtype]]
+    ) -> list[Part] | None:
+        """Return zeros in one buffer, which GPU kernels bind faster; None on a CPU."""
         ...
 
     def rows(self, arrays: Sequence[mx.array]) -> Sequence[Row]:

@@ -66,6 +66,9 @@ class CpuBackend(UnifiedBackend):
                 "raise its limit (ulimit -v)."
             ) from error
 
+    def allocate_together(self, shapes: Sequence[tuple[tuple[int, ...], mx.Dtype]]) -> None:
+        """Return None: each array begins a block."""
+
     def allocate(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """Return evaluated zeros aligned to a block.
 

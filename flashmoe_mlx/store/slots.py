@@ -72,7 +72,13 @@ class SlotBank:
     ) -> None:
         """Allocate `slots` rows for each of the nine tensors; `files` maps paths to descriptors."""
         self.layout = layout
-        self.arrays = [backend.allocate((slots, *f.shape), DTYPES[f.dtype]) for f in layout.fields]
+        shapes = [((slots, *f.shape), DTYPES[f.dtype]) for f in layout.fields]
+        self.parts = backend.allocate_together(shapes)
+        self.arrays = (
+            [part.array for part in self.parts]
+            if self.parts
+            else [backend.allocate(shape, dtype) for shape, dtype in shapes]
+        )
         self._slots = slots
         self._views = backend.rows(self.arrays)
         self._spans = [(files[s.file], s.offset, s.first, s.last) for s in layout.spans(0)]

@@ -28,7 +28,7 @@ class Layer(nn.Module):
 def traced_layer() -> tuple[Layer, nn.RMSNorm, mx.array, Traced]:
     layer, outer, x, traced = Layer(), nn.RMSNorm(4), mx.arange(4.0)[None], Traced()
     assert not traced.ready(x) and traced.functions == ()
-    traced.trace(x, (layer, outer), lambda x: layer(outer(x)), lambda x: 2 * layer(x))
+    traced.trace((x,), (layer, outer), lambda x: layer(outer(x)), lambda x: 2 * layer(x))
     return layer, outer, x, traced
 
 
@@ -61,7 +61,7 @@ def test_traced_functions_hold_for_one_shape_and_dtype():
     layer, outer, x, traced = traced_layer()
     assert not traced.ready(mx.ones((2, 4)))
     assert not traced.ready(x.astype(mx.bfloat16))
-    traced.trace(mx.ones((2, 4)), (layer, outer), layer)
+    traced.trace((mx.ones((2, 4)),), (layer, outer), layer)
     assert traced.ready(mx.ones((2, 4))) and not traced.ready(x)
 
 

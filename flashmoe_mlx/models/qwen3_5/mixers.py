@@ -1,5 +1,6 @@
 """Token mixers: full attention and GatedDeltaNet, named as in mlx-lm."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,11 @@ from ...custom_kernels.gated_delta.layer import gated_delta_layer
 from ...custom_kernels.gated_delta.weights import Heads, MixerState, MixerWeights
 from ...custom_kernels.linear.linear import join, joined, linear
 from ...custom_kernels.traced import Traced
+from ...custom_kernels.weights import remembered
 from ..cache_checks import DeltaCacheSpec, KeyValueSpec
 from .args import ModelArgs
+
+Step = Callable[..., tuple[mx.array, mx.array, mx.array]]
 
 
 class Attention(nn.Module):
@@ -34,7 +38,7 @@ class Attention(nn.Module):
         """Make the projections; q_proj also yields the gate."""
         super().__init__()
         self._step, self._fused_step = Traced(), Traced()
-        self._fused_keys = 0
+        self.fused_keys = 0  # up to which our kernels run a step
         self._refused: AttentionStepCase | None = None
         self.heads, self.kv_heads = args.num_attention_heads, args.num_key_value_heads
         self.head_dim, bias = args.head_dim, args.attention_bias
@@ -65,7 +69,7 @@ class Attention(nn.Module):
             if (y := self._step_by_cpu(h, norm, cache)) is not None:
                 return y
             traced, keys = self._fused_step.ready(h), cache.offset + 1
-            if (traced and keys <= self._fused_keys) or self._fuses(h, keys):
+            if (traced and keys <= self.fused_keys) or self._fuses(h, keys):
                 return self._run_fused(h, norm, cache, traced)
         traced = h.shape[1] == 1 and self._step.ready(h)
         before, after = (
@@ -79,7 +83,7 @@ class Attention(nn.Module):
         y = self._attend(queries, keys, values, mask, cache)
         y = after(h, y, gate)
         if h.shape[1] == 1 and not traced:
-            self._step.trace(h, (self, norm), before, after)
+            self._step.trace((h,), (self, norm), before, after)
         return y
 
     def _before(
@@ -133,7 +137,7 @@ class Attention(nn.Module):
             and join((self.q_proj, self.k_proj, self.v_proj)) is not None
             and prefers_custom(case)
         )
-        self._fused_keys, self._refused = (case.keys, None) if fuses else (0, case)
+        self.fused_keys, self._refused = (case.keys, None) if fuses else (0, case)
         return fuses
 
     def _run_fused(self, h: mx.array, norm: nn.RMSNorm, cache: KVCache, traced: bool) -> mx.array:
@@ -144,8 +148,30 @@ class Attention(nn.Module):
         cache.update_and_fetch(keys, values)
         y = after(h, queries, projected, cache.keys, cache.values, integer(cache.offset))
         if not traced:
-            self._fused_step.trace(h, (self, norm), before, after)
+            self._fused_step.trace((h,), (self, norm), before, after)
         return y
+
+    def traced(self, h: mx.array, keys: int) -> Step | None:
+        """Return the traced step for `[B, 1, H]` and this many keys, None if there is none.
+
+        It takes h, keys, values, the token's position and the number of keys (see `integer`), and
+        returns the new h, keys and values.
+        """
+        if keys > self.fused_keys or not self._fused_step.ready(h):
+            return None
+        before, after = self._fused_step.functions
+
+        def step(
+            h: mx.array, keys: mx.array, values: mx.array, offset: mx.array, length: mx.array
+        ) -> tuple[mx.array, mx.array, mx.array]:
+            queries, *rows, projected = before(h, offset)
+            keys, values = (
+                mx.put_along_axis(x, mx.broadcast_to(offset[:1], row.shape), row, axis=2)
+                for x, row in zip((keys, values), rows, strict=True)
+            )
+            return after(h, queries, projected, keys, values, length), keys, values
+
+        return step
 
     def _before_fused(
         self, norm: nn.RMSNorm, h: mx.array, offset: mx.array
@@ -220,11 +246,21 @@ class GatedDeltaNet(nn.Module):
         else:
             y, past, state = self._run(norm, h, past, state, mask, ends)
             if is_step:
-                self._step.trace(h, (self, norm), partial(self._run, norm))
+                self._step.trace((h,), (self, norm), partial(self._run, norm))
         if cache is not None:
             cache[0], cache[1] = past, state
             cache.advance(tokens)
         return y
+
+    def traced(self, h: mx.array, keys: int) -> Step | None:
+        """Return the traced step for `[B, 1, H]`, None if there is none.
+
+        It takes h, the convolution's past and the state, and returns the new ones.
+        """
+        if not self._step.ready(h):
+            return None
+        run = self._step.functions[0]
+        return lambda h, past, state, *_: run(h, past, state)
 
     def _inputs(self) -> tuple[nn.Module, ...]:
         return self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
@@ -239,13 +275,18 @@ class GatedDeltaNet(nn.Module):
         ends: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Return h + mixer(norm(h)) and the new past and state."""
-        weights = MixerWeights(
-            self._heads,
-            self.conv1d.weight,
-            self.A_log,
-            self.dt_bias,
-            self.norm.weight,
-            self.norm.eps,
-        )
         before = MixerState(past, state, mask, ends)
-        return gated_delta_layer(h, norm, self._inputs(), self.out_proj, weights, before)
+        return gated_delta_layer(h, norm, self._inputs(), self.out_proj, self._weights(), before)
+
+    def _weights(self) -> MixerWeights:
+        """Return all weights but the projections."""
+
+        def arrays() -> tuple[mx.array, ...]:
+            return self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight
+
+        def make() -> MixerWeights:
+            return MixerWeights(self._heads, *arrays(), self.norm.eps)
+
+        found = remembered(self, "_mixer_weights", arrays, make)
+        assert found
+        return found

@@ -24,6 +24,7 @@ from .args import PREFILL_CHUNK, ModelArgs
 from .mixers import Attention, GatedDeltaNet
 from .moe import SparseMoeBlock
 from .sanitize import sanitize
+from .step import DecodeStep
 
 LEAST_KV_SIZE, KEPT_TOKENS = 8, 4  # KEPT_TOKENS as in mlx-lm's make_prompt_cache
 
@@ -122,6 +123,7 @@ class Decoder(PipelineMixin, nn.Module):
         self._cache_specs = [layer.mixer._cache_spec for layer in self.layers]
         self.lookahead: Lookahead | None = None
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self._step = DecodeStep()
 
     def check_caches(self, caches: list[Any], rows: int) -> None:
         """Compare caches with the layers, for a batch of `rows`.
@@ -148,6 +150,8 @@ class Decoder(PipelineMixin, nn.Module):
         caches: list[Any] = cache if cache is not None else [None] * len(layers)
         check_caches(caches, self._specs, h)
         _forget_padding(caches)
+        if (y := self._step.run(h, self.layers, self.norm, caches)) is not None:
+            return y
         masks: dict[bool, Any] = {}
         lookahead = self.lookahead if h.shape[1] == 1 else None
         prefetches = lookahead is not None and lookahead.begin()

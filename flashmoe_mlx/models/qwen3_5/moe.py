@@ -16,11 +16,10 @@ from ...custom_kernels.experts.decode import expert_mlp_by_kernels
 from ...custom_kernels.experts.prefill import ExpertMatrices
 from ...custom_kernels.experts.router import route, route_by_mlx, router_logits
 from ...custom_kernels.experts.tiles import combine
-from ...custom_kernels.launch import scalar
 from ...custom_kernels.linear.linear import join, joined, linear, mlp
 from ...custom_kernels.op import Op
 from ...custom_kernels.traced import Traced
-from ...custom_kernels.weights import QuantizedMatrix, arrays_of, remembered
+from ...custom_kernels.weights import QuantizedMatrix, arrays_of, norm_parts, remembered
 from ...distributed.expert_parallel import ExpertParallel
 from ...format.modules import projection_quantization
 from ...format.names import PROJECTIONS
@@ -109,13 +108,13 @@ class StreamedExperts(StreamedLayer):
             FlashMoEError: the experts on disk contradict the sizes in config.json.
         """
         super().attach(store, layer, parallel)
-        layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
+        layout, bank = store.layout.layers[layer], store.banks[layer]
         self._matrices = []
         for index, projection in enumerate(PROJECTIONS):
             shape = self._args.expert_shape(projection)
             found = projection_quantization(layout, projection, shape)
             assert found
-            three = arrays[3 * index : 3 * index + 3]
+            three = (bank.parts or bank.arrays)[3 * index : 3 * index + 3]
             self._matrices.append(QuantizedMatrix.of(three, found.bits, found.group_size))
 
     def matrices(self) -> list[QuantizedMatrix]:
@@ -229,6 +228,18 @@ class SparseMoeBlock(nn.Module):
         """
         return sparse_moe(self, h, norm, rows)
 
+    def traced(self, h: mx.array) -> Callable[[mx.array], mx.array] | None:
+        """Return the traced block for `[B, 1, H]`, None without one, or if experts are missing."""
+        if not (self._step.ready(h) and self.switch_mlp.holds_all):
+            return None
+        choose, run = self._step.functions
+
+        def step(h: mx.array) -> mx.array:
+            y: mx.array = run(h, *choose(h))  # expert e lies in slot e
+            return y
+
+        return step
+
     def prefetch(self, h: mx.array, norm: nn.RMSNorm) -> None:
         """Start to read the experts with the highest scores for `[B, 1, H]`, on a CPU only.
 
@@ -278,7 +289,7 @@ def _by_gpu(
     y: mx.array = run(h, slots, scores, gate)
     block.switch_mlp.hold(y)
     if not known:
-        block._step.trace(h, (block, norm), choose, run)
+        block._step.trace((h,), (block, norm), choose, run)
     return y
 
 
@@ -296,8 +307,7 @@ def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[St
 
     def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:
         mixture = h, slots, scores, matrices, shared, gate
-        gain = norm.weight, scalar(norm.eps)
-        return expert_mlp_by_kernels(*mixture, norm=gain, residual=h)
+        return expert_mlp_by_kernels(*mixture, norm=norm_parts(norm), residual=h)
 
     return choose, run
 

@@ -6,12 +6,11 @@ host round trips per token then takes 25 ms per token instead of 11 (H200, 40 la
 
 import functools
 import threading
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ...custom_kernels.launch import LEAST_ELEMENTS, settled
+from ...custom_kernels.launch import LEAST_ELEMENTS, SIMD, Kernel, settled
 from ...errors import FlashMoEError
 from .pinned import Driver, PinnedBuffer
 
@@ -29,6 +28,8 @@ TO_DEVICE = """
 volatile uint32_t* words = reinterpret_cast<volatile uint32_t*>(address[0]);
 for (int i = threadIdx.x; i < n; i += blockDim.x) out[i] = words[i];
 """
+_to_host = Kernel("to_host", ("message", "address"), ("out",), source=TO_HOST)
+_to_device = Kernel("to_device", ("address",), ("out",), source=TO_DEVICE)
 
 
 class Mailbox(threading.local):
@@ -49,7 +50,8 @@ class Mailbox(threading.local):
         """Return a uint32 array's values as soon as the GPU has computed them."""
         words = self._words[0, : array.size]
         words[:] = EMPTY
-        mx.async_eval(_run("to_host", TO_HOST, [array, self._addresses[0]], (1,), array.size))
+        mail = [array, self._addresses[0]]
+        mx.async_eval(_to_host(mail, [((1,), mx.uint32)], (1, 1, 1), SIMD, n=array.size))
         polls = 0
         while (words == EMPTY).any():
             polls += 1
@@ -67,7 +69,8 @@ class Mailbox(threading.local):
         if (previous := self._sent[slot]) is not None:
             mx.eval(previous)  # before its message is overwritten
         self._words[slot, : values.size] = values.reshape(-1)
-        array = _run("to_device", TO_DEVICE, [self._addresses[slot]], values.shape, values.size)
+        address, outputs = self._addresses[slot], [(values.shape, mx.uint32)]
+        (array,) = _to_device([address], outputs, (1, 1, 1), SIMD, n=values.size)
         self._sent[slot] = array
         return array
 
@@ -89,25 +92,3 @@ def to_device(array: np.ndarray) -> mx.array:
     if array.size > WORDS or array.dtype != np.uint32:
         return mx.array(array)
     return _mailbox().send(array)
-
-
-def _run(
-    name: str, source: str, inputs: list[mx.array], shape: tuple[int, ...], words: int
-) -> mx.array:
-    (result,) = _kernel(name, source, len(inputs))(
-        inputs=inputs,
-        template=[("n", words)],
-        grid=(32, 1, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[shape],
-        output_dtypes=[mx.uint32],
-    )
-    return result
-
-
-@functools.cache
-def _kernel(name: str, source: str, inputs: int) -> Any:
-    names = ["message", "address"][-inputs:]
-    return mx.fast.cuda_kernel(
-        name=f"flashmoe_{name}", input_names=names, output_names=["out"], source=source
-    )

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...custom_kernels.launch import SIMD, Kernel
 from ...errors import FlashMoEError
 
 # CU_MEMHOSTALLOC_PORTABLE, CU_STREAM_NON_BLOCKING, CU_MEMHOSTREGISTER_READ_ONLY of cuda.h
@@ -233,17 +234,8 @@ def gpu_rows(arrays: Sequence[mx.array]) -> list[GpuRow]:
     addresses = "\n".join(
         f"out[{index}] = reinterpret_cast<uint64_t>({name});" for index, name in enumerate(names)
     )
-    kernel: Any = mx.fast.cuda_kernel(
-        name=f"flashmoe_addresses_{len(arrays)}",
-        input_names=names,
-        output_names=["out"],
-        source=f"if (threadIdx.x == 0) {{ {addresses} }}",
+    kernel = Kernel(
+        "addresses", tuple(names), ("out",), source=f"if (threadIdx.x == 0) {{ {addresses} }}"
     )
-    (out,) = kernel(
-        inputs=list(arrays),
-        grid=(32, 1, 1),
-        threadgroup=(32, 1, 1),
-        output_shapes=[(len(arrays),)],
-        output_dtypes=[mx.uint64],
-    )
+    (out,) = kernel(arrays, [((len(arrays),), mx.uint64)], (1, 1, 1), SIMD)
     return [GpuRow(a, x.nbytes) for a, x in zip(np.array(out).tolist(), arrays, strict=True)]
