@@ -141,7 +141,7 @@ class Kernel:
             "grid": (groups[0] * lanes, groups[1], groups[2]),
             "threadgroup": (lanes, 1, 1),
         }
-        if mx.metal.is_available():
+        if not is_cuda():
             make = _build(self, tuple(bound), views)
             return make(inputs=[*bound.values()], template=[*constants.items()], **geometry)
         made = compiled.kernel(

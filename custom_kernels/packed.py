@@ -1,4 +1,4 @@
-"""Arrays side by side in one buffer: each array that a launch binds costs the host a microsecond."""
+"""Arrays side by side in one buffer: the host takes a microsecond for each array of a launch."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -38,9 +38,7 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNED) * ALIGNED
 
 
-def parts_of(
-    buffer: mx.array, shapes: Sequence[tuple[Sequence[int], mx.Dtype]]
-) -> list[Part]:
+def parts_of(buffer: mx.array, shapes: Sequence[tuple[Sequence[int], mx.Dtype]]) -> list[Part]:
     """Return evaluated views of a buffer, one after the other; see `room`.
 
     Args:
@@ -69,8 +67,7 @@ def pack(*columns: Sequence[mx.array]) -> list[Part]:
         columns: arrays of one dtype that differ in their first dimension only.
     """
     shapes = [
-        ((sum(len(x) for x in column), *column[0].shape[1:]), column[0].dtype)
-        for column in columns
+        ((sum(len(x) for x in column), *column[0].shape[1:]), column[0].dtype) for column in columns
     ]
     pieces = []
     for column, (shape, dtype) in zip(columns, shapes, strict=True):

@@ -37,7 +37,7 @@ class Traced:
         modules: tuple[nn.Module, ...],
         *functions: Callable[..., Any],
     ) -> None:
-        """Compile functions that read only their arguments and `modules`, after a run with `inputs`.
+        """Compile functions that read only arguments and `modules`, after a run with `inputs`.
 
         CPU kernels compute eagerly and leave nothing to trace.
         """

@@ -8,8 +8,10 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import reference
-from ..case import DTYPES
+from ..autotune import prefers_custom
+from ..case import DTYPES, NAMES
 from ..cpu.entry import cpu_steps
+from ..device import on_gpu
 from ..launch import LEAST_ELEMENTS, SIMD, Kernel
 from ..op import Op
 from ..shapes import expect_count
@@ -66,6 +68,23 @@ def route_by_mlx(
     if renormalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
     return ids, weights, gate
+
+
+@Op
+def choose_experts(logits: mx.array, top_k: int, renormalize: bool) -> tuple[mx.array, mx.array]:
+    """Select each token's experts: from logits `[..., experts]` to ids and weights `[..., K]`."""
+    return route_by_mlx(logits, top_k, renormalize=renormalize, shared=False)[:2]
+
+
+@choose_experts.register
+def _choose_by_gpu(
+    logits: mx.array, top_k: int, renormalize: bool
+) -> tuple[mx.array, mx.array] | None:
+    if not on_gpu(logits) or top_k > MAX_TOP_K:
+        return None
+    if not prefers_custom(RouterCase(logits.shape[-1], top_k, NAMES[logits.dtype])):
+        return None
+    return route(logits, top_k, renormalize=renormalize, shared=False)[:2]
 
 
 @Op

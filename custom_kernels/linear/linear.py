@@ -13,7 +13,7 @@ from ..autotune import prefers_custom
 from ..case import NAMES
 from ..cpu.entry import cpu_steps
 from ..device import cpu_kernels, on_gpu
-from ..launch import rounds_products
+from ..launch import is_cuda, rounds_products
 from ..op import Op
 from ..packed import pack
 from ..weights import QuantizedMatrix, arrays_of, is_affine, norm_parts, remembered
@@ -170,8 +170,10 @@ def _by_gpu(
         return dequant_matvec(x, *matrix.bound, matrix.bits, **options)
     if norm is not None:
         x = norm(x)
-    tried = max((n for n in TRIED_TOKENS if n <= tokens), default=0)
-    by_matmul = tried and keeps and not rounds_products(x)
+    # MLX's own kernel for fewer tokens takes half a minute to compile on NVIDIA.
+    least = MAX_TOKENS + 1 if is_cuda() else TRIED_TOKENS[0]
+    tried = max((n for n in TRIED_TOKENS if n <= tokens), default=TRIED_TOKENS[0])
+    by_matmul = tokens >= least and keeps and not rounds_products(x)
     if by_matmul and prefers_custom(_case(MatmulCase, matrix, x, tried)):
         y = matmul(x, matrix)
     else:
@@ -199,6 +201,14 @@ def _mlp_by_cpu(x: mx.array, gate: nn.Module, up: nn.Module, down: nn.Module) ->
     return (
         mx.array(kernels.mlp(kernels.rows(x), *weights)).reshape(x.shape) if all(weights) else None
     )
+
+
+@mlp.register
+def _mlp_by_gpu(x: mx.array, gate: nn.Module, up: nn.Module, down: nn.Module) -> mx.array | None:
+    if not on_gpu(x):
+        return None
+    hidden = swiglu(*(linear(x, layer)[0] for layer in (gate, up)))
+    return linear(hidden, down)[0]
 
 
 @partial(mx.compile, shapeless=True)

@@ -355,8 +355,8 @@ def outputs_in_batches(
         parts = [y[place - first] for y, place, first in zip(outputs, places, starts, strict=False)]
         y = in_order(parts, orders, (ids.size, x.shape[-1]), x.dtype)
         return y, mx.arange(ids.size, dtype=mx.uint32).reshape(-1, top_k)
-    order, place = mx.array(np.concatenate(orders).astype(np.uint32)), mx.concatenate(places)
-    place = mx.put_along_axis(place, order, place, axis=0).reshape(-1, top_k)
+    rank = np.argsort(np.concatenate(orders)).astype(np.uint32)
+    place = mx.concatenate(places)[mx.array(rank)].reshape(-1, top_k)
     return mx.concatenate(outputs), place
 
 

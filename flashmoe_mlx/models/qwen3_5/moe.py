@@ -14,7 +14,7 @@ from ...custom_kernels.device import on_gpu
 from ...custom_kernels.experts.cases import wanted
 from ...custom_kernels.experts.decode import expert_mlp_by_kernels
 from ...custom_kernels.experts.prefill import ExpertMatrices
-from ...custom_kernels.experts.router import route, route_by_mlx, router_logits
+from ...custom_kernels.experts.router import choose_experts, route, router_logits
 from ...custom_kernels.experts.tiles import combine
 from ...custom_kernels.linear.linear import join, joined, linear, mlp
 from ...custom_kernels.op import Op
@@ -259,8 +259,7 @@ def sparse_moe(
     """Run a block: see `SparseMoeBlock.__call__`."""
     x = norm(h)
     logits, shared_gate = linear(x, block.gate, block.shared_expert_gate)
-    choice = {"renormalize": block.norm_topk_prob, "shared": False}
-    indices, scores, _ = route_by_mlx(logits, block.top_k, **choice)
+    indices, scores = choose_experts(logits, block.top_k, block.norm_topk_prob)
     indices = _of_real_rows(indices, rows)
     shared = mx.sigmoid(shared_gate) * block.shared_expert(x)
     # The device computes the shared expert while the disk reads the routed ones.

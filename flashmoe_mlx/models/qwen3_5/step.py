@@ -13,6 +13,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 from ...custom_kernels.attention.step import integer
 from ...custom_kernels.traced import Traced
 
+
 class DecodeStep:
     """The layers' own traced steps as one function of hidden states and caches.
 
