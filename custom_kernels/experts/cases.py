@@ -111,16 +111,15 @@ class ExpertsCase:
     _used: ClassVar[tuple[int, ...]] = (0, 1, 2, 3, 4, 5)
 
     def inputs(self, seed: int = 0) -> list[mx.array]:
-        """Make x, slots, weights, the shared weight, then codes, scales, biases of six matrices."""
+        """Make x, slots, weights with the shared one last, then codes, scales, biases of six."""
         keys = mx.random.split(mx.random.key(seed), 10)
         dtype, rows = DTYPES[self.dtype], self.tokens
         x = mx.random.normal((rows, self.hidden), key=keys[0]).astype(dtype)
         slots = mx.argsort(mx.random.uniform(shape=(rows, self.slots), key=keys[1]), axis=-1)
         slots = slots[:, : self.top_k].astype(mx.uint32)
         weights = mx.softmax(mx.random.normal((rows, self.top_k), key=keys[2]), axis=-1)
-        # As from the router: the start of a larger array, see LEAST_ELEMENTS.
-        shared = mx.sigmoid(mx.random.normal((rows + 8, 1), key=keys[3]))
-        arrays = [x, slots, weights.astype(dtype), shared.astype(dtype)[:rows]]
+        shared = mx.sigmoid(mx.random.normal((rows, 1), key=keys[3]))
+        arrays = [x, slots, mx.concatenate([weights, shared], axis=-1).astype(dtype)]
         for key, (shape, bits) in zip(keys[4:], self._shapes, strict=True):
             scale_dtype = DTYPES[self.scale_dtype]
             arrays += random_quantized(key, shape, bits, self.group_size, scale_dtype)
@@ -129,16 +128,14 @@ class ExpertsCase:
 
     def _matrices(self, inputs: tuple[mx.array, ...]) -> list[QuantizedMatrix]:
         return [
-            QuantizedMatrix.of(inputs[4 + 3 * i : 7 + 3 * i], bits, self.group_size)
+            QuantizedMatrix.of(inputs[3 + 3 * i : 6 + 3 * i], bits, self.group_size)
             for i, (_, bits) in enumerate(self._shapes)
         ]
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernels."""
-        x, slots, weights, shared = inputs[:4]
         matrices = self._matrices(inputs)
-        mixture = x, slots, weights, matrices[:3], matrices[3:], shared
-        return [expert_mlp_by_kernels(*mixture, residual=x)]
+        return [expert_mlp_by_kernels(*inputs[:3], matrices[:3], matrices[3:], residual=inputs[0])]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by mx.gather_qmm and mx.quantized_matmul, as in mlx-lm."""
@@ -154,11 +151,11 @@ class ExpertsCase:
     def _stock_combine(
         self, hidden: mx.array, shared: mx.array, inputs: tuple[mx.array, ...]
     ) -> list[mx.array]:
-        x, slots, weights, shared_weight = inputs[:4]
+        x, slots, weights = inputs[:3]
         matrices = self._matrices(inputs)
         y = gather_matmul(hidden, matrices[2], slots).squeeze(-2)
-        y = (y * weights[..., None]).sum(axis=-2)
-        return [x + y + shared_weight * matmul_by_mlx(shared, matrices[5])]
+        y = (y * weights[:, :-1, None]).sum(axis=-2)
+        return [x + y + weights[:, -1:] * matmul_by_mlx(shared, matrices[5])]
 
     def reference(self, *inputs: mx.array) -> list[mx.array]:
         """Compute in float32."""
@@ -176,13 +173,13 @@ class ExpertsCase:
     def _reference_combine(
         self, hidden: mx.array, shared: mx.array, inputs: tuple[mx.array, ...]
     ) -> list[mx.array]:
-        x, slots, weights, shared_weight = (
-            t if t.dtype == mx.uint32 else t.astype(mx.float32) for t in inputs[:4]
+        x, slots, weights = (
+            t if t.dtype == mx.uint32 else t.astype(mx.float32) for t in inputs[:3]
         )
         matrices = self._matrices(inputs)
         y = (_dequantize(matrices[2], slots) @ hidden.astype(mx.float32)[..., None]).squeeze(-1)
         other = shared.astype(mx.float32) @ _dequantize(matrices[5]).T
-        return [x + (y * weights[..., None]).sum(axis=-2) + shared_weight * other]
+        return [x + (y * weights[:, :-1, None]).sum(axis=-2) + weights[:, -1:] * other]
 
 
 @dataclass(frozen=True)
@@ -262,9 +259,9 @@ class ExpertDownCase(ExpertsCase):
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernel."""
-        x, slots, weights, shared = inputs[:4]
+        x, slots, weights = inputs[:3]
         matrices, hidden = self._matrices(inputs), inputs[-1]
-        others = (matrices[5], shared), x, x.dtype
+        others = matrices[5], x, x.dtype
         return [expert_down_combine(hidden, slots, weights, matrices[2], *others)]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:

@@ -30,7 +30,7 @@ _gate_up = Kernel(
 _down_combine = Kernel(
     "experts/down_combine",
     (
-        "hidden", "slots", "weights", "shared_weight", "residual",
+        "hidden", "slots", "weights", "residual",
         *_PARTS, *(f"shared_{p}" for p in _PARTS),
     ),
     ("y",),
@@ -105,7 +105,7 @@ def expert_down_combine(
     slots: mx.array,
     weights: mx.array,
     down: QuantizedMatrix,
-    shared: tuple[QuantizedMatrix, mx.array] | None = None,
+    shared: QuantizedMatrix | None = None,
     residual: mx.array | None = None,
     dtype: mx.Dtype = mx.float32,
 ) -> mx.array:
@@ -114,9 +114,9 @@ def expert_down_combine(
     Args:
         hidden: `[..., K * I + Is]`, from `expert_gate_up`.
         slots: `[..., K]` uint32.
-        weights: `[..., K]`, the router's.
+        weights: `[..., K]`, the router's; with a shared expert `[..., K + 1]`, its weight last.
         down: `[S, H, ...]`.
-        shared: down of the shared expert `[H, ...]`, and its weight `[..., 1]`.
+        shared: down of the shared expert, `[H, ...]`.
         residual: `[..., H]` to add.
         dtype: of the result.
 
@@ -125,21 +125,20 @@ def expert_down_combine(
     """
     height, inner = down.scales.shape[1], down.scales.shape[2] * down.group_size
     top_k, width = slots.shape[-1], hidden.shape[-1]
-    other, weight = shared or (down, weights)
+    other = shared or down
     extra, lead = width - top_k * inner, hidden.shape[:-1]
     expect("slots of experts", slots, (*lead, top_k), mx.uint32)
-    expect("weights of experts", weights, (*lead, top_k))
+    expect("weights of experts", weights, (*lead, top_k + (shared is not None)))
     down.check("down of the experts", (len(down.codes), height, inner))
     if shared:
         other.check("down of the shared expert", (height, extra))
-        expect("the shared expert's weight", weight, (*lead, 1))
     else:
         expect("hidden states of experts", hidden, (*lead, top_k * inner))
     if residual is not None:
         expect("the residual", residual, (*lead, height))
     split = max(1, inner // (SIMD * CHUNK[down.bits]))
     simdgroups = min(top_k + (extra > 0), MAX_SIMDGROUPS)
-    arrays = [hidden, slots, weights, weight, hidden if residual is None else residual]
+    arrays = [hidden, slots, weights, hidden if residual is None else residual]
     (y,) = _down_combine(
         [*arrays, *_arrays(down, other)],
         [((*hidden.shape[:-1], height), dtype)],
@@ -210,7 +209,6 @@ def expert_mlp_by_kernels(
     weights: mx.array,
     experts: Sequence[QuantizedMatrix],
     shared: Sequence[QuantizedMatrix] | None,
-    shared_weight: mx.array,
     *,
     norm: Sequence[mx.array | Part] | None = None,
     residual: mx.array | None = None,
@@ -220,14 +218,13 @@ def expert_mlp_by_kernels(
     Args:
         x: `[..., H]`.
         slots: `[..., K]` uint32.
-        weights: `[..., K]`, the router's.
+        weights: `[..., K]`, the router's; with a shared expert `[..., K + 1]`, its weight last.
         experts: gate, up and down, `[S, out, ...]` each.
         shared: gate, up and down of the shared expert, `[out, ...]` each.
-        shared_weight: `[..., 1]`.
         norm: gain and epsilon of an RMS norm applied to x first.
         residual: `[..., H]` to add.
     """
     gate, up, down = experts
     hidden = expert_gate_up(x, slots, gate, up, (shared[0], shared[1]) if shared else None, norm)
-    other = (shared[2], shared_weight) if shared else None
+    other = shared[2] if shared else None
     return expert_down_combine(hidden, slots, weights, down, other, residual, x.dtype)

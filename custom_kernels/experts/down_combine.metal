@@ -1,10 +1,11 @@
 // y[n, row] = sum over k of weights[n, k] * (D hidden[n, k])[row], where D is the down projection
-// of the expert in slot slots[n, k]; plus shared_weight[n] times the shared expert's; plus
+// of the expert in slot slots[n, k]; plus weights[n, K] times the shared expert's; plus
 // residual[n, row].
 // Grid: x = 32 * SIMDGROUPS * ceil(H / TILE), y = n. Threadgroup: 32 * SIMDGROUPS.
 // A threadgroup computes TILE rows; its simdgroups share the experts, each in SPLIT parts of its
 // columns, and add up at the end.
-constexpr uint TERMS = (K + (SHARED > 0 ? 1 : 0)) * SPLIT;
+constexpr uint WIDTH = K + (SHARED > 0 ? 1 : 0);
+constexpr uint TERMS = WIDTH * SPLIT;
 threadgroup float parts[SIMDGROUPS * TILE];
 uint lane = thread_index_in_simdgroup;
 uint simdgroup = simdgroup_index_in_threadgroup;
@@ -19,7 +20,7 @@ for (uint term = simdgroup; term < TERMS; term += SIMDGROUPS) {
   uint begin = term % SPLIT * 32 + lane;
   auto here = hidden + n * (K * I + SHARED) + k * I;
   if (SHARED > 0 && k == K) {
-    float weight = static_cast<float>(shared_weight[n]);
+    float weight = static_cast<float>(weights[n * WIDTH + K]);
     for (uint column = begin * SHARED_CHUNK; column < SHARED;
          column += 32 * SPLIT * SHARED_CHUNK) {
       float xs[SHARED_CHUNK];
@@ -28,7 +29,7 @@ for (uint term = simdgroup; term < TERMS; term += SIMDGROUPS) {
           shared_codes, shared_scales, shared_biases, first, H, column, xs, sum, totals);
     }
   } else {
-    float weight = static_cast<float>(weights[n * K + k]);
+    float weight = static_cast<float>(weights[n * WIDTH + k]);
     size_t top = static_cast<size_t>(slots[n * K + k]) * H;
     for (uint column = begin * CHUNK; column < I; column += 32 * SPLIT * CHUNK) {
       float xs[CHUNK];

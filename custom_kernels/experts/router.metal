@@ -1,5 +1,5 @@
 // The K largest of EXPERTS logits per token and their softmax weights; ties go to the lower id.
-// With SHARED, the last logit is the shared expert's gate; shared[n] is its sigmoid.
+// With SHARED, the last logit is the shared expert's gate, and the last weight its sigmoid.
 // Grid: x = 32 * n. Threadgroup: 32, one simdgroup per token; a lane holds every 32nd logit. K <= 32.
 constexpr float TAKEN = -3.4028234e38f;
 constexpr int PER_LANE = (EXPERTS + 31) / 32;
@@ -41,14 +41,11 @@ for (uint k = 0; k < K; k++) {
   my_id = lane == k ? id : my_id;
   my_share = lane == k ? share : my_share;
 }
+constexpr uint WIDTH = K + (SHARED ? 1 : 0);
 if (lane < K) {
   ids[n * K + lane] = my_id;
-  weights[n * K + lane] = my_share / total;
+  weights[n * WIDTH + lane] = my_share / total;
 }
-if (lane == 0) {
-  float gate = SHARED ? static_cast<float>(here[EXPERTS]) : 0.0f;
-  shared[n] = 1.0f / (1.0f + metal::exp(-gate));
-}
-if (n == 0 && lane < SPARE) {  // `shared` has at least four elements
-  shared[4 - SPARE + lane] = 0.0f;
+if (SHARED && lane == 0) {
+  weights[n * WIDTH + K] = 1.0f / (1.0f + metal::exp(-static_cast<float>(here[EXPERTS])));
 }

@@ -12,17 +12,17 @@ from ..autotune import prefers_custom
 from ..case import DTYPES, NAMES
 from ..cpu.entry import cpu_steps
 from ..device import on_gpu
-from ..launch import LEAST_ELEMENTS, SIMD, Kernel
+from ..launch import SIMD, Kernel
 from ..op import Op
 from ..shapes import expect_count
 
 MAX_TOP_K = SIMD
-_kernel = Kernel("experts/router", ("logits",), ("ids", "weights", "shared"))
+_kernel = Kernel("experts/router", ("logits",), ("ids", "weights"))
 
 
 def route(
     logits: mx.array, top_k: int, *, renormalize: bool, shared: bool
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, mx.array]:
     """Select each token's experts, by the GPU kernel.
 
     Args:
@@ -32,19 +32,15 @@ def route(
         shared: the last logit is the gate of the shared expert.
 
     Returns:
-        ids `[..., K]` uint32, best first; weights `[..., K]` float32; and the shared expert's
-        weight `[..., 1]` float32, sigmoid(gate).
+        ids `[..., K]` uint32, best first; and weights `[..., K]` float32, or `[..., K + 1]` with
+        the shared expert's weight sigmoid(gate) last.
     """
     *lead, width = logits.shape
     tokens = logits.size // width
     expect_count("experts per token", top_k, min(MAX_TOP_K, width - shared))
-    ids, weights, gate = _kernel(
+    ids, weights = _kernel(
         [logits],
-        [
-            ((*lead, top_k), mx.uint32),
-            ((*lead, top_k), mx.float32),
-            ((max(tokens, LEAST_ELEMENTS),), mx.float32),
-        ],
+        [((*lead, top_k), mx.uint32), ((*lead, top_k + shared), mx.float32)],
         (tokens, 1, 1),
         SIMD,
         T=logits.dtype,
@@ -52,28 +48,28 @@ def route(
         K=top_k,
         RENORMALISE=renormalize,
         SHARED=shared,
-        SPARE=max(0, LEAST_ELEMENTS - tokens),
     )
-    return ids, weights, gate[:tokens].reshape(*lead, 1)
+    return ids, weights
 
 
 def route_by_mlx(
     logits: mx.array, top_k: int, *, renormalize: bool, shared: bool
-) -> tuple[mx.array, mx.array, mx.array]:
+) -> tuple[mx.array, mx.array]:
     """Compute `route` by MLX's own ops, as in mlx-lm; ids come in any order."""
-    gate = mx.sigmoid(logits[..., -1:]) if shared else mx.zeros(0)
     scores = mx.softmax(logits[..., :-1] if shared else logits, axis=-1, precise=True)
     ids = mx.argpartition(scores, kth=-top_k, axis=-1)[..., -top_k:]
     weights = mx.take_along_axis(scores, ids, axis=-1)
     if renormalize:
         weights = weights / weights.sum(axis=-1, keepdims=True)
-    return ids, weights, gate
+    if shared:
+        weights = mx.concatenate([weights, mx.sigmoid(logits[..., -1:])], axis=-1)
+    return ids, weights
 
 
 @Op
 def choose_experts(logits: mx.array, top_k: int, renormalize: bool) -> tuple[mx.array, mx.array]:
     """Select each token's experts: from logits `[..., experts]` to ids and weights `[..., K]`."""
-    return route_by_mlx(logits, top_k, renormalize=renormalize, shared=False)[:2]
+    return route_by_mlx(logits, top_k, renormalize=renormalize, shared=False)
 
 
 @choose_experts.register
@@ -84,7 +80,7 @@ def _choose_by_gpu(
         return None
     if not prefers_custom(RouterCase(logits.shape[-1], top_k, NAMES[logits.dtype])):
         return None
-    return route(logits, top_k, renormalize=renormalize, shared=False)[:2]
+    return route(logits, top_k, renormalize=renormalize, shared=False)
 
 
 @Op
@@ -144,6 +140,8 @@ class RouterCase:
         logits = inputs[0].astype(mx.float32)
         return [reference.route(logits[:, :-1], self.top_k), mx.sigmoid(logits[:, -1:])]
 
-    def _spread(self, ids: mx.array, weights: mx.array, gate: mx.array) -> list[mx.array]:
-        zeros = mx.zeros((self.tokens, self.experts), dtype=weights.dtype)
-        return [mx.put_along_axis(zeros, ids, weights, axis=-1), gate]
+    def _spread(self, ids: mx.array, weights: mx.array) -> list[mx.array]:
+        """Return each expert's weight `[N, experts]`, 0 if not selected, and the shared one's."""
+        chosen = ids[..., None] == mx.arange(self.experts, dtype=ids.dtype)
+        routed = (chosen * weights[:, :-1, None]).sum(axis=1)
+        return [routed, weights[:, -1:]]

@@ -281,11 +281,11 @@ def _by_gpu(
     if functions is None:
         return None
     choose, run = functions
-    ids, scores, gate = choose(h)
+    ids, scores = choose(h)
     slots = block.switch_mlp.slots(_of_real_rows(ids, rows), h)
     if slots is None:
         return None
-    y: mx.array = run(h, slots, scores, gate)
+    y: mx.array = run(h, slots, scores)
     block.switch_mlp.hold(y)
     if not known:
         block._step.trace((h,), (block, norm), choose, run)
@@ -298,14 +298,14 @@ def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[St
     if not (shared and matrices and wanted(h, matrices, shared, block.top_k)):
         return None
 
-    def choose(h: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def choose(h: mx.array) -> tuple[mx.array, mx.array]:
         # In float32: rounding that changes the router's choice affects all later layers.
         gates = block.gate, block.shared_expert_gate
         logits = joined(h, *gates, norm=norm, dtype=mx.float32)
         return route(logits, block.top_k, renormalize=block.norm_topk_prob, shared=True)
 
-    def run(h: mx.array, slots: mx.array, scores: mx.array, gate: mx.array) -> mx.array:
-        mixture = h, slots, scores, matrices, shared, gate
+    def run(h: mx.array, slots: mx.array, scores: mx.array) -> mx.array:
+        mixture = h, slots, scores, matrices, shared
         return expert_mlp_by_kernels(*mixture, norm=norm_parts(norm), residual=h)
 
     return choose, run
