@@ -19,7 +19,7 @@ import families
 import mlx.core as mx
 import mlx_lm
 import pytest
-from convert_helpers import unpack
+from convert_helpers import unpack, write_checkpoints
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.custom_kernels import device
@@ -106,6 +106,18 @@ def models(tmp_path_factory) -> Directories:
         return made_once(tmp_path_factory, name, write) / "model"
 
     return Directories(make)
+
+
+def make_root(base: Path) -> None:
+    write_checkpoints(base)
+    convert(base / "hf", base / "whole", quantize=True)
+    convert(base / "stock", base / "packed")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    """Return the folder of tiny checkpoints `hf` and `stock`, and conversions `whole`, `packed`."""
+    return made_once(tmp_path_factory, "checkpoints", make_root)
 
 
 def make_patched(base: Path) -> None:

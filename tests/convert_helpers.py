@@ -145,6 +145,11 @@ def load(directory: Path, pattern: str = "model*.safetensors") -> Weights:
     return result
 
 
+def layer(directory: Path, number: int) -> Weights:
+    """Return the tensors of a layer file that we wrote."""
+    return mx.load(str(directory / f"model_experts/layer_{number:02d}.safetensors"))
+
+
 def same(left: mx.array, right: mx.array) -> bool:
     """Return whether dtype, shape and every bit are equal."""
     if left.dtype != right.dtype or left.shape != right.shape:
