@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import PATCHED, Directories
 from mlx_lm import fuse, lora
 from mlx_lm.perplexity import eval_ppl
+from shared_folders import PATCHED, Directories
 
 from flashmoe_mlx import FlashMoEError, load
 from flashmoe_mlx.cli import full_check, generate

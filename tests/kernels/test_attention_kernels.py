@@ -5,8 +5,8 @@ from math import tau
 
 import mlx.core as mx
 import pytest
+from gpu_cases import BenchCase, case_of, caught, check, verify
 from metal_cpu import metal_on_cpu, require_bench
-from test_gpu_kernels import BenchCase, case_of, caught, check, verify
 
 from flashmoe_mlx.custom_kernels.attention import step
 from flashmoe_mlx.custom_kernels.attention.step import (

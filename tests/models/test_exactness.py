@@ -5,12 +5,14 @@ import copy
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import FORMATS, text_config
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from shared_folders import FORMATS, text_config
 
 from flashmoe_mlx import batch_generate, load
 from flashmoe_mlx.cli import full_check
 from flashmoe_mlx.format.layout import open_layout
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 PROMPT_LENGTHS = (1, 17, 300)
 TOLERANCE = 1e-4

@@ -67,14 +67,6 @@ def kernels(monkeypatch, fresh_kernel_mode):
     return choose
 
 
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """On a CPU, MLX runs a C++ compiler for every function that a family compiles."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
-
-
 WIDE_ONLY = "Currently only supports float32"  # MLX, of unquantized bfloat16 experts on a CPU
 
 
