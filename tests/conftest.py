@@ -145,6 +145,14 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
+def unsynced():
+    """Leave out fsync in this process: only a power loss would tell the difference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="module")
 def compiled():
     """Let MLX compile functions, as it does for users."""
     mx.enable_compile()

@@ -219,6 +219,7 @@ def strike(name, real):
             os.kill(os.getpid(), signal.SIGKILL)
     return call
 
+os.fsync = lambda file: None  # a killed process loses no written byte
 for name in ("open", "pwrite", "fsync", "replace", "mkdir", "unlink"):
     setattr(os, name, strike(name, getattr(os, name)))
 for line in sys.stdin:

@@ -33,7 +33,7 @@ from flashmoe_mlx.errors import FlashMoEError
 WITHOUT_CHECKS = (
     "kernels/test_cpu_decode.py",
     "kernels/test_cpu_kernels.py::test_gated_delta",
-    "models/test_exactness.py::test_tokens_and_logits_equal_stock[packed4-half]",
+    "models/test_exactness.py::test_tokens_and_logits_equal_stock[unmodified-half]",
 )
 
 

@@ -21,7 +21,9 @@ from flashmoe_mlx.convert import convert
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.models.patch import switches
 
-STEPS = 32
+pytestmark = pytest.mark.usefixtures("unsynced")
+
+STEPS = 16
 BANKS = TOP_K, EXPERTS // 2, EXPERTS
 OURS = [("affine", bits) for bits in (2, 4, 8)]  # formats that our CPU kernels take
 
