@@ -15,18 +15,16 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from ..errors import FlashMoEError
-from ..format.headers import TensorInfo, checkpoint_headers
 from ..format.layout import EXPERT_DIR, MANIFEST
-from ..format.model_files import read_config
-from ..models.qwen3_5.args import ModelArgs, is_own
 from ..progress import bar
+from .check import check_plan, check_written
 from .plan.parts import METHODS, File, LayerPlan, Options, Plan
 from .plan.plan import build_plan
 from .plan.ranks import outputs, placements
 from .publish import published, upload
 from .publish.card import model_card
 from .quant.calibrate import Calibration
-from .source.checkpoint import Place, Source
+from .source.checkpoint import Source
 from .source.hub import CARD
 from .source.locate import Found, located
 from .source.open import open_source
@@ -199,7 +197,7 @@ def _run(job: _Job, repo: str | None, private: bool, dry_run: bool) -> None:
 def _make(job: _Job, dry_run: bool) -> None:
     """Check the free disk space and write what is missing, or print the plan."""
     source, plan, out = job.source, job.plan, job.out
-    _check_plan(source, plan, with_tokenizer=not (dry_run and source.revision))
+    check_plan(source, plan, with_tokenizer=not (dry_run and source.revision))
     text = _read_text(job.calibrate) if job.calibrate else None
     if text is not None:
         job.begun["text"] = as_text(zlib.crc32(text.encode()))
@@ -235,47 +233,10 @@ def _make(job: _Job, dry_run: bool) -> None:
             with _calibration(source, text) as calibration:
                 content = _write(job, done, calibration)
             files.write_file(out / CARD, job.card)
-        _check_written(out)
+        check_written(out)
         job.stamps.check(out)
         output.write_manifest(out, content)
         journal.remove_journal(out)
-
-
-def _check_plan(source: Source, plan: Plan, with_tokenizer: bool) -> None:
-    """Check the planned trunk and the source's tokenizer; raises FlashMoEError."""
-    planned = {
-        spec.name: (tensor.source[0], TensorInfo(spec.dtype, spec.shape, 0, spec.nbytes))
-        for file in plan.trunk
-        for tensor in file.tensors
-        for spec in tensor.outputs
-    }
-    _check_loads(source.directory, planned, plan.config, with_tokenizer)
-
-
-def _check_written(out: Path) -> None:
-    """Check the written trunk (its headers) and tokenizer; raises FlashMoEError."""
-    _check_loads(out, checkpoint_headers(out), read_config(out), True)
-
-
-def _check_loads(
-    directory: Path, headers: dict[str, Place], config: dict[str, Any], with_tokenizer: bool
-) -> None:
-    # mlx-lm and transformers take seconds to import: say so on a terminal.
-    with bar(None, what=f"checking {directory}"):
-        from ..loader import check_tokenizer
-        from ..models.trunk_checks import check_trunk
-
-        vocabulary = None
-        if is_own(config):
-            args = ModelArgs.from_dict(config)
-            vocabulary = args.vocab_size
-            check_trunk(directory, headers, args)
-        else:
-            from .source.generic import check_generic_trunk
-
-            check_generic_trunk(directory, config, {n: info for n, (_, info) in headers.items()})
-        if with_tokenizer:
-            check_tokenizer(directory, vocabulary)
 
 
 def tools() -> str:

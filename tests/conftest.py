@@ -1,11 +1,9 @@
 """Model directories that the tests share: the bundled model and its conversions."""
 
-import fcntl
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 # A process in a shell's background ignores Ctrl-C, and its children inherit that.
@@ -15,11 +13,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Kernels read this on import; test_kernels_without_checks runs without it.
 os.environ.setdefault("FLASHMOE_DEBUG_BOUNDS", "1")
 
+# On a CPU MLX runs a C++ compiler, for about a second, for each function and shape that it
+# compiles; the tests that use `compiled` pay for it, as users do.
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
 import families
 import mlx.core as mx
 import mlx_lm
 import pytest
-from convert_helpers import unpack
+from convert_helpers import unpack, write_checkpoints
+from shared_folders import CONVERSIONS, PATCHED, Directories, made_once, text_config
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.custom_kernels import device
@@ -28,15 +31,6 @@ from flashmoe_mlx.loader import BUNDLED_MODEL, load
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; set before importing numba
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-
-CONVERSIONS = {
-    "packed4": {"quantize": True, "q_bits": 4, "q_group_size": 64},
-    "packed2": {"quantize": True, "q_bits": 2, "q_group_size": 64},
-    "linked": {"link": True},
-}
-FORMATS = (*CONVERSIONS, "unmodified")
-# Families that mlx-lm's own code computes: plain, bfloat16 and sliding windows, latent attention.
-PATCHED = ("qwen3_moe", "gpt_oss", "deepseek_v3")
 
 # Run long tests first, so that no worker idles at the end. The first two go to one worker each and
 # compile for both: the CPU's kernels, and the bench's.
@@ -62,36 +56,6 @@ def compile_here(tmp_path_factory):
         yield
 
 
-def text_config(model: Path) -> dict:
-    config = json.loads((model / "config.json").read_text())
-    return config.get("text_config", config)
-
-
-def made_once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
-    """Return a directory that one worker writes for all workers; tests must not write to it."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with open(base / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (base / name).exists():
-            (base / f"{name}.tmp").mkdir()
-            make(base / f"{name}.tmp")
-            (base / f"{name}.tmp").rename(base / name)
-    return base / name
-
-
-class Directories(dict[str, Path]):
-    """Directories by format, each made when a test first asks for it."""
-
-    def __init__(self, make: Callable[[str], Path]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, name: str) -> Path:
-        self[name] = self._make(name)
-        return self[name]
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Directories:
     """Map each format to a streamable directory made from the bundled model."""
@@ -106,6 +70,18 @@ def models(tmp_path_factory) -> Directories:
         return made_once(tmp_path_factory, name, write) / "model"
 
     return Directories(make)
+
+
+def make_root(base: Path) -> None:
+    write_checkpoints(base)
+    convert(base / "hf", base / "whole", quantize=True)
+    convert(base / "stock", base / "packed")
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    """Return the folder of tiny checkpoints `hf` and `stock`, and conversions `whole`, `packed`."""
+    return made_once(tmp_path_factory, "checkpoints", make_root)
 
 
 def make_patched(base: Path) -> None:
@@ -166,6 +142,22 @@ def loaded():
     model, tokenizer = load(BUNDLED_MODEL)
     with model:
         yield model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def unsynced():
+    """Leave out fsync in this process: only a power loss would tell the difference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Let MLX compile functions, as it does for users."""
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
 
 
 @pytest.fixture

@@ -145,6 +145,11 @@ def load(directory: Path, pattern: str = "model*.safetensors") -> Weights:
     return result
 
 
+def layer(directory: Path, number: int) -> Weights:
+    """Return the tensors of a layer file that we wrote."""
+    return mx.load(str(directory / f"model_experts/layer_{number:02d}.safetensors"))
+
+
 def same(left: mx.array, right: mx.array) -> bool:
     """Return whether dtype, shape and every bit are equal."""
     if left.dtype != right.dtype or left.shape != right.shape:
@@ -214,6 +219,7 @@ def strike(name, real):
             os.kill(os.getpid(), signal.SIGKILL)
     return call
 
+os.fsync = lambda file: None  # a killed process loses no written byte
 for name in ("open", "pwrite", "fsync", "replace", "mkdir", "unlink"):
     setattr(os, name, strike(name, getattr(os, name)))
 for line in sys.stdin:

@@ -13,22 +13,14 @@ import convert_damage
 import convert_fuzz
 import pytest
 from convert_damage import DAMAGES, complaint, damaged_everywhere, tensor_at, verified
-from convert_helpers import contents, flip, write_checkpoints
+from convert_helpers import contents, flip
 from convert_mutations import MUTATIONS
 from convert_scenes import MANIFEST_PLACE, differences, pretends
 
-from flashmoe_mlx.convert import convert
 from flashmoe_mlx.format.headers import read_header
 
 STRESS = Path(__file__).parent / "stress"
 LAYER = "model_experts/layer_02.safetensors"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_checkpoints(tmp_path_factory.mktemp("trials"))
-    convert(root / "stock", root / "packed")
-    return root
 
 
 # --- killed --------------------------------------------------------------------------------------

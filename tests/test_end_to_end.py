@@ -19,6 +19,8 @@ from flashmoe_mlx import load
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.format.layout import open_layout
 
+pytestmark = pytest.mark.usefixtures("unsynced")
+
 WIDE = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
 TOKENS = mx.array([[5, 17, 3, 90, 41, 8, 8, 60, 2, 33, 71]])
 PREFIXES = {

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import mlx_lm
 import pytest
-from conftest import PATCHED
 from mlx_lm import server as stock
 from mlx_lm import utils
 from serve_load import Sample, load, requests, slope
+from shared_folders import PATCHED
 from stock_server import StockServer, Usage, answer, assembled
 
 from flashmoe_mlx.models.qwen3_5.geometry import GEOMETRIES

@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import PATCHED, Directories
 from mlx_lm import fuse, lora
 from mlx_lm.perplexity import eval_ppl
+from shared_folders import PATCHED, Directories
 
 from flashmoe_mlx import FlashMoEError, load
 from flashmoe_mlx.cli import full_check, generate
@@ -70,8 +70,8 @@ def commands_for(directory: Path, cache: Path) -> dict[str, tuple[list[str], str
         "generate": (["generate", *model, "-p", QUESTION, "-m", "24"], ""),
         "cache_prompt": (["cache_prompt", *model, "--prompt", QUESTION, *cached], ""),
         "cached": (["generate", *model, *cached, "-p", " Say more.", "-m", "8"], ""),
-        "chat": (["chat", *model, "--max-tokens", "12"], f"{QUESTION}\nWhy?\nq\n"),
-        "benchmark": (["benchmark", *model, "-p", "40", "-g", "8", "-n", "1"], ""),
+        "chat": (["chat", *model, "--max-tokens", "4"], f"{QUESTION}\nWhy?\nq\n"),
+        "benchmark": (["benchmark", *model, "-p", "8", "-g", "4", "-n", "1"], ""),
     }
 
 

@@ -23,7 +23,18 @@ from .planes import (
     VNNI,
     WORD,
 )
-from .simd import F32, I8, I32, constant, load, multiply_add, splat
+from .simd import (
+    F32,
+    I8,
+    I32,
+    constant,
+    load,
+    multiply_add,
+    pointer_at,
+    prefetch,
+    splat,
+    sum_of_lanes,
+)
 
 MAX_ROWS = 8  # activation rows per block
 TILE = 4 if VECTOR_BYTES == 64 else 2  # weight rows at once
@@ -159,19 +170,6 @@ def _scales(builder: Any, pointer: Any, form: _Form) -> Any:
     return builder.shuffle_vector(few, few, ir.Constant(ir.VectorType(I32, lanes), places))
 
 
-def _pointer(builder: Any, address: Any, kind: Any, offset: Any = None) -> Any:
-    """Turn an address, and an offset in bytes, into a pointer."""
-    address = address if offset is None else builder.add(address, offset)
-    return builder.inttoptr(address, kind.as_pointer())
-
-
-def _prefetch(builder: Any, address: Any) -> None:
-    """Load the cache line at an address, which need not exist, into the L1 cache."""
-    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(I8), I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [_pointer(builder, address, I8), I32(0), I32(3), I32(1)])
-
-
 def _bias_sums(builder: Any, biases: Any, totals: Any, groups: Any) -> Any:
     """Return the sum of bias * total in LANES parts; what lies after the groups counts as 0."""
     vector, integers = ir.VectorType(F32, LANES), ir.VectorType(groups.type, LANES)
@@ -181,7 +179,7 @@ def _bias_sums(builder: Any, biases: Any, totals: Any, groups: Any) -> Any:
     with cgutils.for_range_slice(builder, groups.type(0), groups, groups.type(LANES)) as (first, _):
         offset = builder.mul(first, groups.type(4))
         a, b = (
-            load(builder, _pointer(builder, address, F32, offset), vector, 4)
+            load(builder, pointer_at(builder, address, F32, offset), vector, 4)
             for address in (biases, totals)
         )
         left = splat(builder, builder.sub(groups, first), integers)
@@ -242,20 +240,20 @@ def dot_rows(
             builder.store(_bias_sums(builder, at(biases, place, 4), totals, groups), total)
         whole = builder.sub(groups, builder.srem(groups, number(form.span)))
         with cgutils.for_range_slice(builder, number(0), whole, number(LANES)) as (start, _):
-            factor = load(builder, _pointer(builder, at(factors, start, 4), F32), block, 4)
+            factor = load(builder, pointer_at(builder, at(factors, start, 4), F32), block, 4)
             for place, product in zip(places, scratch, strict=True):
-                here = _pointer(builder, at(scales, builder.add(place, start), 4), F32)
+                here = pointer_at(builder, at(scales, builder.add(place, start), 4), F32)
                 builder.store(builder.fmul(load(builder, here, block, 4), factor), product)
             before = builder.sdiv(start, number(form.span))
             steps = builder.sdiv(least(builder.sub(whole, start), number(LANES)), number(form.span))
             with cgutils.for_range(builder, steps) as loop:
                 step = builder.add(before, loop.index)
-                x = _pointer(builder, at(planes, step, form.record_bytes), I_WORD)
+                x = pointer_at(builder, at(planes, step, form.record_bytes), I_WORD)
                 for row, product, total in zip(code_rows, scratch, running, strict=True):
                     here = at(row, step, form.step_bytes)
-                    _prefetch(builder, builder.add(here, number(AHEAD)))
+                    prefetch(builder, builder.add(here, number(AHEAD)))
                     dot = _step(
-                        builder, _decode(builder, _pointer(builder, here, I8), form), x, form
+                        builder, _decode(builder, pointer_at(builder, here, I8), form), x, form
                     )
                     few = builder.bitcast(product, F32.as_pointer())
                     few = builder.gep(few, [builder.mul(loop.index, number(form.span))])
@@ -264,8 +262,8 @@ def dot_rows(
                     )
                     builder.store(after, total)
         for row, total in zip(tile, running, strict=True):
-            sum_ = _add_lanes(builder, builder.load(total))
-            builder.store(sum_, _pointer(builder, at(out, row, 4), F32))
+            sum_ = sum_of_lanes(builder, builder.load(total))
+            builder.store(sum_, pointer_at(builder, at(out, row, 4), F32))
 
     numbers = types.intp, types.intp, types.intp, types.UniTuple(types.intp, 3), types.intp
     return types.void(bits, group, *numbers, types.UniTuple(types.intp, 2), types.intp), codegen
@@ -300,9 +298,9 @@ def dot_block(
         codes, scales, records, offsets, rows, steps, sums = args[2:]
         plane_offset, factor_offset = (builder.extract_value(offsets, i) for i in range(2))
         number = rows.type
-        table = _pointer(builder, records, number)
+        table = pointer_at(builder, records, number)
         scratch = cgutils.alloca_once(builder, F32, size=MAX_ROWS * LANES)
-        scale = load(builder, _pointer(builder, scales, F32), block, 4)
+        scale = load(builder, pointer_at(builder, scales, F32), block, 4)
 
         def record(r: Any) -> Any:
             return builder.load(builder.gep(table, [r]))
@@ -311,19 +309,19 @@ def dot_block(
             return builder.gep(scratch, [builder.mul(r, number(LANES))])
 
         with cgutils.for_range(builder, rows) as loop:
-            pointer = _pointer(builder, record(loop.index), F32, factor_offset)
+            pointer = pointer_at(builder, record(loop.index), F32, factor_offset)
             value = builder.fmul(scale, load(builder, pointer, block, 4))
             target = builder.bitcast(product(loop.index), block.as_pointer())
             builder.store(value, target).align = 4
         with cgutils.for_range(builder, steps) as loop:
             offset = builder.mul(loop.index, number(form.step_bytes))
-            decoded = _decode(builder, _pointer(builder, codes, I8, offset), form)
+            decoded = _decode(builder, pointer_at(builder, codes, I8, offset), form)
             offset = builder.mul(loop.index, number(form.record_bytes))
             offset = builder.add(plane_offset, offset)
             with cgutils.for_range(builder, rows) as inner:
                 r = inner.index
-                total = _pointer(builder, sums, form.floats, builder.mul(r, number(4 * LANES)))
-                dot = _step(builder, decoded, _pointer(builder, record(r), I_WORD, offset), form)
+                total = pointer_at(builder, sums, form.floats, builder.mul(r, number(4 * LANES)))
+                dot = _step(builder, decoded, pointer_at(builder, record(r), I_WORD, offset), form)
                 place = builder.gep(product(r), [builder.mul(loop.index, number(form.span))])
                 before = load(builder, total, form.floats, 4)
                 after = multiply_add(builder, dot, _scales(builder, place, form), before)
@@ -355,7 +353,7 @@ def dot_rest(
 
             def at(address: Any, kind: Any, stride: int) -> Any:
                 offset = builder.mul(loop.index, groups.type(stride))
-                return _pointer(builder, address, kind, offset)
+                return pointer_at(builder, address, kind, offset)
 
             decoded = _decode(builder, at(codes, I8, form.step_bytes), form)
             dot = _step(builder, decoded, at(planes, I_WORD, form.record_bytes), form)
@@ -364,21 +362,9 @@ def dot_rest(
             )
             scale = splat(builder, scale, form.floats)
             builder.store(multiply_add(builder, dot, scale, builder.load(running)), running)
-        return _add_lanes(builder, builder.load(running))
+        return sum_of_lanes(builder, builder.load(running))
 
     return types.float32(bits, group, *[types.intp] * 5), codegen
-
-
-def _add_lanes(builder: Any, vector: Any) -> Any:
-    """Return the sum of a vector's lanes in a fixed order: add halves until one lane is left."""
-    while vector.type.count > 1:
-        half = vector.type.count // 2
-        places = [
-            ir.Constant(ir.VectorType(I32, half), list(range(i, i + half))) for i in (0, half)
-        ]
-        low, high = (builder.shuffle_vector(vector, vector, p) for p in places)
-        vector = builder.fadd(low, high)
-    return builder.extract_element(vector, I32(0))
 
 
 @intrinsic
@@ -386,8 +372,8 @@ def add_lanes(_context: Any, sums: Any) -> tuple[Any, Callable[..., Any]]:
     """Return the sum of the LANES float32 at an address."""
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> Any:
-        pointer = _pointer(builder, args[0], F32)
-        return _add_lanes(builder, load(builder, pointer, ir.VectorType(F32, LANES), 4))
+        pointer = pointer_at(builder, args[0], F32)
+        return sum_of_lanes(builder, load(builder, pointer, ir.VectorType(F32, LANES), 4))
 
     return types.float32(types.intp), codegen
 
@@ -404,7 +390,7 @@ def start_sums(
 
     def codegen(_: Any, builder: Any, __: Any, args: Any) -> None:
         biases, totals, groups, sums = args
-        target = _pointer(builder, sums, ir.VectorType(F32, LANES))
+        target = pointer_at(builder, sums, ir.VectorType(F32, LANES))
         builder.store(_bias_sums(builder, biases, totals, groups), target).align = 4
 
     return types.void(*[types.intp] * 4), codegen

@@ -54,6 +54,31 @@ def splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
     return builder.shuffle_vector(one, one, zeros)
 
 
+def pointer_at(builder: Any, address: Any, kind: Any, offset: Any = None) -> Any:
+    """Turn an address, and an offset in bytes, into a pointer."""
+    address = address if offset is None else builder.add(address, offset)
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Load the cache line at an address, which need not exist, into the L1 cache."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.PointerType(I8), I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer_at(builder, address, I8), I32(0), I32(3), I32(1)])
+
+
+def sum_of_lanes(builder: Any, vector: Any) -> Any:
+    """Return the sum of a vector's lanes in a fixed order: add halves until one lane is left."""
+    while vector.type.count > 1:
+        half = vector.type.count // 2
+        places = [
+            ir.Constant(ir.VectorType(I32, half), list(range(i, i + half))) for i in (0, half)
+        ]
+        low, high = (builder.shuffle_vector(vector, vector, p) for p in places)
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, I32(0))
+
+
 @intrinsic
 def bfloat_to_f32(_context: Any, value: Any) -> tuple[Any, Callable[..., Any]]:
     """Convert the bits of a bfloat16, in a uint16, to float32."""

@@ -27,6 +27,7 @@ DTYPES = {
     "F32": mx.float32,
 }
 Cut = tuple[int, int, int, int, list[Row]]  # descriptor, offset of expert 0, step, bytes, rows
+LEAST_PIECE = 256 << 10  # bytes; smaller pieces cost more than they gain
 NEVER = -1e30  # stands for log2(0)
 HALF_LIFE = 128  # uses of a layer's experts
 
@@ -161,6 +162,10 @@ class SlotBank:
             else:
                 self._slot_of[expert], self._expert_in[slot] = slot, expert
         return [arrival for _, arrival in done.values()]
+
+    def parts(self, experts: int, threads: int) -> int:
+        """Return how many pieces to cut each record into, so that every thread gets one."""
+        return max(1, min(-(-threads // experts), self.layout.record_bytes // LEAST_PIECE))
 
     def pieces(self, expert: int, slot: int, parts: int) -> tuple[Arrival, list[Piece]]:
         """Return the reads that load an expert into a slot.

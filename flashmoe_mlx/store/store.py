@@ -32,7 +32,6 @@ from .slots import SlotBank, no_free_slots
 from .stats import ExpertStats as ExpertStats
 from .stats import Observer, ReadRate
 
-LEAST_PIECE = 256 << 10  # bytes; smaller pieces cost more than they gain
 LAYERS_AHEAD = 2  # read while memory for the next layer is allocated
 
 
@@ -331,7 +330,7 @@ class ExpertStore:
                 bank.expect(expert, slot, arrival)
             return Batch(())
         self._consumers.evaluate(readers)
-        parts = self._parts(bank, len(missing))
+        parts = bank.parts(len(missing), self._reader.width)
         reads = [bank.pieces(e, s, parts) for e, s in zip(missing, slots, strict=True)]
         pieces = (piece for _, pieces in reads for piece in pieces)
         batch = Batch(sorted(pieces, key=lambda piece: piece[:2]))
@@ -353,11 +352,6 @@ class ExpertStore:
             others = any(p.thread != threading.get_ident() for p in self._requests.active(layer))
             raise no_free_slots(layer, len(missing), len(bank), others)
         return slots
-
-    def _parts(self, bank: SlotBank, experts: int) -> int:
-        """Return how many pieces to cut each record into, so that every thread gets one."""
-        wanted = -(-self._reader.width // experts)
-        return max(1, min(wanted, bank.layout.record_bytes // LEAST_PIECE))
 
     def _wait(self, layer: int, batch: Batch | None, arrivals: list[Arrival]) -> None:
         """Read pieces that no thread has started, and wait for the rest."""

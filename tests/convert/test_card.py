@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from convert_helpers import contents, write_checkpoints
+from convert_helpers import contents
 from huggingface_hub import metadata_load
 
 from flashmoe_mlx.convert import convert
@@ -33,11 +33,6 @@ model-index:
 """
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_checkpoints(tmp_path_factory.mktemp("card"))
-
-
 def with_card(root: Path, directory: Path, text: str) -> Path:
     shutil.copytree(root / "stock", directory)
     (directory / "README.md").write_text(text)
@@ -63,8 +58,9 @@ def test_front_matter(root, tmp_path):
 
 
 def test_without_a_card_in_the_source(root, tmp_path):
-    (root / "stock/README.md").unlink()  # mlx-lm's
-    convert(root / "stock", tmp_path / "out")
+    stock = shutil.copytree(root / "stock", tmp_path / "stock")
+    (stock / "README.md").unlink()  # mlx-lm's
+    convert(stock, tmp_path / "out")
     assert metadata_load(tmp_path / "out/README.md") == {
         "tags": ["mlx", "flashmoe"],
         "pipeline_tag": "text-generation",

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -20,7 +19,6 @@ from convert_helpers import (
     read,
     save,
     separate,
-    write_checkpoints,
 )  # fmt: skip
 
 from flashmoe_mlx.convert import convert, run
@@ -30,11 +28,6 @@ from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import open_layout
 
 PREFIX = "language_model.model.layers"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoints(tmp_path_factory.mktemp("convert"))
 
 
 @pytest.mark.parametrize(

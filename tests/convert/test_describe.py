@@ -1,10 +1,9 @@
 """A dry run estimates the time from experts that it quantizes, one kind of layer at a time."""
 
 import re
-from pathlib import Path
 
 import pytest
-from convert_helpers import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, write_checkpoints
+from convert_helpers import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.plan.parts import Options
@@ -16,11 +15,6 @@ from flashmoe_mlx.convert.write.execute import ExpertSteps
 from flashmoe_mlx.convert.write.steps import Fetched
 
 NOTHING = Fetched(0, 0, 0, 0)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoints(tmp_path_factory.mktemp("describe"))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert_helpers import contents, read, write_checkpoints
+from convert_helpers import contents, read
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
@@ -25,11 +25,6 @@ PICKLES = (
     "pytorch_model.bin", "training_args.bin", "tokenizer.pkl", "tokenizer.pt", "tokenizer.bin",
     "tokenizer_config.pickle",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoints(tmp_path_factory.mktemp("code"))
 
 
 def change(path: Path, **entries: Any) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from convert_helpers import contents, flip, read, write_checkpoints
+from convert_helpers import contents, flip, read
 from test_upload import REPO, assert_uploaded, command, refused
 from test_upload import server as server
 from upload_server import UploadServer
 
-from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
 from flashmoe_mlx.convert.publish import upload
 from flashmoe_mlx.convert.source import hub
@@ -23,18 +22,11 @@ MANIFEST = "model_experts/manifest.json"
 SECRET = b"the key to everything"
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_checkpoints(tmp_path_factory.mktemp("published"))
-    convert(root / "stock", root / "finished")
-    return root
-
-
 @pytest.fixture
 def out(root: Path, tmp_path: Path) -> Iterator[Path]:
     """A finished conversion, and a secret beside it."""
     (tmp_path / "secret").write_bytes(SECRET)
-    yield shutil.copytree(root / "finished", tmp_path / "out")
+    yield shutil.copytree(root / "packed", tmp_path / "out")
 
 
 def published(server: UploadServer) -> bytes:
@@ -93,7 +85,7 @@ LEFT_OUT = [
 def test_other_files_are_not_uploaded_but_named(root, out, server, capsys):
     for put, _ in LEFT_OUT:
         put(out)
-    expected = contents(root / "finished").keys()
+    expected = contents(root / "packed").keys()
     assert main(command(root, out)) == 0
     assert server.repos[REPO].keys() == expected and SECRET not in published(server)
     names = ", ".join(sorted(name for _, name in LEFT_OUT))
@@ -213,7 +205,7 @@ def test_a_symlink_within_the_directory_is_uploaded(root, out, server):
     (out / "tokenizer.json").rename(out / "real.json")
     os.symlink("real.json", out / "tokenizer.json")
     assert main(command(root, out)) == 0
-    assert server.repos[REPO].keys() == contents(root / "finished").keys()
+    assert server.repos[REPO].keys() == contents(root / "packed").keys()
     assert server.repos[REPO]["tokenizer.json"] == (out / "real.json").read_bytes()
 
 

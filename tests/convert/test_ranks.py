@@ -17,7 +17,6 @@ from convert_helpers import (
     contents,
     flip,
     read,
-    write_checkpoints,
 )
 from family_helpers import published, write
 
@@ -39,13 +38,14 @@ Records = dict[tuple[int, int], bytes]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sources, their whole conversions NAME-whole, and a rank's directory `one`."""
-    root = write_checkpoints(tmp_path_factory.mktemp("ranks"))
+    root = shutil.copytree(root, tmp_path_factory.mktemp("ranks"), dirs_exist_ok=True)
     config, weights = published("qwen3_moe")
     write(root / "experts-apart", config, weights)
-    for name in ("hf", "stock", "experts-apart"):
-        convert(root / name, root / f"{name}-whole", quantize=name != "stock")
+    (root / "whole").rename(root / "hf-whole")
+    (root / "packed").rename(root / "stock-whole")
+    convert(root / "experts-apart", root / "experts-apart-whole", quantize=True)
     convert(root / "hf", root / "one", quantize=True, ranks=2, rank=1)
     return root
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from convert_helpers import EXPERTS, LAYERS, contents, flip, load, read, unpack, write_checkpoints
+from convert_helpers import EXPERTS, LAYERS, contents, flip, load, read, unpack
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 from mlx_lm.convert import convert as stock_convert
 
@@ -34,9 +35,9 @@ TOKENS = [(7 * i * i + 11 * i) % 96 for i in range(40)]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(root, tmp_path_factory):
     """A bfloat16 checkpoint, mlx-lm's conversions of it, and ours."""
-    root = write_checkpoints(tmp_path_factory.mktemp("recipes"))
+    root = shutil.copytree(root, tmp_path_factory.mktemp("recipes"), dirs_exist_ok=True)
     stock_convert(
         str(root / "hf"), str(root / "stock_2_6"), quantize=True, quant_predicate="mixed_2_6"
     )

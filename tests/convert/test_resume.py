@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from convert_helpers import KILLER, LAYERS, contents, read, write_checkpoints
+from convert_helpers import KILLER, LAYERS, contents, read
 
 from flashmoe_mlx.convert import convert, run
 from flashmoe_mlx.convert.write import files, journal, output
@@ -24,13 +24,6 @@ from flashmoe_mlx.format.layout import open_layout
 JOURNAL = "model_experts/unfinished.json"
 MANIFEST = "model_experts/manifest.json"
 KILLED = str(int(signal.SIGKILL))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_checkpoints(tmp_path_factory.mktemp("resume"))
-    convert(root / "hf", root / "whole", quantize=True)
-    return root
 
 
 class Killer:
@@ -123,10 +116,11 @@ def test_the_command_killed_by_the_clock(root, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def half_done(root: Path, killer: Killer) -> Path:
+def half_done(killer: Killer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A conversion killed while it wrote layer 2."""
-    out = root / "half"
-    calls = len(killer.run(root / "count", 10**9).split())
+    folder = tmp_path_factory.mktemp("half")
+    out = folder / "half"
+    calls = len(killer.run(folder / "count", 10**9).split())
     for point in range(calls - 20, 0, -8):  # the layers come last
         assert killer.run(out, point) == KILLED
         if (out / "model_experts/layer_02.safetensors.tmp").exists():

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from convert_helpers import contents, flip, write_checkpoints
+from convert_helpers import contents, flip
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.write import files, output
@@ -17,11 +17,6 @@ WEIGHTS, SHARD = "model.safetensors", "model-00002-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"
 
 Change = Callable[[Path], None]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoints(tmp_path_factory.mktemp("changes"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from convert_helpers import contents, flip, write_checkpoints
+from convert_helpers import contents, flip
 from huggingface_hub import constants
 from upload_server import TOKEN, USER, UploadServer
 
@@ -19,11 +19,6 @@ from flashmoe_mlx.errors import FlashMoEError
 
 REPO = "alice/tiny"
 LAST = "model_experts/manifest.json"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_checkpoints(tmp_path_factory.mktemp("upload"))
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ import errno
 import json
 import os
 import random
-import re
 import shutil
 import zlib
 from pathlib import Path
 
 import pytest
-from convert_helpers import EXPERTS, LAYERS, contents, flip, read, write_checkpoints
+from convert_helpers import EXPERTS, LAYERS, contents, flip, read
+from verify_helpers import CARD, DATA, LAYER, MANIFEST, RECORD, assert_repaired, found
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.convert.cli import main
@@ -22,39 +22,10 @@ from flashmoe_mlx.format.headers import read_header
 from flashmoe_mlx.format.layout import open_layout, read_manifest, record_checksums
 from flashmoe_mlx.format.names import FIELDS
 
-RECORD = 13824
-DATA = 16384
-MANIFEST = "model_experts/manifest.json"
-CARD = "README.md"  # users edit it, so it has no checksum
-LAYER = "model_experts/layer_02.safetensors"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_checkpoints(tmp_path_factory.mktemp("verify"))
-    convert(root / "hf", root / "out", quantize=True)
-    return root
-
-
-@pytest.fixture
-def out(root: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(root / "out", tmp_path / "out")
-
-
-def found(out: Path) -> list[str]:
-    return [str(problem) for problem in verify.verify(out)]
-
-
-def assert_repaired(root: Path, out: Path) -> None:
-    problems = verify.verify(out)
-    assert problems
-    assert repair.repair(out, problems, root / "hf") == []
-    assert contents(out) == contents(root / "out")
-
 
 def test_an_untouched_directory_has_no_problems(root, capsys):
-    assert main(["verify", str(root / "out")]) == 0
-    assert capsys.readouterr().out == f"{root / 'out'}: every byte is as it was written.\n"
+    assert main(["verify", str(root / "whole")]) == 0
+    assert capsys.readouterr().out == f"{root / 'whole'}: every byte is as it was written.\n"
 
 
 def test_checksums_of_parts_give_that_of_the_whole():
@@ -66,8 +37,8 @@ def test_checksums_of_parts_give_that_of_the_whole():
 
 
 def test_the_manifest_has_the_checksum_of_every_file(root):
-    entries = verify.entries(read(root / "out" / MANIFEST))
-    written = contents(root / "out")
+    entries = verify.entries(read(root / "whole" / MANIFEST))
+    written = contents(root / "whole")
     assert entries.keys() == written.keys() - {MANIFEST, CARD}
     for name, entry in entries.items():
         assert (entry["size"], entry["checksum"]) == (
@@ -76,9 +47,9 @@ def test_the_manifest_has_the_checksum_of_every_file(root):
 
 
 def test_record_checksums_match_the_records(root):
-    manifest = read_manifest(root / "out" / MANIFEST)
+    manifest = read_manifest(root / "whole" / MANIFEST)
     checksums = record_checksums(manifest)
-    data = (root / "out" / LAYER).read_bytes()
+    data = (root / "whole" / LAYER).read_bytes()
     assert [len(layer) for layer in checksums] == [EXPERTS] * LAYERS
     assert checksums[2][5] == zlib.crc32(data[DATA + 5 * RECORD : DATA + 6 * RECORD])
     for change in ({"checksum": "md5"}, {"layers": 3}, {"layers": [{"records": ["x"]}]}):
@@ -89,7 +60,7 @@ def test_record_checksums_match_the_records(root):
 def test_every_byte_of_every_kind_of_file_counts(root, out):
     """One flipped bit anywhere is found; 12 places in each file, its first and last byte."""
     chances = random.Random(2)
-    files = {name: data for name, data in contents(root / "out").items() if name != CARD}
+    files = {name: data for name, data in contents(root / "whole").items() if name != CARD}
     for name, data in files.items():
         for place in (0, len(data) - 1, *(chances.randrange(len(data)) for _ in range(10))):
             flip(out / name, place, 1 << chances.randrange(8))
@@ -134,7 +105,7 @@ def test_truncated_extended_missing(root, out):
     with open(out / "model.safetensors", "ab") as file:
         file.write(b"\0")
     (out / "tokenizer.json").unlink()
-    trunk = (root / "out/model.safetensors").stat().st_size
+    trunk = (root / "whole/model.safetensors").stat().st_size
     assert found(out) == [
         f"model.safetensors: extended: {trunk + 1} bytes long, {trunk} were written",
         "tokenizer.json: missing",
@@ -196,7 +167,7 @@ def test_a_bad_sector(root, out, monkeypatch):
     assert [(problem.layer, problem.expert) for problem in problems] == [(2, 4), (2, 7)]
     assert f"layer 2 expert 4: {out / LAYER}: unreadable (Input/o" in str(problems[0])
     assert repair.repair(out, problems, root / "hf") == []
-    assert contents(out) == contents(root / "out")
+    assert contents(out) == contents(root / "whole")
 
 
 def test_an_unlisted_weight_file(root, out):
@@ -368,107 +339,6 @@ def test_command(root, out, capsys):
     )
     assert main(["verify", str(out), "--repair", "--hf-path", str(root / "hf")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"{out}: every byte is as it was written."
-    assert contents(out) == contents(root / "out")
+    assert contents(out) == contents(root / "whole")
     assert main(["verify", str(out / "none")]) == 2
     assert "none: not a directory" in capsys.readouterr().err
-
-
-# ---- what is for editing -------------------------------------------------------------------------
-
-SETTINGS = {
-    "expert_cache": "4GiB", "io_threads": 4, "io_mode": "direct", "experts_per_token": 1,
-    "stats": True, "verify": True, "lookahead": "off", "sharding": "exact", "rank_weights": "2,1",
-    "collective_timeout": 30,
-}  # fmt: skip
-
-
-def edit(out: Path, change, indent: int | None = 4) -> None:
-    path = out / "config.json"
-    config = json.loads(path.read_text())
-    change(config)
-    path.write_text(json.dumps(config, indent=indent))
-
-
-def test_the_documented_settings_are_those_of_the_package():
-    page = (Path(__file__).parents[2] / "docs/reference/format.md").read_text(encoding="utf-8")
-    (row,) = [line for line in page.splitlines() if "settings may be added by hand" in line]
-    listed = row.split("settings may be added by hand: ")[1]
-    assert set(re.findall(r"`(\w+)`", listed)) == verify.SETTINGS == set(SETTINGS)
-
-
-@pytest.mark.parametrize("names", [["expert_cache"], ["verify", "lookahead"], list(SETTINGS)])
-@pytest.mark.parametrize("indent", [4, 2, None])
-def test_settings_added_to_config_json_are_no_difference(names, indent, out, capsys):
-    edit(out, lambda c: c["flashmoe"].update((n, SETTINGS[n]) for n in names), indent)
-    assert main(["verify", str(out)]) == 0
-    assert capsys.readouterr().out == (
-        f"{out}: every byte is as it was written, except settings added to config.json.\n"
-    )
-
-
-def test_an_edited_card_is_no_difference(out):
-    (out / CARD).write_text("My model.")
-    assert main(["verify", str(out)]) == 0
-
-
-OTHER_CHANGES = {
-    "another entry": lambda c: c.update(experts=4),
-    "a changed entry": lambda c: c.update(model_file="other.py"),
-    "no entry": lambda c: c.pop("quantization"),
-    "no entry of ours": lambda c: c.pop("flashmoe"),
-    "an unknown setting": lambda c: c["flashmoe"].update(speed=2),
-    "another version": lambda c: c["flashmoe"].update(format_version=2),
-    "a setting elsewhere": lambda c: c.update(io_threads=8),
-    "ours is a list": lambda c: c.update(flashmoe=["io_threads"]),
-}
-
-
-@pytest.mark.parametrize("setting", [{}, {"io_threads": 4}])
-@pytest.mark.parametrize("change", OTHER_CHANGES)
-def test_other_changes_to_config_json_are_found(change, setting, out):
-    edit(out, lambda c: (c["flashmoe"].update(setting), OTHER_CHANGES[change](c)))
-    assert [line.split(":")[0] for line in found(out)] == ["config.json"]
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, None])
-def test_a_config_json_that_cannot_be_read_is_found(content, out):
-    path = out / "config.json"
-    path.unlink() if content is None else path.write_bytes(content)
-    assert [line.split(":")[0] for line in found(out)] == ["config.json"]
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "model.safetensors", LAYER, MANIFEST]
-)
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_what_is_not_a_regular_file_is_named_and_not_opened(name, kind, out):
-    """Opening a pipe would block for ever; a device has no end."""
-    path = out / name
-    path.unlink()
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    else:
-        path.mkdir()
-    if name == MANIFEST:
-        with pytest.raises(FlashMoEError, match=r"manifest.json: .*"):
-            verify.verify(out)
-    else:
-        assert found(out) == [f"{name}: not a regular file"]
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "flashmoe_model.py"])
-def test_changes_to_other_small_files_are_found(name, out):
-    """They are the source's, byte for byte."""
-    with open(out / name, "a") as file:
-        file.write("\n")
-    assert [line.split(":")[0] for line in found(out)] == [name]
-
-
-def test_a_damaged_expert_is_found_beside_settings(root, out):
-    edit(out, lambda c: c["flashmoe"].update(SETTINGS))
-    flip(out / LAYER, DATA + 5)
-    assert [line.split(":")[0] for line in found(out)] == [LAYER]
-    assert repair.repair(out, verify.verify(out), root / "hf") == []
-    assert json.loads((out / "config.json").read_text())["flashmoe"]["io_threads"] == 4

@@ -1,6 +1,6 @@
 """One rank: load models, share them with the other ranks, and save their answers.
 
-    python answer.py OUT WAYS DIRECTORY...
+    python answer.py OUT WAYS:DIRECTORY...
 
 WAYS are comma-separated: alone, exact, auto, tensor or pipeline; stock-tensor and stock-pipeline
 are mlx-lm's own models in float32.
@@ -21,7 +21,7 @@ from mlx_lm.utils import load_model
 
 from flashmoe_mlx.settings import SHARDING
 
-STEPS = {"alone": 64, "exact": 64}  # else 8: a sum takes milliseconds while other tests run
+STEPS = {"alone": 24, "exact": 24}  # else 8: a sum takes milliseconds while other tests run
 PROMPTS = 1, 17, 300
 
 
@@ -55,10 +55,11 @@ def load(directory: Path, way: str, group: mx.distributed.Group) -> Any:
     return model
 
 
-def main(out: str, ways: str, *directories: str) -> None:
+def main(out: str, *jobs: str) -> None:
     mx.disable_compile()  # on a CPU MLX would run a C++ compiler for each function
     group = mx.distributed.init()
-    for directory in map(Path, directories):
+    for ways, _, path in (job.partition(":") for job in jobs):
+        directory = Path(path)
         for way in ways.split(","):
             model = load(directory, way, group)
             name = f"{out}/{directory.name}.{way}.{group.rank()}"

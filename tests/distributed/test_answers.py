@@ -16,6 +16,7 @@ from ranks import run
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
+ANSWER = Path(__file__).with_name("answer.py")
 FAMILIES = (
     "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "qwen3_next", "minimax",
     "qwen3_5_moe",
@@ -41,7 +42,6 @@ def ran(tmp_path_factory):
         patch.setenv("FLASHMOE_KERNELS", "stock")  # bit-equal to mlx-lm
         patch.setenv("FLASHMOE_MODEL", "generic")
         device._cpu_module.cache_clear()
-        mx.disable_compile()
         for name in FAMILIES:
             (folder / name).mkdir()
             stock = make(name, folder / name, {})
@@ -49,15 +49,10 @@ def ran(tmp_path_factory):
                 asked = alone[name, "asked"] = {}
                 alone[name] = answers(model, "exact")
                 asked.update(asked=model.expert_stats().asked)
-        mx.enable_compile()
         ways = {"exact": FAMILIES, "tensor,stock-tensor": SPLIT_BY_MLX}
         ways["pipeline,stock-pipeline"] = STAGED_BY_MLX
-        for way, names in ways.items():
-            run(
-                folder,
-                2,
-                [Path(__file__).parent / "answer.py", folder, way, *(folder / n for n in names)],
-            )
+        jobs = (f"{way}:{folder / name}" for way, names in ways.items() for name in names)
+        run(folder, 2, [ANSWER, folder, *jobs])
     device._cpu_module.cache_clear()
     return folder, alone
 
@@ -97,23 +92,18 @@ def agree(found: dict, alone: dict, equal: Callable[[mx.array, mx.array], bool])
 
 
 def test_the_bundled_model(tmp_path):
-    """Our own model code and kernels: exact in four ranks, unequal shares, prompts summed early."""
-    shutil.copytree(BUNDLED_MODEL, tmp_path / "bundled")
-    command = [Path(__file__).parent / "answer.py", tmp_path]
+    """Our own model code and kernels: exact in three unequal ranks, prompts summed early."""
+    bundled = shutil.copytree(BUNDLED_MODEL, tmp_path / "bundled")
     # In a process of its own: code that was compiled here may round otherwise than cached code.
-    run(tmp_path, 1, [*command, "alone", tmp_path / "bundled"])
+    run(tmp_path, 1, [ANSWER, tmp_path, f"alone:{bundled}"])
     alone = loaded(tmp_path, "bundled", "alone", 0)
-    run(tmp_path, 4, [*command, "exact", tmp_path / "bundled"])
-    for rank in range(4):
+    run(tmp_path, 3, [ANSWER, tmp_path, f"exact:{bundled}"])
+    for rank in range(3):
         found = loaded(tmp_path, "bundled", "exact", rank)
         assert agree(found, alone, mx.array_equal)
         assert facts(tmp_path, "bundled", "exact", rank)["asked"] > 0
-    run(
-        tmp_path,
-        2,
-        [*command, "exact,auto,pipeline", tmp_path / "bundled"],
-        FLASHMOE_RANK_WEIGHTS="2,1",
-    )
+    command = [ANSWER, tmp_path, f"exact,auto,pipeline:{bundled}"]
+    run(tmp_path, 2, command, FLASHMOE_RANK_WEIGHTS="2,1")
     for rank in range(2):
         for way in "exact", "pipeline":
             found = loaded(tmp_path, "bundled", way, rank)

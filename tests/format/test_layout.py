@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from convert_helpers import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS, write_checkpoints
+from convert_helpers import EXPERTS, HIDDEN, INTERMEDIATE, LAYERS
 
 from flashmoe_mlx.convert import convert
 from flashmoe_mlx.errors import FlashMoEError
@@ -25,13 +25,6 @@ from flashmoe_mlx.format.names import FIELDS
 
 LAYER = "model_experts/layer_01.safetensors"
 MANIFEST = "model_experts/manifest.json"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_checkpoints(tmp_path_factory.mktemp("layout"))
-    convert(root / "stock", root / "packed")
-    return root
 
 
 @pytest.fixture

@@ -5,10 +5,9 @@ from math import tau
 
 import mlx.core as mx
 import pytest
+from gpu_cases import BenchCase, case_of, caught, check, verify
 from metal_cpu import metal_on_cpu, require_bench
-from test_gpu_kernels import BenchCase, case_of, caught, check, verify
 
-from flashmoe_mlx.custom_kernels import launch
 from flashmoe_mlx.custom_kernels.attention import step
 from flashmoe_mlx.custom_kernels.attention.step import (
     AttentionHeads,
@@ -23,14 +22,6 @@ from flashmoe_mlx.custom_kernels.case import DTYPES
 require_bench()
 
 CASE = AttentionStepCase(6, 2, 64, 16, "bfloat16", batch=2, keys=301, position=70_000)
-
-
-@pytest.fixture(autouse=True)
-def fresh_kernels():
-    """Build kernels inside each bench block, and keep none."""
-    launch._build.cache_clear()
-    yield
-    launch._build.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

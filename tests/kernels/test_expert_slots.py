@@ -5,18 +5,10 @@ import numpy as np
 import pytest
 from metal_cpu import metal_on_cpu, require_bench
 
-from flashmoe_mlx.custom_kernels import launch, reference
+from flashmoe_mlx.custom_kernels import reference
 from flashmoe_mlx.custom_kernels.cuda.slots import NONE, Table, choose_slots
 
 require_bench()
-
-
-@pytest.fixture(autouse=True)
-def fresh_kernels():
-    """Build kernels inside each bench block, and keep none."""
-    launch._build.cache_clear()
-    yield
-    launch._build.cache_clear()
 
 
 def empty(experts: int) -> Table:

@@ -8,7 +8,6 @@ import pytest
 from kernel_helpers import complains, plant
 from metal_cpu import MODES, metal_on_cpu, require_bench
 
-from flashmoe_mlx.custom_kernels import launch
 from flashmoe_mlx.custom_kernels.case import DTYPES
 from flashmoe_mlx.custom_kernels.gated_delta.cases import (
     GatedDeltaNormCase,
@@ -30,14 +29,6 @@ SCAN = GatedDeltaScanCase(**ODD, dtype="bfloat16", tokens=5)
 PREPARE = GatedDeltaPrepareCase(**ODD, dtype="bfloat16", tokens=5)
 NORM = GatedDeltaNormCase(**ODD, dtype="bfloat16", tokens=5)
 dtype_cases = pytest.mark.parametrize("dtype", DTYPES)
-
-
-@pytest.fixture(autouse=True)
-def fresh_kernels():
-    """Build kernels inside each bench block, and keep none."""
-    launch._build.cache_clear()
-    yield
-    launch._build.cache_clear()
 
 
 def excesses(outputs, stocks, expected) -> list[float]:

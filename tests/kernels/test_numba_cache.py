@@ -1,6 +1,5 @@
 """Compiled code on disk: the right code per name, whole or missing, in any writable folder."""
 
-import errno
 import json
 import os
 import pickle
@@ -15,10 +14,8 @@ from pathlib import Path
 import pytest
 from numba.core.caching import IndexDataCacheFile
 
-from flashmoe_mlx import progress
 from flashmoe_mlx.cli import doctor
-from flashmoe_mlx.custom_kernels import kept
-from flashmoe_mlx.custom_kernels.cpu import compile, numba_cache, prefill
+from flashmoe_mlx.custom_kernels.cpu import numba_cache, prefill
 
 WRITERS, KERNELS = 8, 12
 
@@ -315,123 +312,6 @@ def test_a_disk_that_takes_no_file(place):
     assert "cannot cache compiled CPU kernels (File too large): each run compiles them" in said
     assert [path.suffix for path in place.package.iterdir()] == [".lock"]
     assert place.run() == ("42", "0", str(place.package), "")
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
-def test_writes_that_fail(number, tmp_path, monkeypatch, capsys):
-    def fsync(file: int) -> None:
-        raise OSError(number, "no")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError):
-        kept.write_whole(tmp_path / "file", b"data")
-    assert list(tmp_path.iterdir()) == []
-
-
-# ---- cache folders -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def temporary(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    return tmp_path / f"flashmoe-mlx-{os.getuid()}"
-
-
-def test_the_temporary_folder_is_this_users_alone(temporary):
-    assert kept.temporary_dir() == kept.temporary_dir() == temporary
-    assert stat.S_IMODE(temporary.stat().st_mode) == 0o700
-
-
-@pytest.mark.parametrize("kind", ["writable by all", "another's", "symlink", "file"])
-def test_a_temporary_folder_that_another_may_write_is_not_used(kind, temporary, monkeypatch):
-    """It holds code that runs."""
-    if kind == "symlink":
-        (temporary.parent / "other").mkdir()
-        temporary.symlink_to(temporary.parent / "other")
-    elif kind == "file":
-        temporary.touch()
-    else:
-        temporary.mkdir()
-        temporary.chmod(0o777 if kind == "writable by all" else 0o700)
-    if kind == "another's":
-        place = str(temporary)
-        other = os.stat_result((*temporary.lstat()[:4], os.getuid() + 1, *temporary.lstat()[5:]))
-        real = Path.lstat
-        monkeypatch.setattr(Path, "lstat", lambda p: other if str(p) == place else real(p))
-    assert kept.temporary_dir() == kept.NOWHERE
-
-
-def test_no_temporary_files_at_all(monkeypatch):
-    def none() -> str:
-        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
-
-    monkeypatch.setattr("tempfile.gettempdir", none)
-    assert kept.temporary_dir() == kept.NOWHERE
-
-
-def test_the_cache_directory_without_a_home(temporary, monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setenv("HOME", "/somewhere")
-    assert kept.cache_dir() == Path("/somewhere/.cache/flashmoe-mlx")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown number
-    assert kept.cache_dir() == temporary
-
-
-# ---- compiling before a model is loaded ----------------------------------------------------------
-
-
-@pytest.fixture
-def compiled(tmp_path, monkeypatch) -> list[str]:
-    """Record what `prepare` does, with a separate folder."""
-    done: list[str] = []
-
-    class Child:
-        def __init__(self, command, **options):
-            done.append("child")
-
-        def wait(self) -> int:
-            return 0
-
-    monkeypatch.setattr(progress, "_logged", set())
-    monkeypatch.setattr(compile, "_marker", MARKER)
-    monkeypatch.setattr(compile.subprocess, "Popen", Child)
-    monkeypatch.setattr(compile, "compile_all", lambda wanted: done.append("here"))
-    monkeypatch.setattr(numba_cache, "folder", lambda: tmp_path)
-    return done
-
-
-MARKER = compile._marker
-FORMATS = {(4, 64, "bfloat16")}
-
-
-def test_the_marker_lies_beside_the_code(compiled, tmp_path, capsys):
-    """Deleting the code deletes the marker, and neither needs a home directory."""
-    for _ in range(2):
-        compile.prepare(FORMATS)
-    children = ["child"] * compile.PARTS
-    assert compiled == [*children, "here", "here"]
-    assert capsys.readouterr().err.count("compiling kernels, first use only") == 1
-    (marker,) = tmp_path.iterdir()
-    marker.unlink()
-    compile.prepare(FORMATS)
-    assert compiled == [*children, "here", "here", *children, "here"]
-
-
-@pytest.mark.parametrize("fault", [errno.EAGAIN, errno.ENOMEM, errno.EACCES, errno.ENOENT])
-def test_without_another_process_it_is_compiled_here(fault, compiled, tmp_path, monkeypatch):
-    def refuse(*args, **options):
-        raise OSError(fault, "no process")
-
-    monkeypatch.setattr(compile.subprocess, "Popen", refuse)
-    compile.prepare(FORMATS)
-    assert compiled == ["here"] and list(tmp_path.iterdir()) == []
-
-
-def test_code_that_cannot_be_cached_is_compiled_once(compiled, monkeypatch, capsys):
-    """Without a child process, whose work would be lost."""
-    monkeypatch.setattr(numba_cache, "folder", lambda: kept.NOWHERE)
-    compile.prepare(FORMATS)
-    assert compiled == ["here"] and capsys.readouterr().err == ""
 
 
 # ---- flashmoe-doctor -----------------------------------------------------------------------------

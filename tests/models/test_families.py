@@ -21,7 +21,9 @@ from flashmoe_mlx.convert import convert
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.models.patch import switches
 
-STEPS = 32
+pytestmark = pytest.mark.usefixtures("unsynced")
+
+STEPS = 16
 BANKS = TOP_K, EXPERTS // 2, EXPERTS
 OURS = [("affine", bits) for bits in (2, 4, 8)]  # formats that our CPU kernels take
 
@@ -65,14 +67,6 @@ def kernels(monkeypatch, fresh_kernel_mode):
 
     monkeypatch.setenv("FLASHMOE_MODEL", "generic")  # Qwen3.5 too
     return choose
-
-
-@pytest.fixture(autouse=True)
-def uncompiled():
-    """On a CPU, MLX runs a C++ compiler for every function that a family compiles."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 WIDE_ONLY = "Currently only supports float32"  # MLX, of unquantized bfloat16 experts on a CPU

@@ -7,8 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import made_once
 from families import EXPERTS, TOP_K, affine, floats, make
+from shared_folders import made_once
 from test_families import streamed
 
 from flashmoe_mlx import FlashMoEError

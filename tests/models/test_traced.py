@@ -32,6 +32,7 @@ def traced_layer() -> tuple[Layer, nn.RMSNorm, mx.array, Traced]:
     return layer, outer, x, traced
 
 
+@pytest.mark.usefixtures("compiled")
 def test_traced_functions_run_once_in_python():
     layer, outer, x, traced = traced_layer()
     first, second = traced.functions

@@ -3,13 +3,14 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
 import pytest
 from convert_helpers import load as load_tensors
-from convert_helpers import make_config, make_weights, save, write_checkpoints
+from convert_helpers import make_config, make_weights, save
 
 from flashmoe_mlx import FlashMoEError, load
 from flashmoe_mlx.cli.doctor_model import examine
@@ -28,9 +29,8 @@ NORM = "language_model.model.norm"
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    root = write_checkpoints(tmp_path_factory.mktemp("trunk"))
-    convert(root / "stock", root / "packed")
+def root(root, tmp_path_factory) -> Path:
+    root = shutil.copytree(root, tmp_path_factory.mktemp("trunk"), dirs_exist_ok=True)
     convert(root / "stock", root / "linked", link=True)
     convert(root / "hf", root / "mixed", quantize=True, quant_predicate="mixed_2_2_4")
     convert(root / "hf", root / "f16", quantize=True, q_bits=2, dtype="float16")

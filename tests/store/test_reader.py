@@ -23,8 +23,7 @@ from store_helpers import (
 )
 
 from flashmoe_mlx.errors import FlashMoEError
-from flashmoe_mlx.store import signals
-from flashmoe_mlx.store import store as expert_store
+from flashmoe_mlx.store import signals, slots
 from flashmoe_mlx.store.io_mode import obstacle
 from flashmoe_mlx.store.reader import cut, skip
 from flashmoe_mlx.store.sizing import IoPlan
@@ -37,7 +36,7 @@ BLOCKS = [n * 4096 for n in (8, 1, 1, 7, 2, 1, 9, 1, 1)]
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Cut records of some kilobytes, too."""
-    monkeypatch.setattr(expert_store, "LEAST_PIECE", 4096)
+    monkeypatch.setattr(slots, "LEAST_PIECE", 4096)
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def test_an_error_in_one_piece_fails_its_expert_only(
 ):
     layout = big_layout(tmp_path, UNEQUAL)
     store, size, whole = big_store(layout, 6, slots=2), sum(UNEQUAL), os.preadv
-    store._parts = lambda bank, experts: 3
+    store.banks[0].parts = lambda experts, threads: 3
     bad = [offset for *_, offset in _seams(store, expert=6)][1]
 
     def preadv(descriptor, rows, offset):
@@ -182,9 +181,9 @@ def test_ctrl_c_while_the_caller_reads(tmp_path, monkeypatch, ctrl_c):
 
 def test_the_next_request_reads_cancelled_experts_again(tmp_path, monkeypatch, ctrl_c):
     """Records have three pieces; one is being read when Ctrl-C cancels the others."""
-    monkeypatch.setattr(expert_store, "LEAST_PIECE", 4096)
+    monkeypatch.setattr(slots, "LEAST_PIECE", 4096)
     store, gate = big_store(big_layout(tmp_path, UNEQUAL), 1, slots=4), Gate(monkeypatch)
-    store._parts = lambda bank, experts: 3
+    store.banks[0].parts = lambda experts, threads: 3
     monkeypatch.setattr(store._reader, "help", lambda batch: None)
     ctrl_c(0.1)
     with pytest.raises(KeyboardInterrupt):

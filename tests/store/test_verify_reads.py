@@ -20,7 +20,7 @@ from flashmoe_mlx.format.layout import read_manifest
 from flashmoe_mlx.format.names import FIELDS
 from flashmoe_mlx.loader import BUNDLED_MODEL
 from flashmoe_mlx.settings import StreamConfig
-from flashmoe_mlx.store import store as expert_store
+from flashmoe_mlx.store import slots
 from flashmoe_mlx.store.checks import RecordChecks
 from flashmoe_mlx.store.devices import choose
 from flashmoe_mlx.store.host import CpuBackend
@@ -38,7 +38,7 @@ generate_cli = importlib.import_module("flashmoe_mlx.cli.generate")
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Let records of some kilobytes be cut."""
-    monkeypatch.setattr(expert_store, "LEAST_PIECE", 4096)
+    monkeypatch.setattr(slots, "LEAST_PIECE", 4096)
 
 
 @pytest.fixture
