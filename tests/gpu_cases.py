@@ -156,8 +156,8 @@ def down_case(residual=True, shared=True, top_k=3, bits=8) -> BenchCase:
     down = matrix(slots, height, inner, bits=bits)
     other = matrix(height, 1088, bits=4, group_size=64)
     where, hidden = chosen(tokens, slots, top_k), random(tokens, top_k * inner + extra)
-    weights = mx.softmax(random(tokens, top_k))
-    strength = mx.sigmoid(random(tokens, 1))
+    weights, strength = mx.softmax(random(tokens, top_k)), mx.sigmoid(random(tokens, 1))
+    each = mx.concatenate([weights, strength], axis=1) if shared else weights
     past = random(tokens, height, dtype="bfloat16")
     routed = hidden[:, : top_k * inner].reshape(tokens, top_k, inner)
     exact = ((dense(down)[where] @ routed[..., None])[..., 0] * weights[..., None]).sum(1)
@@ -165,9 +165,9 @@ def down_case(residual=True, shared=True, top_k=3, bits=8) -> BenchCase:
         exact = exact + strength * (hidden[:, top_k * inner :] @ dense(other).T)
     if residual:
         exact = exact + past.astype(mx.float32)
-    options = (other, strength) if shared else None, past if residual else None, mx.bfloat16
+    options = other if shared else None, past if residual else None, mx.bfloat16
     return BenchCase(
-        lambda: [experts.expert_down_combine(hidden, where, weights, down, *options)], [exact]
+        lambda: [experts.expert_down_combine(hidden, where, each, down, *options)], [exact]
     )
 
 
@@ -179,10 +179,10 @@ def router_case(renormalize=True, shared=True, experts=70, top_k=32) -> BenchCas
     ids = np.argsort(-np.array(logits[:, :experts]), axis=-1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(scores, ids, -1)
     weights /= weights.sum(-1, keepdims=True) if renormalize else 1
-    gate = mx.sigmoid(logits[:, experts:]) if shared else mx.full((3, 1), 0.5)
+    right = mx.concatenate([mx.array(weights), mx.sigmoid(logits[:, experts:])], axis=1)
 
     def custom():
-        ids, *others = route(logits, top_k, renormalize=renormalize, shared=shared)
-        return [ids.astype(mx.float32), *others]
+        ids, found = route(logits, top_k, renormalize=renormalize, shared=shared)
+        return [ids.astype(mx.float32), found]
 
-    return BenchCase(custom, [mx.array(ids.astype(np.float32)), mx.array(weights), gate])
+    return BenchCase(custom, [mx.array(ids.astype(np.float32)), right])

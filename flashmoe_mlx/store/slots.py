@@ -74,10 +74,10 @@ class SlotBank:
         """Allocate `slots` rows for each of the nine tensors; `files` maps paths to descriptors."""
         self.layout = layout
         shapes = [((slots, *f.shape), DTYPES[f.dtype]) for f in layout.fields]
-        self.parts = backend.allocate_together(shapes)
+        self.packed = backend.allocate_together(shapes)
         self.arrays = (
-            [part.array for part in self.parts]
-            if self.parts
+            [part.array for part in self.packed]
+            if self.packed
             else [backend.allocate(shape, dtype) for shape, dtype in shapes]
         )
         self._slots = slots

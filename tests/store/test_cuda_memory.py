@@ -190,15 +190,18 @@ def evaluate_late(monkeypatch, driver):
     mailbox._mailbox.cache_clear()
     waiting = []
 
-    def run(name, text, inputs, shape, words):
-        place = inputs[-1][0].item()
-        there = np.ctypeslib.as_array((ctypes.c_uint32 * words).from_address(place))
-        if name == "to_host":
-            there[:] = np.array(inputs[0]).reshape(-1)
-            return mx.array([words])
-        result = mx.zeros(shape, dtype=mx.uint32)
-        waiting.append((result, there))
-        return result
+    def words_at(address, n):
+        return np.ctypeslib.as_array((ctypes.c_uint32 * n).from_address(address[0].item()))
+
+    def to_host(inputs, outputs, groups, lanes, n):
+        message, address = inputs
+        words_at(address, n)[:] = np.array(message).reshape(-1)
+        return [mx.array([n])]
+
+    def to_device(inputs, outputs, groups, lanes, n):
+        result = mx.zeros(outputs[0][0], dtype=mx.uint32)
+        waiting.append((result, words_at(inputs[0], n)))
+        return [result]
 
     whole = mx.eval
 
@@ -207,7 +210,8 @@ def evaluate_late(monkeypatch, driver):
             result[...] = mx.array(there.copy()).reshape(result.shape)
         whole(*arrays)
 
-    monkeypatch.setattr(mailbox, "_run", run)
+    monkeypatch.setattr(mailbox, "_to_host", to_host)
+    monkeypatch.setattr(mailbox, "_to_device", to_device)
     with contextlib.ExitStack() as stack:
         stack.callback(mailbox._mailbox.cache_clear)
         monkeypatch.setattr(mx, "eval", evaluate)

@@ -114,7 +114,7 @@ class StreamedExperts(StreamedLayer):
             shape = self._args.expert_shape(projection)
             found = projection_quantization(layout, projection, shape)
             assert found
-            three = (bank.parts or bank.arrays)[3 * index : 3 * index + 3]
+            three = (bank.packed or bank.arrays)[3 * index : 3 * index + 3]
             self._matrices.append(QuantizedMatrix.of(three, found.bits, found.group_size))
 
     def matrices(self) -> list[QuantizedMatrix]:
