@@ -64,7 +64,8 @@ def read_text(file: str) -> str:
 def _build(kernel: "Kernel", names: tuple[str, ...], views: tuple[str, ...]) -> Callable[..., Any]:
     """Return a kernel for Metal; MLX tells kernels apart by name."""
     digest = f"__{hashlib.sha256(repr(views).encode()).hexdigest()[:8]}" if views else ""
-    return mx.fast.metal_kernel(
+    make: Callable[..., Any] = mx.fast.metal_kernel
+    return make(
         name=f"flashmoe_{kernel.name.replace('/', '_')}{digest}",
         input_names=list(names),
         output_names=list(kernel.outputs),
@@ -135,7 +136,7 @@ class Kernel:
             constants: compile-time constants of the text; each combination compiles once.
         """
         bound, views = _bind(self.inputs, inputs)
-        geometry = {
+        geometry: dict[str, Any] = {
             "output_shapes": [shape for shape, _ in outputs],
             "output_dtypes": [dtype for _, dtype in outputs],
             "grid": (groups[0] * lanes, groups[1], groups[2]),

@@ -14,6 +14,7 @@ from .packed import Part, pack
 from .shapes import expect, expect_quantized
 
 T = TypeVar("T")
+Three = tuple[mx.array | Part, mx.array | Part, mx.array | Part]
 
 
 class Shared:
@@ -42,15 +43,16 @@ class QuantizedMatrix(Shared):
     biases: mx.array
     bits: int
     group_size: int
-    parts: tuple[Part, ...] | None = None
+    parts: Three | None = None
 
     @classmethod
     def of(
         cls, arrays: Sequence[mx.array] | Sequence[Part], bits: int, group_size: int
     ) -> "QuantizedMatrix":
         """Take codes, scales and biases, in this order, or parts of a buffer that hold them."""
-        parts = tuple(x for x in arrays if isinstance(x, Part)) or None
         codes, scales, biases = (x.array if isinstance(x, Part) else x for x in arrays)
+        a, b, c = arrays
+        parts = (a, b, c) if isinstance(a, Part) else None
         return cls(codes, scales, biases, bits, group_size, parts)
 
     @classmethod
@@ -69,7 +71,7 @@ class QuantizedMatrix(Shared):
         return self.codes, self.scales, self.biases
 
     @property
-    def bound(self) -> Sequence[mx.array] | Sequence[Part]:
+    def bound(self) -> Three:
         """Codes, scales and biases, as GPU kernels bind them."""
         return self.parts or self.arrays
 

@@ -134,8 +134,9 @@ class ExpertsCase:
 
     def custom(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by our kernels."""
-        matrices = self._matrices(inputs)
-        return [expert_mlp_by_kernels(*inputs[:3], matrices[:3], matrices[3:], residual=inputs[0])]
+        (x, slots, weights), matrices = inputs[:3], self._matrices(inputs)
+        mixture = x, slots, weights, matrices[:3], matrices[3:]
+        return [expert_mlp_by_kernels(*mixture, residual=x)]
 
     def stock(self, *inputs: mx.array) -> list[mx.array]:
         """Compute by mx.gather_qmm and mx.quantized_matmul, as in mlx-lm."""

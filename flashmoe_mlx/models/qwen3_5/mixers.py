@@ -281,7 +281,7 @@ class GatedDeltaNet(nn.Module):
     def _weights(self) -> MixerWeights:
         """Return all weights but the projections."""
 
-        def arrays() -> tuple[mx.array, ...]:
+        def arrays() -> tuple[mx.array, mx.array, mx.array, mx.array]:
             return self.conv1d.weight, self.A_log, self.dt_bias, self.norm.weight
 
         def make() -> MixerWeights:

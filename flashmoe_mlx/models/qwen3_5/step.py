@@ -81,22 +81,22 @@ def _states(caches: Sequence[Any]) -> tuple[int, mx.array, list[mx.array]] | Non
 
     None if a cache is new, full, padded or of another class.
     """
+    first = next((c for c in caches if type(c) is KVCache and c.keys is not None), None)
+    if first is None or first.offset >= first.keys.shape[2]:
+        return None
     states: list[mx.array] = []
-    position, keys = None, None
     for cache in caches:
         if type(cache) is ArraysCache:
             if cache[0] is None or cache.lengths is not None or cache.left_padding is not None:
                 return None
             states += cache.cache
-        elif type(cache) is KVCache and cache.keys is not None:
-            if position is None:
-                position, keys = cache.offset, cache.keys
-            if cache.offset != position or cache.keys.shape != keys.shape:
+        else:
+            if type(cache) is not KVCache or cache.offset != first.offset:
+                return None
+            if cache.keys is None or cache.keys.shape != first.keys.shape:
                 return None
             states += cache.keys, cache.values
-        else:
-            return None
-    return None if keys is None or position >= keys.shape[2] else (position, keys, states)
+    return first.offset, first.keys, states
 
 
 def _put_back(caches: Sequence[Any], states: Sequence[mx.array]) -> None:
