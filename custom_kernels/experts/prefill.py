@@ -11,6 +11,7 @@ import numpy as np
 from .. import reference
 from ..autotune import prefers_custom
 from ..case import DTYPES, NAMES, random_quantized
+from ..cuda import ahead
 from ..device import cpu_kernels, on_gpu
 from ..launch import is_cuda
 from ..linear.linear import swiglu
@@ -25,6 +26,7 @@ LEAST_ASSIGNMENTS, LEAST_PER_SLOT = 8, 4
 TILE_ROWS, FEW_ROWS, MANY_ROWS = 32, 16, 64
 MOST_TRIED_ROWS = 64  # per expert
 ExpertMatrices = Sequence[QuantizedMatrix]  # gate, up and down
+Format = tuple[int, int, int, int]  # rows, columns, bits, group size
 
 
 class Routed(NamedTuple):
@@ -44,6 +46,23 @@ def cpu_experts(x: mx.array, matrices: ExpertMatrices) -> ModuleType | None:
     kernels = cpu_kernels(x)
     taken = kernels and all(kernels.supports(m.bits, m.group_size, m.scales) for m in matrices)
     return kernels if taken else None
+
+
+def compile_ahead(matrices: Sequence[Format], dtype: str) -> None:
+    """Start to compile what prompts will need, on NVIDIA: see `cuda.ahead`.
+
+    Args:
+        matrices: rows, columns, bits and group size of gate, up and down.
+        dtype: of activations and scales.
+    """
+    if not is_cuda() or not on_gpu(mx.zeros(1, DTYPES[dtype])):
+        return
+    (inner, hidden, bits, group_size), _, (*_, down_bits, _) = matrices
+    few, many = (
+        TiledCase(hidden, inner, bits, group_size, dtype, dtype, down_bits, slots=2, rows=rows)
+        for rows in (FEW_ROWS // 2, MOST_TRIED_ROWS)
+    )
+    ahead.start([few], later=[many])
 
 
 @Op

@@ -13,7 +13,9 @@ from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, KVCache, RotatingKVCache
 from mlx_lm.models.pipeline import PipelineMixin
 
+from ...custom_kernels.cuda import ahead
 from ...custom_kernels.device import keep_pace, tokens_at_once, tokens_per_row
+from ...custom_kernels.experts.prefill import compile_ahead
 from ...custom_kernels.linear.linear import linear
 from ...distributed.expert_parallel import ExpertParallel
 from ...errors import FlashMoEError
@@ -22,7 +24,7 @@ from ..cache_checks import check_caches
 from ..streamed import Experts, StreamedModule
 from .args import PREFILL_CHUNK, ModelArgs
 from .mixers import Attention, GatedDeltaNet
-from .moe import SparseMoeBlock
+from .moe import SparseMoeBlock, formats
 from .sanitize import sanitize
 from .step import DecodeStep
 
@@ -145,6 +147,7 @@ class Decoder(PipelineMixin, nn.Module):
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
         """Map token ids `[B, T]` (or embeddings `[B, T, H]`) to hidden states `[B, T, H]`."""
+        ahead.wait()
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         layers = self.pipeline_layers
         caches: list[Any] = cache if cache is not None else [None] * len(layers)
@@ -228,6 +231,10 @@ class Model(StreamedModule):
         self.open_if_alone()
 
     def _open(self, parallel: ExpertParallel | None, sharers: int = 1) -> None:
+        assert self._experts
+        found = formats(self._experts.layout.layers[0], self.args)
+        if found:
+            compile_ahead(*found)
         super()._open(parallel, sharers)
         if self._store and parallel is None:
             self.model.lookahead = self._store.lookahead

@@ -9,11 +9,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
+from ...custom_kernels.case import NAMES
 from ...custom_kernels.cpu.entry import cpu_steps
 from ...custom_kernels.device import on_gpu
 from ...custom_kernels.experts.cases import wanted
 from ...custom_kernels.experts.decode import expert_mlp_by_kernels
-from ...custom_kernels.experts.prefill import ExpertMatrices
+from ...custom_kernels.experts.prefill import ExpertMatrices, Format
 from ...custom_kernels.experts.router import choose_experts, route, router_logits
 from ...custom_kernels.experts.tiles import combine
 from ...custom_kernels.linear.linear import join, joined, linear, mlp
@@ -21,8 +22,10 @@ from ...custom_kernels.op import Op
 from ...custom_kernels.traced import Traced
 from ...custom_kernels.weights import QuantizedMatrix, arrays_of, norm_parts, remembered
 from ...distributed.expert_parallel import ExpertParallel
-from ...format.modules import projection_quantization
+from ...format.layout import LayerLayout
+from ...format.modules import projection_fields, projection_quantization
 from ...format.names import PROJECTIONS
+from ...store.slots import DTYPES as SLOT_DTYPES
 from ...store.store import ExpertStore
 from ..switch import StreamedLayer, outputs_by_cpu, outputs_in_batches
 from .args import ModelArgs
@@ -91,6 +94,22 @@ class ResidentExperts(SwitchGLU):
     def mixture(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
         """Return the weighted sum of the chosen experts' outputs: `[..., H]` to `[..., H]`."""
         return resident_mixture(self, x, indices, scores)
+
+
+def formats(layout: LayerLayout, args: ModelArgs) -> tuple[list[Format], str] | None:
+    """Return rows, columns, bits and group size of gate, up and down, and the scales' dtype.
+
+    None if the scales are wider than 16 bits.
+    """
+    found = []
+    for projection in PROJECTIONS:
+        shape = args.expert_shape(projection)
+        quantization = projection_quantization(layout, projection, shape)
+        assert quantization
+        found.append((*shape, quantization.bits, quantization.group_size))
+    scales = layout.fields[projection_fields(layout, PROJECTIONS[0])["scales"]]
+    dtype = NAMES.get(SLOT_DTYPES[scales.dtype])
+    return (found, dtype) if dtype and dtype != "float32" else None
 
 
 class StreamedExperts(StreamedLayer):
