@@ -25,18 +25,21 @@ class Watchdog(threading.Thread):
         super().__init__(name="flashmoe-watchdog", daemon=True)
         self.timeout, self._who = timeout, who
         self._launcher = os.getppid()
-        self._what, self._deadline = "", float("inf")
+        self._what, self._limit, self._deadline = "", timeout, float("inf")
         self.heartbeat: Heartbeat | None = None
         self.start()
 
     def progress(self, what: str) -> None:
         """Start to wait for `what`, and count its seconds from now."""
-        self._what, self._deadline = what, time.monotonic() + self.timeout
+        self._await(what, self.timeout)
+
+    def _await(self, what: str, limit: float) -> None:
+        self._what, self._limit, self._deadline = what, limit, time.monotonic() + limit
 
     @contextlib.contextmanager
     def watching(self, what: str, times: int = 1) -> Iterator[None]:
         """Watch a block; `times` as patient as usual."""
-        self._what, self._deadline = what, time.monotonic() + times * self.timeout
+        self._await(what, times * self.timeout)
         try:
             yield
         finally:
@@ -51,7 +54,7 @@ class Watchdog(threading.Thread):
                 os._exit(EXIT_CODE)  # stderr may be gone with it
             if time.monotonic() > self._deadline:
                 end_process(
-                    f"{self._who}: {self._what} took more than {self.timeout:g} s, so another rank "
+                    f"{self._who}: {self._what} took more than {self._limit:g} s, so another rank "
                     "hangs or has lost its connection. Start all ranks again; "
                     "FLASHMOE_COLLECTIVE_TIMEOUT=SECONDS allows slower ones."
                 )

@@ -1,11 +1,16 @@
 """Whatever happens to one rank, all of them end, and say why."""
 
 import signal
+import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from ranks import finish, start
 
+from flashmoe_mlx.distributed import watchdog
+from flashmoe_mlx.distributed.collectives import gather_json
+from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.placement import Placement
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
@@ -74,7 +79,7 @@ def test_routers_that_differ_are_an_error(tmp_path):
     one, two = ([FAIL, BUNDLED_MODEL, "shard", reads] for reads in (0, -1))
     ranks = start(tmp_path, 2, one, [both, both], last=two)
     for rank, text in zip(ranks, finish(ranks), strict=True):
-        assert rank.returncode == 1 and "ANSWER" not in text
+        assert rank.returncode == 1 and "TOKEN" not in text
         assert "the router of rank 1 chose other experts than that of rank 0" in text
 
 
@@ -87,3 +92,23 @@ def test_each_expert_has_one_rank(weights, parts):
     found = [Placement(rank, weights).experts(7) for rank in range(len(weights))]
     assert found == parts
     assert sorted(e for part in found for e in part) == list(range(7))
+
+
+@pytest.mark.parametrize("garbage", [[-1], [1 << 30], [4]])
+def test_undefined_bytes_are_a_lost_connection(monkeypatch, garbage):
+    """MLX's ring returns some after a connection was lost, instead of an error."""
+    monkeypatch.setattr(
+        mx.distributed,
+        "all_gather",
+        lambda x, group: mx.array(garbage) if x.ndim == 1 else mx.full(x.shape, 255, x.dtype),
+    )
+    with pytest.raises(FlashMoEError, match="another rank ended, or lost its connection"):
+        gather_json(mx.distributed.init(), "fact")
+
+
+def test_the_watchdog_names_the_seconds_that_it_waited(monkeypatch):
+    said = []
+    monkeypatch.setattr(watchdog, "end_process", said.append)
+    with watchdog.Watchdog(0.1, "rank 0 of 2").watching("loading", 3):
+        time.sleep(1)
+    assert "rank 0 of 2: loading took more than 0.3 s" in said[0]
