@@ -182,7 +182,8 @@ class ExpertParallel:
                         "settings."
                     )
         if (address := address_of(self.placement.rank)) is not None:
-            self.watchdog.heartbeat = Heartbeat(self.group, address)
+            with self._together("a connection for signs of life", LOADING):
+                self.watchdog.heartbeat = Heartbeat(self.group, address)
         return found
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from ranks import finish, start
 
 from flashmoe_mlx.distributed import watchdog
 from flashmoe_mlx.distributed.collectives import gather_json
+from flashmoe_mlx.distributed.heartbeat import address_of
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.placement import Placement
 from flashmoe_mlx.loader import BUNDLED_MODEL
@@ -104,6 +105,18 @@ def test_undefined_bytes_are_a_lost_connection(monkeypatch, garbage):
     )
     with pytest.raises(FlashMoEError, match="another rank ended, or lost its connection"):
         gather_json(mx.distributed.init(), "fact")
+
+
+@pytest.mark.parametrize("variable, value, address", [
+    ("MLX_HOSTFILE", '[["10.0.0.1:5000"], ["10.0.0.2:5000"]]', "10.0.0.2"),
+    ("MLX_HOSTFILE", '["10.0.0.1:5000", "[fd00::2]:5000"]', "fd00::2"),
+    ("MLX_JACCL_COORDINATOR", "127.0.0.1:5000", "127.0.0.1"),
+    ("NCCL_HOST_IP", "127.0.0.1", "127.0.0.1"),
+    ("NCCL_HOST_IP", "", None),
+])  # fmt: skip
+def test_a_ranks_address(monkeypatch, variable, value, address):
+    monkeypatch.setenv(variable, value)
+    assert address_of(1) == address
 
 
 def test_the_watchdog_names_the_seconds_that_it_waited(monkeypatch):
