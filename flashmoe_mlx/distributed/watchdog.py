@@ -5,6 +5,7 @@ MLX's collectives have no time limit, and `mlx.launch` leaves its ranks running 
 
 import contextlib
 import os
+import select
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from .heartbeat import Heartbeat
 
 EXIT_CODE = 75  # "temporary failure": a supervisor may start the ranks again
 LOOK = 0.5  # seconds
+STDOUT = 1
 
 
 class Watchdog(threading.Thread):
@@ -50,8 +52,8 @@ class Watchdog(threading.Thread):
         look = min(LOOK, self.timeout / 4)
         while True:
             self.heartbeat.beat(look) if self.heartbeat else time.sleep(look)
-            if os.getppid() != self._launcher:
-                os._exit(EXIT_CODE)  # stderr may be gone with it
+            if os.getppid() != self._launcher or _nobody_reads():
+                os._exit(EXIT_CODE)  # stderr is gone too
             if time.monotonic() > self._deadline:
                 end_process(
                     f"{self._who}: {self._what} took more than {self._limit:g} s, so another rank "
@@ -64,6 +66,13 @@ class Watchdog(threading.Thread):
                     f"{self._who}: rank {self.heartbeat.before} {ended}; its own output may say "
                     "why. Start all ranks again."
                 )
+
+
+def _nobody_reads() -> bool:
+    """Say whether the launcher, which reads this rank's output, ended before the watch began."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def end_process(message: str) -> NoReturn:

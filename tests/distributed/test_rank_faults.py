@@ -1,6 +1,10 @@
 """Whatever happens to one rank, all of them end, and say why."""
 
+import contextlib
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import mlx.core as mx
 import pytest
 from ranks import finish, start
 
-from flashmoe_mlx.distributed import watchdog
+from flashmoe_mlx.distributed import expert_parallel, watchdog
 from flashmoe_mlx.distributed.collectives import gather_json
 from flashmoe_mlx.distributed.heartbeat import address_of
 from flashmoe_mlx.errors import FlashMoEError
@@ -125,3 +129,28 @@ def test_the_watchdog_names_the_seconds_that_it_waited(monkeypatch):
     with watchdog.Watchdog(0.1, "rank 0 of 2").watching("loading", 3):
         time.sleep(1)
     assert "rank 0 of 2: loading took more than 0.3 s" in said[0]
+
+
+def test_a_rank_ends_if_its_launcher_ended_before_the_watch_began():
+    code = "from flashmoe_mlx.distributed.watchdog import Watchdog; import time\n"
+    code += "Watchdog(60, 'rank 0 of 2'); time.sleep(60)"
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    rank.stdout.close()
+    assert rank.wait(30) == ENDED
+
+
+def test_an_error_of_a_servers_thread_ends_the_process(monkeypatch):
+    said = []
+    monkeypatch.setattr(expert_parallel, "end_process", said.append)
+    parallel = expert_parallel.ExpertParallel(mx.distributed.init(), expert_parallel.EXACT, 60)
+
+    def load():
+        with contextlib.suppress(FlashMoEError), parallel.ending():
+            raise RuntimeError("[ring] connection to a peer was lost")
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert "rank 0 of 1: another rank ended ([ring] connection to a peer was lost)" in said[0]
+    load()
+    assert len(said) == 1

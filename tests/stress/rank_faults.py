@@ -198,7 +198,7 @@ class Ranks:
         self.seconds = time.monotonic() - self.failed_at
         if stopped:
             victim.send_signal(signal.SIGCONT)
-            if not wait_for(lambda: not self._alive(), TIMEOUT + AT_EXIT):
+            if not wait_for(lambda: not self._alive(), limit):
                 return "the stopped rank did not end after it went on"
         return ""
 
