@@ -78,8 +78,13 @@ def chat(model: Path) -> list[str]:
 
 
 def replies(text: str) -> list[str]:
-    """Return the lines of a chat after its first prompt, which stands before each answer."""
-    return [line.strip() for line in text.partition(">> ")[2].splitlines() if line.strip()]
+    """Return the lines of a chat's answers, without colors, prompts, rules and speeds."""
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x01\x02]", "", text).partition("\u203a")[2]
+    lines = [line.strip("\u203a ") for line in plain.splitlines()]
+    found = [line for line in lines if line and line[0] != "\u2500" and "tok/s" not in line]
+    if len(found) < 3:  # two answers, and "bye"
+        raise SystemExit(f"the chat did not answer: {text}")
+    return found
 
 
 def benchmark(model: Path) -> list[str]:
