@@ -76,8 +76,9 @@ def has_fast_path(config: Mapping[str, Any]) -> bool:
 
 def splits_trunk(config: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     """Say whether several ranks split the trunk too, which needs mlx-lm's own model code."""
-    stream = StreamConfig.resolve(config.get("flashmoe") or {}, **settings)
-    return stream.sharding == "tensor" and mx.distributed.init().size() > 1
+    if mx.distributed.init().size() == 1:
+        return False
+    return StreamConfig.resolve(config.get("flashmoe") or {}, **settings).sharding == "tensor"
 
 
 def generic_classes(

@@ -58,7 +58,13 @@ class StockServer:
                    "--port", str(self.port), *flags]  # fmt: skip
         environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (settings or {})
         with open(log, "wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # mlx.launch polls a closed one without pause
+                stdout=out,
+                stderr=out,
+                env=environment,
+            )
 
     def __enter__(self) -> Self:
         """Wait until the server answers.

@@ -6,14 +6,30 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..errors import FlashMoEError
+
 Group = mx.distributed.Group
+LONGEST = 1 << 20  # bytes of a value
 
 
 def gather_json(group: Group, value: Any) -> list[Any]:
-    """Return every rank's value, in the order of ranks."""
+    """Return every rank's value, in the order of ranks.
+
+    Raises:
+        FlashMoEError: what arrives is not JSON: MLX's ring may return undefined bytes after a
+            connection was lost.
+    """
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.array(mx.distributed.all_gather(mx.array([data.size]), group=group))
-    padded = np.zeros((1, int(sizes.max())), np.uint8)
-    padded[0, : data.size] = data
-    rows = np.array(mx.distributed.all_gather(mx.array(padded), group=group))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    try:
+        if not 0 < sizes.min() <= sizes.max() <= LONGEST:
+            raise ValueError(f"sizes {sizes.tolist()}")
+        padded = np.zeros((1, int(sizes.max())), np.uint8)
+        padded[0, : data.size] = data
+        rows = np.array(mx.distributed.all_gather(mx.array(padded), group=group))
+        return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    except ValueError as error:
+        raise FlashMoEError(
+            f"rank {group.rank()} of {group.size()}: another rank ended, or lost its connection "
+            f"(undefined bytes arrived: {error}). Start all ranks again."
+        ) from error

@@ -182,7 +182,8 @@ class ExpertParallel:
                         "settings."
                     )
         if (address := address_of(self.placement.rank)) is not None:
-            self.watchdog.heartbeat = Heartbeat(self.group, address)
+            with self._together("a connection for signs of life", LOADING):
+                self.watchdog.heartbeat = Heartbeat(self.group, address)
         return found
 
     @contextlib.contextmanager
@@ -195,14 +196,13 @@ class ExpertParallel:
             raise self._named(error) from error
 
     @contextlib.contextmanager
-    def step(self) -> Iterator[None]:
-        """Watch a forward pass; an error outside the main thread ends the process.
+    def ending(self) -> Iterator[None]:
+        """Name a lost connection; outside the main thread, let any error end the process.
 
         A server's generation thread would die and leave a process that answers nobody.
         """
         try:
-            with self.watchdog.watching("a forward pass"):
-                yield
+            yield
         except Exception as raised:
             error = self._named(raised)
             if threading.current_thread() is not threading.main_thread():
@@ -210,6 +210,12 @@ class ExpertParallel:
             if error is raised:
                 raise
             raise error from raised
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Watch a forward pass; its errors end a server: see `ending`."""
+        with self.ending(), self.watchdog.watching("a forward pass"):
+            yield
 
     def _named(self, error: Exception) -> Exception:
         """Return an error; a lost connection says which rank lost it."""

@@ -14,6 +14,7 @@ import socket
 import time
 from pathlib import Path
 
+from ..errors import FlashMoEError
 from .collectives import Group, gather_json
 
 BEAT, GOODBYE = b".", b"!"
@@ -30,14 +31,24 @@ class Heartbeat:
         Args:
             group: the ranks.
             address: of this machine, as the others reach it.
+
+        Raises:
+            FlashMoEError: a neighbour cannot be reached, or does not call in time.
         """
         listener = socket.create_server((address, 0), family=_family(address))
         word = secrets.token_hex(WORD // 2)
         places = gather_json(group, [*listener.getsockname()[:2], word])
         *place, other_word = places[(group.rank() + 1) % group.size()]
-        self._to = socket.create_connection(tuple(place), CONNECT)
-        self._to.sendall(other_word.encode())
-        self._from = _accept(listener, word)
+        try:
+            self._to = socket.create_connection(tuple(place), CONNECT)
+            self._to.sendall(other_word.encode())
+            self._from = _accept(listener, word)
+        except OSError as error:
+            raise FlashMoEError(
+                f"rank {group.rank()} of {group.size()}: no connection from {address} to the next "
+                f"rank at {place[0]}:{place[1]}, or from the one before ({error}). Another rank "
+                "ended, or a firewall is between them: any port must be open."
+            ) from error
         self._from.setblocking(False)
         self._to.setblocking(False)
         self.before = (group.rank() - 1) % group.size()
@@ -81,13 +92,25 @@ def _accept(listener: socket.socket, word: str) -> socket.socket:
 
 
 def address_of(rank: int) -> str | None:
-    """Return a rank's address in the host file of MLX's ring, None with another back-end."""
-    text = os.environ.get("MLX_HOSTFILE")
-    if not text:
+    """Return this rank's address, as `mlx.launch` names it or rank 0's; None if it names neither.
+
+    MLX's ring has a file of all addresses, JACCL and NCCL have that of rank 0.
+    """
+    if text := os.environ.get("MLX_HOSTFILE"):
+        hosts = json.loads(Path(text).read_text()) if Path(text).exists() else json.loads(text)
+        entry = hosts[rank][0] if isinstance(hosts[rank], list) else hosts[rank]
+        return _host(str(entry))
+    first = os.environ.get("MLX_JACCL_COORDINATOR")
+    if not (host := _host(first) if first else os.environ.get("NCCL_HOST_IP")):
         return None
-    hosts = json.loads(Path(text).read_text()) if Path(text).exists() else json.loads(text)
-    entry = hosts[rank][0] if isinstance(hosts[rank], list) else hosts[rank]
-    return str(entry).rpartition(":")[0].strip("[]")
+    with socket.socket(_family(host), socket.SOCK_DGRAM) as way:
+        way.connect((host, 1))  # sends nothing
+        return str(way.getsockname()[0])
+
+
+def _host(place: str) -> str:
+    """Return the host of host:port."""
+    return place.rpartition(":")[0].strip("[]")
 
 
 def _family(address: str) -> socket.AddressFamily:

@@ -5,6 +5,7 @@ MLX's collectives have no time limit, and `mlx.launch` leaves its ranks running 
 
 import contextlib
 import os
+import select
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from .heartbeat import Heartbeat
 
 EXIT_CODE = 75  # "temporary failure": a supervisor may start the ranks again
 LOOK = 0.5  # seconds
+STDOUT = 1
 
 
 class Watchdog(threading.Thread):
@@ -25,18 +27,21 @@ class Watchdog(threading.Thread):
         super().__init__(name="flashmoe-watchdog", daemon=True)
         self.timeout, self._who = timeout, who
         self._launcher = os.getppid()
-        self._what, self._deadline = "", float("inf")
+        self._what, self._limit, self._deadline = "", timeout, float("inf")
         self.heartbeat: Heartbeat | None = None
         self.start()
 
     def progress(self, what: str) -> None:
         """Start to wait for `what`, and count its seconds from now."""
-        self._what, self._deadline = what, time.monotonic() + self.timeout
+        self._await(what, self.timeout)
+
+    def _await(self, what: str, limit: float) -> None:
+        self._what, self._limit, self._deadline = what, limit, time.monotonic() + limit
 
     @contextlib.contextmanager
     def watching(self, what: str, times: int = 1) -> Iterator[None]:
         """Watch a block; `times` as patient as usual."""
-        self._what, self._deadline = what, time.monotonic() + times * self.timeout
+        self._await(what, times * self.timeout)
         try:
             yield
         finally:
@@ -47,11 +52,11 @@ class Watchdog(threading.Thread):
         look = min(LOOK, self.timeout / 4)
         while True:
             self.heartbeat.beat(look) if self.heartbeat else time.sleep(look)
-            if os.getppid() != self._launcher:
-                os._exit(EXIT_CODE)  # stderr may be gone with it
+            if os.getppid() != self._launcher or _nobody_reads():
+                os._exit(EXIT_CODE)  # stderr is gone too
             if time.monotonic() > self._deadline:
                 end_process(
-                    f"{self._who}: {self._what} took more than {self.timeout:g} s, so another rank "
+                    f"{self._who}: {self._what} took more than {self._limit:g} s, so another rank "
                     "hangs or has lost its connection. Start all ranks again; "
                     "FLASHMOE_COLLECTIVE_TIMEOUT=SECONDS allows slower ones."
                 )
@@ -61,6 +66,13 @@ class Watchdog(threading.Thread):
                     f"{self._who}: rank {self.heartbeat.before} {ended}; its own output may say "
                     "why. Start all ranks again."
                 )
+
+
+def _nobody_reads() -> bool:
+    """Say whether the launcher, which reads this rank's output, ended before the watch began."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def end_process(message: str) -> NoReturn:

@@ -127,16 +127,17 @@ class StreamedModule(nn.Module):
         """Agree with the other ranks, and open this rank's part of the experts."""
         assert self._experts
         parallel = ExpertParallel(group, mode, self._experts.timeout)
-        hosts = [other["host"] for other in parallel.compare(self._facts(mode))]
-        parallel.weigh(self._experts.rank_weights)
-        without_timing()  # or each rank would choose its own kernels
-        try:
-            if mode is TENSOR:
-                self.shard_trunk(group)
-            self._open(parallel, hosts.count(hosts[group.rank()]))
-        except Exception as error:
-            parallel.fail(error)
-        parallel.raise_failures("loading", LOADING)
+        with parallel.ending():
+            hosts = [other["host"] for other in parallel.compare(self._facts(mode))]
+            parallel.weigh(self._experts.rank_weights)
+            without_timing()  # or each rank would choose its own kernels
+            try:
+                if mode is TENSOR:
+                    self.shard_trunk(group)
+                self._open(parallel, hosts.count(hosts[group.rank()]))
+            except Exception as error:
+                parallel.fail(error)
+            parallel.raise_failures("loading", LOADING)
         self._parallel = parallel
 
     def shard_trunk(self, group: mx.distributed.Group) -> None:

@@ -18,6 +18,7 @@ from flashmoe_mlx.distributed.expert_parallel import ExpertParallel
 
 model_path, way, reads, *port = sys.argv[1:]
 group = mx.distributed.init()
+print("JOINED", flush=True)
 left, preadv = int(reads), os.preadv
 
 
@@ -25,6 +26,7 @@ def failing(*args):
     global left
     left -= 1
     if left == 0 or left < 0 < int(reads):
+        print("\nFAULT", flush=True)
         raise OSError(errno.EIO, "Input/output error")
     return preadv(*args)
 
@@ -43,10 +45,11 @@ if port:
 model, tokenizer = flashmoe_mlx.load(model_path, expert_cache="2MiB")
 if way == "pipeline":
     model.model.pipeline(group)
-else:
+elif group.size() > 1:
     model.shard(group)
 prompt = [1 + n % 500 for n in range(40)]
 print("READY", flush=True)
 while True:
-    text = [r.token for r in stream_generate(model, tokenizer, prompt, max_tokens=12)]
-    print("ANSWER", text, flush=True)
+    for place, response in enumerate(stream_generate(model, tokenizer, prompt, max_tokens=12)):
+        print(f"TOKEN {place} {response.token}", flush=True)
+    print("ANSWER", flush=True)

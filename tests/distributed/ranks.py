@@ -21,12 +21,19 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def environment(folder: Path, rank: int) -> dict[str, str]:
+    """Return the environment of a rank that compiles in a folder of its own."""
+    (folder / f"tmp{rank}").mkdir(exist_ok=True)
+    return os.environ | {"PYTHONPATH": str(TESTS), "TMPDIR": f"{folder}/tmp{rank}"}
+
+
 def start(
     folder: Path,
     count: int,
     command: Sequence[Any],
     envs: Sequence[dict[str, str]] = (),
     last: Sequence[Any] = (),
+    namespaces: Sequence[tuple[str, str]] = (),
 ) -> list[subprocess.Popen]:
     """Start a Python command in `count` ranks.
 
@@ -36,19 +43,22 @@ def start(
         command: arguments for Python.
         envs: each rank's further environment variables.
         last: arguments of the last rank, if others.
+        namespaces: each rank's network namespace and its address there.
     """
     hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+    addresses = [address for _, address in namespaces] or ["127.0.0.1"] * count
+    ports = zip(addresses, free_ports(count), strict=True)
+    hosts.write_text(json.dumps([[f"{address}:{port}"] for address, port in ports]))
     ranks = []
     for rank in range(count):
-        (folder / f"tmp{rank}").mkdir(exist_ok=True)
-        env = {"PYTHONPATH": str(TESTS), "TMPDIR": f"{folder}/tmp{rank}"}
+        env = environment(folder, rank)
         if count > 1:
             env |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
         env |= envs[rank] if envs else {}
+        within = ["ip", "netns", "exec", namespaces[rank][0]] if namespaces else []
         process = subprocess.Popen(
-            [sys.executable, *map(str, last if last and rank == count - 1 else command)],
-            env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*within, sys.executable, *map(str, last if last and rank == count - 1 else command)],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         ranks.append(process)
     return ranks

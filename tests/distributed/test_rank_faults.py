@@ -1,11 +1,21 @@
 """Whatever happens to one rank, all of them end, and say why."""
 
+import contextlib
 import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from ranks import finish, start
 
+from flashmoe_mlx.distributed import expert_parallel, watchdog
+from flashmoe_mlx.distributed.collectives import gather_json
+from flashmoe_mlx.distributed.heartbeat import address_of
+from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.placement import Placement
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
@@ -74,7 +84,7 @@ def test_routers_that_differ_are_an_error(tmp_path):
     one, two = ([FAIL, BUNDLED_MODEL, "shard", reads] for reads in (0, -1))
     ranks = start(tmp_path, 2, one, [both, both], last=two)
     for rank, text in zip(ranks, finish(ranks), strict=True):
-        assert rank.returncode == 1 and "ANSWER" not in text
+        assert rank.returncode == 1 and "TOKEN" not in text
         assert "the router of rank 1 chose other experts than that of rank 0" in text
 
 
@@ -87,3 +97,60 @@ def test_each_expert_has_one_rank(weights, parts):
     found = [Placement(rank, weights).experts(7) for rank in range(len(weights))]
     assert found == parts
     assert sorted(e for part in found for e in part) == list(range(7))
+
+
+@pytest.mark.parametrize("garbage", [[-1], [1 << 30], [4]])
+def test_undefined_bytes_are_a_lost_connection(monkeypatch, garbage):
+    """MLX's ring returns some after a connection was lost, instead of an error."""
+    monkeypatch.setattr(
+        mx.distributed,
+        "all_gather",
+        lambda x, group: mx.array(garbage) if x.ndim == 1 else mx.full(x.shape, 255, x.dtype),
+    )
+    with pytest.raises(FlashMoEError, match="another rank ended, or lost its connection"):
+        gather_json(mx.distributed.init(), "fact")
+
+
+@pytest.mark.parametrize("variable, value, address", [
+    ("MLX_HOSTFILE", '[["10.0.0.1:5000"], ["10.0.0.2:5000"]]', "10.0.0.2"),
+    ("MLX_HOSTFILE", '["10.0.0.1:5000", "[fd00::2]:5000"]', "fd00::2"),
+    ("MLX_JACCL_COORDINATOR", "127.0.0.1:5000", "127.0.0.1"),
+    ("NCCL_HOST_IP", "127.0.0.1", "127.0.0.1"),
+    ("NCCL_HOST_IP", "", None),
+])  # fmt: skip
+def test_a_ranks_address(monkeypatch, variable, value, address):
+    monkeypatch.setenv(variable, value)
+    assert address_of(1) == address
+
+
+def test_the_watchdog_names_the_seconds_that_it_waited(monkeypatch):
+    said = []
+    monkeypatch.setattr(watchdog, "end_process", said.append)
+    with watchdog.Watchdog(0.1, "rank 0 of 2").watching("loading", 3):
+        time.sleep(1)
+    assert "rank 0 of 2: loading took more than 0.3 s" in said[0]
+
+
+def test_a_rank_ends_if_its_launcher_ended_before_the_watch_began():
+    code = "from flashmoe_mlx.distributed.watchdog import Watchdog; import time\n"
+    code += "Watchdog(60, 'rank 0 of 2'); time.sleep(60)"
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    rank.stdout.close()
+    assert rank.wait(30) == ENDED
+
+
+def test_an_error_of_a_servers_thread_ends_the_process(monkeypatch):
+    said = []
+    monkeypatch.setattr(expert_parallel, "end_process", said.append)
+    parallel = expert_parallel.ExpertParallel(mx.distributed.init(), expert_parallel.EXACT, 60)
+
+    def load():
+        with contextlib.suppress(FlashMoEError), parallel.ending():
+            raise RuntimeError("[ring] connection to a peer was lost")
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert "rank 0 of 1: another rank ended ([ring] connection to a peer was lost)" in said[0]
+    load()
+    assert len(said) == 1
