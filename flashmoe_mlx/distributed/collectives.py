@@ -33,3 +33,26 @@ def gather_json(group: Group, value: Any) -> list[Any]:
             f"rank {group.rank()} of {group.size()}: another rank ended, or lost its connection "
             f"(undefined bytes arrived: {error}). Start all ranks again."
         ) from error
+
+
+def check_sends(group: Group) -> None:
+    """Send a number to the next rank, as the stages of a pipeline do.
+
+    Raises:
+        FlashMoEError: the group's back-end cannot, as NCCL's.
+    """
+    rank, size = group.rank(), group.size()
+    try:
+        sent = mx.distributed.send(mx.zeros(1), (rank + 1) % size, group=group)
+        if rank % 2:
+            mx.eval(mx.distributed.recv((1,), mx.float32, (rank - 1) % size, group=group))
+        mx.eval(sent)
+        if not rank % 2:
+            mx.eval(mx.distributed.recv((1,), mx.float32, (rank - 1) % size, group=group))
+    except RuntimeError as error:
+        if "not supported" not in str(error):
+            raise
+        raise FlashMoEError(
+            f"--pipeline: these ranks cannot send arrays to each other ({error}). Start them "
+            "without --pipeline: each rank then holds a part of all layers' experts."
+        ) from error

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from ..custom_kernels.autotune import without_timing
 from ..custom_kernels.device import kernel_mode
+from ..distributed.collectives import check_sends
 from ..distributed.expert_parallel import (
     AUTO,
     EXACT,
@@ -129,6 +130,8 @@ class StreamedModule(nn.Module):
         parallel = ExpertParallel(group, mode, self._experts.timeout)
         with parallel.ending():
             hosts = [other["host"] for other in parallel.compare(self._facts(mode))]
+            if mode is PIPELINE:
+                check_sends(group)
             parallel.weigh(self._experts.rank_weights)
             without_timing()  # or each rank would choose its own kernels
             try:

@@ -153,7 +153,8 @@ class Decoder(PipelineMixin, nn.Module):
         caches: list[Any] = cache if cache is not None else [None] * len(layers)
         check_caches(caches, self._specs, h)
         _forget_padding(caches)
-        if (y := self._step.run(h, self.layers, self.norm, caches)) is not None:
+        alone = self.pipeline_size == 1
+        if alone and (y := self._step.run(h, layers, self.norm, caches)) is not None:
             return y
         masks: dict[bool, Any] = {}
         lookahead = self.lookahead if h.shape[1] == 1 else None
