@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.convert import convert as stock_convert
 from mlx_lm.models import qwen3_5_moe
@@ -14,8 +15,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from flashmoe_mlx.cli.stock import stacked_experts
+from flashmoe_mlx.errors import FlashMoEError
+from flashmoe_mlx.format.layout import open_layout
 
 HIDDEN, INTERMEDIATE, EXPERTS, LAYERS, VOCABULARY = 128, 64, 8, 4, 96
+LAYER_BYTES = EXPERTS * 3 * INTERMEDIATE * HIDDEN * 9 // 16  # in 4 bits
 
 TEXT_CONFIG = {
     "model_type": "qwen3_5_moe_text", "hidden_size": HIDDEN, "intermediate_size": 64,
@@ -189,6 +193,15 @@ def contents(directory: Path) -> dict[str, bytes]:
     """Return every file below a directory, with its bytes."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def assert_not_whole(out: Path) -> None:
+    """Either the manifest is missing, or everything is there."""
+    if (out / "model_experts/manifest.json").exists():
+        open_layout(out, LAYERS, EXPERTS)
+    else:
+        with pytest.raises(FlashMoEError, match=r"unfinished|no model\*.safetensors"):
+            open_layout(out, LAYERS, EXPERTS)
 
 
 # Reads lines "CALL OUT", and converts its checkpoint in a fork that sends itself SIGKILL at that

@@ -9,9 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from convert_helpers import (
-    EXPERTS,
-    HIDDEN,
-    INTERMEDIATE,
     Weights,
     contents,
     make_config,
@@ -26,7 +23,6 @@ from flashmoe_mlx.convert.source import hub
 MANIFEST = "model_experts/manifest.json"
 JOURNAL = "model_experts/unfinished.json"
 NAME = "owner/chain"
-LAYER_BYTES = EXPERTS * 3 * INTERMEDIATE * HIDDEN * 9 // 16
 FEW = 20_000  # bytes of the client's metadata and of the journal
 
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from tiny_bench import RECIPE, RECORD, SLOTS, SMALL_BANK
 
 from flashmoe_mlx import load
 from flashmoe_mlx.bench import io as bench_io
@@ -27,18 +28,7 @@ from flashmoe_mlx.profile.read_speed import ReadSpeed
 from flashmoe_mlx.store.sizing import IoPlan
 from flashmoe_mlx.store.store import ExpertStats
 
-RECIPE = Recipe("tiny", 4, 512, 4)
-RECORD = 13824
-SLOTS = 6
-SMALL_BANK = str(SLOTS * 4 * RECORD)
 PARTS = ("attention_ms", "router_ms", "read_ms", "experts_ms")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("synthetic")
-    checkpoint(RECIPE, directory)
-    return directory
 
 
 @pytest.fixture
@@ -321,21 +311,6 @@ def test_layers_are_drawn(run, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def failure(capsys, *args: str) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main([*args, "--geometry", "tiny", "--layers", "4", "--vocabulary", "512"])
-    err = capsys.readouterr().err
-    assert exit_.value.code == 2 and err.count("\n") == 1
-    return err.removeprefix("flashmoe-bench: error: ").rstrip()
-
-
-def test_a_picture_needs_matplotlib(capsys, monkeypatch, directory):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert failure(capsys, "decode", "--plot", "x.png", "--dir", str(directory)) == (
-        '--plot x.png: matplotlib is not installed. Install it: pip install "flashmoe-mlx[plot]"'
-    )
-
-
 def test_the_plain_output_has_no_json_and_no_published_figures(capsys, directory, tmp_path):
     shape = ["--geometry", "tiny", "--layers", "4", "--vocabulary", "512", "--runs", "1"]
     file = tmp_path / "figures.json"
@@ -368,15 +343,6 @@ def test_each_run_is_printed_when_it_ends(subject, monkeypatch, capsys):
     assert [lines[0].split()[-1] for lines in rows[1:]] == ["1", "2"]
 
 
-def test_cold_is_refused_where_all_experts_stay_in_memory(capsys, directory):
-    flags, half = ["--cold", "--dir", str(directory)], 4 * 16 * RECORD // 2 // 1024
-    for what in ("decode", "batch"):
-        assert failure(capsys, what, *flags) == (
-            "--cold: all 16 experts of each layer fit in the expert cache, so that nothing is "
-            f"read. Give less, such as --expert-cache {half}KiB for half of them."
-        )
-
-
 def test_the_suggested_cache_misses(run):
     half = 4 * 16 * RECORD // 2 // 1024
     _, found = run("decode", "--tokens", "2", "--cold", "--expert-cache", f"{half}KiB")
@@ -388,35 +354,3 @@ def test_reads_that_were_never_waited_for_have_no_speed():
     row = throughput.result(Use(8.0, stats, 3000, 1.0, 0.5), 2, 6.0, 4.0)
     assert row["read_bytes_per_s"] is None
     assert throughput.line(row, 2, "1").split()[5] == "-"
-
-
-def test_stock_must_fit(capsys, monkeypatch, directory):
-    monkeypatch.setattr(bench_model, "available_bytes", lambda: 1_000_000)
-    flags = ["--tokens", "2", "--runs", "1", "--stock", "--dir", str(directory)]
-    assert failure(capsys, "decode", *flags) == (
-        "--stock: 0.00 GB of experts do not fit in 0.00 GB of available memory. "
-        "Leave --stock out, or give fewer --layers."
-    )
-
-
-def test_cold_needs_a_system_that_drops_pages(capsys, monkeypatch, directory):
-    monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    flags = ["--tokens", "2", "--runs", "1", "--cold", "--dir", str(directory)]
-    flags += ["--expert-cache", SMALL_BANK]
-    message = failure(capsys, "decode", *flags)
-    assert message.startswith("--cold: this system cannot drop a file from its page cache. ")
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["prefill", "--tokens", "8", "0"], "--tokens must be at least 1, got 0"),
-        (["batch", "--batch", "2", "0"], "--batch must be at least 1, got 0"),
-        (["decode", "--top-k", "17"], "experts_per_token = 17, but the model has 16 experts"),
-        (["decode", "--expert-cache", "1KiB"], "expert_cache = 1024 bytes holds 0 experts"),
-        (["decode", "--plot", "no/x.png"], "--plot no/x.png: "),
-        (["decode", "--json", "no/x"], "--json no/x: not a file in an existing directory. Give"),
-    ],
-)
-def test_bad_input(args, message, capsys, directory):
-    assert failure(capsys, *args, "--dir", str(directory)).startswith(message)

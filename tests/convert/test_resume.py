@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from convert_helpers import KILLER, LAYERS, contents, read
+from convert_helpers import KILLER, LAYER_BYTES, LAYERS, assert_not_whole, contents, read
 
 from flashmoe_mlx.convert import convert, run
-from flashmoe_mlx.convert.write import files, journal, output
+from flashmoe_mlx.convert.write import journal, output
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.layout import open_layout
 
@@ -51,15 +50,6 @@ def killer(root: Path) -> Iterator[Killer]:
     killer = Killer(root / "hf")
     yield killer
     killer.close()
-
-
-def assert_not_whole(out: Path) -> None:
-    """Either the manifest is missing, or everything is there."""
-    if (out / MANIFEST).exists():
-        open_layout(out, LAYERS, 8)
-    else:
-        with pytest.raises(FlashMoEError, match=r"unfinished|no model\*.safetensors"):
-            open_layout(out, LAYERS, 8)
 
 
 def test_killed_anywhere_it_resumes(root, tmp_path, killer):
@@ -291,84 +281,6 @@ def test_link_resumes_too(root, tmp_path, monkeypatch):
     convert(root / "stock", tmp_path / "out", link=True)
     convert(root / "stock", tmp_path / "expected", link=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-
-
-# --- no room -------------------------------------------------------------------------------------
-
-ROOM = 500_000
-LAYER_BYTES = 8 * 3 * 128 * 64 * 9 // 16
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A directory with space for half a conversion; removing `ballast` frees more."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    size = 4 << 20
-    mounted = os.geteuid() == 0 and sys.platform == "linux" and not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True
-    ).returncode  # fmt: skip
-    (disk / "ballast").write_bytes(b"x" * (size - ROOM))
-    if not mounted:
-        _limit_writes(monkeypatch, disk, size)
-    yield disk
-    if mounted:
-        subprocess.run(["umount", disk], check=True)
-
-
-def _limit_writes(monkeypatch: pytest.MonkeyPatch, disk: Path, size: int) -> None:
-    """Fail writes like a full disk, where none can be mounted."""
-    real = os.pwrite
-
-    def pwrite(file, data, offset):
-        used = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file())
-        if used + len(data) > size:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(file, data, offset)
-
-    monkeypatch.setattr(files.os, "pwrite", pwrite)
-
-
-@pytest.mark.parametrize("simulated", [False, True])
-def test_full_disk(root, small_disk, monkeypatch, simulated):
-    if simulated:
-        _limit_writes(monkeypatch, small_disk, 4 << 20)
-    out = small_disk / "out"
-    with pytest.raises(FlashMoEError, match=r"needs 0.7\d MB, but only 0.\d\d MB are free"):
-        convert(root / "hf", out, quantize=True)
-    assert not out.exists()
-    real = shutil.disk_usage
-    monkeypatch.setattr(run.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1e9))
-    for _ in range(2):  # the second run has no more space than the first
-        with pytest.raises(FlashMoEError) as error:
-            convert(root / "hf", out, quantize=True)
-        assert "(No space left on device). Free some space. Run the same" in str(error.value)
-        assert str(error.value).startswith(f"{out}/")
-        assert_not_whole(out)
-        assert not list(out.rglob("*.tmp"))
-    assert read(out / JOURNAL)["files"]
-    (small_disk / "ballast").unlink()
-    monkeypatch.setattr(run.shutil, "disk_usage", real)
-    convert(root / "hf", out, quantize=True)
-    assert contents(out) == contents(root / "whole")
-
-
-def test_the_message_names_file_and_byte(root, tmp_path, monkeypatch):
-    real = os.pwrite
-
-    def pwrite(file, data, offset):
-        if offset > 100_000:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(file, data, offset)
-
-    monkeypatch.setattr(files.os, "pwrite", pwrite)
-    with pytest.raises(FlashMoEError) as error:
-        convert(root / "hf", tmp_path / "out", quantize=True)
-    assert re.match(
-        rf"{tmp_path}/out/\S+\.safetensors\.tmp, byte 1\d\d,\d{{3}} of \d\d\d,\d{{3}}: cannot be "
-        r"written \(No space left on device\)\. Free some space\. Run the same command again",
-        str(error.value),
-    )
 
 
 def test_a_file_not_in_the_journal_yet_is_deleted(root, half, monkeypatch):

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from convert_helpers import (
     KILLER,
+    LAYER_BYTES,
     LAYERS,
     flip,
     read,
 )
-from hub_helpers import FEW, JOURNAL, LAYER_BYTES, MANIFEST, NAME, assert_same, on_disk
+from hub_helpers import FEW, JOURNAL, MANIFEST, NAME, assert_same, on_disk
 from hub_server import Fault, HubServer, commit
 
 from flashmoe_mlx.convert import convert
