@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 PROMPT_LENGTHS = (1, 17, 300)
 TOLERANCE = 1e-4
-TOKENS = 40
+TOKENS = 64
 
 TEXT = (
     "The package manager keeps a list of every file that it installs, so that a package can be "

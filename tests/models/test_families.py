@@ -23,7 +23,7 @@ from flashmoe_mlx.models.patch import switches
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
-STEPS = 16
+STEPS = 32
 BANKS = TOP_K, EXPERTS // 2, EXPERTS
 OURS = [("affine", bits) for bits in (2, 4, 8)]  # formats that our CPU kernels take
 
