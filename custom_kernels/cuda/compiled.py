@@ -25,7 +25,7 @@ TYPES = {
     mx.int32: "int", mx.int64: "int64_t",
 }  # fmt: skip
 OPTIONS = "--std=c++17", "--device-as-default-execution-space"
-FUNCTION, RUNS = "FLASHMOE_FUNCTION", "flashmoe_runs"  # names in the text
+FUNCTION, RUNS = "flashmoe_function", "flashmoe_runs"  # names in the text
 SHAPE = re.compile(r"\b(\w+)_shape\b")
 Input = tuple[str, mx.Dtype, int, bool]  # name, dtype, dimensions, whether they are passed
 Output = tuple[str, mx.Dtype]
