@@ -10,11 +10,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from ranks import finish, start
+from ranks import finish, free_ports, start
 
-from flashmoe_mlx.distributed import expert_parallel, watchdog
+from flashmoe_mlx.distributed import expert_parallel, heartbeat, watchdog
 from flashmoe_mlx.distributed.collectives import gather_json
-from flashmoe_mlx.distributed.heartbeat import address_of
 from flashmoe_mlx.errors import FlashMoEError
 from flashmoe_mlx.format.placement import Placement
 from flashmoe_mlx.loader import BUNDLED_MODEL
@@ -120,7 +119,14 @@ def test_undefined_bytes_are_a_lost_connection(monkeypatch, garbage):
 ])  # fmt: skip
 def test_a_ranks_address(monkeypatch, variable, value, address):
     monkeypatch.setenv(variable, value)
-    assert address_of(1) == address
+    assert heartbeat.address_of(1) == address
+
+
+def test_a_neighbour_that_cannot_be_reached_is_named(monkeypatch):
+    (port,) = free_ports(1)
+    monkeypatch.setattr(heartbeat, "gather_json", lambda group, own: [["127.0.0.1", port, ""]])
+    with pytest.raises(FlashMoEError, match=f"next rank at 127.0.0.1:{port}.* a firewall"):
+        heartbeat.Heartbeat(mx.distributed.init(), "127.0.0.1")
 
 
 def test_the_watchdog_names_the_seconds_that_it_waited(monkeypatch):

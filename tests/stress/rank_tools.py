@@ -9,20 +9,20 @@ Exits with 1 if one differs, or a tool fails.
 import argparse
 import itertools
 import os
+import random
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "distributed"), "tools"]
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from ranks import free_ports  # noqa: E402
-from serve_load import load, requests  # noqa: E402
-from stock_server import StockServer, answer  # noqa: E402
+from serve_load import load, requests
+from stock_server import StockServer, answer
 
-from flashmoe_mlx.convert import convert  # noqa: E402
-from flashmoe_mlx.loader import BUNDLED_MODEL  # noqa: E402
+from flashmoe_mlx.convert import convert
+from flashmoe_mlx.loader import BUNDLED_MODEL
 
 SETTINGS = {"FLASHMOE_SHARDING": "exact", "FLASHMOE_EXPERT_CACHE": "2MiB"}
 WAYS = [], ["--pipeline"]
@@ -31,7 +31,8 @@ LONGEST = 300  # seconds, for one tool
 
 def launch(tool: str) -> list[str]:
     """Return arguments of Python that start an mlx_lm tool in two ranks."""
-    options = "--backend", "ring", "-n", "2", "--starting-port", str(free_ports(1)[0])
+    port = random.randrange(20000, 30000, 2)  # the next one is taken too
+    options = "--backend", "ring", "-n", "2", "--starting-port", str(port)
     launcher = Path(sys.executable).with_name("mlx.launch")
     return [str(launcher), *options, "--", sys.executable, "-m", "mlx_lm", tool]
 
