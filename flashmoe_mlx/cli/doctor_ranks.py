@@ -1,6 +1,5 @@
 """`flashmoe-doctor --distributed`: the ranks, what differs between them, and how fast they add."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ import mlx.core as mx
 from ..distributed.collectives import Group, gather_json
 from ..errors import FlashMoEError
 from ..loader import load
-from ..models.streamed import PACKAGES
+from ..models.streamed import versions
 from ..settings import PREFIX
 from ..store.memory import available_bytes
 
@@ -58,7 +57,7 @@ def examine(model_dir: Path | None) -> dict[str, Any]:
 
 def facts() -> dict[str, str]:
     """Describe this rank."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = versions()
     found |= {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
     return found | {
         "host": socket.gethostname(),
@@ -82,9 +81,9 @@ def render(found: dict[str, Any]) -> str:
     """Return the found as text."""
     lines = []
     for number, rank in enumerate(found["ranks"]):
-        versions = ", ".join(f"{name} {rank[name]}" for name in PACKAGES)
+        packages = ", ".join(f"{name} {rank[name]}" for name in versions())
         lines.append(
-            f"Rank {number}: {rank['host']}, {rank['machine']}, {rank['memory']}; {versions}"
+            f"Rank {number}: {rank['host']}, {rank['machine']}, {rank['memory']}; {packages}"
         )
         if HOLDS in rank:
             lines.append(f"  {rank[HOLDS]}")

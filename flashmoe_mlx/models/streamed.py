@@ -32,8 +32,18 @@ from ..format.placement import Placement
 from ..store.store import ExpertStats, ExpertStore
 from .switch import StreamedLayer
 
-PACKAGES = "flashmoe-mlx", "mlx", "mlx-lm"
 SAMPLE = 4096  # numbers of each matrix outside the layers
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that ranks must have in common."""
+    found = {}
+    for name in ("flashmoe-mlx", "mlx", "mlx-lm"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a folder
+            found[name] = "not installed"
+    return found
 
 
 @dataclass(frozen=True)
@@ -158,8 +168,7 @@ class StreamedModule(nn.Module):
                 some = array.reshape(-1)[:SAMPLE].astype(mx.float32)
                 sample = zlib.crc32(np.array(some).tobytes(), sample)
         records = [layer.record_bytes for layer in self._experts.layout.layers]
-        versions = {f"version of {name}": importlib.metadata.version(name) for name in PACKAGES}
-        return versions | {
+        return {f"version of {name}": found for name, found in versions().items()} | {
             "model": f"{zlib.crc32(repr(records).encode(), sample):08x}",
             "top-k": str(self._experts.top_k),
             "sharding": mode.name,
