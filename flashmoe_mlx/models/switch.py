@@ -158,15 +158,15 @@ class StreamedSwitch(StreamedLayer):
         twin, module = _empty(self._kind), self.module  # computes as stock's, on the slots
         for name, child in self.items():
             twin[name] = child
-        layout, arrays = store.layout.layers[layer], store.banks[layer].arrays
-        matrices = []
+        layout, bank = store.layout.layers[layer], store.banks[layer]
+        bound, matrices = bank.packed or bank.arrays, []
         for projection, shape in module.shapes.items():
             places = projection_fields(layout, projection)
-            parts = {part: arrays[place] for part, place in places.items()}
+            parts = {part: bank.arrays[place] for part, place in places.items()}
             found = projection_quantization(layout, projection, shape)
             twin[projection] = _linear(parts, found)
             if found and found.mode == "affine" and "bias" not in parts:
-                three = [parts[name] for name in ("weight", "scales", "biases")]
+                three = [bound[places[name]] for name in ("weight", "scales", "biases")]
                 matrices.append(QuantizedMatrix.of(three, found.bits, found.group_size))
         twin.freeze()
         plain = type(self.get("activation")) is SwiGLU and tuple(module.shapes) == PROJECTIONS

@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+FAMILIES = (
+    "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "qwen3_next", "minimax",
+    "qwen3_5_moe",
+)  # fmt: skip
 TESTS = Path(__file__).parents[1]  # the commands import its helpers
 
 

@@ -11,16 +11,12 @@ from answer import answers
 from families import TOP_K, make
 from family_answers import close, distance, token_bytes
 from family_helpers import streamed
-from ranks import run
+from ranks import FAMILIES, run
 
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.loader import BUNDLED_MODEL
 
 ANSWER = Path(__file__).with_name("answer.py")
-FAMILIES = (
-    "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "glm4_moe", "qwen3_next", "minimax",
-    "qwen3_5_moe",
-)  # fmt: skip
 SPLIT_BY_MLX = "deepseek_v3", "gpt_oss", "qwen3_5_moe"
 STAGED_BY_MLX = "deepseek_v3", "qwen3_next", "qwen3_5_moe"
 ANSWERS = "1", "17", "300", "batch"

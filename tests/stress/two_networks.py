@@ -27,11 +27,10 @@ sys.path[:0] = [str(DISTRIBUTED.parent), str(DISTRIBUTED)]
 
 import mlx.core as mx  # noqa: E402
 from families import make  # noqa: E402
-from ranks import finish, start  # noqa: E402
+from ranks import FAMILIES, finish, start  # noqa: E402
 
 from flashmoe_mlx.loader import BUNDLED_MODEL  # noqa: E402
 
-FAMILIES = "qwen3_moe", "gpt_oss", "deepseek_v3"
 TIMEOUT, LATE = 6, 3  # seconds: of the watchdog, and until its thread looks again on a busy machine
 PATIENCE = 120  # seconds, until both have answered
 CAUSE = re.compile("rank . was silent for|took more than|another rank ended|rank . ended")
@@ -72,9 +71,10 @@ def compare(folder: Path) -> list[str]:
     directories = [folder / name for name in ("bundled", *FAMILIES)]
     script = DISTRIBUTED / "answer.py"
     env = {"FLASHMOE_KERNELS": "stock"}
-    printed = finish(start(folder, 1, [script, folder, "alone", *directories], [env]))
+    jobs = {way: [f"{way}:{directory}" for directory in directories] for way in ("alone", "exact")}
+    printed = finish(start(folder, 1, [script, folder, *jobs["alone"]], [env]))
     with namespaces() as found:
-        command = [script, folder, "exact", *directories]
+        command = [script, folder, *jobs["exact"]]
         printed += finish(start(folder, 2, command, [env, env], namespaces=found))
     different = []
     for name in [d.name for d in directories]:
