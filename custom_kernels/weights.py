@@ -46,9 +46,7 @@ class QuantizedMatrix(Shared):
     parts: Three | None = None
 
     @classmethod
-    def of(
-        cls, arrays: Sequence[mx.array] | Sequence[Part], bits: int, group_size: int
-    ) -> "QuantizedMatrix":
+    def of(cls, arrays: Sequence[mx.array | Part], bits: int, group_size: int) -> "QuantizedMatrix":
         """Take codes, scales and biases, in this order, or parts of a buffer that hold them."""
         codes, scales, biases = (x.array if isinstance(x, Part) else x for x in arrays)
         a, b, c = arrays
