@@ -1,7 +1,7 @@
 """Kernels compiled by NVRTC, once per machine: their code is kept on disk.
 
-`mx.fast.cuda_kernel` compiles each kernel anew in every process, for seconds, because its headers
-are large. The library is the one that MLX has loaded.
+`mx.fast.cuda_kernel` compiles each kernel again in every process, which takes seconds because its
+headers are large. The library is the one that MLX has loaded.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Kernels are built anew in each test, in the geometry that it names."""
+"""Each test builds its kernels, in the geometry that it names."""
 
 import pytest
 from gpu_cases import launch_as

@@ -249,7 +249,7 @@ class SparseMoeBlock(nn.Module):
 
     def traced(self, h: mx.array) -> Callable[[mx.array], mx.array] | None:
         """Return the traced block for `[B, 1, H]`, None without one, or if experts are missing."""
-        if not (self._step.ready(h) and self.switch_mlp.holds_all):
+        if not (self.switch_mlp.holds_all and self._step.ready(h)):
             return None
         choose, run = self._step.functions
 

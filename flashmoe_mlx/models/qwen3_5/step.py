@@ -55,10 +55,14 @@ class DecodeStep:
         self, h: mx.array, layers: Sequence[Any], norm: nn.RMSNorm, keys: mx.array, position: int
     ) -> bool:
         """Trace the step for this many slots; return whether every layer has a trace of its own."""
-        mixers = [layer.mixer.traced(h, position + 1) for layer in layers]
-        blocks = [layer.mlp.traced(h) for layer in layers]
-        if None in mixers or None in blocks:
-            return False
+        mixers, blocks = [], []
+        for layer in layers:  # stops at the first without a trace: a streamed model comes here
+            if (block := layer.mlp.traced(h)) is None:
+                return False
+            if (mixer := layer.mixer.traced(h, position + 1)) is None:
+                return False
+            blocks.append(block)
+            mixers.append(mixer)
         self._most_keys = min(x.mixer.fused_keys for x in layers if not x.is_linear)
 
         def step(
