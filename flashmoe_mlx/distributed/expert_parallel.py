@@ -59,7 +59,9 @@ class ExpertParallel:
         """Join a group; `timeout` in seconds ends this process when another rank hangs."""
         self.group, self.mode = group, mode
         self.placement = Placement(group.rank(), (1,) * group.size())
-        self.watchdog = Watchdog(timeout, str(self.placement))
+        # MLX compiles kernels for minutes at first use there.
+        patience = LOADING if mx.cuda.is_available() else 1
+        self.watchdog = Watchdog(timeout, str(self.placement), patience)
         self._failure: BaseException | None = None
         self._seen = 0
 

@@ -22,10 +22,16 @@ STDOUT = 1
 class Watchdog(threading.Thread):
     """A thread that ends the process once a step makes no progress for some seconds."""
 
-    def __init__(self, timeout: float, who: str) -> None:
-        """Start to watch the launcher; `who` names this rank in messages."""
+    def __init__(self, timeout: float, who: str, patience: int = 1) -> None:
+        """Start to watch the launcher.
+
+        Args:
+            timeout: seconds of a step, and of silence of another rank.
+            who: names this rank in messages.
+            patience: how many times as long a step may take.
+        """
         super().__init__(name="flashmoe-watchdog", daemon=True)
-        self.timeout, self._who = timeout, who
+        self.timeout, self._who, self._patience = timeout, who, patience
         self._launcher = os.getppid()
         self._what, self._limit, self._deadline = "", timeout, float("inf")
         self.heartbeat: Heartbeat | None = None
@@ -33,15 +39,15 @@ class Watchdog(threading.Thread):
 
     def progress(self, what: str) -> None:
         """Start to wait for `what`, and count its seconds from now."""
-        self._await(what, self.timeout)
+        self._await(what, self._patience * self.timeout)
 
     def _await(self, what: str, limit: float) -> None:
         self._what, self._limit, self._deadline = what, limit, time.monotonic() + limit
 
     @contextlib.contextmanager
     def watching(self, what: str, times: int = 1) -> Iterator[None]:
-        """Watch a block; `times` as patient as usual."""
-        self._await(what, times * self.timeout)
+        """Watch a block; at least `times` the timeout."""
+        self._await(what, max(times, self._patience) * self.timeout)
         try:
             yield
         finally:

@@ -31,6 +31,8 @@ def expert_batches(
         the next batch, or until an array given to `ExpertStore.hold` is evaluated.
     """
     flat, bank = ids.reshape(-1), store.banks[layer]
+    if not flat.size:  # a rank may have none of a token's experts; GPUs refuse an empty launch
+        return
     counts = np.bincount(flat, minlength=bank.layout.num_experts)
     wanted = np.flatnonzero(counts)
     if bank.holds_all:

@@ -137,6 +137,16 @@ def test_the_watchdog_names_the_seconds_that_it_waited(monkeypatch):
     assert "rank 0 of 2: loading took more than 0.3 s" in said[0]
 
 
+def test_the_watchdog_waits_while_kernels_compile(monkeypatch):
+    said = []
+    monkeypatch.setattr(watchdog, "end_process", said.append)
+    patient = watchdog.Watchdog(0.1, "rank 0 of 2", patience=10)
+    with patient.watching("a forward pass"):
+        patient.progress("layer 1")
+        time.sleep(0.5)
+    assert not said
+
+
 def test_a_rank_ends_if_its_launcher_ended_before_the_watch_began():
     code = "from flashmoe_mlx.distributed.watchdog import Watchdog; import time\n"
     code += "Watchdog(60, 'rank 0 of 2'); time.sleep(60)"

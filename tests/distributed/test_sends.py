@@ -17,18 +17,21 @@ class Two:
         return 2
 
 
+@pytest.mark.parametrize(
+    "refusal", ["[nccl] {} not supported in NCCL backend.", "{} has no CUDA implementation."]
+)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_cannot_send_are_named(monkeypatch, rank):
+def test_ranks_that_cannot_send_are_named(monkeypatch, rank, refusal):
     def send(x, to, group):
         assert to == 1 - rank
-        raise RuntimeError("[nccl] Send not supported in NCCL backend.")
+        raise RuntimeError(refusal.format("Send"))
 
     def recv(*_, group):
-        raise RuntimeError("[nccl] Recv not supported in NCCL backend.")
+        raise RuntimeError(refusal.format("Recv"))
 
     monkeypatch.setattr(mx.distributed, "send", send)
     monkeypatch.setattr(mx.distributed, "recv", recv)
-    with pytest.raises(FlashMoEError, match=r"--pipeline: these ranks cannot send .*NCCL backend"):
+    with pytest.raises(FlashMoEError, match=r"--pipeline: these ranks cannot send .*(NCCL|CUDA)"):
         check_sends(Two(rank))
 
 

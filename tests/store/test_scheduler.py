@@ -70,6 +70,15 @@ def test_more_than_the_bank_holds_come_in_parts(tmp_path, monkeypatch):
     store.close()
 
 
+@pytest.mark.parametrize("slots", [4, EXPERTS])
+def test_no_experts_are_no_batch(tmp_path, slots):
+    store = make_store(tmp_path, slots=slots)
+    store.fetch(0, list(range(slots)))
+    assert store.banks[0].holds_all == (slots == EXPERTS)
+    assert list(expert_batches(store, 0, np.zeros(0, np.int64))) == []
+    store.close()
+
+
 def test_what_was_read_long_ago_counts_less(tmp_path, monkeypatch):
     store = make_store(tmp_path, slots=3)
     store._rate.add(1000, 1.0)

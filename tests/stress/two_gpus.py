@@ -29,7 +29,7 @@ from flashmoe_mlx.cli.stock import stacked_experts, stock_model
 from flashmoe_mlx.models import switch
 
 VOCABULARY, PROMPT, LONG, TOKENS, RUNS = 248320, 200, 2048, 64, 5
-TIMEOUT, LIMIT = 10, 150  # seconds: of the watchdog in trials of faults; of a step
+TIMEOUT, LIMIT = 10, 300  # seconds: of the watchdog in trials of faults; of a step
 LAUNCH = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
 ALONE, FAULTS = ("one", "stock-one"), ("eio", "SIGKILL", "SIGSTOP")
 STEPS = "one", "sums", "exact", "tensor", "pipeline", *FAULTS, "stock"
