@@ -15,10 +15,12 @@ from ..linear.linear import swiglu
 from ..linear.matvec import MAX_TOKENS
 from ..weights import QuantizedMatrix
 from .decode import (
+    add_terms,
     expert_down_combine,
     expert_gate_up,
     expert_mlp_by_kernels,
     expert_outputs,
+    expert_terms,
     supports,
 )
 from .prefill import gather_matmul
@@ -181,6 +183,29 @@ class ExpertsCase:
         y = (_dequantize(matrices[2], slots) @ hidden.astype(mx.float32)[..., None]).squeeze(-1)
         other = shared.astype(mx.float32) @ _dequantize(matrices[5]).T
         return [x + (y * weights[:, :-1, None]).sum(axis=-2) + weights[:, -1:] * other]
+
+
+@dataclass(frozen=True)
+class ExpertTermsCase(ExpertsCase):
+    """A mixture shared by two machines: one has the experts in even slots, the other the rest."""
+
+    op: ClassVar[str] = "expert_terms"
+
+    def custom(self, *inputs: mx.array) -> list[mx.array]:
+        """Add up both machines' terms; the second one has the shared expert."""
+        (x, slots, weights), matrices = inputs[:3], self._matrices(inputs)
+        terms = [
+            expert_terms(
+                x,
+                mx.where(slots % 2 == part, slots, reference.NONE).astype(mx.uint32),
+                weights,
+                matrices[:3],
+                matrices[3:],
+                adds_shared=bool(part),
+            )
+            for part in (0, 1)
+        ]
+        return [add_terms(terms[0] + terms[1], residual=x)]
 
 
 @dataclass(frozen=True)

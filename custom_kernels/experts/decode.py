@@ -16,6 +16,7 @@ WIDE_CHUNK = {2: 32, 4: 32, 8: 16}  # for NVIDIA's GPUs and many columns
 WIDE = 3072  # columns
 TILE = 4  # rows that share a lane's activations
 MAX_SIMDGROUPS = 16  # per threadgroup that adds up experts
+ADDING_LANES = 128
 
 _PARTS = ("codes", "scales", "biases")
 _gate_up = Kernel(
@@ -36,6 +37,7 @@ _down_combine = Kernel(
     ("y",),
     ("affine.metal",),
 )  # fmt: skip
+_add_terms = Kernel("experts/add_terms", ("terms", "residual"), ("y",))
 
 
 def supports(gate: QuantizedMatrix, up: QuantizedMatrix, down: QuantizedMatrix) -> bool:
@@ -57,14 +59,14 @@ def expert_gate_up(
 
     Args:
         x: `[..., H]`.
-        slots: `[..., K]` uint32, the slot of each expert.
+        slots: `[..., K]` uint32, the slot of each expert, or NONE.
         gate: `[S, I, ...]`.
         up: `[S, I, ...]`.
         shared: gate and up of the shared expert, `[Is, ...]` each.
         norm: gain `[H]` and epsilon `[1]` of an RMS norm applied to x first.
 
     Returns:
-        `[..., K * I + Is]` in x's dtype.
+        `[..., K * I + Is]` in x's dtype, zero where the slot is NONE.
     """
     hidden, inner, top_k = x.shape[-1], gate.scales.shape[1], slots.shape[-1]
     others = shared or (gate, up)
@@ -108,20 +110,24 @@ def expert_down_combine(
     shared: QuantizedMatrix | None = None,
     residual: mx.array | None = None,
     dtype: mx.Dtype = mx.float32,
+    each: bool = False,
+    adds_shared: bool = True,
 ) -> mx.array:
     """Apply each token's down projections and return their weighted sum.
 
     Args:
         hidden: `[..., K * I + Is]`, from `expert_gate_up`.
-        slots: `[..., K]` uint32.
+        slots: `[..., K]` uint32; the term of a NONE is zero.
         weights: `[..., K]`, the router's; with a shared expert `[..., K + 1]`, its weight last.
         down: `[S, H, ...]`.
         shared: down of the shared expert, `[H, ...]`.
         residual: `[..., H]` to add.
         dtype: of the result.
+        each: return the terms of the sum, without residual.
+        adds_shared: whether the shared expert's term is not zero.
 
     Returns:
-        `[..., H]`.
+        `[..., H]`; with `each`, `[..., K, H]` or `[..., K + 1, H]`.
     """
     height, inner = down.scales.shape[1], down.scales.shape[2] * down.group_size
     top_k, width = slots.shape[-1], hidden.shape[-1]
@@ -136,12 +142,12 @@ def expert_down_combine(
         expect("hidden states of experts", hidden, (*lead, top_k * inner))
     if residual is not None:
         expect("the residual", residual, (*lead, height))
-    split = max(1, inner // (SIMD * CHUNK[down.bits]))
-    simdgroups = min(top_k + (extra > 0), MAX_SIMDGROUPS)
+    terms = top_k + (extra > 0)
+    simdgroups = min(terms, MAX_SIMDGROUPS)
     arrays = [hidden, slots, weights, hidden if residual is None else residual]
     (y,) = _down_combine(
         [*arrays, *_arrays(down, other)],
-        [((*hidden.shape[:-1], height), dtype)],
+        [((*lead, terms, height) if each else (*lead, height), dtype)],
         (-(-height // TILE), hidden.size // width, 1),
         SIMD * simdgroups,
         T=hidden.dtype if residual is None else residual.dtype,
@@ -151,9 +157,10 @@ def expert_down_combine(
         I=inner,
         K=top_k,
         TILE=TILE,
-        SPLIT=split,
         SIMDGROUPS=simdgroups,
         RESIDUAL=residual is not None,
+        EACH=each,
+        ADD_SHARED=adds_shared,
         **_formats(down, other, extra, CHUNK),
     )
     return y
@@ -164,7 +171,7 @@ def expert_outputs(x: mx.array, slots: mx.array, experts: Sequence[QuantizedMatr
 
     Args:
         x: `[N, H]`.
-        slots: `[N, K]` uint32.
+        slots: `[N, K]` uint32; the output of a NONE is zero.
         experts: gate, up and down, `[S, out, ...]` each.
 
     Returns:
@@ -228,3 +235,51 @@ def expert_mlp_by_kernels(
     hidden = expert_gate_up(x, slots, gate, up, (shared[0], shared[1]) if shared else None, norm)
     other = shared[2] if shared else None
     return expert_down_combine(hidden, slots, weights, down, other, residual, x.dtype)
+
+
+def expert_terms(
+    x: mx.array,
+    slots: mx.array,
+    weights: mx.array,
+    experts: Sequence[QuantizedMatrix],
+    shared: Sequence[QuantizedMatrix],
+    *,
+    norm: Sequence[mx.array | Part] | None = None,
+    adds_shared: bool,
+) -> mx.array:
+    """Return the terms that `expert_mlp_by_kernels` adds up: `[..., K + 1, H]` float32.
+
+    Where several machines share the experts, each computes its own, and `add_terms` gives the sum
+    of one machine to the bit.
+
+    Args:
+        x: `[..., H]`.
+        slots: `[..., K]` uint32; the term of a NONE is zero.
+        weights: `[..., K + 1]`, the router's and the shared expert's.
+        experts: gate, up and down, `[S, out, ...]` each.
+        shared: gate, up and down of the shared expert, `[out, ...]` each.
+        norm: gain and epsilon of an RMS norm applied to x first.
+        adds_shared: whether the shared expert's term, the last one, is not zero.
+    """
+    gate, up, down = experts
+    hidden = expert_gate_up(x, slots, gate, up, (shared[0], shared[1]), norm)
+    return expert_down_combine(
+        hidden, slots, weights, down, shared[2], each=True, adds_shared=adds_shared
+    )
+
+
+def add_terms(terms: mx.array, residual: mx.array) -> mx.array:
+    """Add up `[..., K, H]` float32 and the residual `[..., H]`, in its dtype and this order."""
+    *lead, width, hidden = terms.shape
+    expect("the residual", residual, (*lead, hidden))
+    expect("terms of experts", terms, (*lead, width, hidden), mx.float32)
+    (y,) = _add_terms(
+        [terms, residual],
+        [(residual.shape, residual.dtype)],
+        (-(-hidden // ADDING_LANES), residual.size // hidden, 1),
+        ADDING_LANES,
+        T=residual.dtype,
+        H=hidden,
+        WIDTH=width,
+    )
+    return y

@@ -1,37 +1,34 @@
-// y[n, row] = sum over k of weights[n, k] * (D hidden[n, k])[row], where D is the down projection
-// of the expert in slot slots[n, k]; plus weights[n, K] times the shared expert's; plus
-// residual[n, row].
+// y[n, row] = residual[n, row] + the sum over k of weights[n, k] * (D hidden[n, k])[row], where D is
+// the down projection of the expert in slot slots[n, k], for k = K of the shared expert. With EACH,
+// y[n, k, row] are the terms of that sum: zero where the slot is NONE, and without ADD_SHARED.
 // Grid: x = 32 * SIMDGROUPS * ceil(H / TILE), y = n. Threadgroup: 32 * SIMDGROUPS.
-// A threadgroup computes TILE rows; its simdgroups share the experts, each in SPLIT parts of its
-// columns, and add up at the end.
+// A threadgroup computes TILE rows; its simdgroups share the experts.
 constexpr uint WIDTH = K + (SHARED > 0 ? 1 : 0);
-constexpr uint TERMS = WIDTH * SPLIT;
-threadgroup float parts[SIMDGROUPS * TILE];
+constexpr uint NONE = 0xffffffffu;
+threadgroup float terms[WIDTH * TILE];
 uint lane = thread_index_in_simdgroup;
 uint simdgroup = simdgroup_index_in_threadgroup;
 uint n = threadgroup_position_in_grid.y;
 uint first = threadgroup_position_in_grid.x * TILE;
-float totals[TILE];
-for (int r = 0; r < TILE; r++) {
-  totals[r] = 0.0f;
-}
-for (uint term = simdgroup; term < TERMS; term += SIMDGROUPS) {
-  uint k = term / SPLIT;
-  uint begin = term % SPLIT * 32 + lane;
+for (uint k = simdgroup; k < WIDTH; k += SIMDGROUPS) {
+  float totals[TILE];
+  for (int r = 0; r < TILE; r++) {
+    totals[r] = 0.0f;
+  }
   auto here = hidden + n * (K * I + SHARED) + k * I;
+  float weight = static_cast<float>(weights[n * WIDTH + k]);
+  uint slot = k < K ? slots[n * K + k] : NONE;
   if (SHARED > 0 && k == K) {
-    float weight = static_cast<float>(weights[n * WIDTH + K]);
-    for (uint column = begin * SHARED_CHUNK; column < SHARED;
-         column += 32 * SPLIT * SHARED_CHUNK) {
+    for (uint column = lane * SHARED_CHUNK; ADD_SHARED && column < SHARED;
+         column += 32 * SHARED_CHUNK) {
       float xs[SHARED_CHUNK];
       float sum = read_weighted<SHARED_BITS, SHARED_CHUNK>(here + column, weight, xs);
       add_chunk<SHARED_BITS, SHARED_GROUP, SHARED, SHARED_CHUNK, TILE>(
           shared_codes, shared_scales, shared_biases, first, H, column, xs, sum, totals);
     }
-  } else {
-    float weight = static_cast<float>(weights[n * WIDTH + k]);
-    size_t top = static_cast<size_t>(slots[n * K + k]) * H;
-    for (uint column = begin * CHUNK; column < I; column += 32 * SPLIT * CHUNK) {
+  } else if (slot != NONE) {
+    size_t top = static_cast<size_t>(slot) * H;
+    for (uint column = lane * CHUNK; column < I; column += 32 * CHUNK) {
       float xs[CHUNK];
       float sum = read_weighted<BITS, CHUNK>(here + column, weight, xs);
       add_chunk<BITS, GROUP, I, CHUNK, TILE>(
@@ -39,11 +36,11 @@ for (uint term = simdgroup; term < TERMS; term += SIMDGROUPS) {
           first, H, column, xs, sum, totals);
     }
   }
-}
-for (int r = 0; r < TILE; r++) {
-  float total = simd_sum(totals[r]);
-  if (lane == 0) {
-    parts[simdgroup * TILE + r] = total;
+  for (int r = 0; r < TILE; r++) {
+    float total = simd_sum(totals[r]);
+    if (lane == 0) {
+      terms[k * TILE + r] = total;
+    }
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -51,8 +48,14 @@ uint row = first + lane;
 if (simdgroup == 0 && lane < TILE && row < H) {
   size_t place = n * H + row;
   float total = RESIDUAL ? static_cast<float>(residual[place]) : 0.0f;
-  for (uint s = 0; s < SIMDGROUPS; s++) {
-    total += parts[s * TILE + lane];
+  for (uint k = 0; k < WIDTH; k++) {
+    float term = terms[k * TILE + lane];
+    if (EACH) {
+      y[(n * WIDTH + k) * H + row] = static_cast<Y>(term);
+    }
+    total += term;
   }
-  y[place] = static_cast<Y>(total);
+  if (!EACH) {
+    y[place] = static_cast<Y>(total);
+  }
 }

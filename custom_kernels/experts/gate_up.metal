@@ -1,10 +1,12 @@
 // hidden[n, k, i] = silu(G x) * (U x), row i of gate G and up U of the expert in slot slots[n, k];
-// from K * I on, the shared expert's. With NORM, x is RMS-normalized first.
+// from K * I on, the shared expert's. Zero where the slot is NONE. With NORM, x is RMS-normalized
+// first.
 // Grid: x = 32 * SPLIT * UNITS * ceil(units / UNITS), y = n. Threadgroup: 32 * SPLIT * UNITS.
 // A unit is TILE rows of one expert: ceil(I / TILE) units per expert, then the shared expert's. Its
 // SPLIT simdgroups share the columns; all rows reuse a lane's activations.
 constexpr uint PER_EXPERT = (I + TILE - 1) / TILE;
 constexpr uint PARTS = 2 * TILE + 1;
+constexpr uint NONE = 0xffffffffu;
 threadgroup float parts[UNITS * SPLIT * PARTS];
 uint lane = thread_index_in_simdgroup;
 uint simdgroup = simdgroup_index_in_threadgroup;
@@ -14,6 +16,7 @@ bool is_shared = SHARED > 0 && unit >= K * PER_EXPERT;
 uint k = is_shared ? K : metal::min(unit / PER_EXPERT, uint(K - 1));
 uint first = (unit - k * PER_EXPERT) * TILE;
 uint rows = is_shared ? SHARED : I;
+uint slot = is_shared ? NONE : slots[n * K + k];
 uint begin = simdgroup % SPLIT * 32 + lane;
 auto here = x + n * H;
 float gates[TILE];
@@ -35,8 +38,8 @@ if (is_shared) {
     add_chunk<SHARED_BITS, SHARED_GROUP, H, SHARED_CHUNK, TILE>(
         shared_up_codes, shared_up_scales, shared_up_biases, first, rows, column, xs, sum, ups);
   }
-} else {
-  size_t top = static_cast<size_t>(slots[n * K + k]) * I;
+} else if (slot != NONE) {
+  size_t top = static_cast<size_t>(slot) * I;
   for (uint column = begin * CHUNK; column < H; column += 32 * SPLIT * CHUNK) {
     float xs[CHUNK];
     float sum = NORM ? read_normed<BITS, CHUNK>(here + column, gain + column, xs, square)

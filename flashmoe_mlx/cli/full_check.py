@@ -30,6 +30,7 @@ from ..custom_kernels.experts.cases import (
     ExpertGateUpCase,
     ExpertOutputsCase,
     ExpertsCase,
+    ExpertTermsCase,
 )
 from ..custom_kernels.experts.prefill import TiledCase
 from ..custom_kernels.experts.router import RouterCase
@@ -123,6 +124,7 @@ def quantized() -> Iterator[KernelCase]:
         yield ExpertDownCase(19, 384, *experts, shared_bits=bits, tokens=3)
         yield ExpertOutputsCase(384, 384, *experts, tokens=3)
         yield ExpertsCase(384, 256, *experts, shared_bits=bits, tokens=2)
+        yield ExpertTermsCase(384, 256, *experts, shared_bits=bits, tokens=2)
         yield DequantizeCase(37, 384, bits, group, dtype, scales)
         yield TiledCase(384, 256, *kind, down_bits=bits, slots=5, rows=11)
         if dtype != "float32":  # float32 is left to MLX: NVIDIA GPUs round its products

@@ -31,6 +31,7 @@ def test_the_full_check_has_every_op_in_every_format():
     helpers = {"affine", "gated_delta/common", "write", "linear/naive_matvec", "cuda/slots"}
     names = {  # ops named unlike their kernel; cuda/slots is in test_expert_slots
         "attention/prepare": "attention_step",
+        "experts/add_terms": "expert_terms",
         "experts/combine": "expert_combine",
         "experts/down_combine": "expert_down_combine",
         "experts/gate_up": "expert_gate_up",

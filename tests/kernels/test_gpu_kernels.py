@@ -24,12 +24,13 @@ from gpu_cases import (
 )
 from metal_cpu import metal_on_cpu, require_bench
 
-from flashmoe_mlx.custom_kernels import autotune
+from flashmoe_mlx.custom_kernels import autotune, reference
 from flashmoe_mlx.custom_kernels.experts.cases import (
     ExpertDownCase,
     ExpertGateUpCase,
     ExpertOutputsCase,
     ExpertsCase,
+    ExpertTermsCase,
 )
 from flashmoe_mlx.custom_kernels.experts.router import RouterCase, route
 from flashmoe_mlx.custom_kernels.linear import matvec
@@ -70,14 +71,38 @@ def test_experts(geometry, dtype, bits, group_size):
 def test_whole_mixture(geometry):
     """In half precision the two halves round in between, so compare with stock's error."""
     others = 96, 64, 5, 3, 2, 32
-    for kind in (ExpertsCase, ExpertOutputsCase):
+    for kind in (ExpertsCase, ExpertTermsCase, ExpertOutputsCase):
         case = kind(*others, "float32", "float16", down_bits=4, shared_bits=8, tokens=2)
         check(case_of(case), FAST)
-        for dtype in ("float16", "bfloat16"):
+    for dtype in ("float16", "bfloat16"):
             with metal_on_cpu("fast"):
                 case = kind(*others, dtype, dtype, down_bits=4, shared_bits=8)
                 verdict = autotune.check(case)
             assert verdict.ok, verdict
+
+
+@both
+@dtype_cases
+@pytest.mark.parametrize("top_k", [3, 16])
+def test_two_machines_compute_what_one_does(geometry, dtype, top_k):
+    case = ExpertsCase(384, 1088, 20, top_k, 4, 64, dtype, dtype, tokens=2)
+    inputs = case.inputs()
+    with metal_on_cpu("fast"):
+        whole, shared = case.custom(*inputs), ExpertTermsCase.custom(case, *inputs)
+    assert mx.array_equal(*whole, *shared)
+
+
+@both
+def test_no_expert_is_zero(geometry):
+    case = ExpertOutputsCase(96, 64, 5, 3, 4, 32, "float16", "float16", tokens=2)
+    x, slots, *rest = case.inputs()
+    with metal_on_cpu("checked"):
+        (whole,) = case.custom(x, slots, *rest)
+        (some,) = case.custom(x, mx.where(slots == 2, reference.NONE, slots), *rest)
+    there = (slots != 2)[..., None]
+    assert there.sum() < slots.size
+    assert mx.array_equal(some, mx.where(there, whole, 0))
+    
 
 
 @dtype_cases
