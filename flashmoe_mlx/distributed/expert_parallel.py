@@ -62,8 +62,10 @@ class ExpertParallel:
         # MLX compiles kernels for minutes at first use there.
         patience = LOADING if mx.cuda.is_available() else 1
         self.watchdog = Watchdog(timeout, str(self.placement), patience)
+        self.resident = False
         self._failure: BaseException | None = None
         self._seen = 0
+        self._choices: list[tuple[int, mx.array]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return itself: copies of a model share the group."""
@@ -84,12 +86,6 @@ class ExpertParallel:
             )
         self.placement = Placement(self.placement.rank, weights)
 
-    def own(self, ids: np.ndarray, experts: range) -> tuple[np.ndarray, np.ndarray]:
-        """Return the flat positions in `ids` of this rank's `experts`, and their places there."""
-        place, rest = np.divmod(ids.reshape(-1).astype(np.int64) - experts.start, experts.step)
-        mine = np.flatnonzero((rest == 0) & (place >= 0) & (place < len(experts)))
-        return mine, place[mine]
-
     def fail(self, error: BaseException) -> None:
         """Keep an error until all ranks can raise it together."""
         self._failure = self._failure or error
@@ -104,6 +100,19 @@ class ExpertParallel:
         self.watchdog.progress(f"layer {layer}")
         data = f"{layer} {ids.shape}".encode() + ids.astype(np.int64).tobytes()
         self._seen = zlib.crc32(data, self._seen)
+
+    def agree(self, holds_all: bool) -> None:
+        """Note whether all ranks hold all of their experts: then no read can fail."""
+        with self._together("loading", LOADING):
+            self.resident = all(gather_json(self.group, holds_all))
+
+    def note_later(self, layer: int, ids: mx.array) -> None:
+        """Note a router's choice in `finish`, where a GPU has computed it."""
+        self._choices.append((layer, ids))
+
+    def lazy_total(self, rows: mx.array) -> mx.array:
+        """Add up outputs `[...]` over the ranks as `total` does, while no rank can fail."""
+        return mx.distributed.all_sum(rows, group=self.group) if self.mode.adds_up else rows
 
     def total(self, rows: mx.array, layer: int) -> mx.array:
         """Add up outputs `[...]` over the ranks, or mark them as failed where mlx-lm adds them up.
@@ -234,8 +243,11 @@ class ExpertParallel:
         Raises:
             FlashMoEError: a rank failed, or its routers chose other experts; on all ranks.
         """
-        if not self.mode.adds_up:
-            mx.eval(logits)
+        if self._choices or not self.mode.adds_up:
+            choices, self._choices = self._choices, []
+            mx.eval(logits, [ids for _, ids in choices])
+            for layer, ids in choices:
+                self.note(layer, np.array(ids))
             self._check(self._sum(mx.zeros(0), "a token")[1], "a token")
 
 

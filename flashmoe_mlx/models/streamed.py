@@ -30,7 +30,7 @@ from ..errors import FlashMoEError
 from ..format.layout import ExpertLayout
 from ..format.placement import Placement
 from ..store.store import ExpertStats, ExpertStore
-from .switch import StreamedLayer
+from .layer import StreamedLayer
 
 SAMPLE = 4096  # numbers of each matrix outside the layers
 
@@ -151,6 +151,7 @@ class StreamedModule(nn.Module):
             except Exception as error:
                 parallel.fail(error)
             parallel.raise_failures("loading", LOADING)
+            parallel.agree(self._store is None or self._store.holds_all)
         self._parallel = parallel
 
     def shard_trunk(self, group: mx.distributed.Group) -> None:

@@ -5,7 +5,7 @@ before them, weighting after. So the model around them stays mlx-lm's own.
 """
 
 import functools
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -29,112 +29,10 @@ from ..custom_kernels.weights import QuantizedMatrix, Shared
 from ..distributed.expert_parallel import ExpertParallel
 from ..format.modules import ExpertModule, projection_fields, projection_quantization
 from ..format.names import PROJECTIONS
-from ..store.scheduler import expert_batches
 from ..store.store import ExpertStore
+from .layer import StreamedLayer
 
 ASSIGNMENTS_AT_ONCE = 2048  # token-expert assignments on a CPU: 60 MB of activations at 35B size
-
-
-class StreamedLayer(nn.Module):
-    """One layer's routed experts, read from disk when the router chooses them. No parameters."""
-
-    def __init__(self, number: int) -> None:
-        """Make the layer that has this number among those with experts; `attach` a store."""
-        super().__init__()
-        self.number = number
-
-    def attach(self, store: ExpertStore, layer: int, parallel: ExpertParallel | None) -> None:
-        """Use a layer of the store.
-
-        Args:
-            store: holds the experts, or those of this rank.
-            layer: place in the store.
-            parallel: the other ranks, None if this machine computes alone.
-        """
-        self._store, self._layer = store, layer
-        self._parallel = parallel if parallel and parallel.mode.splits_experts else None
-
-    @property
-    def layer(self) -> int:
-        """Its number among the store's layers."""
-        return self._layer
-
-    @property
-    def holds_all(self) -> bool:
-        """Say whether all experts are resident; then expert e lies in slot e."""
-        return self._parallel is None and self._store.banks[self._layer].holds_all
-
-    @property
-    def count(self) -> int:
-        """The layer's number of experts."""
-        return self._store.layout.layers[self._layer].num_experts
-
-    def slots(self, ids: mx.array, x: mx.array) -> mx.array | None:
-        """Make experts resident and return their slots, or None if there are too few slots.
-
-        Waits for the ids, unless all experts are resident or the GPU loads by itself.
-
-        Args:
-            ids: `[..., K]`.
-            x: `[..., H]`, the router's input.
-        """
-        if self.holds_all:
-            return ids
-        if self._parallel:
-            return None
-        if (loaded := self._store.load_by_device(self._layer, ids, x)) is not None:
-            return loaded
-        chosen, places = np.unique(self._store.backend.to_host(ids), return_inverse=True)
-        if len(chosen) > len(self._store.banks[self._layer]):
-            return None
-        slots = np.array(self._store.fetch(self._layer, chosen.tolist()), dtype=np.uint32)
-        return self._store.backend.to_device(slots[places].reshape(ids.shape))
-
-    def batches(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Load experts in batches: see `expert_batches`. Of several ranks, each loads its own."""
-        if self._parallel is None:
-            return expert_batches(self._store, self._layer, ids)
-        return self._own_batches(ids, self._parallel)
-
-    def _own_batches(
-        self, ids: np.ndarray, parallel: ExpertParallel
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Load this rank's experts; keep an error, which all ranks raise together in `total`."""
-        parallel.note(self.number, ids)
-        experts = self._store.layout.layers[self._layer].numbers
-        assert experts is not None
-        places, own = parallel.own(ids, experts)
-        try:
-            for batch, slots in expert_batches(self._store, self._layer, own):
-                yield places[batch], slots
-        except Exception as error:
-            parallel.fail(error)
-
-    def total(self, outputs: mx.array) -> mx.array:
-        """Add up the ranks' outputs `[...]`, each zero where an expert is another rank's."""
-        return outputs if self._parallel is None else self._parallel.total(outputs, self.number)
-
-    def total_in_place(self, outputs: np.ndarray) -> None:
-        """Add up as `total` does, in place."""
-        outputs[:] = np.array(self.total(mx.array(outputs)))
-
-    @property
-    def is_split(self) -> bool:
-        """Say whether this rank has only a part of the experts, and `total` must be called."""
-        return self._parallel is not None
-
-    @property
-    def weighs_first(self) -> bool:
-        """Say whether a prompt's outputs are weighted before they are added up over the ranks."""
-        return self._parallel is not None and self._parallel.mode.weighs_first
-
-    def prefetch(self, ids: np.ndarray) -> None:
-        """Start to read experts `[..., K]` that the next step will probably need."""
-        self._store.prefetch(self._layer, np.unique(ids).tolist())
-
-    def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
-        """Keep all slots, or these, unchanged until `consumer` is evaluated."""
-        self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
 
 
 class StreamedSwitch(StreamedLayer):
@@ -142,7 +40,7 @@ class StreamedSwitch(StreamedLayer):
 
     def __init__(self, stock: nn.Module, module: ExpertModule, number: int) -> None:
         """Take the place of `stock`, which has no weights yet."""
-        super().__init__(number)
+        super().__init__(number, module.num_experts)
         self._kind, self.module = type(stock), module
         for name, child in stock.items():
             if name not in module.shapes:
@@ -287,8 +185,9 @@ def _by_gpu(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array
     if matrices is None or not on_gpu(x):
         return None
     if (run := experts.on_slots.step(x, top_k)) is not None:
-        if (slots := experts.slots(indices.astype(mx.uint32), x)) is None:
-            return None
+        ids = indices.astype(mx.uint32)
+        if (slots := experts.slots(ids, x)) is None:
+            return experts.in_parts(ids, partial(run, x))
         outputs: mx.array = run(x, slots)
         experts.hold(outputs)
         return outputs

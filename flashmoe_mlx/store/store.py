@@ -144,6 +144,11 @@ class ExpertStore:
             "load the model again in the other process"
         )
 
+    @property
+    def holds_all(self) -> bool:
+        """Say whether all experts are resident."""
+        return all(bank.holds_all for bank in self.banks)
+
     def hold(self, consumer: mx.array, layer: int, slots: Iterable[int] | None = None) -> None:
         """Keep slots unchanged until `consumer`, which reads them, is evaluated.
 

@@ -75,10 +75,10 @@ def test_whole_mixture(geometry):
         case = kind(*others, "float32", "float16", down_bits=4, shared_bits=8, tokens=2)
         check(case_of(case), FAST)
     for dtype in ("float16", "bfloat16"):
-            with metal_on_cpu("fast"):
-                case = kind(*others, dtype, dtype, down_bits=4, shared_bits=8)
-                verdict = autotune.check(case)
-            assert verdict.ok, verdict
+        with metal_on_cpu("fast"):
+            case = kind(*others, dtype, dtype, down_bits=4, shared_bits=8)
+            verdict = autotune.check(case)
+        assert verdict.ok, verdict
 
 
 @both
@@ -102,7 +102,6 @@ def test_no_expert_is_zero(geometry):
     there = (slots != 2)[..., None]
     assert there.sum() < slots.size
     assert mx.array_equal(some, mx.where(there, whole, 0))
-    
 
 
 @dtype_cases

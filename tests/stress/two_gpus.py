@@ -26,13 +26,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from flashmoe_mlx import load
 from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.cli.stock import stacked_experts, stock_model
-from flashmoe_mlx.models import switch
+from flashmoe_mlx.store.store import ExpertStore
 
 VOCABULARY, PROMPT, LONG, TOKENS, RUNS = 248320, 200, 2048, 64, 5
 TIMEOUT, LIMIT = 10, 300  # seconds: of the watchdog in trials of faults; of a step
 LAUNCH = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
 ALONE, FAULTS = ("one", "stock-one"), ("eio", "SIGKILL", "SIGSTOP")
-STEPS = "one", "sums", "exact", "tensor", "pipeline", *FAULTS, "stock"
+STEPS = "one", "sums", "exact", "auto", "tensor", "stock", "pipeline", *FAULTS
+SHARDING = {"auto", "tensor"}  # else exact
 
 
 def prompt(length: int) -> mx.array:
@@ -128,8 +129,10 @@ def fail(step: str, path: Path) -> None:
         if place == 20 and mx.distributed.init().rank() == 1:
             say(step, "fails")
             if step == "eio":
-                switch.expert_batches = _broken
+                ExpertStore.fetch = _broken
             else:
+                ended = ["sh", "-c", f"sleep {3 * TIMEOUT}; kill -KILL {os.getpid()}"]
+                subprocess.Popen(ended)  # mlx.launch waits for a stopped rank
                 os.kill(os.getpid(), getattr(signal, step))
         token = mx.argmax(model(token, cache=cache)[:, -1], axis=-1)[None]
         mx.eval(token)
@@ -147,11 +150,12 @@ def start(step: str, path: Path, folder: Path) -> None:
     if step in ALONE:
         env["CUDA_VISIBLE_DEVICES"] = "0"
     else:
-        sharding = step if step in ("exact", "tensor") else "exact"
+        sharding = step if step in SHARDING else "exact"
         passed = [f"--env={n}={v}" for n, v in env.items() if n.startswith(("NCCL", "MLX", "XDG"))]
         passed += [f"--env={n}={env[n]}" for n in ("PYTHONPATH", "LD_LIBRARY_PATH") if n in env]
         passed += [f"--env=FLASHMOE_SHARDING={sharding}"]
         passed += [f"--env=FLASHMOE_COLLECTIVE_TIMEOUT={TIMEOUT}"] if step in FAULTS else []
+        passed += ["--env=FLASHMOE_EXPERT_CACHE=4GiB"] if step == "eio" else []  # else none is read
         launcher = [sys.executable, "-c", LAUNCH, "-n", "2", "--backend", "nccl", *passed]
         doctor = ["-m", "flashmoe_mlx", "doctor", "--distributed"]
         command = [*launcher, sys.executable, *(doctor if step == "sums" else own)]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from ...custom_kernels.case import NAMES
 from ...custom_kernels.cpu.entry import cpu_steps
 from ...custom_kernels.device import on_gpu
 from ...custom_kernels.experts.cases import wanted
-from ...custom_kernels.experts.decode import expert_mlp_by_kernels
+from ...custom_kernels.experts.decode import add_terms, expert_mlp_by_kernels, expert_terms
 from ...custom_kernels.experts.prefill import ExpertMatrices, Format
 from ...custom_kernels.experts.router import choose_experts, route, router_logits
 from ...custom_kernels.experts.tiles import combine
@@ -27,7 +28,8 @@ from ...format.modules import projection_fields, projection_quantization
 from ...format.names import PROJECTIONS
 from ...store.slots import DTYPES as SLOT_DTYPES
 from ...store.store import ExpertStore
-from ..switch import StreamedLayer, outputs_by_cpu, outputs_in_batches
+from ..layer import StreamedLayer
+from ..switch import outputs_by_cpu, outputs_in_batches
 from .args import ModelArgs
 
 PREFETCHED = 5 / 8  # of top-k; lower-ranked experts are wrong too often
@@ -68,8 +70,8 @@ class ResidentExperts(SwitchGLU):
 
         return remembered(self, "_known", lambda: arrays_of(layers), make)
 
-    holds_all = True
-    is_split = weighs_first = False
+    holds_all = in_memory = True
+    is_split, weighs_first, is_first = False, False, True
 
     def total(self, outputs: mx.array) -> mx.array:
         """Return the outputs: no other machine has experts."""
@@ -117,7 +119,7 @@ class StreamedExperts(StreamedLayer):
 
     def __init__(self, args: ModelArgs, number: int) -> None:
         """Make the layer that has this number; `attach` a store."""
-        super().__init__(number)
+        super().__init__(number, args.num_experts)
         self._args = args
 
     def attach(self, store: ExpertStore, layer: int, parallel: ExpertParallel | None) -> None:
@@ -247,15 +249,22 @@ class SparseMoeBlock(nn.Module):
         """
         return sparse_moe(self, h, norm, rows)
 
-    def traced(self, h: mx.array) -> Callable[[mx.array], mx.array] | None:
-        """Return the traced block for `[B, 1, H]`, None without one, or if experts are missing."""
-        if not (self.switch_mlp.holds_all and self._step.ready(h)):
-            return None
-        choose, run = self._step.functions
+    def traced(self, h: mx.array) -> Callable[[mx.array], tuple[mx.array, mx.array | None]] | None:
+        """Return the traced block for `[B, 1, H]`, None without one, or if experts are missing.
 
-        def step(h: mx.array) -> mx.array:
-            y: mx.array = run(h, *choose(h))  # expert e lies in slot e
-            return y
+        Of several ranks, the block returns the experts' ids as well.
+        """
+        experts = self.switch_mlp
+        if not (experts.in_memory and self._step.ready(h)):
+            return None
+        choose, run, terms, _ = self._step.functions
+
+        def step(h: mx.array) -> tuple[mx.array, mx.array | None]:
+            ids, scores = choose(h)
+            if not experts.is_split:
+                return run(h, ids, scores), None  # expert e lies in slot e
+            own = terms(h, experts.own_slots(ids), scores)
+            return add_terms(experts.lazy_total(own), h), ids
 
         return step
 
@@ -299,20 +308,27 @@ def _by_gpu(
     functions = block._step.functions if known else _functions(block, h, norm)
     if functions is None:
         return None
-    choose, run = functions
+    choose, run, *terms = functions
+    experts = block.switch_mlp
     ids, scores = choose(h)
-    slots = block.switch_mlp.slots(_of_real_rows(ids, rows), h)
-    if slots is None:
-        return None
-    y: mx.array = run(h, slots, scores)
-    block.switch_mlp.hold(y)
+    ids = _of_real_rows(ids, rows)
+    if (slots := experts.slots(ids, h)) is None:
+        ways = (lambda slots, way=way: way(h, slots, scores) for way in terms)
+        y: mx.array = add_terms(experts.in_parts(ids, *ways), h)
+    else:
+        y = run(h, slots, scores)
+        experts.hold(y)
     if not known:
-        block._step.trace((h,), (block, norm), choose, run)
+        block._step.trace((h,), (block, norm), *functions)
     return y
 
 
-def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[Step, Step] | None:
-    """Return the two halves of a block: before and after the slots are known."""
+def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[Step, ...] | None:
+    """Return the two halves of a block: before and after the slots are known.
+
+    Then the second half for a part of the experts, up to the terms of the sum: of the first part,
+    with the shared expert on the first rank; and of others.
+    """
     shared, matrices = block.shared_expert.matrices(), block.switch_mlp.matrices()
     if not (shared and matrices and wanted(h, matrices, shared, block.top_k)):
         return None
@@ -327,7 +343,11 @@ def _functions(block: SparseMoeBlock, h: mx.array, norm: nn.RMSNorm) -> tuple[St
         mixture = h, slots, scores, matrices, shared
         return expert_mlp_by_kernels(*mixture, norm=norm_parts(norm), residual=h)
 
-    return choose, run
+    def terms(adds_shared: bool, h: mx.array, slots: mx.array, scores: mx.array) -> mx.array:
+        mixture = h, slots, scores, matrices, shared
+        return expert_terms(*mixture, norm=norm_parts(norm), adds_shared=adds_shared)
+
+    return choose, run, partial(terms, block.switch_mlp.is_first), partial(terms, False)
 
 
 @sparse_moe.register

@@ -47,8 +47,10 @@ class DecodeStep:
             h, layers, norm, keys, position
         ):
             return None
-        y, *states = self._traced.functions[0](h, integer(position), integer(position + 1), *states)
-        _put_back(caches, states)
+        y, *after = self._traced.functions[0](h, integer(position), integer(position + 1), *states)
+        _put_back(caches, after[: len(states)])
+        for layer, ids in zip(layers, after[len(states) :], strict=False):  # none on one machine
+            layer.mlp.switch_mlp.note_later(ids)
         return y
 
     def _trace(
@@ -68,13 +70,14 @@ class DecodeStep:
         def step(
             h: mx.array, offset: mx.array, length: mx.array, *states: mx.array
         ) -> tuple[mx.array, ...]:
-            after: list[mx.array] = []
+            after, chosen = list[mx.array](), list[mx.array]()
             pairs = zip(states[::2], states[1::2], strict=True)
             for mixer, block, pair in zip(mixers, blocks, pairs, strict=True):
                 h, *new = mixer(h, *pair, offset, length)
-                h = block(h)
+                h, ids = block(h)
                 after += new
-            return norm(h), *after
+                chosen += [] if ids is None else [ids]
+            return norm(h), *after, *chosen
 
         self._traced.trace((h, keys), (*layers, norm), step)
         return True
