@@ -65,7 +65,7 @@ class ExpertParallel:
         self.resident = False
         self._failure: BaseException | None = None
         self._seen = 0
-        self._choices: list[tuple[int, mx.array]] = []
+        self._choices: list[mx.array] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return itself: copies of a model share the group."""
@@ -106,9 +106,9 @@ class ExpertParallel:
         with self._together("loading", LOADING):
             self.resident = all(gather_json(self.group, holds_all))
 
-    def note_later(self, layer: int, ids: mx.array) -> None:
-        """Note a router's choice in `finish`, where a GPU has computed it."""
-        self._choices.append((layer, ids))
+    def note_later(self, ids: mx.array) -> None:
+        """Note a router's choice in `finish`, when a GPU has computed it."""
+        self._choices.append(ids.reshape(-1))
 
     def lazy_total(self, rows: mx.array) -> mx.array:
         """Add up outputs `[...]` over the ranks as `total` does, while no rank can fail."""
@@ -244,10 +244,9 @@ class ExpertParallel:
             FlashMoEError: a rank failed, or its routers chose other experts; on all ranks.
         """
         if self._choices or not self.mode.adds_up:
-            choices, self._choices = self._choices, []
-            mx.eval(logits, [ids for _, ids in choices])
-            for layer, ids in choices:
-                self.note(layer, np.array(ids))
+            chosen, self._choices = mx.concatenate([*self._choices, mx.zeros(0, mx.uint32)]), []
+            mx.eval(logits, chosen)
+            self.note(0, np.array(chosen))
             self._check(self._sum(mx.zeros(0), "a token")[1], "a token")
 
 

@@ -134,7 +134,7 @@ class StreamedLayer(nn.Module):
     def note_later(self, ids: mx.array) -> None:
         """Let the ranks compare the router's choice after the token."""
         if self._parallel:
-            self._parallel.note_later(self.number, ids)
+            self._parallel.note_later(ids)
 
     def lazy_total(self, outputs: mx.array) -> mx.array:
         """Add up the ranks' outputs `[...]`, if `in_memory`."""
