@@ -69,7 +69,7 @@ def answer(model: Any, right: Any) -> dict[str, np.ndarray]:
     for place in range(TOKENS):
         tokens.append(mx.argmax(logits, axis=-1).item())
         rows.append(np.array(logits.astype(mx.float32)))
-        last = right["tokens"][place] if right else tokens[-1]
+        last = int(right["tokens"][place]) if right else tokens[-1]
         logits = model(mx.array([[last]]), cache=cache)[:, -1]
     return {"tokens": np.array(tokens), "logits": np.concatenate(rows)}
 
