@@ -110,6 +110,11 @@ class ExpertParallel:
         """Note a router's choice in `finish`, when a GPU has computed it."""
         self._choices.append(ids.reshape(-1))
 
+    @property
+    def has_choices(self) -> bool:
+        """Say whether `finish` has choices to note."""
+        return bool(self._choices)
+
     def lazy_total(self, rows: mx.array) -> mx.array:
         """Add up outputs `[...]` over the ranks as `total` does, while no rank can fail."""
         return mx.distributed.all_sum(rows, group=self.group) if self.mode.adds_up else rows

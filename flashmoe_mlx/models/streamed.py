@@ -198,7 +198,7 @@ class StreamedModule(nn.Module):
         with parallel.step():
             mx.eval(inputs)  # they may come from a collective, which goes first on every rank
             logits = self._stage(parallel, forward, inputs) if self._is_stage else forward()
-            if inputs.shape[1] == 1:
+            if inputs.shape[1] == 1 or parallel.has_choices:
                 parallel.finish(logits)
             elif cache:  # here, where the watchdog looks
                 mx.eval([c.state for c in cache if not c.empty()])

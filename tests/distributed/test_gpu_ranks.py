@@ -59,3 +59,10 @@ def test_ranks_decode_in_one_trace(ran):
     tiny, found = ran
     assert found[1, 0, tiny, "all"]["whole"] == found[2, 1, tiny, "all"]["whole"] > 0
     assert found[2, 0, tiny, "few"]["whole"] == 0
+
+
+@pytest.mark.parametrize("name", ["tiny", FAMILY])
+def test_one_gpu_answers_alike_with_few_slots(ran, name):
+    tiny, found = ran
+    few, everything = (found[1, 0, tiny if name == "tiny" else name, c] for c in ("few", "all"))
+    assert mx.array_equal(few["logits"], everything["logits"])
