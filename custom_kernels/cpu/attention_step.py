@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numba import prange
 
 from ..attention.step import AttentionHeads
 from ..shapes import expect, expect_count
-from .arrays import Array, compiled, exp, serial, sigmoid, use_threads
+from .arrays import Array, compiled, exp, serial, sigmoid, use_threads, view
 from .decode import Norm
 from .records import rms_norm
 
@@ -123,3 +124,13 @@ def attend(queries: Array, projected: Array, keys: Array, values: Array, length:
     use_threads(2 * batch * heads * length * dim)
     _attend(queries, projected, keys, values, length, dim**-0.5, out)
     return out
+
+
+def compile_kernels() -> None:
+    """Compile the kernels by running one head of each kind."""
+    heads, weight = AttentionHeads(1, 1, 2, 2), np.ones(2, np.float32)
+    projected, keys = np.zeros((1, 1, 4), np.float32), np.zeros((1, 1, 2), np.float32)
+    cache = mx.zeros((1, 1, 1, 2))
+    mx.eval(cache)
+    queries, _ = prepare(projected, keys, ((weight, 1e-6), (weight, 1e-6)), heads, 1e4, 0)
+    attend(queries, projected, view(cache), view(cache), 1)

@@ -229,9 +229,6 @@ def prepare(bits: int, group_size: int) -> None:
 
     h, norm, gains = mx.zeros((1, 1, size)), nn.RMSNorm(size), mx.zeros(1)
     linear_step(h, [layer(size)], norm)
-    heads = AttentionHeads(1, 1, size, size)
-    qkv, head_norms = [layer(n * size) for n in (2, 1, 1)], [nn.RMSNorm(size)] * 2
-    attention_step(h, qkv, layer(size), norm, head_norms, heads, 1e4, KVCache())
     conv, one_head = mx.zeros((3 * size, 4, 1)), Heads(1, 1, size, size)
     weights = MixerWeights(one_head, conv, gains, gains, h[0, 0], 1e-6)
     inputs = [layer(n) for n in (3 * size, size, 1, 1)]
@@ -245,3 +242,7 @@ def prepare(bits: int, group_size: int) -> None:
         yield np.arange(ids.size), ids.reshape(-1)
 
     moe_step(h, layer(1), layer(1), shared, [expert] * 3, norm, 1, True, batches)
+    heads = AttentionHeads(1, 1, size, size)
+    qkv, head_norms = [layer(n * size) for n in (2, 1, 1)], [nn.RMSNorm(size)] * 2
+    # Last: the other process has compiled its kernels by now.
+    attention_step(h, qkv, layer(size), norm, head_norms, heads, 1e4, KVCache())

@@ -73,14 +73,15 @@ def compile_all(formats: str) -> None:
 
 
 def compile_part(formats: str, part: int) -> None:
-    """Compile the kernels of prompts (part 0) or of decoding (1), which take about as long."""
-    from . import block, decode, gated_delta, prefill
+    """Compile attention and prompts' kernels (part 0), or the rest (1), which take as long."""
+    from . import attention_step, block, decode, gated_delta, prefill
 
     known = json.loads(formats)
     taken = [(b, g) for b, g, _ in known if b in prefill.BITS and g in prefill.GROUP_SIZES]
     if part == 1:
         block.prepare(*(taken or [(4, 64)])[0])
         return
+    attention_step.compile_kernels()
     for bits, group_size, dtype in known:
         prefill.prepare(bits, group_size, getattr(mx, dtype))
     for bits, group_size in taken[1:]:
