@@ -32,7 +32,7 @@ def ran(tmp_path_factory):
         patch.setenv("FLASHMOE_KERNELS", "custom")
         patch.setenv("FLASHMOE_SHARDING", "exact")
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        for ranks in (1, 2, 3):
+        for ranks in (1, 3):
             (out := folder / str(ranks)).mkdir()
             jobs = [f"{folder / m}:{c}" for m, least in few.items() for c in (least, ALL)]
             run(out, ranks, [ANSWER, out, *jobs])
@@ -44,21 +44,20 @@ def ran(tmp_path_factory):
 
 
 @pytest.mark.parametrize("cache", ["few", "all"])
-@pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", ["tiny", FAMILY])
-def test_ranks_equal_one_gpu_to_the_bit(ran, ranks, name, cache):
+def test_ranks_equal_one_gpu_to_the_bit(ran, name, cache):
     tiny, found = ran
     model = tiny if name == "tiny" else name
     right = found[1, 0, model, cache]["logits"]
     assert mx.isfinite(right).all() and len(right) > 10
-    for rank in range(ranks):
-        assert mx.array_equal(found[ranks, rank, model, cache]["logits"], right), rank
+    for rank in range(3):
+        assert mx.array_equal(found[3, rank, model, cache]["logits"], right), rank
 
 
 def test_ranks_decode_in_one_trace(ran):
     tiny, found = ran
-    assert found[1, 0, tiny, "all"]["whole"] == found[2, 1, tiny, "all"]["whole"] > 0
-    assert found[2, 0, tiny, "few"]["whole"] == 0
+    assert found[1, 0, tiny, "all"]["whole"] == found[3, 1, tiny, "all"]["whole"] > 0
+    assert found[3, 0, tiny, "few"]["whole"] == 0
 
 
 @pytest.mark.parametrize("name", ["tiny", FAMILY])
