@@ -14,7 +14,7 @@ from _signal import SIGINT, default_int_handler  # type: ignore[import-not-found
 from _signal import getsignal as get_handler  # `signal` itself takes 5 ms to import
 from _signal import signal as set_handler
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING
 
 from .errors import FlashMoEError
@@ -176,6 +176,23 @@ def importing() -> Iterator[None]:
         yield
     finally:
         set_handler(SIGINT, before)
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+    """Hide PyTorch from transformers in a process of ours: it takes seconds to import.
+
+    Tokenizers do not need it; whoever imports it later gets it.
+    """
+    if running() is None or "torch" in sys.modules:
+        yield
+        return
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    modules["torch"] = None
+    try:
+        yield
+    finally:
+        del modules["torch"]
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

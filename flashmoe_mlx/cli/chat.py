@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ..commands import add_version, as_command, importing
+from ..commands import add_version, as_command, importing, without_torch
 from ..progress import bar
 from .options import number
 from .streaming_options import add_streaming
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def work() -> None:
         args = build_parser().parse_args(argv)
-        with importing(), bar(None, what="starting"):
+        with importing(), without_torch(), bar(None, what="starting"):
             from ..requirements import check_mlx
 
             check_mlx()

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ..commands import as_command, importing
+from ..commands import as_command, importing, without_torch
 from ..errors import FlashMoEError
 from ..progress import bar
 from .options import as_text, check_options
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """
     check_options(args)
     prompt = find_prompt(args.text, args.prompt)
-    with importing(), bar(None, what="starting"):
+    with importing(), without_torch(), bar(None, what="starting"):
         from ..requirements import check_mlx
 
         check_mlx()

@@ -126,6 +126,24 @@ def test_ctrl_c_while_it_shuts_down(register, tmp_path):
     assert "Flash-MoE" in done.stdout
 
 
+def test_a_command_does_not_wait_for_pytorch(tmp_path):
+    """transformers imports it if it is installed, which takes seconds."""
+    (torch := tmp_path / "torch").mkdir()
+    (torch / "__init__.py").write_text("open(__file__ + '.imported', 'w')")
+    (info := tmp_path / "torch-2.11.0.dist-info").mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def imports(*command: str) -> bool:
+        (mark := torch / "__init__.py.imported").unlink(missing_ok=True)
+        subprocess.run([sys.executable, *command], env=environment, capture_output=True)
+        return mark.exists()
+
+    assert imports("-c", "import mlx_lm")
+    refused = "--plot", "x.bmp"  # after the imports
+    assert not imports("-m", "flashmoe_mlx", "generate", "Hello", *refused)
+
+
 def as_plan(tmp_path: Path, work: str, **options) -> subprocess.CompletedProcess[str]:
     """Run `work` in a process that looks like flashmoe-plan."""
     path = tmp_path / "flashmoe-plan"
