@@ -76,7 +76,7 @@ def expert_mlp(
     Args:
         x: `[N, H]`.
         tokens: `[assignments]` uint32, the row of x of each.
-        slots: `[assignments]` uint32, the slot of each.
+        slots: `[assignments]` uint32, the slot of each; or NONE, whose result is undefined.
         matrices: gate, up and down projections.
         whole: size of the layer's work, of which these assignments may be a part.
 
@@ -117,6 +117,7 @@ def _gathered(
     in_order = not is_cuda() and whole.assignments >= LEAST_PER_SLOT * max(whole.experts, 4)
     least = LEAST_PER_SLOT * max(len(matrices[0].codes), 4) if in_order else LEAST_ASSIGNMENTS
     padding = max(0, min(least, whole.assignments) - slots.size)
+    slots = mx.minimum(slots, len(matrices[0].codes) - 1)  # of NONE, any
     order = mx.argsort(slots)
     places = mx.put_along_axis(slots, order, mx.arange(slots.size, dtype=mx.uint32), axis=0)
     if padding:

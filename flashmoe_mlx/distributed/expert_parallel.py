@@ -242,15 +242,15 @@ class ExpertParallel:
             )
         return error
 
-    def finish(self, logits: mx.array) -> None:
-        """Compare all ranks' status after a decode step, if its sums did not.
+    def finish(self, results: Any) -> None:
+        """Evaluate a step's results, and compare all ranks' status if its sums did not.
 
         Raises:
             FlashMoEError: a rank failed, or its routers chose other experts; on all ranks.
         """
         if self._choices or not self.mode.adds_up:
             chosen, self._choices = mx.concatenate([*self._choices, mx.zeros(0, mx.uint32)]), []
-            mx.eval(logits, chosen)
+            mx.eval(results, chosen)
             self.note(0, np.array(chosen))
             self._check(self._sum(mx.zeros(0), "a token")[1], "a token")
 

@@ -140,6 +140,10 @@ class StreamedLayer(nn.Module):
         """Add up the ranks' outputs `[...]`, if `in_memory`."""
         return self._parallel.lazy_total(outputs) if self._parallel else outputs
 
+    def total_of(self, outputs: mx.array) -> mx.array:
+        """Add up the ranks' results of `outputs_in_batches`."""
+        return self.lazy_total(outputs) if self.in_memory else self.total(outputs)
+
     def _slots_by_part(self, ids: mx.array) -> Iterator[mx.array]:
         """Load this rank's experts, as many as there are slots at once, and yield their slots."""
         backend, most = self._store.backend, len(self._store.banks[self._layer])

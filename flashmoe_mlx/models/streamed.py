@@ -198,10 +198,13 @@ class StreamedModule(nn.Module):
         with parallel.step():
             mx.eval(inputs)  # they may come from a collective, which goes first on every rank
             logits = self._stage(parallel, forward, inputs) if self._is_stage else forward()
-            if inputs.shape[1] == 1 or parallel.has_choices:
-                parallel.finish(logits)
+            one = inputs.shape[1] == 1
+            states = [c.state for c in cache or () if not c.empty()]
+            done = logits if one or not cache else states  # nobody may want a prompt's logits
+            if one or parallel.has_choices:
+                parallel.finish(done)
             elif cache:  # here, where the watchdog looks
-                mx.eval([c.state for c in cache if not c.empty()])
+                mx.eval(states)
             return logits
 
     @property

@@ -25,6 +25,7 @@ from ..custom_kernels.experts.prefill import (
     expert_mlp,
 )
 from ..custom_kernels.op import Op
+from ..custom_kernels.reference import NONE
 from ..custom_kernels.weights import QuantizedMatrix, Shared
 from ..distributed.expert_parallel import ExpertParallel
 from ..format.modules import ExpertModule, projection_fields, projection_quantization
@@ -195,7 +196,7 @@ def _by_gpu(experts: StreamedSwitch, x: mx.array, indices: mx.array) -> mx.array
         return None
     y, place = outputs_in_batches(experts, x, indices, matrices)
     if experts.is_split:
-        return experts.total(y).reshape(*indices.shape, -1)
+        return experts.total_of(y).reshape(*indices.shape, -1)
     return y[place].reshape(*indices.shape, -1)
 
 
@@ -238,6 +239,14 @@ def outputs_in_batches(
         whole = Routed(slots.size, experts.count)
         y, place = expert_mlp(rows, tokens, slots, matrices, whole)
         return y, place.reshape(-1, top_k)
+    if experts.in_memory:  # each rank's
+        slots = experts.own_slots(indices.reshape(-1).astype(mx.uint32))
+        experts.note_later(indices)
+        tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
+        y, place = expert_mlp(rows, tokens, slots, matrices, Routed(slots.size, experts.count))
+        own = slots != NONE
+        y = mx.where(own[:, None], y[mx.where(own, place, 0)], 0)
+        return y, mx.arange(slots.size, dtype=mx.uint32).reshape(-1, top_k)
     ids = np.array(indices).reshape(-1)
     whole = Routed(ids.size, experts.count)
     outputs, places, orders, starts = [], list[mx.array](), list[np.ndarray](), [0]

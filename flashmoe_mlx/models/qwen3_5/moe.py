@@ -73,7 +73,7 @@ class ResidentExperts(SwitchGLU):
     holds_all = in_memory = True
     is_split, weighs_first, is_first = False, False, True
 
-    def total(self, outputs: mx.array) -> mx.array:
+    def total_of(self, outputs: mx.array) -> mx.array:
         """Return the outputs: no other machine has experts."""
         return outputs
 
@@ -211,8 +211,8 @@ def _weighted(
     """Return the weighted sum, in the router's order."""
     y, place = outputs_in_batches(experts, x, indices, matrices)
     first = experts.weighs_first and x.shape[-2] > 1
-    mixture = combine(y if first else experts.total(y), place, scores.reshape(place.shape))
-    return (experts.total(mixture) if first else mixture).reshape(x.shape)
+    mixture = combine(y if first else experts.total_of(y), place, scores.reshape(place.shape))
+    return (experts.total_of(mixture) if first else mixture).reshape(x.shape)
 
 
 def _of_real_rows(ids: mx.array, rows: mx.array | None) -> mx.array:
