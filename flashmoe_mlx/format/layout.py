@@ -17,8 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..errors import FlashMoEError
 from .headers import TensorInfo, checkpoint_headers, read_header
 from .json_file import exists, read_json
@@ -77,13 +75,6 @@ class LayerLayout:
             for f in self.fields
         )
         return LayerLayout(self.layer, len(numbers), tuple(fields), numbers)
-
-    def own(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return these experts' flat positions in the model's `ids`, and their numbers here."""
-        numbers = self.numbers or range(self.num_experts)
-        place, rest = np.divmod(ids.reshape(-1).astype(np.int64) - numbers.start, numbers.step)
-        mine = np.flatnonzero((rest == 0) & (place >= 0) & (place < len(numbers)))
-        return mine, place[mine]
 
     @property
     def record_bytes(self) -> int:

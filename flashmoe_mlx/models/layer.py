@@ -9,6 +9,7 @@ import numpy as np
 from ..custom_kernels.launch import settled
 from ..custom_kernels.reference import NONE
 from ..distributed.expert_parallel import ExpertParallel
+from ..format.layout import LayerLayout
 from ..store.scheduler import expert_batches
 from ..store.store import ExpertStore
 
@@ -87,7 +88,7 @@ class StreamedLayer(nn.Module):
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Load this rank's experts; keep an error, which all ranks raise together in `total`."""
         parallel.note(self.number, ids)
-        places, own = self._store.layout.layers[self._layer].own(ids)
+        places, own = _own(self._store.layout.layers[self._layer], ids)
         try:
             for batch, slots in expert_batches(self._store, self._layer, own):
                 yield places[batch], slots
@@ -147,10 +148,10 @@ class StreamedLayer(nn.Module):
     def _slots_by_part(self, ids: mx.array) -> Iterator[mx.array]:
         """Load this rank's experts, as many as there are slots at once, and yield their slots."""
         backend, most = self._store.backend, len(self._store.banks[self._layer])
-        chosen, layer = backend.to_host(ids), self._store.layout.layers[self._layer]
+        chosen = backend.to_host(ids)
         if self._parallel:
             self._parallel.note(self.number, chosen)
-        places, own = layer.own(chosen)
+        places, own = _own(self._store.layout.layers[self._layer], chosen)
         wanted = np.unique(own)
         try:
             for start in range(0, len(wanted), most):
@@ -190,3 +191,11 @@ class StreamedLayer(nn.Module):
     def hold(self, consumer: mx.array, slots: np.ndarray | None = None) -> None:
         """Keep all slots, or these, unchanged until `consumer` is evaluated."""
         self._store.hold(consumer, self._layer, None if slots is None else slots.tolist())
+
+
+def _own(layer: LayerLayout, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the flat positions in `ids` of a layer's experts, and their numbers in the layer."""
+    numbers = layer.numbers or range(layer.num_experts)
+    place, rest = np.divmod(ids.reshape(-1).astype(np.int64) - numbers.start, numbers.step)
+    mine = np.flatnonzero((rest == 0) & (place >= 0) & (place < len(numbers)))
+    return mine, place[mine]

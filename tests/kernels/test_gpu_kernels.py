@@ -83,9 +83,9 @@ def test_whole_mixture(geometry):
 
 @both
 @dtype_cases
-@pytest.mark.parametrize("top_k", [3, 16])
-def test_two_machines_compute_what_one_does(geometry, dtype, top_k):
-    case = ExpertsCase(384, 1088, 20, top_k, 4, 64, dtype, dtype, tokens=2)
+@pytest.mark.parametrize("inner, top_k", [(544, 2), (32, 16)])
+def test_two_machines_compute_what_one_does(geometry, dtype, inner, top_k):
+    case = ExpertsCase(32, inner, top_k + 1, top_k, 4, 32, dtype, dtype, tokens=2)
     inputs = case.inputs()
     with metal_on_cpu("fast"):
         whole, shared = case.custom(*inputs), ExpertTermsCase.custom(case, *inputs)
