@@ -179,12 +179,12 @@ def importing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_torch() -> Iterator[None]:
+def without_torch(foreign_code: bool) -> Iterator[None]:
     """Hide PyTorch from transformers in a process of ours: it takes seconds to import.
 
-    Tokenizers do not need it; whoever imports it later gets it.
+    Tokenizers do not need it; foreign code, such as a user's functions, may.
     """
-    if running() is None or "torch" in sys.modules:
+    if foreign_code or running() is None or "torch" in sys.modules:
         yield
         return
     modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]

@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def work() -> None:
         args = build_parser().parse_args(argv)
-        with importing(), without_torch(), bar(None, what="starting"):
+        foreign = args.trust_remote_code or args.tools is not None
+        with importing(), without_torch(foreign), bar(None, what="starting"):
             from ..requirements import check_mlx
 
             check_mlx()

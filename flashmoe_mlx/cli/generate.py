@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """
     check_options(args)
     prompt = find_prompt(args.text, args.prompt)
-    with importing(), without_torch(), bar(None, what="starting"):
+    with importing(), without_torch(args.trust_remote_code), bar(None, what="starting"):
         from ..requirements import check_mlx
 
         check_mlx()

@@ -141,7 +141,9 @@ def test_a_command_does_not_wait_for_pytorch(tmp_path):
 
     assert imports("-c", "import mlx_lm")
     refused = "--plot", "x.bmp"  # after the imports
-    assert not imports("-m", "flashmoe_mlx", "generate", "Hello", *refused)
+    command = "-m", "flashmoe_mlx", "generate", "Hello", *refused
+    assert not imports(*command)
+    assert imports(*command, "--trust-remote-code")
 
 
 def as_plan(tmp_path: Path, work: str, **options) -> subprocess.CompletedProcess[str]:
