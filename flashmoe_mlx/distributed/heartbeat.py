@@ -4,13 +4,13 @@ A rank may wait for hours in a collective: a server's ranks wait there for reque
 collectives says nothing; a stopped process, a dead host or a cut link shows here.
 """
 
-import atexit
 import contextlib
 import json
 import os
 import secrets
 import select
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..errors import FlashMoEError
 from .collectives import Group, gather_json
 
 BEAT, GOODBYE = b".", b"!"
-CONNECT = 30  # seconds
+CONNECT, LISTEN = 30, 0.05  # seconds
 WORD = 32  # bytes that only the ranks know
 
 
@@ -52,22 +52,35 @@ class Heartbeat:
         self._from.setblocking(False)
         self._to.setblocking(False)
         self.before = (group.rank() - 1) % group.size()
-        self._heard, self._over = time.monotonic(), False
-        atexit.register(self._send, GOODBYE)
+        self._heard, self._over, self._lock = time.monotonic(), False, threading.Lock()
 
     def beat(self, seconds: float) -> None:
         """Send a sign of life, and listen for some seconds."""
         self._send(BEAT)
-        if self._over or not select.select([self._from], [], [], seconds)[0]:
-            time.sleep(seconds if self._over else 0)
-            return
-        try:
-            data = self._from.recv(4096)
-        except OSError:
-            data = b""
-        self._heard = time.monotonic() if data else float("-inf")
-        self._over = GOODBYE in data
-        time.sleep(seconds)
+        if self._over or self._listen(seconds):
+            time.sleep(seconds)
+
+    def leave(self, seconds: float) -> None:
+        """Say goodbye, and wait some seconds for that of the rank before."""
+        self._send(GOODBYE)
+        end = time.monotonic() + seconds
+        while not self._over and self.silence() < float("inf") and time.monotonic() < end:
+            self._listen(LISTEN)
+
+    def _listen(self, seconds: float) -> bool:
+        """Wait for something from the rank before; return whether it came."""
+        if not select.select([self._from], [], [], seconds)[0]:
+            return False
+        with self._lock:
+            try:
+                data = self._from.recv(4096)
+            except BlockingIOError:  # another thread has taken it
+                return True
+            except OSError:
+                data = b""
+            self._over = self._over or GOODBYE in data
+            self._heard = time.monotonic() if data else float("-inf")
+        return True
 
     def silence(self) -> float:
         """Return for how many seconds the rank before has been silent; infinite if it ended."""

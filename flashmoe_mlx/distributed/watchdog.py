@@ -3,6 +3,7 @@
 MLX's collectives have no time limit, and `mlx.launch` leaves its ranks running if it is killed.
 """
 
+import atexit
 import contextlib
 import os
 import select
@@ -15,7 +16,7 @@ from typing import NoReturn
 from .heartbeat import Heartbeat
 
 EXIT_CODE = 75  # "temporary failure": a supervisor may start the ranks again
-LOOK = 0.5  # seconds
+LOOK, FAREWELL = 0.5, 2  # seconds
 STDOUT = 1
 
 
@@ -35,6 +36,7 @@ class Watchdog(threading.Thread):
         self._launcher = os.getppid()
         self._what, self._limit, self._deadline = "", timeout, float("inf")
         self.heartbeat: Heartbeat | None = None
+        atexit.register(self._leave)
         self.start()
 
     def progress(self, what: str) -> None:
@@ -66,12 +68,24 @@ class Watchdog(threading.Thread):
                     "hangs or has lost its connection. Start all ranks again; "
                     "FLASHMOE_COLLECTIVE_TIMEOUT=SECONDS allows slower ones."
                 )
-            if self.heartbeat and (silent := self.heartbeat.silence()) > self.timeout:
-                ended = "ended" if silent == float("inf") else f"was silent for {silent:.0f} s"
-                end_process(
-                    f"{self._who}: rank {self.heartbeat.before} {ended}; its own output may say "
-                    "why. Start all ranks again."
-                )
+            self._check_heartbeat()
+
+    def _check_heartbeat(self) -> None:
+        if self.heartbeat and (silent := self.heartbeat.silence()) > self.timeout:
+            ended = "ended" if silent == float("inf") else f"was silent for {silent:.0f} s"
+            end_process(
+                f"{self._who}: rank {self.heartbeat.before} {ended}; its own output may say "
+                "why. Start all ranks again."
+            )
+
+    def _leave(self) -> None:
+        """Notice at exit if the rank before ended without a goodbye.
+
+        A server's thread may lose its connection in a collective of mlx-lm's, and nothing remains.
+        """
+        if self.heartbeat:
+            self.heartbeat.leave(FAREWELL)
+            self._check_heartbeat()
 
 
 def _nobody_reads() -> bool:

@@ -147,6 +147,33 @@ def test_the_watchdog_waits_while_kernels_compile(monkeypatch):
     assert not said
 
 
+LEAVES = """
+import os, signal, sys, time
+import mlx.core as mx
+from flashmoe_mlx.distributed.expert_parallel import EXACT, ExpertParallel
+group = mx.distributed.init()
+ExpertParallel(group, EXACT, 60).compare({"host": "a"})
+if group.rank() == 0:
+    open(sys.argv[1], "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.001)
+"""
+
+
+def test_a_rank_that_leaves_notices_that_the_other_was_killed(tmp_path):
+    ranks = start(tmp_path, 2, ["-c", LEAVES, tmp_path / "killed"])
+    printed = finish(ranks)
+    assert ranks[1].returncode == ENDED
+    assert "rank 1 of 2: rank 0 ended; its own output may say why" in printed[1]
+
+
+def test_ranks_that_leave_together_end_well(tmp_path):
+    ranks = start(tmp_path, 2, ["-c", LEAVES.replace("os.kill(", "print("), tmp_path / "left"])
+    printed = finish(ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+
+
 def test_a_rank_ends_if_its_launcher_ended_before_the_watch_began():
     code = "from flashmoe_mlx.distributed.watchdog import Watchdog; import time\n"
     code += "Watchdog(60, 'rank 0 of 2'); time.sleep(60)"
