@@ -4,7 +4,7 @@
     python tools/convert_memory.py FOLDER gpt_oss [flags of flashmoe-convert]
 
 Writes 2.9 GB of DeepSeek-V3's shapes in FP8 (three layers, the first one dense, 16 experts), or
-3.5 GB of gpt-oss-120b's in mxfp4 (two layers); 16,384 token ids.
+3.7 GB of gpt-oss-120b's in mxfp4 (two layers); 16,384 token ids.
 """
 
 import json

@@ -198,13 +198,13 @@ class StreamedModule(nn.Module):
         with parallel.step():
             mx.eval(inputs)  # they may come from a collective, which goes first on every rank
             logits = self._stage(parallel, forward, inputs) if self._is_stage else forward()
-            one = inputs.shape[1] == 1
-            states = [c.state for c in cache or () if not c.empty()]
-            done = logits if one or not cache else states  # nobody may want a prompt's logits
-            if one or parallel.has_choices:
-                parallel.finish(done)
-            elif cache:  # here, where the watchdog looks
-                mx.eval(states)
+            if inputs.shape[1] == 1:
+                parallel.finish(logits)
+                return logits
+            if cache:  # here, where the watchdog looks; nobody may want a prompt's logits
+                mx.eval([c.state for c in cache if not c.empty()])
+            if parallel.has_choices:
+                parallel.finish(() if cache else logits)
             return logits
 
     @property

@@ -233,17 +233,16 @@ def outputs_in_batches(
         `[rows, H]`, and `[tokens, K]` uint32.
     """
     rows, top_k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
-    if experts.holds_all:
+    if experts.in_memory:
         slots = indices.reshape(-1)
+        if experts.is_split:
+            experts.note_later(indices)
+            slots = experts.own_slots(slots.astype(mx.uint32))
         tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
         whole = Routed(slots.size, experts.count)
         y, place = expert_mlp(rows, tokens, slots, matrices, whole)
-        return y, place.reshape(-1, top_k)
-    if experts.in_memory:  # each rank's
-        slots = experts.own_slots(indices.reshape(-1).astype(mx.uint32))
-        experts.note_later(indices)
-        tokens = mx.arange(slots.size, dtype=mx.uint32) // top_k
-        y, place = expert_mlp(rows, tokens, slots, matrices, Routed(slots.size, experts.count))
+        if not experts.is_split:
+            return y, place.reshape(-1, top_k)
         own = slots != NONE
         y = mx.where(own[:, None], y[mx.where(own, place, 0)], 0)
         return y, mx.arange(slots.size, dtype=mx.uint32).reshape(-1, top_k)

@@ -74,11 +74,11 @@ def test_whole_mixture(geometry):
     for kind in (ExpertsCase, ExpertTermsCase, ExpertOutputsCase):
         case = kind(*others, "float32", "float16", down_bits=4, shared_bits=8, tokens=2)
         check(case_of(case), FAST)
-    for dtype in ("float16", "bfloat16"):
-        with metal_on_cpu("fast"):
-            case = kind(*others, dtype, dtype, down_bits=4, shared_bits=8)
-            verdict = autotune.check(case)
-        assert verdict.ok, verdict
+        for dtype in ("float16", "bfloat16"):
+            with metal_on_cpu("fast"):
+                case = kind(*others, dtype, dtype, down_bits=4, shared_bits=8)
+                verdict = autotune.check(case)
+            assert verdict.ok, verdict
 
 
 @both
