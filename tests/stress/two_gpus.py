@@ -1,10 +1,11 @@
 """Two NVIDIA GPUs of one host, through NCCL, beside one GPU: equality, speed, sums and faults.
 
-    python tests/stress/two_gpus.py [--layers 40] [--folder DIR] [--steps one,exact,tensor,...]
+    python tests/stress/two_gpus.py [--layers 40] [--folder DIR] [--steps one,...] [--runs 5]
 
-35B geometry, random weights, all experts resident. `exact` must give one GPU's 64 tokens and logits
-to the bit, `tensor` is compared with them. Faults of the second rank must end both within the
-watchdog's time. Each line is printed as it comes.
+35B geometry, random weights, bfloat16, all experts resident. `exact` must give one GPU's 64 tokens
+and logits to the bit. `tensor` rounds otherwise: `float32`, stock on one GPU, shows how far from it
+`tensor` is and how far one GPU. Faults of the second rank must end both within the watchdog's time.
+Each line is printed as it comes.
 """
 
 import argparse
@@ -28,11 +29,12 @@ from flashmoe_mlx.bench.synthetic import Recipe, checkpoint
 from flashmoe_mlx.cli.stock import stacked_experts, stock_model
 from flashmoe_mlx.store.store import ExpertStore
 
-VOCABULARY, PROMPT, LONG, TOKENS, RUNS = 248320, 200, 2048, 64, 5
-TIMEOUT, LIMIT = 10, 300  # seconds: of the watchdog in trials of faults; of a step
+VOCABULARY, PROMPT, LONG, TOKENS = 248320, 200, 2048, 64
+TIMEOUT, LIMIT = 10, 500  # seconds: of the watchdog in trials of faults; of a step
 LAUNCH = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
-ALONE, FAULTS = ("one", "stock-one"), ("eio", "SIGKILL", "SIGSTOP")
-STEPS = "one", "sums", "exact", "auto", "tensor", "stock", "pipeline", *FAULTS
+KEPT, FAULTS = ("one", "float32"), ("eio", "SIGKILL", "SIGSTOP")
+ALONE = *KEPT, "stock-one"
+STEPS = *KEPT, "sums", "exact", "auto", "tensor", "stock", "pipeline", *FAULTS
 SHARDING = {"auto", "tensor"}  # else exact
 
 
@@ -49,10 +51,12 @@ def say(step: str, *words: Any) -> None:
 
 def opened(step: str, path: Path) -> Any:
     """Return the model that a step measures, shared with the other rank."""
-    if step.startswith("stock"):
+    if step == "float32" or step.startswith("stock"):
         sizes = json.loads((path / "config.json").read_text())["text_config"]
         experts = sizes["num_hidden_layers"], sizes["num_experts"]
         model = stock_model(path, stacked_experts(path, *experts))
+        if step == "float32":
+            model.set_dtype(mx.float32)
     else:
         model, _ = load(path)
     if step == "pipeline":
@@ -100,27 +104,34 @@ def prefill(model: Any) -> float:
     return LONG / (time.perf_counter() - start)
 
 
-def measure(step: str, path: Path, folder: Path) -> None:
-    """Compare a step's answer with one GPU's, and time it."""
-    model = opened(step, path)
-    if not step.startswith("stock"):
-        kept = folder / "one.npz"
-        found = answer(model, None if step == "one" else np.load(kept))
-        if step == "one":
-            np.savez(kept, **found)
-        right = np.load(kept)
+def compare(step: str, model: Any, folder: Path) -> None:
+    """Compare a step's answer with those kept, and keep one GPU's."""
+    files = {name: folder / f"{name}.npz" for name in KEPT}
+    found = answer(model, None if step == "one" else np.load(files["one"]))
+    if step in KEPT:
+        np.savez(files[step], **found)
+    for name, right in ((name, np.load(file)) for name, file in files.items() if file.exists()):
         same = int((found["tokens"] == right["tokens"]).sum())
+        bits = bool((found["logits"] == right["logits"]).all())
         off = np.linalg.norm(found["logits"] - right["logits"], axis=-1)
         off /= np.linalg.norm(right["logits"], axis=-1)
-        bits = bool((found["logits"] == right["logits"]).all())
-        say(step, f"{same} of {TOKENS} tokens equal, logits {'equal' if bits else 'off'}")
-        say(step, f"relative error first {off[0]:.4f}, median {np.median(off):.4f}")
+        errors = f"relative errors: first {off[0]:.4f}, median {np.median(off):.4f}"
+        equal = "logits equal" if bits else errors
+        say(step, f"beside {name}: {same} of {TOKENS} tokens equal, {equal}")
+
+
+def measure(step: str, path: Path, folder: Path, runs: int) -> None:
+    """Compare a step's answer with one GPU's, and time it."""
+    model = opened(step, path)
+    compare(step, model, folder)
+    if hasattr(model, "expert_stats"):
         stats, counts = model.expert_stats(), model.expert_counts()
         say(step, f"{counts[0]} experts in memory, {model.expert_cache()}, asked {stats.asked}")
     for name, run in (("decode", lambda: decode(model, 32)), ("prefill", lambda: prefill(model))):
-        run()
-        rates = [run() for _ in range(RUNS)]
-        say(step, f"{name} {statistics.median(rates):.1f} tok/s of", *(f"{r:.1f}" for r in rates))
+        rates = [run() for _ in range(runs + 1)][1:] if runs else []  # the first compiles
+        if rates:
+            median, each = statistics.median(rates), (f"{rate:.1f}" for rate in rates)
+            say(step, f"{name} {median:.1f} tok/s of", *each)
     together()
 
 
@@ -146,9 +157,9 @@ def _broken(*_: Any) -> None:
     raise OSError(5, "Input/output error")
 
 
-def start(step: str, path: Path, folder: Path) -> None:
+def start(step: str, path: Path, folder: Path, runs: int) -> None:
     """Run a step in one process or two, and print how it ended."""
-    own = [str(Path(__file__)), "--rank", step, str(path), str(folder)]
+    own = [str(Path(__file__)), "--runs", str(runs), "--rank", step, str(path), str(folder)]
     command, env = [sys.executable, *own], dict(os.environ)
     if step in ALONE:
         env["CUDA_VISIBLE_DEVICES"] = "0"
@@ -167,7 +178,7 @@ def start(step: str, path: Path, folder: Path) -> None:
         code: Any = subprocess.run(command, env=env, timeout=LIMIT).returncode
     except subprocess.TimeoutExpired:
         code = "hung"
-    subprocess.run(["pkill", "-9", "-f", "two_gpus.py --rank"], check=False)
+    subprocess.run(["pkill", "-9", "-f", "two_gpus.py .*--rank"], check=False)
     say(step, f"ended after {time.monotonic() - began:.0f} s: {code}")
 
 
@@ -176,17 +187,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=40)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/two_gpus"))
     parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument("--runs", type=int, default=5, help="of each speed; 0: none")
     parser.add_argument(
         "--rank", nargs=3, metavar=("STEP", "MODEL", "FOLDER"), help="a rank's part"
     )
     args = parser.parse_args()
     if args.rank:
         step, path, folder = args.rank[0], Path(args.rank[1]), Path(args.rank[2])
-        fail(step, path) if step in FAULTS else measure(step, path, folder)
+        fail(step, path) if step in FAULTS else measure(step, path, folder, args.runs)
         return
     path = checkpoint(Recipe("35b", args.layers, VOCABULARY, 4), args.folder)
     for step in args.steps.split(","):
-        start(step, path, args.folder)
+        start(step, path, args.folder, args.runs)
 
 
 if __name__ == "__main__":
