@@ -87,7 +87,7 @@ def gated_delta(
         q: `[B, T, Hk, Dk]` normalized queries, scale folded in.
         k: `[B, T, Hk, Dk]` normalized keys.
         v: `[B, T, Hv, Dv]` values; Hv is a multiple of Hk.
-        g: `[B, T, Hv]` decay in (0, 1].
+        g: `[B, T, Hv]` decay in (0, 1], or `[B, T, Hv, Dk]`, one for each column of S.
         beta: `[B, T, Hv]` write strength.
         state: `[B, Hv, Dv, Dk]` float32.
         mask: `[B, T]` bool, False for padding.
@@ -98,9 +98,10 @@ def gated_delta(
     q, k, v, g, beta = (t.astype(mx.float32) for t in (q, k, v, g, beta))
     repeat = v.shape[2] // k.shape[2]
     q, k = (mx.repeat(t, repeat, axis=2) for t in (q, k))
+    g = g[..., None] if g.ndim == 3 else g
     outputs = []
     for t in range(q.shape[1]):
-        new = state * g[:, t, :, None, None]
+        new = state * g[:, t, :, None]
         error = v[:, t] - (new * k[:, t, :, None, :]).sum(-1)
         new = new + (error * beta[:, t, :, None])[..., None] * k[:, t, :, None, :]
         outputs.append((new * q[:, t, :, None, :]).sum(-1))

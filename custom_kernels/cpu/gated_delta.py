@@ -74,6 +74,7 @@ def _scan(
     g, beta = gates
     batch, tokens, value_heads, value_dim = v.shape
     key_heads, key_dim = k.shape[2:]
+    by_column = g.shape[3] > 1
     blocks = (value_dim + ROWS - 1) // ROWS
     for unit in prange(batch * value_heads * blocks):
         b, h = unit // blocks // value_heads, unit // blocks % value_heads
@@ -83,11 +84,24 @@ def _scan(
         for d in range(first, last):
             copy(state[b, h, d], final[b, h, d])
         for t in range(tokens):
-            decay, strength = g[b, t, h], beta[b, t, h]
+            decays, strength = g[b, t, h], beta[b, t, h]
             key, query = k[b, t, key_head], q[b, t, key_head]
+            decay = decays[0]
             for d in range(first, last):
                 row = final[b, h, d]
                 known = np.float32(0)
+                if by_column:
+                    for i in range(key_dim):
+                        known += decays[i] * row[i] * key[i]
+                    change = (v[b, t, h, d] - known) * strength
+                    out = np.float32(0)
+                    for i in range(key_dim):
+                        new = decays[i] * row[i] + change * key[i]
+                        out += new * query[i]
+                        if mask[b, t]:
+                            row[i] = new
+                    y[b, t, h, d] = out
+                    continue
                 for i in range(key_dim):
                     known += row[i] * key[i]
                 change = (v[b, t, h, d] - decay * known) * strength
@@ -117,7 +131,10 @@ def _gated_norm(y: Array, z: Array, weight: Array, eps: float) -> None:
 def gated_delta(
     q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array, mask: Array | None
 ) -> tuple[Array, Array]:
-    """Scan the gated delta rule; shapes as in `reference.gated_delta`, all float32."""
+    """Scan the gated delta rule; shapes as in `reference.gated_delta`, all float32.
+
+    Decays g may also be `[B, T, Hv, Dk]`, one for each column of the state.
+    """
     if mask is None:
         mask = np.ones(q.shape[:2], np.bool_)
     value_heads, key_heads = v.shape[2], k.shape[2]
@@ -126,10 +143,11 @@ def gated_delta(
             f"{value_heads} value heads are not a multiple of {key_heads} key heads."
         )
     check_rule(q, k, v, g, beta, state, np.float32)
+    decays = g.reshape(*v.shape[:3], -1)
     expect("the mask", mask, v.shape[:2], np.bool_)
     final, y = np.empty_like(state), np.empty_like(v)
     use_threads(2 * y.size * q.shape[-1])
-    _scan(q, k, v, (g, beta), mask, state, final, y)
+    _scan(q, k, v, (decays, beta), mask, state, final, y)
     return y, final
 
 

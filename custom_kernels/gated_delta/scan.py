@@ -75,6 +75,7 @@ def scan(
     if key_dim < LEAST_KEY_DIM:
         raise ValueError(f"key_dim {key_dim} is below {LEAST_KEY_DIM}: use MLX's ops")
     check_rule(q, k, v, g, beta, state)
+    expect("decays", g, (batch, tokens, value_heads))
     expect("a GatedDeltaNet layer's state", state, state.shape, mx.float32)
     if mask is not None:
         expect("the mask", mask, (batch, tokens), mx.bool_)

@@ -82,12 +82,15 @@ class MixerWeights:
 
 
 def check_rule(q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, dtype: Any = None) -> None:
-    """Raise FlashMoEError unless shapes are as in `reference.gated_delta`, and dtypes `dtype`."""
+    """Raise FlashMoEError unless shapes are as in `reference.gated_delta`, and dtypes `dtype`.
+
+    Decays g are `[B, T, Hv]`, or `[B, T, Hv, Dk]`: one for each column of the state.
+    """
     (batch, tokens, value_heads, value_dim), (key_heads, key_dim) = v.shape, k.shape[2:]
     expect("queries", q, (batch, tokens, key_heads, key_dim), dtype)
     expect("keys", k, q.shape, dtype)
     expect("values", v, v.shape, dtype)
-    expect("decays", g, v.shape[:3], dtype)
+    expect("decays", g, v.shape[:3] if g.ndim == 3 else (*v.shape[:3], key_dim), dtype)
     expect("strengths", beta, v.shape[:3], dtype)
     shape = batch, value_heads, value_dim, key_dim
     expect("a GatedDeltaNet layer's state", state, shape, dtype)

@@ -17,6 +17,7 @@ from ..errors import FlashMoEError, named, shown
 from ..format.config_entries import check_bounds
 from ..format.modules import ExpertModule
 from .cache_checks import REMEDY, check_classes
+from .delta_rule import own_rule
 from .fast_layers import use_fast_layers
 from .streamed import Experts, StreamedModule
 from .switch import StreamedSwitch
@@ -94,7 +95,8 @@ def patched_classes(
         @functools.wraps(stock_model.__call__)
         def __call__(self, inputs: mx.array, *args: Any, **kwargs: Any) -> Any:
             forward = functools.partial(stock_model.__call__, self, inputs, *args, **kwargs)
-            return self.run(forward, inputs, kwargs.get("cache"))
+            with own_rule():
+                return self.run(forward, inputs, kwargs.get("cache"))
 
         def shard_trunk(self, group: mx.distributed.Group) -> None:
             """Split the trunk as mlx-lm does, by its own `shard`, and leave the experts."""

@@ -1,5 +1,6 @@
 """The CPU kernels against the float32 reference and against stock MLX's own error."""
 
+import json
 import subprocess
 import sys
 
@@ -98,13 +99,14 @@ def test_expert_mlp(bits, dtype):
 
 @pytest.mark.parametrize("tokens", [1, 63, 130])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gated_delta(tokens, masked):
+@pytest.mark.parametrize("by_column", [False, True])
+def test_gated_delta(tokens, masked, by_column):
     batch, key_heads, value_heads, key_dim, value_dim = 2, 2, 6, 48, 37
     q, k = random(batch, tokens, key_heads, key_dim) / 7, random(batch, tokens, key_heads, key_dim)
     k = k / mx.linalg.norm(k, axis=-1, keepdims=True)
     v = random(batch, tokens, value_heads, value_dim)
-    g, beta = mx.sigmoid(random(batch, tokens, value_heads)), mx.sigmoid(random(3, 1, 1)[:2])
-    beta = mx.broadcast_to(beta, g.shape)  # not contiguous
+    g = mx.sigmoid(random(batch, tokens, value_heads, *[key_dim] * by_column))
+    beta = mx.broadcast_to(mx.sigmoid(random(3, 1, 1)[:2]), v.shape[:3])  # not contiguous
     state = random(batch, value_heads, value_dim, key_dim)
     mask = mx.arange(tokens) < mx.array([[tokens - 1], [tokens // 2]]) if masked else None
     before = np.array(state)
@@ -201,10 +203,11 @@ def test_a_wrong_mode_is_named(fresh_kernel_mode, monkeypatch):
 
 
 def test_kernels_are_compiled_once_on_a_machine(tmp_path):
-    code = (
-        "from flashmoe_mlx.custom_kernels.cpu.compile import prepare\n"
-        "prepare([(4, 32, 'bfloat16')])"
-    )
+    formats = [(4, 32, "bfloat16")] * 3  # only here, so that no other test marks them
+    where = "from flashmoe_mlx.custom_kernels.cpu.compile import _marker, prepare\n"
+    code = f"{where}prepare({formats})"
+    forget = f"{where}_marker({json.dumps(formats)!r}).unlink(missing_ok=True)"
+    assert run(forget).returncode == 0
     first = run(code, XDG_CACHE_HOME=str(tmp_path))
     assert (first.returncode, first.stderr.count("compiling kernels, first use only")) == (0, 1)
     again = run(code, XDG_CACHE_HOME=str(tmp_path))

@@ -8,6 +8,7 @@ import pytest
 from kernel_helpers import complains, plant
 from metal_cpu import MODES, metal_on_cpu, require_bench
 
+from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.custom_kernels.case import DTYPES
 from flashmoe_mlx.custom_kernels.gated_delta.cases import (
     GatedDeltaNormCase,
@@ -16,6 +17,7 @@ from flashmoe_mlx.custom_kernels.gated_delta.cases import (
     GatedDeltaStepCase,
 )
 from flashmoe_mlx.custom_kernels.gated_delta.prepare import gated_norm, prepare
+from flashmoe_mlx.custom_kernels.gated_delta.rule import MOST_KEY_DIM, rule_by_gpu
 from flashmoe_mlx.custom_kernels.gated_delta.scan import ScanShape, scan
 from flashmoe_mlx.custom_kernels.gated_delta.step import step
 from flashmoe_mlx.custom_kernels.gated_delta.weights import Heads, MixerWeights
@@ -176,6 +178,24 @@ def test_scan_takes_a_dtype_per_input():
         outputs = scan(*inputs)
     assert outputs[0].dtype == mx.float16
     assert max(excesses(outputs, SCAN.stock(*inputs), SCAN.reference(*inputs))) <= 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_rule_alone(masked, monkeypatch):
+    """For layers of mlx-lm's own; what the kernel does not support is declined."""
+    monkeypatch.setenv("FLASHMOE_KERNELS", "custom")
+    monkeypatch.setattr(device, "_gpu_is_default", lambda: True)
+    case = replace(SCAN, masked=masked)
+    inputs = case.inputs()
+    with metal_on_cpu("checked"):
+        outputs = rule_by_gpu(*inputs)
+    assert max(excesses(outputs, case.stock(*inputs), case.reference(*inputs))) <= 1
+    q, k, v, g, *others = inputs
+    by_column = mx.broadcast_to(g[..., None], (*g.shape, q.shape[-1]))
+    assert rule_by_gpu(q, k, v, by_column, *others) is None
+    assert rule_by_gpu(q[..., :7], k[..., :7], v, g, *others) is None
+    wide = mx.zeros((*q.shape[:3], MOST_KEY_DIM + 1), q.dtype)
+    assert rule_by_gpu(wide, wide, v, g, *others) is None
 
 
 @pytest.mark.parametrize("old, new", [
