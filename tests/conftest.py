@@ -33,11 +33,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; set before i
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 # Run long tests first, so that no worker idles at the end. The first two go to one worker each and
-# compile for both: the CPU's kernels, and the bench's.
+# compile for all: the CPU's kernels, and the bench's. The third needs neither.
 FIRST = (
-    "test_cpu_kernels", "test_gpu_kernels", "test_exactness", "test_bounds", "test_families",
-    "test_answers", "test_gated_delta_kernels", "test_gpu_mistakes", "test_gpu_model",
-    "test_doctor", "test_calibrate", "test_resume", "test_expert_tiles", "test_stock_tools",
+    "test_cpu_kernels", "test_gpu_kernels", "test_resume", "test_exactness", "test_bounds",
+    "test_families", "test_answers", "test_gated_delta_kernels", "test_gpu_mistakes",
+    "test_gpu_model", "test_doctor", "test_calibrate", "test_expert_tiles", "test_stock_tools",
     "test_faults", "test_metal_bench", "test_convert", "test_memory", "test_serving",
     "test_python_api", "test_attention_kernels", "test_examples", "test_style",
 )  # fmt: skip
