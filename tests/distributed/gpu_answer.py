@@ -17,7 +17,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from flashmoe_mlx.custom_kernels import device
 from flashmoe_mlx.models.qwen3_5.step import DecodeStep
 
-PROMPT, BATCH, STEPS = [1, 200, 3, 40, 5, 6, 77], [[5, 6], [7, 8], [9, 9]], [5, 99, 3]
+PROMPT, BATCH, STEPS = [1, 200, 3, 40, 5, 6, 77], [[5, 6], [7, 8], [9, 9]], [5, 99, 3, 17, 250]
 
 
 def logits_of(model) -> mx.array:

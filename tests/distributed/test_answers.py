@@ -88,11 +88,16 @@ def agree(found: dict, alone: dict, equal: Callable[[mx.array, mx.array], bool])
 
 
 def test_the_bundled_model(tmp_path):
-    """Our own model code and kernels: exact in two unequal ranks, prompts summed early."""
+    """Our own model code and kernels: exact in three unequal ranks, prompts summed early."""
     bundled = shutil.copytree(BUNDLED_MODEL, tmp_path / "bundled")
     # In a process of its own: code that was compiled here may round otherwise than cached code.
     run(tmp_path, 1, [ANSWER, tmp_path, f"alone:{bundled}"])
     alone = loaded(tmp_path, "bundled", "alone", 0)
+    run(tmp_path, 3, [ANSWER, tmp_path, f"exact:{bundled}"])
+    for rank in range(3):
+        found = loaded(tmp_path, "bundled", "exact", rank)
+        assert agree(found, alone, mx.array_equal)
+        assert facts(tmp_path, "bundled", "exact", rank)["asked"] > 0
     command = [ANSWER, tmp_path, f"exact,auto,pipeline:{bundled}"]
     run(tmp_path, 2, command, FLASHMOE_RANK_WEIGHTS="2,1")
     for rank in range(2):
